@@ -1,0 +1,160 @@
+"""Eager oracle of every op: plain PyTorch, written from the mathematics, slow and obvious.
+
+Every function takes the arguments of the torch op of the same name (docs/DESIGN.md, section 3), computes in the dtype of
+its inputs (pass fp64 for an exact gradient, fp32 for the oracle of a bf16 kernel) and is differentiable by autograd where
+the op is. Nothing here calls lemo's kernels, and lemo never calls anything here outside its tests.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "block_scores",
+    "linear_cross_entropy",
+    "predictor",
+    "residual_scatter",
+    "segment_attention",
+    "select_norm",
+    "token_select",
+]
+
+
+def _blocks_of(block_starts: Tensor, cu_blocks: Tensor):
+    """Yields, for every sequence, the list of (first row, end row) of its blocks."""
+    starts, cuts = block_starts.tolist(), cu_blocks.tolist()
+    for first, end in zip(cuts[:-1], cuts[1:]):
+        yield [(starts[b], starts[b + 1]) for b in range(first, end)]
+
+
+def block_scores(
+    q: Tensor, k: Tensor, block_starts: Tensor, cu_blocks: Tensor, scale: float
+) -> Tensor:
+    """Scores of blocks, [B]: mean over the query blocks m >= n of max over the pair of S (LeMo, section 4.1)."""
+    groups = q.shape[1] // k.shape[1]
+    keys = k.repeat_interleave(groups, dim=1)
+    scores = []
+    for blocks in _blocks_of(block_starts, cu_blocks):
+        for n, (key_first, key_end) in enumerate(blocks):
+            maxima = []
+            for query_first, query_end in blocks[n:]:
+                products = torch.einsum(
+                    "ihd,jhd->hij", q[query_first:query_end], keys[key_first:key_end]
+                )
+                s = scale * products.clamp(min=0).mean(0)
+                i = torch.arange(query_first, query_end, device=q.device)[:, None]
+                j = torch.arange(key_first, key_end, device=q.device)[None, :]
+                maxima.append(s.masked_fill(j >= i, 0.0).max())
+            scores.append(torch.stack(maxima).mean())
+    return torch.stack(scores) if scores else q.new_zeros(0)
+
+
+def predictor(x, k_down, k_mid, k_up, q_down, q_mid, q_up, block_starts, cu_blocks) -> Tensor:
+    """Predicted scores of blocks, [B] (LeMo, section 4.2)."""
+
+    def embed(rows, down, mid, up):
+        return (torch.relu(torch.relu(rows @ down.T) @ mid.T) @ up.T).mean(0)
+
+    scores = []
+    for blocks in _blocks_of(block_starts, cu_blocks):
+        keys = [embed(x[first:end], k_down, k_mid, k_up) for first, end in blocks]
+        if q_down is None:
+            scores += [key[0] for key in keys]
+            continue
+        queries = [embed(x[first:end], q_down, q_mid, q_up) for first, end in blocks]
+        for n, key in enumerate(keys):
+            scores.append(torch.stack([query @ key for query in queries[n:]]).mean())
+    return torch.stack(scores) if scores else x.new_zeros(0)
+
+
+def token_select(scores, block_starts, cu_blocks, policy, value, keep_first, keep_last):
+    """(rows, positions, cu_rows, kept_blocks) of the blocks that a policy keeps, int32."""
+    cuts, starts = cu_blocks.tolist(), block_starts.tolist()
+    rows, positions, cu_rows, kept_blocks = [], [], [0], []
+    for first, end in zip(cuts[:-1], cuts[1:]):
+        count = end - first
+        forced = {b for b in range(count) if b < keep_first or b >= count - keep_last}
+        values = scores[first:end].tolist()
+        if policy == "threshold":
+            kept = forced | {b for b in range(count) if values[b] >= value}
+        else:
+            budget = math.ceil(value * count - 1e-9)
+            others = sorted(set(range(count)) - forced, key=lambda b: (-values[b], b))
+            kept = forced | set(others[: max(budget - len(forced), 0)])
+        for b in sorted(kept):
+            kept_blocks.append(first + b)
+            rows += range(starts[first + b], starts[first + b + 1])
+            positions += [
+                r - starts[first] for r in range(starts[first + b], starts[first + b + 1])
+            ]
+        cu_rows.append(len(rows))
+    return tuple(
+        torch.tensor(list_, dtype=torch.int32, device=scores.device)
+        for list_ in (rows, positions, cu_rows, kept_blocks)
+    )
+
+
+def select_norm(x, rows, weight, bias, eps, kind) -> Tensor:
+    """norm(x[rows]) * weight (+ bias), [R, H]; kind "rms" or "layer"."""
+    selected = x if rows is None else x[rows.long()]
+    if kind == "layer":
+        selected = selected - selected.mean(-1, keepdim=True)
+    variance = selected.square().mean(-1, keepdim=True)
+    y = selected * torch.rsqrt(variance + eps) * weight
+    return y if bias is None else y + bias
+
+
+def segment_attention(
+    q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size
+) -> tuple[Tensor, Tensor]:
+    """(out [Rq, Hq, D], lse [Hq, Rq]) of causal attention among the rows of each sequence."""
+    groups, heads = q.shape[1] // k.shape[1], q.shape[1]
+    outs, lses = [], []
+    for n in range(cu_q.numel() - 1):
+        q_first, q_end = int(cu_q[n]), int(cu_q[n + 1])
+        k_first, k_end = int(cu_k[n]), int(cu_k[n + 1])
+        if q_positions is None:
+            i = torch.arange(q_end - q_first, device=q.device)
+            j = torch.arange(k_end - k_first, device=q.device)
+        else:
+            i, j = q_positions[q_first:q_end].long(), k_positions[k_first:k_end].long()
+        distance = i[:, None] - j[None, :]
+        visible = distance >= 0
+        if window > 0:
+            visible = visible & (distance < window)
+        visible = visible.expand(heads, -1, -1)
+        if group_size > 0:
+            shift = torch.where(
+                torch.arange(heads, device=q.device) < heads // 2, 0, group_size // 2
+            )[:, None]
+            same = ((i + shift) // group_size)[:, :, None] == ((j + shift) // group_size)[
+                :, None, :
+            ]
+            visible = visible & same
+        keys = k[k_first:k_end].repeat_interleave(groups, 1)
+        values = v[k_first:k_end].repeat_interleave(groups, 1)
+        s = scale * torch.einsum("ihd,jhd->hij", q[q_first:q_end], keys)
+        s = s.masked_fill(~visible, -math.inf)
+        lse = torch.logsumexp(s, -1)
+        p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+        outs.append(torch.einsum("hij,jhd->ihd", p, values))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def residual_scatter(x, y, rows) -> Tensor:
+    """x with y added to its rows; a new tensor, x is left alone."""
+    if rows is None:
+        return x + y
+    return x.index_add(0, rows.long(), y.to(x.dtype))
+
+
+def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Tensor, Tensor]:
+    """(sum of the cross entropies of labels that are not ignored, their number)."""
+    logits = hidden @ weight.T
+    if bias is not None:
+        logits = logits + bias
+    used = labels != ignore_index
+    picked = logits[used].gather(1, labels[used][:, None])[:, 0]
+    return (torch.logsumexp(logits[used], -1) - picked).sum(), used.sum()
