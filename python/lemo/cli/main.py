@@ -1,0 +1,75 @@
+"""The ``lemo`` command and its one error boundary."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from importlib.util import find_spec
+
+import typer
+
+# Errors that a user can cause; anything else is a defect of lemo and is called so.
+_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, MemoryError)
+
+app = typer.Typer(
+    name="lemo",
+    help="Fine-tune language models on very long sequences by removing uninformative token blocks.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for _name in ("prepare", "finetune", "eval", "report", "demo"):
+    if find_spec(f"lemo.cli.{_name}") is not None:
+        _module = importlib.import_module(f"lemo.cli.{_name}")
+        app.command(_name)(getattr(_module, _name))
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the traceback of an error (anywhere on the command line)."
+    ),
+) -> None:
+    # main() takes --debug off the command line itself, so that it may stand after the command, too.
+    del debug
+
+
+def describe_error(error: BaseException) -> str:
+    """One line that says what went wrong, without the type of an error that the user caused."""
+    if hasattr(error, "format_message"):
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"out of memory: {error}" if str(error) else "out of memory"
+    elif isinstance(error, _EXPECTED):
+        text = str(error)
+    else:
+        text = f"internal error, --debug shows where: {type(error).__name__}: {error}"
+    return " ".join(text.split()) or type(error).__name__
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+
+    Args:
+        arguments: the command line without the program's name; None takes it from the process.
+    """
+    # Without a command the help is what is asked for, not an error.
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    debug = "--debug" in arguments
+    try:
+        code = app([a for a in arguments if a != "--debug"], "lemo", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"lemo: error: {describe_error(error)}", file=sys.stderr)
+        code = getattr(error, "exit_code", 1)
+    if code == 130:
+        print("lemo: interrupted", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,190 @@
+"""Cutting documents into windows of a fixed number of tokens, without tokenizing whole corpora.
+
+A training window is a pure function of (documents, tokenizer, length, seed, index): a run that was
+interrupted needs only its step to go on with the same data, and every process of a distributed run
+can take its own indices.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lemo.data.documents import Document
+
+# Guess of how long a token is, in characters; a piece of text that turns out too small is doubled.
+_CHARACTERS_PER_TOKEN = 5
+# Tokens beyond the wanted ones: cutting a text in the middle of a word changes only the last ones.
+_SPARE_TOKENS = 16
+# The additive recurrence of the golden ratio: any prefix of it covers the corpus evenly.
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+class _Encoder:
+    """Turns text into ids and knows the ids that the tokenizer puts in front (BOS or none)."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        bare, full = self.encode("a"), tokenizer("a")["input_ids"]
+        places = range(len(full) - len(bare) + 1)
+        start = next((i for i in places if full[i : i + len(bare)] == bare), 0)
+        self.prefix = list(full[:start])
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without added tokens."""
+        # verbose=False: a window longer than the model's original context is what lemo is for.
+        return self.tokenizer(
+            text, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def head(self, text: str, count: int) -> tuple[list[int], float]:
+        """The first ``count`` ids of ``text``, fewer where it ends; its characters a token."""
+        size = count * _CHARACTERS_PER_TOKEN
+        while True:
+            piece = text[:size]
+            ids = self.encode(piece)
+            if size >= len(text) or len(ids) >= count + _SPARE_TOKENS:
+                return ids[:count], len(piece) / max(len(ids), 1)
+            size *= 2
+
+    def window(self, text: str, start: int, count: int, characters_per_token: float) -> list[int]:
+        """``count`` ids from character ``start`` on, or the last ``count`` where fewer follow."""
+        ids, _ = self.head(text[start:], count)
+        back = max(int(count * characters_per_token / 8), 1)
+        while len(ids) < count and start > 0:
+            start = max(start - back, 0)
+            ids = self.encode(text[start:])[-count:]
+            back *= 2
+        return ids
+
+
+def _long_enough(
+    documents: Iterable[Document], encoder: _Encoder, length: int
+) -> tuple[list[tuple[Document, list[int], float]], int]:
+    """Documents of ``length`` tokens or more, with their first ids and their characters for each
+    token; how many documents are shorter."""
+    count = length - len(encoder.prefix)
+    found, short = [], 0
+    for document in documents:
+        # Tokenizers make no more tokens than bytes (and a few): the shortest need no tokenizing.
+        if len(document.text.encode()) + _SPARE_TOKENS >= count:
+            ids, characters_per_token = encoder.head(document.text, count)
+            if len(ids) == count:
+                found.append((document, encoder.prefix + ids, characters_per_token))
+                continue
+        short += 1
+    if not found:
+        raise ValueError(
+            f"documents: expected at least one of {length} tokens or more, "
+            f"but all {short} documents are shorter"
+        )
+    return found, short
+
+
+def _check_length(length: int) -> None:
+    if not isinstance(length, int) or length < 2:
+        raise ValueError(f"length: expected an integer >= 2, got {length!r}")
+
+
+def first_windows(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[list[tuple[Document, torch.Tensor]], int]:
+    """The first ``length`` tokens of each document that has as many.
+
+    Returns:
+        Pairs of document and int64 ids [length], in the order of ``documents``; the number of
+        documents that are shorter.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+    _check_length(length)
+    found, short = _long_enough(documents, _Encoder(tokenizer), length)
+    return [(document, torch.tensor(ids)) for document, ids, _ in found], short
+
+
+class TokenWindows:
+    """An endless sequence of windows of ``length`` tokens from random places of the documents.
+
+    Documents are drawn in proportion to their characters, places evenly within a document. A window
+    starts between two words where there is space, and with the tokens that the tokenizer puts in
+    front of a text. Documents shorter than a window are left out.
+
+    Args:
+        documents: the texts; kept in memory.
+        tokenizer: the model's tokenizer.
+        length: tokens of a window.
+        seed: moves all places.
+
+    Attributes:
+        length: tokens of a window.
+        used: number of documents that are long enough.
+        too_short: number of documents left out.
+        fingerprint: hexadecimal digest of the documents in use and of ``length``.
+
+    Raises:
+        ValueError: ``length`` is below 2, or no document is long enough.
+    """
+
+    def __init__(
+        self,
+        documents: Iterable[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        length: int,
+        seed: int = 0,
+    ):
+        _check_length(length)
+        self.length = length
+        self._encoder = _Encoder(tokenizer)
+        found, self.too_short = _long_enough(documents, self._encoder, length)
+        self.used = len(found)
+        self._texts = [document.text for document, _, _ in found]
+        self._characters_per_token = [characters for _, _, characters in found]
+        self._ends = list(itertools.accumulate(map(len, self._texts)))
+        self._offset = random.Random(seed).random()
+        digest = hashlib.sha256(str(length).encode())
+        for text in self._texts:
+            digest.update(hashlib.sha256(text.encode()).digest())
+        self.fingerprint = digest.hexdigest()
+
+    def window(self, index: int) -> torch.Tensor:
+        """Window number ``index`` (from 0): int64 ids [length]."""
+        place = (self._offset + index * _GOLDEN_RATIO) % 1.0 * self._ends[-1]
+        number = min(bisect.bisect_right(self._ends, place), len(self._texts) - 1)
+        text = self._texts[number]
+        characters_per_token = self._characters_per_token[number]
+        # The place in the document is stretched over the starts that leave room for a window.
+        share = 1.0 - (self._ends[number] - place) / len(text)
+        room = len(text) - int(self.length * characters_per_token)
+        start = self._word_start(text, int(share * max(room, 0)))
+        count = self.length - len(self._encoder.prefix)
+        ids = self._encoder.window(text, start, count, characters_per_token)
+        return torch.tensor(self._encoder.prefix + ids)
+
+    def batch(self, first: int, count: int) -> torch.Tensor:
+        """Windows ``first`` to ``first + count - 1``: int64 ids [count, length]."""
+        return torch.stack([self.window(index) for index in range(first, first + count)])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(self.window, itertools.count())
+
+    @staticmethod
+    def _word_start(text: str, start: int) -> int:
+        """The next white space within 200 characters; many tokenizers join it with its word."""
+        if start == 0:
+            return 0
+        stop = min(start + 200, len(text))
+        return next((i for i in range(start, stop) if text[i].isspace()), start)
+
+
+def token_windows(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0
+) -> TokenWindows:
+    """Deterministic windows of ``length`` token ids; see :class:`TokenWindows`."""
+    return TokenWindows(documents, tokenizer, length, seed)

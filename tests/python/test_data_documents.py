@@ -1,0 +1,117 @@
+"""Reading documents in every supported format, and the messages for the broken ones."""
+
+import gzip
+import json
+import lzma
+
+import datasets
+import pytest
+
+from lemo.data import Document, read_documents
+
+LINES = b'{"id": "a", "kind": "book", "text": "one"}\n\n{"text": "two \xc3\xa9"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl", LINES),
+        ("d.jsonl.xz", lzma.compress(LINES)),
+        ("d.jsonl.gz", gzip.compress(LINES)),
+    ],
+)
+def test_json_lines(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert list(read_documents(tmp_path / name)) == [
+        Document("a", "book", "one"),
+        Document(f"{name}:3", "text", "two é"),
+    ]
+
+
+def test_text_file_is_one_document(tmp_path):
+    (tmp_path / "d.txt").write_text("one\ntwo\n")
+    assert list(read_documents(tmp_path / "d.txt")) == [Document("d.txt", "text", "one\ntwo\n")]
+
+
+def test_datasets_folder(tmp_path):
+    rows = {"id": ["a", "b"], "kind": ["x", None], "text": ["one", "two"]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "set")
+    assert list(read_documents(tmp_path / "set")) == [
+        Document("a", "x", "one"),
+        Document("b", "text", "two"),
+    ]
+
+
+def test_datasets_folder_with_splits_names_them(tmp_path):
+    one = datasets.Dataset.from_dict({"text": ["one"]})
+    datasets.DatasetDict(train=one, test=one).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="several splits.*set/test.*set/train"):
+        list(read_documents(tmp_path / "set"))
+
+
+def test_datasets_folder_without_text_names_its_columns(tmp_path):
+    datasets.Dataset.from_dict({"body": ["one"]}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="needs a column 'text', it has body"):
+        list(read_documents(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "b"', r"d\.jsonl:2: not JSON: .* at column"),
+        (b'["b"]', r"d\.jsonl:2: expected a JSON object .* got list"),
+        (b'{"id": "b"}', r"d\.jsonl:2: expected a string 'text', got none"),
+        (b'{"text": 3}', r"d\.jsonl:2: expected a string 'text', got int"),
+        (b'{"text": "\xff"}', r"d\.jsonl:2: not UTF-8"),
+        (rb'{"text": "\ud800"}', r"d\.jsonl:2: 'text' holds half of a surrogate pair"),
+    ],
+)
+def test_broken_line_names_file_and_line(tmp_path, line, message):
+    (tmp_path / "d.jsonl").write_bytes(b'{"text": "a"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(tmp_path / "d.jsonl"))
+
+
+@pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("gz", gzip.compress)])
+def test_cut_compressed_file(tmp_path, suffix, compress):
+    content = compress(b"".join(json.dumps({"text": str(i)}).encode() + b"\n" for i in range(99)))
+    path = tmp_path / f"d.jsonl.{suffix}"
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=rf"d\.jsonl\.{suffix}: damaged after line \d+"):
+        list(read_documents(path))
+
+
+def test_file_that_is_not_what_its_name_says(tmp_path):
+    (tmp_path / "d.jsonl.xz").write_bytes(LINES)
+    (tmp_path / "d.jsonl.gz").write_bytes(LINES)
+    for name in ("d.jsonl.xz", "d.jsonl.gz"):
+        with pytest.raises(ValueError, match="damaged after line 0"):
+            list(read_documents(tmp_path / name))
+
+
+def test_binary_text_file(tmp_path):
+    (tmp_path / "d.txt").write_bytes(b"ab\xff")
+    with pytest.raises(ValueError, match=r"d\.txt: not UTF-8 text: .* at byte 2"):
+        list(read_documents(tmp_path / "d.txt"))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no.jsonl' does not exist"):
+        read_documents(tmp_path / "no.jsonl")
+
+
+def test_unsupported_name(tmp_path):
+    (tmp_path / "d.csv").write_text("text\n")
+    with pytest.raises(ValueError, match=r"expected \.jsonl.*got .*d\.csv"):
+        read_documents(tmp_path / "d.csv")
+
+
+def test_plain_folder(tmp_path):
+    with pytest.raises(ValueError, match="without a state.json"):
+        list(read_documents(tmp_path))
+
+
+def test_no_document(tmp_path):
+    (tmp_path / "d.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no document"):
+        list(read_documents(tmp_path / "d.jsonl"))

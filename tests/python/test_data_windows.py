@@ -1,0 +1,120 @@
+"""Token windows: what they hold, how they cover documents, pure functions of their index."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lemo.data import Document, first_windows, token_windows
+from tiny import sample_text, tiny_tokenizer
+
+
+def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with merges, optionally with a template that puts ``<s>`` in front."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<s>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sample_text(500, 0)], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+
+def documents(*words: int) -> list[Document]:
+    return [Document(str(i), "text", sample_text(n, i)) for i, n in enumerate(words)]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_first_windows_are_the_head_of_the_whole_encoding(bos):
+    tokenizer = merging_tokenizer(bos)
+    source = documents(400, 10, 90)
+    windows, short = first_windows(source, tokenizer, 100)
+    assert short == 1
+    assert [document.id for document, _ in windows] == ["0", "2"]
+    for document, ids in windows:
+        assert ids.tolist() == tokenizer(document.text)["input_ids"][:100]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_windows_are_pieces_of_the_documents(bos):
+    tokenizer = merging_tokenizer(bos)
+    source = documents(400, 90)
+    windows = token_windows(source, tokenizer, 64)
+    texts = [document.text for document in source]
+    for i in range(50):
+        ids = windows.window(i)
+        assert ids.shape == (64,)
+        assert ids.dtype == torch.int64
+        assert (ids[0].item() == 0) is bos
+        assert any(tokenizer.decode(ids[bos:]) in text for text in texts)
+
+
+def test_every_window_is_a_pure_function_of_its_index():
+    source = documents(300, 300)
+    first = token_windows(source, tiny_tokenizer(), 32, seed=3)
+    second = token_windows(iter(source), tiny_tokenizer(), 32, seed=3)
+    second.window(17)
+    assert torch.equal(first.batch(4, 5), torch.stack([second.window(i) for i in range(4, 9)]))
+    assert torch.equal(next(iter(first)), second.window(0))
+    other = token_windows(source, tiny_tokenizer(), 32, seed=4)
+    assert not torch.equal(first.batch(0, 4), other.batch(0, 4))
+
+
+def test_windows_cover_the_documents_evenly():
+    # 10,000 characters in all; with 200 windows of 100 tokens every token is met some 2 times.
+    text = "".join(f"{i:04d} " for i in range(2000))
+    source = [Document("0", "text", text[:2500]), Document("1", "text", text[2500:])]
+    windows = token_windows(source, tiny_tokenizer(), 100)
+    starts = sorted(int(tiny_tokenizer().decode(windows.window(i))[1:5]) for i in range(200))
+    assert starts[0] < 40
+    assert max(b - a for a, b in zip(starts, starts[1:], strict=False)) < 50
+    assert 35 <= sum(start < 500 for start in starts) <= 65
+
+
+def test_a_document_of_exactly_one_window():
+    source = [Document("0", "text", "abcdefgh")]
+    windows = token_windows(source, tiny_tokenizer(), 8)
+    assert all(tiny_tokenizer().decode(windows.window(i)) == "abcdefgh" for i in range(5))
+
+
+def test_uneven_text_still_fills_the_window():
+    # The first half has one character a token, the second four bytes, so places are misjudged.
+    source = [Document("0", "text", "a" * 300 + "\N{GRINNING FACE}" * 100)]
+    windows = token_windows(source, tiny_tokenizer(), 64)
+    assert windows.batch(0, 40).shape == (40, 64)
+    reverse = [Document("0", "text", "\N{GRINNING FACE}" * 100 + "a" * 70)]
+    assert token_windows(reverse, tiny_tokenizer(), 300).batch(0, 40).shape == (40, 300)
+
+
+def test_short_documents_are_counted():
+    windows = token_windows(documents(300, 2, 3), tiny_tokenizer(), 64)
+    assert (windows.used, windows.too_short) == (1, 2)
+
+
+@pytest.mark.parametrize("cut", [token_windows, first_windows])
+def test_no_document_is_long_enough(cut):
+    with pytest.raises(ValueError, match="at least one of 5000 tokens.*all 2 documents are sh"):
+        cut(documents(3, 4), tiny_tokenizer(), 5000)
+
+
+@pytest.mark.parametrize("length", [1, 2.5, "8"])
+def test_length_is_checked(length):
+    with pytest.raises(ValueError, match="length: expected an integer >= 2"):
+        token_windows(documents(30), tiny_tokenizer(), length)
+
+
+def test_fingerprint_tells_documents_and_length_apart():
+    def fingerprint(source, length):
+        return token_windows(source, tiny_tokenizer(), length).fingerprint
+
+    assert fingerprint(documents(50), 32) == fingerprint(documents(50), 32)
+    assert fingerprint(documents(50), 32) != fingerprint(documents(51), 32)
+    assert fingerprint(documents(50), 32) != fingerprint(documents(50), 33)
