@@ -1,0 +1,26 @@
+"""``lemo report``: plots and one HTML page of one or several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders; several are compared.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the report. Default: 'report' in the first run folder."),
+    ] = None,
+) -> None:
+    """Draw the plots of a run and write one HTML page that needs nothing else."""
+    # Matplotlib takes a second to import: only this command pays for it.
+    from lemo.report import load_run, write_report
+
+    page = write_report([load_run(run) for run in runs], output or runs[0] / "report")
+    Console().print(f"Report: {page}", soft_wrap=True)

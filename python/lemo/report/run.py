@@ -1,0 +1,235 @@
+"""Reading a run folder: configuration, step log, kept map and evaluation of one run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import yaml
+
+SUB_BLOCKS = ("attention", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptMap:
+    """Which blocks of one sequence each layer kept in its attention and in its MLP.
+
+    Attributes:
+        block_size: tokens of a block.
+        tokens: tokens of the sequence.
+        layers: for each layer ``{"attention": [block indices], "mlp": [block indices]}``; null in
+            the file stands for every block.
+    """
+
+    block_size: int
+    tokens: int
+    layers: list[dict[str, list[int]]]
+
+    @property
+    def blocks(self) -> int:
+        return math.ceil(self.tokens / self.block_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run folder.
+
+    Attributes:
+        name: how plots and tables call the run.
+        folder: where it lies.
+        config: ``config.yaml`` as a dict, empty when there is none.
+        records: one dict a step, ascending by step (see :func:`read_log`).
+        kept_map: the kept blocks of one document, None when nothing was ever eliminated.
+        metrics: rows of the evaluation, dicts with ``kind``, ``length``, ``perplexity`` and
+            ``tail_perplexity``.
+    """
+
+    name: str
+    folder: Path
+    config: dict
+    records: list[dict]
+    kept_map: KeptMap | None
+    metrics: list[dict]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.records]
+
+    def series(self, field: str) -> list[float]:
+        """The values of ``field`` over the steps; NaN where a record lacks it."""
+        return [_number(record.get(field)) for record in self.records]
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last tenth of the steps (at least one): a single step is noise."""
+        losses = self.series("loss")
+        return statistics.fmean(losses[-max(1, len(losses) // 10) :])
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(_number(record.get("tokens"), 0.0) for record in self.records))
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        return max(
+            (v for v in self.series("peak_memory_bytes") if not math.isnan(v)), default=math.nan
+        )
+
+    @property
+    def kept_share(self) -> float:
+        """Mean share of token rows that the layers kept, over all steps; 1 for a dense run."""
+        shares = [v for v in self.series("kept_share") if not math.isnan(v)]
+        return statistics.fmean(shares) if shares else 1.0
+
+    @property
+    def eliminated(self) -> bool:
+        """Whether any layer ever left out a token, as far as the log says."""
+        return any(share < 1 for s in SUB_BLOCKS for row in self.kept_by_layer(s) for share in row)
+
+    def median(self, field: str) -> float:
+        values = [v for v in self.series(field) if not math.isnan(v)]
+        return statistics.median(values) if values else math.nan
+
+    def kept_by_layer(self, sub_block: str) -> list[list[float]]:
+        """Kept share as rows of layers over columns of steps, empty when the run logged none.
+
+        Args:
+            sub_block: "attention" or "mlp".
+        """
+        columns = [
+            [_number(layer.get(sub_block)) for layer in r.get("kept") or []] for r in self.records
+        ]
+        layers = max((len(column) for column in columns), default=0)
+        # A step that eliminated nothing may log no layers: it kept everything.
+        columns = [column if column else [1.0] * layers for column in columns]
+        return [list(row) for row in zip(*columns, strict=True)] if layers else []
+
+
+def load_run(folder: str | Path, name: str | None = None) -> Run:
+    """Read a run folder written by ``lemo finetune``.
+
+    Args:
+        folder: the run folder; it must hold ``log.jsonl``, the other files are optional.
+        name: what to call the run; the folder's name by default.
+
+    Raises:
+        FileNotFoundError: the folder or its log does not exist.
+        ValueError: a file in it is empty or cannot be read; the message names file and line.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"run: expected the folder of a run, got '{folder}', which does not exist"
+        )
+    return Run(
+        name=name or folder.resolve().name,
+        folder=folder,
+        config=_read_config(folder / "config.yaml"),
+        records=read_log(folder / "log.jsonl"),
+        kept_map=_read_kept_map(folder / "kept_map.json"),
+        metrics=_read_metrics(folder / "metrics.json"),
+    )
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a step log, ascending by step.
+
+    A step that stands twice (a run that was resumed from an earlier checkpoint) counts with its
+    last record. A last line without a line end that does not parse is a step being written at this
+    moment and is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no step, or a line is not a JSON object with an integer ``step`` and a
+            number ``loss``.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"run: expected the step log '{path}', which does not exist")
+    by_step: dict[int, dict] = {}
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object, got broken JSON ({error.msg})"
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object, got {type(record).__name__}"
+            )
+        if not isinstance(record.get("step"), int):
+            raise ValueError(
+                f"{path}:{number}: field 'step': expected an integer, got {record.get('step')!r}"
+            )
+        if not isinstance(record.get("loss"), (int, float)):
+            raise ValueError(
+                f"{path}:{number}: field 'loss': expected a number, got {record.get('loss')!r}"
+            )
+        by_step[record["step"]] = record
+    if not by_step:
+        raise ValueError(f"{path}: expected at least one step, got an empty log")
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML, got {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
+    return config
+
+
+def _read_kept_map(path: Path) -> KeptMap | None:
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    try:
+        kept = KeptMap(int(data["block_size"]), int(data["tokens"]), list(data["layers"]))
+        every = list(range(kept.blocks))
+        layers = [
+            {s: every if layer[s] is None else layer[s] for s in SUB_BLOCKS}
+            for layer in kept.layers
+        ]
+        indices = [index for layer in layers for s in SUB_BLOCKS for index in layer[s]]
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path}: expected block_size, tokens and layers, got {error!r}"
+        ) from error
+    if not layers or not set(indices) <= set(every):
+        raise ValueError(
+            f"{path}: expected kept blocks of layers in [0, {kept.blocks}), "
+            f"got {sorted(set(indices))}"
+        )
+    return dataclasses.replace(kept, layers=layers)
+
+
+def _read_metrics(path: Path) -> list[dict]:
+    if not path.is_file():
+        return []
+    rows = _read_json(path)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
+    return rows
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+
+
+def _number(value, missing: float = math.nan) -> float:
+    return float(value) if isinstance(value, (int, float)) else missing
