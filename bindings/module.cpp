@@ -1,0 +1,51 @@
+// lemo._C: host objects (block plans, loss segments, what this build supports). Never tensors.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "lemo/blocks.h"
+#include "lemo/check.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Host objects of lemo's C++ core.";
+
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const lemo::Error& error) {
+            // what() starts with "[lemo:<kind>] ", which only the torch ops need.
+            const std::string text = error.what();
+            const std::string message = text.substr(text.find("] ") + 2);
+            PyObject* type = error.kind() == lemo::ErrorKind::kType    ? PyExc_TypeError
+                             : error.kind() == lemo::ErrorKind::kValue ? PyExc_ValueError
+                                                                       : PyExc_NotImplementedError;
+            py::set_error(type, message.c_str());
+        }
+    });
+
+    m.def(
+        "plan_blocks",
+        [](const std::vector<int64_t>& seqlens, int64_t block_size) {
+            lemo::BlockPlan plan = lemo::plan_blocks(seqlens, block_size);
+            return py::make_tuple(std::move(plan.block_starts), std::move(plan.cu_blocks));
+        },
+        py::arg("seqlens"), py::arg("block_size"),
+        "(block_starts [B+1], cu_blocks [N+1]) of sequences cut into blocks of block_size tokens.");
+    m.def("plan_loss_segment", &lemo::plan_loss_segment, py::arg("rows"), py::arg("vocabulary"),
+          py::arg("budget_bytes"),
+          "Rows of one loss segment whose fp32 logits take at most budget_bytes.");
+    m.def(
+        "build_info",
+        [] {
+            py::dict info;
+            info["version"] = LEMO_VERSION;
+            info["cuda"] = bool(LEMO_BUILT_WITH_CUDA);
+            info["cuda_architectures"] = LEMO_CUDA_ARCHITECTURES;
+            info["compiler"] = __VERSION__;
+            return info;
+        },
+        "What this build is: version, whether it has CUDA kernels and for which architectures.");
+}

@@ -1,0 +1,69 @@
+// Between torch's stable ABI and the core: views of tensors, fresh results, the current stream.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "lemo/check.h"
+#include "lemo/tensor.h"
+
+namespace lemo::torch_api {
+
+using torch::headeronly::ScalarType;
+using TorchTensor = torch::stable::Tensor;
+using OptionalTensor = std::optional<TorchTensor>;
+
+/// A view; more than kMaxDims dimensions raise.
+Tensor view(const TorchTensor& tensor);
+/// A view, or an absent tensor.
+Tensor view(const OptionalTensor& tensor);
+
+/// Contiguous, as kernels want them; a copy only where the caller passed another layout.
+TorchTensor to_contiguous(const TorchTensor& tensor);
+OptionalTensor to_contiguous(const OptionalTensor& tensor);
+
+/// Uninitialised or zeroed results on the device of `like`.
+TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
+TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape);
+TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
+
+/// Checks `params`, then runs the kernel of the device of `on`. Without a CUDA kernel pass nullptr:
+/// a CUDA tensor then raises and lists what is supported.
+template <typename Params>
+void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu)(const Params&),
+         void (*cuda)(const Params&, void*));
+
+void* current_cuda_stream(const TorchTensor& on);
+[[noreturn]] void raise_unsupported_device(const char* op, const TorchTensor& on, bool has_cuda);
+
+template <typename Params>
+void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu)(const Params&),
+         void (*cuda)(const Params&, void*)) {
+    check(params);
+    const Device device = view(on).device;
+    if (device == Device::kCpu) {
+        cpu(params);
+    } else if (device == Device::kCuda && cuda != nullptr) {
+        cuda(params, current_cuda_stream(on));
+    } else {
+        raise_unsupported_device(op, on, cuda != nullptr);
+    }
+}
+
+}  // namespace lemo::torch_api
+
+/// The CUDA entry point of an op, or nullptr where the library is built without CUDA.
+#if defined(LEMO_WITH_CUDA)
+#define LEMO_CUDA_KERNEL(function) (&(function))
+#else
+#define LEMO_CUDA_KERNEL(function) nullptr
+#endif

@@ -1,0 +1,99 @@
+# Finds what lemo builds against; every failure says what to do.
+#
+# Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch, pybind11,
+# GTest::gtest_main and benchmark::benchmark_main.
+
+find_package(OpenMP REQUIRED COMPONENTS CXX)
+if(LEMO_PYTHON)
+  set(lemo_python_parts Interpreter Development.Module)
+else()
+  set(lemo_python_parts Interpreter)
+endif()
+find_package(Python3 REQUIRED COMPONENTS ${lemo_python_parts})
+
+# A folder inside an installed Python package, by a Python expression; empty where it is absent.
+function(lemo_python_path result expression)
+  execute_process(COMMAND ${Python3_EXECUTABLE} -c "print(${expression})"
+    OUTPUT_VARIABLE path OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET RESULT_VARIABLE status)
+  if(status EQUAL 0)
+    set(${result} "${path}" PARENT_SCOPE)
+  else()
+    set(${result} "" PARENT_SCOPE)
+  endif()
+endfunction()
+
+# --- BLAS: OpenBLAS as a wheel, with one C interface on every machine ----------------------------
+lemo_python_path(blas_lib "__import__('scipy_openblas32').get_lib_dir()")
+lemo_python_path(blas_include "__import__('scipy_openblas32').get_include_dir()")
+if(NOT blas_lib)
+  message(FATAL_ERROR "OpenBLAS not found: run '${Python3_EXECUTABLE} -m pip install scipy-openblas32'")
+endif()
+add_library(lemo_blas SHARED IMPORTED)
+set_target_properties(lemo_blas PROPERTIES
+  IMPORTED_LOCATION "${blas_lib}/libscipy_openblas.so"
+  INTERFACE_INCLUDE_DIRECTORIES "${blas_include}")
+
+# --- CUDA ----------------------------------------------------------------------------------------
+set(LEMO_HAVE_CUDA OFF)
+if(NOT LEMO_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    enable_language(CUDA)
+    # CMake 3.25 does not know that this nvcc takes C++20.
+    if(NOT DEFINED CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    endif()
+    find_package(CUDAToolkit REQUIRED)
+    set(LEMO_HAVE_CUDA ON)
+    if(NOT LEMO_CUTLASS_INCLUDE)
+      lemo_python_path(cutlass
+        "__import__('importlib.util').util.find_spec('cutlass_library').submodule_search_locations[0]")
+      if(cutlass)
+        set(LEMO_CUTLASS_INCLUDE "${cutlass}/source/include" CACHE PATH "" FORCE)
+      endif()
+    endif()
+    if(NOT EXISTS "${LEMO_CUTLASS_INCLUDE}/cutlass/cutlass.h")
+      message(FATAL_ERROR "nvcc is here but the CUTLASS headers are not: run "
+        "'${Python3_EXECUTABLE} -m pip install --no-deps nvidia-cutlass==4.2.0.0', or give "
+        "-DLEMO_CUTLASS_INCLUDE=<cutlass>/include, or build without CUDA: -DLEMO_CUDA=OFF")
+    endif()
+  elseif(LEMO_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "LEMO_CUDA=ON but no nvcc was found; put it on PATH or use -DLEMO_CUDA=OFF")
+  endif()
+endif()
+message(STATUS "lemo: CUDA kernels ${LEMO_HAVE_CUDA}")
+
+# --- torch: headers and libtorch_cpu of the installed package, never imported --------------------
+if(LEMO_PYTHON)
+  if(NOT LEMO_TORCH_DIR)
+    lemo_python_path(LEMO_TORCH_DIR
+      "__import__('importlib.util').util.find_spec('torch').submodule_search_locations[0]")
+  endif()
+  if(NOT EXISTS "${LEMO_TORCH_DIR}/include/torch/csrc/stable/library.h")
+    message(FATAL_ERROR "lemo needs an installed torch >= 2.11 (headers of the stable ABI); found "
+      "'${LEMO_TORCH_DIR}'. Install torch first, then lemo; or give -DLEMO_TORCH_DIR=<torch package>")
+  endif()
+  add_library(lemo_torch SHARED IMPORTED)
+  set_target_properties(lemo_torch PROPERTIES
+    IMPORTED_LOCATION "${LEMO_TORCH_DIR}/lib/libtorch_cpu.so"
+    INTERFACE_INCLUDE_DIRECTORIES "${LEMO_TORCH_DIR}/include"
+    # One library for every torch from 2.11 on.
+    INTERFACE_COMPILE_DEFINITIONS "TORCH_TARGET_VERSION=0x020b000000000000"
+    # libtorch_cpu drags in libraries that only torch's own loader finds.
+    INTERFACE_LINK_OPTIONS "-Wl,--allow-shlib-undefined")
+  lemo_python_path(pybind11_DIR "__import__('pybind11').get_cmake_dir()")
+  set(PYBIND11_FINDPYTHON ON)
+  set(Python_EXECUTABLE ${Python3_EXECUTABLE})
+  find_package(pybind11 CONFIG REQUIRED)
+endif()
+
+# --- GoogleTest and Google Benchmark -------------------------------------------------------------
+if(LEMO_TESTS)
+  find_package(GTest)
+  find_package(benchmark)
+  if(NOT GTest_FOUND OR NOT benchmark_FOUND)
+    message(FATAL_ERROR "GoogleTest or Google Benchmark not found; on Debian and Ubuntu: "
+      "apt-get install libgtest-dev libbenchmark-dev")
+  endif()
+endif()

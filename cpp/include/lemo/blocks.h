@@ -1,0 +1,51 @@
+// The one owner of block, segment and row arithmetic; host and device code and the tests share it.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#if defined(__CUDACC__)
+#define LEMO_HOST_DEVICE __host__ __device__
+#else
+#define LEMO_HOST_DEVICE
+#endif
+
+namespace lemo {
+
+template <typename Int>
+LEMO_HOST_DEVICE constexpr Int ceil_div(Int value, Int divisor) {
+    return (value + divisor - 1) / divisor;
+}
+
+/// Blocks that a sequence of `length` tokens is cut into; the last one may be ragged.
+LEMO_HOST_DEVICE constexpr int64_t num_blocks(int64_t length, int64_t block_size) {
+    return ceil_div(length, block_size);
+}
+
+/// LongLoRA's shifted groups: heads of the second half shift by half a group.
+LEMO_HOST_DEVICE constexpr int64_t group_shift(int64_t head, int64_t num_heads,
+                                               int64_t group_size) {
+    return head < num_heads / 2 ? 0 : group_size / 2;
+}
+
+/// First position of the group that holds `position`.
+LEMO_HOST_DEVICE constexpr int64_t group_first(int64_t position, int64_t group_size,
+                                               int64_t shift) {
+    const int64_t first = (position + shift) / group_size * group_size - shift;
+    return first < 0 ? 0 : first;
+}
+
+/// Blocks of packed sequences: `block_starts` [B+1] first rows, `cu_blocks` [N+1] first blocks.
+struct BlockPlan {
+    std::vector<int32_t> block_starts;
+    std::vector<int32_t> cu_blocks;
+};
+
+/// Cuts each sequence into blocks of `block_size` tokens. Throws Error on negative lengths, a block
+/// size below 1, or more than 2^31 - 1 tokens in all.
+BlockPlan plan_blocks(const std::vector<int64_t>& seqlens, int64_t block_size);
+
+/// Rows of one loss segment, so that its fp32 logits take at most `budget_bytes` (at least 1 row).
+int64_t plan_loss_segment(int64_t rows, int64_t vocabulary, int64_t budget_bytes);
+
+}  // namespace lemo

@@ -1,0 +1,120 @@
+#include "lemo/check.h"
+
+#include <utility>
+
+namespace lemo {
+namespace {
+
+const char* prefix(ErrorKind kind) {
+    switch (kind) {
+        case ErrorKind::kValue: return "[lemo:value] ";
+        case ErrorKind::kType: return "[lemo:type] ";
+        case ErrorKind::kUnsupported: return "[lemo:unsupported] ";
+    }
+    return "";
+}
+
+}  // namespace
+
+Error::Error(ErrorKind kind, const std::string& message)
+    : std::runtime_error(prefix(kind) + message), kind_(kind) {}
+
+std::string describe(const Tensor& tensor) {
+    if (!tensor) return "nothing";
+    std::string text = std::string(name(tensor.dtype)) + " [";
+    for (int i = 0; i < tensor.ndim; ++i) {
+        if (i > 0) text += ", ";
+        text += std::to_string(tensor.size(i));
+    }
+    return text + "] on " + name(tensor.device);
+}
+
+void Checker::that(bool ok, const char* argument, const std::string& expected,
+                   const std::string& got, ErrorKind kind) const {
+    if (ok) return;
+    throw Error(kind, std::string(op_) + ": argument '" + argument + "': expected " + expected +
+                          ", got " + got);
+}
+
+void Checker::contiguous(const char* argument, const Tensor& tensor, int ndim) const {
+    that(tensor.ndim == ndim, argument, std::to_string(ndim) + " dimension(s)", describe(tensor));
+    that(tensor.device != Device::kOther, argument, "a tensor on cpu or cuda", describe(tensor),
+         ErrorKind::kUnsupported);
+    that(tensor.is_contiguous(), argument, "a contiguous tensor", "strides of another layout");
+}
+
+void Checker::floating(const char* argument, const Tensor& tensor, int ndim) const {
+    that(is_float(tensor.dtype), argument, "float32, bfloat16 or float16", describe(tensor),
+         ErrorKind::kType);
+    contiguous(argument, tensor, ndim);
+}
+
+void Checker::typed(const char* argument, const Tensor& tensor, DType dtype, int ndim) const {
+    that(tensor.dtype == dtype, argument, name(dtype), describe(tensor), ErrorKind::kType);
+    contiguous(argument, tensor, ndim);
+}
+
+void Checker::dim(const char* argument, const Tensor& tensor, int dim, int64_t expected,
+                  const char* meaning) const {
+    that(tensor.size(dim) == expected, argument,
+         "size " + std::to_string(expected) + " in dimension " + std::to_string(dim) + " (" +
+             meaning + ")",
+         describe(tensor));
+}
+
+void Checker::same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,
+                         const Tensor& other) const {
+    that(tensor.dtype == other.dtype, argument,
+         std::string("the dtype of '") + other_argument + "' (" + name(other.dtype) + ")",
+         name(tensor.dtype), ErrorKind::kType);
+}
+
+void Checker::same_device(
+    std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const {
+    const auto& [first_name, first] = *arguments.begin();
+    for (const auto& [argument, tensor] : arguments) {
+        if (!tensor->given()) continue;
+        that(tensor->device == first->device, argument,
+             std::string("the device of '") + first_name + "' (" + name(first->device) + ")",
+             name(tensor->device));
+    }
+}
+
+void Checker::ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const {
+    if (rows.device != Device::kCpu) return;
+    const int32_t* row = rows.as<const int32_t>();
+    int64_t previous = -1;
+    for (int64_t i = 0; i < rows.size(0); ++i) {
+        that(row[i] > previous && row[i] < num_rows, argument,
+             "strictly ascending rows below " + std::to_string(num_rows),
+             std::to_string(row[i]) + " after " + std::to_string(previous) + " at index " +
+                 std::to_string(i));
+        previous = row[i];
+    }
+}
+
+void Checker::layout(const Tensor& block_starts, const Tensor& cu_blocks,
+                     int64_t num_tokens) const {
+    typed("block_starts", block_starts, DType::kInt32, 1);
+    typed("cu_blocks", cu_blocks, DType::kInt32, 1);
+    that(block_starts.size(0) >= 1, "block_starts", "at least one entry", "none");
+    that(cu_blocks.size(0) >= 1, "cu_blocks", "at least one entry", "none");
+    if (block_starts.device != Device::kCpu || cu_blocks.device != Device::kCpu) return;
+
+    const auto covers = [&](const char* argument, const Tensor& cuts, int64_t end, bool strict) {
+        const int32_t* cut = cuts.as<const int32_t>();
+        const int64_t n = cuts.size(0);
+        that(cut[0] == 0, argument, "a first entry of 0", std::to_string(cut[0]));
+        for (int64_t i = 1; i < n; ++i) {
+            that(strict ? cut[i] > cut[i - 1] : cut[i] >= cut[i - 1], argument,
+                 strict ? "ascending entries" : "entries that do not descend",
+                 std::to_string(cut[i]) + " after " + std::to_string(cut[i - 1]));
+        }
+        that(cut[n - 1] == end, argument, "a last entry of " + std::to_string(end),
+             std::to_string(cut[n - 1]));
+    };
+    covers("block_starts", block_starts, num_tokens, /*strict=*/true);
+    covers("cu_blocks", cu_blocks, block_starts.size(0) - 1, /*strict=*/false);
+}
+
+}  // namespace lemo

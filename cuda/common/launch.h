@@ -1,0 +1,34 @@
+// Launch errors and storage-type dispatch of the CUDA kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include <cutlass/numeric_types.h>
+
+#include "lemo/blocks.h"
+#include "lemo/check.h"
+
+namespace lemo::cuda {
+
+inline void check_launch(const char* op) {
+    const cudaError_t status = cudaGetLastError();
+    if (status != cudaSuccess) {
+        throw Error(ErrorKind::kUnsupported, std::string(op) + ": the CUDA launch failed: " +
+                                                 cudaGetErrorString(status));
+    }
+}
+
+/// Calls `body(T{})` with the storage type of `dtype`.
+template <typename Body>
+void dispatch_float(DType dtype, Body&& body) {
+    switch (dtype) {
+        case DType::kFloat32: return body(float{});
+        case DType::kBFloat16: return body(cutlass::bfloat16_t{});
+        case DType::kFloat16: return body(cutlass::half_t{});
+        default: throw Error(ErrorKind::kType, std::string("no CUDA kernel for ") + name(dtype));
+    }
+}
+
+}  // namespace lemo::cuda

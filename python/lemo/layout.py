@@ -1,0 +1,82 @@
+"""How packed tokens are cut into sequences and blocks, and which rows a sub-block keeps."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo import _C
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """T packed tokens, cut into N sequences and B blocks; the last block of a sequence may be ragged.
+
+    Attributes:
+        seqlens: tokens of each sequence.
+        block_size: tokens of a full block.
+        block_starts: [B+1] int32, first row of every block; the last entry is T.
+        cu_blocks: [N+1] int32, first block of every sequence.
+        cu_seqlens: [N+1] int32, first row of every sequence.
+    """
+
+    seqlens: tuple[int, ...]
+    block_size: int
+    block_starts: Tensor
+    cu_blocks: Tensor
+    cu_seqlens: Tensor
+
+    @classmethod
+    def from_seqlens(
+        cls, seqlens: list[int], block_size: int, device: torch.device | str = "cpu"
+    ) -> "BlockLayout":
+        """Cuts sequences of these lengths; raises ValueError on a negative length or block_size < 1."""
+        starts, cuts = _C.plan_blocks(list(seqlens), block_size)
+        return cls(
+            seqlens=tuple(seqlens),
+            block_size=block_size,
+            block_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+            cu_blocks=torch.tensor(cuts, dtype=torch.int32, device=device),
+            cu_seqlens=torch.tensor(
+                [starts[block] for block in cuts], dtype=torch.int32, device=device
+            ),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.seqlens)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.block_starts.numel() - 1
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.seqlens)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that one sub-block keeps. `rows`, `positions` and `kept_blocks` are None when it keeps everything.
+
+    Attributes:
+        layout: the layout that was selected from.
+        rows: [R] int32, ascending packed rows.
+        positions: [R] int32, position of each row in its own sequence.
+        cu_rows: [N+1] int32, packed cu_seqlens of the kept rows.
+        kept_blocks: [K] int32, ascending.
+    """
+
+    layout: BlockLayout
+    rows: Tensor | None
+    positions: Tensor | None
+    cu_rows: Tensor
+    kept_blocks: Tensor | None
+
+    @classmethod
+    def everything(cls, layout: BlockLayout) -> "Selection":
+        return cls(layout, None, None, layout.cu_seqlens, None)
+
+    @property
+    def num_rows(self) -> int:
+        return self.layout.num_tokens if self.rows is None else self.rows.numel()

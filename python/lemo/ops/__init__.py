@@ -1,0 +1,9 @@
+"""Differentiable functions over torch.ops.lemo.* (docs/DESIGN.md, section 3)."""
+
+from lemo.ops import _library  # noqa: F401  registers the ops before the modules below refer to them
+from lemo.ops.residual_scatter import residual_scatter_, stream_gather
+
+__all__ = [
+    "residual_scatter_",
+    "stream_gather",
+]

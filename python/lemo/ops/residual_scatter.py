@@ -1,0 +1,78 @@
+"""residual_scatter: x[rows] += y on the residual stream, and the stream's gather."""
+
+import torch
+from torch import Tensor
+
+from lemo.ops._call import call
+
+_ops = torch.ops.lemo
+
+
+@torch.library.register_fake("lemo::residual_scatter")
+def _(x, y, rows):
+    return None
+
+
+@torch.library.register_fake("lemo::residual_scatter_backward")
+def _(dx, rows):
+    return dx.new_empty((dx.shape[0] if rows is None else rows.shape[0], dx.shape[1]))
+
+
+class _ResidualScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, rows):
+        call(_ops.residual_scatter, x, y, rows)
+        ctx.mark_dirty(x)
+        ctx.rows, ctx.dtype = rows, y.dtype
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        dy = None
+        if ctx.needs_input_grad[1]:
+            dy = call(_ops.residual_scatter_backward, dx, ctx.rows).to(ctx.dtype)
+        return dx, dy, None
+
+
+def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Adds `y` to `rows` of the residual stream in place and returns the stream.
+
+    The backward pass hands the gradient of the stream on untouched and gathers the gradient of `y` from it, so the
+    stream and its gradient stay one buffer each (LeMo, section 5.2: fused residual padding).
+
+    Args:
+        x: [T, H] float, contiguous, updated in place. Not a leaf that requires grad.
+        y: [R, H] float; may differ from `x` in dtype.
+        rows: [R] int32, strictly ascending; None adds to every row.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or row index does not fit.
+    """
+    return _ResidualScatter.apply(x, y, rows)
+
+
+class _StreamGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.rows = rows
+        ctx.mark_dirty(x)
+        return x, call(_ops.residual_scatter_backward, x, rows)
+
+    @staticmethod
+    def backward(ctx, dx, dx_rows):
+        dx = dx.contiguous()
+        call(_ops.residual_scatter, dx, dx_rows, ctx.rows)
+        return dx, None
+
+
+def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gathers rows of the residual stream; the backward pass adds into the stream's gradient in place.
+
+    Args:
+        x: [T, H] float, contiguous; passed through (the same storage is returned).
+        rows: [R] int32, strictly ascending; None copies every row.
+
+    Returns:
+        (x, x_rows [R, H]).
+    """
+    return _StreamGather.apply(x, rows)

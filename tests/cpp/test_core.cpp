@@ -1,0 +1,98 @@
+// Block arithmetic, storage conversion and products: what every kernel stands on.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "convert.h"
+#include "gemm.h"
+#include "lemo/blocks.h"
+#include "lemo/check.h"
+#include "parallel.h"
+
+namespace lemo {
+namespace {
+
+TEST(Blocks, RaggedEmptyAndExactSequences) {
+    const BlockPlan plan = plan_blocks({5, 0, 4}, 2);
+    EXPECT_EQ(plan.block_starts, (std::vector<int32_t>{0, 2, 4, 5, 7, 9}));
+    EXPECT_EQ(plan.cu_blocks, (std::vector<int32_t>{0, 3, 3, 5}));
+    EXPECT_THROW(plan_blocks({1}, 0), Error);
+    EXPECT_THROW(plan_blocks({-1}, 2), Error);
+    EXPECT_THROW(plan_blocks({int64_t{1} << 31}, int64_t{1} << 31), Error);
+}
+
+TEST(Blocks, ShiftedGroupsStartHalfAGroupEarly) {
+    EXPECT_EQ(group_shift(0, 4, 8), 0);
+    EXPECT_EQ(group_shift(2, 4, 8), 4);
+    EXPECT_EQ(group_first(3, 8, 4), 0);   // the first shifted group is half as long
+    EXPECT_EQ(group_first(4, 8, 4), 4);
+    EXPECT_EQ(group_first(11, 8, 4), 4);
+    EXPECT_EQ(group_first(11, 8, 0), 8);
+}
+
+TEST(Blocks, LossSegmentFitsItsBudget) {
+    EXPECT_EQ(plan_loss_segment(1000, 256, 1024 * 10), 10);
+    EXPECT_EQ(plan_loss_segment(4, 256, 1 << 30), 4);
+    EXPECT_EQ(plan_loss_segment(1000, 1 << 20, 1), 1);
+}
+
+TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {
+    cpu::BFloat16 value;
+    for (const auto& [from, to] : {std::pair{1.0f, 1.0f}, {1.00390625f, 1.0f}, {1.01171875f, 1.015625f},
+                                   {-3.0e38f, -3.0040553e38f}}) {
+        cpu::store(&value, from);
+        EXPECT_FLOAT_EQ(cpu::load(value), to);
+    }
+    cpu::store(&value, std::numeric_limits<float>::quiet_NaN());
+    EXPECT_TRUE(std::isnan(cpu::load(value)));
+}
+
+TEST(Convert, Float16EveryBitPatternSurvives) {
+    for (uint32_t bits = 0; bits < 0x10000u; ++bits) {
+        const cpu::Float16 value{static_cast<uint16_t>(bits)};
+        const float wide = cpu::load(value);
+        cpu::Float16 back;
+        cpu::store(&back, wide);
+        if (std::isnan(wide)) {
+            EXPECT_TRUE(std::isnan(cpu::load(back)));
+        } else {
+            ASSERT_EQ(back.bits, value.bits) << bits;
+        }
+    }
+    cpu::Float16 value;
+    cpu::store(&value, 65519.9f);
+    EXPECT_EQ(cpu::load(value), 65504.0f);
+    cpu::store(&value, 65520.0f);
+    EXPECT_TRUE(std::isinf(cpu::load(value)));
+    cpu::store(&value, 0x1p-25f);  // half the smallest subnormal: ties to even, 0
+    EXPECT_EQ(cpu::load(value), 0.0f);
+}
+
+TEST(Gemm, TransposesStridesAndAccumulates) {
+    const float a[] = {1, 2, 3, 4, 5, 6};  // [2, 3]
+    const float b[] = {1, 0, 2, 1, 3, 1};  // [3, 2]
+    float c[] = {100, 100, -1, 100, 100, -1};
+    cpu::gemm(cpu::Trans::kNo, cpu::Trans::kNo, 2, 2, 3, 1.0f, a, 3, b, 2, 1.0f, c, 3);
+    EXPECT_EQ(c[0], 114);
+    EXPECT_EQ(c[1], 105);
+    EXPECT_EQ(c[3], 132);
+    EXPECT_EQ(c[4], 111);
+    EXPECT_EQ(c[2], -1);
+    float d[] = {0};
+    cpu::gemm(cpu::Trans::kYes, cpu::Trans::kNo, 1, 1, 2, 1.0f, a, 3, b, 2, 0.0f, d, 1);
+    EXPECT_EQ(d[0], 1 * 1 + 4 * 2);
+}
+
+TEST(Parallel, CoversEveryItemOnceAndRethrows) {
+    std::vector<int> hits(1000);
+    cpu::parallel_ranges(1000, 10, [&](int64_t first, int64_t end) {
+        for (int64_t i = first; i < end; ++i) ++hits[static_cast<size_t>(i)];
+    });
+    EXPECT_EQ(hits, std::vector<int>(1000, 1));
+    EXPECT_THROW(cpu::parallel_for(4, [](int64_t i, int) { if (i == 2) throw Error(ErrorKind::kValue, "x"); }),
+                 Error);
+}
+
+}  // namespace
+}  // namespace lemo

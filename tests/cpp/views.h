@@ -1,0 +1,42 @@
+// Views of std::vector for the C++ tests.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <type_traits>
+#include <vector>
+
+#include "convert.h"
+#include "lemo/tensor.h"
+
+namespace lemo::testing {
+
+template <typename T>
+constexpr DType dtype_of() {
+    if constexpr (std::is_same_v<T, float>) return DType::kFloat32;
+    if constexpr (std::is_same_v<T, cpu::BFloat16>) return DType::kBFloat16;
+    if constexpr (std::is_same_v<T, cpu::Float16>) return DType::kFloat16;
+    if constexpr (std::is_same_v<T, int32_t>) return DType::kInt32;
+    if constexpr (std::is_same_v<T, int64_t>) return DType::kInt64;
+    return DType::kOther;
+}
+
+/// A contiguous view of `values` with this shape.
+template <typename T>
+Tensor view(std::vector<T>& values, std::initializer_list<int64_t> shape) {
+    Tensor tensor;
+    tensor.data = values.data();
+    tensor.dtype = dtype_of<T>();
+    tensor.device = Device::kCpu;
+    tensor.ndim = static_cast<int>(shape.size());
+    size_t i = 0;
+    for (const int64_t size : shape) tensor.shape[i++] = size;
+    int64_t stride = 1;
+    for (i = shape.size(); i-- > 0;) {
+        tensor.stride[i] = stride;
+        stride *= tensor.shape[i];
+    }
+    return tensor;
+}
+
+}  // namespace lemo::testing

@@ -1,0 +1,44 @@
+"""The one place that says how close is close enough."""
+
+import torch
+from torch import Tensor
+
+FP32_RELATIVE_ERROR = 2e-5
+
+
+def relative_error(value: Tensor, oracle: Tensor) -> float:
+    """||value - oracle|| / ||oracle|| in fp64; infinite where one holds a NaN or infinity the other lacks."""
+    value, oracle = value.detach().double(), oracle.detach().double()
+    assert value.shape == oracle.shape, f"shape {tuple(value.shape)}, oracle {tuple(oracle.shape)}"
+    special = ~torch.isfinite(oracle)
+    same = torch.equal(special, ~torch.isfinite(value)) and torch.equal(
+        value[special].nan_to_num(nan=1.5), oracle[special].nan_to_num(nan=1.5)
+    )
+    if not same:
+        return float("inf")
+    value, oracle = value[~special], oracle[~special]
+    norm = oracle.norm().item()
+    return (value - oracle).norm().item() / (norm if norm > 0 else 1.0)
+
+
+def assert_close_fp32(value: Tensor, oracle: Tensor, what: str = "result") -> None:
+    """An fp32 result against an oracle computed in fp32 or fp64."""
+    error = relative_error(value, oracle)
+    assert error <= FP32_RELATIVE_ERROR, f"{what}: relative error {error:.2e}"
+
+
+def assert_close_low_precision(
+    value: Tensor, plain: Tensor, oracle: Tensor, what: str = "result"
+) -> None:
+    """A bf16 or fp16 result errs at most twice as much as plain PyTorch in the same dtype.
+
+    Args:
+        value: lemo's result.
+        plain: the same mathematics in plain PyTorch, inputs and arithmetic in the low precision.
+        oracle: the fp32 result on the same (rounded) inputs.
+    """
+    error, plain_error = relative_error(value, oracle), relative_error(plain, oracle)
+    rounding = torch.finfo(value.dtype).eps / 2  # a perfect result still rounds once
+    assert error <= max(2 * plain_error, rounding), (
+        f"{what}: relative error {error:.2e}, plain {value.dtype} {plain_error:.2e}"
+    )
