@@ -2,12 +2,12 @@
 
     python benchmarks/main_job.py --model MODEL --train TRAIN.jsonl.xz --eval EVAL.jsonl.xz
 
-Every method is a process of its own that runs the same loop: Transformers and PEFT, the model's own
-dtype, scaled dot-product attention, no checkpointing, AdamW, the same LoRA, windows, order and seed.
-The peer, ``dense``, never imports lemo; ``lemo-K`` calls ``lemo.enable`` with keep K and is otherwise
-the same code. By default the processes take turns, one step each, so that a change of the machine's
-speed meets all of them (``--sequential``: one method after the other). Perplexity is measured densely
-on held-out documents, over the whole window and over its last quarter.
+Every method is a process of its own that runs the same loop: Transformers and PEFT, the model's
+own dtype, scaled dot-product attention, no checkpointing, AdamW, the same LoRA, windows, order and
+seed. The peer, ``dense``, never imports lemo; ``lemo-K`` calls ``lemo.enable`` with keep K and is
+otherwise the same code. By default the processes take turns, one step each, so that a change of
+the machine's speed meets all of them (``--sequential``: one method after the other). Perplexity is
+measured densely on held-out documents, over the whole window and over its last quarter.
 
 Results of each method stay in ``--work``, so methods can be measured one at a time (``--methods``).
 For each lemo method with a peer, JSON lines are appended to ``--output``, and a table of everything
@@ -108,7 +108,7 @@ def read_documents(path: Path) -> Iterator[dict]:
 
 
 def make_windows(options: argparse.Namespace) -> dict:
-    """Windows of token ids: ``{"train": one a step, "eval": {kind: first window of documents}}``."""
+    """Windows of token ids: ``{"train": one a step, "eval": {kind: one a document}}``."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)

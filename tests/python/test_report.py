@@ -134,7 +134,8 @@ def test_report_of_one_run(tmp_path):
     assert images[1] == (tmp_path / "out" / "loss.png").read_bytes()
     for image in images:
         width, height = png_size(image)
-        assert width >= 1000 and height >= 300
+        assert width >= 1000
+        assert height >= 300
     for text in (
         "lemo, keep 0.5, pooled scores",
         "75%",
@@ -146,14 +147,16 @@ def test_report_of_one_run(tmp_path):
         assert text in page
     # Self-contained: nothing is loaded from elsewhere.
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    assert "url(" not in page and "<script" not in page
+    assert "url(" not in page
+    assert "<script" not in page
 
 
 def test_comparison_puts_runs_side_by_side(tmp_path):
     lemo_run = load_run(write_run(tmp_path / "a" / "run"))
     dense = load_run(write_run(tmp_path / "b" / "run", keep=1.0))
     page = write_report([lemo_run, dense], tmp_path / "out").read_text()
-    assert "a/run" in page and "b/run" in page
+    assert "a/run" in page
+    assert "b/run" in page
     assert dict(summary_table([lemo_run, dense]))["method"] == [
         "lemo, keep 0.5, pooled scores",
         "dense LoRA",
@@ -173,7 +176,8 @@ def test_names_and_configuration_are_escaped(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_text("model: '<script>alert(1)</script>'\n")
     page = write_report([load_run(folder, name="<b>")], tmp_path / "out").read_text()
-    assert "<script>" not in page and "&lt;b&gt;" in page
+    assert "<script>" not in page
+    assert "&lt;b&gt;" in page
 
 
 def test_kept_map_draws_kept_blocks_in_the_kept_colour(tmp_path):
@@ -208,7 +212,8 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
     folder.mkdir()
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     page = write_report([load_run(folder)], tmp_path / "out").read_text()
-    assert "final loss" in page and "peak memory</th>" not in page
+    assert "final loss" in page
+    assert "peak memory</th>" not in page
 
 
 @pytest.mark.parametrize(
@@ -255,9 +260,9 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_run_and_missing_log(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected the folder of a run, got .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"expected the folder of a run, got .*absent"):
         load_run(tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match="expected the step log .*log.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"expected the step log .*log\.jsonl"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="runs: expected at least one run"):
         write_report([], tmp_path / "out")
