@@ -50,7 +50,7 @@ if(NOT LEMO_CUDA STREQUAL "OFF")
       lemo_python_path(cutlass
         "__import__('importlib.util').util.find_spec('cutlass_library').submodule_search_locations[0]")
       if(cutlass)
-        set(LEMO_CUTLASS_INCLUDE "${cutlass}/source/include" CACHE PATH "" FORCE)
+        set(LEMO_CUTLASS_INCLUDE "${cutlass}/source/include")
       endif()
     endif()
     if(NOT EXISTS "${LEMO_CUTLASS_INCLUDE}/cutlass/cutlass.h")

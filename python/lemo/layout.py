@@ -10,7 +10,7 @@ from lemo import _C
 
 @dataclass(frozen=True)
 class BlockLayout:
-    """T packed tokens, cut into N sequences and B blocks; the last block of a sequence may be ragged.
+    """T packed tokens, cut into N sequences and B blocks; a sequence's last block may be ragged.
 
     Attributes:
         seqlens: tokens of each sequence.
@@ -30,7 +30,7 @@ class BlockLayout:
     def from_seqlens(
         cls, seqlens: list[int], block_size: int, device: torch.device | str = "cpu"
     ) -> "BlockLayout":
-        """Cuts sequences of these lengths; raises ValueError on a negative length or block_size < 1."""
+        """Cuts sequences into blocks; ValueError on a negative length or block_size < 1."""
         starts, cuts = _C.plan_blocks(list(seqlens), block_size)
         return cls(
             seqlens=tuple(seqlens),
@@ -57,7 +57,9 @@ class BlockLayout:
 
 @dataclass(frozen=True)
 class Selection:
-    """The rows that one sub-block keeps. `rows`, `positions` and `kept_blocks` are None when it keeps everything.
+    """The rows that one sub-block keeps.
+
+    `rows`, `positions` and `kept_blocks` are None when it keeps everything.
 
     Attributes:
         layout: the layout that was selected from.

@@ -1,8 +1,9 @@
 """Eager oracle of every op: plain PyTorch, written from the mathematics, slow and obvious.
 
-Every function takes the arguments of the torch op of the same name (docs/DESIGN.md, section 3), computes in the dtype of
-its inputs (pass fp64 for an exact gradient, fp32 for the oracle of a bf16 kernel) and is differentiable by autograd where
-the op is. Nothing here calls lemo's kernels, and lemo never calls anything here outside its tests.
+Every function takes the arguments of the torch op of the same name (docs/DESIGN.md, section 3),
+computes in the dtype of its inputs (pass fp64 for an exact gradient, fp32 for the oracle of a bf16
+kernel) and is differentiable by autograd where the op is. Nothing here calls lemo's kernels, and
+lemo never calls anything here outside its tests.
 """
 
 import math
@@ -31,7 +32,7 @@ def _blocks_of(block_starts: Tensor, cu_blocks: Tensor):
 def block_scores(
     q: Tensor, k: Tensor, block_starts: Tensor, cu_blocks: Tensor, scale: float
 ) -> Tensor:
-    """Scores of blocks, [B]: mean over the query blocks m >= n of max over the pair of S (LeMo, section 4.1)."""
+    """Scores of blocks, [B]: mean over query blocks m >= n of max over the pair of S (LeMo, 4.1)."""
     groups = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(groups, dim=1)
     scores = []

@@ -7,7 +7,7 @@ FP32_RELATIVE_ERROR = 2e-5
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:
-    """||value - oracle|| / ||oracle|| in fp64; infinite where one holds a NaN or infinity the other lacks."""
+    """||value - oracle|| / ||oracle|| in fp64; infinite where special values differ."""
     value, oracle = value.detach().double(), oracle.detach().double()
     assert value.shape == oracle.shape, f"shape {tuple(value.shape)}, oracle {tuple(oracle.shape)}"
     special = ~torch.isfinite(oracle)

@@ -8,7 +8,7 @@ _EXCEPTIONS = {"value": ValueError, "type": TypeError, "unsupported": NotImpleme
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Runs `op(*args)`; a failed check of the core raises ValueError, TypeError or NotImplementedError."""
+    """Runs `op(*args)`; a failed check raises ValueError, TypeError or NotImplementedError."""
     try:
         return op(*args)
     except RuntimeError as error:

@@ -37,8 +37,8 @@ class _ResidualScatter(torch.autograd.Function):
 def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
     """Adds `y` to `rows` of the residual stream in place and returns the stream.
 
-    The backward pass hands the gradient of the stream on untouched and gathers the gradient of `y` from it, so the
-    stream and its gradient stay one buffer each (LeMo, section 5.2: fused residual padding).
+    The backward pass hands the gradient of the stream on untouched and gathers the gradient of `y`
+    from it, so the stream and its gradient stay one buffer each (LeMo: fused residual padding).
 
     Args:
         x: [T, H] float, contiguous, updated in place. Not a leaf that requires grad.
@@ -66,7 +66,7 @@ class _StreamGather(torch.autograd.Function):
 
 
 def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gathers rows of the residual stream; the backward pass adds into the stream's gradient in place.
+    """Gathers rows of the residual stream; backward adds into the stream's gradient in place.
 
     Args:
         x: [T, H] float, contiguous; passed through (the same storage is returned).

@@ -1,0 +1,203 @@
+"""Rules that keep the code's shape: layers, frozen lists, file sizes (DESIGN.md, section 2)."""
+
+import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+EXPECTED_OPS = {
+    "block_scores",
+    "linear_cross_entropy",
+    "predictor",
+    "predictor_backward",
+    "residual_scatter",
+    "residual_scatter_backward",
+    "segment_attention",
+    "segment_attention_backward",
+    "select_norm",
+    "select_norm_backward",
+    "token_select",
+}
+
+EXPECTED_CONFIG_FIELDS = {
+    "block_size",
+    "policy",
+    "keep",
+    "keep_mlp",
+    "thresholds",
+    "mlp_thresholds",
+    "dense_layers",
+    "select_at",
+    "scorer",
+    "predictor",
+    "keep_first",
+    "keep_last",
+    "visible_keys",
+    "group_size",
+    "schedule",
+    "mask_loss",
+    "loss_segment",
+    "seed",
+}
+
+STABLE_ABI = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/", "torch/headeronly/")
+
+SOURCE_ENDINGS = {".cpp", ".h", ".cu", ".cuh", ".py"}
+
+
+def tracked_files() -> list[Path]:
+    listing = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
+
+
+def sources(*folders: str) -> list[Path]:
+    return [
+        path
+        for path in tracked_files()
+        if path.suffix in SOURCE_ENDINGS and path.relative_to(ROOT).parts[0] in folders
+    ]
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
+
+
+def imported_modules(path: Path) -> list[str]:
+    return re.findall(r"^\s*(?:from|import)\s+(lemo[\w.]*)", path.read_text(), re.MULTILINE)
+
+
+def test_the_core_knows_neither_torch_nor_python_nor_cuda():
+    for path in sources("cpp"):
+        for header in includes(path):
+            assert not re.match(r"(torch|ATen|c10|pybind11|cuda|cutlass|cute)\b", header), (
+                f"{path.name} includes {header}"
+            )
+
+
+def test_contracts_use_the_standard_library_only():
+    for path in (ROOT / "cpp" / "include").rglob("*.h"):
+        for header in includes(path):
+            assert header.startswith("lemo/") or "/" not in header and "." not in header, (
+                f"{path.name} includes {header}"
+            )
+
+
+def test_cuda_knows_no_torch_and_bindings_no_cutlass():
+    for path in sources("cuda"):
+        assert not [h for h in includes(path) if re.match(r"(torch|ATen|c10|pybind11)/", h)], path
+    for path in sources("bindings"):
+        assert not [h for h in includes(path) if re.match(r"(cutlass|cute)/", h)], path
+
+
+def test_bindings_use_the_stable_abi_only():
+    for path in sources("bindings"):
+        for header in includes(path):
+            if header.startswith(("torch/", "ATen/", "c10/")):
+                assert header.startswith(STABLE_ABI), f"{path.name} includes {header}"
+
+
+def op_stems() -> set[str]:
+    shared = {"blocks", "check", "tensor"}
+    return {path.stem for path in (ROOT / "cpp/include/lemo").glob("*.h")} - shared
+
+
+def test_an_op_includes_no_other_op():
+    for stem in op_stems():
+        for folder in ("cpp/include/lemo", "cpp/src", "cuda", "bindings"):
+            for path in (ROOT / folder).glob(f"{stem}.*"):
+                others = {Path(header).stem for header in includes(path)} & (op_stems() - {stem})
+                assert not others, f"{path} includes {others}"
+
+
+def test_every_op_has_the_files_of_its_stem():
+    for stem in op_stems():
+        for path in (
+            f"cpp/src/{stem}.cpp",
+            f"bindings/{stem}.cpp",
+            f"python/lemo/ops/{stem}.py",
+            f"tests/cpp/test_{stem}.cpp",
+            f"tests/python/test_{stem}.py",
+            f"benchmarks/cpp/bench_{stem}.cpp",
+        ):
+            assert (ROOT / path).is_file(), f"op '{stem}' lacks {path}"
+
+
+# Which packages of lemo a package may import, besides itself.
+LAYERS = {
+    "ops": {"_C", "layout"},
+    "reference": set(),
+    "layout": {"_C"},
+    "config": set(),
+}
+UPPER = {"cli", "training", "report", "data"}
+
+
+@pytest.mark.parametrize("package", sorted(LAYERS))
+def test_lower_layers_import_nothing_above(package):
+    for path in sources("python"):
+        parts = path.relative_to(ROOT / "python/lemo").with_suffix("").parts
+        if parts[0] != package:
+            continue
+        for module in imported_modules(path):
+            top = module.split(".")[1] if "." in module else ""
+            assert top in LAYERS[package] | {package, ""}, f"{path} imports {module}"
+
+
+def test_the_method_does_not_import_training_or_the_command_line():
+    for path in sources("python"):
+        top = path.relative_to(ROOT / "python/lemo").with_suffix("").parts[0]
+        if top in UPPER or top in {"__main__", "predictors"}:
+            continue
+        for module in imported_modules(path):
+            assert module.split(".")[1:2] == [] or module.split(".")[1] not in UPPER, (
+                f"{path} imports {module}"
+            )
+
+
+def test_nothing_uses_the_oracle_but_tests():
+    for path in sources("python"):
+        assert path.name == "reference.py" or "lemo.reference" not in path.read_text(), path
+
+
+def test_the_list_of_ops_is_frozen():
+    import lemo.ops  # noqa: F401
+
+    names = {
+        name.removeprefix("lemo::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lemo::")
+    }
+    assert names == EXPECTED_OPS
+
+
+def test_the_fields_of_the_config_are_frozen():
+    from lemo import LemoConfig
+
+    assert {field.name for field in dataclasses.fields(LemoConfig)} == EXPECTED_CONFIG_FIELDS
+
+
+def test_lemo_reads_no_environment_variables():
+    for path in sources("python", "cpp", "cuda", "bindings"):
+        assert not re.search(r"os\.environ|os\.getenv|\bgetenv\(", path.read_text()), path
+
+
+def test_design_lists_every_op_and_config_field():
+    design = (ROOT / "docs/DESIGN.md").read_text()
+    for name in EXPECTED_OPS | EXPECTED_CONFIG_FIELDS:
+        assert f"`{name}`" in design, f"docs/DESIGN.md does not mention {name}"
+
+
+def test_files_and_lines_stay_short():
+    folders = ("python", "cpp", "cuda", "bindings", "tests", "benchmarks")
+    for path in sources(*folders):
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 600, f"{path} has {len(lines)} lines"
+        for number, line in enumerate(lines, 1):
+            assert len(line) <= 100, f"{path}:{number} has {len(line)} columns"
