@@ -7,6 +7,7 @@ lemo never calls anything here outside its tests.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,14 +26,14 @@ __all__ = [
 def _blocks_of(block_starts: Tensor, cu_blocks: Tensor):
     """Yields, for every sequence, the list of (first row, end row) of its blocks."""
     starts, cuts = block_starts.tolist(), cu_blocks.tolist()
-    for first, end in zip(cuts[:-1], cuts[1:]):
+    for first, end in pairwise(cuts):
         yield [(starts[b], starts[b + 1]) for b in range(first, end)]
 
 
 def block_scores(
     q: Tensor, k: Tensor, block_starts: Tensor, cu_blocks: Tensor, scale: float
 ) -> Tensor:
-    """Scores of blocks, [B]: mean over query blocks m >= n of max over the pair of S (LeMo, 4.1)."""
+    """Scores of blocks, [B]: mean over query blocks m >= n of the pair's max of S (LeMo, 4.1)."""
     groups = q.shape[1] // k.shape[1]
     keys = k.repeat_interleave(groups, dim=1)
     scores = []
@@ -73,7 +74,7 @@ def token_select(scores, block_starts, cu_blocks, policy, value, keep_first, kee
     """(rows, positions, cu_rows, kept_blocks) of the blocks that a policy keeps, int32."""
     cuts, starts = cu_blocks.tolist(), block_starts.tolist()
     rows, positions, cu_rows, kept_blocks = [], [], [0], []
-    for first, end in zip(cuts[:-1], cuts[1:]):
+    for first, end in pairwise(cuts):
         count = end - first
         forced = {b for b in range(count) if b < keep_first or b >= count - keep_last}
         values = scores[first:end].tolist()

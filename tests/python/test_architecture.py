@@ -84,7 +84,7 @@ def test_the_core_knows_neither_torch_nor_python_nor_cuda():
 def test_contracts_use_the_standard_library_only():
     for path in (ROOT / "cpp" / "include").rglob("*.h"):
         for header in includes(path):
-            assert header.startswith("lemo/") or "/" not in header and "." not in header, (
+            assert header.startswith("lemo/") or ("/" not in header and "." not in header), (
                 f"{path.name} includes {header}"
             )
 
