@@ -1,3 +1,29 @@
 """lemo: fine-tune large language models on very long sequences with contextual token sparsity."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lemo.config import LemoConfig
+    from lemo.models.enable import Handle, enable
+
 __version__ = "0.1.0"
+
+__all__ = ["Handle", "LemoConfig", "__version__", "enable"]
+
+# Imported on first use: `import lemo` stays light (the command line needs that), Transformers is not.
+_HOMES = {
+    "Handle": "lemo.models.enable",
+    "LemoConfig": "lemo.config",
+    "enable": "lemo.models.enable",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lemo' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

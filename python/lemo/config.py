@@ -1,0 +1,230 @@
+"""LemoConfig: what is eliminated, where, when, and by which scores."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+POLICIES = ("ratio", "threshold")
+SCORERS = ("pooled", "predictor", "random", "label")
+VISIBLE_KEYS = ("kept", "all")
+
+
+@dataclass(frozen=True)
+class LemoConfig:
+    """Settings of token elimination; validated when constructed.
+
+    Lists may be given for the tuple fields. Fields with one entry for each layer are checked
+    against the model by `lemo.enable`.
+
+    Attributes:
+        block_size: tokens of a block, the unit that is kept or eliminated.
+        policy: "ratio" keeps the best share of the blocks of each sequence, "threshold" the blocks
+            that score at least the layer's threshold (LeMo, section 5.1).
+        keep: share of blocks that attention keeps, in [0, 1]; a list has one entry for each layer.
+        keep_mlp: the same for the MLP; None: the MLP uses attention's kept set of its layer. Both
+            are for the policy "ratio".
+        thresholds: one for each layer, for attention. None with policy "threshold" and scorer
+            "predictor": the ones in the predictor folder.
+        mlp_thresholds: one for each layer, for the MLP. None: the predictor folder's where
+            `thresholds` come from there too, otherwise the MLP uses attention's kept set of its
+            layer.
+        dense_layers: layers that keep everything; negative ones count from the end.
+        select_at: layers that score blocks; the others use the scores of the nearest earlier one.
+            "first": the first layer that is not dense; "all": every layer.
+        scorer: where block scores come from: "pooled" (queries and keys of block means),
+            "predictor" (trained by `lemo prepare`), "random", or "label" (exact scores; slow, an
+            upper bound for experiments).
+        predictor: folder written by `lemo prepare`; needed by scorer "predictor".
+        keep_first: blocks always kept at the start of a sequence.
+        keep_last: blocks always kept at the end of a sequence.
+        visible_keys: "kept": attention runs among kept rows. "all": rows that are not kept still
+            serve as keys and values of the kept ones.
+        group_size: tokens of a shifted attention group (two-dimensional sparsity); None: no
+            groups.
+        schedule: (progress, keep) pairs: from that share of the training on, this keep replaces
+            `keep` and `keep_mlp` in all layers that are not dense, cut by ratio. 1.0 is a dense
+            finish.
+        mask_loss: tokens that no sub-block kept do not count in the loss.
+        loss_segment: rows of a loss segment; None: chosen so that its fp32 logits take at most 256
+            MiB.
+        seed: for scorer "random".
+
+    Raises:
+        ValueError, TypeError: a field does not fit; the message names it.
+    """
+
+    block_size: int = 64
+    policy: str = "ratio"
+    keep: float | tuple[float, ...] = 0.5
+    keep_mlp: float | tuple[float, ...] | None = None
+    thresholds: tuple[float, ...] | None = None
+    mlp_thresholds: tuple[float, ...] | None = None
+    dense_layers: tuple[int, ...] = (0, 1, -1)
+    select_at: str | tuple[int, ...] = "first"
+    scorer: str = "pooled"
+    predictor: str | None = None
+    keep_first: int = 1
+    keep_last: int = 1
+    visible_keys: str = "kept"
+    group_size: int | None = None
+    schedule: tuple[tuple[float, float], ...] = ()
+    mask_loss: bool = True
+    loss_segment: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("scorer", self.scorer, SCORERS)
+        _check_choice("visible_keys", self.visible_keys, VISIBLE_KEYS)
+        _check_int("block_size", self.block_size, minimum=1)
+        _check_int("keep_first", self.keep_first, minimum=0)
+        _check_int("keep_last", self.keep_last, minimum=0)
+        _check_int("seed", self.seed, minimum=0)
+        if self.group_size is not None:
+            _check_int("group_size", self.group_size, minimum=2)
+        if self.loss_segment is not None:
+            _check_int("loss_segment", self.loss_segment, minimum=1)
+        if not isinstance(self.mask_loss, bool):
+            raise TypeError(f"mask_loss: expected a bool, got {self.mask_loss!r}")
+
+        self._set("keep", _shares("keep", self.keep))
+        if self.keep_mlp is not None:
+            self._set("keep_mlp", _shares("keep_mlp", self.keep_mlp))
+        for name in ("thresholds", "mlp_thresholds"):
+            if getattr(self, name) is not None:
+                self._set(name, _numbers(name, getattr(self, name)))
+        self._set("dense_layers", _layers("dense_layers", self.dense_layers))
+        if isinstance(self.select_at, str):
+            if self.select_at not in ("first", "all"):
+                raise ValueError(
+                    "select_at: expected 'first', 'all' or a list of layers, "
+                    f"got {self.select_at!r}"
+                )
+        else:
+            self._set("select_at", _layers("select_at", self.select_at))
+            if not self.select_at:
+                raise ValueError("select_at: expected at least one layer, got an empty list")
+        self._set("schedule", _schedule(self.schedule))
+
+        if self.predictor is not None:
+            if not isinstance(self.predictor, str | Path):
+                raise TypeError(f"predictor: expected a path, got {self.predictor!r}")
+            self._set("predictor", str(self.predictor))
+        if self.scorer == "predictor" and self.predictor is None:
+            raise ValueError(
+                "predictor: scorer 'predictor' needs the folder written by 'lemo prepare', got None"
+            )
+        if self.policy == "threshold" and self.thresholds is None and self.scorer != "predictor":
+            raise ValueError(
+                "thresholds: policy 'threshold' needs one for each layer, got None "
+                f"(scorer '{self.scorer}' brings none of its own)"
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the only writes to a frozen instance: normal forms
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain Python values (lists, numbers, strings), fit for JSON and YAML."""
+        return {
+            field.name: _to_plain(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LemoConfig":
+        """The inverse of `to_dict`: absent fields take defaults, unknown ones raise ValueError."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a mapping of LemoConfig fields, got {values!r}")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known: {', '.join(known)}"
+                raise ValueError(f"LemoConfig has no field '{name}'; {hint}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "LemoConfig":
+        """Reads a YAML mapping; raises FileNotFoundError, or ValueError naming the file."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: expected a YAML file of LemoConfig fields, got {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of LemoConfig fields, got {values!r}")
+        try:
+            return cls.from_dict(values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if not _is_int(value):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    if not _is_list(value) or not all(_is_number(entry) for entry in value):
+        raise TypeError(f"{name}: expected a list of finite numbers, got {value!r}")
+    return tuple(float(entry) for entry in value)
+
+
+def _shares(name: str, value: Any) -> float | tuple[float, ...]:
+    shares = _numbers(name, value) if _is_list(value) else value
+    for share in shares if _is_list(shares) else (shares,):
+        if not _is_number(share):
+            raise TypeError(f"{name}: expected a number or a list of numbers, got {value!r}")
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name}: expected shares between 0 and 1, got {value!r}")
+    return shares if _is_list(shares) else float(shares)
+
+
+def _layers(name: str, value: Any) -> tuple[int, ...]:
+    if not _is_list(value) or not all(_is_int(layer) for layer in value):
+        raise TypeError(f"{name}: expected a list of layer indices, got {value!r}")
+    return tuple(value)
+
+
+def _schedule(value: Any) -> tuple[tuple[float, float], ...]:
+    if not _is_list(value) or not all(_is_list(entry) and len(entry) == 2 for entry in value):
+        raise TypeError(f"schedule: expected a list of [progress, keep] pairs, got {value!r}")
+    entries = tuple(_numbers("schedule", entry) for entry in value)
+    for progress, keep in entries:
+        if not (0.0 <= progress <= 1.0 and 0.0 <= keep <= 1.0):
+            raise ValueError(
+                f"schedule: expected progress and keep between 0 and 1, got {[progress, keep]}"
+            )
+    if any(later[0] <= earlier[0] for earlier, later in zip(entries, entries[1:])):
+        raise ValueError(f"schedule: expected ascending progress, got {value!r}")
+    return entries
+
+
+def _to_plain(value: Any) -> Any:
+    return [_to_plain(entry) for entry in value] if isinstance(value, tuple) else value

@@ -1,0 +1,1 @@
+"""Elimination in Hugging Face causal language models."""

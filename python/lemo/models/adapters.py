@@ -1,0 +1,358 @@
+"""The one place that knows how each architecture names and wires its parts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from transformers import PreTrainedModel
+
+from lemo import ops
+from lemo.models.batch import PackedBatch, apply_rotary, shape_of
+
+__all__ = ["ADAPTERS", "Adapter", "adapter_for"]
+
+
+class Adapter:
+    """Uniform access to the parts of a Llama-like causal LM (RMSNorm, rotary, gated MLP).
+
+    Submodules are looked up at every call, so whatever wraps them later (LoRA, modules_to_save) is
+    honoured. `x` of the methods below is packed, [rows, H].
+    """
+
+    decoder_path = "model"
+    norm_kind = "rms"
+    attention_norm_name = "input_layernorm"
+    mlp_norm_name = "post_attention_layernorm"
+    final_norm_name = "norm"
+    output_name = "o_proj"
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        self.causal_lm = causal_lm
+
+    @property
+    def config(self) -> Any:
+        return self.causal_lm.config
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.causal_lm.get_submodule(self.decoder_path)
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.causal_lm.lm_head
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def layer(self, index: int) -> nn.Module:
+        return self.decoder.layers[index]
+
+    def check_supported(self) -> None:
+        """Raises ValueError where elimination in training would not compute what the model does."""
+        for index in range(self.num_layers):
+            share = self._attention_dropout(self.layer(index).self_attn)
+            if share:
+                raise ValueError(
+                    f"model: expected attention_dropout 0, got {share} in layer {index}; lemo's "
+                    "attention has no dropout, load the model with attention_dropout=0.0"
+                )
+        if not getattr(self.config, "is_causal", True):
+            raise ValueError("model: expected a causal model, got config.is_causal=False")
+        devices = sorted({str(parameter.device) for parameter in self.causal_lm.parameters()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"model: expected all parameters on one device, got {', '.join(devices)}"
+            )
+
+    def _attention_dropout(self, attention: nn.Module) -> float:
+        return attention.attention_dropout
+
+    # Embedding
+
+    def embed(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        block_size: int,
+    ) -> tuple[PackedBatch, Tensor]:
+        """The packed batch and its residual stream [T, H], a fresh tensor that may be overwritten.
+
+        Positions default to what the architecture itself uses for this mask.
+        """
+        shape = shape_of(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.decoder.embed_tokens(input_ids)
+        device = inputs_embeds.device
+        batch = PackedBatch(shape, attention_mask, position_ids, block_size, device)
+        hidden = self._add_positions(inputs_embeds, attention_mask, position_ids, batch)
+        packed = batch.pack(hidden)
+        # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
+        return batch, packed if batch.is_padded else packed.clone()
+
+    def _add_positions(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        batch: PackedBatch,
+    ) -> Tensor:
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        batch.set_rotary(*self.decoder.rotary_emb(inputs_embeds, position_ids))
+        return inputs_embeds
+
+    # Norms
+
+    def attention_norm(self, index: int) -> nn.Module:
+        return getattr(self.layer(index), self.attention_norm_name)
+
+    def mlp_norm(self, index: int) -> nn.Module:
+        return getattr(self.layer(index), self.mlp_norm_name)
+
+    def stream_norm(
+        self, x: Tensor, norm: nn.Module, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(stream, norm(x[rows])): fused where the module is the plain norm of the architecture."""
+        plain = self._plain_norm(norm, x.dtype)
+        if plain is None:
+            x, x_rows = ops.stream_gather(x, rows)
+            return x, norm(x_rows)
+        return ops.stream_select_norm(x, *plain[:2], rows=rows, eps=plain[2], kind=self.norm_kind)
+
+    def normalize(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """norm(x) of a tensor that is not the residual stream."""
+        plain = self._plain_norm(norm, x.dtype)
+        if plain is None:
+            return norm(x)
+        return ops.select_norm(x, *plain[:2], eps=plain[2], kind=self.norm_kind)
+
+    def _plain_norm(
+        self, norm: nn.Module, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, float] | None:
+        """(weight, bias, eps) if lemo's kernel computes exactly this module, else None."""
+        norm = active_module(norm)
+        if self.norm_kind == "layer":
+            plain = type(norm) is nn.LayerNorm
+        else:
+            plain = _is_transformers_rms_norm(norm)
+        if not plain or is_intercepted(norm) or norm.weight is None or norm.weight.dtype != dtype:
+            return None
+        eps = norm.eps if self.norm_kind == "layer" else norm.variance_epsilon
+        return norm.weight, getattr(norm, "bias", None), eps
+
+    # Attention
+
+    def window(self, index: int) -> int:
+        """Tokens a query sees back, itself included; 0: all."""
+        return 0
+
+    def scale(self, index: int) -> float:
+        """What products of queries and keys are multiplied with."""
+        return self.layer(index).self_attn.scaling
+
+    def queries(self, index: int, x: Tensor) -> Tensor:
+        """[rows, Hq, D], before rotation."""
+        return self._heads(index, x, "q_proj")
+
+    def keys(self, index: int, x: Tensor) -> Tensor:
+        """[rows, Hk, D], before rotation."""
+        return self._heads(index, x, "k_proj")
+
+    def values(self, index: int, x: Tensor) -> Tensor:
+        """[rows, Hk, D]."""
+        return self._heads(index, x, "v_proj")
+
+    def _heads(self, index: int, x: Tensor, name: str) -> Tensor:
+        attention = self.layer(index).self_attn
+        return getattr(attention, name)(x).unflatten(-1, (-1, attention.head_dim))
+
+    def rotated(self, index: int, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Queries and keys of every row of the batch, as attention multiplies them."""
+        return (
+            apply_rotary(self.queries(index, x), batch.rotary),
+            apply_rotary(self.keys(index, x), batch.rotary),
+        )
+
+    def attention_output(self, index: int, heads: Tensor) -> Tensor:
+        """What attention adds to the stream, [rows, H], from its heads [rows, Hq, D]."""
+        return getattr(self.layer(index).self_attn, self.output_name)(heads.flatten(1))
+
+    # MLP
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        """What the MLP adds to the stream, [rows, H]."""
+        return self.layer(index).mlp(x)
+
+    def activation(self, index: int, x: Tensor) -> Tensor:
+        """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
+        mlp = self.layer(index).mlp
+        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+
+    # Output
+
+    def stream_output(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(stream, what the head reads of x[rows]): the final norm."""
+        return self.stream_norm(x, getattr(self.decoder, self.final_norm_name), rows)
+
+    @contextmanager
+    def without_dropout(self, index: int) -> Iterator[None]:
+        """For scores of blocks, which should neither depend on a dropout draw nor make one."""
+        active = [
+            module
+            for module in self.layer(index).modules()
+            if isinstance(module, nn.Dropout) and module.training
+        ]
+        for module in active:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in active:
+                module.training = True
+
+
+class MistralAdapter(Adapter):
+    """Every layer has the window of the config."""
+
+    def window(self, index: int) -> int:
+        return self.config.sliding_window or 0
+
+
+class Qwen2Adapter(Adapter):
+    """The window is a layer's own: `layer_types` of the config."""
+
+    def window(self, index: int) -> int:
+        return self.layer(index).self_attn.sliding_window or 0
+
+
+class Qwen3Adapter(Qwen2Adapter):
+    """Queries and keys are normalized head by head before they are rotated."""
+
+    def queries(self, index: int, x: Tensor) -> Tensor:
+        return self.layer(index).self_attn.q_norm(super().queries(index, x))
+
+    def keys(self, index: int, x: Tensor) -> Tensor:
+        return self.layer(index).self_attn.k_norm(super().keys(index, x))
+
+
+class OPTAdapter(Adapter):
+    """LayerNorm, learned positions, biases, an MLP without a gate, dropout after each sub-block."""
+
+    decoder_path = "model.decoder"
+    norm_kind = "layer"
+    attention_norm_name = "self_attn_layer_norm"
+    mlp_norm_name = "final_layer_norm"
+    final_norm_name = "final_layer_norm"
+    output_name = "out_proj"
+
+    def check_supported(self) -> None:
+        super().check_supported()
+        if not self.config.do_layer_norm_before:
+            raise ValueError(
+                "model: expected do_layer_norm_before=True, got False (OPT-350m): a norm after "
+                "the residual addition changes rows that are not kept"
+            )
+        if self.decoder.layerdrop:
+            raise ValueError(
+                f"model: expected layerdrop 0, got {self.decoder.layerdrop}; load the model with "
+                "layerdrop=0.0"
+            )
+
+    def _attention_dropout(self, attention: nn.Module) -> float:
+        return attention.dropout
+
+    def _add_positions(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        batch: PackedBatch,
+    ) -> Tensor:
+        decoder = self.decoder
+        if attention_mask is None:
+            attention_mask = torch.ones(batch.shape, device=inputs_embeds.device)
+        # With position_ids None the embedding counts the ones of the mask itself.
+        positions = decoder.embed_positions(attention_mask, 0, position_ids=position_ids)
+        if decoder.project_in is not None:
+            inputs_embeds = decoder.project_in(inputs_embeds)
+        return inputs_embeds + positions.to(inputs_embeds.device)
+
+    def attention_output(self, index: int, heads: Tensor) -> Tensor:
+        return self._drop(index, super().attention_output(index, heads))
+
+    def mlp(self, index: int, x: Tensor) -> Tensor:
+        return self._drop(index, self.layer(index).fc2(self.activation(index, x)))
+
+    def activation(self, index: int, x: Tensor) -> Tensor:
+        layer = self.layer(index)
+        return layer.activation_fn(layer.fc1(x))
+
+    def stream_output(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.decoder.final_layer_norm is None:
+            x, hidden = ops.stream_gather(x, rows)
+        else:
+            x, hidden = super().stream_output(x, rows)
+        project_out = self.decoder.project_out
+        return x, hidden if project_out is None else project_out(hidden)
+
+    def _drop(self, index: int, y: Tensor) -> Tensor:
+        layer = self.layer(index)
+        return dropout(y, p=layer.dropout, training=layer.training)
+
+
+ADAPTERS: dict[str, type[Adapter]] = {
+    "LlamaForCausalLM": Adapter,
+    "MistralForCausalLM": MistralAdapter,
+    "Qwen2ForCausalLM": Qwen2Adapter,
+    "Qwen3ForCausalLM": Qwen3Adapter,
+    "OPTForCausalLM": OPTAdapter,
+}
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of the causal LM inside `model`, which PEFT, Accelerate or DDP may have wrapped.
+
+    Raises:
+        TypeError: `model` is no torch module, or holds no supported causal LM.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module).__name__ in ADAPTERS:
+            return ADAPTERS[type(module).__name__](module)
+    raise TypeError(
+        f"model: expected one of {', '.join(ADAPTERS)} (possibly wrapped by PEFT), "
+        f"got {type(model).__name__}"
+    )
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """The module that runs inside PEFT's `modules_to_save` wrapper; others are returned as is."""
+    if not (hasattr(module, "original_module") and hasattr(module, "modules_to_save")):
+        return module
+    active = module.active_adapters
+    if module.disable_adapters or not active or active[0] not in module.modules_to_save:
+        return module.original_module
+    return module.modules_to_save[active[0]]
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, a replaced forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _is_transformers_rms_norm(module: nn.Module) -> bool:
+    cls = type(module)
+    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("RMSNorm")

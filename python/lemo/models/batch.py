@@ -1,0 +1,152 @@
+"""Packed batches: a padded [B, S] batch as one list of T tokens, and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lemo.layout import BlockLayout, Selection
+
+__all__ = ["PackedBatch", "apply_rotary"]
+
+
+class PackedBatch:
+    """The tokens of a batch that are not padding, sequence after sequence.
+
+    Attributes:
+        layout: how the T packed tokens are cut into sequences and blocks.
+        shape: (B, S) of the batch as the model got it.
+        rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        """Finds the sequences of a batch.
+
+        Args:
+            shape: (B, S).
+            attention_mask: [B, S] of 0/1, ones contiguous in every row; or None.
+            position_ids: [B or 1, S]; without a mask, a step other than +1 starts a new sequence
+                (the rule of Transformers). Not read when there is a mask, as in Transformers.
+            block_size: tokens of a block.
+            device: where the tokens are.
+
+        Raises:
+            ValueError: a mask that is not [B, S], has gaps, or keeps no token at all.
+        """
+        self.shape = shape
+        self.rotary: tuple[Tensor, Tensor] | None = None
+        self._token_rows: Tensor | None = None
+        if attention_mask is not None:
+            seqlens = self._remove_padding(attention_mask.to(device))
+        elif position_ids is not None:
+            seqlens = _packed_lengths(position_ids.to(device).expand(shape))
+        else:
+            seqlens = [shape[1]] * shape[0]
+        self.layout = BlockLayout.from_seqlens(seqlens, block_size, device)
+        self._positions: Tensor | None = None
+        self._selected_rotary: tuple[Selection, tuple[Tensor, Tensor]] | None = None
+
+    def _remove_padding(self, mask: Tensor) -> list[int]:
+        if mask.ndim != 2 or tuple(mask.shape) != tuple(self.shape):
+            raise ValueError(
+                f"attention_mask: expected [batch, tokens] = {list(self.shape)} of 0/1, got shape "
+                f"{list(mask.shape)}; prepared masks of other shapes are not supported"
+            )
+        kept = mask != 0
+        starts = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+        lengths = kept.sum(1)
+        # The one read-back of a padded batch: lengths and the number of runs of ones.
+        lengths, starts = torch.stack((lengths, starts)).tolist()
+        if max(starts) > 1:
+            raise ValueError(
+                "attention_mask: expected the ones of each row to be contiguous (padding on the "
+                f"left or right), got {max(starts)} runs in row {starts.index(max(starts))}"
+            )
+        if sum(lengths) == 0:
+            raise ValueError("attention_mask: expected at least one token, got only zeros")
+        if sum(lengths) < kept.numel():
+            self._token_rows = kept.flatten().nonzero()[:, 0]
+        return lengths
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some of the B * S tokens are padding."""
+        return self._token_rows is not None
+
+    def pack(self, values: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]; shares storage with `values` when nothing is padded."""
+        flat = values.reshape(-1, *values.shape[2:])
+        return flat if self._token_rows is None else flat.index_select(0, self._token_rows)
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...]; padding gets zeros."""
+        if self._token_rows is not None:
+            padded = values.new_zeros(self.shape[0] * self.shape[1], *values.shape[1:])
+            values = padded.index_copy(0, self._token_rows, values)
+        return values.reshape(*self.shape, *values.shape[1:])
+
+    def set_rotary(self, cos: Tensor, sin: Tensor) -> None:
+        """Takes the model's tables, [B or 1, S, D], for the positions the model was given."""
+        self.rotary = tuple(self.pack(table.expand(*self.shape, -1)) for table in (cos, sin))
+
+    def rotary_of(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin), [R, D], of the rows of a selection."""
+        if self.rotary is None or selection.rows is None:
+            return self.rotary
+        # Layers that share a kept set come one after the other, so remembering one is enough.
+        if self._selected_rotary is None or self._selected_rotary[0] is not selection:
+            rows = selection.rows
+            tables = tuple(table.index_select(0, rows) for table in self.rotary)
+            self._selected_rotary = (selection, tables)
+        return self._selected_rotary[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] int32, the position of every token in its own sequence."""
+        if self._positions is None:
+            cu_seqlens = self.layout.cu_seqlens
+            rows = torch.arange(
+                self.layout.num_tokens, dtype=torch.int32, device=cu_seqlens.device
+            )
+            firsts = torch.repeat_interleave(
+                cu_seqlens[:-1], cu_seqlens.diff(), output_size=self.layout.num_tokens
+            )
+            self._positions = rows - firsts
+        return self._positions
+
+
+def _packed_lengths(position_ids: Tensor) -> list[int]:
+    """Lengths of the sequences in [B, S] positions: a step other than +1 starts a new one."""
+    batch, tokens = position_ids.shape
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids.diff(dim=1) != 1
+    firsts = starts.flatten().nonzero()[:, 0].tolist()
+    return [end - first for first, end in zip(firsts, [*firsts[1:], batch * tokens])]
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Rotates the two halves of every head (RoFormer, arXiv 2104.09864; the half-split layout).
+
+    Args:
+        x: [R, heads, D].
+        rotary: (cos, sin), [R, D] each; None leaves `x` alone.
+    """
+    if rotary is None:
+        return x
+    cos, sin = (table[:, None] for table in rotary)
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence[int]:
+    """(B, S) of a batch given as ids or embeddings; exactly one of the two must be given."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+    return tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])

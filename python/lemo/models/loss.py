@@ -1,0 +1,107 @@
+"""The loss of a causal LM in segments: the logits of a whole sequence never exist."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from torch.utils.checkpoint import checkpoint
+
+from lemo import ops
+from lemo.models.adapters import Adapter, active_module, is_intercepted
+from lemo.models.batch import PackedBatch
+
+__all__ = ["causal_lm_loss"]
+
+_SEGMENT_BYTES = 256 << 20
+
+
+def causal_lm_loss(
+    adapter: Adapter,
+    batch: PackedBatch,
+    x: Tensor,
+    labels: Tensor,
+    untouched: Tensor | None = None,
+    segment_rows: int | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, fp32 scalar.
+
+    The final norm and the head see only rows that have a label. Padding has no loss, whatever its
+    label says. Where no label is left the loss is 0 (Transformers: nan).
+
+    Args:
+        adapter: access to the model.
+        batch: what the rows of `x` are.
+        x: [T, H], the residual stream after the last layer.
+        labels: [B, S]; the token at t is predicted from t - 1.
+        untouched: [T] bool, rows whose own prediction does not count; None: all count.
+        segment_rows: rows whose logits exist at a time; None: 256 MiB of fp32 logits.
+        shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
+        num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
+            untouched rows drop labels, it shrinks by the same share, so that it stays a mean.
+        ignore_index: label that does not count.
+    """
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given.numel() != batch.shape[0] * batch.shape[1]:
+        raise ValueError(
+            f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
+        )
+    if shift_labels is None:
+        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = batch.pack(shift_labels.reshape(batch.shape)).to(x.device)
+    counted = targets != ignore_index
+    divisor = num_items_in_batch
+    if untouched is not None:
+        kept = counted & ~untouched
+        if divisor is not None:
+            divisor = divisor * (kept.sum() / counted.sum().clamp(min=1))
+        counted = kept
+    rows = counted.nonzero()[:, 0]
+    targets = targets[rows]
+    everything = rows.numel() == x.shape[0]
+    x, hidden = adapter.stream_output(x, None if everything else rows.to(torch.int32))
+    if rows.numel() == 0:
+        return hidden.sum(dtype=torch.float32)
+    if torch.is_tensor(divisor):
+        divisor = divisor.to(x.device)
+
+    head = active_module(adapter.lm_head)
+    if segment_rows is None:
+        segment_rows = max(1, _SEGMENT_BYTES // (4 * adapter.config.vocab_size))
+    if type(head) is nn.Linear and not is_intercepted(head):
+        hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
+        return ops.linear_cross_entropy(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            segment_rows=segment_rows,
+            divisor=divisor,
+        )
+    total = _loss_through_module(adapter.lm_head, hidden, targets, segment_rows)
+    return total / (rows.numel() if divisor is None else divisor)
+
+
+def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast would do to the arguments of `linear`; without autocast, the head's dtype."""
+    device, dtype = hidden.device.type, parameters[0].dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (hidden, *parameters))
+
+
+def _loss_through_module(
+    head: nn.Module, hidden: Tensor, targets: Tensor, segment_rows: int
+) -> Tensor:
+    """Sum of cross entropies for a head that is not a plain linear layer, such as one with LoRA."""
+
+    def segment_loss(rows: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(head(rows).float(), labels, reduction="sum")
+
+    losses = [
+        checkpoint(segment_loss, rows, labels, use_reentrant=False)
+        for rows, labels in zip(hidden.split(segment_rows), targets.split(segment_rows))
+    ]
+    return torch.stack(losses).sum()

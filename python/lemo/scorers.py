@@ -1,0 +1,159 @@
+"""Block scores: how informative every block is for a sub-block (LeMo, section 4).
+
+A scorer is called with (layer, kind, x, batch): the index of the layer, "attention" or "mlp", the
+output [T, H] of that sub-block's norm for all rows, and the `PackedBatch` the rows belong to. It
+returns scores [B], fp32. The caller has switched gradients off.
+"""
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+from lemo.config import LemoConfig
+from lemo.layout import BlockLayout
+
+if TYPE_CHECKING:
+    from lemo.models.adapters import Adapter
+    from lemo.models.batch import PackedBatch
+    from lemo.predictors import PredictorSet
+
+__all__ = [
+    "LabelScorer",
+    "PooledScorer",
+    "PredictorScorer",
+    "RandomScorer",
+    "Scorer",
+    "block_means",
+    "make_scorer",
+    "visible_means",
+]
+
+# Elements of one fp32 tile of per-head products in `visible_means`: 64 MiB.
+_TILE_ELEMENTS = 1 << 24
+
+
+class Scorer(Protocol):
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor: ...
+
+
+class PooledScorer:
+    """Queries and keys of block means: no training, one product for each pair of blocks.
+
+    Attention scores a block by the mean, over the query blocks that see it, of the mean over heads
+    of max(q . k, 0), not rotated; the MLP by the magnitude of the block mean's activation.
+    """
+
+    def __init__(self, adapter: "Adapter") -> None:
+        self._adapter = adapter
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
+        means = block_means(x, batch.layout).to(x.dtype)
+        with self._adapter.without_dropout(layer):
+            if kind == "mlp":
+                return self._adapter.activation(layer, means).abs().mean(-1, dtype=torch.float32)
+            queries = self._adapter.queries(layer, means)
+            keys = self._adapter.keys(layer, means)
+        return visible_means(queries, keys, batch.layout, self._adapter.scale(layer))
+
+
+class LabelScorer:
+    """The exact scores that predictors learn from; costs about an attention forward pass a layer.
+
+    Attention: `lemo.ops.block_scores` of the model's rotated queries and keys. The MLP: the mean
+    over the block's tokens of the mean magnitude of the activation.
+    """
+
+    def __init__(self, adapter: "Adapter") -> None:
+        self._adapter = adapter
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
+        with self._adapter.without_dropout(layer):
+            if kind == "mlp":
+                activation = self._adapter.activation(layer, x)
+                magnitudes = activation.abs().mean(-1, keepdim=True, dtype=torch.float32)
+                return block_means(magnitudes, batch.layout)[:, 0]
+            queries, keys = self._adapter.rotated(layer, x, batch)
+        return ops.block_scores(queries, keys, batch.layout, scale=self._adapter.scale(layer))
+
+
+class RandomScorer:
+    """Uniform scores, a fresh draw at every call; for ablations."""
+
+    def __init__(self, seed: int) -> None:
+        # On the CPU whatever the model's device, so that a seed means the same everywhere.
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
+        return torch.rand(batch.layout.num_blocks, generator=self.generator).to(x.device)
+
+
+class PredictorScorer:
+    """The trained predictors of a folder that `lemo prepare` wrote."""
+
+    def __init__(self, predictors: "PredictorSet", block_size: int) -> None:
+        if predictors.block_size != block_size:
+            raise ValueError(
+                f"block_size: the predictors were trained for {predictors.block_size}, "
+                f"got {block_size}"
+            )
+        self.predictors = predictors
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
+        return self.predictors.scores(layer, kind, x, batch.layout)
+
+
+def make_scorer(config: LemoConfig, adapter: "Adapter") -> Scorer:
+    """The scorer that `config` names, for the model behind `adapter`."""
+    match config.scorer:
+        case "pooled":
+            return PooledScorer(adapter)
+        case "label":
+            return LabelScorer(adapter)
+        case "random":
+            return RandomScorer(config.seed)
+        case _:
+            from lemo import predictors
+
+            loaded = predictors.load(config.predictor, model_config=adapter.config)
+            return PredictorScorer(loaded, config.block_size)
+
+
+def block_means(x: Tensor, layout: BlockLayout) -> Tensor:
+    """Means over the rows of every block, [T, C] -> [B, C] in fp32."""
+    offsets = layout.block_starts.to(torch.int64)
+    return torch.segment_reduce(x.float(), "mean", offsets=offsets, axis=0)
+
+
+def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: float) -> Tensor:
+    """Scores [B] of one query and one key a block.
+
+    score[n] is the mean, over the blocks m >= n of its sequence, of
+    scale * mean over heads of max(q_m . k_n, 0).
+
+    Args:
+        queries: [B, Hq, D].
+        keys: [B, Hk, D], Hq a multiple of Hk.
+    """
+    heads, kv_heads = queries.shape[1], keys.shape[1]
+    queries = queries.float().unflatten(1, (kv_heads, heads // kv_heads))
+    keys = keys.float()
+    scores = torch.empty(layout.num_blocks, dtype=torch.float32, device=queries.device)
+    cuts = layout.cu_blocks.tolist()
+    for first, end in zip(cuts, cuts[1:]):
+        if first == end:
+            continue
+        count = end - first
+        sums = torch.zeros(count, dtype=torch.float32, device=queries.device)
+        step = max(1, _TILE_ELEMENTS // (heads * count))
+        for query_first in range(first, end, step):
+            query_end = min(query_first + step, end)
+            products = torch.einsum(
+                "mkgd,nkd->kgmn", queries[query_first:query_end], keys[first:query_end]
+            )
+            means = products.clamp_(min=0).mean((0, 1))
+            sums[: query_end - first] += means.tril_(query_first - first).sum(0)
+        seen_by = torch.arange(count, 0, -1, device=queries.device)
+        scores[first:end] = scale * sums / seen_by
+    return scores

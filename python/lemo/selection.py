@@ -1,0 +1,236 @@
+"""Which blocks every sub-block keeps: scores, policies, sharing between layers, statistics."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+from lemo.config import LemoConfig
+from lemo.layout import BlockLayout, Selection
+
+__all__ = ["LayerStatistics", "Selection", "Selector"]
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What one layer kept in a forward pass.
+
+    Attributes:
+        layer: index of the layer.
+        tokens: T, packed tokens of the batch.
+        attention_rows, mlp_rows: rows that each sub-block kept.
+        attention_blocks, mlp_blocks: int32 indices of the kept blocks, or None for all.
+        layout: how the tokens were cut into blocks.
+    """
+
+    layer: int
+    tokens: int
+    attention_rows: int
+    mlp_rows: int
+    attention_blocks: Tensor | None
+    mlp_blocks: Tensor | None
+    layout: BlockLayout
+
+
+class Selector:
+    """Turns a config, block scores and the training progress into the selection of every sub-block.
+
+    A forward pass calls `begin` once, then `select` for "attention" and "mlp" of each layer, in
+    order.
+    """
+
+    def __init__(
+        self,
+        config: LemoConfig,
+        num_layers: int,
+        folder_thresholds: dict[str, list[float]] | None = None,
+    ) -> None:
+        """Resolves the per-layer settings.
+
+        Args:
+            config: the settings.
+            num_layers: layers of the model.
+            folder_thresholds: "attention" and "mlp" thresholds of a predictor folder.
+
+        Raises:
+            ValueError: a list without one entry for each layer, a layer that does not exist, or a
+                layer that eliminates before any layer has chosen a set.
+        """
+        self.config = config
+        self.num_layers = num_layers
+        self.progress = 0.0
+        self._dense = set(_resolve("dense_layers", config.dense_layers, num_layers))
+        self._keep = {"attention": _per_layer("keep", config.keep, num_layers)}
+        self._thresholds: dict[str, list[float]] = {}
+        if config.policy == "threshold":
+            self._thresholds = self._resolve_thresholds(folder_thresholds or {})
+            self.mlp_shares = "mlp" not in self._thresholds
+        else:
+            self.mlp_shares = config.keep_mlp is None
+        keep_mlp = config.keep if config.keep_mlp is None else config.keep_mlp
+        self._keep["mlp"] = _per_layer("keep_mlp", keep_mlp, num_layers)
+        self._source = self._resolve_sources()
+        self._layout: BlockLayout | None = None
+        self._scores: dict[str, Tensor] = {}
+        self._cuts: dict[tuple[str, str, float], Selection] = {}
+        self._selected: dict[str, list[Selection]] = {"attention": [], "mlp": []}
+
+    def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
+        config = self.config
+        attention, mlp = config.thresholds, config.mlp_thresholds
+        if attention is None:
+            attention = folder.get("attention")
+            mlp = folder.get("mlp") if mlp is None else mlp
+        if attention is None:
+            raise ValueError(
+                "thresholds: policy 'threshold' needs one for each layer, got None, and the "
+                "predictor folder has none either"
+            )
+        thresholds = {"attention": _per_layer("thresholds", tuple(attention), self.num_layers)}
+        if mlp is not None:
+            thresholds["mlp"] = _per_layer("mlp_thresholds", tuple(mlp), self.num_layers)
+        return thresholds
+
+    def _resolve_sources(self) -> list[int | None]:
+        """For every layer, the layer whose scores it uses."""
+        eliminating = [layer for layer in range(self.num_layers) if layer not in self._dense]
+        match self.config.select_at:
+            case "first":
+                choosing = eliminating[:1]
+            case "all":
+                choosing = eliminating
+            case layers:
+                choosing = sorted(set(_resolve("select_at", layers, self.num_layers)))
+        sources: list[int | None] = []
+        for layer in range(self.num_layers):
+            earlier = [source for source in choosing if source <= layer]
+            sources.append(earlier[-1] if earlier else None)
+        for layer in eliminating:
+            if sources[layer] is None:
+                raise ValueError(
+                    f"select_at: layer {layer} is not dense, so expected a layer <= {layer} that "
+                    f"chooses a set, got {list(self.config.select_at)}"
+                )
+        return sources
+
+    def set_progress(self, progress: float) -> None:
+        """Share of the training that is done, in [0, 1]; drives the schedule."""
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress: expected a share between 0 and 1, got {progress}")
+        self.progress = float(progress)
+
+    def begin(self, layout: BlockLayout) -> None:
+        """Starts a forward pass over these tokens; forgets the previous one."""
+        self._layout = layout
+        self._scores, self._cuts = {}, {}
+        self._selected = {"attention": [], "mlp": []}
+
+    def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
+        """The rows that sub-block `kind` of `layer` keeps.
+
+        Args:
+            layer: index; layers come in ascending order.
+            kind: "attention" or "mlp", in this order.
+            score: gives this sub-block's block scores [B]; called without gradients, and only if
+                some layer uses them.
+        """
+        if kind == "mlp" and self.mlp_shares:
+            selection = self._selected["attention"][layer]
+        else:
+            if self._has_to_score(layer, kind):
+                with torch.no_grad():
+                    self._scores[kind] = score().float()
+                self._cuts = {key: cut for key, cut in self._cuts.items() if key[0] != kind}
+            selection = self._cut(layer, kind)
+        self._selected[kind].append(selection)
+        return selection
+
+    def _scheduled_keep(self) -> float | None:
+        due = [keep for progress, keep in self.config.schedule if self.progress >= progress]
+        return due[-1] if due else None
+
+    def _rule(self, layer: int, kind: str) -> tuple[str, float] | None:
+        """(policy, value) of a sub-block; None keeps everything."""
+        if layer in self._dense:
+            return None
+        keep = self._scheduled_keep()
+        if keep is None and self.config.policy == "threshold":
+            # Scores of different layers are on different scales, so the layer that scored cuts.
+            return "threshold", self._thresholds[kind][self._source[layer]]
+        if keep is None:
+            keep = self._keep[kind][layer]
+        return None if keep == 1.0 else ("ratio", keep)
+
+    def _has_to_score(self, layer: int, kind: str) -> bool:
+        return self._source[layer] == layer and any(
+            self._source[user] == layer and self._rule(user, kind) is not None
+            for user in range(layer, self.num_layers)
+        )
+
+    def _cut(self, layer: int, kind: str) -> Selection:
+        layout, rule = self._layout, self._rule(layer, kind)
+        if rule is None:
+            return self._everything()
+        key = (kind, *rule)
+        if key not in self._cuts:
+            keep_first, keep_last = self.config.keep_first, self.config.keep_last
+            cut = ops.token_select(self._scores[kind], layout, *rule, keep_first, keep_last)
+            # All rows kept is the dense case, which needs no row index.
+            self._cuts[key] = self._everything() if cut.num_rows == layout.num_tokens else cut
+        return self._cuts[key]
+
+    def _everything(self) -> Selection:
+        # One object for each pass: layers that keep the same rows are recognized by identity.
+        key = ("", "everything", 1.0)
+        if key not in self._cuts:
+            self._cuts[key] = Selection.everything(self._layout)
+        return self._cuts[key]
+
+    def untouched_rows(self) -> Tensor | None:
+        """[T] bool: rows that no sub-block kept in this pass; None if each was kept somewhere."""
+        selections = {id(s): s for kind in self._selected.values() for s in kind}.values()
+        if any(selection.rows is None for selection in selections):
+            return None
+        device = self._layout.cu_seqlens.device
+        untouched = torch.ones(self._layout.num_tokens, dtype=torch.bool, device=device)
+        for selection in selections:
+            untouched[selection.rows.long()] = False
+        return untouched
+
+    def statistics(self) -> list[LayerStatistics]:
+        """One entry for each layer of the last forward pass; empty before the first."""
+        layout = self._layout
+        return [
+            LayerStatistics(
+                layer=layer,
+                tokens=layout.num_tokens,
+                attention_rows=attention.num_rows,
+                mlp_rows=mlp.num_rows,
+                attention_blocks=attention.kept_blocks,
+                mlp_blocks=mlp.kept_blocks,
+                layout=layout,
+            )
+            for layer, (attention, mlp) in enumerate(
+                zip(self._selected["attention"], self._selected["mlp"])
+            )
+        ]
+
+
+def _per_layer(name: str, value: float | tuple[float, ...], num_layers: int) -> list[float]:
+    values = list(value) if isinstance(value, tuple) else [value] * num_layers
+    if len(values) != num_layers:
+        raise ValueError(
+            f"{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
+        )
+    return values
+
+
+def _resolve(name: str, layers: tuple[int, ...], num_layers: int) -> list[int]:
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise ValueError(
+                f"{name}: expected layers between {-num_layers} and {num_layers - 1}, got {layer}"
+            )
+    return [layer % num_layers for layer in layers]

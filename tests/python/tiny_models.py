@@ -1,0 +1,89 @@
+"""Tiny random models and batches of every supported architecture, shared by tests."""
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 61
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+WINDOW = 11  # of the sliding layers, smaller than any test sequence
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_ROTARY = {**_COMMON, "intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2}
+_SETTINGS = {
+    "llama": _ROTARY,
+    "mistral": {**_ROTARY, "sliding_window": WINDOW},
+    "qwen2": {
+        **_ROTARY,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {
+        **_ROTARY,
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 2,
+    },
+    "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": 24, "dropout": 0.0, "init_std": 0.2},
+}
+
+
+def make_model(
+    architecture: str,
+    seed: int = 0,
+    attn_implementation: str = "eager",
+    dtype: torch.dtype = torch.float32,
+    **overrides: object,
+) -> PreTrainedModel:
+    """A model in training mode; equal seeds give equal weights."""
+    config = AutoConfig.for_model(architecture, **{**_SETTINGS[architecture], **overrides})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        # Initial biases of 0 and norm weights of 1 would hide a forgotten one.
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.to(dtype).train()
+
+
+def make_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+
+
+def padded_batch(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels; padding and what it would predict have no label."""
+    tokens = max(lengths)
+    ids = make_ids(len(lengths), tokens, seed)
+    columns = torch.arange(tokens)
+    ends = torch.tensor(lengths)[:, None]
+    mask = (columns < ends) if side == "right" else (columns >= tokens - ends)
+    firsts = mask & (mask.cumsum(1) == 1)
+    return {
+        "input_ids": ids.where(mask, torch.tensor(0)),
+        "attention_mask": mask.long(),
+        "labels": ids.where(mask & ~firsts, torch.tensor(-100)),
+    }
+
+
+def packed_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """One row of several sequences: position_ids restart, their first tokens have no label."""
+    ids = make_ids(1, sum(lengths), seed)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": ids.where(positions > 0, torch.tensor(-100)),
+    }
