@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <stdexcept>
 #include <vector>
 
 namespace lemo::torch_api {
@@ -18,9 +19,14 @@ DType to_dtype(ScalarType type) {
     }
 }
 
+// torch's own macro for this changed its name between 2.11 and 2.13.
+void require_success(AOTITorchError status) {
+    if (status != AOTI_TORCH_SUCCESS) throw std::runtime_error("a call into libtorch failed");
+}
+
 Device to_device(const TorchTensor& tensor) {
     int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    require_success(aoti_torch_get_device_type(tensor.get(), &type));
     if (type == aoti_torch_device_type_cpu()) return Device::kCpu;
     if (type == aoti_torch_device_type_cuda()) return Device::kCuda;
     return Device::kOther;
@@ -85,9 +91,9 @@ void* current_cuda_stream(const TorchTensor& on) {
                                              "built with CUDA whose libtorch_cuda.so is loaded");
     }
     int32_t index = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(on.get(), &index));
+    require_success(aoti_torch_get_device_index(on.get(), &index));
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(get_stream(index, &stream));
+    require_success(get_stream(index, &stream));
     return stream;
 }
 
