@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
 #include "lemo/check.h"
 #include "lemo/tensor.h"
@@ -32,22 +33,24 @@ TorchTensor to_contiguous(const TorchTensor& tensor);
 OptionalTensor to_contiguous(const OptionalTensor& tensor);
 
 /// Uninitialised or zeroed results on the device of `like`.
-TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
+TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,
+                       ScalarType dtype);
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape);
-TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape, ScalarType dtype);
+TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape,
+                       ScalarType dtype);
 
 /// Checks `params`, then runs the kernel of the device of `on`. Without a CUDA kernel pass nullptr:
 /// a CUDA tensor then raises and lists what is supported.
 template <typename Params>
 void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu)(const Params&),
-         void (*cuda)(const Params&, void*));
+         std::type_identity_t<void (*)(const Params&, void*)> cuda);
 
 void* current_cuda_stream(const TorchTensor& on);
 [[noreturn]] void raise_unsupported_device(const char* op, const TorchTensor& on, bool has_cuda);
 
 template <typename Params>
 void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu)(const Params&),
-         void (*cuda)(const Params&, void*)) {
+         std::type_identity_t<void (*)(const Params&, void*)> cuda) {
     check(params);
     const Device device = view(on).device;
     if (device == Device::kCpu) {

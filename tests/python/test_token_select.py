@@ -1,0 +1,148 @@
+"""token_select: the ladder of docs/DESIGN.md, section 4. No gradient; scores are fp32 only."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemo import ops, reference
+from lemo.layout import BlockLayout
+
+
+def compare(scores, layout, policy, value, keep_first, keep_last):
+    selection = ops.token_select(scores, layout, policy, value, keep_first, keep_last)
+    expected = reference.token_select(
+        scores, layout.block_starts, layout.cu_blocks, policy, value, keep_first, keep_last
+    )
+    names = ("rows", "positions", "cu_rows", "kept_blocks")
+    for name, oracle in zip(names, expected):
+        result = getattr(selection, name)
+        assert result.dtype == torch.int32
+        assert torch.equal(result, oracle), f"{name}: {result.tolist()}, oracle {oracle.tolist()}"
+    return selection
+
+
+@given(
+    seqlens=st.lists(st.integers(0, 70), min_size=0, max_size=5),
+    block_size=st.integers(1, 20),
+    policy=st.sampled_from(["ratio", "threshold"]),
+    value=st.floats(0, 1),
+    keep_first=st.integers(0, 3),
+    keep_last=st.integers(0, 3),
+    levels=st.sampled_from([2, 5, 10**6]),  # few levels: many ties
+    seed=st.integers(0, 99),
+)
+def test_matches_the_oracle(
+    seqlens, block_size, policy, value, keep_first, keep_last, levels, seed
+):
+    torch.manual_seed(seed)
+    layout = BlockLayout.from_seqlens(seqlens, block_size)
+    scores = torch.randint(levels, (layout.num_blocks,)) / levels
+    compare(scores, layout, policy, value, keep_first, keep_last)
+
+
+@pytest.mark.parametrize("tenths", range(11))
+def test_share_is_rounded_up_from_the_exact_product(tenths):
+    for count in range(1, 41):
+        layout = BlockLayout.from_seqlens([count], 1)
+        scores = torch.rand(count)
+        selection = ops.token_select(scores, layout, "ratio", tenths / 10, 0, 0)
+        assert selection.num_rows == -(-tenths * count // 10), count
+        kept = scores[selection.kept_blocks.long()]
+        rest = scores.index_fill(0, selection.kept_blocks.long(), -1.0)
+        assert selection.num_rows == 0 or kept.min() >= rest.max()
+
+
+def test_nothing_kept_one_token_and_empty_sequences():
+    layout = BlockLayout.from_seqlens([0, 130, 0, 1], 64)
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    nothing = compare(scores, layout, "ratio", 0.0, 0, 0)
+    assert nothing.num_rows == 0
+    assert nothing.cu_rows.tolist() == [0, 0, 0, 0, 0]
+    only_ends = compare(scores, layout, "threshold", float("inf"), 1, 1)
+    assert only_ends.kept_blocks.tolist() == [0, 2, 3]
+    assert only_ends.cu_rows.tolist() == [0, 0, 66, 66, 67]
+    everything = compare(scores, layout, "threshold", float("-inf"), 0, 0)
+    assert torch.equal(everything.rows, torch.arange(131).int())
+    empty = BlockLayout.from_seqlens([], 64)
+    assert compare(torch.zeros(0), empty, "ratio", 0.5, 1, 1).num_rows == 0
+
+
+def test_infinite_scores_are_ordered():
+    layout = BlockLayout.from_seqlens([4], 1)
+    scores = torch.tensor([float("-inf"), 0.0, float("inf"), float("-inf")])
+    assert compare(scores, layout, "ratio", 0.75, 0, 0).kept_blocks.tolist() == [0, 1, 2]
+
+
+def test_scores_that_require_grad_and_strided_ones():
+    layout = BlockLayout.from_seqlens([9], 2)
+    scores = torch.rand(10, requires_grad=True)[::2]
+    selection = compare(scores, layout, "ratio", 0.5, 1, 1)
+    assert not selection.rows.requires_grad
+    assert selection.layout is layout
+
+
+def test_opcheck():
+    layout = BlockLayout.from_seqlens([50, 0, 7], 4)
+    scores = torch.rand(layout.num_blocks)
+    for policy, value in (("ratio", 0.5), ("threshold", 0.7), ("ratio", 0.0)):
+        sample = (scores, layout.block_starts, layout.cu_blocks, policy, value, 1, 1)
+        torch.library.opcheck(torch.ops.lemo.token_select.default, sample)
+
+
+def test_repeats_are_bit_equal():
+    layout = BlockLayout.from_seqlens([3000, 2000], 16)
+    scores = torch.randint(50, (layout.num_blocks,)).float()
+    first = ops.token_select(scores, layout, "ratio", 0.4)
+    for _ in range(5):
+        again = ops.token_select(scores, layout, "ratio", 0.4)
+        assert torch.equal(first.rows, again.rows)
+        assert torch.equal(first.positions, again.positions)
+
+
+LAYOUT = BlockLayout.from_seqlens([10, 5], 4)  # 3 + 2 blocks
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "message"),
+    [
+        ({"scores": torch.rand(4)}, ValueError, "'scores': expected size 5 in dimension 0"),
+        ({"scores": torch.rand(5, 1)}, ValueError, "'scores': expected 1 dimension"),
+        (
+            {"scores": torch.rand(5).double()},
+            TypeError,
+            "'scores': expected float32, got another dtype",
+        ),
+        (
+            {"scores": torch.tensor([0.0, 1.0, float("nan"), 0.0, 0.0])},
+            ValueError,
+            "'scores': expected numbers, got nan for block 2",
+        ),
+        ({"policy": "top"}, ValueError, "'policy': expected 'ratio' or 'threshold', got 'top'"),
+        ({"value": 1.01}, ValueError, "'value': expected a share between 0 and 1, got 1.01"),
+        ({"value": -0.5}, ValueError, "'value': expected a share between 0 and 1, got -0.5"),
+        (
+            {"policy": "threshold", "value": float("nan")},
+            ValueError,
+            "'value': expected a threshold that is a number, got nan",
+        ),
+        ({"keep_first": -1}, ValueError, "'keep_first': expected at least 0, got -1"),
+        ({"keep_last": -2}, ValueError, "'keep_last': expected at least 0, got -2"),
+        (
+            {"layout": dataclasses.replace(LAYOUT, block_starts=LAYOUT.block_starts.long())},
+            TypeError,
+            "'block_starts': expected int32, got int64",
+        ),
+        (
+            {"layout": dataclasses.replace(LAYOUT, cu_blocks=LAYOUT.cu_blocks + 1)},
+            ValueError,
+            "'cu_blocks': expected a first entry of 0, got 1",
+        ),
+    ],
+)
+def test_bad_inputs_name_the_argument(change, exception, message):
+    arguments = {"scores": torch.rand(5), "layout": LAYOUT, "policy": "ratio", "value": 0.5}
+    with pytest.raises(exception, match=message):
+        ops.token_select(**(arguments | change))
