@@ -77,6 +77,12 @@ TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> s
     return torch::stable::new_zeros(like, sizes, dtype);
 }
 
+int32_t device_index(const TorchTensor& on) {
+    int32_t index = 0;
+    require_success(aoti_torch_get_device_index(on.get(), &index));
+    return index;
+}
+
 void* current_cuda_stream(const TorchTensor& on) {
     // The one CUDA symbol that the bindings need lives in libtorch_cuda, which a CPU build of torch
     // lacks. Looking it up in the library torch has loaded lets one liblemo_ops.so serve both.
@@ -90,10 +96,8 @@ void* current_cuda_stream(const TorchTensor& on) {
         throw Error(ErrorKind::kUnsupported, "this torch gives no CUDA stream: expected a torch "
                                              "built with CUDA whose libtorch_cuda.so is loaded");
     }
-    int32_t index = 0;
-    require_success(aoti_torch_get_device_index(on.get(), &index));
     void* stream = nullptr;
-    require_success(get_stream(index, &stream));
+    require_success(get_stream(device_index(on), &stream));
     return stream;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -45,6 +46,7 @@ template <typename Params>
 void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu)(const Params&),
          std::type_identity_t<void (*)(const Params&, void*)> cuda);
 
+int32_t device_index(const TorchTensor& on);
 void* current_cuda_stream(const TorchTensor& on);
 [[noreturn]] void raise_unsupported_device(const char* op, const TorchTensor& on, bool has_cuda);
 
@@ -56,6 +58,8 @@ void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu
     if (device == Device::kCpu) {
         cpu(params);
     } else if (device == Device::kCuda && cuda != nullptr) {
+        // The tensor's GPU need not be the current one.
+        const torch::stable::accelerator::DeviceGuard guard(device_index(on));
         cuda(params, current_cuda_stream(on));
     } else {
         raise_unsupported_device(op, on, cuda != nullptr);
