@@ -1,4 +1,4 @@
-"""A tiny Llama with a byte-level tokenizer, and documents for it: what the tests of the method train."""
+"""A tiny Llama with a byte-level tokenizer, and documents for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the block of tokens that a layer keeps says what it read and where it stood before".split()
+WORDS = ["the", "block", "of", "tokens", "that", "a", "layer", "keeps", "says", "it", "read"]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

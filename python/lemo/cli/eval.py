@@ -1,0 +1,90 @@
+"""``lemo eval``: dense perplexity at given lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lemo.cli import options
+
+
+def eval(
+    documents: Annotated[
+        str, typer.Option(help=".jsonl, .jsonl.xz, .jsonl.gz, .txt or a datasets folder.")
+    ],
+    lengths: Annotated[str, typer.Option(help="Window lengths in tokens, such as 4096,8K.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Model folder or hub name.", show_default="the one that the adapter names"
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="PEFT adapter, or a run folder (which gets the results, too)."),
+    ] = None,
+    rope_scaling: Annotated[
+        str, typer.Option(help="How a model without adapter is extended: linear, yarn, dynamic.")
+    ] = "none",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    limit: Annotated[
+        int | None, typer.Option(help="At most this many documents of each kind.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Write the results to this file, too.")
+    ] = None,
+) -> None:
+    """Perplexity of the first tokens of each document, over the window and its last quarter."""
+    wanted = options.parse_integers(lengths, "--lengths")
+    if model is None and adapter is None:
+        raise ValueError("--model, --adapter: expected at least one of the two, got none")
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from lemo.training.config import DTYPES, ROPE_SCALINGS
+    from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
+    from lemo.training.finetune import METRICS_NAME
+
+    options.check_choice("--rope-scaling", rope_scaling, ROPE_SCALINGS)
+    options.check_choice("--dtype", dtype, DTYPES)
+    screen = options.console()
+    options.show_messages(screen)
+    if adapter is not None:
+        find_adapter(adapter)
+    with Progress(console=screen, disable=not screen.is_terminal) as progress:
+        task = progress.add_task("windows", total=None)
+        results = evaluate(
+            model if model is not None else base_model_name(adapter),
+            documents,
+            wanted,
+            adapter=adapter,
+            rope_scaling=rope_scaling,
+            dtype=dtype,
+            limit=limit,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    Console().print(_table(results))
+    if output is not None:
+        write_metrics(output, results)
+    if adapter is not None and find_adapter(adapter) != adapter:
+        write_metrics(adapter / METRICS_NAME, results)
+
+
+def _table(results: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("kind", title="perplexity")
+    for column in ("length", "documents", "whole window", "last quarter"):
+        table.add_column(column, justify="right")
+    for row in results:
+        table.add_row(
+            row["kind"],
+            str(row["length"]),
+            str(row["documents"]),
+            f"{row['perplexity']:.3f}",
+            f"{row['tail_perplexity']:.3f}",
+        )
+    return table

@@ -1,0 +1,99 @@
+"""Settings from a YAML file and from the command line, and messages on the screen."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+
+def console(quiet: bool = False) -> Console:
+    """Where progress and messages go: standard error, so that results can be piped."""
+    return Console(stderr=True, soft_wrap=True, quiet=quiet)
+
+
+def show_messages(screen: Console) -> None:
+    """Print lemo's messages on ``screen`` and silence the chatter of the libraries underneath."""
+    import transformers
+
+    logger = logging.getLogger("lemo")
+    logger.handlers = [_ScreenHandler(screen)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+class _ScreenHandler(logging.Handler):
+    """Prints above the live progress, where there is one."""
+
+    def __init__(self, screen: Console):
+        super().__init__()
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        self._screen.print(mark + record.getMessage(), markup=False, highlight=False)
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand on the command line: those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def apply_assignments(settings: dict[str, Any], assignments: Iterable[str]) -> None:
+    """Apply ``--set`` options to ``settings`` in place, in their order.
+
+    An assignment is "name=value" or "group.name=value" with a YAML value: "elimination.keep=0.5".
+
+    Raises:
+        ValueError: not an assignment, or its group is no mapping.
+    """
+    import yaml
+
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        names = path.strip().split(".")
+        if not equals or not all(names):
+            raise ValueError(f"--set: expected name=value, got '{assignment}'")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"--set: expected a YAML value, got '{assignment}'") from None
+        group = settings
+        for depth, name in enumerate(names[:-1], start=1):
+            if group.get(name) is None:
+                group[name] = {}
+            group = group[name]
+            if not isinstance(group, dict):
+                inner = ".".join(names[:depth])
+                raise ValueError(f"--set: '{inner}' is {group!r}, it has no '{names[depth]}'")
+        group[names[-1]] = value
+
+
+def parse_integers(text: str, option: str) -> list[int]:
+    """ "4096,8192" -> [4096, 8192]; "4K" counts 1024s.
+
+    Raises:
+        ValueError: something is not a positive integer; the message names ``option``.
+    """
+    numbers = []
+    for part in text.split(","):
+        word = part.strip().lower()
+        factor = 1024 if word.endswith("k") else 1
+        digits = word.removesuffix("k")
+        if not digits.isdecimal() or int(digits) == 0:
+            raise ValueError(f"{option}: expected integers such as 4096,8K, got '{text}'")
+        numbers.append(int(digits) * factor)
+    return numbers
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError, naming ``option``, unless ``value`` is one of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{option}: expected one of {', '.join(choices)}, got '{value}'")

@@ -1,0 +1,183 @@
+"""Checkpoints: everything a run needs to go on with the same losses as if it had not stopped.
+
+A checkpoint is a folder ``step-N`` that appears in one move. ``state.json`` in it is its table of
+contents, with the size and the digest of every file, so that one that was damaged later is noticed
+and never loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load as from_safetensors
+
+from lemo.training.files import new_folder, write_file
+from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
+
+STATE_NAME = "state.json"
+OPTIMIZER_NAME = "optimizer.pt"
+_FORMAT = 1
+
+_log = logging.getLogger("lemo")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are all there and whole.
+
+    Attributes:
+        folder: where it lies.
+        step: optimizer steps that are done.
+        data: fingerprint of the training windows.
+        num_processes: processes of the run.
+    """
+
+    folder: Path
+    step: int
+    data: str
+    num_processes: int
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: PeftModel,
+    optimizer: dict[str, Any],
+    random_states: list[dict[str, Any]],
+    data: str,
+    keep: int,
+) -> None:
+    """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
+
+    Args:
+        folder: the checkpoints of the run.
+        step: optimizer steps that are done; this is the position in the data, too.
+        model: its adapter is saved, in PEFT's format.
+        optimizer: state dict of the optimizer, with anything else that steps with it.
+        random_states: :func:`random_state` of every process, in order of rank.
+        data: fingerprint of the training windows.
+        keep: how many checkpoints stay.
+    """
+    with new_folder(folder / f"step-{step}") as target:
+        write_adapter(model, target)
+        write_file(target / OPTIMIZER_NAME, _to_bytes(optimizer))
+        for rank, state in enumerate(random_states):
+            write_file(target / _random_name(rank), _to_bytes(state))
+        contents = {
+            "format": _FORMAT,
+            "step": step,
+            "data": data,
+            "num_processes": len(random_states),
+            "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
+        }
+        write_file(target / STATE_NAME, json.dumps(contents, indent=2) + "\n")
+    # Later steps can only be damaged ones that a resumed run passed over.
+    steps = _folders(folder)
+    later = [old for old in steps if _step(old) > step]
+    for old in later + [old for old in steps if _step(old) <= step][keep:]:
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest whole checkpoint; ones that are not whole are named in a warning and left out."""
+    for candidate in _folders(folder):
+        try:
+            return _verify(candidate)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("checkpoint %s is not whole and is ignored: %s", candidate, error)
+    return None
+
+
+def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict[str, Any]:
+    """Put the adapter's weights and the random state of process ``rank`` back.
+
+    Returns:
+        The optimizer state given to :func:`save_checkpoint`, and under "random" the whole random
+        state of the process.
+    """
+    weights = from_safetensors((checkpoint.folder / ADAPTER_WEIGHTS).read_bytes())
+    outcome = set_peft_model_state_dict(model, weights)
+    if outcome.unexpected_keys:
+        raise ValueError(
+            f"checkpoint {checkpoint.folder}: expected the adapter of this run, got weights it "
+            f"does not have: {', '.join(outcome.unexpected_keys[:3])}"
+        )
+    optimizer = _from_file(checkpoint.folder / OPTIMIZER_NAME)
+    state = _from_file(checkpoint.folder / _random_name(rank))
+    set_random_state(state)
+    return {"optimizer": optimizer, "random": state}
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators of torch (CPU and current GPU), Python and numpy."""
+    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "python": random.getstate(),
+        "numpy": (torch.from_numpy(keys.astype(numpy.int64)), position, has_gauss, cached),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse of :func:`random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    random.setstate(state["python"])
+    keys, position, has_gauss, cached = state["numpy"]
+    numpy.random.set_state(
+        ("MT19937", keys.numpy().astype(numpy.uint32), position, has_gauss, cached)
+    )
+
+
+def _random_name(rank: int) -> str:
+    return f"random-{rank}.pt"
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders ``step-N``, the highest N first."""
+    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _verify(folder: Path) -> Checkpoint:
+    contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    if contents["format"] != _FORMAT:
+        raise ValueError(f"format {contents['format']}, expected {_FORMAT}")
+    for name, expected in contents["files"].items():
+        if _describe(folder / name) != expected:
+            raise ValueError(f"{name} differs from what was written")
+    return Checkpoint(folder, contents["step"], contents["data"], contents["num_processes"])
+
+
+def _to_bytes(value: Any) -> bytes:
+    # Python writes the bytes, so that a full disk arrives as an OSError.
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _from_file(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

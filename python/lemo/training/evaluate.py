@@ -1,0 +1,223 @@
+"""Perplexity of a dense model on the first tokens of documents."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from lemo.data import Document, first_windows, read_documents
+from lemo.models.adapters import adapter_for
+from lemo.training.files import write_file
+from lemo.training.model import (
+    ADAPTER_CONFIG,
+    MODEL_CONFIG,
+    extend_context,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+)
+
+# Logits of a segment take at most this much in float32, whatever the vocabulary.
+_SEGMENT_BYTES = 256 << 20
+
+_log = logging.getLogger("lemo")
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel | PeftModel,
+    documents: str | Path | Iterable[Document],
+    lengths: Sequence[int],
+    adapter: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rope_scaling: str = "none",
+    dtype: str = "auto",
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Perplexity, without elimination, of the first ``length`` tokens of each document.
+
+    Args:
+        model: folder or hub name, or a model (then `adapter`, `rope_scaling` and `dtype` do not
+            apply, and elimination does not act because the model is put in eval mode).
+        documents: a path (see :func:`lemo.data.read_documents`) or the documents themselves.
+        lengths: window lengths in tokens; shorter documents are left out.
+        adapter: a PEFT adapter, or the folder of a run that has one; the context extension that
+            it was trained with is applied.
+        tokenizer: the model's tokenizer; needed with a model object.
+        rope_scaling: how a bare `model` is extended where a length exceeds its context.
+        dtype: of weights and products; see :class:`lemo.training.config.FinetuneConfig`.
+        limit: at most this many documents of each kind, the first ones that are long enough.
+        progress: called with (windows done, windows in all).
+
+    Returns:
+        For every length and kind of document {"kind", "length", "documents" (number of windows),
+        "perplexity", "tail_perplexity" (of the last quarter of the window)}.
+
+    Raises:
+        ValueError, FileNotFoundError: what was given cannot be read, or no document is long
+            enough; the message names it.
+    """
+    lengths = list(lengths)
+    if not lengths:
+        raise ValueError("lengths: expected at least one, got none")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: expected an integer >= 1, got {limit}")
+    if isinstance(documents, str | Path):
+        documents = read_documents(documents)
+    if isinstance(model, str | Path):
+        tokenizer = tokenizer or load_tokenizer(str(model))
+        groups, total = _windows(documents, tokenizer, lengths, limit)
+        model = load_for_evaluation(
+            str(model), max(lengths), adapter=adapter, rope_scaling=rope_scaling, dtype=dtype
+        )
+    else:
+        if tokenizer is None:
+            raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
+        groups, total = _windows(documents, tokenizer, lengths, limit)
+
+    was_training = model.training
+    model.eval()
+    results, done = [], 0
+    try:
+        for length, kinds in groups.items():
+            for kind, windows in kinds.items():
+                losses = []
+                for ids in windows:
+                    losses.append(window_losses(model, ids))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+                results.append(_summary(kind, length, torch.stack(losses)))
+    finally:
+        model.train(was_training)
+    return results
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder at ``path`` itself or in the run folder ``path``."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"adapter: expected a PEFT adapter or a run folder, but '{path}' has no {ADAPTER_CONFIG}"
+    )
+
+
+def base_model_name(adapter: str | Path) -> str:
+    """The base model that an adapter names in its configuration."""
+    path = find_adapter(adapter) / ADAPTER_CONFIG
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not name:
+        raise ValueError(f"model: expected a name, because {path} names no base model")
+    return name
+
+
+def load_for_evaluation(
+    model: str,
+    length: int,
+    adapter: str | Path | None = None,
+    rope_scaling: str = "none",
+    dtype: str = "auto",
+) -> PreTrainedModel | PeftModel:
+    """A dense model on the best device, with the adapter and the context it was trained with.
+
+    Args:
+        model: folder or hub name.
+        length: the longest window to come, in tokens.
+        adapter, rope_scaling, dtype: see :func:`evaluate`.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config(model)
+    folder = None if adapter is None else find_adapter(adapter)
+    if folder is not None and (folder / MODEL_CONFIG).is_file():
+        config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
+    extend_context(config, length, rope_scaling)
+    loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, device))
+    # Refuses the architectures whose logits are not a plain projection of the last hidden state.
+    adapter_for(loaded)
+    if folder is not None:
+        try:
+            loaded = PeftModel.from_pretrained(loaded, folder)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"adapter: {folder} does not fit '{model}': {error}") from error
+    return loaded.to(device)
+
+
+@torch.no_grad()
+def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Cross entropies of the tokens after the first: ids [length] -> float32 [length - 1], in nats.
+
+    The head runs on segments, so logits of the whole window never exist.
+    """
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    ids = ids.to(causal_lm.device)
+    hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
+    head = causal_lm.get_output_embeddings()
+    rows = max(_SEGMENT_BYTES // (4 * causal_lm.config.vocab_size), 1)
+    segments = zip(hidden.split(rows), ids[1:].split(rows), strict=True)
+    return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in segments])
+
+
+def write_metrics(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write the rows of :func:`evaluate` as a JSON list, in one move."""
+    write_file(path, json.dumps(list(results), indent=2) + "\n")
+
+
+def _windows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    lengths: Sequence[int],
+    limit: int | None,
+) -> tuple[dict[int, dict[str, list[torch.Tensor]]], int]:
+    """Windows by length and kind, and how many there are."""
+    documents = list(documents)
+    groups: dict[int, dict[str, list[torch.Tensor]]] = {}
+    total = 0
+    for length in lengths:
+        windows, short = first_windows(documents, tokenizer, length)
+        if short:
+            _log.info(
+                "%d of %d documents are shorter than %d tokens and are left out",
+                short,
+                len(documents),
+                length,
+            )
+        kinds = groups[length] = {}
+        for document, ids in windows:
+            kinds.setdefault(document.kind, []).append(ids)
+        for kind in kinds:
+            kinds[kind] = kinds[kind][:limit]
+            total += len(kinds[kind])
+    return groups, total
+
+
+def _summary(kind: str, length: int, losses: torch.Tensor) -> dict[str, Any]:
+    """One row of the result; ``losses`` is [windows, length - 1]."""
+    # Prediction number i is of token i + 1; the tail is the tokens from 3/4 of the length on.
+    tail = losses[:, length - 1 - length // 4 :] if length >= 4 else losses
+    return {
+        "kind": kind,
+        "length": length,
+        "documents": losses.shape[0],
+        "perplexity": _perplexity(losses),
+        "tail_perplexity": _perplexity(tail),
+    }
+
+
+def _perplexity(losses: torch.Tensor) -> float:
+    mean = losses.double().mean().item()
+    return math.exp(mean) if mean < 700 else math.inf

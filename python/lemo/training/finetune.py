@@ -1,0 +1,410 @@
+"""Fine-tuning with LoRA on long windows, with or without token elimination."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, gather_object, set_seed
+from peft import PeftModel
+
+import lemo
+from lemo.data import TokenWindows, read_documents, token_windows
+from lemo.training import memory
+from lemo.training.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    random_state,
+    save_checkpoint,
+)
+from lemo.training.config import FinetuneConfig, differences, read_yaml
+from lemo.training.files import new_folder, write_file
+from lemo.training.kept import KeptRows
+from lemo.training.model import (
+    MODEL_CONFIG,
+    add_lora,
+    extend_context,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+    write_adapter,
+)
+from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME, RunLog, read_log
+
+CONFIG_NAME = "config.yaml"
+KEPT_MAP_NAME = "kept_map.json"
+METRICS_NAME = "metrics.json"
+CHECKPOINTS_NAME = "checkpoints"
+ADAPTER_NAME = "adapter"
+_RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME)
+_RUN_FOLDERS = (CHECKPOINTS_NAME, ADAPTER_NAME, TENSORBOARD_NAME)
+_DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+_log = logging.getLogger("lemo")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run has left.
+
+    Attributes:
+        folder: the run folder; the adapter is in ``folder / "adapter"``.
+        steps: optimizer steps of the run.
+        seconds_per_step: wall-clock seconds of each step, those before a resumption included.
+        peak_memory_bytes: highest memory of a step; see :mod:`lemo.training.memory`.
+        final_loss: loss of the last step.
+    """
+
+    folder: Path
+    steps: int
+    seconds_per_step: list[float]
+    peak_memory_bytes: int
+    final_loss: float
+
+
+def finetune(
+    config: FinetuneConfig, progress: Callable[[dict[str, Any]], None] | None = None
+) -> RunResult:
+    """Fine-tune a model and leave a run folder with a plain PEFT adapter.
+
+    With several processes (``accelerate launch``) every process takes windows of its own.
+
+    Args:
+        config: everything about the run.
+        progress: gets the record of each step (see docs/DESIGN.md, section 5), with "steps" and
+            "seconds_left" added; called in the main process only.
+
+    Raises:
+        FileNotFoundError: model or documents do not exist; nothing to resume.
+        FileExistsError: there is a run in `output` and neither resume nor overwrite is set.
+        ValueError: model, documents and settings do not fit each other, or what is resumed differs.
+        FloatingPointError: the loss is not finite any more.
+        OSError: the disk is full or not writable; the last checkpoint stays whole.
+    """
+    folder = Path(config.output)
+    checkpoint = _check_folder(folder, config)
+    accelerator = _accelerator(config)
+    # No process changes the folder before every process has looked at it.
+    accelerator.wait_for_everyone()
+    if checkpoint is not None:
+        _check_processes(checkpoint, accelerator)
+        if checkpoint.step == config.steps and (folder / ADAPTER_NAME).is_dir():
+            _log.info("%s: all %d steps are done already", folder, config.steps)
+            return _result(folder, config.steps)
+    with ExitStack() as stack:
+        run = _Run(config, accelerator)
+        stack.callback(run.close)
+        first = 0
+        if checkpoint is not None:
+            first = run.restore(checkpoint)
+        elif accelerator.is_main_process:
+            _start_folder(folder, config)
+        accelerator.wait_for_everyone()
+        run.train(folder, first, progress)
+    return _result(folder, config.steps)
+
+
+def process_state() -> PartialState:
+    """Rank and device of this process."""
+    # Said outright, because without a GPU Accelerate does not look for the other processes.
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def learning_rate(step: int, config: FinetuneConfig) -> float:
+    """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class _Run:
+    """Model, data and optimizer of a run in this process.
+
+    Everything that can be wrong with model, documents and settings shows here, before anything is
+    written to disk.
+    """
+
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
+        self.config = config
+        self.accelerator = accelerator
+        model_config = load_config(config.model)
+        extend_context(model_config, config.context_length, config.rope_scaling)
+        self.windows = _windows(config)
+        dtype = pick_dtype(config.dtype, accelerator.device)
+        base = load_model(config.model, model_config, dtype)
+        # The same start of LoRA in all processes, then dropout of their own.
+        set_seed(config.seed)
+        self.peft_model: PeftModel = add_lora(base, config)
+        set_seed(config.seed + accelerator.process_index)
+        self.peft_model.train()
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        # Before enable: lemo's scorers and predictors go where the weights are.
+        self.peft_model.to(accelerator.device)
+        self.handle = None
+        if config.elimination is not None:
+            self.handle = lemo.enable(self.peft_model, config.elimination)
+        trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            trainable, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
+        self.trainable = trainable
+        self.kept = KeptRows()
+        # Tokenizing the next windows hides behind the step that runs.
+        self._tokenizing = ThreadPoolExecutor(max_workers=1)
+
+    def close(self) -> None:
+        self._tokenizing.shutdown(cancel_futures=True)
+
+    @property
+    def windows_per_step(self) -> int:
+        config = self.config
+        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go back to the state of ``checkpoint``; returns its step."""
+        if checkpoint.data != self.windows.fingerprint:
+            raise ValueError(
+                f"documents: expected the ones that {checkpoint.folder} was trained on, but "
+                f"'{self.config.documents}' holds others now"
+            )
+        state = load_checkpoint(checkpoint, self.peft_model, self.accelerator.process_index)
+        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["optimizer"]["scaler"])
+        if self.handle is not None:
+            self.handle.load_state_dict(state["random"]["lemo"])
+        _log.info("resuming %s after step %d", self.config.output, checkpoint.step)
+        return checkpoint.step
+
+    def train(
+        self, folder: Path, first: int, progress: Callable[[dict[str, Any]], None] | None
+    ) -> None:
+        """Run the steps after ``first``, with logs and checkpoints, and write the adapter."""
+        config, main = self.config, self.accelerator.is_main_process
+        log = RunLog(folder, first) if main else None
+        recent: deque[float] = deque(maxlen=20)
+        memory.reset_peak(self.accelerator.device)
+        try:
+            batches = self._tokenizing.submit(self._batches, first)
+            for step in range(first + 1, config.steps + 1):
+                inputs = batches.result()
+                batches = self._tokenizing.submit(self._batches, step)
+                record = self._step(step, inputs)
+                recent.append(record["seconds"])
+                if main:
+                    log.write(record)
+                    left = (config.steps - step) * sum(recent) / len(recent)
+                    if progress is not None:
+                        progress(record | {"steps": config.steps, "seconds_left": left})
+                if step % config.save_every == 0 or step == config.steps:
+                    self._save(folder, step)
+            if main:
+                self._write_adapter(folder / ADAPTER_NAME)
+        finally:
+            if log is not None:
+                log.close()
+        self.accelerator.wait_for_everyone()
+
+    def _batches(self, done: int) -> list[torch.Tensor]:
+        """Token ids of the next step's forward passes in this process, each [batch, length]."""
+        config = self.config
+        per_process = config.batch_size * config.gradient_accumulation
+        first = done * self.windows_per_step + self.accelerator.process_index * per_process
+        return [
+            self.windows.batch(first + i * config.batch_size, config.batch_size)
+            for i in range(config.gradient_accumulation)
+        ]
+
+    def _step(self, step: int, batches: list[torch.Tensor]) -> dict[str, Any]:
+        """One optimizer step; returns its log record."""
+        config, accelerator = self.config, self.accelerator
+        start = time.perf_counter()
+        share_done = (step - 1) / config.steps
+        if self.handle is not None:
+            self.handle.set_progress(share_done)
+        rate = learning_rate(step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        # Every label of the step counts the same, whatever forward pass it is in. DDP averages
+        # the gradients of the processes, hence the factor.
+        labels = self.windows_per_step * (config.context_length - 1)
+        loss = torch.zeros((), device=accelerator.device)
+        self.kept.clear()
+        for i, ids in enumerate(batches):
+            ids = ids.to(accelerator.device)
+            last = i == len(batches) - 1
+            with nullcontext() if last else accelerator.no_sync(self.model):
+                outputs = self.model(
+                    input_ids=ids, labels=ids, num_items_in_batch=labels, use_cache=False
+                )
+                accelerator.backward(outputs.loss * accelerator.num_processes)
+            loss += outputs.loss.detach()
+            if self.handle is not None:
+                self.kept.add(self.handle.statistics())
+        loss = accelerator.reduce(loss, reduction="sum").item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
+                "learning_rate or dtype bfloat16 may help"
+            )
+        if config.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+        tokens = self.windows_per_step * config.context_length
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize(accelerator.device)
+        seconds = time.perf_counter() - start
+        return {
+            "step": step,
+            "loss": loss,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_bytes": memory.peak_bytes(accelerator.device),
+            "kept_share": self.kept.share(),
+            "kept": self.kept.by_layer(),
+            "progress": share_done,
+        }
+
+    def _save(self, folder: Path, step: int) -> None:
+        state = random_state()
+        if self.handle is not None:
+            state["lemo"] = self.handle.state_dict()
+        states = gather_object([state])
+        if not self.accelerator.is_main_process:
+            return
+        optimizer = {"optimizer": self.optimizer.state_dict()}
+        if self.accelerator.scaler is not None:
+            optimizer["scaler"] = self.accelerator.scaler.state_dict()
+        save_checkpoint(
+            folder / CHECKPOINTS_NAME,
+            step,
+            self.peft_model,
+            optimizer,
+            states,
+            data=self.windows.fingerprint,
+            keep=self.config.keep_checkpoints,
+        )
+        if self.kept.map is not None:
+            write_file(folder / KEPT_MAP_NAME, json.dumps(self.kept.map) + "\n")
+
+    def _write_adapter(self, folder: Path) -> None:
+        with new_folder(folder) as target:
+            write_adapter(self.peft_model, target)
+            # The base model as it was trained: its scaled rotary embedding is part of the result.
+            content = self.peft_model.get_base_model().config.to_json_string(use_diff=False)
+            write_file(target / MODEL_CONFIG, content)
+
+
+def _accelerator(config: FinetuneConfig) -> Accelerator:
+    dtype = pick_dtype(config.dtype, process_state().device)
+    precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
+    # Accelerate keeps the precision of the first Accelerator for the whole process otherwise.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    if accelerator.distributed_type not in _DISTRIBUTED:
+        raise ValueError(
+            "accelerate: expected a single process or data parallelism on CPUs or GPUs, got "
+            f"{accelerator.distributed_type.value}"
+        )
+    return accelerator
+
+
+def _windows(config: FinetuneConfig) -> TokenWindows:
+    windows = token_windows(
+        read_documents(config.documents),
+        load_tokenizer(config.model),
+        config.context_length,
+        config.seed,
+    )
+    if windows.too_short:
+        _log.info(
+            "%d of %d documents are shorter than %d tokens and are left out",
+            windows.too_short,
+            windows.too_short + windows.used,
+            config.context_length,
+        )
+    return windows
+
+
+def _check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
+    """What to resume from, after checking that ``folder`` is what the settings say it is."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output: expected a folder, but '{folder}' is a file")
+    exists = any((folder / name).exists() for name in _RUN_FILES + _RUN_FOLDERS)
+    if not config.resume:
+        if exists and not config.overwrite:
+            raise FileExistsError(
+                f"output: there is a run in '{folder}' already; --resume goes on with it, "
+                "--overwrite deletes it"
+            )
+        return None
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
+    saved = FinetuneConfig.from_dict(read_yaml(folder / CONFIG_NAME))
+    changed = differences(saved, config)
+    if changed:
+        raise ValueError(f"resume: the run in '{folder}' has other settings: {'; '.join(changed)}")
+    checkpoint = newest_checkpoint(folder / CHECKPOINTS_NAME)
+    if checkpoint is None:
+        _log.info("%s has no checkpoint yet: starting with the first step", folder)
+    return checkpoint
+
+
+def _check_processes(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
+    if checkpoint.num_processes != accelerator.num_processes:
+        raise ValueError(
+            f"resume: expected the {checkpoint.num_processes} processes that wrote "
+            f"{checkpoint.folder}, got {accelerator.num_processes}"
+        )
+
+
+def _start_folder(folder: Path, config: FinetuneConfig) -> None:
+    """An empty run folder with the configuration; what an earlier run left is removed."""
+    for name in itertools.chain(_RUN_FOLDERS, reversed(_RUN_FILES)):
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = config.to_dict()
+    del settings["resume"], settings["overwrite"]
+    write_file(folder / CONFIG_NAME, yaml.safe_dump(settings, sort_keys=False))
+
+
+def _result(folder: Path, steps: int) -> RunResult:
+    records = read_log(folder / LOG_NAME)
+    return RunResult(
+        folder=folder,
+        steps=steps,
+        seconds_per_step=[record["seconds"] for record in records],
+        peak_memory_bytes=max((record["peak_memory_bytes"] for record in records), default=0),
+        final_loss=records[-1]["loss"] if records else math.nan,
+    )

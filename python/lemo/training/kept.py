@@ -1,0 +1,70 @@
+"""What token elimination kept during one optimizer step, as the logs show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lemo.selection import LayerStatistics
+
+
+class KeptRows:
+    """Sums the statistics of the forward passes of a step.
+
+    Attributes:
+        map: kept blocks of the first sequence of the last forward pass that eliminated anything
+            ({"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}), or None.
+    """
+
+    def __init__(self) -> None:
+        self.map: dict[str, Any] | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin another step; the map stays."""
+        self._tokens = 0
+        self._rows: list[dict[str, int]] = []
+
+    def add(self, statistics: Sequence[LayerStatistics]) -> None:
+        """Count one forward pass."""
+        if not self._rows:
+            self._rows = [{"attention": 0, "mlp": 0} for _ in statistics]
+        self._tokens += statistics[0].tokens
+        for rows, layer in zip(self._rows, statistics, strict=True):
+            rows["attention"] += layer.attention_rows
+            rows["mlp"] += layer.mlp_rows
+        if any(min(s.attention_rows, s.mlp_rows) < s.tokens for s in statistics):
+            self.map = _kept_map(statistics)
+
+    def by_layer(self) -> list[dict[str, float]]:
+        """Share of the step's tokens that each sub-block kept; empty without elimination."""
+        return [{name: n / self._tokens for name, n in rows.items()} for rows in self._rows]
+
+    def share(self) -> float:
+        """Mean of :meth:`by_layer` over layers and sub-blocks; 1 without elimination."""
+        shares = [share for layer in self.by_layer() for share in layer.values()]
+        return sum(shares) / len(shares) if shares else 1.0
+
+
+def _kept_map(statistics: Sequence[LayerStatistics]) -> dict[str, Any]:
+    layout = statistics[0].layout
+    blocks = int(layout.cu_blocks[1])
+
+    def first_sequence(kept: Tensor | None) -> list[int]:
+        kept = range(blocks) if kept is None else kept.tolist()
+        return [block for block in kept if block < blocks]
+
+    return {
+        "block_size": layout.block_size,
+        "tokens": layout.seqlens[0],
+        "layers": [
+            {
+                "attention": first_sequence(layer.attention_blocks),
+                "mlp": first_sequence(layer.mlp_blocks),
+            }
+            for layer in statistics
+        ],
+    }

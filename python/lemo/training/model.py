@@ -1,0 +1,170 @@
+"""Loading a causal language model, extending its context, and adding and saving LoRA."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import save as to_safetensors
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lemo.training.config import FinetuneConfig
+from lemo.training.files import write_file
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_CONFIG = "model_config.json"
+
+
+def load_config(model: str) -> PreTrainedConfig:
+    """Configuration of a model folder or hub name.
+
+    Raises:
+        FileNotFoundError: neither a folder with a config.json nor a model that can be reached.
+        ValueError: Transformers does not know the model's type, or it is no causal language model.
+    """
+    if Path(model).exists() and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"model: '{model}' is not a model folder: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise _not_found(model, error) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"model: expected a causal language model, got '{model}' of type {config.model_type}"
+        )
+    return config
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """Tokenizer of a model folder or hub name; ValueError where the model has none."""
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: '{model}' has no tokenizer that can be loaded: {error}"
+        ) from error
+
+
+def load_model(model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model with frozen weights of ``dtype`` on the CPU."""
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: the weights of '{model}' are damaged: {error}") from error
+    except OSError as error:
+        raise _not_found(model, error) from error
+    return loaded.requires_grad_(False)
+
+
+def _not_found(model: str, error: OSError) -> OSError:
+    if Path(model).exists():
+        return OSError(f"model: '{model}' cannot be read: {error}")
+    return FileNotFoundError(
+        f"model: '{model}' is neither a folder nor a model of the Hugging Face hub that can be "
+        "reached from here"
+    )
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for a `dtype` setting; "auto" is bfloat16 on a GPU that has it."""
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name == "float16" and device.type != "cuda":
+        raise ValueError(
+            f"dtype: float16 training needs a GPU, got the device '{device.type}'; "
+            "use float32 or bfloat16"
+        )
+    return getattr(torch, name)
+
+
+def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> None:
+    """Scale the rotary embedding of ``config`` (in place) so that it reaches ``length`` tokens.
+
+    Nothing changes where the model reaches as far already, or with ``rope_scaling`` "none".
+
+    Args:
+        length: tokens of a window.
+        rope_scaling: "linear" (position interpolation), "yarn", "dynamic" (NTK-aware) or "none".
+
+    Raises:
+        ValueError: the model has learned positions, or its rotary embedding is scaled already.
+    """
+    original = config.max_position_embeddings
+    if length <= original:
+        return
+    rope = getattr(config, "rope_parameters", None)
+    if not rope:
+        raise ValueError(
+            f"context_length: expected at most {original}, got {length}: a model of type "
+            f"{config.model_type} has learned positions, which cannot be extended"
+        )
+    if rope_scaling == "none":
+        return
+    if rope.get("rope_type") != "default":
+        raise ValueError(
+            f"rope_scaling: the model's rotary embedding is of type '{rope.get('rope_type')}' for "
+            f"{original} tokens, so it cannot be scaled to {length} by '{rope_scaling}'; "
+            "use rope_scaling none, or a context_length within the model's"
+        )
+    rope = dict(rope, rope_type=rope_scaling, factor=length / original)
+    if rope_scaling == "yarn":
+        rope["original_max_position_embeddings"] = original
+    # The dynamic kind compares each length with the original one, so that must stay.
+    if rope_scaling != "dynamic":
+        config.max_position_embeddings = length
+    config.rope_parameters = rope
+
+
+def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
+    """Wrap ``model`` with trainable float32 LoRA pairs (and norms), as `config` says."""
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if config.lora_targets is None else list(config.lora_targets),
+        modules_to_save=_norm_names(model) if config.train_norms else None,
+    )
+    try:
+        wrapped = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ValueError(f"lora_targets: {error}") from error
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def _norm_names(model: PreTrainedModel) -> list[str]:
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
+    }
+    return sorted(names)
+
+
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter's weights and configuration into ``folder``, in PEFT's own format.
+
+    The bytes are made here and written by Python, so that a full disk arrives as an OSError.
+    """
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
+    write_file(folder / ADAPTER_WEIGHTS, to_safetensors(weights, metadata={"format": "pt"}))
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))

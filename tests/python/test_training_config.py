@@ -1,0 +1,113 @@
+"""FinetuneConfig: defaults, round trips, and the message for every field that does not fit."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from lemo import LemoConfig
+from lemo.training.config import _FIELDS, FinetuneConfig, differences, read_yaml
+
+NEEDED = {"model": "m", "documents": "d.jsonl", "output": "run"}
+
+
+def test_every_field_is_checked():
+    fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    assert fields == set(_FIELDS) | {"elimination"}
+
+
+@pytest.mark.parametrize("elimination", [LemoConfig(keep=0.25, schedule=[[0.8, 1.0]]), None])
+def test_round_trip_through_yaml(elimination):
+    config = FinetuneConfig(**NEEDED, lora_targets="q_proj, v_proj", elimination=elimination)
+    text = yaml.safe_dump(config.to_dict())
+    assert FinetuneConfig.from_dict(yaml.safe_load(text)) == config
+    assert config.lora_targets == ("q_proj", "v_proj")
+
+
+def test_elimination_is_on_by_default_and_null_turns_it_off():
+    assert FinetuneConfig.from_dict(NEEDED).elimination == LemoConfig()
+    assert FinetuneConfig.from_dict(NEEDED | {"elimination": None}).elimination is None
+
+
+def test_a_float_that_yaml_takes_for_a_string():
+    values = yaml.safe_load("learning_rate: 2e-4")
+    assert isinstance(values["learning_rate"], str)
+    assert FinetuneConfig.from_dict(NEEDED | values).learning_rate == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("steps", 0, "an integer >= 1"),
+        ("steps", True, "an integer >= 1"),
+        ("context_length", 1, "an integer >= 2"),
+        ("batch_size", 1.5, "an integer >= 1"),
+        ("warmup_steps", -1, "an integer >= 0"),
+        ("learning_rate", "fast", "a number >= 0"),
+        ("learning_rate", float("nan"), "a number >= 0"),
+        ("lora_dropout", 1.0, "a number >= 0 and < 1"),
+        ("max_grad_norm", -1, "a number >= 0"),
+        ("rope_scaling", "longrope", "one of linear, yarn, dynamic, none"),
+        ("schedule", "linear", "one of cosine, constant"),
+        ("dtype", "int8", "one of auto, float32, bfloat16, float16"),
+        ("train_norms", "yes", "true or false"),
+        ("model", "", "a name or path"),
+        ("lora_targets", [], "a list of module names"),
+        ("lora_targets", [1], "a list of module names"),
+    ],
+)
+def test_a_bad_value_is_named(name, value, expected):
+    with pytest.raises(
+        ValueError, match=f"^{name}: expected {expected}, got {value!r}".replace("[", r"\[")
+    ):
+        FinetuneConfig.from_dict(NEEDED | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "unknown setting 'stepz'; did you mean steps"),
+        ({"zzz": 3}, "unknown setting 'zzz'; known: model, documents"),
+        ({"elimination": {"kep": 0.5}}, "elimination: .*'kep'.*'keep'"),
+        ({"elimination": {"keep": 2}}, "elimination: keep: expected"),
+        ({"elimination": 0.5}, "elimination: expected a mapping .* got 0.5"),
+        ({"model": None}, "model: expected a value"),
+        ({"resume": True, "overwrite": True}, "resume, overwrite: expected at most one"),
+    ],
+)
+def test_settings_that_do_not_fit(values, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig.from_dict(NEEDED | values)
+
+
+def test_differences_name_what_decides_the_losses_only():
+    config = FinetuneConfig(**NEEDED, elimination=LemoConfig(keep=0.5))
+    watched = dataclasses.replace(config, resume=True, log_every=5, save_every=7, output="x")
+    assert differences(config, watched) == []
+    other = dataclasses.replace(config, steps=7, elimination=LemoConfig(keep=0.25))
+    assert differences(config, other) == [
+        "steps was 100, now 7",
+        "elimination.keep was 0.5, now 0.25",
+    ]
+    dense = dataclasses.replace(config, elimination=None)
+    assert "elimination was 'on', now 'off'" in differences(config, dense)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1\nb: 2", r"c\.yaml:2: not YAML"),
+        ("- 1", r"c\.yaml: expected a mapping of settings, got list"),
+    ],
+)
+def test_broken_yaml(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_yaml_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml' does not exist"):
+        read_yaml(tmp_path / "no.yaml")
+    (tmp_path / "c.yaml").write_text("")
+    assert read_yaml(tmp_path / "c.yaml") == {}

@@ -1,0 +1,143 @@
+"""Context extension, loading models and adapters."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
+
+from lemo.training.config import FinetuneConfig
+from lemo.training.model import (
+    add_lora,
+    extend_context,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_dtype,
+)
+from tiny import save_tiny_llama
+
+
+def llama(**rope) -> LlamaConfig:
+    parameters = {"rope_type": "default", "rope_theta": 10000.0} | rope
+    return LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=4,
+        num_hidden_layers=1,
+        intermediate_size=32,
+        vocab_size=50,
+        max_position_embeddings=64,
+        rope_parameters=parameters,
+    )
+
+
+def frequencies(config: LlamaConfig, tokens: int) -> torch.Tensor:
+    """Rotary frequencies after the model has seen ``tokens`` positions."""
+    rotary = LlamaForCausalLM(config).model.rotary_emb
+    rotary(torch.zeros(1), torch.arange(tokens)[None])
+    return rotary.inv_freq.clone()
+
+
+def test_linear_scaling_interpolates_positions():
+    config = llama()
+    base = frequencies(config, 64)
+    extend_context(config, 256, "linear")
+    torch.testing.assert_close(frequencies(config, 256), base / 4)
+    assert config.max_position_embeddings == 256
+
+
+def test_yarn_keeps_fast_and_interpolates_slow_frequencies():
+    config = llama()
+    base = frequencies(config, 64)
+    extend_context(config, 256, "yarn")
+    ratio = base / frequencies(config, 256)
+    assert ratio[0].item() == pytest.approx(1.0)
+    assert ratio[-1].item() == pytest.approx(4.0)
+
+
+def test_dynamic_scaling_acts_beyond_the_original_context_only():
+    config = llama()
+    base = frequencies(config, 64)
+    extend_context(config, 256, "dynamic")
+    torch.testing.assert_close(frequencies(config, 64), base)
+    # NTK: theta * ((factor * length / original) - (factor - 1)) ** (d / (d - 2)), d = 8.
+    theta = 10000.0 * (4 * 4 - 3) ** (8 / 6)
+    expected = 1 / theta ** (torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(frequencies(config, 256), expected)
+
+
+@pytest.mark.parametrize(("length", "scaling"), [(64, "linear"), (16, "yarn"), (256, "none")])
+def test_nothing_changes(length, scaling):
+    config = llama()
+    before = config.to_dict()
+    extend_context(config, length, scaling)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("scaling", ["linear", "none"])
+def test_learned_positions_cannot_be_extended(scaling):
+    config = OPTConfig(max_position_embeddings=64)
+    extend_context(config, 64, scaling)
+    with pytest.raises(ValueError, match="context_length: expected at most 64, got 65.*opt has le"):
+        extend_context(config, 65, scaling)
+
+
+def test_a_scaled_model_is_not_scaled_again():
+    config = llama(rope_type="linear", factor=2.0)
+    with pytest.raises(ValueError, match="rope_scaling: .* 'linear' for 64 tokens"):
+        extend_context(config, 128, "yarn")
+
+
+def test_dtypes():
+    cpu = torch.device("cpu")
+    assert pick_dtype("auto", cpu) == torch.float32
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype: float16 training needs a GPU"):
+        pick_dtype("float16", cpu)
+
+
+def test_models_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(FileNotFoundError, match="'no/model' is neither a folder nor a model of"):
+        load_config("no/model")
+    with pytest.raises(FileNotFoundError, match="not a model folder: it has no config.json"):
+        load_config(str(tmp_path))
+    folder = save_tiny_llama(tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="the weights of '.*' are damaged"):
+        load_model(str(folder), load_config(str(folder)), torch.float32)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model: '.*' cannot be read"):
+        load_model(str(folder), load_config(str(folder)), torch.float32)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ValueError, match="has no tokenizer that can be loaded"):
+        load_tokenizer(str(folder))
+    (folder / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="expected a causal language model, got .* of type vit"):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize("train_norms", [False, True])
+def test_lora_is_float32_on_every_linear_layer_but_the_head(tmp_path, train_norms):
+    folder = save_tiny_llama(tmp_path / "model", layers=1)
+    config = FinetuneConfig(
+        model=str(folder), documents="d", output="o", lora_rank=4, train_norms=train_norms
+    )
+    model = add_lora(load_model(str(folder), load_config(str(folder)), torch.bfloat16), config)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    adapted = {n.split(".lora_")[0].rpartition(".")[2] for n in trained if ".lora_" in n}
+    norms = {n.split(".modules_to_save")[0].rpartition(".")[2] for n in trained if "norm" in n}
+    assert adapted == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    assert norms == (
+        {"input_layernorm", "post_attention_layernorm", "norm"} if train_norms else set()
+    )
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.base_model.model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_lora_targets_that_are_not_there(tmp_path):
+    folder = save_tiny_llama(tmp_path / "model", layers=1)
+    config = FinetuneConfig(model="m", documents="d", output="o", lora_targets="w_query")
+    model = load_model(str(folder), load_config(str(folder)), torch.float32)
+    with pytest.raises(ValueError, match="lora_targets: .*w_query"):
+        add_lora(model, config)
