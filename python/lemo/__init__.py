@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = ["Handle", "LemoConfig", "__version__", "enable"]
 
-# Imported on first use: `import lemo` stays light (the command line needs that), Transformers is not.
+# Imported on first use: Transformers takes seconds, and `import lemo` should not.
 _HOMES = {
     "Handle": "lemo.models.enable",
     "LemoConfig": "lemo.config",

@@ -5,6 +5,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +222,7 @@ def _schedule(value: Any) -> tuple[tuple[float, float], ...]:
             raise ValueError(
                 f"schedule: expected progress and keep between 0 and 1, got {[progress, keep]}"
             )
-    if any(later[0] <= earlier[0] for earlier, later in zip(entries, entries[1:])):
+    if any(later[0] <= earlier[0] for earlier, later in pairwise(entries)):
         raise ValueError(f"schedule: expected ascending progress, got {value!r}")
     return entries
 

@@ -5,6 +5,7 @@ output [T, H] of that sub-block's norm for all rows, and the `PackedBatch` the r
 returns scores [B], fp32. The caller has switched gradients off.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -141,7 +142,7 @@ def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: flo
     keys = keys.float()
     scores = torch.empty(layout.num_blocks, dtype=torch.float32, device=queries.device)
     cuts = layout.cu_blocks.tolist()
-    for first, end in zip(cuts, cuts[1:]):
+    for first, end in pairwise(cuts):
         if first == end:
             continue
         count = end - first

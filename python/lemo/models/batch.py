@@ -112,9 +112,7 @@ class PackedBatch:
         """[T] int32, the position of every token in its own sequence."""
         if self._positions is None:
             cu_seqlens = self.layout.cu_seqlens
-            rows = torch.arange(
-                self.layout.num_tokens, dtype=torch.int32, device=cu_seqlens.device
-            )
+            rows = torch.arange(self.layout.num_tokens, dtype=torch.int32, device=cu_seqlens.device)
             firsts = torch.repeat_interleave(
                 cu_seqlens[:-1], cu_seqlens.diff(), output_size=self.layout.num_tokens
             )
