@@ -87,3 +87,27 @@ def packed_batch(lengths: list[int], seed: int = 0) -> dict[str, torch.Tensor]:
         "position_ids": positions,
         "labels": ids.where(positions > 0, torch.tensor(-100)),
     }
+
+
+def as_padded(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The sequences of a packed batch as the rows of a right-padded one."""
+    firsts = (packed["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    lengths = [end - first for first, end in zip(firsts, [*firsts[1:], packed["labels"].numel()])]
+    batch = padded_batch(lengths)
+    for name in ("input_ids", "labels"):
+        batch[name][batch["attention_mask"].bool()] = packed[name][0]
+    return batch
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of the parameters that have one, by name."""
+    return {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def all_of(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """All values as one fp32 vector."""
+    return torch.cat([tensor.flatten().float() for tensor in tensors.values()])

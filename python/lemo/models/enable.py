@@ -236,6 +236,9 @@ def _replace_forward(
             return_dict = self.config.return_dict
         return output if return_dict else output.to_tuple()
 
+    # Accelerate unwraps by following __wrapped__ down to the innermost function: stop it here.
+    del forward.__wrapped__
+    forward.__signature__ = signature
     method = MethodType(forward, module)
     module.forward = method
     setattr(module, _ATTRIBUTE, handle)

@@ -1,0 +1,221 @@
+"""keep < 1 computes what an eager reference of the method computes, given the same kept sets.
+
+The reference runs Transformers' own layers (eager attention with a prepared mask) on gathered rows
+of a plain residual stream, one `index_add` a sub-block. It shares no code with lemo.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import lemo
+from lemo import LemoConfig
+from test_models_dense import assert_same_gradients, lora
+from tiny_models import ARCHITECTURES, WINDOW, make_model, packed_batch, padded_batch
+from tolerances import assert_close_fp32
+
+BLOCK = 8
+
+
+def sequences(batch):
+    """(flat indices of the tokens, sequence of each, index of each in its sequence)."""
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    sequence, position, flat = [], [], []
+    number = -1
+    for b, row in enumerate(mask.tolist()):
+        previous = False
+        for t, present in enumerate(row):
+            if not present:
+                previous = False
+                continue
+            restarts = "position_ids" in batch and int(batch["position_ids"][b, t]) == 0
+            if restarts or not previous:
+                number, index = number + 1, 0
+            flat.append(b * mask.shape[1] + t)
+            sequence.append(number)
+            position.append(index)
+            previous, index = True, index + 1
+    return tuple(torch.tensor(values) for values in (flat, sequence, position))
+
+
+def rows_of_blocks(blocks, sequence, position):
+    """Packed rows in kept blocks; blocks are counted through all sequences."""
+    if blocks is None:
+        return torch.arange(sequence.numel())
+    identity = torch.stack((sequence, position // BLOCK), 1)
+    _, number = torch.unique(identity, dim=0, return_inverse=True)
+    return torch.isin(number, blocks).nonzero()[:, 0]
+
+
+def visible(sequence, position, window, group_size, heads):
+    """[heads, T, T] bool: what a query may see."""
+    i, j = position[:, None], position[None, :]
+    seen = (sequence[:, None] == sequence[None, :]) & (j <= i)
+    if window:
+        seen = seen & (i - j < window)
+    seen = seen.expand(heads, -1, -1).clone()
+    if group_size:
+        half = group_size // 2
+        seen[: heads // 2] &= i // group_size == j // group_size
+        seen[heads // 2 :] &= (i + half) // group_size == (j + half) // group_size
+    return seen
+
+
+def reference_loss(model, batch, kept, config):
+    """Loss of the method for given kept blocks: `kept[layer] = (attention blocks, mlp blocks)`."""
+    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+    opt = causal_lm.config.model_type == "opt"
+    decoder = causal_lm.model.decoder if opt else causal_lm.model
+    flat, sequence, position = sequences(batch)
+    ids = batch["input_ids"].flatten()[flat]
+    embedded = decoder.embed_tokens(ids)[None]
+    cos = sin = None
+    if opt:
+        embedded = decoder.project_in(embedded) + decoder.embed_positions(
+            None, position_ids=position[None]
+        )
+    else:
+        # Rotation is relative, so positions within the sequence serve for left padding too.
+        cos, sin = decoder.rotary_emb(embedded, position[None])
+    x = embedded[0]
+    touched = torch.zeros(x.shape[0], dtype=torch.bool)
+    heads = causal_lm.config.num_attention_heads
+    for layer, (attention_blocks, mlp_blocks) in zip(decoder.layers, kept):
+        rows = rows_of_blocks(attention_blocks, sequence, position)
+        touched[rows] = True
+        # All keys visible: the kept rows of attention among all rows.
+        among = torch.arange(x.shape[0]) if config.visible_keys == "all" else rows
+        norm = layer.self_attn_layer_norm if opt else layer.input_layernorm
+        window = getattr(layer.self_attn, "sliding_window", None)
+        if causal_lm.config.model_type == "mistral":
+            window = WINDOW
+        seen = visible(sequence[among], position[among], window, config.group_size, heads)
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
+        rotary = {} if opt else {"position_embeddings": (cos[:, among], sin[:, among])}
+        if rows.numel():  # Transformers' attention cannot take an empty sequence
+            y = layer.self_attn(norm(x[among])[None], attention_mask=mask, **rotary)[0][0]
+            x = x.index_add(0, rows, y[torch.isin(among, rows)])
+
+        rows = rows_of_blocks(mlp_blocks, sequence, position)
+        touched[rows] = True
+        if opt:
+            y = layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(x[rows]))))
+        else:
+            y = layer.mlp(layer.post_attention_layernorm(x[rows]))
+        x = x.index_add(0, rows, y)
+    hidden = decoder.project_out(decoder.final_layer_norm(x)) if opt else decoder.norm(x)
+    labels = torch.full_like(batch["labels"], -100)
+    labels[:, :-1] = batch["labels"][:, 1:]
+    labels = labels.flatten()[flat]
+    if config.mask_loss:
+        labels = labels.masked_fill(~touched, -100)
+    return torch.nn.functional.cross_entropy(causal_lm.lm_head(hidden), labels)
+
+
+BATCHES = {
+    "right": lambda: padded_batch([61, 8, 45]),
+    "left": lambda: padded_batch([50, 30], side="left"),
+    "packed": lambda: packed_batch([40, 3, 37]),
+}
+SETTINGS = {
+    "shared set": {"keep": 0.5},
+    "own sets": {"keep": 0.4, "keep_mlp": 0.6, "select_at": "all"},
+    "all keys": {"keep": [0.3, 0.5, 1.0], "select_at": "all", "visible_keys": "all"},
+    "groups": {"keep": 0.6, "group_size": 20, "dense_layers": [1]},
+    "nothing forced": {"keep": 0.0, "keep_first": 0, "keep_last": 0, "dense_layers": [0]},
+    "threshold": {"policy": "threshold", "thresholds": [0.07] * 3, "mlp_thresholds": [0.2] * 3},
+    "random": {"keep": 0.3, "scorer": "random", "mask_loss": False},
+}
+
+
+def check(model, twin, batch, config):
+    handle = lemo.enable(model, config)
+    loss = model(**batch).loss
+    loss.backward()
+    statistics = handle.statistics()
+    assert any(layer.attention_rows < layer.tokens for layer in statistics)
+    kept = [(layer.attention_blocks, layer.mlp_blocks) for layer in statistics]
+    expected = reference_loss(twin, batch, kept, config)
+    expected.backward()
+    assert_close_fp32(loss, expected, "loss")
+    assert_same_gradients(model, twin)
+
+
+def settings(name):
+    return LemoConfig(**{"dense_layers": [], "block_size": BLOCK} | SETTINGS[name])
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients(architecture, name):
+    batches = list(BATCHES)
+    batch = BATCHES[batches[list(SETTINGS).index(name) % len(batches)]]()
+    config = settings(name)
+    if name == "threshold" and architecture == "qwen3":
+        config = dataclasses.replace(config, thresholds=[0.4] * 3)  # normalized q, k: larger scores
+    check(make_model(architecture), make_model(architecture), batch, config)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
+def test_every_kind_of_batch(name, batch):
+    check(make_model("qwen2"), make_model("qwen2"), BATCHES[batch](), settings(name))
+
+
+@pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
+@pytest.mark.parametrize("architecture", ["mistral", "opt"])
+def test_gradient_checkpointing(architecture, name):
+    model, twin = make_model(architecture), make_model(architecture)
+    model.activation_checkpointing_enable()
+    check(model, twin, BATCHES["right"](), settings(name))
+
+
+@pytest.mark.parametrize("name", ["shared set", "all keys"])
+@pytest.mark.parametrize("architecture", ["qwen3", "opt"])
+def test_lora(architecture, name):
+    model, twin = lora(make_model(architecture)), lora(make_model(architecture))
+    check(model, twin, BATCHES["packed"](), settings(name))
+
+
+def test_rows_that_are_not_kept_pass_through_unchanged():
+    model = make_model("llama")
+    handle = lemo.enable(model, settings("own sets"))
+    states = model(**padded_batch([64]), output_hidden_states=True).hidden_states
+    layout = handle.statistics()[0].layout
+    for layer in handle.statistics()[:-1]:
+        kept = torch.zeros(layout.num_blocks, dtype=torch.bool)
+        kept[layer.attention_blocks] = True
+        kept[layer.mlp_blocks] = True
+        moved = (states[layer.layer + 1] != states[layer.layer])[0].any(-1).view(-1, BLOCK)
+        assert torch.equal(moved.all(1), kept)
+        assert torch.equal(moved.any(1), kept)
+
+
+def saved_bytes(model, batch):
+    """Bytes of distinct storages that autograd keeps for backward, parameters left out."""
+    storages = {}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (tensor, storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(size for _, size in storages.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_is_stored_for_rows_that_are_not_kept(checkpointing):
+    batch, sizes = padded_batch([256]), {}
+    for keep in (1.0, 0.25):
+        model = lora(make_model("llama", vocab_size=61, max_position_embeddings=256))
+        if checkpointing:
+            model.base_model.model.activation_checkpointing_enable()
+        config = LemoConfig(keep=keep, dense_layers=[], block_size=BLOCK, mask_loss=True)
+        lemo.enable(model, config)
+        sizes[keep] = saved_bytes(model, batch)
+    assert sizes[0.25] <= 0.3 * sizes[1.0]

@@ -1,0 +1,393 @@
+"""enable, the handle and their errors: what a training script sees."""
+
+import copy
+import inspect
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import BertConfig, BertForMaskedLM, LlamaModel, Trainer, TrainingArguments
+
+import lemo
+from lemo import LemoConfig
+from tiny_models import (
+    ARCHITECTURES,
+    gradients,
+    make_ids,
+    make_model,
+    packed_batch,
+    padded_batch,
+)
+from tolerances import assert_close_fp32
+
+HALF = LemoConfig(keep=0.5, dense_layers=[], block_size=8)
+EVERYTHING = LemoConfig(keep=1.0, dense_layers=[], block_size=8)
+BATCH = padded_batch([61, 40])
+
+
+def decoder_of(model):
+    return model.model.decoder if model.config.model_type == "opt" else model.model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_remove_leaves_no_trace(architecture):
+    model = make_model(architecture)
+    decoder = decoder_of(model)
+    before = [dict(vars(module)) for module in (model, decoder)]
+    classes = [type(module).forward for module in (model, decoder)]
+    expected = model(**BATCH).loss
+    handle = lemo.enable(model, HALF)
+    assert model(**BATCH).loss != expected
+    assert [type(module).forward for module in (model, decoder)] == classes
+    assert make_model(architecture)(**BATCH).loss == expected, "another instance has changed"
+    handle.remove()
+    assert [dict(vars(module)) for module in (model, decoder)] == before
+    assert torch.equal(model(**BATCH).loss, expected)
+    handle.remove()
+    lemo.enable(model, HALF).remove()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_eval_mode_and_generation_are_dense(architecture):
+    model, dense = make_model(architecture), make_model(architecture)
+    handle = lemo.enable(model, HALF)
+    for each in (model, dense):
+        each.eval()
+    outputs, expected = model(**BATCH), dense(**BATCH)
+    assert torch.equal(outputs.loss, expected.loss)
+    assert torch.equal(outputs.logits, expected.logits)
+    prompt = {"input_ids": make_ids(2, 40)}
+    for each in (model, dense):
+        each.train()
+    tokens = [each.generate(**prompt, max_new_tokens=4, do_sample=False) for each in (model, dense)]
+    assert torch.equal(*tokens)
+    assert handle.statistics() == []
+
+
+def test_the_decoder_alone_eliminates_too():
+    model = make_model("llama")
+    handle = lemo.enable(model, EVERYTHING)
+    expected = make_model("llama").model(BATCH["input_ids"]).last_hidden_state
+    assert_close_fp32(model.model(BATCH["input_ids"]).last_hidden_state, expected)
+    assert isinstance(model.model(BATCH["input_ids"], return_dict=False), tuple)
+    assert len(handle.statistics()) == 3
+
+
+def test_statistics():
+    model = make_model("llama")
+    handle = lemo.enable(model, LemoConfig(keep=0.5, keep_mlp=0.25, dense_layers=[0], block_size=8))
+    assert handle.statistics() == []
+    model(**BATCH)
+    first, *others = handle.statistics()
+    assert (first.layer, first.tokens, first.attention_rows, first.mlp_rows) == (0, 101, 101, 101)
+    assert first.attention_blocks is None
+    assert first.mlp_blocks is None
+    for number, layer in enumerate(others, 1):
+        # 8 blocks (the last of 5 tokens) and 5 blocks of 8.
+        assert layer.layer == number
+        assert layer.layout.seqlens == (61, 40)
+        assert len(layer.attention_blocks) == 4 + 3
+        assert layer.attention_rows == 3 * 8 + 5 + 3 * 8
+        assert len(layer.mlp_blocks) == 2 + 2
+        assert {0, 7, 8, 12} <= set(layer.attention_blocks.tolist())
+        assert layer.mlp_blocks.tolist() == [0, 7, 8, 12]
+
+
+def test_schedule():
+    model = make_model("llama")
+    config = LemoConfig(keep=0.5, dense_layers=[0], block_size=8, schedule=[[0.5, 0.25], [0.9, 1]])
+    handle = lemo.enable(model, config)
+
+    def kept_blocks(progress):
+        handle.set_progress(progress)
+        model(**BATCH)
+        blocks = [layer.attention_blocks for layer in handle.statistics()]
+        return [None if kept is None else len(kept) for kept in blocks]
+
+    assert kept_blocks(0.0) == kept_blocks(0.49) == [None, 7, 7]
+    assert kept_blocks(0.5) == [None, 4, 4]
+    assert kept_blocks(0.9) == kept_blocks(1.0) == [None, None, None]
+    assert kept_blocks(0.2) == [None, 7, 7]
+    with pytest.raises(ValueError, match="progress: expected a share between 0 and 1, got 1.5"):
+        handle.set_progress(1.5)
+
+
+def test_random_scores_go_on_from_a_saved_state():
+    def losses(handle, model, count):
+        return [model(**BATCH).loss.item() for _ in range(count)]
+
+    config = LemoConfig(keep=0.3, dense_layers=[], block_size=8, scorer="random", seed=3)
+    model = make_model("llama")
+    handle = lemo.enable(model, config)
+    handle.set_progress(0.25)
+    first = losses(handle, model, 2)
+    state = copy.deepcopy(handle.state_dict())
+    rest = losses(handle, model, 3)
+    assert len({*first, *rest}) > 1, "the draw is not fresh"
+    resumed = make_model("llama")
+    other = lemo.enable(resumed, config)
+    other.load_state_dict(state)
+    assert other.state_dict()["progress"] == 0.25
+    assert losses(other, resumed, 3) == rest
+
+
+def test_a_deep_copy_is_a_model_of_its_own():
+    model = make_model("llama")
+    lemo.enable(model, HALF)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(0.5)
+    assert twin(**BATCH).loss != model(**BATCH).loss
+    twin(**BATCH).loss.backward()
+    assert gradients(twin)
+    assert not gradients(model)
+
+
+# Loss
+
+
+def test_masked_tokens_have_no_loss():
+    config = {"keep": 0.5, "dense_layers": [], "block_size": 8}
+    losses = {}
+    for mask in (True, False):
+        model = make_model("llama")
+        handle = lemo.enable(model, LemoConfig(**config, mask_loss=mask))
+        losses[mask] = model(**BATCH).loss
+        statistics = handle.statistics()
+        logits = model(BATCH["input_ids"], BATCH["attention_mask"]).logits
+    kept = torch.zeros(101, dtype=torch.bool)
+    for layer in statistics:
+        starts = layer.layout.block_starts.tolist()
+        for block in layer.attention_blocks.tolist():
+            kept[starts[block] : starts[block + 1]] = True
+    assert not kept.all()
+    present = BATCH["attention_mask"].bool()
+    counted = torch.zeros_like(present)
+    counted[present] = kept
+    targets = torch.full_like(BATCH["labels"], -100)
+    targets[:, :-1] = BATCH["labels"][:, 1:]
+    assert_close_fp32(losses[False], cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    targets = targets.masked_fill(~counted, -100)
+    assert_close_fp32(losses[True], cross_entropy(logits.flatten(0, 1), targets.flatten()))
+
+
+@pytest.mark.parametrize("items", [37, torch.tensor(37)])
+def test_the_trainers_divisor(items):
+    model, dense = make_model("llama"), make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    batch = {**BATCH, "num_items_in_batch": items}
+    assert_close_fp32(model(**batch).loss, dense(**batch).loss)
+
+
+def test_the_trainers_divisor_shrinks_with_the_labels_that_are_masked():
+    model = make_model("llama")
+    lemo.enable(model, HALF)
+    used = int((BATCH["labels"][:, 1:] != -100).sum())
+    mean = model(**BATCH).loss
+    assert_close_fp32(model(**BATCH, num_items_in_batch=used).loss, mean)
+    assert_close_fp32(model(**BATCH, num_items_in_batch=4 * used).loss, mean / 4)
+
+
+def test_labels_that_are_shifted_already():
+    model, dense = make_model("llama"), make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    ids = make_ids(2, 30)
+    batch = {"input_ids": ids, "labels": ids, "shift_labels": make_ids(2, 30, seed=5)}
+    assert_close_fp32(model(**batch).loss, dense(**batch).loss)
+
+
+def test_no_label_at_all_gives_zero_and_zero_gradients():
+    model = make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    loss = model(BATCH["input_ids"], labels=torch.full_like(BATCH["labels"], -100)).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+def test_labels_under_padding_do_not_count():
+    model = make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    expected = model(**BATCH).loss
+    padding = BATCH["attention_mask"] == 0
+    # Predictions *of* padding by the last token are the caller's to mask, as in Transformers.
+    padding[:, 1:] &= BATCH["attention_mask"][:, :-1] == 0
+    batch = {**BATCH, "labels": BATCH["labels"].masked_fill(padding, 7)}
+    assert torch.equal(model(**batch).loss, expected)
+
+
+def test_tuple_outputs_and_logits_to_keep():
+    model, dense = make_model("llama"), make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    (loss,) = model(**BATCH, return_dict=False)
+    assert_close_fp32(loss, dense(**BATCH).loss)
+    ids = BATCH["input_ids"]
+    for keep in (3, torch.tensor([2, 5])):
+        assert_close_fp32(
+            model(ids, logits_to_keep=keep).logits, dense(ids, logits_to_keep=keep).logits
+        )
+
+
+# Company: PEFT, Accelerate, Trainer
+
+
+def test_dropout_of_lora_is_active_in_training_but_not_while_scoring():
+    torch.manual_seed(0)
+    settings = LoraConfig(
+        r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False
+    )
+    model = get_peft_model(make_model("llama"), settings)
+    handle = lemo.enable(model, LemoConfig(keep=0.5, dense_layers=[0], block_size=8))
+    assert len({model(**BATCH).loss.item() for _ in range(3)}) == 3
+    drop = model.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"]
+    assert drop.training
+    state = torch.get_rng_state()
+    scorer = handle._scorer
+    batch, x = handle._adapter.embed(BATCH["input_ids"], None, None, None, 8)
+    scores = [scorer(1, kind, x, batch) for kind in ("attention", "mlp") for _ in range(2)]
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[2], scores[3])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_opt_drops_out_after_each_sub_block():
+    model = make_model("opt", dropout=0.5)
+    lemo.enable(model, EVERYTHING)
+    assert model(**BATCH).loss != model(**BATCH).loss
+
+
+@pytest.fixture
+def mixed_precision():
+    AcceleratorState._reset_state(True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(True)
+
+
+def test_accelerate_prepares_afterwards(mixed_precision):
+    model, dense = make_model("llama"), make_model("llama")
+    handle = lemo.enable(model, HALF)
+    model = mixed_precision.prepare(model)
+    outputs = model(**BATCH)
+    assert handle.statistics()[0].attention_rows < 101
+    with torch.autocast("cpu", torch.bfloat16):
+        lemo.enable(dense, HALF)
+        assert torch.equal(outputs.loss, dense(**BATCH).loss)
+    with pytest.raises(RuntimeError, match="forward was wrapped after lemo.enable"):
+        handle.remove()
+    assert handle.statistics()
+    mixed_precision.unwrap_model(model, keep_fp32_wrapper=False)
+    handle.remove()
+
+
+def test_accelerate_prepared_before_is_refused(mixed_precision):
+    model = mixed_precision.prepare(make_model("llama"))
+    with pytest.raises(ValueError, match="call lemo.enable before Accelerator.prepare"):
+        lemo.enable(model, HALF)
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    def train(eliminate):
+        model = make_model("llama")
+        if eliminate:
+            lemo.enable(model, EVERYTHING)
+        rows = [{"input_ids": row, "labels": row, "unused": 1} for row in make_ids(8, 30)]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        trainer.train()
+        return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
+
+    assert_close_fp32(train(True), train(False), "losses")
+
+
+def test_the_signature_stays():
+    model, plain = make_model("opt"), make_model("opt")
+    lemo.enable(model, HALF)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    ids, mask = BATCH["input_ids"], BATCH["attention_mask"]
+    assert model(ids, mask, None, None, BATCH["labels"]).loss.isfinite()
+
+
+# Errors
+
+
+def test_unsupported_models_are_named():
+    with pytest.raises(TypeError, match="expected a torch module, got str"):
+        lemo.enable("model", HALF)
+    small = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
+    bert = BertForMaskedLM(BertConfig(vocab_size=9, num_hidden_layers=1, **small))
+    with pytest.raises(TypeError, match="LlamaForCausalLM, .* got BertForMaskedLM"):
+        lemo.enable(bert, HALF)
+    with pytest.raises(TypeError, match="got LlamaModel"):
+        lemo.enable(LlamaModel(make_model("llama").config), HALF)
+    with pytest.raises(TypeError, match="config: expected a LemoConfig, got dict"):
+        lemo.enable(make_model("llama"), {"keep": 0.5})
+
+
+def test_enabling_twice_is_refused():
+    model = make_model("llama")
+    lemo.enable(model, HALF)
+    with pytest.raises(ValueError, match="already enabled"):
+        lemo.enable(get_peft_model(model, LoraConfig(target_modules=["q_proj"])), HALF)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "message"),
+    [
+        ("llama", {"attention_dropout": 0.1}, "expected attention_dropout 0, got 0.1 in layer 0"),
+        ("opt", {"attention_dropout": 0.1}, "expected attention_dropout 0, got 0.1 in layer 0"),
+        ("opt", {"layerdrop": 0.2}, "expected layerdrop 0, got 0.2"),
+        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before=True, got False"),
+        ("llama", {"is_causal": False}, "is_causal=False"),
+    ],
+)
+def test_unsupported_settings_are_named(architecture, overrides, message):
+    model = make_model(architecture, **overrides)
+    with pytest.raises(ValueError, match=message):
+        lemo.enable(model, HALF)
+    assert "forward" not in vars(model), "a failed enable left something behind"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"attention_mask": torch.ones(2, 1, 61, 61)}, ValueError, r"attention_mask: .*\[2, 1, 61"),
+        ({"attention_mask": {"full_attention": None}}, TypeError, "attention_mask: .* got dict"),
+        ({"attention_mask": torch.zeros(2, 61)}, ValueError, "got only zeros"),
+        (
+            {"attention_mask": torch.ones(2, 61).index_fill(1, torch.tensor([9]), 0)},
+            ValueError,
+            "contiguous .* got 2 runs in row 0",
+        ),
+        ({"output_attentions": True}, ValueError, "output_attentions: not available"),
+        ({"inputs_embeds": torch.zeros(2, 61, 32)}, ValueError, "exactly one of input_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 61])}, ValueError, "position_ids: expected for packed"),
+        ({"labels": make_ids(2, 60)}, ValueError, r"labels: expected .*\[2, 61\], got \[2, 60\]"),
+    ],
+)
+def test_bad_inputs_are_named(arguments, error, message):
+    model = make_model("llama")
+    lemo.enable(model, HALF)
+    with pytest.raises(error, match=message):
+        model(**{"input_ids": make_ids(2, 61), "labels": make_ids(2, 61), **arguments})
+
+
+def test_a_loss_function_of_ones_own_is_refused():
+    model = make_model("llama")
+    lemo.enable(model, HALF)
+    model.loss_function = lambda **kwargs: 0.0
+    with pytest.raises(ValueError, match="model.loss_function: expected"):
+        model(**packed_batch([30]))

@@ -1,0 +1,191 @@
+"""lemo.nn: the drop-in module, and "lemo" as an attention implementation of Transformers."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lemo.nn
+from lemo import reference
+from lemo.models.batch import PackedBatch
+from tiny_models import (
+    ARCHITECTURES,
+    as_padded,
+    gradients,
+    make_ids,
+    make_model,
+    packed_batch,
+    padded_batch,
+)
+from tolerances import assert_close_fp32
+
+# SegmentAttention
+
+
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any),
+    st.sampled_from([(4, 4), (4, 2), (4, 1)]),
+    st.booleans(),
+    st.sampled_from([0, 5]),
+    st.sampled_from([0, 8]),
+)
+def test_segment_attention(lengths, heads, rotate, window, group_size):
+    torch.manual_seed(0)
+    module = lemo.nn.SegmentAttention(
+        24, *heads, head_dim=8, bias=True, window=window, group_size=group_size
+    )
+    x = torch.randn(sum(lengths), 24, requires_grad=True)
+    cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    positions = torch.cat([2 * torch.arange(n) for n in lengths]).to(torch.int32)  # with gaps
+    rotary = lemo.nn.rotary_tables(positions, 8) if rotate else None
+    out = module(x, cu, positions, rotary)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    actual = [x.grad, *(p.grad for p in module.parameters())]
+
+    x.grad = None
+    module.zero_grad()
+    q, k, v = (
+        projection(x).view(len(x), -1, 8)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if rotate:
+        q, k = rotated(q, positions), rotated(k, positions)
+    expected, _ = reference.segment_attention(
+        q, k, v, cu, cu, positions, positions, 8**-0.5, window, group_size
+    )
+    expected = module.o_proj(expected.flatten(1))
+    expected.backward(grad)
+    assert_close_fp32(out, expected)
+    oracle = [x.grad, *(p.grad for p in module.parameters())]
+    scale = torch.cat([gradient.flatten() for gradient in oracle]).norm()
+    for mine, theirs in zip(actual, oracle):
+        # Relative to all gradients: that of a key bias without rotation is zero but for rounding.
+        assert (mine - theirs).norm() <= 2e-5 * scale
+
+
+def rotated(heads, positions, theta=10000.0):
+    """Rotation as complex numbers, pair (i, i + D/2) by position * theta ** (-2i/D)."""
+    half = heads.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half) / half)
+    turn = torch.polar(torch.ones(len(positions), half), positions[:, None] * frequency)
+    pairs = torch.complex(heads[..., :half], heads[..., half:]) * turn[:, None]
+    return torch.cat((pairs.real, pairs.imag), -1)
+
+
+def test_positions_default_to_the_index_in_the_sequence():
+    module = lemo.nn.SegmentAttention(16, 2)
+    x, cu = torch.randn(9, 16), torch.tensor([0, 5, 9], dtype=torch.int32)
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3], dtype=torch.int32)
+    assert torch.equal(module(x, cu), module(x, cu, positions))
+
+
+def test_segment_attention_under_autocast():
+    module = lemo.nn.SegmentAttention(16, 2)
+    x, cu = torch.randn(9, 16), torch.tensor([0, 9], dtype=torch.int32)
+    rotary = lemo.nn.rotary_tables(torch.arange(9), 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = module(x, cu, rotary=rotary)
+    assert out.dtype == torch.bfloat16
+    assert (out - module(x, cu, rotary=rotary)).abs().max() < 0.02
+
+
+def test_segment_attention_names_bad_arguments():
+    with pytest.raises(
+        ValueError, match="num_kv_heads: expected a divisor of num_heads = 4, got 3"
+    ):
+        lemo.nn.SegmentAttention(16, 4, 3)
+    with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size = 16"):
+        lemo.nn.SegmentAttention(16, 3)
+    with pytest.raises(ValueError, match="head_dim: expected an even size, got 3"):
+        lemo.nn.rotary_tables(torch.arange(4), 3)
+
+
+# attn_implementation="lemo"
+
+
+BATCHES = {
+    "plain": lambda: {"input_ids": make_ids(2, 30), "labels": make_ids(2, 30)},
+    "right": lambda: padded_batch([30, 1, 17]),
+    "left": lambda: padded_batch([30, 17], "left"),
+    "packed": lambda: packed_batch([20, 1, 9]),
+}
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_implementation(architecture, kind):
+    model = make_model(architecture, attn_implementation="lemo")
+    dense = make_model(architecture)
+    batch = BATCHES[kind]()
+    expected = dense(**(as_padded(batch) if kind == "packed" else batch))
+    outputs = model(**batch, use_cache=False)
+    assert_close_fp32(outputs.loss, expected.loss, "loss")
+    for each in (outputs, expected):
+        each.loss.backward()
+    theirs = gradients(dense)
+    for name, gradient in gradients(model).items():
+        if not (architecture == "opt" and name.endswith("k_proj.bias")):  # zero but for rounding
+            assert_close_fp32(gradient, theirs[name], name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_generation(architecture):
+    batch = padded_batch([30, 17], "left")
+    del batch["labels"]
+    tokens = [
+        make_model(architecture, attn_implementation=name)
+        .eval()
+        .generate(**batch, max_new_tokens=5, do_sample=False)
+        for name in ("lemo", "eager")
+    ]
+    assert torch.equal(*tokens)
+
+
+def test_a_cache_filled_in_two_steps():
+    model, dense = (make_model("qwen2", attn_implementation=n).eval() for n in ("lemo", "sdpa"))
+    ids = make_ids(2, 30)
+    past = model(ids[:, :13], use_cache=True).past_key_values
+    outputs = model(ids[:, 13:], past_key_values=past, use_cache=True)
+    assert_close_fp32(outputs.logits, dense(ids).logits[:, 13:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"attention_dropout": 0.5}, {}, "attention_dropout: attention 'lemo' has none"),
+        ({}, {"attention_mask": torch.ones(2, 1, 30, 30)}, r"attention_mask: .*\[2, 1, 30, 30\]"),
+        ({}, {"is_causal": False}, "is_causal: attention 'lemo' is causal"),
+    ],
+)
+def test_unsupported_calls_are_named(settings, arguments, message):
+    model = make_model("llama", attn_implementation="lemo", **settings)
+    with pytest.raises(ValueError, match=message):
+        model(make_ids(2, 30), **arguments)
+
+
+# Packing
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), st.booleans())
+def test_pack_and_unpack(lengths, left):
+    tokens = max(lengths)
+    columns, ends = torch.arange(tokens), torch.tensor(lengths)[:, None]
+    mask = columns >= tokens - ends if left else columns < ends
+    batch = PackedBatch(tuple(mask.shape), mask.long(), None, 4, torch.device("cpu"))
+    assert batch.layout.seqlens == tuple(lengths)
+    values = torch.randn(*mask.shape, 3)
+    assert torch.equal(batch.pack(values), values[mask])
+    assert torch.equal(batch.unpack(batch.pack(values)), values * mask[..., None])
+    expected = [position for length in lengths for position in range(length)]
+    assert batch.positions.tolist() == expected
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_positions_that_restart_cut_sequences(rows):
+    tokens = max(map(sum, rows))
+    rows = [[*row, tokens - sum(row)] if sum(row) < tokens else row for row in rows]
+    ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    batch = PackedBatch(tuple(ids.shape), None, ids, 4, torch.device("cpu"))
+    assert batch.layout.seqlens == tuple(length for row in rows for length in row)
+    assert batch.positions.tolist() == ids.flatten().tolist()

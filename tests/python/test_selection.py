@@ -1,0 +1,328 @@
+"""Selector and scorers: policies, sharing, forced blocks, and the mathematics of the scores."""
+
+import types
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lemo
+from lemo import LemoConfig, reference
+from lemo.layout import BlockLayout
+from lemo.models.adapters import adapter_for
+from lemo.scorers import (
+    LabelScorer,
+    PooledScorer,
+    PredictorScorer,
+    RandomScorer,
+    block_means,
+    visible_means,
+)
+from lemo.selection import Selector
+from tiny_models import make_model, padded_batch
+from tolerances import assert_close_fp32
+
+LAYOUT = BlockLayout.from_seqlens([61, 8, 40], 8)
+seqlens = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
+
+
+def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0):
+    """({(layer, kind): kept blocks}, the (layer, kind) pairs that were scored, the selector)."""
+    selector = Selector(config, num_layers, folder)
+    selector.set_progress(progress)
+    selector.begin(layout)
+    kept, scored = {}, []
+    for layer in range(num_layers):
+        for kind in ("attention", "mlp"):
+
+            def score(layer=layer, kind=kind):
+                assert not torch.is_grad_enabled()
+                scored.append((layer, kind))
+                return scores_of(layer, kind, layout)
+
+            blocks = selector.select(layer, kind, score).kept_blocks
+            kept[layer, kind] = None if blocks is None else blocks.tolist()
+    return kept, scored, selector
+
+
+def scores_of(layer, kind, layout=LAYOUT):
+    generator = torch.Generator().manual_seed(2 * layer + (kind == "mlp"))
+    return torch.rand(layout.num_blocks, generator=generator)
+
+
+def cut(layer, kind, policy, value, keep_first=1, keep_last=1, layout=LAYOUT):
+    """Kept blocks by the oracle."""
+    blocks = reference.token_select(
+        scores_of(layer, kind, layout),
+        layout.block_starts,
+        layout.cu_blocks,
+        policy,
+        value,
+        keep_first,
+        keep_last,
+    )[3].tolist()
+    return None if len(blocks) == layout.num_blocks else blocks
+
+
+def test_first_chooses_and_the_others_share():
+    kept, scored, _ = run(LemoConfig(keep=0.4, dense_layers=[0, -1]))
+    assert scored == [(1, "attention")]
+    expected = cut(1, "attention", "ratio", 0.4)
+    for kind in ("attention", "mlp"):
+        assert kept[0, kind] is None
+        assert kept[1, kind] == kept[2, kind] == expected
+        assert kept[3, kind] is None
+
+
+def test_every_layer_chooses_with_a_set_for_the_mlp():
+    config = LemoConfig(keep=[0.3, 0.5, 0.7, 1.0], keep_mlp=0.6, dense_layers=[], select_at="all")
+    kept, scored, _ = run(config)
+    # Layer 3's attention keeps everything, so nobody scores it.
+    assert scored == [*[(i, k) for i in range(4) for k in ("attention", "mlp")][:-2], (3, "mlp")]
+    for layer, keep in enumerate([0.3, 0.5, 0.7]):
+        assert kept[layer, "attention"] == cut(layer, "attention", "ratio", keep)
+    assert kept[3, "attention"] is None
+    for layer in range(4):
+        assert kept[layer, "mlp"] == cut(layer, "mlp", "ratio", 0.6)
+
+
+def test_layers_that_share_scores_may_keep_different_shares():
+    kept, scored, _ = run(LemoConfig(keep=[0.2, 0.8, 0.2, 0.5], dense_layers=[], select_at=[0, 3]))
+    assert scored == [(0, "attention"), (3, "attention")]
+    for layer, keep in ((0, 0.2), (1, 0.8), (2, 0.2)):
+        assert kept[layer, "attention"] == cut(0, "attention", "ratio", keep)
+    assert set(kept[0, "attention"]) < set(kept[1, "attention"])
+    assert kept[3, "mlp"] == cut(3, "attention", "ratio", 0.5)
+
+
+def test_a_dense_layer_may_choose_for_others():
+    kept, scored, _ = run(LemoConfig(keep=0.4, dense_layers=[0, 3], select_at=[0, 3]))
+    assert scored == [(0, "attention")], "layer 3 has nobody to choose for"
+    assert kept[0, "attention"] is None
+    assert kept[1, "attention"] == kept[2, "mlp"] == cut(0, "attention", "ratio", 0.4)
+
+
+def test_thresholds_of_the_layer_that_scored():
+    config = LemoConfig(
+        policy="threshold",
+        thresholds=[0.5, 0.6, 0.7, 0.8],
+        mlp_thresholds=[0.4] * 4,
+        dense_layers=[],
+        select_at=[0, 2],
+        keep_first=0,
+        keep_last=2,
+    )
+    kept, scored, _ = run(config)
+    assert scored == [(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp")]
+    for layer, source, value in ((0, 0, 0.5), (1, 0, 0.5), (2, 2, 0.7), (3, 2, 0.7)):
+        assert kept[layer, "attention"] == cut(source, "attention", "threshold", value, 0, 2)
+        assert kept[layer, "mlp"] == cut(source, "mlp", "threshold", 0.4, 0, 2)
+
+
+def test_thresholds_of_the_predictor_folder():
+    settings = {"policy": "threshold", "scorer": "predictor", "predictor": "folder"}
+    settings |= {"dense_layers": [], "select_at": "all"}
+    folder = {"attention": [0.5] * 4, "mlp": [0.3] * 4}
+    kept, *_ = run(LemoConfig(**settings), folder=folder)
+    assert kept[2, "attention"] == cut(2, "attention", "threshold", 0.5)
+    assert kept[2, "mlp"] == cut(2, "mlp", "threshold", 0.3)
+    kept, *_ = run(LemoConfig(**settings, thresholds=[0.6] * 4), folder=folder)
+    assert kept[2, "attention"] == kept[2, "mlp"] == cut(2, "attention", "threshold", 0.6)
+    with pytest.raises(ValueError, match="thresholds: .* predictor folder has none either"):
+        run(LemoConfig(**settings), folder={})
+
+
+def test_the_schedule_replaces_shares_and_thresholds():
+    config = LemoConfig(
+        policy="threshold",
+        thresholds=[0.5] * 4,
+        dense_layers=[0],
+        schedule=[[0.5, 0.25], [0.9, 1.0]],
+    )
+    assert run(config, progress=0.4)[0][1, "mlp"] == cut(1, "attention", "threshold", 0.5)
+    assert run(config, progress=0.5)[0][2, "mlp"] == cut(1, "attention", "ratio", 0.25)
+    kept, scored, _ = run(config, progress=1.0)
+    assert not scored, "a dense finish needs no scores"
+    assert set(kept.values()) == {None}
+
+
+def test_rows_that_no_sub_block_kept():
+    config = LemoConfig(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all")
+    kept, _, selector = run(config)
+    blocks = sorted({block for each in kept.values() for block in each})
+    starts = LAYOUT.block_starts.tolist()
+    untouched = torch.ones(LAYOUT.num_tokens, dtype=torch.bool)
+    for block in blocks:
+        untouched[starts[block] : starts[block + 1]] = False
+    assert 0 < untouched.sum() < LAYOUT.num_tokens
+    assert torch.equal(selector.untouched_rows(), untouched)
+    assert run(LemoConfig(keep=0.3))[2].untouched_rows() is None, "dense layers touch every row"
+
+
+def test_the_last_pass_is_forgotten():
+    _, _, selector = run(LemoConfig(keep=0.3, dense_layers=[]))
+    other = BlockLayout.from_seqlens([16], 8)
+    selector.begin(other)
+    assert selector.statistics() == []
+    selector.select(0, "attention", lambda: torch.tensor([1.0, 0.0]))
+    assert selector._selected["attention"][0].layout is other
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": [0.5, 0.5]}, "keep: expected 4 entries, one for each layer, got 2"),
+        ({"keep_mlp": [0.5] * 5}, "keep_mlp: expected 4 entries, .* got 5"),
+        ({"dense_layers": [4]}, "dense_layers: expected layers between -4 and 3, got 4"),
+        ({"select_at": [-5]}, "select_at: expected layers between -4 and 3, got -5"),
+        ({"select_at": [2], "dense_layers": [0]}, "select_at: layer 1 is not dense, so expected"),
+        (
+            {"policy": "threshold", "thresholds": [0.5] * 3},
+            "thresholds: expected 4 entries, one for each layer, got 3",
+        ),
+        (
+            {"policy": "threshold", "thresholds": [0.5] * 4, "mlp_thresholds": [0.5]},
+            "mlp_thresholds: expected 4 entries, one for each layer, got 1",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Selector(LemoConfig(**settings), 4)
+
+
+# Scores
+
+
+@given(seqlens, st.integers(1, 9))
+def test_block_means(lengths, block_size):
+    layout = BlockLayout.from_seqlens(lengths, block_size)
+    x = torch.randn(sum(lengths), 3)
+    starts = layout.block_starts.tolist()
+    expected = [x[first:end].mean(0) for first, end in pairwise(starts)]
+    assert_close_fp32(block_means(x, layout), torch.stack(expected))
+    assert block_means(x.bfloat16(), layout).dtype == torch.float32
+
+
+@given(seqlens, st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.sampled_from([1, 1 << 24]))
+def test_visible_means(lengths, heads, tile):
+    layout = BlockLayout.from_seqlens(lengths, 4)
+    q, k = (torch.randn(layout.num_blocks, count, 5) for count in heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lemo.scorers._TILE_ELEMENTS", tile)
+        scores = visible_means(q, k, layout, 0.3)
+    keys = k.repeat_interleave(heads[0] // heads[1], 1)
+    products = 0.3 * torch.einsum("mhd,nhd->hmn", q, keys).clamp(min=0).mean(0)
+    cuts = layout.cu_blocks.tolist()
+    for first, end in pairwise(cuts):
+        for n in range(first, end):
+            assert_close_fp32(scores[n], products[n:end, n].mean())
+
+
+def captured(scorer_type, architecture):
+    """Scores of layer 1 by a scorer, and the modules' own tensors to check them against."""
+    model = make_model(architecture)
+    adapter = adapter_for(model)
+    batch, x = adapter.embed(*padded_values(), None, 8)
+    scorer = scorer_type(adapter)
+    with torch.no_grad():
+        scores = {kind: scorer(1, kind, x, batch) for kind in ("attention", "mlp")}
+    return model.model.layers[1], batch, x, scores, model
+
+
+def padded_values():
+    batch = padded_batch([37, 20])
+    return batch["input_ids"], None, batch["attention_mask"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_pooled_scores(architecture):
+    layer, batch, x, scores, _ = captured(PooledScorer, architecture)
+    starts = batch.layout.block_starts.tolist()
+    means = torch.stack([x[a:b].mean(0) for a, b in pairwise(starts)])
+    attention = layer.self_attn
+    q = attention.q_proj(means).view(len(means), -1, attention.head_dim)
+    k = attention.k_proj(means).view(len(means), -1, attention.head_dim)
+    if architecture == "qwen3":
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    products = torch.einsum("mhd,nhd->hmn", q, k.repeat_interleave(2, 1)).clamp(min=0).mean(0)
+    products *= attention.head_dim**-0.5
+    cuts = batch.layout.cu_blocks.tolist()
+    expected = [products[n:end, n].mean() for a, end in pairwise(cuts) for n in range(a, end)]
+    assert_close_fp32(scores["attention"], torch.stack(expected))
+    activation = layer.mlp.act_fn(layer.mlp.gate_proj(means)) * layer.mlp.up_proj(means)
+    assert_close_fp32(scores["mlp"], activation.abs().mean(1))
+
+
+def test_label_scores():
+    layer, batch, x, scores, model = captured(LabelScorer, "llama")
+    attention = layer.self_attn
+    position = torch.cat([torch.arange(37), torch.arange(20)])
+    cos, sin = model.model.rotary_emb(x, position[None])
+
+    def rotated(projection):
+        heads = projection(x).view(57, -1, attention.head_dim)
+        left, right = heads.chunk(2, -1)
+        return heads * cos[0][:, None] + torch.cat((-right, left), -1) * sin[0][:, None]
+
+    layout = batch.layout
+    expected = reference.block_scores(
+        rotated(attention.q_proj),
+        rotated(attention.k_proj),
+        layout.block_starts,
+        layout.cu_blocks,
+        attention.scaling,
+    )
+    assert_close_fp32(scores["attention"], expected)
+    activation = layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+    starts = layout.block_starts.tolist()
+    per_token = activation.abs().mean(1)
+    expected = torch.stack([per_token[a:b].mean() for a, b in pairwise(starts)])
+    assert_close_fp32(scores["mlp"], expected)
+
+
+def test_random_scores_follow_the_seed():
+    batch = types.SimpleNamespace(layout=LAYOUT)
+    one, same, other = (RandomScorer(seed) for seed in (1, 1, 2))
+    x = torch.zeros(1)
+    first = one(0, "attention", x, batch)
+    assert torch.equal(first, same(0, "attention", x, batch))
+    assert not torch.equal(first, other(0, "attention", x, batch))
+    assert not torch.equal(first, one(0, "attention", x, batch)), "the draw is not fresh"
+
+
+def test_predicted_scores(monkeypatch):
+    calls = []
+
+    def scores(layer, kind, x, layout):
+        calls.append((layer, kind, tuple(x.shape)))
+        return torch.arange(layout.num_blocks).float()
+
+    thresholds = {"attention": [3.0] * 3, "mlp": [100.0] * 3}
+    predictors = types.SimpleNamespace(block_size=8, scores=scores, thresholds=thresholds)
+    fake = types.SimpleNamespace(load=lambda folder, model_config: predictors)
+    monkeypatch.setattr(lemo, "predictors", fake, raising=False)
+    settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
+    config = LemoConfig(**settings, dense_layers=[0], block_size=8)
+    model = make_model("llama")
+    handle = lemo.enable(model, config)
+    model(**padded_batch([61]))
+    assert calls == [(1, "attention", (61, 32)), (1, "mlp", (61, 32))]
+    assert handle.statistics()[2].attention_blocks.tolist() == [0, 3, 4, 5, 6, 7]
+    assert handle.statistics()[2].mlp_blocks.tolist() == [0, 7]
+    with pytest.raises(ValueError, match="block_size: the predictors were trained for 8, got 64"):
+        PredictorScorer(predictors, 64)
+
+
+def test_scores_ignore_the_other_sequences_of_a_batch():
+    def kept(lengths):
+        model = make_model("llama")
+        handle = lemo.enable(model, LemoConfig(keep=0.5, dense_layers=[0], block_size=8))
+        batch = padded_batch([61, 40])
+        rows = batch["attention_mask"].shape[0] if lengths == 2 else 1
+        model(**{name: value[:rows] for name, value in batch.items()})
+        return [b for b in handle.statistics()[1].attention_blocks.tolist() if b < 8]
+
+    assert kept(1) == kept(2)
