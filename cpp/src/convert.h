@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
 #include "lemo/check.h"
 #include "lemo/tensor.h"
@@ -86,5 +88,31 @@ void dispatch_float(DType dtype, Body&& body) {
         default: throw Error(ErrorKind::kType, std::string("no CPU kernel for ") + name(dtype));
     }
 }
+
+/// The elements of a contiguous float tensor in fp32: borrowed where they already are, converted
+/// otherwise. data() of an absent tensor is null.
+class Float32Array {
+public:
+    explicit Float32Array(const Tensor& tensor) {
+        if (!tensor) return;
+        dispatch_float(tensor.dtype, [&]<typename T>(T) {
+            if constexpr (std::is_same_v<T, float>) {
+                data_ = tensor.as<const float>();
+            } else {
+                converted_.resize(static_cast<size_t>(tensor.num_elements()));
+                load_row(converted_.data(), tensor.as<const T>(), tensor.num_elements());
+                data_ = converted_.data();
+            }
+        });
+    }
+    Float32Array(const Float32Array&) = delete;
+    Float32Array& operator=(const Float32Array&) = delete;
+
+    const float* data() const { return data_; }
+
+private:
+    std::vector<float> converted_;
+    const float* data_ = nullptr;
+};
 
 }  // namespace lemo::cpu

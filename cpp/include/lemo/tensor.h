@@ -36,6 +36,7 @@ struct Tensor {
     }
 
     bool is_contiguous() const {
+        if (num_elements() == 0) return true;
         int64_t expected = 1;
         for (int i = ndim - 1; i >= 0; --i) {
             if (size(i) != 1 && stride[static_cast<size_t>(i)] != expected) return false;
