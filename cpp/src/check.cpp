@@ -93,28 +93,27 @@ void Checker::ascending_rows(const char* argument, const Tensor& rows, int64_t n
     }
 }
 
+void Checker::cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const {
+    typed(argument, cuts, DType::kInt32, 1);
+    that(cuts.size(0) >= 1, argument, "at least one entry", "none");
+    if (cuts.device != Device::kCpu) return;
+
+    const int32_t* cut = cuts.as<const int32_t>();
+    const int64_t n = cuts.size(0);
+    that(cut[0] == 0, argument, "a first entry of 0", std::to_string(cut[0]));
+    for (int64_t i = 1; i < n; ++i) {
+        that(strict ? cut[i] > cut[i - 1] : cut[i] >= cut[i - 1], argument,
+             strict ? "ascending entries" : "entries that do not descend",
+             std::to_string(cut[i]) + " after " + std::to_string(cut[i - 1]));
+    }
+    that(cut[n - 1] == end, argument, "a last entry of " + std::to_string(end),
+         std::to_string(cut[n - 1]));
+}
+
 void Checker::layout(const Tensor& block_starts, const Tensor& cu_blocks,
                      int64_t num_tokens) const {
-    typed("block_starts", block_starts, DType::kInt32, 1);
-    typed("cu_blocks", cu_blocks, DType::kInt32, 1);
-    that(block_starts.size(0) >= 1, "block_starts", "at least one entry", "none");
-    that(cu_blocks.size(0) >= 1, "cu_blocks", "at least one entry", "none");
-    if (block_starts.device != Device::kCpu || cu_blocks.device != Device::kCpu) return;
-
-    const auto covers = [&](const char* argument, const Tensor& cuts, int64_t end, bool strict) {
-        const int32_t* cut = cuts.as<const int32_t>();
-        const int64_t n = cuts.size(0);
-        that(cut[0] == 0, argument, "a first entry of 0", std::to_string(cut[0]));
-        for (int64_t i = 1; i < n; ++i) {
-            that(strict ? cut[i] > cut[i - 1] : cut[i] >= cut[i - 1], argument,
-                 strict ? "ascending entries" : "entries that do not descend",
-                 std::to_string(cut[i]) + " after " + std::to_string(cut[i - 1]));
-        }
-        that(cut[n - 1] == end, argument, "a last entry of " + std::to_string(end),
-             std::to_string(cut[n - 1]));
-    };
-    covers("block_starts", block_starts, num_tokens, /*strict=*/true);
-    covers("cu_blocks", cu_blocks, block_starts.size(0) - 1, /*strict=*/false);
+    cuts("block_starts", block_starts, num_tokens, /*strict=*/true);
+    cuts("cu_blocks", cu_blocks, block_starts.size(0) - 1, /*strict=*/false);
 }
 
 }  // namespace lemo

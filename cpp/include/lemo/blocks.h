@@ -35,6 +35,26 @@ LEMO_HOST_DEVICE constexpr int64_t group_first(int64_t position, int64_t group_s
     return first < 0 ? 0 : first;
 }
 
+/// The half-open range [first, end); empty where end <= first.
+struct Range {
+    int64_t first;
+    int64_t end;
+};
+
+/// Positions that a query at `position` may see: causal, at most `window` of them (0: no limit), and
+/// of the query's own group of `group_size` positions (0: no groups). A range for every query, with
+/// ends that grow with `position`, so a kernel needs no mask beyond two comparisons.
+LEMO_HOST_DEVICE constexpr Range visible_positions(int64_t position, int64_t window,
+                                                   int64_t group_size, int64_t shift) {
+    int64_t first = 0;
+    if (window > 0 && position >= window) first = position - window + 1;
+    if (group_size > 0) {
+        const int64_t group = group_first(position, group_size, shift);
+        if (group > first) first = group;
+    }
+    return {first, position + 1};
+}
+
 /// Blocks of packed sequences: `block_starts` [B+1] first rows, `cu_blocks` [N+1] first blocks.
 struct BlockPlan {
     std::vector<int32_t> block_starts;

@@ -55,6 +55,10 @@ public:
     /// Row indices are within [0, num_rows) and strictly ascending. Reads the data: CPU tensors only.
     void ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const;
 
+    /// `cuts` [>= 1] int32 cut [0, end) into pieces: from 0 to `end`, ascending, strictly where no piece
+    /// may be empty. Reads CPU tensors' data.
+    void cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const;
+
     /// `block_starts` [B+1] and `cu_blocks` [N+1] describe `num_tokens` rows. Reads CPU tensors' data.
     void layout(const Tensor& block_starts, const Tensor& cu_blocks, int64_t num_tokens) const;
 

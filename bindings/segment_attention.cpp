@@ -1,0 +1,95 @@
+#include "lemo/segment_attention.h"
+
+#include "torch_tensor.h"
+
+namespace lemo::torch_api {
+namespace {
+
+/// Contiguous arguments; they live as long as the views of `params`.
+struct Arguments {
+    Arguments(const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
+              const TorchTensor& cu_q, const TorchTensor& cu_k, const OptionalTensor& q_positions,
+              const OptionalTensor& k_positions, double scale, int64_t window, int64_t group_size)
+        : q(to_contiguous(q)),
+          k(to_contiguous(k)),
+          v(to_contiguous(v)),
+          cu_q(to_contiguous(cu_q)),
+          cu_k(to_contiguous(cu_k)),
+          q_positions(to_contiguous(q_positions)),
+          k_positions(to_contiguous(k_positions)),
+          params{view(this->q),           view(this->k),           view(this->v),
+                 view(this->cu_q),        view(this->cu_k),        view(this->q_positions),
+                 view(this->k_positions), static_cast<float>(scale), window,
+                 group_size,              {},                      {}} {}
+
+    TorchTensor q, k, v, cu_q, cu_k;
+    OptionalTensor q_positions, k_positions;
+    SegmentAttentionParams params;
+};
+
+/// Results take their shapes from `tensor`, so its dimensions are checked before they are read.
+void check_heads(const char* op, const char* argument, const Tensor& tensor) {
+    Checker(op).floating(argument, tensor, 3);
+}
+
+TorchTensor make_like(const TorchTensor& tensor) {
+    return make_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
+}
+
+std::tuple<TorchTensor, TorchTensor> segment_attention(
+    TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor cu_q, TorchTensor cu_k,
+    OptionalTensor q_positions, OptionalTensor k_positions, double scale, int64_t window,
+    int64_t group_size) {
+    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size);
+    check_heads("segment_attention", "q", arguments.params.q);
+    TorchTensor out = make_like(arguments.q);
+    TorchTensor lse = make_empty(arguments.q, {q.size(1), q.size(0)}, ScalarType::Float);
+    arguments.params.out = view(out);
+    arguments.params.lse = view(lse);
+    run("segment_attention", arguments.q, arguments.params, segment_attention_cpu, nullptr);
+    return {out, lse};
+}
+
+std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
+    TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor out, TorchTensor lse,
+    TorchTensor cu_q, TorchTensor cu_k, OptionalTensor q_positions, OptionalTensor k_positions,
+    double scale, int64_t window, int64_t group_size) {
+    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size);
+    for (const auto& [argument, tensor] : {std::pair{"q", &arguments.params.q},
+                                           {"k", &arguments.params.k}, {"v", &arguments.params.v}}) {
+        check_heads("segment_attention_backward", argument, *tensor);
+    }
+    const TorchTensor saved_out = to_contiguous(out), saved_lse = to_contiguous(lse);
+    const TorchTensor gradient = to_contiguous(dout);
+    TorchTensor dq = make_like(arguments.q), dk = make_like(arguments.k), dv = make_like(arguments.v);
+    arguments.params.out = view(saved_out);
+    arguments.params.lse = view(saved_lse);
+    run("segment_attention_backward", arguments.q,
+        SegmentAttentionBackwardParams{arguments.params, view(gradient), view(dq), view(dk), view(dv)},
+        segment_attention_backward_cpu, nullptr);
+    return {dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
+    m.def(
+        "segment_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, "
+        "Tensor? q_positions, Tensor? k_positions, float scale, int window, int group_size) "
+        "-> (Tensor, Tensor)");
+    m.def(
+        "segment_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
+        "Tensor lse, Tensor cu_q, Tensor cu_k, Tensor? q_positions, Tensor? k_positions, "
+        "float scale, int window, int group_size) -> (Tensor, Tensor, Tensor)");
+}
+
+#define LEMO_REGISTER(key)                                                            \
+    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {                                         \
+        m.impl("segment_attention", TORCH_BOX(&segment_attention));                   \
+        m.impl("segment_attention_backward", TORCH_BOX(&segment_attention_backward)); \
+    }
+LEMO_REGISTER(CPU)
+LEMO_REGISTER(CUDA)
+#undef LEMO_REGISTER
+
+}  // namespace lemo::torch_api

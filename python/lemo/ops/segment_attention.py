@@ -1,0 +1,81 @@
+"""segment_attention: causal attention among the packed rows of each sequence."""
+
+import torch
+from torch import Tensor
+
+from lemo.ops._call import call
+
+_ops = torch.ops.lemo
+
+
+@torch.library.register_fake("lemo::segment_attention")
+def _(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size):
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.register_fake("lemo::segment_attention_backward")
+def _(dout, q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions, scale, window, group_size):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, q_positions, k_positions, *ctx.settings = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions)
+
+
+def _backward(ctx, dout, dlse):
+    grads = call(_ops.segment_attention_backward, dout, *ctx.saved_tensors, *ctx.settings)
+    return *grads, *[None] * 7
+
+
+torch.library.register_autograd("lemo::segment_attention", _backward, setup_context=_setup_context)
+
+
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    scale: float | None = None,
+    window: int = 0,
+    group_size: int = 0,
+) -> Tensor:
+    """Causal attention of packed rows, each sequence by itself (LeMo, section 5.1).
+
+    Query i sees key j of its sequence iff `pos_j <= pos_i`, and `pos_i - pos_j < window` where
+    there is a window, and, with shifted groups (LongLoRA's S2-Attn), both lie in the same group:
+    `pos // group_size` for the first half of the heads, `(pos + group_size // 2) // group_size` for
+    the others. Queries and keys may be different kept sets of the sequences. A query that sees no
+    key gives 0. The result does not depend on the number of threads.
+
+    Beyond its results the op needs a few tiles for each thread; the backward pass also dq in fp32.
+
+    Args:
+        q: [Rq, Hq, D] float.
+        k, v: [Rk, Hk, D] of q's dtype; Hq is a multiple of Hk.
+        cu_q: [N+1] int32, first query row of each sequence; the last entry is Rq.
+        cu_k: [N+1] int32, the same for the keys; None: `cu_q`.
+        q_positions: [Rq] int32, position of each row in its sequence, strictly ascending;
+            None: 0, 1, 2, ...
+        k_positions: [Rk] int32, given if and only if `q_positions` is.
+        scale: factor of q . k; None: 1 / sqrt(D).
+        window: keys a query sees at most, itself included, counted in positions; 0: all.
+        group_size: positions of a shifted group; 0: no groups.
+
+    Returns:
+        [Rq, Hq, D] of q's dtype. Differentiable in q, k and v.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, cut or position does not fit.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    cu_k = cu_q if cu_k is None else cu_k
+    arguments = (q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size)
+    return call(_ops.segment_attention, *arguments)[0]
