@@ -125,6 +125,7 @@ class SegmentAttention(nn.Module):
             v,
             cu_seqlens,
             q_positions=positions,
+            k_positions=positions,
             scale=self.scale,
             window=self.window,
             group_size=self.group_size,
