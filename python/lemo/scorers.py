@@ -31,7 +31,7 @@ __all__ = [
     "visible_means",
 ]
 
-# Elements of one fp32 tile of per-head products in `visible_means`: 64 MiB.
+# Elements of the largest fp32 temporary of a scorer: 64 MiB.
 _TILE_ELEMENTS = 1 << 24
 
 
@@ -123,8 +123,16 @@ def make_scorer(config: LemoConfig, adapter: "Adapter") -> Scorer:
 
 def block_means(x: Tensor, layout: BlockLayout) -> Tensor:
     """Means over the rows of every block, [T, C] -> [B, C] in fp32."""
-    offsets = layout.block_starts.to(torch.int64)
-    return torch.segment_reduce(x.float(), "mean", offsets=offsets, axis=0)
+    # In slices of whole blocks: an fp32 copy of all rows would be the largest tensor of a step.
+    step = max(1, _TILE_ELEMENTS // (layout.block_size * max(1, x.shape[1])))
+    means = torch.empty(layout.num_blocks, x.shape[1], dtype=torch.float32, device=x.device)
+    for block in range(0, layout.num_blocks, step):
+        offsets = layout.block_starts[block : block + step + 1].to(torch.int64)
+        rows = x[int(offsets[0]) : int(offsets[-1])].float()
+        means[block : block + step] = torch.segment_reduce(
+            rows, "mean", offsets=offsets - offsets[0], axis=0
+        )
+    return means
 
 
 def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: float) -> Tensor:

@@ -196,13 +196,15 @@ def test_settings_that_do_not_fit_the_model(settings, message):
 # Scores
 
 
-@given(seqlens, st.integers(1, 9))
-def test_block_means(lengths, block_size):
+@given(seqlens, st.integers(1, 9), st.sampled_from([1, 60, 1 << 24]))
+def test_block_means(lengths, block_size, tile):
     layout = BlockLayout.from_seqlens(lengths, block_size)
     x = torch.randn(sum(lengths), 3)
     starts = layout.block_starts.tolist()
     expected = [x[first:end].mean(0) for first, end in pairwise(starts)]
-    assert_close_fp32(block_means(x, layout), torch.stack(expected))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lemo.scorers._TILE_ELEMENTS", tile)
+        assert_close_fp32(block_means(x, layout), torch.stack(expected))
     assert block_means(x.bfloat16(), layout).dtype == torch.float32
 
 
