@@ -258,6 +258,10 @@ def test_opt_drops_out_after_each_sub_block():
     model = make_model("opt", dropout=0.5)
     lemo.enable(model, EVERYTHING)
     assert model(**BATCH).loss != model(**BATCH).loss
+    model = make_model("opt", dropout=1.0)
+    lemo.enable(model, EVERYTHING)
+    entry, *others, _ = model(**BATCH, output_hidden_states=True).hidden_states
+    assert all(torch.equal(state, entry) for state in others), "a sub-block escaped the dropout"
 
 
 @pytest.fixture
