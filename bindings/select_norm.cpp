@@ -25,7 +25,7 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> select_norm(
     run("select_norm", stream,
         SelectNormParams{view(stream), view(row_index), view(scale), view(shift), eps, kind, view(y),
                          save_rows ? view(x_rows) : Tensor{}, view(mean), view(rstd)},
-        select_norm_cpu, nullptr);
+        select_norm_cpu, LEMO_CUDA_KERNEL(select_norm_cuda));
     return {y, x_rows, mean, rstd};
 }
 
@@ -45,7 +45,7 @@ std::tuple<TorchTensor, TorchTensor> select_norm_backward(
                                  view(mean), view(rstd), kind, view(dx),
                                  weight_grad ? view(dweight) : Tensor{},
                                  bias_grad ? view(dbias) : Tensor{}},
-        select_norm_backward_cpu, nullptr);
+        select_norm_backward_cpu, LEMO_CUDA_KERNEL(select_norm_backward_cuda));
     return {dweight, dbias};
 }
 

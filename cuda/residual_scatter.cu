@@ -1,6 +1,8 @@
 // residual_scatter on CUDA: one warp for each kept row, 16-byte accesses, one writer, no atomics.
 #include "lemo/residual_scatter.h"
 
+#include <algorithm>
+
 #include "common/launch.h"
 #include "common/vector.h"
 
@@ -13,7 +15,8 @@ constexpr int kWarpsPerBlock = 8;
 template <typename Stream, typename Packed, bool kScatter>
 __global__ void __launch_bounds__(kWarpsPerBlock * 32)
 residual_rows_kernel(Stream* __restrict__ stream, Packed* __restrict__ packed,
-                     const int32_t* __restrict__ rows, int64_t num_rows, int64_t hidden) {
+                     const int32_t* __restrict__ rows, int64_t num_rows, int64_t hidden,
+                     bool vectorised) {
     // The wider type decides how many elements make one 16-byte access of it.
     constexpr int kElements = 16 / (sizeof(Stream) > sizeof(Packed) ? sizeof(Stream)
                                                                      : sizeof(Packed));
@@ -23,8 +26,7 @@ residual_rows_kernel(Stream* __restrict__ stream, Packed* __restrict__ packed,
     Packed* y = packed + row_idx * hidden;
     const int lane = threadIdx.x % 32;
 
-    const bool aligned = hidden % kElements == 0;
-    const int64_t vector_end = aligned ? hidden : 0;
+    const int64_t vector_end = vectorised ? hidden : 0;
     for (int64_t i = lane * kElements; i < vector_end; i += 32 * kElements) {
         if constexpr (kScatter) {
             auto sum = cuda::load_vector<kElements>(x + i);
@@ -52,11 +54,15 @@ void launch(const Tensor& stream_tensor, const Tensor& packed, const Tensor& row
             const char* op, void* stream) {
     const int64_t num_rows = packed.size(0);
     if (num_rows == 0 || packed.size(1) == 0) return;
+    // Both rows are walked in steps of the wider type's 16 bytes, 8 of the narrower one's.
+    const int64_t row_bytes = packed.size(1) * std::min(sizeof(Stream), sizeof(Packed)) *
+                              (sizeof(Stream) == sizeof(Packed) ? 1 : 2);
+    const bool vectorised = cuda::vectorisable(row_bytes, {stream_tensor.data, packed.data});
     const auto grid = static_cast<unsigned>(ceil_div<int64_t>(num_rows, kWarpsPerBlock));
     residual_rows_kernel<Stream, Packed, kScatter>
         <<<grid, kWarpsPerBlock * 32, 0, static_cast<cudaStream_t>(stream)>>>(
             stream_tensor.as<Stream>(), packed.as<Packed>(),
-            rows ? rows.as<const int32_t>() : nullptr, num_rows, stream_tensor.size(1));
+            rows ? rows.as<const int32_t>() : nullptr, num_rows, stream_tensor.size(1), vectorised);
     cuda::check_launch(op);
 }
 

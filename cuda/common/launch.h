@@ -20,6 +20,20 @@ inline void check_launch(const char* op) {
     }
 }
 
+/// Lets `kernel` use this much dynamic shared memory; raises where the GPU has less.
+template <typename Kernel>
+void reserve_shared_memory(const char* op, Kernel* kernel, size_t bytes) {
+    if (bytes <= 48 * 1024) return;  // what every kernel may use unasked
+    const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(bytes));
+    if (status != cudaSuccess) {
+        throw Error(ErrorKind::kUnsupported,
+                    std::string(op) + ": needs " + std::to_string(bytes) +
+                        " bytes of shared memory a block, more than this GPU gives: " +
+                        cudaGetErrorString(status));
+    }
+}
+
 /// Calls `body(T{})` with the storage type of `dtype`.
 template <typename Body>
 void dispatch_float(DType dtype, Body&& body) {

@@ -39,4 +39,8 @@ void check(const SelectNormBackwardParams& params);
 void select_norm_cpu(const SelectNormParams& params);
 void select_norm_backward_cpu(const SelectNormBackwardParams& params);
 
+/// `stream` is a cudaStream_t. Asynchronous; one writer for each row, bit-equal over repeats.
+void select_norm_cuda(const SelectNormParams& params, void* stream);
+void select_norm_backward_cuda(const SelectNormBackwardParams& params, void* stream);
+
 }  // namespace lemo

@@ -1,0 +1,287 @@
+// select_norm on CUDA: one thread block for each kept row; the row stays in shared memory between
+// the statistics and the store, so device memory is read once.
+#include "lemo/select_norm.h"
+
+#include <cuda_runtime.h>
+
+#include "common/launch.h"
+#include "common/reduce.h"
+#include "common/vector.h"
+
+namespace lemo {
+namespace {
+
+constexpr int kThreads = 256;
+// One access is 16 bytes of the row's type.
+template <typename T>
+constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+
+// Columns that one block of the weight-gradient kernel sums, and rows that it reads at a time.
+constexpr int kGradColumns = 32;
+constexpr int kGradRows = 16;
+
+/// A weight vector of any storage type, as floats.
+struct FloatReader {
+    const void* data;
+    DType dtype;
+
+    explicit FloatReader(const Tensor& tensor)
+        : data(tensor ? tensor.data : nullptr), dtype(tensor.dtype) {}
+
+    /// Elements i to i + n; all zero where there is no vector.
+    template <int n>
+    __device__ __forceinline__ cutlass::Array<float, n> load(int64_t i) const {
+        cutlass::Array<float, n> values;
+        values.clear();
+        if (data == nullptr) return values;
+        switch (dtype) {
+            case DType::kBFloat16: convert<cutlass::bfloat16_t>(values, i); break;
+            case DType::kFloat16: convert<cutlass::half_t>(values, i); break;
+            default: convert<float>(values, i);
+        }
+        return values;
+    }
+
+private:
+    template <typename T, int n>
+    __device__ __forceinline__ void convert(cutlass::Array<float, n>& values, int64_t i) const {
+        // At most 16 bytes an access, whatever the row's type makes n.
+        constexpr int kStep = n < kElements<T> ? n : kElements<T>;
+        CUTLASS_PRAGMA_UNROLL
+        for (int first = 0; first < n; first += kStep) {
+            const auto part = cuda::load_vector<kStep>(static_cast<const T*>(data) + i + first);
+            CUTLASS_PRAGMA_UNROLL
+            for (int e = 0; e < kStep; ++e) values[first + e] = float(part[e]);
+        }
+    }
+};
+
+/// body(i, n) for the vectors of a row that this thread owns: n elements from column i on.
+template <int kWidth, typename Body>
+__device__ __forceinline__ void for_each_vector(int64_t hidden, bool vectorised, Body&& body) {
+    if (vectorised) {
+        for (int64_t i = threadIdx.x * kWidth; i < hidden; i += kThreads * kWidth) {
+            body(i, cuda::Int<kWidth>{});
+        }
+    } else {
+        for (int64_t i = threadIdx.x; i < hidden; i += kThreads) body(i, cuda::Int<1>{});
+    }
+}
+
+struct ForwardArguments {
+    const int32_t* rows;
+    FloatReader weight, bias;
+    float eps;
+    int64_t hidden;
+    bool vectorised;
+    float* mean;  // null for RMSNorm
+    float* rstd;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x_rows,
+                   ForwardArguments args) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    T* row = reinterpret_cast<T*>(shared_memory);
+    __shared__ float scratch[cuda::kReduceScratch];
+
+    const int64_t row_idx = blockIdx.x, hidden = args.hidden;
+    const T* from = x + (args.rows ? int64_t{args.rows[row_idx]} : row_idx) * hidden;
+
+    float sum = 0;
+    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
+        const auto values = cuda::load_vector<width()>(from + i);
+        cuda::store_vector<width()>(row + i, values);
+        if (x_rows != nullptr) cuda::store_vector<width()>(x_rows + row_idx * hidden + i, values);
+        CUTLASS_PRAGMA_UNROLL
+        for (int e = 0; e < width(); ++e) {
+            const float value = float(values[e]);
+            sum += args.mean != nullptr ? value : value * value;
+        }
+    });
+    sum = cuda::block_sum<kThreads>(sum, scratch);
+
+    float center = 0, squares = sum;
+    if (args.mean != nullptr) {
+        center = sum / static_cast<float>(hidden);
+        squares = 0;
+        for (int64_t i = threadIdx.x; i < hidden; i += kThreads) {
+            const float value = float(row[i]) - center;
+            squares += value * value;
+        }
+        squares = cuda::block_sum<kThreads>(squares, scratch);
+    }
+    const float scale = rsqrtf(squares / static_cast<float>(hidden) + args.eps);
+    if (threadIdx.x == 0) {
+        args.rstd[row_idx] = scale;
+        if (args.mean != nullptr) args.mean[row_idx] = center;
+    }
+
+    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
+        auto values = cuda::load_vector<width()>(row + i);
+        const auto weights = args.weight.load<width()>(i);
+        const auto shifts = args.bias.load<width()>(i);
+        CUTLASS_PRAGMA_UNROLL
+        for (int e = 0; e < width(); ++e) {
+            const float normal = (float(values[e]) - center) * scale;
+            values[e] = T(normal * weights[e] + shifts[e]);
+        }
+        cuda::store_vector<width()>(y + row_idx * hidden + i, values);
+    });
+}
+
+struct BackwardArguments {
+    const int32_t* rows;
+    FloatReader weight;
+    int64_t hidden;
+    bool vectorised;
+    const float* mean;  // null for RMSNorm
+    const float* rstd;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows,
+                            T* __restrict__ dx, BackwardArguments args) {
+    extern __shared__ __align__(16) unsigned char shared_memory[];
+    T* dy_row = reinterpret_cast<T*>(shared_memory);
+    T* x_row = dy_row + cuda::round_up(args.hidden, kElements<T>);
+    __shared__ float scratch[cuda::kReduceScratch];
+
+    const int64_t row_idx = blockIdx.x, hidden = args.hidden;
+    T* to = dx + (args.rows ? int64_t{args.rows[row_idx]} : row_idx) * hidden;
+    const float center = args.mean != nullptr ? args.mean[row_idx] : 0.0f;
+    const float rstd = args.rstd[row_idx];
+
+    float sum_g = 0, sum_gn = 0;  // over g = dy * weight, and over g times the normalised row
+    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
+        const auto dys = cuda::load_vector<width()>(dy + row_idx * hidden + i);
+        const auto xs = cuda::load_vector<width()>(x_rows + row_idx * hidden + i);
+        cuda::store_vector<width()>(dy_row + i, dys);
+        cuda::store_vector<width()>(x_row + i, xs);
+        const auto weights = args.weight.load<width()>(i);
+        CUTLASS_PRAGMA_UNROLL
+        for (int e = 0; e < width(); ++e) {
+            const float g = float(dys[e]) * weights[e];
+            sum_g += g;
+            sum_gn += g * (float(xs[e]) - center) * rstd;
+        }
+    });
+    const float mean_gn = cuda::block_sum<kThreads>(sum_gn, scratch) / static_cast<float>(hidden);
+    const float mean_g = args.mean != nullptr ? cuda::block_sum<kThreads>(sum_g, scratch) /
+                                                    static_cast<float>(hidden)
+                                              : 0.0f;
+
+    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
+        const auto dys = cuda::load_vector<width()>(dy_row + i);
+        const auto xs = cuda::load_vector<width()>(x_row + i);
+        auto dxs = cuda::load_vector<width()>(to + i);
+        const auto weights = args.weight.load<width()>(i);
+        CUTLASS_PRAGMA_UNROLL
+        for (int e = 0; e < width(); ++e) {
+            const float g = float(dys[e]) * weights[e];
+            const float normal = (float(xs[e]) - center) * rstd;
+            dxs[e] = T(float(dxs[e]) + rstd * (g - mean_g - normal * mean_gn));
+        }
+        cuda::store_vector<width()>(to + i, dxs);
+    });
+}
+
+/// dweight = sum over rows of dy * normal, dbias = sum of dy. One block owns kGradColumns columns
+/// and adds its rows in a fixed order, so the result is the same at every run.
+template <typename T>
+__global__ void __launch_bounds__(kGradColumns * kGradRows)
+norm_weight_grad_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows, int64_t num_rows,
+                        BackwardArguments args, float* __restrict__ dweight,
+                        float* __restrict__ dbias) {
+    __shared__ float parts[2][kGradRows][kGradColumns];
+    const int column_idx = threadIdx.x % kGradColumns, part = threadIdx.x / kGradColumns;
+    const int64_t column = int64_t{blockIdx.x} * kGradColumns + column_idx;
+
+    float sum_weight = 0, sum_bias = 0;
+    if (column < args.hidden) {
+        for (int64_t r = part; r < num_rows; r += kGradRows) {
+            const float center = args.mean != nullptr ? args.mean[r] : 0.0f;
+            const float g = float(dy[r * args.hidden + column]);
+            sum_weight += g * (float(x_rows[r * args.hidden + column]) - center) * args.rstd[r];
+            sum_bias += g;
+        }
+    }
+    parts[0][part][column_idx] = sum_weight;
+    parts[1][part][column_idx] = sum_bias;
+    __syncthreads();
+    if (part != 0 || column >= args.hidden) return;
+    for (int p = 1; p < kGradRows; ++p) {
+        sum_weight += parts[0][p][column_idx];
+        sum_bias += parts[1][p][column_idx];
+    }
+    if (dweight != nullptr) dweight[column] = sum_weight;
+    if (dbias != nullptr) dbias[column] = sum_bias;
+}
+
+constexpr char kLayer[] = "layer";
+
+int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+void select_norm_cuda(const SelectNormParams& params, void* stream) {
+    const int64_t num_rows = params.y.size(0), hidden = params.x.size(1);
+    if (num_rows == 0) return;
+    const int64_t row_bytes = hidden * bytes_of(params.x.dtype);
+    const bool vectorised = cuda::vectorisable(
+        row_bytes, {params.x.data, params.y.data, params.x_rows ? params.x_rows.data : nullptr,
+                    params.weight.data, params.bias ? params.bias.data : nullptr});
+    const ForwardArguments args{params.rows ? params.rows.as<const int32_t>() : nullptr,
+                                FloatReader(params.weight),
+                                FloatReader(params.bias),
+                                static_cast<float>(params.eps),
+                                hidden,
+                                vectorised,
+                                params.kind == kLayer ? params.mean.as<float>() : nullptr,
+                                params.rstd.as<float>()};
+    cuda::dispatch_float(params.x.dtype, [&]<typename T>(T) {
+        const size_t shared_bytes = static_cast<size_t>(hidden) * sizeof(T);
+        cuda::reserve_shared_memory("select_norm", select_norm_kernel<T>, shared_bytes);
+        select_norm_kernel<T><<<static_cast<unsigned>(num_rows), kThreads, shared_bytes,
+                                static_cast<cudaStream_t>(stream)>>>(
+            params.x.as<const T>(), params.y.as<T>(),
+            params.x_rows ? params.x_rows.as<T>() : nullptr, args);
+    });
+    cuda::check_launch("select_norm");
+}
+
+void select_norm_backward_cuda(const SelectNormBackwardParams& params, void* stream) {
+    const int64_t num_rows = params.dy.size(0), hidden = params.dx.size(1);
+    const auto cuda_stream = static_cast<cudaStream_t>(stream);
+    const bool vectorised = cuda::vectorisable(
+        hidden * bytes_of(params.dx.dtype),
+        {params.dy.data, params.x_rows.data, params.dx.data, params.weight.data});
+    const BackwardArguments args{params.rows ? params.rows.as<const int32_t>() : nullptr,
+                                 FloatReader(params.weight), hidden, vectorised,
+                                 params.kind == kLayer ? params.mean.as<const float>() : nullptr,
+                                 params.rstd.as<const float>()};
+    cuda::dispatch_float(params.dx.dtype, [&]<typename T>(T) {
+        const T* dy = params.dy.as<const T>();
+        const T* x_rows = params.x_rows.as<const T>();
+        if (num_rows > 0) {
+            const size_t shared_bytes =
+                2 * static_cast<size_t>(cuda::round_up(hidden, kElements<T>)) * sizeof(T);
+            cuda::reserve_shared_memory("select_norm_backward", select_norm_backward_kernel<T>,
+                                        shared_bytes);
+            select_norm_backward_kernel<T>
+                <<<static_cast<unsigned>(num_rows), kThreads, shared_bytes, cuda_stream>>>(
+                    dy, x_rows, params.dx.as<T>(), args);
+            cuda::check_launch("select_norm_backward");
+        }
+        if (!params.dweight && !params.dbias) return;
+        const auto grid = static_cast<unsigned>(ceil_div<int64_t>(hidden, kGradColumns));
+        norm_weight_grad_kernel<T><<<grid, kGradColumns * kGradRows, 0, cuda_stream>>>(
+            dy, x_rows, num_rows, args, params.dweight ? params.dweight.as<float>() : nullptr,
+            params.dbias ? params.dbias.as<float>() : nullptr);
+        cuda::check_launch("select_norm_backward");
+    });
+}
+
+}  // namespace lemo
