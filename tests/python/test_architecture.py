@@ -136,7 +136,7 @@ LAYERS = {
     "layout": {"_C"},
     "config": set(),
 }
-UPPER = {"cli", "training", "report", "data"}
+UPPER = {"cli", "demo", "training", "report", "data"}
 
 
 @pytest.mark.parametrize("package", sorted(LAYERS))

@@ -54,19 +54,9 @@ def write_run(folder, keep=0.5, losses=None, tokens=512):
             "layers": [{"attention": k, "mlp": k} for k in kept],
         }
         (folder / "kept_map.json").write_text(json.dumps(kept_map))
-    (folder / "metrics.json").write_text(
-        json.dumps(
-            [
-                {
-                    "kind": "book",
-                    "length": 512,
-                    "documents": 2,
-                    "perplexity": 33.25,
-                    "tail_perplexity": 31.5,
-                }
-            ]
-        )
-    )
+    row = {"kind": "book", "length": 512, "documents": 2}
+    row |= {"perplexity": 33.25, "tail_perplexity": 31.5}
+    (folder / "metrics.json").write_text(json.dumps([row]))
     return folder
 
 
