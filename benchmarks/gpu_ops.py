@@ -19,20 +19,25 @@ import torch
 from lemo import ops, reference
 
 TOKENS, HIDDEN, BLOCK = 65536, 4096, 64
+WARMUP, CALLS = 3, 10
 
 
-def median_ms(*functions: Callable[[], object], repeats: int = 50) -> list[dict]:
-    """Milliseconds of each function, taking turns: `{"median", "range"}`."""
+def median_ms(*functions: Callable[[], object], repeats: int = 20) -> list[dict]:
+    """Milliseconds of one call of each function, taking turns: `{"median", "range"}`.
+
+    A measurement is several calls in a row, so that the GPU never waits for the host.
+    """
     times: list[list[float]] = [[] for _ in functions]
-    for repeat in range(repeats + 5):
+    for repeat in range(WARMUP + repeats):
         for function, taken in zip(functions, times):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            function()
+            for _ in range(CALLS):
+                function()
             end.record()
             end.synchronize()
-            if repeat >= 5:
-                taken.append(start.elapsed_time(end))
+            if repeat >= WARMUP:
+                taken.append(start.elapsed_time(end) / CALLS)
     return [
         {"median": statistics.median(t), "range": [round(min(t), 4), round(max(t), 4)]}
         for t in times

@@ -10,6 +10,8 @@ namespace lemo {
 namespace {
 
 constexpr int kWarpsPerBlock = 8;
+// Vectors that a lane loads before it stores the first.
+constexpr int kInFlight = 4;
 
 /// Copies or adds packed rows. Packed row r belongs to stream row `rows[r]`, or r without `rows`.
 template <typename Stream, typename Packed, bool kScatter>
@@ -27,17 +29,32 @@ residual_rows_kernel(Stream* __restrict__ stream, Packed* __restrict__ packed,
     const int lane = threadIdx.x % 32;
 
     const int64_t vector_end = vectorised ? hidden : 0;
-    for (int64_t i = lane * kElements; i < vector_end; i += 32 * kElements) {
-        if constexpr (kScatter) {
-            auto sum = cuda::load_vector<kElements>(x + i);
-            const auto addend = cuda::load_vector<kElements>(y + i);
-            CUTLASS_PRAGMA_UNROLL
-            for (int e = 0; e < kElements; ++e) {
-                sum[e] = Stream(float(sum[e]) + float(addend[e]));
+    for (int64_t first = lane * kElements; first < vector_end;
+         first += kInFlight * 32 * kElements) {
+        // All loads before the first store: the compiler may not move one past the other.
+        cutlass::AlignedArray<Stream, kElements> from_stream[kInFlight];
+        cutlass::AlignedArray<Packed, kElements> from_packed[kInFlight];
+        CUTLASS_PRAGMA_UNROLL
+        for (int v = 0; v < kInFlight; ++v) {
+            const int64_t i = first + v * 32 * kElements;
+            if (i >= vector_end) continue;
+            from_stream[v] = cuda::load_vector<kElements>(x + i);
+            if constexpr (kScatter) from_packed[v] = cuda::load_vector<kElements>(y + i);
+        }
+        CUTLASS_PRAGMA_UNROLL
+        for (int v = 0; v < kInFlight; ++v) {
+            const int64_t i = first + v * 32 * kElements;
+            if (i >= vector_end) continue;
+            if constexpr (kScatter) {
+                CUTLASS_PRAGMA_UNROLL
+                for (int e = 0; e < kElements; ++e) {
+                    from_stream[v][e] =
+                        Stream(float(from_stream[v][e]) + float(from_packed[v][e]));
+                }
+                cuda::store_vector<kElements>(x + i, from_stream[v]);
+            } else {
+                cuda::store_vector<kElements>(y + i, from_stream[v]);
             }
-            cuda::store_vector<kElements>(x + i, sum);
-        } else {
-            cuda::store_vector<kElements>(y + i, cuda::load_vector<kElements>(x + i));
         }
     }
     for (int64_t i = vector_end + lane; i < hidden; i += 32) {

@@ -1,7 +1,5 @@
 """Settings that every Python test shares."""
 
-import contextlib
-
 import hypothesis
 import pytest
 import torch
@@ -18,14 +16,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # A suite that is asked to run on a GPU and finds none has failed; it is not skipped.
-    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA GPU was found")
+    if device != "cpu":
+        # Tensors that a test makes without naming a device, also while tests are collected.
+        torch.set_default_device(device)
 
 
 @pytest.fixture(autouse=True)
-def device_and_seed(request):
-    """Tensors a test makes without naming a device are on the one the suite was asked for."""
+def seed():
     torch.manual_seed(0)
-    device = request.config.getoption("--device")
-    with torch.device(device) if device != "cpu" else contextlib.nullcontext():
-        yield

@@ -2,14 +2,14 @@
 
 from lemo.ops import _library  # noqa: F401  registers the ops before the modules below refer to them
 from lemo.ops.residual_scatter import residual_scatter_, stream_gather
-from lemo.ops.select_norm import select_norm, stream_select_norm
 from lemo.ops.segment_attention import segment_attention
+from lemo.ops.select_norm import select_norm, stream_select_norm
 from lemo.ops.token_select import token_select
 
 __all__ = [
     "residual_scatter_",
-    "select_norm",
     "segment_attention",
+    "select_norm",
     "stream_gather",
     "stream_select_norm",
     "token_select",
