@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
-from lemo.models.adapters import adapter_for
+from lemo.models.adapters import ADAPTERS
 from lemo.training.files import write_file
 from lemo.training.model import (
     ADAPTER_CONFIG,
@@ -141,14 +141,13 @@ def load_for_evaluation(
         adapter, rope_scaling, dtype: see :func:`evaluate`.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load_config(model)
+    # Their logits are a plain projection of the last hidden state, which window_losses relies on.
+    config = load_config(model, supported=ADAPTERS)
     folder = None if adapter is None else find_adapter(adapter)
     if folder is not None and (folder / MODEL_CONFIG).is_file():
         config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
     extend_context(config, length, rope_scaling)
     loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, device))
-    # Refuses the architectures whose logits are not a plain projection of the last hidden state.
-    adapter_for(loaded)
     if folder is not None:
         try:
             loaded = PeftModel.from_pretrained(loaded, folder)

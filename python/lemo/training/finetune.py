@@ -25,6 +25,7 @@ from peft import PeftModel
 
 import lemo
 from lemo.data import TokenWindows, read_documents, token_windows
+from lemo.models.adapters import ADAPTERS
 from lemo.training import memory
 from lemo.training.checkpoint import (
     Checkpoint,
@@ -147,7 +148,8 @@ class _Run:
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
-        model_config = load_config(config.model)
+        supported = None if config.elimination is None else ADAPTERS
+        model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
         self.windows = _windows(config)
         dtype = pick_dtype(config.dtype, accelerator.device)
@@ -158,7 +160,9 @@ class _Run:
         set_seed(config.seed + accelerator.process_index)
         self.peft_model.train()
         if config.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         # Before enable: lemo's scorers and predictors go where the weights are.
         self.peft_model.to(accelerator.device)
         self.handle = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lemo.training.config import FinetuneConfig
 from lemo.training.files import write_file
@@ -27,12 +29,16 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "model_config.json"
 
 
-def load_config(model: str) -> PreTrainedConfig:
+def load_config(model: str, supported: Iterable[str] | None = None) -> PreTrainedConfig:
     """Configuration of a model folder or hub name.
+
+    Args:
+        model: folder or hub name.
+        supported: names of the classes that will do; None: every causal language model.
 
     Raises:
         FileNotFoundError: neither a folder with a config.json nor a model that can be reached.
-        ValueError: Transformers does not know the model's type, or it is no causal language model.
+        ValueError: Transformers does not know the model's type, or it is not `supported`.
     """
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(f"model: '{model}' is not a model folder: it has no config.json")
@@ -40,21 +46,29 @@ def load_config(model: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise _not_found(model, error) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name is None or (supported is not None and name not in supported):
+        wanted = (
+            "a causal language model" if supported is None else "one of " + ", ".join(supported)
+        )
         raise ValueError(
-            f"model: expected a causal language model, got '{model}' of type {config.model_type}"
+            f"model: expected {wanted}, got '{model}' of type {name or config.model_type}"
         )
     return config
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or hub name; ValueError where the model has none."""
+    reason = "its files are missing"
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Without files Transformers makes an empty tokenizer for some types of models.
+        found = set(tokenizer("a", add_special_tokens=False)["input_ids"])
+        if not found <= set(tokenizer.all_special_ids):
+            return tokenizer
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model: '{model}' has no tokenizer that can be loaded: {error}"
-        ) from error
+        reason = str(error)
+    raise ValueError(f"model: '{model}' has no tokenizer that can be loaded: {reason}")
 
 
 def load_model(model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -1,0 +1,215 @@
+"""lemo finetune and lemo eval as a user calls them, and what every mistake says."""
+
+import contextlib
+import json
+import logging
+import math
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
+
+from lemo.cli.main import main
+from lemo.cli.progress import StepProgress
+from tiny import save_tiny_llama, write_documents
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(folder / "model")
+    write_documents(folder / "documents.jsonl")
+    opt = OPTConfig(
+        vocab_size=257,
+        hidden_size=16,
+        ffn_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        max_position_embeddings=64,
+    )
+    OPTForCausalLM(opt).save_pretrained(folder / "opt")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "opt" / name).write_bytes((folder / "model" / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    logger = logging.getLogger("lemo")
+    state = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = state
+
+
+@pytest.fixture
+def lemo(capsys, inputs, tmp_path, monkeypatch):
+    """Runs a command line; {model}, {documents} and the like stand for the inputs."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> tuple[int, str, str]:
+        names = {"model": inputs / "model", "documents": inputs / "documents.jsonl"}
+        with pytest.raises(SystemExit) as exit_:
+            main(line.format(**names, opt=inputs / "opt").split())
+        captured = capsys.readouterr()
+        return exit_.value.code, captured.out, captured.err
+
+    return run
+
+
+TRAIN = "finetune --model {model} --documents {documents} --output run --context-length 96"
+SHORT = TRAIN + " --dense --steps 2 --lora-rank 4"
+
+
+def test_finetune_then_eval(lemo):
+    code, out, err = lemo(SHORT + " --set warmup_steps=0 --learning-rate 0.01")
+    assert (code, out) == (0, "")
+    lines = err.splitlines()
+    assert lines[0].startswith("step 1/2  loss 5.5")
+    assert lines[-1] == "adapter: run/adapter"
+    code, out, err = lemo(
+        "eval --adapter run --documents {documents} --lengths 64,96 --json result.json"
+    )
+    assert (code, err) == (0, "")
+    assert "last quarter" in out
+    rows = json.loads(Path("result.json").read_text())
+    assert json.loads(Path("run/metrics.json").read_text()) == rows
+    assert [(r["kind"], r["length"], r["documents"]) for r in rows] == [
+        ("a", 64, 2),
+        ("b", 64, 2),
+        ("a", 96, 2),
+        ("b", 96, 2),
+    ]
+
+
+def test_eval_is_the_perplexity_that_transformers_gives(lemo, inputs):
+    documents = [json.loads(line) for line in (inputs / "documents.jsonl").open()]
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    losses = []
+    for document in documents[::2]:
+        ids = torch.tensor(tokenizer(document["text"])["input_ids"][:40])
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        losses.append(cross_entropy(logits, ids[1:], reduction="none").detach())
+    losses = torch.stack(losses)
+    assert lemo("eval --model {model} --documents {documents} --lengths 40 --json r.json")[0] == 0
+    row = json.loads(Path("r.json").read_text())[0]
+    assert (row["kind"], row["documents"]) == ("a", 2)
+    assert row["perplexity"] == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    # The last quarter of 40 tokens is tokens 30 to 39, predicted at places 29 to 38.
+    assert row["tail_perplexity"] == pytest.approx(math.exp(losses[:, 29:].mean()), rel=1e-5)
+
+
+def test_eval_leaves_short_documents_out_and_says_so(lemo, inputs):
+    records = (inputs / "documents.jsonl").read_text() + '{"text": "short"}\n'
+    Path("d.jsonl").write_text(records)
+    code, _, err = lemo("eval --model {model} --documents d.jsonl --lengths 64 --limit 1 --json r")
+    assert code == 0
+    assert err == "1 of 5 documents are shorter than 64 tokens and are left out\n"
+    assert [row["documents"] for row in json.loads(Path("r").read_text())] == [1, 1]
+
+
+def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
+    Path("c.yaml").write_text(
+        f"model: {inputs / 'model'}\ndocuments: {inputs / 'documents.jsonl'}\noutput: run\n"
+        "context_length: 96\nsteps: 9\nlora_rank: 4\nelimination: null\n"
+    )
+    assert lemo("finetune --config c.yaml --steps 2")[0] == 0
+    assert len(Path("run/log.jsonl").read_text().splitlines()) == 2
+    code, _, err = lemo("finetune --output run --resume")
+    assert (code, err.splitlines()[0]) == (0, "run: all 2 steps are done already")
+    code, _, err = lemo("finetune --config c.yaml --resume")
+    assert (code, err) == (
+        1,
+        "lemo: error: resume: the run in 'run' has other settings: steps was 2, now 9\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (TRAIN + " --steps 0", "steps: expected an integer >= 1, got 0"),
+        (TRAIN + " --set stepz=1", "unknown setting 'stepz'; did you mean steps"),
+        (TRAIN + " --set elimination.kep=1", "did you mean 'keep'"),
+        (TRAIN + " --keep 2", "elimination: keep: expected"),
+        (TRAIN + " --config none.yaml", "'none.yaml' does not exist"),
+        (TRAIN + " --set elimination.dense_layers=[7]", "dense_layers: expected layers between"),
+        (TRAIN + " --rope-scaling longrope", "rope_scaling: expected one of"),
+        (TRAIN + " --dtype float16", "dtype: float16 training needs a GPU"),
+        (TRAIN + " --context-length 9999", "all 4 documents are shorter"),
+        (TRAIN + " --lora-targets w_query", "lora_targets: "),
+        (TRAIN + " --resume", "there is no run in 'run' to resume"),
+        (TRAIN + " --documents none.jsonl", "'none.jsonl' does not exist"),
+        (TRAIN + " --documents broken.jsonl", "broken.jsonl:2: not JSON"),
+        (TRAIN + " --model none", "'none' is neither a folder nor a model"),
+        (TRAIN + " --model {opt}", "context_length: expected at most 64, got 96"),
+        (TRAIN + " --model gpt2", "model: expected one of LlamaForCausalLM, "),
+        (TRAIN + " --model gpt2 --dense", "'gpt2' has no tokenizer"),
+        ("finetune --model {model}", "documents: expected a value, got none"),
+        ("eval --documents {documents} --lengths 64", "--model, --adapter: expected at least"),
+        ("eval --model {model} --documents {documents} --lengths 1", "length: expected an int"),
+        ("eval --model {model} --documents {documents} --lengths 999", "4 documents are shorter"),
+        ("eval --adapter none --documents {documents} --lengths 64", "adapter: expected a PEFT"),
+        ("eval --model {model} --documents {documents} --lengths 9 --dtype x", "--dtype: expected"),
+        ("eval --model {model} --documents {documents} --lengths 9 --limit 0", "limit: expected"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(lemo, line, message, tmp_path):
+    Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("gpt2").mkdir()
+    Path("gpt2/config.json").write_text('{"model_type": "gpt2"}')
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = lemo(line)
+    assert (code, out) == (1, "")
+    assert err.startswith("lemo: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@contextlib.contextmanager
+def largest_file(size: int):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_system_refuses_to_write_a_checkpoint(lemo):
+    # The logs of two steps are smaller than this, the weights of the adapter larger.
+    with largest_file(12_000):
+        code, _, err = lemo(SHORT)
+    assert code == 1
+    assert err.splitlines()[-1] == "lemo: error: File too large"
+    assert "Traceback" not in err
+    assert not list(Path("run").rglob("*.tmp"))
+    assert not list(Path("run/checkpoints").iterdir())
+    assert lemo("finetune --output run --resume")[0] == 0
+
+
+def test_interrupted(lemo, monkeypatch):
+    show = StepProgress.__call__
+
+    def interrupt(self, record):
+        show(self, record)
+        if record["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepProgress, "__call__", interrupt)
+        code, _, err = lemo(SHORT.replace("--steps 2", "--steps 4 --save-every 2"))
+    assert code == 130
+    assert err.splitlines()[-1] == "lemo: interrupted"
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-2"]
+    code, _, err = lemo("finetune --output run --resume")
+    assert code == 0
+    assert err.splitlines()[0] == "resuming run after step 2"
+    lines = Path("run/log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [1, 2, 3, 4]

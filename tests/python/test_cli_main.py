@@ -1,0 +1,88 @@
+"""The error boundary: every failure is one line on standard error and an exit code."""
+
+import errno
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lemo.cli import main as module
+from lemo.cli.main import describe_error, main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_help_names_the_commands(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        code, out, err = run(capsys, *arguments)
+        assert (code, err) == (0, "")
+        for command in ("finetune", "eval", "report"):
+            assert f"  {command}" in out
+
+
+def test_help_does_not_load_torch():
+    script = """
+        import sys
+        from lemo.cli.main import main
+        try:
+            main(["finetune", "--help"])
+        finally:
+            assert not {"torch", "transformers"} & set(sys.modules), "slow"
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetuna"], "No such command 'finetuna'"),
+        (["finetune", "--stepz", "3"], "No such option: --stepz"),
+        (["finetune", "--steps", "many"], "Invalid value for '--steps'"),
+        (["eval", "--lengths", "64"], "Missing option '--documents'"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("lemo: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("keep: expected\n  a share"), "keep: expected a share"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.txt"), "No such file: x.txt"),
+        (FileNotFoundError("model: nothing at 'x'"), "model: nothing at 'x'"),
+        (MemoryError(), "out of memory"),
+        (KeyError("x"), "internal error, --debug shows where: KeyError: 'x'"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_one_line_for_an_error(error, line):
+    assert describe_error(error) == line
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(capsys):
+    for arguments in (["--debug", "report", "none"], ["report", "none", "--debug"]):
+        code, _, err = run(capsys, *arguments)
+        assert code == 1
+        assert "Traceback" in err
+        assert err.splitlines()[-1].startswith("lemo: error: ")
+    assert "Traceback" not in run(capsys, "report", "none")[2]
+
+
+def test_interrupt(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "app", interrupted)
+    assert run(capsys, "report") == (130, "", "lemo: interrupted\n")

@@ -1,0 +1,100 @@
+"""Settings on the command line, and the lines that progress prints."""
+
+import pytest
+from rich.console import Console
+
+from lemo.cli.finetune import collect_settings
+from lemo.cli.options import apply_assignments, check_choice, parse_integers
+from lemo.cli.progress import StepProgress, describe, duration
+
+
+def test_assignments_take_yaml_values_and_dots():
+    settings = {"steps": 3, "elimination": {"keep": 0.5}}
+    apply_assignments(
+        settings, ["steps=9", "elimination.keep=[0.5, 1]", "lora_targets=null", "seed = 4"]
+    )
+    assert settings == {
+        "steps": 9,
+        "elimination": {"keep": [0.5, 1]},
+        "lora_targets": None,
+        "seed": 4,
+    }
+
+
+@pytest.mark.parametrize("assignment", ["steps", "=3", "a..b=3", "a=[1"])
+def test_assignments_that_are_none(assignment):
+    with pytest.raises(ValueError, match="--set: expected"):
+        apply_assignments({}, [assignment])
+
+
+def test_assignment_into_a_value():
+    with pytest.raises(ValueError, match="'steps' is 3, it has no 'keep'"):
+        apply_assignments({"steps": 3}, ["steps.keep=1"])
+
+
+def test_command_line_over_file_over_defaults(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "steps: 1\nseed: 1\nelimination: {keep: 0.25, block_size: 8}\n"
+    )
+    settings = collect_settings(
+        tmp_path / "c.yaml", {"steps": 2}, ["elimination.keep=0.75"], dense=False
+    )
+    assert settings == {"steps": 2, "seed": 1, "elimination": {"keep": 0.75, "block_size": 8}}
+
+
+def test_dense_turns_elimination_off(tmp_path):
+    (tmp_path / "c.yaml").write_text("elimination: {keep: 0.25}\n")
+    assert collect_settings(tmp_path / "c.yaml", {}, [], dense=True) == {"elimination": None}
+    with pytest.raises(ValueError, match="--dense: expected no setting of elimination"):
+        collect_settings(None, {}, ["elimination.keep=1"], dense=True)
+
+
+def test_integers():
+    assert parse_integers("64, 4096,8K,1k", "--lengths") == [64, 4096, 8192, 1024]
+    for text in ("", "4,", "-1", "0", "1.5", "k", "4M"):
+        with pytest.raises(ValueError, match="--lengths: expected integers such as"):
+            parse_integers(text, "--lengths")
+
+
+def test_choices():
+    check_choice("--dtype", "auto", ("auto", "float32"))
+    with pytest.raises(ValueError, match="--dtype: expected one of auto, float32, got 'int8'"):
+        check_choice("--dtype", "int8", ("auto", "float32"))
+
+
+def record(step: int) -> dict:
+    return {
+        "step": step,
+        "steps": 4,
+        "loss": 1.5,
+        "tokens_per_second": 12345.6,
+        "peak_memory_bytes": 3 * 2**29,
+        "kept_share": 0.5,
+        "seconds_left": 3725.0,
+    }
+
+
+def test_durations():
+    assert [duration(s) for s in (0.4, 59.6, 61, 3725)] == ["0:00", "1:00", "1:01", "1:02:05"]
+
+
+def test_a_line_says_everything():
+    line = "loss 1.5000  12,346 tokens/s  1.50 GiB  kept 50%  1:02:05 left"
+    assert describe(record(1)) == line
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    with StepProgress(Console(width=100), every=3) as progress:
+        for step in range(1, 5):
+            progress(record(step))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"step {step}/4  {describe(record(step))}" for step in (3, 4)]
+
+
+def test_one_live_line_on_a_terminal(capsys):
+    with StepProgress(Console(width=140, force_terminal=True, color_system=None)) as progress:
+        for step in range(1, 5):
+            progress(record(step))
+    out = capsys.readouterr().out
+    assert "4/4" in out
+    assert describe(record(4)) in out

@@ -1,0 +1,392 @@
+"""Whole runs on a tiny Llama: losses, logs, resuming after a kill, and the adapter they leave."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoTokenizer
+
+from lemo import LemoConfig
+from lemo.data import read_documents, token_windows
+from lemo.training import files
+from lemo.training import finetune as module
+from lemo.training.config import FinetuneConfig
+from lemo.training.evaluate import evaluate, load_for_evaluation
+from lemo.training.finetune import finetune, learning_rate
+from lemo.training.model import add_lora, load_config, load_model
+from lemo.training.run_log import read_log
+from tiny import save_tiny_llama, write_documents
+
+PYTHON_FOLDER = Path(module.__file__).parents[2]
+# Random scores draw from a generator of their own, which has to come back after a resumption.
+ELIMINATION = LemoConfig(
+    block_size=16, dense_layers=[0], scorer="random", select_at="all", schedule=[[0.7, 1.0]]
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(folder / "model")
+    write_documents(folder / "documents.jsonl")
+    return folder
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    return FinetuneConfig(
+        model=str(inputs / "model"),
+        documents=str(inputs / "documents.jsonl"),
+        output=str(tmp_path / "run"),
+        context_length=96,
+        steps=6,
+        warmup_steps=2,
+        learning_rate=5e-3,
+        lora_rank=4,
+        lora_dropout=0.1,
+        save_every=3,
+        elimination=None,
+    )
+
+
+def losses(folder) -> list[float]:
+    return [record["loss"] for record in read_log(Path(folder) / "log.jsonl")]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+def test_losses_are_those_of_a_plain_loop_of_transformers_and_peft(config):
+    config = dataclasses.replace(
+        config, batch_size=2, gradient_accumulation=2, lora_dropout=0.0, rope_scaling="none"
+    )
+    finetune(config)
+
+    torch.manual_seed(config.seed)
+    base = load_model(config.model, load_config(config.model), torch.float32)
+    model = add_lora(base, config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    windows = token_windows(read_documents(config.documents), tokenizer, 96)
+    expected = []
+    for step in range(config.steps):
+        ids = windows.batch(4 * step, 4)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(step + 1, config)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses(config.output) == pytest.approx(expected, rel=1e-5)
+    assert expected[-1] < expected[0] - 0.01
+
+
+def test_learning_rate():
+    config = FinetuneConfig(
+        model="m", documents="d", output="o", steps=10, warmup_steps=2, learning_rate=1.0
+    )
+    rates = [learning_rate(step, config) for step in range(1, 11)]
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[5] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.0)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    constant = dataclasses.replace(config, schedule="constant", warmup_steps=0)
+    assert {learning_rate(step, constant) for step in range(1, 11)} == {1.0}
+
+
+def test_run_folder(config):
+    shown = []
+    result = finetune(config, shown.append)
+    folder = Path(config.output)
+    records = read_log(folder / "log.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [r["tokens"] for r in records] == [96] * 6
+    assert all(r["peak_memory_bytes"] > 10**7 and r["tokens_per_second"] > 0 for r in records)
+    assert all(r["kept_share"] == 1.0 and r["kept"] == [] for r in records)
+    assert [s["step"] for s in shown] == [1, 2, 3, 4, 5, 6]
+    assert (shown[-1]["steps"], shown[-1]["seconds_left"]) == (6, 0.0)
+    assert (result.steps, result.final_loss) == (6, records[-1]["loss"])
+    assert result.seconds_per_step == [record["seconds"] for record in records]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("adapter", "checkpoints", "config.yaml", "log.jsonl", "tensorboard")
+    ]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-3", "step-6"]
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses(folder))
+
+
+def test_run_with_elimination(config):
+    config = dataclasses.replace(config, elimination=ELIMINATION, gradient_accumulation=2)
+    finetune(config)
+    records = read_log(Path(config.output) / "log.jsonl")
+    # 6 blocks of 16 tokens, of which layer 1 keeps 3 until progress 0.7 (step 6 of 6 at 5/6).
+    assert records[0]["kept"] == [{"attention": 1.0, "mlp": 1.0}, {"attention": 0.5, "mlp": 0.5}]
+    assert [record["kept_share"] for record in records] == [0.75] * 5 + [1.0]
+    kept = json.loads((Path(config.output) / "kept_map.json").read_text())
+    assert (kept["block_size"], kept["tokens"]) == (16, 96)
+    assert kept["layers"][0] == {"attention": [0, 1, 2, 3, 4, 5], "mlp": [0, 1, 2, 3, 4, 5]}
+    blocks = kept["layers"][1]["attention"]
+    assert len(blocks) == 3
+    assert {0, 5} < set(blocks)
+
+
+def test_keep_1_trains_like_dense_lora(config):
+    config = dataclasses.replace(config, lora_dropout=0.0, train_norms=True)
+    finetune(config)
+    everything = dataclasses.replace(
+        config, output=config.output + "-1", elimination=LemoConfig(keep=1.0, dense_layers=[])
+    )
+    finetune(everything)
+    assert losses(everything.output) == pytest.approx(losses(config.output), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("elimination", "place"),
+    [(None, "in the checkpoint of step 4"), (ELIMINATION, "after step 5")],
+    ids=["dense", "lemo"],
+)
+def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, tmp_path):
+    config = dataclasses.replace(config, elimination=elimination, save_every=2)
+    finetune(config)
+    killed = dataclasses.replace(config, output=str(tmp_path / "killed"), resume=False)
+    (tmp_path / "settings.json").write_text(json.dumps(killed.to_dict()))
+    script = f"""
+        import json, os, signal, sys
+        from lemo.training import files
+        from lemo.training.config import FinetuneConfig
+        from lemo.training.finetune import finetune
+
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def progress(record):
+            if record["step"] == 5:
+                die()
+
+        if {place!r} == "in the checkpoint of step 4":
+            replace = os.replace
+            files.os.replace = lambda a, b: die() if b.name == "step-4" else replace(a, b)
+        config = json.load(open(sys.argv[1]))
+        finetune(FinetuneConfig.from_dict(config), progress)
+    """
+    outcome = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "settings.json")],
+        env=os.environ | {"PYTHONPATH": str(PYTHON_FOLDER)},
+        capture_output=True,
+        text=True,
+    )
+    assert outcome.returncode == -signal.SIGKILL, outcome.stderr
+    assert not (tmp_path / "killed" / "adapter").exists()
+    assert len(losses(killed.output)) == (5 if place == "after step 5" else 4)
+
+    finetune(dataclasses.replace(killed, resume=True))
+    assert losses(killed.output) == losses(config.output)
+    one, other = (
+        load_file(Path(run.output) / "adapter" / "adapter_model.safetensors")
+        for run in (config, killed)
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not list(Path(killed.output).rglob(".*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "no contents"])
+def test_a_damaged_checkpoint_is_passed_over(config, damage, caplog):
+    finetune(config)
+    expected = losses(config.output)
+    newest = Path(config.output) / "checkpoints" / "step-6"
+    if damage == "cut":
+        with (newest / "optimizer.pt").open("r+b") as file:
+            file.truncate(100)
+    else:
+        (newest / ("random-0.pt" if damage == "missing" else "state.json")).unlink()
+    finetune(dataclasses.replace(config, resume=True))
+    assert "step-6 is not whole and is ignored" in caplog.text
+    assert losses(config.output) == expected
+
+
+def test_resuming_a_run_that_is_done_says_so(config, caplog):
+    finetune(config)
+    before = snapshot(Path(config.output))
+    caplog.set_level("INFO", "lemo")
+    result = finetune(dataclasses.replace(config, resume=True))
+    assert "all 6 steps are done already" in caplog.text
+    assert result.final_loss == losses(config.output)[-1]
+    assert snapshot(Path(config.output)) == before
+
+
+def test_resume_before_the_first_checkpoint_starts_again(config):
+    finetune(config)
+    expected = losses(config.output)
+    for step in ("step-3", "step-6"):
+        for file in (Path(config.output) / "checkpoints" / step).iterdir():
+            file.unlink()
+    finetune(dataclasses.replace(config, resume=True))
+    assert losses(config.output) == expected
+
+
+def test_a_run_is_not_overwritten_by_accident(config):
+    finetune(config)
+    before = snapshot(Path(config.output))
+    with pytest.raises(FileExistsError, match="there is a run in .* --resume .* --overwrite"):
+        finetune(config)
+    with pytest.raises(ValueError, match="documents: expected at least one of 5000 tokens"):
+        finetune(dataclasses.replace(config, overwrite=True, context_length=5000))
+    assert snapshot(Path(config.output)) == before
+    (Path(config.output) / "notes.txt").write_text("mine")
+    finetune(dataclasses.replace(config, overwrite=True, steps=1))
+    assert len(losses(config.output)) == 1
+    assert (Path(config.output) / "notes.txt").read_text() == "mine"
+
+
+def test_resume_refuses_what_would_change_the_losses(config, inputs, tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no run in .* to resume"):
+        finetune(dataclasses.replace(config, resume=True))
+    documents = tmp_path / "documents.jsonl"
+    documents.write_bytes((inputs / "documents.jsonl").read_bytes())
+    config = dataclasses.replace(config, documents=str(documents))
+    finetune(config)
+    changed = dataclasses.replace(config, resume=True, learning_rate=1.0, steps=7)
+    with pytest.raises(ValueError, match=r"steps was 6, now 7; learning_rate was 0\.005, now 1"):
+        finetune(changed)
+    (Path(config.output) / "adapter" / "adapter_config.json").unlink()
+    (Path(config.output) / "adapter" / "adapter_model.safetensors").unlink()
+    (Path(config.output) / "adapter" / "model_config.json").unlink()
+    (Path(config.output) / "adapter").rmdir()
+    write_documents(documents, words=121)
+    with pytest.raises(ValueError, match="documents: expected the ones that .* was trained on"):
+        finetune(dataclasses.replace(config, resume=True))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "log.jsonl"])
+def test_a_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch, name):
+    expected = dataclasses.replace(config, output=config.output + "-whole")
+    finetune(expected)
+
+    def full(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == f".{name}.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
+        return fsync(descriptor)
+
+    def fill_disk(record):
+        if name == "log.jsonl" and record["step"] == 4:
+            monkeypatch.setattr(module.RunLog, "write", no_space)
+        elif record["step"] == 4:
+            monkeypatch.setattr(files.os, "fsync", full)
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    fsync = os.fsync
+    with pytest.raises(OSError, match="No space left on device"):
+        finetune(config, fill_disk)
+    folder = Path(config.output)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-3"]
+    assert not (folder / "adapter").exists()
+    monkeypatch.undo()
+    finetune(dataclasses.replace(config, resume=True))
+    assert losses(config.output) == losses(expected.output)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config):
+    config = dataclasses.replace(config, learning_rate=1e30, warmup_steps=0, max_grad_norm=0)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is .* learning_rate"):
+        finetune(config)
+    assert len(losses(config.output)) == 1
+
+
+def test_the_adapter_loads_without_lemo(config, tmp_path):
+    config = dataclasses.replace(config, train_norms=True, rope_scaling="yarn")
+    finetune(config)
+    adapter = Path(config.output) / "adapter"
+    ids = torch.arange(96)[None]
+    script = """
+        import sys, torch
+        sys.modules["lemo"] = None
+        from peft import PeftModel
+        from transformers import AutoConfig, AutoModelForCausalLM
+        model, adapter, result = sys.argv[1:]
+        config = AutoConfig.from_pretrained(adapter + "/model_config.json")
+        base = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(base, adapter)
+        torch.save(loaded(input_ids=torch.arange(96)[None]).logits.detach(), result)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), config.model, str(adapter)]
+    subprocess.run([*command, str(tmp_path / "logits.pt")], check=True)
+    here = load_for_evaluation(config.model, 96, adapter=adapter)
+    with torch.no_grad():
+        expected = here(input_ids=ids).logits
+        base = here.get_base_model()
+        assert base.config.rope_parameters["rope_type"] == "yarn"
+        with here.disable_adapter():
+            untrained = here(input_ids=ids).logits
+    logits = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+    assert (logits - untrained).abs().max() > 1e-3
+
+
+def test_training_lowers_the_perplexity_that_evaluate_finds(config):
+    config = dataclasses.replace(config, steps=12, learning_rate=2e-2)
+    finetune(config)
+    lengths = [48, 96]
+    before = evaluate(config.model, config.documents, lengths, rope_scaling="linear")
+    after = evaluate(config.model, config.documents, lengths, adapter=config.output)
+    assert [(r["kind"], r["length"]) for r in after] == [("a", 48), ("b", 48), ("a", 96), ("b", 96)]
+    for row, trained in zip(before, after):
+        assert trained["perplexity"] < row["perplexity"] - 1
+
+
+@pytest.mark.parametrize("elimination", [None, ELIMINATION], ids=["dense", "lemo"])
+def test_bfloat16_and_gradient_checkpointing(config, elimination):
+    config = dataclasses.replace(config, elimination=elimination, lora_dropout=0.0)
+    finetune(config)
+    lean = dataclasses.replace(
+        config, output=config.output + "-lean", dtype="bfloat16", gradient_checkpointing=True
+    )
+    finetune(lean)
+    assert losses(lean.output) == pytest.approx(losses(config.output), abs=0.02)
+    weights = load_file(Path(lean.output) / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_two_processes_train_like_one_with_twice_the_batch(config, tmp_path):
+    config = dataclasses.replace(config, lora_dropout=0.0, steps=4, save_every=2)
+    finetune(dataclasses.replace(config, batch_size=2))
+    settings = config.to_dict() | {"output": str(tmp_path / "two")}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    script = """
+        import json, sys
+        from lemo.training.config import FinetuneConfig
+        from lemo.training.finetune import finetune
+        config = FinetuneConfig.from_dict(json.load(open(sys.argv[1])))
+        finetune(config)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path / "settings.json")],
+        env=os.environ | {"PYTHONPATH": str(PYTHON_FOLDER)},
+        check=True,
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(config.output), rel=1e-6)
+    checkpoint = tmp_path / "two" / "checkpoints" / "step-4"
+    assert (checkpoint / "random-1.pt").is_file()
+    with pytest.raises(ValueError, match="expected the 2 processes that wrote .* got 1"):
+        finetune(FinetuneConfig.from_dict(settings | {"resume": True}))
