@@ -20,8 +20,8 @@ constexpr char kLayer[] = "layer";
 // Rows a thread should own before a second one pays.
 constexpr int64_t kRowsPerThread = 32;
 
-// dweight is summed over fixed ranges of rows first and over the ranges then, so that neither timing
-// nor the number of threads shows in the result.
+// dweight is summed over fixed ranges of rows first and over the ranges then, so that neither
+// timing nor the number of threads shows in the result.
 constexpr int64_t kMinRangeRows = 256;
 constexpr int64_t kMaxRanges = 64;
 
@@ -90,8 +90,8 @@ LEMO_MULTIVERSION void normalise_row(const T* x, const float* weight, const floa
     }
 }
 
-/// Adds one row's gradient into dx. `normal` and `wide_dy` hold `hidden` floats and are left with the
-/// normalised row and dy, from which the caller sums dweight and dbias.
+/// Adds one row's gradient into dx. `normal` and `wide_dy` hold `hidden` floats and are left with
+/// the normalised row and dy, from which the caller sums dweight and dbias.
 template <typename T>
 LEMO_MULTIVERSION void normalise_row_backward(const T* dy, const T* x, const float* weight,
                                               const float* mean, float rstd, int64_t hidden,

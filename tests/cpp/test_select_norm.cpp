@@ -64,8 +64,8 @@ TEST(SelectNorm, BackwardAddsIntoTheSelectedRows) {
 TEST(SelectNorm, MessageNamesArgumentExpectedAndGot) {
     std::vector<float> x(2), weight(2), y(2), mean, rstd(1);
     try {
-        check(SelectNormParams{view(x, {1, 2}), Tensor{}, view(weight, {2}), view(weight, {2}), 1e-5,
-                               "rms", view(y, {1, 2}), Tensor{}, view(mean, {0}),
+        check(SelectNormParams{view(x, {1, 2}), Tensor{}, view(weight, {2}), view(weight, {2}),
+                               1e-5, "rms", view(y, {1, 2}), Tensor{}, view(mean, {0}),
                                view(rstd, {1})});
         FAIL() << "RMSNorm with a bias passed";
     } catch (const Error& error) {

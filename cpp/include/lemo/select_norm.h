@@ -1,4 +1,5 @@
-// select_norm: y = norm(x[rows]) * weight (+ bias), RMSNorm or LayerNorm; selection rides in the load.
+// select_norm: y = norm(x[rows]) * weight (+ bias), RMSNorm or LayerNorm; the selection rides in
+// the load.
 #pragma once
 
 #include <string_view>

@@ -1,12 +1,14 @@
 """Differentiable functions over torch.ops.lemo.* (docs/DESIGN.md, section 3)."""
 
-from lemo.ops import _library  # noqa: F401  registers the ops before the modules below refer to them
+from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
+from lemo.ops.block_scores import block_scores
 from lemo.ops.residual_scatter import residual_scatter_, stream_gather
 from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import select_norm, stream_select_norm
 from lemo.ops.token_select import token_select
 
 __all__ = [
+    "block_scores",
     "residual_scatter_",
     "segment_attention",
     "select_norm",

@@ -1,0 +1,36 @@
+#include "lemo/block_scores.h"
+
+#include <algorithm>
+
+#include "torch_tensor.h"
+
+namespace lemo::torch_api {
+namespace {
+
+TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
+                         TorchTensor cu_blocks, double scale) {
+    const TorchTensor queries = to_contiguous(q), keys = to_contiguous(k);
+    const TorchTensor starts = to_contiguous(block_starts), cuts = to_contiguous(cu_blocks);
+    const int64_t num_blocks = std::max<int64_t>(view(starts).num_elements() - 1, 0);
+    TorchTensor scores = make_empty(queries, {num_blocks}, ScalarType::Float);
+    run("block_scores", queries,
+        BlockScoresParams{view(queries), view(keys), view(starts), view(cuts), scale, view(scores)},
+        block_scores_cpu, nullptr);
+    return scores;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
+    m.def(
+        "block_scores(Tensor q, Tensor k, Tensor block_starts, Tensor cu_blocks, float scale) "
+        "-> Tensor");
+}
+
+#define LEMO_REGISTER(key) \
+    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) { m.impl("block_scores", TORCH_BOX(&block_scores)); }
+LEMO_REGISTER(CPU)
+LEMO_REGISTER(CUDA)
+#undef LEMO_REGISTER
+
+}  // namespace lemo::torch_api
