@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "convert.h"
 #include "lemo/blocks.h"
 #include "lemo/segment_attention.h"
 
@@ -41,25 +40,5 @@ private:
     int64_t variants_;  // 2: the heads of the second half see shifted groups
     std::vector<Range> visible_;
 };
-
-/// to [rows, width] fp32 = factor * from, whose rows lie `stride` elements apart.
-template <typename T>
-void load_rows(float* to, const T* from, int64_t rows, int64_t stride, int64_t width,
-               float factor) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < width; ++i) to[r * width + i] = factor * load(from[r * stride + i]);
-    }
-}
-
-/// The reverse: rows `stride` elements apart in `to` = factor * from [rows, width].
-template <typename T>
-void store_rows(T* to, const float* from, int64_t rows, int64_t stride, int64_t width,
-                float factor) {
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < width; ++i) {
-            store(to + r * stride + i, factor * from[r * width + i]);
-        }
-    }
-}
 
 }  // namespace lemo::cpu

@@ -78,6 +78,26 @@ void store_row(T* to, const float* from, int64_t n) {
     for (int64_t i = 0; i < n; ++i) store(to + i, from[i]);
 }
 
+/// to [rows, width] = factor * from, whose rows lie `stride` elements apart.
+template <typename T>
+void load_rows(float* to, const T* from, int64_t rows, int64_t stride, int64_t width,
+               float factor = 1.0f) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; ++i) to[r * width + i] = factor * load(from[r * stride + i]);
+    }
+}
+
+/// Rows `stride` elements apart in `to` = factor * from [rows, width].
+template <typename T>
+void store_rows(T* to, const float* from, int64_t rows, int64_t stride, int64_t width,
+                float factor = 1.0f) {
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < width; ++i) {
+            store(to + r * stride + i, factor * from[r * width + i]);
+        }
+    }
+}
+
 /// Calls `body(T{})` with the storage type of `dtype`.
 template <typename Body>
 void dispatch_float(DType dtype, Body&& body) {

@@ -1,0 +1,55 @@
+#include "lemo/linear_cross_entropy.h"
+
+#include "torch_tensor.h"
+
+namespace lemo::torch_api {
+namespace {
+
+using Results = std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor>;
+
+Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTensor bias,
+                             TorchTensor labels, int64_t ignore_index, int64_t segment_rows,
+                             bool weight_grad) {
+    const TorchTensor rows = to_contiguous(hidden), matrix = to_contiguous(weight);
+    const TorchTensor targets = to_contiguous(labels);
+    const OptionalTensor offsets = to_contiguous(bias);
+    // Results take their shapes from the arguments, so dimensions are checked before they are read.
+    const Checker check("linear_cross_entropy");
+    check.floating("hidden", view(rows), 2);
+    check.floating("weight", view(matrix), 2);
+    if (offsets) check.floating("bias", view(offsets), 1);
+
+    TorchTensor loss = make_empty(rows, {}, ScalarType::Float);
+    TorchTensor count = make_empty(rows, {}, ScalarType::Long);
+    TorchTensor dhidden = make_empty(rows, {rows.size(0), rows.size(1)});
+    TorchTensor dweight =
+        weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)}) : make_empty(matrix, {0});
+    TorchTensor dbias = weight_grad && offsets ? make_empty(*offsets, {offsets->size(0)})
+                                               : make_empty(matrix, {0});
+    run("linear_cross_entropy", rows,
+        LinearCrossEntropyParams{view(rows), view(matrix), view(offsets), view(targets),
+                                 ignore_index, segment_rows, view(loss), view(count), view(dhidden),
+                                 weight_grad ? view(dweight) : Tensor{},
+                                 weight_grad && offsets ? view(dbias) : Tensor{}},
+        linear_cross_entropy_cpu, nullptr);
+    return {loss, count, dhidden, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
+    m.def(
+        "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+        "int ignore_index, int segment_rows, bool weight_grad) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+#define LEMO_REGISTER(key)                                                \
+    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {                             \
+        m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy)); \
+    }
+LEMO_REGISTER(CPU)
+LEMO_REGISTER(CUDA)
+#undef LEMO_REGISTER
+
+}  // namespace lemo::torch_api

@@ -1,0 +1,108 @@
+"""linear_cross_entropy: the loss of a vocabulary projection, segment by segment."""
+
+import torch
+from torch import Tensor
+
+from lemo import _C
+from lemo.ops._call import call
+
+_ops = torch.ops.lemo
+
+SEGMENT_BYTES = 256 * 2**20
+"""What the fp32 logits of a segment take at most, unless `segment_rows` is given."""
+
+
+@torch.library.register_fake("lemo::linear_cross_entropy")
+def _(hidden, weight, bias, labels, ignore_index, segment_rows, weight_grad):
+    has_dbias = weight_grad and bias is not None
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty((), dtype=torch.int64),
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(weight.shape if weight_grad else 0),
+        bias.new_empty(bias.shape) if has_dbias else weight.new_empty(0),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, bias, *_, ctx.weight_grad = inputs
+    ctx.has_bias = bias is not None
+    _, count, *grads = output
+    ctx.mark_non_differentiable(count, *grads)
+    ctx.save_for_backward(*grads)
+
+
+def _backward(ctx, dloss, *_):
+    # Scaled out of place, so that a second backward through a retained graph is right as well. A
+    # scalar tensor of fp32 does not widen the gradients, nor is it rounded to their dtype.
+    dhidden, dweight, dbias = ctx.saved_tensors
+    if not ctx.weight_grad and any(ctx.needs_input_grad[1:3]):
+        raise ValueError(
+            "linear_cross_entropy: argument 'weight_grad': expected True, as 'weight' or 'bias' "
+            "requires a gradient, got False"
+        )
+    needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    return (
+        dhidden * dloss if needs_hidden else None,
+        dweight * dloss if needs_weight else None,
+        dbias * dloss if needs_bias and ctx.has_bias else None,
+        *[None] * 4,
+    )
+
+
+torch.library.register_autograd(
+    "lemo::linear_cross_entropy", _backward, setup_context=_setup_context
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    segment_rows: int | None = None,
+    divisor: float | Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of `hidden @ weight.T + bias`; the logits never exist all at once.
+
+    The loss and its gradients are computed in the forward pass from the fp32 logits of
+    `segment_rows` rows at a time (LeMo, section 5.3: segmented loss), which is about all the memory
+    that is taken beyond inputs and gradients. Rows with ignored labels cost nothing.
+
+    Args:
+        hidden: [R, H] float.
+        weight: [V, H] float, as of `nn.Linear`; may differ from `hidden` in dtype.
+        labels: [R] int64, in [0, V) or `ignore_index`. Nothing is shifted here.
+        bias: [V] float.
+        ignore_index: label of rows that do not count.
+        segment_rows: rows of a segment; None: as many as fit their logits into 256 MiB.
+        divisor: what the sum over the labels is divided by, a positive number or a scalar tensor
+            (Transformers' `num_items_in_batch`); None: the number of labels that count.
+
+    Returns:
+        [] fp32. Differentiable in hidden, weight and bias. Where no label counts the loss is 0 and
+        so are the gradients (Transformers gives NaN): a batch that is masked as a whole must not
+        destroy a run.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device, label or the divisor does not fit.
+    """
+    if segment_rows is None:
+        segment_rows = _C.plan_loss_segment(hidden.shape[0], max(weight.shape[0], 1), SEGMENT_BYTES)
+    if not isinstance(divisor, Tensor) and divisor is not None and not divisor > 0:
+        raise ValueError(
+            "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "
+            f"None, got {divisor}"
+        )
+    weight_grad = torch.is_grad_enabled() and (
+        weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    arguments = (hidden, weight, bias, labels, ignore_index, segment_rows, weight_grad)
+    total, count, *_ = call(_ops.linear_cross_entropy, *arguments)
+    if divisor is None:
+        divisor = count
+    if isinstance(divisor, Tensor):
+        # Where nothing counts this is 0 / tiny = 0.
+        divisor = divisor.to(total).clamp(min=torch.finfo(total.dtype).tiny)
+    return total / divisor

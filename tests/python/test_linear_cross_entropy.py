@@ -1,0 +1,270 @@
+"""linear_cross_entropy: the ladder of docs/DESIGN.md, section 4."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lemo import ops, reference
+from tolerances import assert_close_fp32, assert_close_low_precision
+
+IGNORED = -100
+
+
+def make_inputs(rows, hidden, vocabulary, ignored=0.3, bias=True, dtype=torch.float32):
+    """(hidden, weight, bias, labels) with about this share of the labels ignored."""
+    labels = torch.randint(vocabulary, (rows,))
+    labels[torch.rand(rows) < ignored] = IGNORED
+    return (
+        torch.randn(rows, hidden, dtype=dtype),
+        torch.randn(vocabulary, hidden, dtype=dtype) * hidden**-0.5,
+        torch.randn(vocabulary, dtype=dtype) if bias else None,
+        labels,
+    )
+
+
+def differentiate(loss, inputs, dtype):
+    """(loss, dhidden, dweight[, dbias]) of `loss(hidden, weight, bias, labels)` in `dtype`."""
+    *floats, labels = inputs
+    leaves = [t if t is None else t.detach().to(dtype).requires_grad_() for t in floats]
+    value = loss(*leaves, labels)
+    return value, *torch.autograd.grad(value, [leaf for leaf in leaves if leaf is not None])
+
+
+def of_ops(**settings):
+    def loss(hidden, weight, bias, labels):
+        return ops.linear_cross_entropy(hidden, weight, labels, bias, **settings)
+
+    return loss
+
+
+def of_reference(divisor=None):
+    def loss(hidden, weight, bias, labels):
+        total, count = reference.linear_cross_entropy(hidden, weight, bias, labels, IGNORED)
+        return total / (max(int(count), 1) if divisor is None else divisor)
+
+    return loss
+
+
+@given(
+    rows=st.integers(0, 40),
+    hidden=st.integers(1, 33),
+    vocabulary=st.integers(2, 70),
+    ignored=st.sampled_from([0.0, 0.4, 1.0]),
+    bias=st.booleans(),
+    segment_rows=st.sampled_from([None, 1, 7, 100]),
+    seed=st.integers(0, 99),
+)
+def test_loss_and_gradients_match_the_oracle(
+    rows, hidden, vocabulary, ignored, bias, segment_rows, seed
+):
+    torch.manual_seed(seed)
+    inputs = make_inputs(rows, hidden, vocabulary, ignored, bias)
+    results = differentiate(of_ops(segment_rows=segment_rows), inputs, torch.float32)
+    expected = differentiate(of_reference(), inputs, torch.float64)
+    for name, result, right in zip(("loss", "dhidden", "dweight", "dbias"), results, expected):
+        assert_close_fp32(result, right, name)
+
+
+def test_one_word_costs_nothing():
+    for result in differentiate(of_ops(), make_inputs(5, 8, 1, ignored=0), torch.float32):
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_several_panels(bias):
+    """More words, rows and hidden units than one panel of the kernel, in two ragged segments."""
+    inputs = make_inputs(430, 150, 1100, bias=bias)
+    results = differentiate(of_ops(segment_rows=270), inputs, torch.float32)
+    expected = differentiate(of_reference(), inputs, torch.float64)
+    for name, result, right in zip(("loss", "dhidden", "dweight", "dbias"), results, expected):
+        assert_close_fp32(result, right, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    inputs = make_inputs(90, 48, 300, dtype=dtype)
+    results = differentiate(of_ops(segment_rows=32), inputs, dtype)
+    plain = differentiate(of_reference(), inputs, dtype)
+    expected = differentiate(of_reference(), inputs, torch.float32)
+    assert results[0].dtype == torch.float32
+    assert all(grad.dtype == dtype for grad in results[1:])
+    for name, result, rough, right in zip(("loss", "dh", "dw", "db"), results, plain, expected):
+        assert_close_low_precision(result, rough.to(result.dtype), right, name)
+
+
+def test_mixed_dtypes():
+    hidden, weight, bias, labels = make_inputs(20, 16, 50)
+    low = (hidden.bfloat16(), weight.float(), bias.half(), labels)
+    leaves = [tensor.clone().requires_grad_() for tensor in low[:3]]
+    loss = ops.linear_cross_entropy(*leaves[:2], labels, leaves[2])
+    loss.backward()
+    expected = differentiate(of_reference(), low, torch.float64)
+    assert_close_fp32(loss, expected[0])
+    assert_close_fp32(leaves[1].grad, expected[2])
+    assert [leaf.grad.dtype for leaf in leaves] == [torch.bfloat16, torch.float32, torch.float16]
+
+
+def test_frozen_weight_saves_its_gradient():
+    hidden, weight, _, labels = make_inputs(20, 16, 50)
+    hidden.requires_grad_()
+    ops.linear_cross_entropy(hidden, weight, labels).backward()
+    expected = differentiate(of_reference(), (hidden, weight, None, labels), torch.float64)
+    assert_close_fp32(hidden.grad, expected[1])
+    *_, dweight, dbias = torch.ops.lemo.linear_cross_entropy(
+        hidden.detach(), weight, None, labels, IGNORED, 8, False
+    )
+    assert dweight.numel() == dbias.numel() == 0
+
+
+@pytest.mark.parametrize("divisor", [7, 2.5, torch.tensor(7), torch.tensor(2.5)], ids=str)
+def test_divisor(divisor):
+    inputs = make_inputs(12, 8, 20)
+    results = differentiate(of_ops(divisor=divisor), inputs, torch.float32)
+    expected = differentiate(of_reference(float(divisor)), inputs, torch.float64)
+    for result, right in zip(results, expected):
+        assert_close_fp32(result, right)
+
+
+@pytest.mark.parametrize("divisor", [None, 3, torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_nothing_counts(rows, divisor):
+    inputs = make_inputs(rows, 8, 20, ignored=1.1)
+    for result in differentiate(of_ops(divisor=divisor), inputs, torch.float32):
+        assert torch.equal(result, torch.zeros_like(result))
+
+
+def test_ignored_rows_get_no_gradient_and_their_hidden_states_do_not_matter():
+    hidden, weight, bias, labels = make_inputs(30, 8, 20)
+    ignored = labels == IGNORED
+    hidden[ignored] = float("nan")
+    loss, dhidden, dweight, dbias = differentiate(
+        of_ops(), (hidden, weight, bias, labels), torch.float32
+    )
+    assert torch.equal(dhidden[ignored], torch.zeros_like(dhidden[ignored]))
+    expected = differentiate(
+        of_reference(), (hidden[~ignored], weight, bias, labels[~ignored]), torch.float64
+    )
+    for result, right in zip((loss, dhidden[~ignored], dweight, dbias), expected):
+        assert_close_fp32(result, right)
+
+
+def test_another_ignore_index_and_label_zero():
+    hidden, weight, bias, labels = make_inputs(15, 8, 20, ignored=0)
+    labels[:3] = 19
+    loss = ops.linear_cross_entropy(hidden, weight, labels, bias, ignore_index=19)
+    expected = torch.nn.functional.cross_entropy(hidden @ weight.T + bias, labels, ignore_index=19)
+    assert_close_fp32(loss, expected)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, bias, labels = make_inputs(15, 8, 20)
+    inputs = (hidden * 100, weight, bias, labels)
+    loss = of_ops()(*inputs)
+    assert_close_fp32(loss, of_reference()(*(t.double() for t in inputs[:3]), labels))
+
+
+def test_backward_twice():
+    hidden, weight, _, labels = make_inputs(15, 8, 20)
+    hidden.requires_grad_()
+    loss = ops.linear_cross_entropy(hidden, weight, labels) * 3
+    (first,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(first, second)
+
+
+def test_opcheck():
+    hidden, weight, bias, labels = make_inputs(9, 6, 11)
+    frozen = (hidden, weight, bias, labels, IGNORED, 4, False)
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, weight, bias)]
+    samples = [
+        frozen,
+        (leaves[0], *frozen[1:]),
+        (*leaves, labels, IGNORED, 4, True),
+        (*leaves[:2], None, labels, IGNORED, 4, True),
+    ]
+    for sample in samples:
+        torch.library.opcheck(torch.ops.lemo.linear_cross_entropy.default, sample)
+
+
+@pytest.mark.filterwarnings("ignore:Input #:UserWarning")  # gradcheck asks for fp64
+def test_gradcheck_by_central_differences():
+    """The op runs in fp32: steps of 1e-2 leave differences good to about 1e-3."""
+    hidden, weight, bias, labels = make_inputs(5, 3, 7)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(
+        lambda *floats: of_ops(segment_rows=2)(*floats, labels),
+        leaves,
+        eps=1e-2,
+        atol=2e-3,
+        rtol=1e-2,
+        nondet_tol=0.0,
+    )
+
+
+def test_repeats_are_bit_equal_whatever_the_threads():
+    inputs = make_inputs(300, 140, 1100)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 2, 3, 1):
+            torch.set_num_threads(count)
+            runs.append(differentiate(of_ops(segment_rows=128), inputs, torch.float32))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "exception", "message"),
+    [
+        ({"hidden": torch.randn(6)}, ValueError, "'hidden': expected 2 dimension"),
+        (
+            {"hidden": torch.ones(6, 4).long()},
+            TypeError,
+            "'hidden': expected float32, .* got int64",
+        ),
+        ({"weight": torch.randn(9)}, ValueError, "'weight': expected 2 dimension"),
+        ({"weight": torch.randn(9, 5)}, ValueError, "'weight': expected size 4 in dimension 1"),
+        (
+            {"weight": torch.randn(0, 4)},
+            ValueError,
+            "'weight': expected a vocabulary of at least 1",
+        ),
+        ({"bias": torch.randn(8)}, ValueError, "'bias': expected size 9 in dimension 0"),
+        ({"bias": torch.randn(9, 1)}, ValueError, "'bias': expected 1 dimension"),
+        ({"labels": torch.zeros(5).long()}, ValueError, "'labels': expected size 6 in dimension 0"),
+        ({"labels": torch.zeros(6).int()}, TypeError, "'labels': expected int64, got int32"),
+        (
+            {"labels": torch.tensor([0, 1, 9, 2, 3, 4])},
+            ValueError,
+            r"'labels': expected labels in \[0, 9\) or ignore_index -100, got 9 at index 2",
+        ),
+        ({"labels": torch.tensor([0, 1, -1, 2, 3, 4])}, ValueError, "got -1 at index 2"),
+        ({"segment_rows": 0}, ValueError, "'segment_rows': expected at least 1, got 0"),
+        ({"divisor": 0}, ValueError, "'divisor': expected a positive number, .* got 0"),
+        (
+            {"divisor": float("nan")},
+            ValueError,
+            "'divisor': expected a positive number, .* got nan",
+        ),
+    ],
+)
+def test_bad_inputs_name_the_argument(change, exception, message):
+    arguments = {
+        "hidden": torch.randn(6, 4),
+        "weight": torch.randn(9, 4),
+        "labels": torch.tensor([0, 1, 8, IGNORED, 3, 4]),
+    }
+    with pytest.raises(exception, match=message):
+        ops.linear_cross_entropy(**(arguments | change))
+
+
+def test_weight_gradient_that_was_not_asked_for():
+    hidden, weight, _, labels = make_inputs(6, 4, 9)
+    loss, *_ = torch.ops.lemo.linear_cross_entropy(
+        hidden, weight.requires_grad_(), None, labels, IGNORED, 4, False
+    )
+    with pytest.raises(ValueError, match="argument 'weight_grad': expected True"):
+        loss.backward()
