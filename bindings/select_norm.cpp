@@ -23,8 +23,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> select_norm(
     TorchTensor mean = make_empty(stream, {kind == "layer" ? num_rows : 0}, ScalarType::Float);
     TorchTensor rstd = make_empty(stream, {num_rows}, ScalarType::Float);
     run("select_norm", stream,
-        SelectNormParams{view(stream), view(row_index), view(scale), view(shift), eps, kind, view(y),
-                         save_rows ? view(x_rows) : Tensor{}, view(mean), view(rstd)},
+        SelectNormParams{view(stream), view(row_index), view(scale), view(shift), eps, kind,
+                         view(y), save_rows ? view(x_rows) : Tensor{}, view(mean), view(rstd)},
         select_norm_cpu, LEMO_CUDA_KERNEL(select_norm_cuda));
     return {y, x_rows, mean, rstd};
 }

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 #include "convert.h"
@@ -70,19 +69,6 @@ LEMO_MULTIVERSION float maximum(const float* values, int64_t n, float at_least) 
     return result;
 }
 
-/// Rows [first, first + rows) of a [T, heads, D] tensor as fp32: the tensor's own where it is fp32.
-template <typename T>
-const float* load_rows(const T* data, int64_t first, int64_t rows, int64_t width,
-                       std::vector<float>& converted) {
-    if constexpr (std::is_same_v<T, float>) {
-        return data + first * width;
-    } else {
-        converted.resize(static_cast<size_t>(rows * width));
-        cpu::load_row(converted.data(), data + first * width, rows * width);
-        return converted.data();
-    }
-}
-
 template <typename T>
 class Walker {
 public:
@@ -100,12 +86,14 @@ public:
         const int64_t key_end = start_[task.end_block], query_end = start_[task.last_block];
         for (int64_t j = start_[task.first_block]; j < key_end; j += kKeyRows) {
             const int64_t num_keys = std::min(kKeyRows, key_end - j);
-            const float* keys = load_rows(k_, j, num_keys, key_heads_ * head_dim_, wide_k_);
+            const int64_t key_width = key_heads_ * head_dim_, query_width = heads_ * head_dim_;
+            const float* keys = cpu::as_float(k_ + j * key_width, num_keys * key_width, wide_k_);
             int64_t query_block = task.first_block;
             // Queries before the tile's first key see none of it.
             for (int64_t i = j; i < query_end; i += kQueryRows) {
                 const int64_t num_queries = std::min(kQueryRows, query_end - i);
-                const float* queries = load_rows(q_, i, num_queries, heads_ * head_dim_, wide_q_);
+                const float* queries =
+                    cpu::as_float(q_ + i * query_width, num_queries * query_width, wide_q_);
                 sum_over_heads(queries, num_queries, keys, num_keys);
                 for (int64_t row = i; row < i + num_queries; ++row) {
                     while (row >= start_[query_block + 1]) ++query_block;

@@ -109,6 +109,18 @@ void dispatch_float(DType dtype, Body&& body) {
     }
 }
 
+/// `n` values in fp32: where they lie if they already are, else converted into `scratch`.
+template <typename T>
+const float* as_float(const T* from, int64_t n, std::vector<float>& scratch) {
+    if constexpr (std::is_same_v<T, float>) {
+        return from;
+    } else {
+        scratch.resize(static_cast<size_t>(n));
+        load_row(scratch.data(), from, n);
+        return scratch.data();
+    }
+}
+
 /// The elements of a contiguous float tensor in fp32: borrowed where they already are, converted
 /// otherwise. data() of an absent tensor is null.
 class Float32Array {
@@ -116,13 +128,7 @@ public:
     explicit Float32Array(const Tensor& tensor) {
         if (!tensor) return;
         dispatch_float(tensor.dtype, [&]<typename T>(T) {
-            if constexpr (std::is_same_v<T, float>) {
-                data_ = tensor.as<const float>();
-            } else {
-                converted_.resize(static_cast<size_t>(tensor.num_elements()));
-                load_row(converted_.data(), tensor.as<const T>(), tensor.num_elements());
-                data_ = converted_.data();
-            }
+            data_ = as_float(tensor.as<const T>(), tensor.num_elements(), converted_);
         });
     }
     Float32Array(const Float32Array&) = delete;

@@ -3,6 +3,7 @@
 from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
 from lemo.ops.block_scores import block_scores
 from lemo.ops.linear_cross_entropy import linear_cross_entropy
+from lemo.ops.predictor import predictor
 from lemo.ops.residual_scatter import residual_scatter_, stream_gather
 from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import select_norm, stream_select_norm
@@ -11,6 +12,7 @@ from lemo.ops.token_select import token_select
 __all__ = [
     "block_scores",
     "linear_cross_entropy",
+    "predictor",
     "residual_scatter_",
     "segment_attention",
     "select_norm",
