@@ -11,7 +11,10 @@
 namespace lemo {
 namespace {
 
-constexpr int kThreads = 256;
+// Enough blocks fit on a multiprocessor to hide each other's sums; a thread of a row of 4096 bf16
+// elements loads all its vectors before it uses the first.
+constexpr int kThreads = 128;
+constexpr int kInFlight = 4;
 // One access is 16 bytes of the row's type.
 template <typename T>
 constexpr int kElements = 16 / static_cast<int>(sizeof(T));
@@ -56,17 +59,43 @@ private:
     }
 };
 
-/// body(i, n) for the vectors of a row that this thread owns: n elements from column i on.
-template <int kWidth, typename Body>
-__device__ __forceinline__ void for_each_vector(int64_t hidden, bool vectorised, Body&& body) {
-    if (vectorised) {
-        for (int64_t i = threadIdx.x * kWidth; i < hidden; i += kThreads * kWidth) {
-            body(i, cuda::Int<kWidth>{});
+/// Walks the vectors of a row that this thread owns: `load(i, width)` reads what starts at column i,
+/// `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that the
+/// compiler may not choose by itself where a use stores.
+template <int kWidth, typename Load, typename Use>
+__device__ __forceinline__ void walk_vectors(int64_t hidden, Load&& load, Use&& use) {
+    constexpr cuda::Int<kWidth> width;
+    for (int64_t first = threadIdx.x * kWidth; first < hidden;
+         first += kInFlight * kThreads * kWidth) {
+        decltype(load(first, width)) loaded[kInFlight];
+        CUTLASS_PRAGMA_UNROLL
+        for (int v = 0; v < kInFlight; ++v) {
+            const int64_t i = first + v * kThreads * kWidth;
+            if (i < hidden) loaded[v] = load(i, width);
         }
-    } else {
-        for (int64_t i = threadIdx.x; i < hidden; i += kThreads) body(i, cuda::Int<1>{});
+        CUTLASS_PRAGMA_UNROLL
+        for (int v = 0; v < kInFlight; ++v) {
+            const int64_t i = first + v * kThreads * kWidth;
+            if (i < hidden) use(i, width, loaded[v]);
+        }
     }
 }
+
+template <int kWidth, typename Load, typename Use>
+__device__ __forceinline__ void for_each_vector(int64_t hidden, bool vectorised, Load&& load,
+                                                Use&& use) {
+    if (vectorised) {
+        walk_vectors<kWidth>(hidden, load, use);
+    } else {
+        walk_vectors<1>(hidden, load, use);
+    }
+}
+
+/// What backward reads of one vector of a row.
+template <typename T, int n>
+struct GradVectors {
+    cutlass::AlignedArray<T, n> dy, x, dx;
+};
 
 struct ForwardArguments {
     const int32_t* rows;
@@ -90,8 +119,11 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
     const T* from = x + (args.rows ? int64_t{args.rows[row_idx]} : row_idx) * hidden;
 
     float sum = 0;
-    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
-        const auto values = cuda::load_vector<width()>(from + i);
+    const auto load_x = [&](int64_t i, auto width) {
+        return cuda::load_vector<width()>(from + i);
+    };
+    for_each_vector<kElements<T>>(hidden, args.vectorised, load_x,
+                                  [&](int64_t i, auto width, const auto& values) {
         cuda::store_vector<width()>(row + i, values);
         if (x_rows != nullptr) cuda::store_vector<width()>(x_rows + row_idx * hidden + i, values);
         CUTLASS_PRAGMA_UNROLL
@@ -118,8 +150,11 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
         if (args.mean != nullptr) args.mean[row_idx] = center;
     }
 
-    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
-        auto values = cuda::load_vector<width()>(row + i);
+    const auto load_row = [&](int64_t i, auto width) {
+        return cuda::load_vector<width()>(row + i);
+    };
+    for_each_vector<kElements<T>>(hidden, args.vectorised, load_row,
+                                  [&](int64_t i, auto width, auto values) {
         const auto weights = args.weight.load<width()>(i);
         const auto shifts = args.bias.load<width()>(i);
         CUTLASS_PRAGMA_UNROLL
@@ -155,9 +190,15 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
     const float rstd = args.rstd[row_idx];
 
     float sum_g = 0, sum_gn = 0;  // over g = dy * weight, and over g times the normalised row
-    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
-        const auto dys = cuda::load_vector<width()>(dy + row_idx * hidden + i);
-        const auto xs = cuda::load_vector<width()>(x_rows + row_idx * hidden + i);
+    const auto load_saved = [&](int64_t i, auto width) {
+        GradVectors<T, width()> vectors;
+        vectors.dy = cuda::load_vector<width()>(dy + row_idx * hidden + i);
+        vectors.x = cuda::load_vector<width()>(x_rows + row_idx * hidden + i);
+        return vectors;
+    };
+    for_each_vector<kElements<T>>(hidden, args.vectorised, load_saved,
+                                  [&](int64_t i, auto width, const auto& vectors) {
+        const auto& [dys, xs, unused] = vectors;
         cuda::store_vector<width()>(dy_row + i, dys);
         cuda::store_vector<width()>(x_row + i, xs);
         const auto weights = args.weight.load<width()>(i);
@@ -173,10 +214,16 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
                                                     static_cast<float>(hidden)
                                               : 0.0f;
 
-    for_each_vector<kElements<T>>(hidden, args.vectorised, [&](int64_t i, auto width) {
-        const auto dys = cuda::load_vector<width()>(dy_row + i);
-        const auto xs = cuda::load_vector<width()>(x_row + i);
-        auto dxs = cuda::load_vector<width()>(to + i);
+    const auto load_all = [&](int64_t i, auto width) {
+        GradVectors<T, width()> vectors;
+        vectors.dy = cuda::load_vector<width()>(dy_row + i);
+        vectors.x = cuda::load_vector<width()>(x_row + i);
+        vectors.dx = cuda::load_vector<width()>(to + i);
+        return vectors;
+    };
+    for_each_vector<kElements<T>>(hidden, args.vectorised, load_all,
+                                  [&](int64_t i, auto width, auto vectors) {
+        auto& [dys, xs, dxs] = vectors;
         const auto weights = args.weight.load<width()>(i);
         CUTLASS_PRAGMA_UNROLL
         for (int e = 0; e < width(); ++e) {
