@@ -133,16 +133,21 @@ def test_gradients_flow_through_hidden_states():
     assert_same_gradients(model, dense)
 
 
-def test_embeddings_given_instead_of_ids():
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("batch", ["plain", "padded right"])
+def test_embeddings_given_instead_of_ids(batch, requires_grad):
     model, dense = make_model("qwen3"), make_model("qwen3")
     lemo.enable(model, EVERYTHING)
-    batch = padded_batch([30, 17])
+    batch = BATCHES[batch]()
+    embed = model.get_input_embeddings()
     ids = batch.pop("input_ids")
-    inputs = [each.get_input_embeddings()(ids).detach().requires_grad_() for each in (model, dense)]
+    inputs = [embed(ids).detach().requires_grad_(requires_grad) for _ in range(2)]
     before = inputs[0].detach().clone()
     model(**batch, inputs_embeds=inputs[0]).loss.backward()
     dense(**batch, inputs_embeds=inputs[1]).loss.backward()
-    assert_close_fp32(inputs[0].grad, inputs[1].grad, "inputs_embeds")
+    if requires_grad:
+        assert_close_fp32(inputs[0].grad, inputs[1].grad, "inputs_embeds")
+    assert_same_gradients(model, dense)
     assert torch.equal(inputs[0], before), "the caller's tensor was overwritten"
 
 
