@@ -222,7 +222,9 @@ def test_any_shape(lengths, kind, block_size, keep, forced, visible_keys):
     mine, theirs = gradients(model), gradients(twin)
     scale = all_of(theirs).norm().clamp(min=1e-3)
     for name, oracle in theirs.items():
-        assert (mine[name] - oracle).norm() <= 2e-5 * scale, name
+        # Without any label lemo's head does not run at all.
+        value = mine.get(name, torch.zeros_like(oracle))
+        assert (value - oracle).norm() <= 2e-5 * scale, name
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
