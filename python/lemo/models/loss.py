@@ -67,8 +67,6 @@ def causal_lm_loss(
         divisor = divisor.to(x.device)
 
     head = active_module(adapter.lm_head)
-    if segment_rows is None:
-        segment_rows = max(1, _SEGMENT_BYTES // (4 * adapter.config.vocab_size))
     if type(head) is nn.Linear and not is_intercepted(head):
         hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
         return ops.linear_cross_entropy(
@@ -80,16 +78,19 @@ def causal_lm_loss(
             segment_rows=segment_rows,
             divisor=divisor,
         )
+    if segment_rows is None:
+        segment_rows = max(1, _SEGMENT_BYTES // (4 * adapter.config.vocab_size))
     total = _loss_through_module(adapter.lm_head, hidden, targets, segment_rows)
     return total / (rows.numel() if divisor is None else divisor)
 
 
 def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast would do to the arguments of `linear`; without autocast, the head's dtype."""
-    device, dtype = hidden.device.type, parameters[0].dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in (hidden, *parameters))
+    """What autocast, where it is on, does to the arguments of `linear`."""
+    tensors, device = (hidden, *parameters), hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def _loss_through_module(
