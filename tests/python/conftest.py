@@ -1,8 +1,13 @@
 """Settings that every Python test shares."""
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Inherited by the processes that tests start: a name that is no folder is not looked up on the hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 hypothesis.settings.register_profile(
     "lemo", deadline=None, max_examples=25, derandomize=True, print_blob=True

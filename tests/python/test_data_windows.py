@@ -11,7 +11,7 @@ from lemo.data import Document, first_windows, token_windows
 from tiny import sample_text, tiny_tokenizer
 
 
-def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+def merging_tokenizer(bos: bool, text: str = sample_text(500, 0)) -> PreTrainedTokenizerFast:
     """A byte-level BPE with merges, optionally with a template that puts ``<s>`` in front."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,7 +22,7 @@ def merging_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([sample_text(500, 0)], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", 0)]
@@ -43,6 +43,16 @@ def test_first_windows_are_the_head_of_the_whole_encoding(bos):
     assert [document.id for document, _ in windows] == ["0", "2"]
     for document, ids in windows:
         assert ids.tolist() == tokenizer(document.text)["input_ids"][:100]
+
+
+def test_a_text_cut_within_a_word_changes_no_token():
+    # The encoder reads 5 characters for each token first, which ends within the tenth word here.
+    text = "bbbbbbbbb" + " aaaa" * 50
+    tokenizer = merging_tokenizer(False, text)
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) == 51
+    windows, _ = first_windows([Document("0", "text", text)], tokenizer, 10)
+    assert windows[0][1].tolist() == ids[:10]
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -104,8 +104,8 @@ def test_learning_rate():
     )
     rates = [learning_rate(step, config) for step in range(1, 11)]
     assert rates[:2] == [0.5, 1.0]
-    assert rates[5] == pytest.approx(0.5)
-    assert rates[9] == pytest.approx(0.0)
+    assert [rates[4], rates[7]] == pytest.approx([0.75, 0.25])
+    assert 0.0 < rates[9] < 0.1
     assert rates[2:] == sorted(rates[2:], reverse=True)
     constant = dataclasses.replace(config, schedule="constant", warmup_steps=0)
     assert {learning_rate(step, constant) for step in range(1, 11)} == {1.0}
@@ -204,7 +204,7 @@ def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, t
     )
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert not list(Path(killed.output).rglob(".*"))
+    assert not list((Path(killed.output) / "checkpoints").glob(".*"))
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no contents"])

@@ -61,6 +61,8 @@ def save_checkpoint(
 ) -> None:
     """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
 
+    What a process that was killed left half-written goes, too.
+
     Args:
         folder: the checkpoints of the run.
         step: optimizer steps that are done; this is the position in the data, too.
@@ -83,6 +85,8 @@ def save_checkpoint(
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
         write_file(target / STATE_NAME, json.dumps(contents, indent=2) + "\n")
+    for torn in folder.glob(".step-*"):
+        shutil.rmtree(torn)
     # Later steps can only be damaged ones that a resumed run passed over.
     steps = _folders(folder)
     later = [old for old in steps if _step(old) > step]

@@ -35,7 +35,7 @@ class FinetuneConfig:
         batch_size: windows of a forward pass, in each process.
         gradient_accumulation: forward passes of an optimizer step.
         learning_rate: the highest one, after the warm-up.
-        schedule: "cosine" (down to 0 at the last step) or "constant".
+        schedule: "cosine" (down to 0 after the last step) or "constant".
         warmup_steps: steps over which the learning rate rises linearly.
         weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.

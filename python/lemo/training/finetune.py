@@ -134,7 +134,8 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
         return config.learning_rate * step / config.warmup_steps
     if config.schedule == "constant":
         return config.learning_rate
-    share = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
+    # One step more than there are, so that the last one still learns.
+    share = (step - config.warmup_steps) / (config.steps - config.warmup_steps + 1)
     return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
@@ -214,7 +215,8 @@ class _Run:
             batches = self._tokenizing.submit(self._batches, first)
             for step in range(first + 1, config.steps + 1):
                 inputs = batches.result()
-                batches = self._tokenizing.submit(self._batches, step)
+                if step < config.steps:
+                    batches = self._tokenizing.submit(self._batches, step)
                 record = self._step(step, inputs)
                 recent.append(record["seconds"])
                 if main:
