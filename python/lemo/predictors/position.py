@@ -1,0 +1,112 @@
+"""What a block's place alone says about its label.
+
+The informativeness of section 3 of the specification is a mean over the query blocks that see a
+block. Rotary positions make near pairs score higher than far ones, and a late block is seen by near
+queries only, so its label depends on how many blocks follow it, whatever it holds. Each sub-block
+therefore gets a profile, mean and deviation of its labels by that number; the nets learn what the
+content adds, in units of the deviation. The labels of an MLP have no such dependence: their profile
+is one mean and one deviation.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo.layout import BlockLayout
+
+__all__ = ["PositionProfile", "free_blocks", "query_blocks"]
+
+
+def query_blocks(layout: BlockLayout) -> Tensor:
+    """Query blocks that see each block, itself included, [B] int64: 1 for a sequence's last."""
+    ends = layout.cu_blocks[1:].long().repeat_interleave(layout.cu_blocks.diff().long())
+    return ends - torch.arange(layout.num_blocks, device=ends.device)
+
+
+def free_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
+    """[B] bool: blocks that are not kept in any case for their place at an end of the sequence."""
+    from_end = query_blocks(layout) - 1
+    counts = layout.cu_blocks.diff().long()
+    from_start = counts.repeat_interleave(counts) - 1 - from_end
+    return (from_start >= keep_first) & (from_end >= keep_last)
+
+
+@dataclass(frozen=True)
+class PositionProfile:
+    """Mean and deviation of labels, piecewise linear in the log of the number of query blocks.
+
+    Attributes:
+        knots: [P] fp32, numbers of query blocks, ascending; beyond the ends the profile is
+            constant.
+        mean, deviation: [P] fp32, deviation > 0.
+    """
+
+    knots: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    @classmethod
+    def fit(cls, labels: Tensor, seen_by: Tensor, flat: bool = False) -> "PositionProfile":
+        """Least squares.
+
+        Args:
+            labels: [n] labels of blocks that are up for selection.
+            seen_by: [n] their `query_blocks`.
+            flat: one mean and one deviation for all places.
+        """
+        # Knots at 2^(k/2): the profile of a mean over K query blocks changes with the logarithm of
+        # K.
+        last = max(int(2 * math.log2(max(int(seen_by.max()), 1))), 0)
+        exponents = torch.arange(1 if flat else last + 1, device=labels.device) / 2
+        knots = torch.unique(torch.exp2(exponents).round())
+        basis = _hats(seen_by, knots).double()
+        # The ridge ties knots without blocks near them to zero deviation from their neighbours'
+        # scale.
+        gram = basis.T @ basis + 1e-6 * torch.eye(len(knots), device=labels.device)
+        centre = labels.double().mean()
+        mean = centre + torch.linalg.solve(gram, basis.T @ (labels.double() - centre))
+        absolute = (labels.double() - basis @ mean).abs()
+        # Mean absolute deviation times sqrt(pi / 2) is the standard deviation of a Gaussian, and
+        # bears outliers.
+        spread = absolute.mean() + torch.linalg.solve(gram, basis.T @ (absolute - absolute.mean()))
+        floor = max(0.1 * absolute.mean().item(), 1e-6 * abs(centre.item()), 1e-12)
+        deviation = (math.sqrt(math.pi / 2) * spread).clamp(min=floor)
+        return cls(knots, mean.float(), deviation.float())
+
+    def standardise(self, labels: Tensor, layout: BlockLayout) -> Tensor:
+        """What the content adds to the labels [B], in deviations."""
+        mean, deviation = self._at(layout, labels.device)
+        return (labels - mean) / deviation
+
+    def restore(self, content: Tensor, layout: BlockLayout) -> Tensor:
+        """The inverse of `standardise`: scores [B] in the units of the labels."""
+        mean, deviation = self._at(layout, content.device)
+        return mean + deviation * content
+
+    def flattened(self) -> "PositionProfile":
+        """The same average mean and deviation at every place."""
+        return PositionProfile(
+            self.knots[:1], self.mean.mean(keepdim=True), self.deviation.mean(keepdim=True)
+        )
+
+    def _at(self, layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+        basis = _hats(query_blocks(layout).to(device), self.knots.to(device))
+        return basis @ self.mean.to(device), basis @ self.deviation.to(device)
+
+
+def _hats(seen_by: Tensor, knots: Tensor) -> Tensor:
+    """Weights of the knots, [n, P]: linear interpolation in log2, constant outside."""
+    x, places = seen_by.float().clamp(min=1).log2(), knots.log2()
+    x = x.clamp(min=places[0], max=places[-1])
+    right = torch.searchsorted(places, x).clamp(1, max(len(places) - 1, 1))
+    weights = torch.zeros(x.numel(), len(places), device=x.device)
+    if len(places) == 1:
+        return weights.fill_(1.0)
+    left = right - 1
+    share = (x - places[left]) / (places[right] - places[left])
+    rows = torch.arange(x.numel(), device=x.device)
+    weights[rows, left] = 1 - share
+    weights[rows, right] = share
+    return weights

@@ -1,0 +1,249 @@
+"""The folder of `lemo prepare` (docs/DESIGN.md, section 5)."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lemo.layout import BlockLayout
+from lemo.ops import predictor
+from lemo.predictors.labels import KINDS
+from lemo.predictors.modules import AttentionPredictor, MlpPredictor
+from lemo.predictors.position import PositionProfile
+
+__all__ = ["PredictorSet", "fingerprint", "load", "tensors_of", "write_folder"]
+
+FORMAT = "lemo-predictor"
+VERSION = 1
+WEIGHTS_FILE = "predictor.safetensors"
+DESCRIPTION_FILE = "predictor.json"
+
+_NETS = {"attention": ("key", "query"), "mlp": ("key",)}
+_MATRICES = ("down", "mid", "up")
+_PROFILE = ("knots", "mean", "deviation")
+
+
+class PredictorSet:
+    """The predictors of all layers of one model, ready to score.
+
+    Attributes:
+        block_size: tokens of the blocks that the predictors were trained for.
+        num_layers, hidden_size: of the model.
+        thresholds: {"attention": [one for each layer], "mlp": [...]}.
+        description: the contents of predictor.json.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]):
+        self.description = dict(description)
+        self.block_size: int = description["block_size"]
+        self.num_layers: int = description["num_layers"]
+        self.hidden_size: int = description["hidden_size"]
+        self.thresholds: dict[str, list[float]] = {
+            kind: list(description["thresholds"][kind]) for kind in KINDS
+        }
+        self._nets: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
+        self._profiles: dict[tuple[int, str], PositionProfile] = {}
+        for layer in range(self.num_layers):
+            for kind in KINDS:
+                stem = f"layers.{layer}.{kind}"
+                self._nets[layer, kind] = [
+                    tuple(tensors[f"{stem}.{net}.{name}"] for name in _MATRICES)
+                    for net in _NETS[kind]
+                ]
+                self._profiles[layer, kind] = PositionProfile(
+                    *(tensors[f"{stem}.profile.{name}"] for name in _PROFILE)
+                )
+        self._cast: dict[tuple[int, str, torch.device, torch.dtype], list[Any]] = {}
+
+    def scores(self, layer: int, kind: str, x: Tensor, layout: BlockLayout) -> Tensor:
+        """Predicted scores of all blocks, [B] fp32.
+
+        Args:
+            layer: index of the layer.
+            kind: "attention" or "mlp".
+            x: [T, H], output of the sub-block's norm for all rows.
+            layout: how the T rows are cut; its block size must be that of the predictors.
+        """
+        if layout.block_size != self.block_size:
+            raise ValueError(
+                f"layout: expected blocks of {self.block_size} tokens, as the predictors were "
+                f"trained for, got {layout.block_size}"
+            )
+        if (layer, kind) not in self._nets:
+            raise ValueError(
+                f"layer, kind: expected a layer below {self.num_layers} and one of "
+                f"{', '.join(KINDS)}, got {layer!r}, {kind!r}"
+            )
+        place = (layer, kind, x.device, x.dtype)
+        if place not in self._cast:
+            self._cast[place] = [
+                tuple(weight.to(x.device, x.dtype) for weight in net)
+                for net in self._nets[layer, kind]
+            ]
+        key, *query = self._cast[place]
+        with torch.no_grad():
+            content = predictor(x, key, query[0] if query else None, layout)
+            return self._profiles[layer, kind].restore(content, layout)
+
+
+def fingerprint(config: Any) -> dict[str, Any]:
+    """What a predictor needs of a model, from its Transformers config."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return {
+        "model_type": config.model_type,
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+    }
+
+
+def tensors_of(
+    layer: int,
+    kind: str,
+    module: AttentionPredictor | MlpPredictor,
+    profile: PositionProfile,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Tensor]:
+    """The stored tensors of one predictor: weights in `dtype`, its profile in fp32."""
+    stem = f"layers.{layer}.{kind}"
+    weights = {
+        f"{stem}.{name}.{matrix}": weight.detach().to(dtype).contiguous()
+        for name, net in module.nets()
+        for matrix, weight in zip(_MATRICES, net.weights)
+    }
+    return weights | {
+        f"{stem}.profile.{name}": getattr(profile, name).float().contiguous() for name in _PROFILE
+    }
+
+
+def write_folder(
+    folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    """Writes both files into an existing folder, which nobody reads yet.
+
+    Args:
+        folder: where to; the caller renames it to its final name when all is done.
+        tensors: as from `tensors_of`, for all layers and kinds.
+        description: the fields of predictor.json; format, version and checksum are added.
+    """
+    save_file(dict(tensors), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    fields = {"format": FORMAT, "version": VERSION, "sha256": _digest(folder / WEIGHTS_FILE)}
+    text = json.dumps(fields | dict(description), indent=2, allow_nan=False)
+    (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
+    """Reads what `lemo prepare` wrote.
+
+    Args:
+        folder: the output of `lemo prepare`.
+        model_config: Transformers config of the model that will be scored; None skips the
+            comparison.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is absent.
+        ValueError: a file is damaged, of another format or version, or made for another model.
+    """
+    folder = Path(folder)
+    for file in (folder / DESCRIPTION_FILE, folder / WEIGHTS_FILE):
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"predictor: expected a folder written by 'lemo prepare', but {file} does not exist"
+            )
+    description = _read_description(folder / DESCRIPTION_FILE)
+    weights = folder / WEIGHTS_FILE
+    if _digest(weights) != description["sha256"]:
+        raise ValueError(
+            f"predictor: {weights} does not match its checksum in {DESCRIPTION_FILE}: it is "
+            "damaged or comes from another run; run 'lemo prepare' again"
+        )
+    try:
+        tensors = load_file(str(weights))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"predictor: {weights} is not a safetensors file: {error}") from None
+    _check_tensors(weights, tensors, description)
+    if model_config is not None:
+        _check_model(folder, description["model"], fingerprint(model_config))
+    return PredictorSet(tensors, description)
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"predictor: {file} is not JSON: {error}") from None
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"predictor: {file} was not written by 'lemo prepare'")
+    if description.get("version") != VERSION:
+        raise ValueError(
+            f"predictor: {file}: expected format version {VERSION}, "
+            f"got {description.get('version')!r}; run 'lemo prepare' again with this lemo"
+        )
+    expected = {
+        "sha256": str, "block_size": int, "num_layers": int, "hidden_size": int,
+        "thresholds": dict, "model": dict,
+    }  # fmt: skip
+    for name, kind in expected.items():
+        if not isinstance(description.get(name), kind):
+            raise ValueError(
+                f"predictor: {file}: field '{name}': expected {kind.__name__}, "
+                f"got {description.get(name)!r}"
+            )
+    for kind in KINDS:
+        values = description["thresholds"].get(kind)
+        if not _is_numbers(values, description["num_layers"]):
+            raise ValueError(
+                f"predictor: {file}: field 'thresholds.{kind}': expected "
+                f"{description['num_layers']} numbers, got {values!r}"
+            )
+    return description
+
+
+def _is_numbers(values: Any, count: int) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    )
+
+
+def _check_tensors(
+    file: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+) -> None:
+    hidden = description["hidden_size"]
+    for layer in range(description["num_layers"]):
+        for kind, nets in _NETS.items():
+            stem = f"layers.{layer}.{kind}"
+            names = [f"{stem}.{net}.{name}" for net in nets for name in _MATRICES]
+            names += [f"{stem}.profile.{name}" for name in _PROFILE]
+            for name in names:
+                if name not in tensors:
+                    raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
+                if not torch.isfinite(tensors[name]).all():
+                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite")
+            for net in nets:
+                down = tensors[f"{stem}.{net}.down"]
+                if down.dim() != 2 or down.shape[1] != hidden:
+                    raise ValueError(
+                        f"predictor: {file}: tensor '{stem}.{net}.down': expected "
+                        f"[rank, {hidden}], got {list(down.shape)}"
+                    )
+
+
+def _check_model(folder: Path, trained: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name, value in wanted.items():
+        if trained.get(name) != value:
+            raise ValueError(
+                f"predictor: {folder} was prepared for a model with {name} {trained.get(name)!r}, "
+                f"got one with {name} {value!r}; run 'lemo prepare' for this model"
+            )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,376 @@
+"""Training of one predictor: objective and elastic size (LeMo, section 4.2)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lemo.layout import BlockLayout
+from lemo.predictors.labels import SubBlockData, block_means, fine_layout
+from lemo.predictors.modules import AttentionPredictor, LowRankNet, MlpPredictor
+from lemo.predictors.position import PositionProfile, free_blocks
+
+__all__ = ["ElasticSize", "FitResult", "TrainingSettings", "fit", "kept_set_recall", "ranking_loss"]
+
+Predictor = AttentionPredictor | MlpPredictor
+
+# Pairs of the ranking loss take this many blocks from each side of the boundary at most, so that a
+# window of a million tokens (16384 blocks) costs no more than 2^18 pairs.
+_MAX_BLOCKS_A_SIDE = 512
+
+# Tokens whose hidden units are counted in one step: enough to see a unit that is active once in a
+# hundred tokens.
+_COUNTED_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a predictor is trained.
+
+    Attributes:
+        keep: share of blocks whose boundary the ranking loss serves.
+        keep_first, keep_last: blocks of a sequence that are kept in any case and take no part in
+            the ranking.
+        steps: optimizer steps of a predictor.
+        windows_per_step: windows packed into one step.
+        learning_rate: peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to
+            zero.
+        weight_decay: of AdamW.
+        rank_weight: weight of the ranking loss against the value regression.
+        prune_every: steps between two prunings; 0 never prunes.
+        prune_zero_share: a hidden unit that is zero for at least this share of the tokens is
+            pruned.
+        prune_to: share of the hidden units to shrink to, least useful first, or None for dead units
+            only.
+    """
+
+    keep: float = 0.5
+    keep_first: int = 1
+    keep_last: int = 1
+    steps: int = 300
+    windows_per_step: int = 4
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    rank_weight: float = 0.2
+    prune_every: int = 50
+    prune_zero_share: float = 0.99
+    prune_to: float | None = None
+
+    def __post_init__(self) -> None:
+        _require("keep", self.keep, 0 < self.keep < 1, "a share between 0 and 1, both excluded")
+        for name in ("keep_first", "keep_last", "prune_every"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        for name in ("steps", "windows_per_step"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "a number >= 1")
+        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
+        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        _require("rank_weight", self.rank_weight, self.rank_weight >= 0, "a number >= 0")
+        share = self.prune_zero_share
+        _require("prune_zero_share", share, 0 < share <= 1, "a share in (0, 1]")
+        target = self.prune_to
+        _require("prune_to", target, target is None or 0 < target <= 1, "a share in (0, 1] or None")
+
+    @property
+    def prunings(self) -> list[int]:
+        """Steps after which units are pruned; the last third of the training is for recovery."""
+        if self.prune_every == 0:
+            return []
+        return list(range(self.prune_every, self.steps * 2 // 3 + 1, self.prune_every))
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What became of a predictor.
+
+    Attributes:
+        losses: the objective of every step.
+        hidden_units: (before, after) elastic pruning, summed over nets and hidden layers.
+    """
+
+    losses: list[float]
+    hidden_units: tuple[int, int]
+
+
+def _require(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def _candidates(blocks: int, keep: float, keep_first: int, keep_last: int) -> tuple[slice, int]:
+    """Blocks of a sequence up for selection, and how many of them the ratio policy keeps."""
+    chosen = slice(keep_first, max(blocks - keep_last, keep_first))
+    free = max(blocks - keep_first - keep_last, 0)
+    budget = math.ceil(keep * blocks - 1e-9) - (blocks - free)
+    return chosen, min(max(budget, 0), free)
+
+
+def _sequences(values: Tensor, layout: BlockLayout) -> list[Tensor]:
+    return list(values.split(layout.cu_blocks.diff().tolist()))
+
+
+def kept_set_recall(
+    predicted: Tensor,
+    labels: Tensor,
+    layout: BlockLayout,
+    keep: float,
+    keep_first: int = 1,
+    keep_last: int = 1,
+) -> list[float]:
+    """Share of the blocks kept by the labels that the prediction keeps too, at the same budget.
+
+    Blocks that are kept in any case do not count. A sequence whose budget leaves nothing to choose
+    gives no entry.
+
+    Args:
+        predicted, labels: [B] scores of the same blocks.
+        layout: the layout of these blocks.
+        keep: share of a sequence's blocks that is kept, forced ones included.
+        keep_first, keep_last: blocks kept in any case.
+
+    Returns:
+        one recall in [0, 1] for each sequence that has a choice.
+    """
+    recalls = []
+    for guess, truth in zip(_sequences(predicted, layout), _sequences(labels, layout)):
+        free, count = _candidates(guess.numel(), keep, keep_first, keep_last)
+        guess, truth = guess[free], truth[free]
+        if not 0 < count < guess.numel():
+            continue
+        order = [torch.argsort(v, descending=True, stable=True)[:count] for v in (guess, truth)]
+        recalls.append(torch.isin(order[0], order[1]).float().mean().item())
+    return recalls
+
+
+def ranking_loss(
+    predicted: Tensor,
+    labels: Tensor,
+    layout: BlockLayout,
+    keep: float,
+    keep_first: int = 1,
+    keep_last: int = 1,
+) -> Tensor:
+    """Logistic loss over pairs of a kept and a dropped block, weighted towards the boundary.
+
+    A pair far on both sides is right anyway or says nothing about the kept set; what decides it are
+    blocks whose labels are near the cut. A block's weight falls off as exp(-distance), distance in
+    ranks from the cut, in units of a quarter of the sequence's candidates; a pair's weight is the
+    product.
+
+    Args:
+        predicted: [B] scores in units of the labels' standard deviation.
+        labels, layout, keep, keep_first, keep_last: as for `kept_set_recall`.
+
+    Returns:
+        mean over sequences, a scalar; 0 where no sequence has a choice.
+    """
+    losses = []
+    for guess, truth in zip(_sequences(predicted, layout), _sequences(labels, layout)):
+        free, count = _candidates(guess.numel(), keep, keep_first, keep_last)
+        guess, truth = guess[free], truth[free]
+        if not 0 < count < guess.numel():
+            continue
+        order = torch.argsort(truth, descending=True, stable=True)
+        kept = guess[order[max(count - _MAX_BLOCKS_A_SIDE, 0) : count]].flip(0)
+        dropped = guess[order[count : count + _MAX_BLOCKS_A_SIDE]]
+        decay = 4.0 / guess.numel()
+        near_kept = torch.exp(-decay * torch.arange(kept.numel(), device=guess.device))
+        near_dropped = torch.exp(-decay * torch.arange(dropped.numel(), device=guess.device))
+        weight = near_kept[:, None] * near_dropped[None, :]
+        wrong = functional.softplus(-(kept[:, None] - dropped[None, :]))
+        losses.append((weight * wrong).sum() / weight.sum())
+    return torch.stack(losses).mean() if losses else predicted.sum() * 0.0
+
+
+class ElasticSize:
+    """Counts how often hidden units are zero, and prunes a predictor and its optimizer together.
+
+    Args:
+        predictor: the module; its parameters are replaced by smaller ones in `prune`.
+        optimizer: the AdamW that holds exactly these parameters; its state and its parameter list
+            follow.
+        zero_share: a unit that is zero for at least this share of the counted tokens is pruned.
+        target: share of the initial hidden units of each hidden layer to shrink to, or None.
+    """
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        optimizer: torch.optim.Optimizer,
+        zero_share: float,
+        target: float | None,
+    ):
+        self.predictor = predictor
+        self.optimizer = optimizer
+        self.zero_share = zero_share
+        self.target = target
+        self._initial = {name: self._sizes(net) for name, net in predictor.nets()}
+        self._reset()
+
+    @property
+    def hidden_units(self) -> int:
+        """Hidden units that are left, over nets and hidden layers."""
+        return sum(sum(self._sizes(net)) for _, net in self.predictor.nets())
+
+    @torch.no_grad()
+    def count(self, x: Tensor) -> None:
+        """Adds the activity of the hidden units on an even sample of the tokens `x` [T, H]."""
+        x = x[:: max(x.shape[0] // _COUNTED_TOKENS, 1)].float()
+        self._tokens += x.shape[0]
+        for name, net in self.predictor.nets():
+            for layer, hidden in enumerate(net.hidden(x)):
+                self._zeros[name][layer] += (hidden == 0).sum(0)
+                self._sums[name][layer] += hidden.sum(0)
+
+    @torch.no_grad()
+    def prune(self, progress: float) -> int:
+        """Prunes dead units and, where a target is set, the least useful ones; restarts the count.
+
+        A unit's use is its mean activation times the norm of its outgoing weights: what the next
+        layer would miss.
+
+        Args:
+            progress: share of the pruning schedule that is over, in [0, 1]; at 1 the target is
+                reached.
+
+        Returns:
+            units pruned.
+        """
+        before = self.hidden_units
+        for name, net in self.predictor.nets():
+            keep = []
+            for layer, outgoing in enumerate((net.mid, net.up)):
+                zeros, sums = self._zeros[name][layer], self._sums[name][layer]
+                use = sums * torch.linalg.vector_norm(outgoing, dim=0)
+                use = use.masked_fill(zeros >= self.zero_share * self._tokens, -1.0)
+                limit = self._initial[name][layer]
+                if self.target is not None:
+                    limit = math.ceil(limit * (1 - progress * (1 - self.target)))
+                order = torch.argsort(use, descending=True, stable=True)[: max(limit, 1)]
+                alive = order[use[order] >= 0]
+                # A net needs one unit a layer to stay a net, even if it has gone silent.
+                keep.append((alive if alive.numel() else order[:1]).sort().values)
+            first, second = keep
+            self._replace(net, "down", first, slice(None))
+            self._replace(net, "mid", second, first)
+            self._replace(net, "up", slice(None), second)
+        self._reset()
+        return before - self.hidden_units
+
+    def _replace(
+        self, net: LowRankNet, name: str, rows: Tensor | slice, columns: Tensor | slice
+    ) -> None:
+        """Cuts one parameter down in the module, in the optimizer's groups and in its state."""
+        old = getattr(net, name)
+        new = nn.Parameter(old[rows][:, columns].clone())
+        setattr(net, name, new)
+        for group in self.optimizer.param_groups:
+            group["params"] = [new if p is old else p for p in group["params"]]
+        state = self.optimizer.state.pop(old, {})
+        self.optimizer.state[new] = {
+            key: entry[rows][:, columns].clone() if getattr(entry, "ndim", 0) == 2 else entry
+            for key, entry in state.items()
+        }
+
+    def _reset(self) -> None:
+        self._tokens = 0
+        self._zeros, self._sums = (
+            {
+                name: [torch.zeros(size, device=net.down.device) for size in self._sizes(net)]
+                for name, net in self.predictor.nets()
+            }
+            for _ in range(2)
+        )
+
+    @staticmethod
+    def _sizes(net: LowRankNet) -> tuple[int, int]:
+        return net.down.shape[0], net.mid.shape[0]
+
+
+def fit(
+    predictor: Predictor,
+    data: SubBlockData,
+    profile: PositionProfile,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+    on_step: Callable[[float], None] = lambda loss: None,
+) -> FitResult:
+    """Trains one predictor to say what the content of a block adds to its profile.
+
+    The loss is a Huber regression of the standardised labels (of parts of blocks where there are
+    labels for them: many more examples from the same tokens) plus `rank_weight` times
+        `ranking_loss` of the restored
+    scores. Only the windows of one step are in memory in fp32.
+
+    Args:
+        predictor: module, fp32, on any device; trained in place, possibly shrunk.
+        data: windows of one sub-block.
+        profile: mean and deviation of the labels; `profile.restore(predictor(x, layout), layout)`
+            are the scores.
+        settings: see `TrainingSettings`.
+        generator: order of the windows.
+        on_step: called with the loss after every step.
+    """
+    device = predictor.key.down.device
+    optimizer = torch.optim.AdamW(
+        predictor.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    elastic = ElasticSize(predictor, optimizer, settings.prune_zero_share, settings.prune_to)
+    units, losses = elastic.hidden_units, []
+    prunings = settings.prunings
+    unit = profile.deviation.mean()
+    if data.fine_labels:
+        fine_unit = torch.cat(data.fine_labels).std(unbiased=False) / unit
+    order: list[int] = []
+    for step in range(settings.steps):
+        while len(order) < settings.windows_per_step:
+            order += torch.randperm(len(data.x), generator=generator, device="cpu").tolist()
+        chosen, order = order[: settings.windows_per_step], order[settings.windows_per_step :]
+        x = torch.cat([data.x[i] for i in chosen]).to(device, torch.float32)
+        labels = torch.cat([data.labels[i] for i in chosen]).to(device)
+        layout = BlockLayout.from_seqlens(
+            [n for i in chosen for n in data.layouts[i].seqlens],
+            data.layouts[chosen[0]].block_size,
+            device,
+        )
+        free = free_blocks(layout, settings.keep_first, settings.keep_last)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * _schedule(step, settings.steps)
+        target = profile.standardise(labels, layout)
+        if data.fine_labels:
+            parts = fine_layout(layout)
+            fine_labels = torch.cat([data.fine_labels[i] for i in chosen]).to(device)
+            fine_target = profile.standardise(fine_labels, parts)
+            fine_content = predictor(x, parts)
+            content = block_means(fine_content, parts, layout)
+            loss = functional.smooth_l1_loss(fine_content / fine_unit, fine_target / fine_unit)
+        else:
+            content = predictor(x, layout)
+            loss = functional.smooth_l1_loss(content[free], target[free])
+        loss = loss + settings.rank_weight * ranking_loss(
+            profile.restore(content, layout) / unit,
+            labels / unit,
+            layout,
+            settings.keep,
+            settings.keep_first,
+            settings.keep_last,
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        on_step(losses[-1])
+        elastic.count(x)
+        if step + 1 in prunings:
+            elastic.prune((prunings.index(step + 1) + 1) / len(prunings))
+    return FitResult(losses, (units, elastic.hidden_units))
+
+
+def _schedule(step: int, steps: int) -> float:
+    warmup = max(steps // 20, 1)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
