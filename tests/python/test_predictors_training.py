@@ -128,8 +128,8 @@ def test_training_is_deterministic():
 
 def test_recall_counts_free_blocks_of_each_sequence():
     layout = BlockLayout.from_seqlens([6 * BLOCK, 2 * BLOCK, 6 * BLOCK], BLOCK)
-    labels = torch.tensor([9, 4, 3, 2, 1, 9] + [1, 2] + [9, 1, 2, 3, 4, 9.0])
-    guess = torch.tensor([0, 4, 1, 3, 2, 0] + [1, 2] + [0, 4, 3, 2, 1, 0.0])
+    labels = torch.tensor([9, 4, 3, 2, 1, 9, 1, 2, 9, 1, 2, 3, 4, 9.0])
+    guess = torch.tensor([0, 4, 1, 3, 2, 0, 1, 2, 0, 4, 3, 2, 1, 0.0])
     # Of 6 blocks half are kept: 2 forced and 1 of 4 free; of 2 blocks nothing is free.
     assert kept_set_recall(guess, labels, layout, 0.5) == [1.0, 0.0]
     # Two of four free: {1, 2} against {1, 3}; {3, 4} against {1, 2}.

@@ -1,0 +1,374 @@
+"""The folder of `lemo prepare`: written whole, read back, refused when damaged; the command."""
+
+import json
+import shutil
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lemo
+from lemo import predictors, reference
+from lemo.cli.main import main
+from lemo.layout import BlockLayout
+from lemo.predictors import storage
+from lemo.predictors.prepare import PrepareSettings, Window, elimination_loss, prepare
+from lemo.predictors.training import TrainingSettings
+from tiny import save_tiny_llama, write_documents
+from tiny_models import VOCABULARY, make_model
+
+BLOCK = 4
+SETTINGS = PrepareSettings(
+    block_size=BLOCK,
+    dense_layers=(0,),
+    search_windows=1,
+    training=TrainingSettings(keep=0.5, steps=6, windows_per_step=2, prune_every=2),
+)
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    with torch.device("cpu"):
+        yield
+
+
+def windows(count, seed, tokens=46):
+    g = torch.Generator("cpu").manual_seed(seed)
+    return [
+        Window("ab"[i % 2], torch.randint(3, VOCABULARY, (tokens,), generator=g))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model, folder, description) of one preparation."""
+    folder = tmp_path_factory.mktemp("prepared") / "predictor"
+    with torch.device("cpu"):
+        model = make_model("llama")
+        description = prepare(model, windows(4, 0), windows(2, 1), folder, SETTINGS)
+    return model, folder, description
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made[1], tmp_path / "copy")
+
+
+def edit(folder, **fields):
+    file = folder / "predictor.json"
+    description = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps({k: v for k, v in description.items() if v is not None}))
+
+
+def test_folder_holds_what_was_promised(made):
+    model, folder, description = made
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "predictor.json",
+        "predictor.safetensors",
+    ]
+    assert [file.name for file in folder.parent.iterdir()] == ["predictor"]
+    written = json.loads((folder / "predictor.json").read_text())
+    assert {k: written[k] for k in description if k != "settings"} == {
+        k: v for k, v in description.items() if k != "settings"
+    }
+    tensors = load_file(folder / "predictor.safetensors")
+    weights = {name: t for name, t in tensors.items() if ".profile." not in name}
+    assert len(weights) == 3 * (6 + 3)
+    assert all(t.dtype == torch.bfloat16 for t in weights.values())
+    assert written["parameters"] == sum(t.numel() for t in weights.values())
+    assert written["bytes"] == 2 * written["parameters"]
+    assert written["model_bytes"] == 4 * sum(p.numel() for p in model.parameters())
+    assert written["lengths"] == [46]
+    for layer in written["layers"]:
+        for kind in ("attention", "mlp"):
+            assert 0 <= layer[kind]["recall"] <= 1
+            assert sorted(layer[kind]["recall_by_kind"]) == ["a", "b"]
+    kept = written["threshold_search"]["kept_share"]
+    for kind in ("attention", "mlp"):
+        # Layer 0 is dense in the search; the others share the budget of 24 blocks each.
+        assert sum(kept[kind][1:]) / 2 == pytest.approx(0.5, abs=1 / 48 + 1e-6)
+    losses = written["threshold_search"]["losses"]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_scores_are_the_references(made):
+    model, folder, _ = made
+    loaded = predictors.load(folder, model_config=model.config)
+    tensors = {name: t.float() for name, t in load_file(folder / "predictor.safetensors").items()}
+    layout = BlockLayout.from_seqlens([46, 9], BLOCK)
+    x = torch.randn(layout.num_tokens, 32)
+    for kind, nets in (("attention", ("key", "query")), ("mlp", ("key",))):
+        stem = f"layers.2.{kind}"
+        args = [tensors[f"{stem}.{net}.{m}"] for net in nets for m in ("down", "mid", "up")]
+        args += [None] * (6 - len(args))
+        content = reference.predictor(x, *args, layout.block_starts, layout.cu_blocks)
+        knots, mean, deviation = (
+            tensors[f"{stem}.profile.{name}"].numpy() for name in ("knots", "mean", "deviation")
+        )
+        followers = [12 - i for i in range(12)] + [3, 2, 1]
+        place = [numpy.log2(followers), numpy.log2(knots)]
+        expected = numpy.interp(*place, mean) + numpy.interp(*place, deviation) * content.numpy()
+        scores = loaded.scores(2, kind, x, layout)
+        torch.testing.assert_close(scores, torch.tensor(expected).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_eliminates_with_the_folder(made):
+    model, folder, description = made
+    config = lemo.LemoConfig(
+        block_size=BLOCK,
+        policy="threshold",
+        scorer="predictor",
+        predictor=str(folder),
+        dense_layers=(0,),
+        select_at="all",
+        mask_loss=False,
+    )
+    loss = elimination_loss(model, windows(2, 1)[:1], config)
+    # The folder's own thresholds are those that the search ended with.
+    assert loss == pytest.approx(description["threshold_search"]["losses"][-1], rel=1e-6)
+    assert all(module.training for module in model.modules())
+    assert "forward" not in vars(model)
+
+
+def test_equal_runs_give_equal_files(made, tmp_path):
+    model, folder, _ = made
+    prepare(model, windows(4, 0), windows(2, 1), tmp_path / "again", SETTINGS)
+    for name in ("predictor.json", "predictor.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_content_target_leaves_the_place_out(tmp_path):
+    settings = PrepareSettings(
+        block_size=BLOCK,
+        target="content",
+        search_rounds=0,
+        training=TrainingSettings(steps=2, windows_per_step=2),
+    )
+    description = prepare(make_model("opt"), windows(3, 0), windows(2, 1), tmp_path / "p", settings)
+    tensors = load_file(tmp_path / "p" / "predictor.safetensors")
+    assert tensors["layers.1.attention.profile.mean"].shape == (1,)
+    assert description["target"] == "content"
+    assert description["threshold_search"]["losses"] == []
+
+
+def test_output_is_not_replaced_unless_asked(made, tmp_path):
+    model, folder, _ = made
+    with pytest.raises(FileExistsError, match=r"output: .* exists"):
+        prepare(model, windows(4, 0), windows(2, 1), folder, SETTINGS)
+    target = tmp_path / "old"
+    target.mkdir()
+    (target / "note").write_text("old")
+    prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
+    assert not (target / "note").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("stage", ["labels", "predictors", "thresholds"])
+def test_failure_leaves_nothing_behind(made, tmp_path, stage):
+    model, _, _ = made
+
+    def fail(at, done, total, message):
+        if at == stage:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        prepare(model, windows(4, 0), windows(2, 1), tmp_path / "p", SETTINGS, report=fail)
+    assert list(tmp_path.iterdir()) == []
+    assert all(module.training for module in model.modules())
+    assert "forward" not in vars(model)
+
+
+def test_failing_write_leaves_the_old_folder(made, tmp_path, monkeypatch):
+    model, folder, _ = made
+    target = shutil.copytree(folder, tmp_path / "p")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storage, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    assert [file.name for file in tmp_path.iterdir()] == ["p"]
+
+
+def test_unfit_windows_and_settings_are_named(made, tmp_path):
+    model, _, _ = made
+    good, output = windows(2, 0), tmp_path / "p"
+    with pytest.raises(ValueError, match="held_out: expected at least one window"):
+        prepare(model, good, [], output, SETTINGS)
+    with pytest.raises(ValueError, match="training: expected windows of at least 4 blocks"):
+        prepare(model, windows(1, 0, tokens=12), good, output, SETTINGS)
+    with pytest.raises(ValueError, match="dense_layers: expected layers of a model with 3, got 3"):
+        prepare(model, good, good, output, PrepareSettings(block_size=BLOCK, dense_layers=(3,)))
+    small = PrepareSettings(block_size=BLOCK, store_bytes=1000, dense_layers=(0,))
+    with pytest.raises(ValueError, match="store_bytes: 184 tokens of this model take"):
+        prepare(model, good, good, output, small)
+    with pytest.raises(ValueError, match="target: expected one of label, content"):
+        PrepareSettings(target="labels")
+    with pytest.raises(ValueError, match="rank: expected at least 1"):
+        PrepareSettings(rank=0)
+    assert not output.exists()
+
+
+def test_absent_folder_and_files(copy, tmp_path):
+    with pytest.raises(FileNotFoundError, match="predictor: expected a folder written by 'lemo"):
+        predictors.load(tmp_path / "nowhere")
+    (copy / "predictor.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"predictor\.safetensors does not exist"):
+        predictors.load(copy)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_damaged_weights(copy, damage):
+    file = copy / "predictor.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 255
+    file.write_bytes({"cut": data[:-100], "flip": data, "empty": b""}[damage])
+    with pytest.raises(ValueError, match=r"predictor\.safetensors does not match its checksum"):
+        predictors.load(copy)
+
+
+def reseal(folder, tensors):
+    save_file(tensors, folder / "predictor.safetensors")
+    edit(folder, sha256=storage._digest(folder / "predictor.safetensors"))
+
+
+def test_wrong_tensors(copy):
+    tensors = load_file(copy / "predictor.safetensors")
+    name = "layers.1.mlp.key.down"
+    reseal(copy, {n: t for n, t in tensors.items() if n != name})
+    with pytest.raises(ValueError, match=f"lacks the tensor '{name}'"):
+        predictors.load(copy)
+    reseal(copy, tensors | {name: tensors[name][:, :5].contiguous()})
+    with pytest.raises(ValueError, match=rf"'{name}': expected \[rank, 32\], got \[8, 5\]"):
+        predictors.load(copy)
+    reseal(copy, tensors | {name: tensors[name] * float("nan")})
+    with pytest.raises(ValueError, match=f"'{name}' is not finite"):
+        predictors.load(copy)
+    (copy / "predictor.safetensors").write_bytes(b"no tensors at all")
+    edit(copy, sha256=storage._digest(copy / "predictor.safetensors"))
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        predictors.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "other"}, "was not written by 'lemo prepare'"),
+        ({"version": 9}, "expected format version 1, got 9"),
+        ({"block_size": "64"}, "field 'block_size': expected int, got '64'"),
+        ({"thresholds": None}, "field 'thresholds': expected dict, got None"),
+        (
+            {"thresholds": {"attention": [1, 2, 3], "mlp": [1]}},
+            r"field 'thresholds\.mlp': expected 3 numbers, got \[1\]",
+        ),
+    ],
+)
+def test_wrong_description(copy, fields, message):
+    edit(copy, **fields)
+    with pytest.raises(ValueError, match=message):
+        predictors.load(copy)
+
+
+def test_broken_json(copy):
+    file = copy / "predictor.json"
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(ValueError, match=r"predictor\.json is not JSON"):
+        predictors.load(copy)
+
+
+def test_another_model_is_refused(made):
+    _, folder, _ = made
+    deeper = make_model("llama", num_hidden_layers=2).config
+    with pytest.raises(ValueError, match="num_layers 3, got one with num_layers 2"):
+        predictors.load(folder, deeper)
+    with pytest.raises(ValueError, match="model_type 'llama', got one with model_type 'opt'"):
+        predictors.load(folder, make_model("opt").config)
+    loaded = predictors.load(folder)
+    layout = BlockLayout.from_seqlens([32], 8)
+    with pytest.raises(ValueError, match="expected blocks of 4 tokens"):
+        loaded.scores(0, "mlp", torch.zeros(32, 32), layout)
+    with pytest.raises(ValueError, match="layer, kind: expected a layer below 3"):
+        loaded.scores(3, "mlp", torch.zeros(32, 32), BlockLayout.from_seqlens([32], 4))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    with torch.device("cpu"):
+        save_tiny_llama(folder / "model", layers=2)
+    write_documents(folder / "documents.jsonl", count=6)
+    return folder
+
+
+def command(sources, *extra):
+    return [
+        "prepare",
+        *("--model", str(sources / "model"), "--documents", str(sources / "documents.jsonl")),
+        *("--block-size", "8", "--steps", "3", "--windows", "3", "--held-out-windows", "2"),
+        *extra,
+    ]
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code or 0
+
+
+def test_command_writes_a_folder_that_loads(sources, tmp_path, capsys):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("steps: 99\nkeep: 0.4\nwindows_per_step: 2\n")
+    output = tmp_path / "deep" / "predictor"
+    extra = ["--config", str(settings), "--lengths", "64,96", "--output", str(output)]
+    assert run(command(sources, *extra, "--dense-layers", "0", "--set", "prune_every=1")) == 0
+    printed = capsys.readouterr().out
+    assert "mean recall: attention" in printed
+    assert "of the model's bytes" in printed
+    assert "threshold search: loss" in printed
+    loaded = predictors.load(output)
+    training = loaded.description["settings"]["training"]
+    assert (training["steps"], training["keep"], training["prune_every"]) == (3, 0.4, 1)
+    assert loaded.description["lengths"] == [64, 96]
+    assert loaded.description["windows"] == {"training": 6, "held_out": 4}
+    assert (loaded.num_layers, loaded.hidden_size, loaded.block_size) == (2, 32, 8)
+
+
+def test_one_long_document_is_cut_in_two(sources, tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("word " * 400)
+    output = tmp_path / "p"
+    extra = ["--documents", str(text), "--lengths", "64", "--output", str(output)]
+    assert run(command(sources, *extra, "--search-rounds", "0")) == 0
+    assert predictors.load(output).num_layers == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--lengths", "64"], "output: expected a value, got none"),
+        (["--output", "o", "--lengths", "none"], "--lengths: expected integers"),
+        (["--output", "o", "--keep", "1.5"], "keep: expected a share between 0 and 1"),
+        (["--output", "o", "--lengths", "99999"], "documents: expected at least one of 99999"),
+        (["--output", "o", "--documents", "absent.jsonl"], "absent.jsonl"),
+        (["--output", "o", "--model", "absent/model"], "absent/model"),
+        (["--output", "o", "--dense-layers", "a"], "--dense-layers: expected integers"),
+        (["--output", "o", "--lengths", "64", "--dense-layers", "7"], "dense_layers: expected"),
+        (["--output", "o", "--set", "step=3"], "unknown setting 'step'"),
+        (["--output", "o", "--set", "search_windows=2.5"], "search_windows: expected an integer"),
+        (["--output", "o", "--rope-scaling", "odd"], "rope_scaling: expected one of"),
+    ],
+)
+def test_command_says_what_is_wrong(sources, tmp_path, monkeypatch, capsys, extra, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = command(sources, *extra)
+    assert run(arguments) != 0
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert message in error
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
