@@ -11,7 +11,7 @@
 namespace lemo {
 namespace {
 
-// value * blocks may land an ulp above a whole number: 0.1 * 30 is 3 blocks, not 4.
+// value * blocks may land an ulp above a whole number: 0.07 * 100 is 7 blocks, not 8.
 constexpr double kShareSlack = 1e-9;
 
 constexpr char kRatio[] = "ratio";
