@@ -106,6 +106,16 @@ def test_uneven_text_still_fills_the_window():
     assert token_windows(reverse, tiny_tokenizer(), 300).batch(0, 40).shape == (40, 300)
 
 
+def test_a_document_whose_length_was_misjudged_is_named():
+    # 600 words of a letter, then runs of spaces that are single tokens.
+    spaces = " " * 64
+    tokenizer = merging_tokenizer(False, " ".join([spaces] * 50))
+    text = "a b c " * 200 + spaces * 400
+    assert len(tokenizer(text)["input_ids"]) < 2000
+    with pytest.raises(ValueError, match="'odd' has .* tokens, fewer than 2000, although"):
+        token_windows([Document("odd", "text", text)], tokenizer, 2000).window(0)
+
+
 def test_short_documents_are_counted():
     windows = token_windows(documents(300, 2, 3), tiny_tokenizer(), 64)
     assert (windows.used, windows.too_short) == (1, 2)

@@ -22,6 +22,9 @@ from lemo.data.documents import Document
 _CHARACTERS_PER_TOKEN = 5
 # Tokens beyond the wanted ones: cutting a text in the middle of a word changes only the last ones.
 _SPARE_TOKENS = 16
+# A text is taken to be long enough when it has this many times the characters that a window needs,
+# judged by this many tokens from its beginning.
+_SURE_FACTOR, _SAMPLE_TOKENS = 4, 512
 # The additive recurrence of the golden ratio: any prefix of it covers the corpus evenly.
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -64,27 +67,29 @@ class _Encoder:
         return ids
 
 
-def _long_enough(
-    documents: Iterable[Document], encoder: _Encoder, length: int
-) -> tuple[list[tuple[Document, list[int], float]], int]:
-    """Documents of ``length`` tokens or more, with their first ids and their characters for each
-    token; how many documents are shorter."""
-    count = length - len(encoder.prefix)
-    found, short = [], 0
-    for document in documents:
-        # Tokenizers make no more tokens than bytes (and a few): the shortest need no tokenizing.
-        if len(document.text.encode()) + _SPARE_TOKENS >= count:
-            ids, characters_per_token = encoder.head(document.text, count)
-            if len(ids) == count:
-                found.append((document, encoder.prefix + ids, characters_per_token))
-                continue
-        short += 1
+def _surely_short(text: str, count: int) -> bool:
+    # Tokenizers make no more tokens than bytes (and a few): the shortest need no tokenizing.
+    return len(text.encode()) + _SPARE_TOKENS < count
+
+
+def _characters_per_token(text: str, encoder: _Encoder, count: int) -> float | None:
+    """Mean length of a token of ``text`` in characters; None if it has fewer than ``count``."""
+    if _surely_short(text, count):
+        return None
+    _, characters = encoder.head(text, min(count, _SAMPLE_TOKENS))
+    # A text so long by its first tokens need not be tokenized as far as a window reaches.
+    if len(text) >= _SURE_FACTOR * count * characters:
+        return characters
+    ids, characters = encoder.head(text, count)
+    return characters if len(ids) == count else None
+
+
+def _check_found(found: int, short: int, length: int) -> None:
     if not found:
         raise ValueError(
             f"documents: expected at least one of {length} tokens or more, "
             f"but all {short} documents are shorter"
         )
-    return found, short
 
 
 def _check_length(length: int) -> None:
@@ -105,8 +110,17 @@ def first_windows(
         ValueError: no document is long enough.
     """
     _check_length(length)
-    found, short = _long_enough(documents, _Encoder(tokenizer), length)
-    return [(document, torch.tensor(ids)) for document, ids, _ in found], short
+    encoder = _Encoder(tokenizer)
+    count = length - len(encoder.prefix)
+    found, short = [], 0
+    for document in documents:
+        ids = [] if _surely_short(document.text, count) else encoder.head(document.text, count)[0]
+        if len(ids) == count:
+            found.append((document, torch.tensor(encoder.prefix + ids)))
+        else:
+            short += 1
+    _check_found(len(found), short, length)
+    return found, short
 
 
 class TokenWindows:
@@ -129,7 +143,8 @@ class TokenWindows:
         fingerprint: hexadecimal digest of the documents in use and of ``length``.
 
     Raises:
-        ValueError: ``length`` is below 2, or no document is long enough.
+        ValueError: ``length`` is below 2, or no document is long enough; from :meth:`window`, a
+            document's first tokens are so unlike the rest that its length was misjudged.
     """
 
     def __init__(
@@ -142,22 +157,31 @@ class TokenWindows:
         _check_length(length)
         self.length = length
         self._encoder = _Encoder(tokenizer)
-        found, self.too_short = _long_enough(documents, self._encoder, length)
-        self.used = len(found)
-        self._texts = [document.text for document, _, _ in found]
-        self._characters_per_token = [characters for _, _, characters in found]
-        self._ends = list(itertools.accumulate(map(len, self._texts)))
+        count = length - len(self._encoder.prefix)
+        self._documents: list[Document] = []
+        self._characters_per_token: list[float] = []
+        self.too_short = 0
+        for document in documents:
+            characters = _characters_per_token(document.text, self._encoder, count)
+            if characters is None:
+                self.too_short += 1
+            else:
+                self._documents.append(document)
+                self._characters_per_token.append(characters)
+        self.used = len(self._documents)
+        _check_found(self.used, self.too_short, length)
+        self._ends = list(itertools.accumulate(len(document.text) for document in self._documents))
         self._offset = random.Random(seed).random()
         digest = hashlib.sha256(str(length).encode())
-        for text in self._texts:
-            digest.update(hashlib.sha256(text.encode()).digest())
+        for document in self._documents:
+            digest.update(hashlib.sha256(document.text.encode()).digest())
         self.fingerprint = digest.hexdigest()
 
     def window(self, index: int) -> torch.Tensor:
         """Window number ``index`` (from 0): int64 ids [length]."""
         place = (self._offset + index * _GOLDEN_RATIO) % 1.0 * self._ends[-1]
-        number = min(bisect.bisect_right(self._ends, place), len(self._texts) - 1)
-        text = self._texts[number]
+        number = min(bisect.bisect_right(self._ends, place), self.used - 1)
+        text = self._documents[number].text
         characters_per_token = self._characters_per_token[number]
         # The place in the document is stretched over the starts that leave room for a window.
         share = 1.0 - (self._ends[number] - place) / len(text)
@@ -165,6 +189,11 @@ class TokenWindows:
         start = self._word_start(text, int(share * max(room, 0)))
         count = self.length - len(self._encoder.prefix)
         ids = self._encoder.window(text, start, count, characters_per_token)
+        if len(ids) < count:
+            raise ValueError(
+                f"documents: '{self._documents[number].id}' has {len(ids)} tokens, fewer than "
+                f"{self.length}, although its beginning promised more; leave it out"
+            )
         return torch.tensor(self._encoder.prefix + ids)
 
     def batch(self, first: int, count: int) -> torch.Tensor:
