@@ -22,7 +22,7 @@ def test_help_names_the_commands(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         code, out, err = run(capsys, *arguments)
         assert (code, err) == (0, "")
-        for command in ("finetune", "eval", "report"):
+        for command in ("prepare", "finetune", "eval", "report", "demo"):
             assert f"  {command}" in out
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import traceback
-from importlib.util import find_spec
 
 import typer
+
+from lemo.cli import demo, finetune, prepare, report
+from lemo.cli import eval as eval_module
 
 # Errors that a user can cause; anything else is a defect of lemo and is called so.
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, MemoryError)
@@ -21,10 +22,14 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for _name in ("prepare", "finetune", "eval", "report", "demo"):
-    if find_spec(f"lemo.cli.{_name}") is not None:
-        _module = importlib.import_module(f"lemo.cli.{_name}")
-        app.command(_name)(getattr(_module, _name))
+for _command in (
+    prepare.prepare,
+    finetune.finetune,
+    eval_module.eval,
+    report.report,
+    demo.demo,
+):
+    app.command()(_command)
 
 
 @app.callback()
