@@ -148,6 +148,13 @@ def test_the_schedule_replaces_shares_and_thresholds():
     assert set(kept.values()) == {None}
 
 
+def test_a_cut_that_keeps_every_block_is_the_dense_case():
+    kept, scored, selector = run(LemoConfig(keep=0.5, dense_layers=[], keep_first=8))
+    assert scored == [(0, "attention")]
+    assert set(kept.values()) == {None}
+    assert all(layer.attention_rows == LAYOUT.num_tokens for layer in selector.statistics())
+
+
 def test_rows_that_no_sub_block_kept():
     config = LemoConfig(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all")
     kept, _, selector = run(config)

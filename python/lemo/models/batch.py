@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lemo.layout import BlockLayout, Selection
 
@@ -129,18 +130,47 @@ def _packed_lengths(position_ids: Tensor) -> list[int]:
     return [end - first for first, end in zip(firsts, [*firsts[1:], batch * tokens])]
 
 
+class _Rotate(torch.autograd.Function):
+    """Fewer passes over the heads than the formula written out, and as many in backward."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        left, right = sin.chunk(2, dim=-1)
+        # The transposed map: halves of the sine change places and sign.
+        return _rotate(dy, cos, torch.cat((-right, -left), dim=-1)).to(ctx.dtype), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) of the halves of every head."""
+    y = x * cos
+    (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, y, sin))
+    y1.addcmul_(x2.to(y.dtype), sin1, value=-1)
+    y2.addcmul_(x1.to(y.dtype), sin2)
+    return y
+
+
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     """Rotates the two halves of every head (RoFormer, arXiv 2104.09864; the half-split layout).
 
     Args:
         x: [R, heads, D].
         rotary: (cos, sin), [R, D] each; None leaves `x` alone.
+
+    Returns:
+        [R, heads, D] in the wider dtype of `x` and the tables.
     """
     if rotary is None:
         return x
     cos, sin = (table[:, None] for table in rotary)
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    return _Rotate.apply(x, cos, sin)
 
 
 def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence[int]:
