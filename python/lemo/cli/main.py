@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 
 import typer
 
@@ -57,6 +60,25 @@ def describe_error(error: BaseException) -> str:
     return " ".join(text.split()) or type(error).__name__
 
 
+@contextlib.contextmanager
+def _quiet_threads(debug: bool) -> Iterator[None]:
+    """Keep tracebacks of OSErrors in threads off the screen.
+
+    TensorBoard writes in a thread of its own; the main thread gets its error, too, and reports it.
+    """
+    show = threading.excepthook
+
+    def report(failure: threading.ExceptHookArgs) -> None:
+        if debug or not isinstance(failure.exc_value, OSError):
+            show(failure)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = show
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
@@ -67,7 +89,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     debug = "--debug" in arguments
     try:
-        code = app([a for a in arguments if a != "--debug"], "lemo", standalone_mode=False)
+        with _quiet_threads(debug):
+            code = app([a for a in arguments if a != "--debug"], "lemo", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except Exception as error:
