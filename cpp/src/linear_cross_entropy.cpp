@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "convert.h"
@@ -19,7 +20,7 @@ namespace {
 // once and meets every row it can before it leaves the L2 cache.
 constexpr int64_t kVocabPanel = 512;
 constexpr int64_t kRowPanel = 256;
-constexpr int64_t kHiddenPanel = 128;
+constexpr int64_t kHiddenPanel = 384;
 // Between rows of logits, so that a power-of-two vocabulary does not map all of them to one cache set.
 constexpr int64_t kRowPadding = 16;
 
@@ -75,7 +76,7 @@ public:
         const int64_t count = static_cast<int64_t>(used_.size());
         const int64_t segment = std::min(params_.segment_rows, count);
         hidden_.resize(static_cast<size_t>(segment * hidden_size_));
-        logits_.resize(static_cast<size_t>(segment * stride_));
+        logits_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(segment * stride_));
         losses_.resize(static_cast<size_t>(segment));
         start_weight_gradients();
 
@@ -87,7 +88,7 @@ public:
             compute_logits(end - first);
             cpu::parallel_for(end - first, [&](int64_t r, int) {
                 losses_[static_cast<size_t>(r)] =
-                    row_loss(logits_.data() + r * stride_, vocabulary_, label_[used[r]]);
+                    row_loss(logits_.get() + r * stride_, vocabulary_, label_[used[r]]);
             });
             for (int64_t r = 0; r < end - first; ++r) loss += losses_[static_cast<size_t>(r)];
             store_hidden_gradient(used, end - first);
@@ -151,14 +152,14 @@ private:
             const float* weight = load_weight(first, end, 0, hidden_size_, thread);
             cpu::gemm(cpu::Trans::kNo, cpu::Trans::kYes, rows, end - first, hidden_size_, 1.0f,
                       hidden_.data(), hidden_size_, weight, hidden_size_, 0.0f,
-                      logits_.data() + first, stride_);
+                      logits_.get() + first, stride_);
             if (!params_.bias) return;
             std::vector<float> bias(static_cast<size_t>(end - first));
             cpu::dispatch_float(params_.bias.dtype, [&]<typename T>(T) {
                 cpu::load_row(bias.data(), params_.bias.as<const T>() + first, end - first);
             });
             for (int64_t r = 0; r < rows; ++r) {
-                add_row(logits_.data() + r * stride_ + first, bias.data(), end - first);
+                add_row(logits_.get() + r * stride_ + first, bias.data(), end - first);
             }
         });
     }
@@ -178,7 +179,7 @@ private:
                 const int64_t end = std::min(first + kVocabPanel, vocabulary_);
                 const float* weight = load_weight(first, end, column, width, thread);
                 cpu::gemm(cpu::Trans::kNo, cpu::Trans::kNo, height, width, end - first, 1.0f,
-                          logits_.data() + row * stride_ + first, stride_, weight, width, 1.0f,
+                          logits_.get() + row * stride_ + first, stride_, weight, width, 1.0f,
                           sum.data(), width);
             }
             cpu::dispatch_float(params_.dhidden.dtype, [&]<typename T>(T) {
@@ -208,9 +209,9 @@ private:
     void add_weight_gradients(int64_t rows) {
         for_vocabulary_panels([&](int64_t first, int64_t end, int) {
             cpu::gemm(cpu::Trans::kYes, cpu::Trans::kNo, end - first, hidden_size_, rows, 1.0f,
-                      logits_.data() + first, stride_, hidden_.data(), hidden_size_, 1.0f,
+                      logits_.get() + first, stride_, hidden_.data(), hidden_size_, 1.0f,
                       dweight_ + first * hidden_size_, hidden_size_);
-            if (dbias_) add_rows(dbias_ + first, logits_.data() + first, rows, stride_, end - first);
+            if (dbias_) add_rows(dbias_ + first, logits_.get() + first, rows, stride_, end - first);
         });
     }
 
@@ -230,8 +231,9 @@ private:
     const int64_t* label_;
     std::vector<int64_t> used_;   // rows whose label counts
     std::vector<float> hidden_;   // [segment, H]
-    std::vector<float> logits_;   // [segment, stride_]: logits, then their gradients
     std::vector<float> losses_;   // [segment]
+    // [segment, stride_]: logits, then their gradients. Large: left uninitialised.
+    std::unique_ptr<float[]> logits_;
     std::vector<float> dweight_buffer_, dbias_buffer_;
     float* dweight_ = nullptr;
     float* dbias_ = nullptr;
