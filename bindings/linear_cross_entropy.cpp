@@ -22,15 +22,16 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
     TorchTensor loss = make_empty(rows, {}, ScalarType::Float);
     TorchTensor count = make_empty(rows, {}, ScalarType::Long);
     TorchTensor dhidden = make_empty(rows, {rows.size(0), rows.size(1)});
-    TorchTensor dweight =
-        weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)}) : make_empty(matrix, {0});
-    TorchTensor dbias = weight_grad && offsets ? make_empty(*offsets, {offsets->size(0)})
-                                               : make_empty(matrix, {0});
+    const bool bias_grad = weight_grad && offsets;
+    TorchTensor dweight = weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)})
+                                      : make_empty(matrix, {0});
+    TorchTensor dbias =
+        bias_grad ? make_empty(*offsets, {offsets->size(0)}) : make_empty(matrix, {0});
     run("linear_cross_entropy", rows,
         LinearCrossEntropyParams{view(rows), view(matrix), view(offsets), view(targets),
                                  ignore_index, segment_rows, view(loss), view(count), view(dhidden),
                                  weight_grad ? view(dweight) : Tensor{},
-                                 weight_grad && offsets ? view(dbias) : Tensor{}},
+                                 bias_grad ? view(dbias) : Tensor{}},
         linear_cross_entropy_cpu, nullptr);
     return {loss, count, dhidden, dweight, dbias};
 }

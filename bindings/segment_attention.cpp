@@ -55,17 +55,19 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
     TorchTensor cu_q, TorchTensor cu_k, OptionalTensor q_positions, OptionalTensor k_positions,
     double scale, int64_t window, int64_t group_size) {
     Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size);
-    for (const auto& [argument, tensor] : {std::pair{"q", &arguments.params.q},
-                                           {"k", &arguments.params.k}, {"v", &arguments.params.v}}) {
-        check_heads("segment_attention_backward", argument, *tensor);
-    }
+    check_heads("segment_attention_backward", "q", arguments.params.q);
+    check_heads("segment_attention_backward", "k", arguments.params.k);
+    check_heads("segment_attention_backward", "v", arguments.params.v);
     const TorchTensor saved_out = to_contiguous(out), saved_lse = to_contiguous(lse);
     const TorchTensor gradient = to_contiguous(dout);
-    TorchTensor dq = make_like(arguments.q), dk = make_like(arguments.k), dv = make_like(arguments.v);
+    TorchTensor dq = make_like(arguments.q);
+    TorchTensor dk = make_like(arguments.k);
+    TorchTensor dv = make_like(arguments.v);
     arguments.params.out = view(saved_out);
     arguments.params.lse = view(saved_lse);
     run("segment_attention_backward", arguments.q,
-        SegmentAttentionBackwardParams{arguments.params, view(gradient), view(dq), view(dk), view(dv)},
+        SegmentAttentionBackwardParams{arguments.params, view(gradient), view(dq), view(dk),
+                                       view(dv)},
         segment_attention_backward_cpu, nullptr);
     return {dq, dk, dv};
 }

@@ -34,7 +34,8 @@ struct Problem {
     static std::vector<BFloat16> fill(int64_t size) {
         std::vector<BFloat16> values(static_cast<size_t>(size));
         for (size_t i = 0; i < values.size(); ++i) {
-            lemo::cpu::store(&values[i], static_cast<float>(i * 2654435761u % 1000) / 500.0f - 1.0f);
+            const float value = static_cast<float>(i * 2654435761u % 1000) / 500.0f - 1.0f;
+            lemo::cpu::store(&values[i], value);
         }
         return values;
     }
@@ -46,7 +47,7 @@ struct Problem {
 
     /// Operations of `products` causal products of all heads.
     static double flops(int64_t rows, int products) {
-        return static_cast<double>(products) * static_cast<double>(rows * rows * kHeads * kHeadSize);
+        return static_cast<double>(products * rows * rows * kHeads * kHeadSize);
     }
 
     std::vector<int32_t> cuts;

@@ -7,8 +7,8 @@
 
 namespace lemo::cpu {
 
-/// A tile of scores: `rows` stacked query rows against the packed keys [first_key, first_key + keys).
-/// Row r sees the keys of `visible[r]`; whatever else the tile holds becomes 0.
+/// A tile of scores: `rows` stacked query rows against `keys` packed keys from `first_key` on. Row r
+/// sees the keys of `visible[r]`; whatever else the tile holds becomes 0.
 struct ScoreTile {
     int64_t rows;
     int64_t keys;
@@ -16,9 +16,9 @@ struct ScoreTile {
     const Range* visible;  // [rows]
 };
 
-/// One step of the online softmax. `scores` [rows, keys] are in units of log2 (scaled by log2 e) and
-/// become 2^(score - row_max); `row_max` and `row_sum` [rows] and the sums of values so far, `out`
-/// [rows, head_size], move to the new maximum.
+/// One step of the online softmax. `scores` [rows, keys] are in units of log2 (scaled by log2 e)
+/// and become 2^(score - row_max); `row_max` and `row_sum` [rows] and the sums of values so far,
+/// `out` [rows, head_size], move to the new maximum.
 void softmax_tile(const ScoreTile& tile, float* scores, float* row_max, float* row_sum, float* out,
                   int64_t head_size);
 

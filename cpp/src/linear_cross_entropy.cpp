@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t kVocabPanel = 512;
 constexpr int64_t kRowPanel = 256;
 constexpr int64_t kHiddenPanel = 384;
-// Between rows of logits, so that a power-of-two vocabulary does not map all of them to one cache set.
+// Between rows of logits, so that a power-of-two vocabulary does not map them all to one cache set.
 constexpr int64_t kRowPadding = 16;
 
 /// Cross entropy of one row; `logits` become softmax(logits) - one_hot(label).
@@ -127,8 +127,9 @@ private:
         });
     }
 
-    /// Columns [column, column + width) of rows [first, end) of the weight, in the thread's scratch.
-    const float* load_weight(int64_t first, int64_t end, int64_t column, int64_t width, int thread) {
+    /// `width` columns of rows [first, end) of the weight from `column` on, in the thread's scratch.
+    const float* load_weight(int64_t first, int64_t end, int64_t column, int64_t width,
+                             int thread) {
         std::vector<float>& panel = scratch_[static_cast<size_t>(thread)];
         panel.resize(std::max(panel.size(), static_cast<size_t>((end - first) * width)));
         cpu::dispatch_float(params_.weight.dtype, [&]<typename T>(T) {
@@ -268,6 +269,8 @@ void check(const LinearCrossEntropyParams& p) {
     }
 }
 
-void linear_cross_entropy_cpu(const LinearCrossEntropyParams& params) { SegmentedLoss(params).run(); }
+void linear_cross_entropy_cpu(const LinearCrossEntropyParams& params) {
+    SegmentedLoss(params).run();
+}
 
 }  // namespace lemo

@@ -16,8 +16,8 @@
 namespace lemo {
 namespace {
 
-// Tall enough that BLAS runs near its peak, small enough that scores, values and sums of a tile stay
-// in a core's 1 MiB of L2.
+// Tall enough that BLAS runs near its peak, small enough that scores, values and sums of a tile
+// stay in a core's 1 MiB of L2.
 constexpr int64_t kStackedRows = 192;
 constexpr int64_t kTileKeys = 512;
 
@@ -131,8 +131,8 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
     for (int64_t first = keys.first; first < keys.end; first += kTileKeys) {
         const int64_t n = std::min(kTileKeys, keys.end - first);
         const int64_t kv_first = first * kv_stride + kv_head * d;
-        cpu::load_rows(scratch.k.data(), params.k.as<const T>() + kv_first, n, kv_stride, d, 1.0f);
-        cpu::load_rows(scratch.v.data(), params.v.as<const T>() + kv_first, n, kv_stride, d, 1.0f);
+        cpu::load_rows(scratch.k.data(), params.k.as<const T>() + kv_first, n, kv_stride, d);
+        cpu::load_rows(scratch.v.data(), params.v.as<const T>() + kv_first, n, kv_stride, d);
         cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, d, 1.0f, scratch.q.data(), d,
                   scratch.k.data(), d, 0.0f, scratch.scores.data(), n);
         cpu::softmax_tile({stacked, n, first, scratch.visible.data()}, scratch.scores.data(),
@@ -144,15 +144,16 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
     float* lse = params.lse.as<float>();
     for (int64_t i = 0; i < stacked; ++i) {
         const float sum = scratch.row_sum[static_cast<size_t>(i)];
+        const float top = scratch.row_max[static_cast<size_t>(i)];
         const int64_t head = kv_head * plan.heads_per_kv + i % plan.heads_per_kv;
         const int64_t row = rows.first + i / plan.heads_per_kv;
-        // A row that saw no key has row_max -inf, and so lse -inf, and out 0.
+        // A row that saw no key has top -inf, and so lse -inf, and out 0.
         lse[head * plan.num_queries + row] =
-            cpu::kLn2 * scratch.row_max[static_cast<size_t>(i)] + (sum == 0.0f ? 0.0f : std::log(sum));
+            cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
         const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < d; ++c) out[i * d + c] *= factor;
     }
-    cpu::store_rows(params.out.as<T>() + q_first, out, num_rows, q_stride, group_width, 1.0f);
+    cpu::store_rows(params.out.as<T>() + q_first, out, num_rows, q_stride, group_width);
 }
 
 }  // namespace

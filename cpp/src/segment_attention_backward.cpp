@@ -18,12 +18,12 @@ constexpr int64_t kStackedRows = 192;
 constexpr int64_t kTileKeys = 256;
 
 // A task owns dK and dV of one key tile of one kv head and walks over the query tiles that see it.
-// dQ of a query tile is the sum over key tiles, so several tasks add to it. Recomputing P and dP in a
-// second pass over query tiles would cost 7 products instead of 5; a partial dQ for each task would
-// cost memory that grows with the square of the length. Instead the tasks take turns: each adds to a
-// query tile after the task of the key tile before it has, so the sum has one order whatever the
-// threads do. By causality a task starts one query tile later than its predecessor, so turns come
-// without waiting in the steady state.
+// dQ of a query tile is the sum over key tiles, so several tasks add to it. Recomputing P and dP in
+// a second pass over query tiles would cost 7 products instead of 5; a partial dQ for each task
+// would cost memory that grows with the square of the length. Instead the tasks take turns: each
+// adds to a query tile after the task of the key tile before it has, so the sum has one order
+// whatever the threads do. By causality a task starts some query tiles later than its predecessor,
+// so turns come almost without waiting.
 struct KeyTile {
     Range keys;
     Range query_tiles;  // those whose key range meets `keys`
@@ -71,9 +71,9 @@ public:
         const std::vector<KeyTile> tasks = list_tasks();
         const int64_t num_tasks = static_cast<int64_t>(tasks.size());
         const int64_t workers = std::min<int64_t>(cpu::max_threads(), num_tasks);
-        // A task waits only for tasks before it in the list, and workers take them in that order, so
-        // the earliest unfinished one never waits. All memory is allocated before the first task: a
-        // worker that threw would leave the others waiting.
+        // A task waits only for tasks before it in the list, and workers take them in that order,
+        // so the earliest unfinished one never waits. All memory is allocated before the first
+        // task: a worker that threw would leave the others waiting.
         std::vector<Scratch> scratch(static_cast<size_t>(workers), Scratch(plan_));
         std::atomic<int64_t> next{0};
         cpu::parallel_for(workers, [&](int64_t worker, int) {
@@ -142,7 +142,7 @@ private:
         const int64_t num_keys = task.keys.end - task.keys.first;
         const int64_t kv_first = task.keys.first * kv_stride_ + task.kv_head * d_;
         const auto load_keys = [&](std::vector<float>& to, const Tensor& from) {
-            cpu::load_rows(to.data(), from.as<const T>() + kv_first, num_keys, kv_stride_, d_, 1.0f);
+            cpu::load_rows(to.data(), from.as<const T>() + kv_first, num_keys, kv_stride_, d_);
         };
         load_keys(scratch.k, forward_.k);
         load_keys(scratch.v, forward_.v);
@@ -155,7 +155,7 @@ private:
         cpu::store_rows(params_.dk.template as<T>() + kv_first, scratch.dk.data(), num_keys,
                         kv_stride_, d_, cpu::kLn2);
         cpu::store_rows(params_.dv.template as<T>() + kv_first, scratch.dv.data(), num_keys,
-                        kv_stride_, d_, 1.0f);
+                        kv_stride_, d_);
     }
 
     void visit_pair(const KeyTile& task, int64_t tile, Scratch& scratch) {
@@ -173,7 +173,7 @@ private:
         cpu::load_rows(scratch.q.data(), forward_.q.template as<const T>() + q_first, num_rows,
                        q_stride_, group_width_, forward_.scale * cpu::kLog2E);
         cpu::load_rows(scratch.dout.data(), params_.dout.template as<const T>() + q_first, num_rows,
-                       q_stride_, group_width_, 1.0f);
+                       q_stride_, group_width_);
         plan_.stack_visible(tile, task.kv_head, scratch.visible.data());
         cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, d_, 1.0f, scratch.q.data(), d_,
                   scratch.k.data(), d_, 0.0f, p, n);

@@ -137,7 +137,8 @@ TEST_F(OneHead, MessageNamesArgumentExpectedAndGot) {
         FAIL() << "a negative window passed";
     } catch (const Error& error) {
         EXPECT_STREQ(error.what(),
-                     "[lemo:value] segment_attention: argument 'window': expected at least 0, got -2");
+                     "[lemo:value] segment_attention: argument 'window': expected at least 0, "
+                     "got -2");
     }
 }
 

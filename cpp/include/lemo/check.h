@@ -1,4 +1,4 @@
-// Errors and argument checks. A failed check names the op, the argument, what was expected and what came.
+// Errors and argument checks. A failed check names op, argument, what was expected and what came.
 #pragma once
 
 #include <initializer_list>
@@ -35,7 +35,7 @@ public:
     void that(bool ok, const char* argument, const std::string& expected, const std::string& got,
               ErrorKind kind = ErrorKind::kValue) const;
 
-    /// A contiguous float32/bfloat16/float16 tensor of `ndim` dimensions on the CPU or a CUDA device.
+    /// A contiguous float32/bfloat16/float16 tensor of `ndim` dimensions on the CPU or a GPU.
     void floating(const char* argument, const Tensor& tensor, int ndim) const;
 
     /// A contiguous tensor of exactly this dtype and number of dimensions.
@@ -52,14 +52,14 @@ public:
     void same_device(
         std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
 
-    /// Row indices are within [0, num_rows) and strictly ascending. Reads the data: CPU tensors only.
+    /// Row indices are within [0, num_rows) and strictly ascending. Reads CPU tensors' data.
     void ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const;
 
-    /// `cuts` [>= 1] int32 cut [0, end) into pieces: from 0 to `end`, ascending, strictly where no piece
-    /// may be empty. Reads CPU tensors' data.
+    /// `cuts` [>= 1] int32 go from 0 to `end`, ascending; strictly where no piece may be empty.
+    /// Reads CPU tensors' data.
     void cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const;
 
-    /// `block_starts` [B+1] and `cu_blocks` [N+1] describe `num_tokens` rows. Reads CPU tensors' data.
+    /// `block_starts` [B+1] and `cu_blocks` [N+1] describe `num_tokens` rows. Reads CPU tensors.
     void layout(const Tensor& block_starts, const Tensor& cu_blocks, int64_t num_tokens) const;
 
     const char* op() const { return op_; }

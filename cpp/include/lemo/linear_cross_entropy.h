@@ -1,4 +1,4 @@
-// linear_cross_entropy: loss of a vocabulary projection and its gradients, without ever holding all logits.
+// linear_cross_entropy: loss of a vocabulary projection and its gradients, a segment at a time.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 namespace lemo {
 
-/// Sum over the labels that are not `ignore_index` of the cross entropy of hidden @ weight.T + bias.
-/// Gradients are those of the sum, computed segment by segment while a segment's logits are there.
+/// Sum over the labels that are not `ignore_index` of the cross entropy of hidden @ weight.T + bias,
+/// and the gradients of that sum, computed while a segment's logits are there.
 struct LinearCrossEntropyParams {
     Tensor hidden;  // [R, H] float
     Tensor weight;  // [V, H] float, may differ from hidden in dtype

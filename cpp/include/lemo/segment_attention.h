@@ -17,7 +17,7 @@ struct SegmentAttentionParams {
     Tensor q_positions;  // [Rq] int32, strictly ascending in each sequence; absent: row in sequence
     Tensor k_positions;  // [Rk] int32, likewise; absent iff q_positions is
     float scale = 1.0f;
-    int64_t window = 0;      // keys further back than window - 1 positions are not seen; 0: no window
+    int64_t window = 0;      // positions a query sees back, its own included; 0: no limit
     int64_t group_size = 0;  // positions of a shifted group; 0: no groups
     Tensor out;              // [Rq, Hq, D] of q's dtype; read by the backward pass
     Tensor lse;              // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
