@@ -7,8 +7,8 @@
 
 namespace lemo::cpu {
 
-/// A tile of scores: `rows` stacked query rows against `keys` packed keys from `first_key` on. Row r
-/// sees the keys of `visible[r]`; whatever else the tile holds becomes 0.
+/// A tile of scores: `rows` stacked query rows against `keys` packed keys from `first_key` on. Row
+/// r sees the keys of `visible[r]`; whatever else the tile holds becomes 0.
 struct ScoreTile {
     int64_t rows;
     int64_t keys;

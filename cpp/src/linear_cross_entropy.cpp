@@ -127,7 +127,7 @@ private:
         });
     }
 
-    /// `width` columns of rows [first, end) of the weight from `column` on, in the thread's scratch.
+    /// `width` columns, from `column` on, of weight rows [first, end), in the thread's scratch.
     const float* load_weight(int64_t first, int64_t end, int64_t column, int64_t width,
                              int thread) {
         std::vector<float>& panel = scratch_[static_cast<size_t>(thread)];

@@ -42,8 +42,8 @@ struct Range {
 };
 
 /// Positions that a query at `position` may see: causal, at most `window` of them (0: no limit),
-/// and of the query's own group of `group_size` positions (0: no groups). A range for every query, with
-/// ends that grow with `position`, so a kernel needs no mask beyond two comparisons.
+/// and of the query's own group of `group_size` positions (0: no groups). A range for every query,
+/// with ends that grow with `position`, so a kernel needs no mask beyond two comparisons.
 LEMO_HOST_DEVICE constexpr Range visible_positions(int64_t position, int64_t window,
                                                    int64_t group_size, int64_t shift) {
     int64_t first = 0;

@@ -7,8 +7,8 @@
 
 namespace lemo {
 
-/// Sum over the labels that are not `ignore_index` of the cross entropy of hidden @ weight.T + bias,
-/// and the gradients of that sum, computed while a segment's logits are there.
+/// Sum over the labels that are not `ignore_index` of the cross entropy of hidden @ weight.T +
+/// bias, and the gradients of that sum, computed while a segment's logits are there.
 struct LinearCrossEntropyParams {
     Tensor hidden;  // [R, H] float
     Tensor weight;  // [V, H] float, may differ from hidden in dtype
