@@ -180,7 +180,7 @@ def test_every_kind_of_batch(name, batch):
 @pytest.mark.parametrize("architecture", ["mistral", "opt"])
 def test_gradient_checkpointing(architecture, name):
     model, twin = make_model(architecture), make_model(architecture)
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     check(model, twin, BATCHES["right"](), preset(name))
 
 
@@ -232,7 +232,7 @@ def test_two_forward_passes_before_one_backward(checkpointing):
     batches = [BATCHES["right"](), BATCHES["packed"]()]
     model, twin = make_model("llama"), make_model("llama")
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     handle, config = lemo.enable(model, preset("own sets")), preset("own sets")
     losses, expected = [], []
     for batch in batches:
@@ -279,7 +279,7 @@ def test_nothing_is_stored_for_rows_that_are_not_kept(checkpointing):
     for keep in (1.0, 0.25):
         model = lora(make_model("llama", vocab_size=61, max_position_embeddings=256))
         if checkpointing:
-            model.base_model.model.activation_checkpointing_enable()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
         config = LemoConfig(keep=keep, dense_layers=[], block_size=BLOCK, mask_loss=True)
         lemo.enable(model, config)
         sizes[keep] = saved_bytes(model, batch)
