@@ -63,6 +63,8 @@ def test_wrong_usage(capsys, arguments, message):
         (FileNotFoundError(errno.ENOENT, "No such file", "x.txt"), "No such file: x.txt"),
         (FileNotFoundError("model: nothing at 'x'"), "model: nothing at 'x'"),
         (MemoryError(), "out of memory"),
+        (RuntimeError("can't allocate memory: 9"), "out of memory: can't allocate memory: 9"),
+        (FloatingPointError("step 2: the loss is nan"), "step 2: the loss is nan"),
         (KeyError("x"), "internal error, --debug shows where: KeyError: 'x'"),
         (ValueError(), "ValueError"),
     ],

@@ -14,7 +14,7 @@ from lemo.cli import demo, finetune, prepare, report
 from lemo.cli import eval as eval_module
 
 # Errors that a user can cause; anything else is a defect of lemo and is called so.
-_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, MemoryError)
+_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError)
 
 app = typer.Typer(
     name="lemo",
@@ -51,13 +51,22 @@ def describe_error(error: BaseException) -> str:
         text = error.format_message()
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif _is_out_of_memory(error):
         text = f"out of memory: {error}" if str(error) else "out of memory"
     elif isinstance(error, _EXPECTED):
         text = str(error)
     else:
         text = f"internal error, --debug shows where: {type(error).__name__}: {error}"
     return " ".join(text.split()) or type(error).__name__
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # PyTorch's own: a class of its name on a GPU, a plain RuntimeError on the CPU.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 @contextlib.contextmanager
