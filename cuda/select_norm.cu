@@ -59,9 +59,9 @@ private:
     }
 };
 
-/// Walks the vectors of a row that this thread owns: `load(i, width)` reads what starts at column i,
-/// `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that the
-/// compiler may not choose by itself where a use stores.
+/// Walks the vectors of a row that this thread owns: `load(i, width)` reads what starts at column
+/// i, `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that
+/// the compiler may not choose by itself where a use stores.
 template <int kWidth, typename Load, typename Use>
 __device__ __forceinline__ void walk_vectors(int64_t hidden, Load&& load, Use&& use) {
     constexpr cuda::Int<kWidth> width;

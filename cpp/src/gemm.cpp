@@ -7,7 +7,7 @@
 namespace lemo::cpu {
 namespace {
 
-// The library serves lemo alone (NumPy and SciPy carry their own copies), so its thread count is ours.
+// The library serves lemo alone (NumPy and SciPy carry their own copies): its threads are ours.
 [[maybe_unused]] const bool single_threaded = [] {
     scipy_openblas_set_num_threads(1);
     return true;

@@ -39,7 +39,9 @@ TEST(Blocks, LossSegmentFitsItsBudget) {
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {
     cpu::BFloat16 value;
-    for (const auto& [from, to] : {std::pair{1.0f, 1.0f}, {1.00390625f, 1.0f}, {1.01171875f, 1.015625f},
+    for (const auto& [from, to] : {std::pair{1.0f, 1.0f},
+                                   {1.00390625f, 1.0f},
+                                   {1.01171875f, 1.015625f},
                                    {-3.0e38f, -3.0040553e38f}}) {
         cpu::store(&value, from);
         EXPECT_FLOAT_EQ(cpu::load(value), to);
@@ -90,8 +92,10 @@ TEST(Parallel, CoversEveryItemOnceAndRethrows) {
         for (int64_t i = first; i < end; ++i) ++hits[static_cast<size_t>(i)];
     });
     EXPECT_EQ(hits, std::vector<int>(1000, 1));
-    EXPECT_THROW(cpu::parallel_for(4, [](int64_t i, int) { if (i == 2) throw Error(ErrorKind::kValue, "x"); }),
-                 Error);
+    const auto fail_at_two = [](int64_t i, int) {
+        if (i == 2) throw Error(ErrorKind::kValue, "x");
+    };
+    EXPECT_THROW(cpu::parallel_for(4, fail_at_two), Error);
 }
 
 }  // namespace
