@@ -132,13 +132,10 @@ class Handle:
         labels = arguments.get("labels")
         if labels is None:
             outputs = self._adapter.decoder(**arguments, return_dict=True)
-            hidden = outputs.last_hidden_state
             keep = arguments.get("logits_to_keep", 0)
-            slice_ = slice(-keep, None) if isinstance(keep, int) and keep else slice(None)
-            hidden = hidden[:, keep] if torch.is_tensor(keep) else hidden[:, slice_]
-            return CausalLMOutputWithPast(
-                logits=self._adapter.lm_head(hidden), hidden_states=outputs.hidden_states
-            )
+            columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
+            logits = self._adapter.lm_head(outputs.last_hidden_state[:, columns])
+            return CausalLMOutputWithPast(logits=logits, hidden_states=outputs.hidden_states)
         if self._adapter.causal_lm.loss_function is not ForCausalLMLoss:
             raise ValueError(
                 "model.loss_function: expected Transformers' ForCausalLMLoss, which lemo computes "
