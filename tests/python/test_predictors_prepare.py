@@ -128,6 +128,13 @@ def test_a_model_eliminates_with_the_folder(made):
     loss = elimination_loss(model, windows(2, 1)[:1], config)
     # The folder's own thresholds are those that the search ended with.
     assert loss == pytest.approx(description["threshold_search"]["losses"][-1], rel=1e-6)
+    ids = windows(2, 1)[0].ids[None]
+    with torch.no_grad():
+        dense = model(input_ids=ids, labels=ids).loss.item()
+    assert abs(loss - dense) > 1e-3
+    low = {"thresholds": [-1e9] * 3, "mlp_thresholds": [-1e9] * 3}
+    everything = lemo.LemoConfig.from_dict(config.to_dict() | low)
+    assert elimination_loss(model, windows(2, 1)[:1], everything) == pytest.approx(dense, rel=1e-5)
     assert all(module.training for module in model.modules())
     assert "forward" not in vars(model)
 
@@ -160,6 +167,8 @@ def test_output_is_not_replaced_unless_asked(made, tmp_path):
     target = tmp_path / "old"
     target.mkdir()
     (target / "note").write_text("old")
+    left_behind = tmp_path / ".old.tmp" / "features"
+    left_behind.mkdir(parents=True)
     prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
     assert not (target / "note").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["old"]

@@ -282,6 +282,14 @@ def test_mlp_labels_are_means_over_blocks():
     torch.testing.assert_close(
         block_means(mlp_labels(activation, fine), fine, layout), torch.stack(expected)
     )
+    # A ragged part counts by its tokens: 17 parts of 2 tokens and one of 1.
+    pairs = BlockLayout.from_seqlens([35], 16)
+    activation = torch.randn(35, 5, generator=generator(1))
+    fine = fine_layout(pairs)
+    assert fine.num_blocks == 18
+    torch.testing.assert_close(
+        block_means(mlp_labels(activation, fine), fine, pairs), mlp_labels(activation, pairs)
+    )
     odd = BlockLayout.from_seqlens([100], 48)
     assert fine_layout(odd).block_size == 6
     assert fine_layout(BlockLayout.from_seqlens([100], 20)).block_size == 1

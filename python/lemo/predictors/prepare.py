@@ -1,7 +1,6 @@
 """The pipeline of `lemo prepare`: labels, predictors, recall, thresholds, one folder."""
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -128,8 +127,10 @@ def prepare(
     adapter = adapter_for(model)
     identity = fingerprint(adapter.config)
     _check_windows(training, held_out, identity, settings)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    # A fixed name: what a killed run left behind, maybe gigabytes, goes with the next run.
+    work = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
     try:
         with _evaluating(model):
             description = _Preparation(model, identity, settings, work, report).run(
