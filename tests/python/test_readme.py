@@ -1,0 +1,121 @@
+"""README.md: its Python runs, its figures are in the results, its files and commands exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import readme_table
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    batches = [torch.randint(0, 64, (1, 256)) for _ in range(3)]
+    names = {"batches": batches}
+    exec(code.replace("path/to/model", str(tmp_path / "base")), names)
+    # The first step eliminated, the handle is gone, and the adapter was trained.
+    assert "forward" not in vars(names["model"].get_base_model())
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    weights = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert weights
+    assert all(weight.abs().sum() > 0 for weight in weights)
+
+
+def test_figures_are_those_of_the_results():
+    table = readme_table.main_job_table(readme_table.RESULTS)
+    assert readme_table.replace_block(README, table) == README
+
+
+def record(bench, keep, ours, peer_value, unit, **more):
+    shape = {"model": "m", "context": 8192, "batch": 1, "steps": 8, "lora_rank": 16, "keep": keep}
+    return {
+        "bench": bench,
+        "shape": shape | {"dense_layers": []},
+        "ours": ours,
+        "peer_value": peer_value,
+        "ratio": ours / peer_value,
+        "unit": unit,
+        "cpu": "C",
+        "threads": 2,
+        "torch": "2.13.0",
+        "commit": "abc",
+        "date": "2026-01-01",
+        **more,
+    }
+
+
+def test_table_shows_the_latest_measurement_of_each_keep(tmp_path):
+    results = tmp_path / "cpu.jsonl"
+    records = [
+        record("other.bench", 0.5, 1.0, 1.0, "s"),
+        record("main_job.step", 0.5, 9.0, 12.0, "s"),
+        record("main_job.step", 0.5, 6.0, 12.0, "s"),
+        record("main_job.step", 1.0, 13.2, 12.0, "s"),
+        record("main_job.memory", 0.5, 2**29, 2**30, "bytes"),
+        record("main_job.memory", 1.0, 2**30, 2**30, "bytes"),
+        record("main_job.perplexity.book.tail", 0.5, 30.3, 30.0, "perplexity", before=99.0),
+        record("main_job.perplexity.book.tail", 1.0, 30.0, 30.0, "perplexity", before=99.0),
+    ]
+    results.write_text("".join(json.dumps(r) + "\n" for r in records))
+    rows = [line.split(" | ") for line in readme_table.main_job_table(results).splitlines()]
+    table = {row[0].removeprefix("| "): row[1:] for row in rows if len(row) == 5}
+    assert table["seconds a step"] == ["", "12.00", "6.00 (0.50x)", "13.20 (1.10x) |"]
+    assert table["memory above the weights, MiB"][1:3] == ["1024", "512 (0.50x)"]
+    assert table["perplexity, book, last quarter"][:3] == ["99.00", "30.00", "30.30 (1.010x)"]
+
+
+def test_table_without_results_says_so(tmp_path):
+    assert "not been recorded" in readme_table.main_job_table(tmp_path / "absent.jsonl")
+
+
+def test_missing_marker_is_an_error():
+    with pytest.raises(ValueError, match=r"README.md: expected the markers"):
+        readme_table.replace_block("no markers", "block")
+
+
+def test_files_and_commands_of_the_readme_exist():
+    from lemo.cli.main import app
+
+    for name in re.findall(r"^    ([a-z]+)/  ", README, re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+    for name in re.findall(r"\]\(((?!http)[^)#]+)", README):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"^      ([a-z/ ]+?)   ", README, re.MULTILINE):
+        for folder in name.split():
+            assert (ROOT / "python/lemo" / folder).is_dir(), folder
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^    lemo (\w+)", README, re.MULTILINE)) <= commands
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"^    make (\w+)", README, re.MULTILINE)) <= targets
+
+
+def test_options_of_the_readme_exist():
+    from typer.testing import CliRunner
+
+    from lemo.cli.main import app
+
+    for command, rest in re.findall(r"^    lemo (\w+)(.*)$", README, re.MULTILINE):
+        text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in text, f"lemo {command} has no {option}"
