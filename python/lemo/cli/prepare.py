@@ -174,22 +174,20 @@ def _table(description: dict[str, Any]) -> Any:
 
     keep = description["settings"]["training"]["keep"]
     table = Table("layer", title=f"recall of the kept set at keep {keep:g}, held-out documents")
-    for column in ("recall", "place alone", "threshold", "parameters"):
-        for kind in ("attention", "MLP"):
-            if (column, kind) != ("place alone", "MLP"):
-                table.add_column(f"{kind} {column}", justify="right")
+    columns = ("attention", "(place alone)", "MLP", "threshold", "MLP's", "parameters")
+    for column in columns:
+        table.add_column(column, justify="right")
     thresholds = description["thresholds"]
     for index, layer in enumerate(description["layers"]):
         attention, mlp = layer["attention"], layer["mlp"]
         table.add_row(
             str(index),
             f"{attention['recall']:.3f}",
-            f"{mlp['recall']:.3f}",
             f"{attention['recall_of_place_alone']:.3f}",
+            f"{mlp['recall']:.3f}",
             f"{thresholds['attention'][index]:.4g}",
             f"{thresholds['mlp'][index]:.4g}",
-            f"{attention['parameters']:,}",
-            f"{mlp['parameters']:,}",
+            f"{attention['parameters'] + mlp['parameters']:,}",
         )
     return table
 
