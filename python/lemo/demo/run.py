@@ -376,7 +376,7 @@ def result_table(
         table.add_row(label, *(f"{value:.2f}" for value in values), ratio)
     baseline = max(result.baseline_bytes for result in results) / MIB
     table.caption = (
-        f"Memory: peak of each process above the {baseline:.0f} MiB that the libraries take. "
+        f"Memory: highest resident memory above the {baseline:.0f} MiB of the imported libraries. "
         "Perplexity: every token present."
     )
     return table
