@@ -29,7 +29,7 @@ lint: $(VENV)/.lemo
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-test-cpp: build/cpp/.built  ## C++ unit tests
+test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microbenchmarks
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
 test-python: $(VENV)/.lemo  ## Python tests, against the installed package
@@ -43,18 +43,20 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 	cmake --build build/develop
 	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
 
-wheel: $(VENV)/.tools  ## a wheel in dist/, built as 'pip install .' builds it
-	$(PIP) wheel -q --no-deps -w dist .
+wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
+	rm -rf dist
+	$(BIN)/python setup.py -q sdist -d dist
+	$(PIP) wheel -q --no-deps -w dist dist/lemo-*.tar.gz
 
 clean:
 	rm -rf build dist $(VENV) python/lemo/*.so
 
 $(VENV)/.tools: pyproject.toml
-	scripts/system_packages.sh
+	scripts/system_packages.sh $(PYTHON)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q $(BUILD_TOOLS)
-	command -v nvcc > /dev/null && $(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0 || true
+	if command -v nvcc > /dev/null; then $(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0; fi
 	touch $@
 
 $(VENV)/.lemo: $(VENV)/.tools $(SOURCES)

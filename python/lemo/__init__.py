@@ -17,13 +17,16 @@ _HOMES = {
     "LemoConfig": "lemo.config",
     "enable": "lemo.models.enable",
 }
+_MODULES = ("nn", "ops")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"lemo.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'lemo' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *_HOMES, *_MODULES})
