@@ -45,7 +45,7 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 
 wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
 	rm -rf dist
-	$(BIN)/python setup.py -q sdist -d dist
+	$(VENV)/bin/python setup.py -q sdist -d dist
 	$(PIP) wheel -q --no-deps -w dist dist/lemo-*.tar.gz
 
 clean:
