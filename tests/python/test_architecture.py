@@ -159,6 +159,7 @@ LAYERS = {
     "reference": set(),
     "layout": {"_C"},
     "config": set(),
+    "files": set(),
 }
 UPPER = {"cli", "demo", "training", "report", "data"}
 

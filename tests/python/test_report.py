@@ -226,6 +226,16 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
             '{"step": 1, "loss": "x"}\n',
             r"log\.jsonl:1: field 'loss': expected a number, got 'x'",
         ),
+        (
+            "log.jsonl",
+            '{"step": 1, "loss": 2, "kept": []}\n{"step": 2, "loss": 2, "kept": [0.5]}\n',
+            r"log\.jsonl:2: field 'kept': expected a list of objects, got \[0\.5\]",
+        ),
+        (
+            "log.jsonl",
+            '{"step": 1, "loss": 2, "kept": {"attention": 1}}\n',
+            r"log\.jsonl:1: field 'kept': expected a list of objects, got {'attention': 1}",
+        ),
         ("kept_map.json", "{", r"kept_map\.json: expected JSON, got "),
         (
             "kept_map.json",

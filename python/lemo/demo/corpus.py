@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lemo.data import Document, read_documents
-from lemo.training.files import write_file
+from lemo.files import write_file
 
 # Packages that are not source code to read: tests, generated tables, what pip installed.
 _LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "site-packages", "dist-packages"}

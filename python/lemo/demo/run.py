@@ -23,12 +23,12 @@ from lemo.config import LemoConfig
 from lemo.data import read_documents, token_windows
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
+from lemo.files import write_file
 from lemo.predictors.prepare import PrepareSettings, Window, prepare
 from lemo.predictors.training import TrainingSettings
 from lemo.report import load_run, write_report
 from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate, write_metrics
-from lemo.training.files import write_file
 from lemo.training.finetune import METRICS_NAME
 from lemo.training.model import extend_context, load_config, load_model, load_tokenizer
 

@@ -8,10 +8,9 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.models.adapters import Adapter, active_module, is_intercepted
 from lemo.models.batch import PackedBatch
+from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 
 __all__ = ["causal_lm_loss"]
-
-_SEGMENT_BYTES = 256 << 20
 
 
 def causal_lm_loss(
@@ -79,7 +78,7 @@ def causal_lm_loss(
             divisor=divisor,
         )
     if segment_rows is None:
-        segment_rows = max(1, _SEGMENT_BYTES // (4 * adapter.config.vocab_size))
+        segment_rows = max(1, SEGMENT_BYTES // (4 * adapter.config.vocab_size))
     total = _loss_through_module(adapter.lm_head, hidden, targets, segment_rows)
     return total / (rows.numel() if divisor is None else divisor)
 

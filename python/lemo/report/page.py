@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
+from lemo.files import write_file
 from lemo.report import plots
 from lemo.report.run import Run
 
@@ -54,7 +54,7 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
     sections = []
     for plot in _plots(runs):
         images = {theme.name: plot.draw(theme) for theme in (plots.LIGHT, plots.DARK)}
-        _write(output / f"{plot.stem}.png", images["light"])
+        write_file(output / f"{plot.stem}.png", images["light"])
         sections.append(
             {
                 "title": plot.title,
@@ -63,7 +63,7 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
             }
         )
     page = output / "index.html"
-    _write(page, _template().render(_context(runs, sections)).encode())
+    write_file(page, _template().render(_context(runs, sections)))
     return page
 
 
@@ -155,8 +155,8 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
         Plot(
             "resources",
             "Memory and speed",
-            "Peak memory of the process since its start, and tokens of the documents for each "
-            "second of training.",
+            "Peak memory since the first step (on a GPU what is allocated there, on the CPU what "
+            "of the process is resident), and tokens of the documents for each second of training.",
             _draw(plots.resources, runs),
         )
     )
@@ -201,12 +201,3 @@ def _template() -> jinja2.Template:
     return jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     ).from_string(source)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

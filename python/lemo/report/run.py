@@ -143,8 +143,8 @@ def read_log(path: Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no step, or a line is not a JSON object with an integer ``step`` and a
-            number ``loss``.
+        ValueError: it holds no step, or a line is not a JSON object with an integer ``step``, a
+            number ``loss`` and, if any, a list of objects ``kept``.
     """
     if not path.is_file():
         raise FileNotFoundError(f"run: expected the step log '{path}', which does not exist")
@@ -172,6 +172,11 @@ def read_log(path: Path) -> list[dict]:
         if not isinstance(record.get("loss"), (int, float)):
             raise ValueError(
                 f"{path}:{number}: field 'loss': expected a number, got {record.get('loss')!r}"
+            )
+        kept = record.get("kept") or []
+        if not isinstance(kept, list) or not all(isinstance(layer, dict) for layer in kept):
+            raise ValueError(
+                f"{path}:{number}: field 'kept': expected a list of objects, got {kept!r}"
             )
         by_step[record["step"]] = record
     if not by_step:

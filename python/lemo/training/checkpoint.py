@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load as from_safetensors
 
-from lemo.training.files import new_folder, write_file
+from lemo.files import new_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 
 STATE_NAME = "state.json"

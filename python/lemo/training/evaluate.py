@@ -15,8 +15,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
+from lemo.files import write_file
 from lemo.models.adapters import ADAPTERS
-from lemo.training.files import write_file
+from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 from lemo.training.model import (
     ADAPTER_CONFIG,
     MODEL_CONFIG,
@@ -26,9 +27,6 @@ from lemo.training.model import (
     load_tokenizer,
     pick_dtype,
 )
-
-# Logits of a segment take at most this much in float32, whatever the vocabulary.
-_SEGMENT_BYTES = 256 << 20
 
 _log = logging.getLogger("lemo")
 
@@ -166,7 +164,7 @@ def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torc
     ids = ids.to(causal_lm.device)
     hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = causal_lm.get_output_embeddings()
-    rows = max(_SEGMENT_BYTES // (4 * causal_lm.config.vocab_size), 1)
+    rows = max(SEGMENT_BYTES // (4 * causal_lm.config.vocab_size), 1)
     segments = zip(hidden.split(rows), ids[1:].split(rows), strict=True)
     return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in segments])
 

@@ -25,6 +25,7 @@ from peft import PeftModel
 
 import lemo
 from lemo.data import TokenWindows, read_documents, token_windows
+from lemo.files import new_folder, write_file
 from lemo.models.adapters import ADAPTERS
 from lemo.training import memory
 from lemo.training.checkpoint import (
@@ -35,7 +36,6 @@ from lemo.training.checkpoint import (
     save_checkpoint,
 )
 from lemo.training.config import FinetuneConfig, differences, read_yaml
-from lemo.training.files import new_folder, write_file
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
     MODEL_CONFIG,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from lemo.training.files import write_file
+from lemo.files import write_file
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
