@@ -1,10 +1,8 @@
 """lemo finetune and lemo eval as a user calls them, and what every mistake says."""
 
-import contextlib
 import json
 import logging
 import math
-import resource
 import signal
 import threading
 from pathlib import Path
@@ -16,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from lemo.cli.main import main
 from lemo.cli.progress import StepProgress
+from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 
 
@@ -170,16 +169,6 @@ def test_a_mistake_is_one_line_and_leaves_nothing(lemo, line, message, tmp_path)
     assert err.count("\n") == 1
     assert message in err
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@contextlib.contextmanager
-def largest_file(size: int):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_the_system_refuses_to_write_a_checkpoint(lemo):

@@ -11,9 +11,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo.data import read_documents
+from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import python_sources, train_tokenizer, write_corpus
 from lemo.demo.run import DemoSettings, run_demo, run_method
 from lemo.training.config import FinetuneConfig
+from limits import largest_file
+from tiny import tiny_tokenizer, write_documents
 
 
 class Silent:
@@ -136,6 +139,15 @@ def test_tokenizer_is_lossless(tmp_path):
     tokenizer = train_tokenizer(tmp_path / "text.txt", 300)
     text = "class Ünïcode:\n\tpass\n\n\n    x = '\u4e2d'\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_full_disk_while_the_base_model_is_written(tmp_path):
+    documents = write_documents(tmp_path / "documents.jsonl")
+    sizes = {"vocabulary": 257, "hidden": 32, "intermediate": 64, "layers": 1, "context": 32}
+    config = BaseConfig(**sizes, steps=1)
+    # The configuration is smaller than this, the weights larger.
+    with largest_file(12_000), pytest.raises(OSError, match="base model cannot be written"):
+        train_base(tmp_path / "base", documents, tiny_tokenizer(), config, lambda step, loss: None)
 
 
 def test_failure_of_a_fine_tuning_is_told_with_its_reason(tmp_path):

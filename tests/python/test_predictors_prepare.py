@@ -1,5 +1,6 @@
 """The folder of `lemo prepare`: written whole, read back, refused when damaged; the command."""
 
+import contextlib
 import json
 import shutil
 
@@ -15,6 +16,7 @@ from lemo.layout import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.prepare import PrepareSettings, Window, elimination_loss, prepare
 from lemo.predictors.training import TrainingSettings
+from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 from tiny_models import VOCABULARY, make_model
 
@@ -164,14 +166,31 @@ def test_output_is_not_replaced_unless_asked(made, tmp_path):
     model, folder, _ = made
     with pytest.raises(FileExistsError, match=r"output: .* exists"):
         prepare(model, windows(4, 0), windows(2, 1), folder, SETTINGS)
-    target = tmp_path / "old"
-    target.mkdir()
-    (target / "note").write_text("old")
+    target = shutil.copytree(folder, tmp_path / "old")
+    (target / "predictor.json").write_text("old")
     left_behind = tmp_path / ".old.tmp" / "features"
     left_behind.mkdir(parents=True)
     prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
-    assert not (target / "note").exists()
+    assert predictors.load(target).num_layers == 3
     assert [file.name for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("neighbours", [[], ["predictor.json", "predictor.safetensors"]])
+def test_overwrite_replaces_nobody_elses_folder(made, tmp_path, neighbours):
+    model, folder, _ = made
+    target = tmp_path / "work"
+    target.mkdir()
+    for name in neighbours:
+        shutil.copy(folder / name, target)
+    file = target / "thesis.tex"
+    file.write_text("years of work")
+    expected = r"output: expected a folder with nothing but .* got .*work'; nothing is replaced"
+    with pytest.raises(FileExistsError, match=expected):
+        prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
+    with pytest.raises(FileExistsError, match=r"expected a folder .* got .*thesis\.tex'"):
+        prepare(model, windows(4, 0), windows(2, 1), file, SETTINGS, overwrite=True)
+    assert {entry.name for entry in target.iterdir()} == {*neighbours, "thesis.tex"}
+    assert [file.name for file in tmp_path.iterdir()] == ["work"]
 
 
 @pytest.mark.parametrize("stage", ["labels", "predictors", "thresholds"])
@@ -189,17 +208,20 @@ def test_failure_leaves_nothing_behind(made, tmp_path, stage):
     assert "forward" not in vars(model)
 
 
-def test_failing_write_leaves_the_old_folder(made, tmp_path, monkeypatch):
+def test_failing_write_leaves_the_old_folder(made, tmp_path):
     model, folder, _ = made
     target = shutil.copytree(folder, tmp_path / "p")
     before = {file.name: file.read_bytes() for file in target.iterdir()}
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+    with contextlib.ExitStack() as until_the_end:
 
-    monkeypatch.setattr(storage, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, overwrite=True)
+        def fill_disk(stage, done, total, message):
+            # The files of the inputs, larger than the weights, are complete by then.
+            if stage == "predictors" and done == total:
+                until_the_end.enter_context(largest_file(1000))
+
+        with pytest.raises(OSError, match="File too large"):
+            prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, True, report=fill_disk)
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     assert [file.name for file in tmp_path.iterdir()] == ["p"]
 
@@ -211,8 +233,11 @@ def test_unfit_windows_and_settings_are_named(made, tmp_path):
         prepare(model, good, [], output, SETTINGS)
     with pytest.raises(ValueError, match="training: expected windows of at least 4 blocks"):
         prepare(model, windows(1, 0, tokens=12), good, output, SETTINGS)
+    deep, stages = PrepareSettings(block_size=BLOCK, dense_layers=(3,)), []
     with pytest.raises(ValueError, match="dense_layers: expected layers of a model with 3, got 3"):
-        prepare(model, good, good, output, PrepareSettings(block_size=BLOCK, dense_layers=(3,)))
+        prepare(model, good, good, output, deep, report=lambda *stage: stages.append(stage))
+    # Found before any work, not at its end.
+    assert stages == []
     small = PrepareSettings(block_size=BLOCK, store_bytes=1000, dense_layers=(0,))
     with pytest.raises(ValueError, match="store_bytes: 184 tokens of this model take"):
         prepare(model, good, good, output, small)
@@ -243,7 +268,7 @@ def test_damaged_weights(copy, damage):
 
 def reseal(folder, tensors):
     save_file(tensors, folder / "predictor.safetensors")
-    edit(folder, sha256=storage._digest(folder / "predictor.safetensors"))
+    edit(folder, sha256=storage._digest((folder / "predictor.safetensors").read_bytes()))
 
 
 def test_wrong_tensors(copy):
@@ -259,7 +284,7 @@ def test_wrong_tensors(copy):
     with pytest.raises(ValueError, match=f"'{name}' is not finite"):
         predictors.load(copy)
     (copy / "predictor.safetensors").write_bytes(b"no tensors at all")
-    edit(copy, sha256=storage._digest(copy / "predictor.safetensors"))
+    edit(copy, sha256=storage._digest(b"no tensors at all"))
     with pytest.raises(ValueError, match="is not a safetensors file"):
         predictors.load(copy)
 
@@ -268,7 +293,8 @@ def test_wrong_tensors(copy):
     ("fields", "message"),
     [
         ({"format": "other"}, "was not written by 'lemo prepare'"),
-        ({"version": 9}, "expected format version 1, got 9"),
+        ({"version": 9}, "expected format version 2, got 9"),
+        ({"version": 1}, "expected format version 2, got 1; run 'lemo prepare' again"),
         ({"block_size": "64"}, "field 'block_size': expected int, got '64'"),
         ({"thresholds": None}, "field 'thresholds': expected dict, got None"),
         (
@@ -297,6 +323,14 @@ def test_another_model_is_refused(made):
         predictors.load(folder, deeper)
     with pytest.raises(ValueError, match="model_type 'llama', got one with model_type 'opt'"):
         predictors.load(folder, make_model("opt").config)
+    for name, old, new in (
+        ("vocab_size", VOCABULARY, 64),
+        ("num_attention_heads", 4, 8),
+        ("num_key_value_heads", 2, 4),
+        ("intermediate_size", 48, 64),
+    ):
+        with pytest.raises(ValueError, match=f"with {name} {old}, got one with {name} {new}; run"):
+            predictors.load(folder, make_model("llama", **{name: new}).config)
     loaded = predictors.load(folder)
     layout = BlockLayout.from_seqlens([32], 8)
     with pytest.raises(ValueError, match="expected blocks of 4 tokens"):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lemo.data import read_documents, token_windows
@@ -45,6 +46,9 @@ def train_base(
         tokenizer: has ``config.vocabulary`` entries.
         config: shape and training.
         progress: called with (steps done, loss) after each step.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
     """
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(
@@ -85,5 +89,8 @@ def train_base(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         progress(step + 1, loss.item())
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:
+        raise OSError(f"{folder}: the base model cannot be written: {error}") from error
     tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from lemo.models.enable import enable
 from lemo.predictors.labels import KINDS, FeatureStore, SubBlockData, fine_layout
 from lemo.predictors.modules import default_rank, make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
-from lemo.predictors.storage import fingerprint, tensors_of, write_folder
+from lemo.predictors.storage import check_output, fingerprint, tensors_of, write_folder
 from lemo.predictors.thresholds import (
     LayerScores,
     SearchResult,
@@ -109,23 +109,23 @@ def prepare(
         held_out: windows of other documents, for recall and thresholds.
         output: the folder to write; appears complete or not at all.
         settings: None: the defaults.
-        overwrite: replace what is at `output`.
+        overwrite: replace the folder of an earlier preparation, or an empty one, at `output`.
         report: called as report(stage, done, total, message) for every unit of work.
 
     Returns:
         The description that was written to predictor.json.
 
     Raises:
-        FileExistsError: `output` exists and `overwrite` is not set.
+        FileExistsError: `output` exists and `overwrite` is not set, or holds anything else.
         ValueError: a setting or the windows do not fit the model; the labels are not finite.
         OSError: the disk is full or cannot be written.
     """
     settings = PrepareSettings() if settings is None else settings
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise FileExistsError(f"output: '{output}' exists; choose another folder or overwrite it")
+    check_output(output, overwrite)
     adapter = adapter_for(model)
     identity = fingerprint(adapter.config)
+    _eliminating(identity["num_layers"], settings.dense_layers)
     _check_windows(training, held_out, identity, settings)
     # A fixed name: what a killed run left behind, maybe gigabytes, goes with the next run.
     work = output.with_name(f".{output.name}.tmp")
@@ -448,6 +448,7 @@ def _check_windows(
 
 
 def _eliminating(num_layers: int, dense_layers: Sequence[int]) -> list[int]:
+    """The layers that are not dense, ascending; ValueError for one that the model does not have."""
     for layer in dense_layers:
         if not -num_layers <= layer < num_layers:
             raise ValueError(
@@ -494,11 +495,11 @@ def _mean_recall(
 
 def _publish(result: Path, output: Path, overwrite: bool) -> None:
     """Moves the finished folder into place; an old one steps aside first, and back on failure."""
+    # Once more: something may have appeared there since lemo began.
+    check_output(output, overwrite)
     if not output.exists():
         result.rename(output)
         return
-    if not overwrite:
-        raise FileExistsError(f"output: '{output}' exists since lemo began; nothing is replaced")
     old = result.parent / "old"
     output.rename(old)
     try:

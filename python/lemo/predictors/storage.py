@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from lemo.files import write_file
 from lemo.layout import BlockLayout
 from lemo.ops import predictor
 from lemo.predictors.labels import KINDS
 from lemo.predictors.modules import AttentionPredictor, MlpPredictor
 from lemo.predictors.position import PositionProfile
 
-__all__ = ["PredictorSet", "fingerprint", "load", "tensors_of", "write_folder"]
+__all__ = ["PredictorSet", "check_output", "fingerprint", "load", "tensors_of", "write_folder"]
 
 FORMAT = "lemo-predictor"
-VERSION = 1
+VERSION = 2
 WEIGHTS_FILE = "predictor.safetensors"
 DESCRIPTION_FILE = "predictor.json"
 
@@ -93,12 +95,18 @@ class PredictorSet:
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
-    """What a predictor needs of a model, from its Transformers config."""
+    """The shape of the model that predictors are made for, from its Transformers config."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = config.num_attention_heads
     return {
         "model_type": config.model_type,
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        # OPT has a name of its own for it.
+        "intermediate_size": getattr(config, "intermediate_size", None) or config.ffn_dim,
     }
 
 
@@ -121,6 +129,25 @@ def tensors_of(
     }
 
 
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a new folder must not take the place of what is at `output`.
+
+    Args:
+        output: where the folder of `lemo prepare` is to appear.
+        overwrite: an earlier one, or an empty folder, may be replaced; anything else never.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"output: '{output}' exists; choose another folder, or overwrite it")
+    ours = {WEIGHTS_FILE, DESCRIPTION_FILE}
+    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= ours:
+        raise FileExistsError(
+            f"output: expected a folder with nothing but {DESCRIPTION_FILE} and {WEIGHTS_FILE} to "
+            f"overwrite, got '{output}'; nothing is replaced"
+        )
+
+
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
@@ -130,11 +157,16 @@ def write_folder(
         folder: where to; the caller renames it to its final name when all is done.
         tensors: as from `tensors_of`, for all layers and kinds.
         description: the fields of predictor.json; format, version and checksum are added.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
     """
-    save_file(dict(tensors), str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
-    fields = {"format": FORMAT, "version": VERSION, "sha256": _digest(folder / WEIGHTS_FILE)}
+    # Written by Python, not by safetensors, whose errors of the disk are no OSErrors.
+    weights = to_safetensors(dict(tensors), metadata={"format": "pt"})
+    write_file(folder / WEIGHTS_FILE, weights)
+    fields = {"format": FORMAT, "version": VERSION, "sha256": _digest(weights)}
     text = json.dumps(fields | dict(description), indent=2, allow_nan=False)
-    (folder / DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
+    write_file(folder / DESCRIPTION_FILE, text + "\n")
 
 
 def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
@@ -157,7 +189,7 @@ def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
             )
     description = _read_description(folder / DESCRIPTION_FILE)
     weights = folder / WEIGHTS_FILE
-    if _digest(weights) != description["sha256"]:
+    if _digest(weights.read_bytes()) != description["sha256"]:
         raise ValueError(
             f"predictor: {weights} does not match its checksum in {DESCRIPTION_FILE}: it is "
             "damaged or comes from another run; run 'lemo prepare' again"
@@ -244,6 +276,5 @@ def _check_model(folder: Path, trained: Mapping[str, Any], wanted: Mapping[str, 
             )
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -14,6 +14,7 @@ import torch
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.predictors.prepare import PrepareSettings, Report, Window, prepare
+from lemo.predictors.storage import check_output
 from lemo.predictors.training import TrainingSettings
 from lemo.training.config import DTYPES, ROPE_SCALINGS, check_keys
 from lemo.training.model import extend_context, load_config, load_model, load_tokenizer, pick_dtype
@@ -44,7 +45,7 @@ class PrepareConfig:
             "linear", "yarn", "dynamic" or "none"; give what fine-tuning will use.
         dtype: of the model: "float32", "bfloat16", "float16" or "auto".
         disk_gib: limit of what lies on disk while it runs, in GiB.
-        overwrite: replace what is at `output`.
+        overwrite: replace the folder of an earlier preparation, or an empty one, at `output`.
 
     Raises:
         ValueError, TypeError: a field does not fit; the message names it.
@@ -130,15 +131,13 @@ def prepare_from_documents(
 
     Raises:
         FileNotFoundError: the model or the documents do not exist.
-        FileExistsError: `config.output` exists and `config.overwrite` is not set.
+        FileExistsError: `config.output` exists and `config.overwrite` is not set, or holds
+            anything else than an earlier preparation.
         ValueError: documents, model or settings do not fit.
         OSError: the disk is full or cannot be written.
     """
     output = Path(config.output)
-    if output.exists() and not config.overwrite:
-        raise FileExistsError(
-            f"output: '{output}' exists; choose another folder or pass --overwrite"
-        )
+    check_output(output, config.overwrite)
     model_config = load_config(config.model)
     extend_context(model_config, max(config.lengths), config.rope_scaling)
     tokenizer = load_tokenizer(config.model)
