@@ -50,10 +50,6 @@ class BlockLayout:
     def num_blocks(self) -> int:
         return self.block_starts.numel() - 1
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.seqlens)
-
 
 @dataclass(frozen=True)
 class Selection:

@@ -36,7 +36,17 @@ _TILE_ELEMENTS = 1 << 24
 
 
 class Scorer(Protocol):
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor: ...
+    """What `make_scorer` returns."""
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
+        """Scores [B] fp32 of the blocks of `batch.layout`; higher is more informative.
+
+        Args:
+            layer: index of the layer.
+            kind: "attention" or "mlp".
+            x: [T, H], output of that sub-block's norm for all rows.
+            batch: the packed batch of the T rows.
+        """
 
 
 class PooledScorer:

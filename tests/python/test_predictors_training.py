@@ -5,7 +5,13 @@ import torch
 
 from lemo import reference
 from lemo.layout import BlockLayout
-from lemo.predictors.labels import FeatureStore, SubBlockData, block_means, fine_layout, mlp_labels
+from lemo.predictors.labels import (
+    FeatureStore,
+    SubBlockData,
+    fine_layout,
+    means_of_parts,
+    mlp_labels,
+)
 from lemo.predictors.modules import make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
 from lemo.predictors.training import (
@@ -46,7 +52,7 @@ def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
         parts = torch.segment_reduce(tokens, "mean", lengths=fine.block_starts.diff().long())
         place = trend * torch.linspace(0, 1, layout.num_blocks)
         data.x.append(x.bfloat16())
-        data.labels.append(block_means(parts, fine, layout) + place)
+        data.labels.append(means_of_parts(parts, fine, layout) + place)
         data.layouts.append(layout)
         if kind == "mlp":
             data.fine_labels.append(parts)
@@ -280,7 +286,7 @@ def test_mlp_labels_are_means_over_blocks():
     fine = fine_layout(layout)
     assert fine.num_blocks == layout.num_tokens  # eighths of 8 tokens
     torch.testing.assert_close(
-        block_means(mlp_labels(activation, fine), fine, layout), torch.stack(expected)
+        means_of_parts(mlp_labels(activation, fine), fine, layout), torch.stack(expected)
     )
     # A ragged part counts by its tokens: 17 parts of 2 tokens and one of 1.
     pairs = BlockLayout.from_seqlens([35], 16)
@@ -288,7 +294,7 @@ def test_mlp_labels_are_means_over_blocks():
     fine = fine_layout(pairs)
     assert fine.num_blocks == 18
     torch.testing.assert_close(
-        block_means(mlp_labels(activation, fine), fine, pairs), mlp_labels(activation, pairs)
+        means_of_parts(mlp_labels(activation, fine), fine, pairs), mlp_labels(activation, pairs)
     )
     odd = BlockLayout.from_seqlens([100], 48)
     assert fine_layout(odd).block_size == 6

@@ -34,21 +34,26 @@ class Adapter:
 
     @property
     def config(self) -> Any:
+        """The model's Transformers configuration."""
         return self.causal_lm.config
 
     @property
     def decoder(self) -> nn.Module:
+        """The stack of embedding, layers and final norm: token ids -> hidden states [rows, H]."""
         return self.causal_lm.get_submodule(self.decoder_path)
 
     @property
     def lm_head(self) -> nn.Module:
+        """Hidden states [rows, H] -> logits [rows, V]."""
         return self.causal_lm.lm_head
 
     @property
     def num_layers(self) -> int:
+        """Layers of the decoder."""
         return self.config.num_hidden_layers
 
     def layer(self, index: int) -> nn.Module:
+        """One layer of the decoder, attention and MLP with their norms."""
         return self.decoder.layers[index]
 
     def check_supported(self) -> None:
@@ -110,9 +115,11 @@ class Adapter:
     # Norms
 
     def attention_norm(self, index: int) -> nn.Module:
+        """The norm in front of a layer's attention, [rows, H] -> [rows, H]."""
         return getattr(self.layer(index), self.attention_norm_name)
 
     def mlp_norm(self, index: int) -> nn.Module:
+        """The norm in front of a layer's MLP, [rows, H] -> [rows, H]."""
         return getattr(self.layer(index), self.mlp_norm_name)
 
     def stream_norm(

@@ -26,8 +26,8 @@ __all__ = [
     "FeatureStore",
     "SubBlockData",
     "attention_labels",
-    "block_means",
     "fine_layout",
+    "means_of_parts",
     "mlp_labels",
 ]
 
@@ -65,7 +65,7 @@ def fine_layout(layout: BlockLayout) -> BlockLayout:
     return BlockLayout.from_seqlens(layout.seqlens, size, layout.block_starts.device)
 
 
-def block_means(values: Tensor, fine: BlockLayout, layout: BlockLayout) -> Tensor:
+def means_of_parts(values: Tensor, fine: BlockLayout, layout: BlockLayout) -> Tensor:
     """Means over blocks, [B], of values [B'] of their parts, weighted by tokens; differentiable."""
     sizes = fine.block_starts.diff()
     parts = torch.bucketize(fine.block_starts[:-1], layout.block_starts, right=True) - 1
@@ -147,7 +147,7 @@ class FeatureStore:
         labels = labels.detach().float()
         if kind == "mlp":
             self._fine_labels[layer].append(labels.cpu())
-            labels = block_means(labels, fine_layout(layout), layout)
+            labels = means_of_parts(labels, fine_layout(layout), layout)
         self._labels[layer, kind].append(labels.cpu())
         rows = x.detach().to("cpu", torch.bfloat16).contiguous()
         # Ordinary writes, not stores through a mapping: a full disk must raise, not kill the

@@ -85,12 +85,6 @@ class PositionProfile:
         mean, deviation = self._at(layout, content.device)
         return mean + deviation * content
 
-    def flattened(self) -> "PositionProfile":
-        """The same average mean and deviation at every place."""
-        return PositionProfile(
-            self.knots[:1], self.mean.mean(keepdim=True), self.deviation.mean(keepdim=True)
-        )
-
     def _at(self, layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
         basis = _hats(query_blocks(layout).to(device), self.knots.to(device))
         return basis @ self.mean.to(device), basis @ self.deviation.to(device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lemo.layout import BlockLayout
-from lemo.predictors.labels import SubBlockData, block_means, fine_layout
+from lemo.predictors.labels import SubBlockData, fine_layout, means_of_parts
 from lemo.predictors.modules import AttentionPredictor, LowRankNet, MlpPredictor
 from lemo.predictors.position import PositionProfile, free_blocks
 
@@ -344,7 +344,7 @@ def fit(
             fine_labels = torch.cat([data.fine_labels[i] for i in chosen]).to(device)
             fine_target = profile.standardise(fine_labels, parts)
             fine_content = predictor(x, parts)
-            content = block_means(fine_content, parts, layout)
+            content = means_of_parts(fine_content, parts, layout)
             loss = functional.smooth_l1_loss(fine_content / fine_unit, fine_target / fine_unit)
         else:
             content = predictor(x, layout)
