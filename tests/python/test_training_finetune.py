@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from lemo import LemoConfig
+from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
-from lemo.training import files
 from lemo.training import finetune as module
 from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate, load_for_evaluation
@@ -169,7 +168,7 @@ def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, t
     (tmp_path / "settings.json").write_text(json.dumps(killed.to_dict()))
     script = f"""
         import json, os, signal, sys
-        from lemo.training import files
+        from lemo import files
         from lemo.training.config import FinetuneConfig
         from lemo.training.finetune import finetune
 
