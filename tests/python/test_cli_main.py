@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 
+import lemo
 from lemo.cli import main as module
 from lemo.cli.main import describe_error, main
 
@@ -24,6 +25,10 @@ def test_help_names_the_commands(capsys):
         assert (code, err) == (0, "")
         for command in ("prepare", "finetune", "eval", "report", "demo"):
             assert f"  {command}" in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"lemo {lemo.__version__}\n", "")
 
 
 def test_help_does_not_load_torch():
@@ -65,6 +70,10 @@ def test_wrong_usage(capsys, arguments, message):
         (MemoryError(), "out of memory"),
         (RuntimeError("can't allocate memory: 9"), "out of memory: can't allocate memory: 9"),
         (FloatingPointError("step 2: the loss is nan"), "step 2: the loss is nan"),
+        (
+            ImportError("lemo's ops are missing: 'make develop'"),
+            "lemo's ops are missing: 'make develop'",
+        ),
         (KeyError("x"), "internal error, --debug shows where: KeyError: 'x'"),
         (ValueError(), "ValueError"),
     ],

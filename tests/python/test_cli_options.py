@@ -1,8 +1,11 @@
 """Settings on the command line, and the lines that progress prints."""
 
+from pathlib import Path
+
 import pytest
 from rich.console import Console
 
+from lemo.cli import options
 from lemo.cli.finetune import collect_settings
 from lemo.cli.options import apply_assignments, check_choice, parse_integers
 from lemo.cli.progress import StepProgress, describe, duration
@@ -42,11 +45,29 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert settings == {"steps": 2, "seed": 1, "elimination": {"keep": 0.75, "block_size": 8}}
 
 
+def test_set_over_options_over_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("steps: 1\nseed: 1\nwindows: 1\nelimination: null\n")
+    given = {"steps": 2, "seed": 2, "elimination.keep": 0.25, "elimination.predictor": "a: b"}
+    settings = options.collect_settings(
+        tmp_path / "c.yaml", given, ["seed=3", "elimination.keep=0.5"]
+    )
+    assert settings == {
+        "steps": 2,
+        "seed": 3,
+        "windows": 1,
+        "elimination": {"keep": 0.5, "predictor": "a: b"},
+    }
+    with pytest.raises(ValueError, match="elimination.keep: 'elimination' is 3, it has no 'keep'"):
+        options.collect_settings(None, {"elimination": 3, "elimination.keep": 0.5}, [])
+
+
 def test_dense_turns_elimination_off(tmp_path):
     (tmp_path / "c.yaml").write_text("elimination: {keep: 0.25}\n")
     assert collect_settings(tmp_path / "c.yaml", {}, [], dense=True) == {"elimination": None}
     with pytest.raises(ValueError, match="--dense: expected no setting of elimination"):
         collect_settings(None, {}, ["elimination.keep=1"], dense=True)
+    with pytest.raises(ValueError, match="beside it, got 'elimination.predictor'"):
+        collect_settings(None, {"elimination.predictor": "p"}, [], dense=True)
 
 
 def test_integers():
@@ -60,6 +81,15 @@ def test_choices():
     check_choice("--dtype", "auto", ("auto", "float32"))
     with pytest.raises(ValueError, match="--dtype: expected one of auto, float32, got 'int8'"):
         check_choice("--dtype", "int8", ("auto", "float32"))
+
+
+def test_output_files(tmp_path):
+    options.check_output_file("--json", tmp_path / "new.json")
+    options.check_output_file("--json", Path("new.json"))
+    with pytest.raises(FileNotFoundError, match="^--json: .*'.*/no' is none"):
+        options.check_output_file("--json", tmp_path / "no" / "new.json")
+    with pytest.raises(IsADirectoryError, match="--json: expected a file"):
+        options.check_output_file("--json", tmp_path)
 
 
 def record(step: int) -> dict:

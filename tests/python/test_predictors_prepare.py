@@ -368,7 +368,9 @@ def test_command_writes_a_folder_that_loads(sources, tmp_path, capsys):
     settings.write_text("steps: 99\nkeep: 0.4\nwindows_per_step: 2\n")
     output = tmp_path / "deep" / "predictor"
     extra = ["--config", str(settings), "--lengths", "64,96", "--output", str(output)]
-    assert run(command(sources, *extra, "--dense-layers", "0", "--set", "prune_every=1")) == 0
+    # --steps 3 on the command line goes over the file, --set over both.
+    extra += ["--set", "prune_every=1", "--set", "windows=2"]
+    assert run(command(sources, *extra, "--dense-layers", "0")) == 0
     printed = capsys.readouterr().out
     assert "mean recall: attention" in printed
     assert "of the model's bytes" in printed
@@ -377,7 +379,7 @@ def test_command_writes_a_folder_that_loads(sources, tmp_path, capsys):
     training = loaded.description["settings"]["training"]
     assert (training["steps"], training["keep"], training["prune_every"]) == (3, 0.4, 1)
     assert loaded.description["lengths"] == [64, 96]
-    assert loaded.description["windows"] == {"training": 6, "held_out": 4}
+    assert loaded.description["windows"] == {"training": 4, "held_out": 4}
     assert (loaded.num_layers, loaded.hidden_size, loaded.block_size) == (2, 32, 8)
 
 
@@ -403,6 +405,8 @@ def test_one_long_document_is_cut_in_two(sources, tmp_path):
         (["--output", "o", "--lengths", "64", "--dense-layers", "7"], "dense_layers: expected"),
         (["--output", "o", "--set", "step=3"], "unknown setting 'step'"),
         (["--output", "o", "--set", "search_windows=2.5"], "search_windows: expected an integer"),
+        (["--output", "o", "--device", "gpu"], "device: expected one of auto, cpu, cuda"),
+        (["--output", "o", "--device", "cuda"], "device: expected 'auto' or 'cpu'"),
         (["--output", "o", "--rope-scaling", "odd"], "rope_scaling: expected one of"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -13,6 +14,8 @@ import readme_table
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+# Its command lines, continued ones in one line.
+COMMANDS = re.findall(r"^    lemo (\w+)(.*)$", README.replace("\\\n", ""), re.MULTILINE)
 
 
 def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
@@ -40,6 +43,19 @@ def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
     weights = [p for name, p in adapted.named_parameters() if "lora_B" in name]
     assert weights
     assert all(weight.abs().sum() > 0 for weight in weights)
+
+
+def test_settings_of_the_readme_are_those_of_its_command():
+    from lemo.training.config import FinetuneConfig
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    config = FinetuneConfig.from_dict(yaml.safe_load(text))
+    assert config.elimination.scorer == "predictor"
+    prepare, finetune = (dict(re.findall(r"--([a-z-]+) (\S+)", rest)) for _, rest in COMMANDS[:2])
+    assert prepare["output"] == finetune["predictor"] == config.elimination.predictor
+    assert int(prepare["lengths"]) == int(finetune["context-length"]) == config.context_length
+    assert float(finetune["keep"]) == config.elimination.keep
+    assert (finetune["output"], finetune["model"]) == (config.output, config.model)
 
 
 def test_figures_are_those_of_the_results():
@@ -105,7 +121,7 @@ def test_files_and_commands_of_the_readme_exist():
         for folder in name.split():
             assert (ROOT / "python/lemo" / folder).is_dir(), folder
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    assert set(re.findall(r"^    lemo (\w+)", README, re.MULTILINE)) <= commands
+    assert {command for command, _ in COMMANDS} <= commands
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"^    make (\w+)", README, re.MULTILINE)) <= targets
 
@@ -115,7 +131,7 @@ def test_options_of_the_readme_exist():
 
     from lemo.cli.main import app
 
-    for command, rest in re.findall(r"^    lemo (\w+)(.*)$", README, re.MULTILINE):
+    for command, rest in COMMANDS:
         text = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in text, f"lemo {command} has no {option}"

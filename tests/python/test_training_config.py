@@ -50,6 +50,7 @@ def test_a_float_that_yaml_takes_for_a_string():
         ("rope_scaling", "longrope", "one of linear, yarn, dynamic, none"),
         ("schedule", "linear", "one of cosine, constant"),
         ("dtype", "int8", "one of auto, float32, bfloat16, float16"),
+        ("device", "gpu", "one of auto, cpu, cuda"),
         ("train_norms", "yes", "true or false"),
         ("model", "", "a name or path"),
         ("lora_targets", [], "a list of module names"),
@@ -88,6 +89,9 @@ def test_differences_name_what_decides_the_losses_only():
     assert differences(config, other) == [
         "steps was 100, now 7",
         "elimination.keep was 0.5, now 0.25",
+    ]
+    assert differences(config, dataclasses.replace(config, device="cpu")) == [
+        "device was 'auto', now 'cpu'"
     ]
     dense = dataclasses.replace(config, elimination=None)
     assert "elimination was 'on', now 'off'" in differences(config, dense)

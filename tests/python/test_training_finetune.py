@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
@@ -68,6 +70,22 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "tensorboard" not in path.parts
     }
+
+
+@pytest.mark.parametrize(
+    ("device", "elimination"), [("cpu", None), ("auto", ELIMINATION), ("cpu", ELIMINATION)]
+)
+def test_a_run_stays_on_the_cpu_of_a_machine_with_a_gpu(config, monkeypatch, device, elimination):
+    config = dataclasses.replace(config, device=device, elimination=elimination)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            # An earlier run in this process that took the GPU.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            assert PartialState(cpu=False).device.type == "cuda"
+            assert module._accelerator(config).device == torch.device("cpu")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_losses_are_those_of_a_plain_loop_of_transformers_and_peft(config):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
+from lemo.ops import supports_device
+from lemo.training import model as module
 from lemo.training.config import FinetuneConfig
 from lemo.training.model import (
     add_lora,
@@ -11,6 +13,7 @@ from lemo.training.model import (
     load_config,
     load_model,
     load_tokenizer,
+    pick_device,
     pick_dtype,
 )
 from tiny import save_tiny_llama
@@ -90,8 +93,39 @@ def test_dtypes():
     cpu = torch.device("cpu")
     assert pick_dtype("auto", cpu) == torch.float32
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
-    with pytest.raises(ValueError, match="dtype: float16 training needs a GPU"):
+    with pytest.raises(ValueError, match="dtype: float16 needs a GPU"):
         pick_dtype("float16", cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "elimination", "gpu", "kernels", "expected"),
+    [
+        ("auto", True, True, True, "cuda"),
+        ("auto", True, True, False, "cpu"),
+        ("auto", True, False, True, "cpu"),
+        ("auto", False, True, False, "cuda"),
+        ("auto", False, False, False, "cpu"),
+        ("cpu", False, True, True, "cpu"),
+        ("cuda", True, True, True, "cuda"),
+        ("cuda", False, True, False, "cuda"),
+        ("cuda", True, True, False, "because lemo's ops run on the CPU only"),
+        ("cuda", True, False, True, "because torch finds no CUDA GPU, got 'cuda'"),
+        ("cuda", False, False, False, "because torch finds no CUDA GPU, got 'cuda'"),
+        ("gpu", False, True, True, "device: expected one of auto, cpu, cuda, got 'gpu'"),
+    ],
+)
+def test_devices(monkeypatch, name, elimination, gpu, kernels, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(module, "supports_device", lambda kind: kind == "cpu" or kernels)
+    if expected in ("cpu", "cuda"):
+        assert pick_device(name, elimination) == torch.device(expected)
+    else:
+        with pytest.raises(ValueError, match=f"^device: .*{expected.removeprefix('device: ')}"):
+            pick_device(name, elimination)
+
+
+def test_the_ops_run_on_the_cpu_only_in_this_version():
+    assert [supports_device(kind) for kind in ("cpu", "cuda", "meta")] == [True, False, False]
 
 
 def test_models_that_cannot_be_loaded(tmp_path):

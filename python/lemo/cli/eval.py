@@ -29,6 +29,7 @@ def eval(
         str, typer.Option(help="How a model without adapter is extended: linear, yarn, dynamic.")
     ] = "none",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     limit: Annotated[
         int | None, typer.Option(help="At most this many documents of each kind.")
     ] = None,
@@ -40,16 +41,19 @@ def eval(
     wanted = options.parse_integers(lengths, "--lengths")
     if model is None and adapter is None:
         raise ValueError("--model, --adapter: expected at least one of the two, got none")
+    if output is not None:
+        options.check_output_file("--json", output)
 
     from rich.console import Console
     from rich.progress import Progress
 
-    from lemo.training.config import DTYPES, ROPE_SCALINGS
+    from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
     from lemo.training.finetune import METRICS_NAME
 
     options.check_choice("--rope-scaling", rope_scaling, ROPE_SCALINGS)
     options.check_choice("--dtype", dtype, DTYPES)
+    options.check_choice("--device", device, DEVICES)
     screen = options.console()
     options.show_messages(screen)
     if adapter is not None:
@@ -63,6 +67,7 @@ def eval(
             adapter=adapter,
             rope_scaling=rope_scaling,
             dtype=dtype,
+            device=device,
             limit=limit,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -46,6 +46,10 @@ def finetune(
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto"),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu or cuda.", show_default="auto"),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Recompute in backward.")
     ] = None,
@@ -57,13 +61,21 @@ def finetune(
         float | None,
         typer.Option(help="Share of blocks kept (elimination.keep).", show_default="0.5"),
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of lemo prepare whose scores decide (elimination.predictor and scorer)."
+        ),
+    ] = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Plain LoRA, nothing is eliminated.")
     ] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any setting: elimination.keep=0.4, warmup_steps=0."
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any setting, over options and file: elimination.keep=0.4, warmup_steps=0.",
         ),
     ] = None,
     resume: Annotated[
@@ -75,8 +87,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model with LoRA on windows of long documents.
 
-    Settings come from the command line, then from --config, then from the defaults. A run that is
-    resumed takes the settings it was started with.
+    Settings come from --set, then from the other options, then from --config, then from the
+    defaults. A run that is resumed takes the settings it was started with.
     """
     given = options.given(
         {
@@ -93,17 +105,18 @@ def finetune(
             "train_norms": train_norms,
             "rope_scaling": rope_scaling,
             "dtype": dtype,
+            "device": device,
             "gradient_checkpointing": gradient_checkpointing,
             "seed": seed,
             "save_every": save_every,
             "resume": resume,
             "overwrite": overwrite,
+            "elimination.keep": keep,
+            "elimination.predictor": predictor,
+            "elimination.scorer": None if predictor is None else "predictor",
         }
     )
-    assignments = list(set_ or [])
-    if keep is not None:
-        assignments.insert(0, f"elimination.keep={keep}")
-    settings = collect_settings(config, given, assignments, dense)
+    settings = collect_settings(config, given, set_ or [], dense)
 
     from lemo.cli.progress import StepProgress
     from lemo.training.config import FinetuneConfig
@@ -111,7 +124,7 @@ def finetune(
     from lemo.training.finetune import finetune as run
 
     wanted = FinetuneConfig.from_dict(settings)
-    screen = options.console(quiet=not process_state().is_main_process)
+    screen = options.console(quiet=not process_state(wanted).is_main_process)
     options.show_messages(screen)
     with StepProgress(screen, wanted.log_every) as progress:
         result = run(wanted, progress)
@@ -121,28 +134,26 @@ def finetune(
 def collect_settings(
     config: Path | None, given: dict[str, Any], assignments: list[str], dense: bool
 ) -> dict[str, Any]:
-    """Settings from the file, then the options, then the assignments.
+    """:func:`lemo.cli.options.collect_settings`, with what --resume and --dense mean.
 
     Args:
         config: YAML file of settings, or None. A resumed run without a file takes its own.
-        given: settings by name.
+        given: settings by name, as options gave them.
         assignments: "name=value" strings.
         dense: whether elimination is off.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`lemo.training.config.read_yaml` and
-            :func:`lemo.cli.options.apply_assignments`.
+        ValueError: a setting of elimination beside `dense`; others as for the function above.
     """
-    from lemo.training.config import read_yaml
-
-    settings: dict[str, Any] = {} if config is None else read_yaml(config)
     if config is None and given.get("resume") and "output" in given:
         recorded = Path(given["output"]) / "config.yaml"
-        settings = read_yaml(recorded) if recorded.is_file() else {}
-    settings |= given
+        config = recorded if recorded.is_file() else None
     if dense:
-        if any(a.strip().startswith("elimination.") for a in assignments):
-            raise ValueError("--dense: expected no setting of elimination beside it, got one")
-        settings["elimination"] = None
-    options.apply_assignments(settings, assignments)
-    return settings
+        names = [*given, *(assignment.partition("=")[0].strip() for assignment in assignments)]
+        for name in names:
+            if name.partition(".")[0] == "elimination":
+                raise ValueError(
+                    f"--dense: expected no setting of elimination beside it, got '{name}'"
+                )
+        given = given | {"elimination": None}
+    return options.collect_settings(config, given, assignments)

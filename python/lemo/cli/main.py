@@ -10,11 +10,20 @@ from collections.abc import Iterator
 
 import typer
 
+from lemo import __version__
 from lemo.cli import demo, finetune, prepare, report
 from lemo.cli import eval as eval_module
 
-# Errors that a user can cause; anything else is a defect of lemo and is called so.
-_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, FloatingPointError)
+# Errors that a user can cause; anything else is a defect of lemo and is called so. ImportError:
+# something is not installed, such as lemo's compiled ops, and the message says what.
+_EXPECTED = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+    FloatingPointError,
+)
 
 app = typer.Typer(
     name="lemo",
@@ -35,14 +44,24 @@ for _command in (
     app.command()(_command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lemo {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", is_eager=True, callback=_print_version
+    ),
     debug: bool = typer.Option(
         False, "--debug", help="Show the traceback of an error (anywhere on the command line)."
     ),
 ) -> None:
     # main() takes --debug off the command line itself, so that it may stand after the command, too.
-    del debug
+    # --version is done by its callback.
+    del debug, version
 
 
 def describe_error(error: BaseException) -> str:

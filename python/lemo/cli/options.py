@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -45,6 +46,29 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def collect_settings(
+    config: Path | None, given: Mapping[str, Any], assignments: Iterable[str]
+) -> dict[str, Any]:
+    """Settings from a file, then the options, then ``--set``; what comes later wins.
+
+    Args:
+        config: YAML file of settings, or None.
+        given: settings by name, as options gave them; a name may have dots ("elimination.keep").
+        assignments: "name=value" strings.
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`lemo.training.config.read_yaml` and
+            :func:`apply_assignments`.
+    """
+    from lemo.training.config import read_yaml
+
+    settings = {} if config is None else read_yaml(config)
+    for name, value in given.items():
+        _assign(settings, name.split("."), value)
+    apply_assignments(settings, assignments)
+    return settings
+
+
 def apply_assignments(settings: dict[str, Any], assignments: Iterable[str]) -> None:
     """Apply ``--set`` options to ``settings`` in place, in their order.
 
@@ -64,15 +88,19 @@ def apply_assignments(settings: dict[str, Any], assignments: Iterable[str]) -> N
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ValueError(f"--set: expected a YAML value, got '{assignment}'") from None
-        group = settings
-        for depth, name in enumerate(names[:-1], start=1):
-            if group.get(name) is None:
-                group[name] = {}
-            group = group[name]
-            if not isinstance(group, dict):
-                inner = ".".join(names[:depth])
-                raise ValueError(f"--set: '{inner}' is {group!r}, it has no '{names[depth]}'")
-        group[names[-1]] = value
+        _assign(settings, names, value)
+
+
+def _assign(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
+    group = settings
+    for depth, name in enumerate(names[:-1], start=1):
+        if group.get(name) is None:
+            group[name] = {}
+        group = group[name]
+        if not isinstance(group, dict):
+            path, inner = ".".join(names), ".".join(names[:depth])
+            raise ValueError(f"{path}: '{inner}' is {group!r}, it has no '{names[depth]}'")
+    group[names[-1]] = value
 
 
 def parse_integers(text: str, option: str) -> list[int]:
@@ -90,6 +118,16 @@ def parse_integers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option}: expected integers such as 4096,8K, got '{text}'")
         numbers.append(int(digits) * factor)
     return numbers
+
+
+def check_output_file(option: str, path: Path) -> None:
+    """Raise an OSError, naming ``option``, unless a file can be put at ``path``."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{option}: expected a file in a folder that exists, but '{path.parent}' is none"
+        )
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: expected a file, but '{path}' is a folder")
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -72,15 +72,26 @@ def prepare(
         str | None,
         typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto"),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu or cuda.", show_default="auto"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(show_default="0")] = None,
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help="Replace the output folder.")
     ] = None,
     assignments: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, as name=value.")
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Any setting, over options and file: windows=32."
+        ),
     ] = None,
 ) -> None:
-    """Train the predictors of all layers on a frozen model and find their thresholds."""
+    """Train the predictors of all layers on a frozen model and find their thresholds.
+
+    Settings come from --set, then from the other options, then from --config, then from the
+    defaults.
+    """
     named = {
         "model": model,
         "documents": documents,
@@ -99,18 +110,16 @@ def prepare(
         "search_rounds": search_rounds,
         "rope_scaling": rope_scaling,
         "dtype": dtype,
+        "device": device,
         "seed": seed,
         "overwrite": overwrite,
     }
 
     from rich.console import Console
 
-    from lemo.training.config import read_yaml
     from lemo.training.prepare import PrepareConfig, prepare_from_documents
 
-    settings = {} if config is None else read_yaml(config)
-    options.apply_assignments(settings, assignments or [])
-    settings |= options.given(named)
+    settings = options.collect_settings(config, options.given(named), assignments or [])
     screen = options.console()
     options.show_messages(screen)
     with _Progress(screen) as progress:

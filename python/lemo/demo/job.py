@@ -11,11 +11,9 @@ import json
 import sys
 from typing import Any
 
-import torch
-
 from lemo.training import memory
 from lemo.training.config import FinetuneConfig, read_yaml
-from lemo.training.finetune import finetune
+from lemo.training.finetune import finetune, process_state
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _MAPPED_BYTES = 1 << 20
@@ -23,11 +21,12 @@ _MAPPED_BYTES = 1 << 20
 
 def main(config_path: str) -> None:
     _map_large_tensors()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = FinetuneConfig.from_dict(read_yaml(config_path))
+    device = process_state(config).device
     # What the imported libraries take is no property of a method: the caller subtracts it.
     memory.reset_peak(device)
     _print({"baseline_bytes": memory.peak_bytes(device)})
-    finetune(FinetuneConfig.from_dict(read_yaml(config_path)), progress=_print)
+    finetune(config, progress=_print)
 
 
 def _map_large_tensors() -> None:

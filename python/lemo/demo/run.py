@@ -206,6 +206,8 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
                 train_norms=True,
                 save_every=settings.steps,
                 overwrite=True,
+                # Both methods and their figures are about the CPU, also where there is a GPU.
+                device="cpu",
                 elimination=elimination,
             )
             results.append(run_method(name, config, output / f"{name}.yaml", stage))
@@ -336,6 +338,7 @@ def evaluate_all(
             [settings.context],
             adapter=None if name == "before" else output / name,
             rope_scaling="linear",
+            device="cpu",
             progress=note,
         )
         found[name] = rows[0]

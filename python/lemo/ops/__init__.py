@@ -1,6 +1,7 @@
 """Differentiable functions over torch.ops.lemo.* (docs/DESIGN.md, section 3)."""
 
 from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
+from lemo.ops._device import supports_device
 from lemo.ops.block_scores import block_scores
 from lemo.ops.linear_cross_entropy import linear_cross_entropy
 from lemo.ops.predictor import predictor
@@ -18,5 +19,6 @@ __all__ = [
     "select_norm",
     "stream_gather",
     "stream_select_norm",
+    "supports_device",
     "token_select",
 ]

@@ -16,6 +16,7 @@ from lemo.config import LemoConfig
 ROPE_SCALINGS = ("linear", "yarn", "dynamic", "none")
 SCHEDULES = ("cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
 
 # Fields that say how to start or how to watch a run; they may differ when it is resumed.
 NOT_COMPARED = ("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints")
@@ -47,6 +48,8 @@ class FinetuneConfig:
         dtype: of the frozen weights and of matrix products: "float32", "bfloat16", "float16" or
             "auto" (bfloat16 on a GPU that has it, otherwise float32). Adapter weights and
             optimizer are float32.
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one and everything that the run
+            needs runs on it, otherwise the CPU. See :func:`lemo.training.model.pick_device`.
         gradient_checkpointing: recompute layers in backward.
         seed: of the data order, LoRA's start and dropout.
         save_every: steps between checkpoints (one is always written at the end).
@@ -79,6 +82,7 @@ class FinetuneConfig:
     train_norms: bool = False
     rope_scaling: str = "linear"
     dtype: str = "auto"
+    device: str = "auto"
     gradient_checkpointing: bool = False
     seed: int = 0
     save_every: int = 50
@@ -263,6 +267,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "train_norms": _FLAG,
     "rope_scaling": _choice(ROPE_SCALINGS),
     "dtype": _choice(DTYPES),
+    "device": _choice(DEVICES),
     "gradient_checkpointing": _FLAG,
     "seed": _integer(0),
     "save_every": _integer(1),

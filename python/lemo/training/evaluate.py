@@ -25,6 +25,7 @@ from lemo.training.model import (
     load_config,
     load_model,
     load_tokenizer,
+    pick_device,
     pick_dtype,
 )
 
@@ -41,12 +42,13 @@ def evaluate(
     dtype: str = "auto",
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    device: str = "auto",
 ) -> list[dict[str, Any]]:
     """Perplexity, without elimination, of the first ``length`` tokens of each document.
 
     Args:
-        model: folder or hub name, or a model (then `adapter`, `rope_scaling` and `dtype` do not
-            apply, and elimination does not act because the model is put in eval mode).
+        model: folder or hub name, or a model (then `adapter`, `rope_scaling`, `dtype` and `device`
+            do not apply, and elimination does not act because the model is put in eval mode).
         documents: a path (see :func:`lemo.data.read_documents`) or the documents themselves.
         lengths: window lengths in tokens; shorter documents are left out.
         adapter: a PEFT adapter, or the folder of a run that has one; the context extension that
@@ -56,6 +58,7 @@ def evaluate(
         dtype: of weights and products; see :class:`lemo.training.config.FinetuneConfig`.
         limit: at most this many documents of each kind, the first ones that are long enough.
         progress: called with (windows done, windows in all).
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
 
     Returns:
         For every length and kind of document {"kind", "length", "documents" (number of windows),
@@ -76,7 +79,12 @@ def evaluate(
         tokenizer = tokenizer or load_tokenizer(str(model))
         groups, total = _windows(documents, tokenizer, lengths, limit)
         model = load_for_evaluation(
-            str(model), max(lengths), adapter=adapter, rope_scaling=rope_scaling, dtype=dtype
+            str(model),
+            max(lengths),
+            adapter=adapter,
+            rope_scaling=rope_scaling,
+            dtype=dtype,
+            device=device,
         )
     else:
         if tokenizer is None:
@@ -130,28 +138,29 @@ def load_for_evaluation(
     adapter: str | Path | None = None,
     rope_scaling: str = "none",
     dtype: str = "auto",
+    device: str = "auto",
 ) -> PreTrainedModel | PeftModel:
-    """A dense model on the best device, with the adapter and the context it was trained with.
+    """A dense model on its device, with the adapter and the context it was trained with.
 
     Args:
         model: folder or hub name.
         length: the longest window to come, in tokens.
-        adapter, rope_scaling, dtype: see :func:`evaluate`.
+        adapter, rope_scaling, dtype, device: see :func:`evaluate`.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = pick_device(device, elimination=False)
     # Their logits are a plain projection of the last hidden state, which window_losses relies on.
     config = load_config(model, supported=ADAPTERS)
     folder = None if adapter is None else find_adapter(adapter)
     if folder is not None and (folder / MODEL_CONFIG).is_file():
         config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
     extend_context(config, length, rope_scaling)
-    loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, device))
+    loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, place))
     if folder is not None:
         try:
             loaded = PeftModel.from_pretrained(loaded, folder)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"adapter: {folder} does not fit '{model}': {error}") from error
-    return loaded.to(device)
+    return loaded.to(place)
 
 
 @torch.no_grad()

@@ -44,6 +44,7 @@ from lemo.training.model import (
     load_config,
     load_model,
     load_tokenizer,
+    pick_device,
     pick_dtype,
     write_adapter,
 )
@@ -122,10 +123,18 @@ def finetune(
     return _result(folder, config.steps)
 
 
-def process_state() -> PartialState:
-    """Rank and device of this process."""
+def process_state(config: FinetuneConfig) -> PartialState:
+    """Rank and device of this process in a run.
+
+    Raises:
+        ValueError: the device of ``config`` cannot be had.
+    """
+    device = pick_device(config.device, config.elimination is not None)
+    # Accelerate keeps the device of the first run for the whole process otherwise.
+    if PartialState._shared_state != {} and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
     # Said outright, because without a GPU Accelerate does not look for the other processes.
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=device.type == "cpu")
 
 
 def learning_rate(step: int, config: FinetuneConfig) -> float:
@@ -329,11 +338,12 @@ class _Run:
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
-    dtype = pick_dtype(config.dtype, process_state().device)
+    device = process_state(config).device
+    dtype = pick_dtype(config.dtype, device)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     # Accelerate keeps the precision of the first Accelerator for the whole process otherwise.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     if accelerator.distributed_type not in _DISTRIBUTED:
         raise ValueError(
             "accelerate: expected a single process or data parallelism on CPUs or GPUs, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lemo.files import write_file
-from lemo.training.config import FinetuneConfig
+from lemo.ops import supports_device
+from lemo.training.config import DEVICES, FinetuneConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "model_config.json"
+
+_log = logging.getLogger("lemo")
 
 
 def load_config(model: str, supported: Iterable[str] | None = None) -> PreTrainedConfig:
@@ -91,6 +95,39 @@ def _not_found(model: str, error: OSError) -> OSError:
     )
 
 
+def pick_device(name: str, elimination: bool) -> torch.device:
+    """The kind of device for a `device` setting.
+
+    Args:
+        name: "cpu", "cuda" or "auto": a CUDA GPU where there is one that will do.
+        elimination: whether lemo's ops are needed.
+
+    Raises:
+        ValueError: not one of these names, or "cuda" where it cannot be had.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {name!r}")
+    if name == "cpu":
+        return torch.device("cpu")
+    supported = not elimination or supports_device("cuda")
+    if name == "cuda":
+        if not supported:
+            raise ValueError(
+                "device: expected 'auto' or 'cpu', because lemo's ops run on the CPU only in this "
+                "version, got 'cuda'"
+            )
+        if not torch.cuda.is_available():
+            raise ValueError(
+                "device: expected 'auto' or 'cpu', because torch finds no CUDA GPU, got 'cuda'"
+            )
+        return torch.device("cuda")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not supported:
+        _log.info("on the CPU: not all of lemo's ops have CUDA kernels in this version")
+    return torch.device("cuda" if supported else "cpu")
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype for a `dtype` setting; "auto" is bfloat16 on a GPU that has it."""
     if name == "auto":
@@ -98,8 +135,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float32
     if name == "float16" and device.type != "cuda":
         raise ValueError(
-            f"dtype: float16 training needs a GPU, got the device '{device.type}'; "
-            "use float32 or bfloat16"
+            f"dtype: float16 needs a GPU, got the device '{device.type}'; use float32 or bfloat16"
         )
     return getattr(torch, name)
 

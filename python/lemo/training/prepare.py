@@ -16,8 +16,15 @@ from lemo.data.windows import first_windows, token_windows
 from lemo.predictors.prepare import PrepareSettings, Report, Window, prepare
 from lemo.predictors.storage import check_output
 from lemo.predictors.training import TrainingSettings
-from lemo.training.config import DTYPES, ROPE_SCALINGS, check_keys
-from lemo.training.model import extend_context, load_config, load_model, load_tokenizer, pick_dtype
+from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS, check_keys
+from lemo.training.model import (
+    extend_context,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
 
 __all__ = ["PrepareConfig", "prepare_from_documents"]
 
@@ -44,6 +51,7 @@ class PrepareConfig:
         rope_scaling: how a model is extended whose context is shorter than the longest window:
             "linear", "yarn", "dynamic" or "none"; give what fine-tuning will use.
         dtype: of the model: "float32", "bfloat16", "float16" or "auto".
+        device: "cpu", "cuda", or "auto": a CUDA GPU where there is one and lemo's ops run on it.
         disk_gib: limit of what lies on disk while it runs, in GiB.
         overwrite: replace the folder of an earlier preparation, or an empty one, at `output`.
 
@@ -73,6 +81,7 @@ class PrepareConfig:
     search_windows: int = 2
     rope_scaling: str = "linear"
     dtype: str = "auto"
+    device: str = "auto"
     disk_gib: float = 16.0
     seed: int = 0
     overwrite: bool = False
@@ -90,7 +99,11 @@ class PrepareConfig:
         for name in ("windows", "held_out_windows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name, choices in (("rope_scaling", ROPE_SCALINGS), ("dtype", DTYPES)):
+        for name, choices in (
+            ("rope_scaling", ROPE_SCALINGS),
+            ("dtype", DTYPES),
+            ("device", DEVICES),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}"
@@ -138,6 +151,7 @@ def prepare_from_documents(
     """
     output = Path(config.output)
     check_output(output, config.overwrite)
+    device = pick_device(config.device, elimination=True)
     model_config = load_config(config.model)
     extend_context(model_config, max(config.lengths), config.rope_scaling)
     tokenizer = load_tokenizer(config.model)
@@ -162,7 +176,6 @@ def prepare_from_documents(
         )
     ]
     report("documents", 1, 1, f"{len(windows)} training windows, {len(tests)} held out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config.model, model_config, pick_dtype(config.dtype, device)).to(device)
     return prepare(model, windows, tests, output, config.settings(), config.overwrite, report)
 
