@@ -278,6 +278,12 @@ def test_fit_prunes_to_the_target_and_still_learns():
     assert mean_recall(module, profile, planted("attention", 16, seed=1), 0.5) >= 0.85
 
 
+def test_a_training_shorter_than_the_interval_still_shrinks_to_the_target():
+    settings = TrainingSettings(steps=6, windows_per_step=1, prune_every=50, prune_to=0.5)
+    _, _, result = run_fit("attention", settings)
+    assert result.hidden_units == (32, 16)
+
+
 def test_mlp_labels_are_means_over_blocks():
     layout = BlockLayout.from_seqlens([2 * BLOCK + 3], BLOCK)
     activation = torch.randn(layout.num_tokens, 5, generator=generator())

@@ -78,7 +78,12 @@ class TrainingSettings:
         """Steps after which units are pruned; the last third of the training is for recovery."""
         if self.prune_every == 0:
             return []
-        return list(range(self.prune_every, self.steps * 2 // 3 + 1, self.prune_every))
+        last = max(self.steps * 2 // 3, 1)
+        prunings = list(range(self.prune_every, last + 1, self.prune_every))
+        if not prunings and self.prune_to is not None:
+            # Too short for an interval; the size that was asked for is reached all the same.
+            prunings = [last]
+        return prunings
 
 
 @dataclass(frozen=True)
