@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
+from lemo import _C
 from lemo.ops import supports_device
 from lemo.training import model as module
 from lemo.training.config import FinetuneConfig
@@ -108,7 +109,7 @@ def test_dtypes():
         ("cpu", False, True, True, "cpu"),
         ("cuda", True, True, True, "cuda"),
         ("cuda", False, True, False, "cuda"),
-        ("cuda", True, True, False, "because lemo's ops run on the CPU only"),
+        ("cuda", True, True, False, "because elimination needs a lemo that was built with CUDA"),
         ("cuda", True, False, True, "because torch finds no CUDA GPU, got 'cuda'"),
         ("cuda", False, False, False, "because torch finds no CUDA GPU, got 'cuda'"),
         ("gpu", False, True, True, "device: expected one of auto, cpu, cuda, got 'gpu'"),
@@ -124,8 +125,21 @@ def test_devices(monkeypatch, name, elimination, gpu, kernels, expected):
             pick_device(name, elimination)
 
 
-def test_the_ops_run_on_the_cpu_only_in_this_version():
-    assert [supports_device(kind) for kind in ("cpu", "cuda", "meta")] == [True, False, False]
+@pytest.mark.parametrize(
+    ("built", "gpu", "capability", "expected"),
+    [
+        (True, True, (8, 0), True),
+        (True, True, (12, 0), True),
+        (True, True, (7, 5), False),
+        (False, True, (9, 0), False),
+        (True, False, None, False),
+    ],
+)
+def test_what_the_ops_need_of_a_gpu(monkeypatch, built, gpu, capability, expected):
+    monkeypatch.setattr(_C, "build_info", lambda: {"cuda": built})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert [supports_device(kind) for kind in ("cpu", "cuda", "meta")] == [True, expected, False]
 
 
 def test_models_that_cannot_be_loaded(tmp_path):

@@ -1,15 +1,24 @@
 """Which devices the ops run on."""
 
-# The device types on which every op of a training step has a kernel. residual_scatter and
-# select_norm have CUDA kernels already, but the method needs all ops on one device.
-_DEVICE_TYPES = frozenset({"cpu"})
+import torch
+
+from lemo import _C
+
+# What the kernels are written for: mma.sync with bf16 and cp.async (sm_80).
+_LEAST_CAPABILITY = (8, 0)
 
 
 def supports_device(device_type: str) -> bool:
-    """Whether all ops that elimination needs run on a device type ("cpu", "cuda").
+    """Whether all ops that elimination needs run on a device type ("cpu", "cuda") of this machine.
 
-    The one place that knows. "cuda" is not in it yet: single ops take CUDA tensors where the
-    library is built with CUDA, but the scores, the selection, the attention and the loss have no
-    CUDA kernels and raise NotImplementedError there.
+    The one place that knows. "cuda" needs a build with CUDA kernels and a current GPU of compute
+    capability 8.0 or higher.
     """
-    return device_type in _DEVICE_TYPES
+    if device_type == "cpu":
+        return True
+    return (
+        device_type == "cuda"
+        and _C.build_info()["cuda"]
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability() >= _LEAST_CAPABILITY
+    )

@@ -32,6 +32,11 @@ MODEL_CONFIG = "model_config.json"
 
 _log = logging.getLogger("lemo")
 
+_NO_KERNELS = (
+    "elimination needs a lemo that was built with CUDA, and a GPU of compute capability 8.0 or "
+    "higher"
+)
+
 
 def load_config(model: str, supported: Iterable[str] | None = None) -> PreTrainedConfig:
     """Configuration of a model folder or hub name.
@@ -109,22 +114,16 @@ def pick_device(name: str, elimination: bool) -> torch.device:
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
-    supported = not elimination or supports_device("cuda")
-    if name == "cuda":
-        if not supported:
-            raise ValueError(
-                "device: expected 'auto' or 'cpu', because lemo's ops run on the CPU only in this "
-                "version, got 'cuda'"
-            )
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device: expected 'auto' or 'cpu', because torch finds no CUDA GPU, got 'cuda'"
-            )
-        return torch.device("cuda")
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not supported:
-        _log.info("on the CPU: not all of lemo's ops have CUDA kernels in this version")
+    found = torch.cuda.is_available()
+    supported = found and (not elimination or supports_device("cuda"))
+    if name == "cuda" and not found:
+        raise ValueError(
+            "device: expected 'auto' or 'cpu', because torch finds no CUDA GPU, got 'cuda'"
+        )
+    if name == "cuda" and not supported:
+        raise ValueError(f"device: expected 'auto' or 'cpu', because {_NO_KERNELS}, got 'cuda'")
+    if found and not supported:
+        _log.info("on the CPU: %s", _NO_KERNELS)
     return torch.device("cuda" if supported else "cpu")
 
 
