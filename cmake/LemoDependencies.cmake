@@ -1,7 +1,7 @@
 # Finds what lemo builds against; every failure says what to do.
 #
 # Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch, pybind11,
-# GTest::gtest_main and benchmark::benchmark_main.
+# GTest::gtest_main, benchmark::benchmark_main, lemo_copy_shared_library.
 
 find_package(OpenMP REQUIRED COMPONENTS CXX)
 if(LEMO_PYTHON)
@@ -31,6 +31,7 @@ endif()
 add_library(lemo_blas SHARED IMPORTED)
 set_target_properties(lemo_blas PROPERTIES
   IMPORTED_LOCATION "${blas_lib}/libscipy_openblas.so"
+  IMPORTED_SONAME libscipy_openblas.so
   INTERFACE_INCLUDE_DIRECTORIES "${blas_include}")
 
 # --- CUDA ----------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ if(LEMO_PYTHON)
 endif()
 
 # --- GoogleTest and Google Benchmark -------------------------------------------------------------
-if(LEMO_TESTS)
+if(LEMO_TESTS OR LEMO_GPU_TESTS)
   find_package(GTest)
   find_package(benchmark)
   if(NOT GTest_FOUND OR NOT benchmark_FOUND)
@@ -97,3 +98,17 @@ if(LEMO_TESTS)
       "apt-get install libgtest-dev libbenchmark-dev")
   endif()
 endif()
+if(LEMO_GPU_TESTS AND NOT LEMO_HAVE_CUDA)
+  message(FATAL_ERROR "LEMO_GPU_TESTS=ON needs the CUDA kernels: put nvcc on PATH")
+endif()
+
+# After `target` is built, copies the shared library of an imported target to `folder`, under the
+# name that the loader looks for.
+function(lemo_copy_shared_library target library folder)
+  get_target_property(type ${library} TYPE)
+  if(NOT type STREQUAL "SHARED_LIBRARY")
+    return()
+  endif()
+  add_custom_command(TARGET ${target} POST_BUILD COMMAND ${CMAKE_COMMAND} -E copy_if_different
+    "$<TARGET_FILE:${library}>" "${folder}/$<TARGET_SONAME_FILE_NAME:${library}>")
+endfunction()

@@ -28,9 +28,12 @@ class BlockLayout:
 
     @classmethod
     def from_seqlens(
-        cls, seqlens: list[int], block_size: int, device: torch.device | str = "cpu"
+        cls, seqlens: list[int], block_size: int, device: torch.device | str | None = None
     ) -> "BlockLayout":
-        """Cuts sequences into blocks; ValueError on a negative length or block_size < 1."""
+        """Cuts sequences into blocks, on torch's default device unless `device` names one.
+
+        ValueError on a negative length or block_size < 1.
+        """
         starts, cuts = _C.plan_blocks(list(seqlens), block_size)
         return cls(
             seqlens=tuple(seqlens),

@@ -21,13 +21,12 @@ constexpr DType dtype_of() {
     return DType::kOther;
 }
 
-/// A contiguous view of `values` with this shape.
-template <typename T>
-Tensor view(std::vector<T>& values, std::initializer_list<int64_t> shape) {
+inline Tensor contiguous_view(void* data, DType dtype, Device device,
+                              std::initializer_list<int64_t> shape) {
     Tensor tensor;
-    tensor.data = values.data();
-    tensor.dtype = dtype_of<T>();
-    tensor.device = Device::kCpu;
+    tensor.data = data;
+    tensor.dtype = dtype;
+    tensor.device = device;
     tensor.ndim = static_cast<int>(shape.size());
     size_t i = 0;
     for (const int64_t size : shape) tensor.shape[i++] = size;
@@ -37,6 +36,12 @@ Tensor view(std::vector<T>& values, std::initializer_list<int64_t> shape) {
         stride *= tensor.shape[i];
     }
     return tensor;
+}
+
+/// A contiguous view of `values` with this shape.
+template <typename T>
+Tensor view(std::vector<T>& values, std::initializer_list<int64_t> shape) {
+    return contiguous_view(values.data(), dtype_of<T>(), Device::kCpu, shape);
 }
 
 }  // namespace lemo::testing

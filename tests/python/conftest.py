@@ -29,6 +29,16 @@ def pytest_configure(config):
         torch.set_default_device(device)
 
 
+def pytest_collection_modifyitems(config, items):
+    # Not skipped: on a GPU these tests have nothing to say, so they are not part of the suite.
+    if config.getoption("--device") == "cpu":
+        return
+    dropped = [item for item in items if item.get_closest_marker("cpu_only")]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if not item.get_closest_marker("cpu_only")]
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
