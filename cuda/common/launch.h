@@ -24,13 +24,18 @@ inline void check_launch(const char* op) {
 template <typename Kernel>
 void reserve_shared_memory(const char* op, Kernel* kernel, size_t bytes) {
     if (bytes <= 48 * 1024) return;  // what every kernel may use unasked
-    const auto status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(bytes));
-    if (status != cudaSuccess) {
+    int device = 0, limit = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    // The limit first: a refusal of the attribute would stay behind as the thread's last error.
+    if (bytes > static_cast<size_t>(limit) ||
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(bytes)) != cudaSuccess) {
+        cudaGetLastError();
         throw Error(ErrorKind::kUnsupported,
                     std::string(op) + ": needs " + std::to_string(bytes) +
-                        " bytes of shared memory a block, more than this GPU gives: " +
-                        cudaGetErrorString(status));
+                        " bytes of shared memory a block; this GPU gives " +
+                        std::to_string(limit));
     }
 }
 

@@ -54,7 +54,7 @@ public:
         return values;
     }
 
-    void fill_zero() { require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset"); }
+    void fill_zero() const { require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset"); }
 
     T* data() const { return static_cast<T*>(data_); }
 
