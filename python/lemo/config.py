@@ -14,6 +14,7 @@ import yaml
 POLICIES = ("ratio", "threshold")
 SCORERS = ("pooled", "predictor", "random", "label")
 VISIBLE_KEYS = ("kept", "all")
+RECOMPUTE = ("auto", "none", "layer", "selective")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class LemoConfig:
         mask_loss: tokens that no sub-block kept do not count in the loss.
         loss_segment: rows of a loss segment; None: chosen so that its fp32 logits take at most 256
             MiB.
+        recompute: what backward computes a second time instead of storing it: "none"; "layer": all
+            of every layer but its gathered rows, the MLP a chunk of rows at a time; "selective":
+            the same, but attention's output is stored and its forward not repeated; "auto":
+            "layer" where the model's gradient checkpointing is on, nothing elsewhere.
         seed: for scorer "random".
 
     Raises:
@@ -77,12 +82,14 @@ class LemoConfig:
     schedule: tuple[tuple[float, float], ...] = ()
     mask_loss: bool = True
     loss_segment: int | None = None
+    recompute: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("scorer", self.scorer, SCORERS)
         _check_choice("visible_keys", self.visible_keys, VISIBLE_KEYS)
+        _check_choice("recompute", self.recompute, RECOMPUTE)
         _check_int("block_size", self.block_size, minimum=1)
         _check_int("keep_first", self.keep_first, minimum=0)
         _check_int("keep_last", self.keep_last, minimum=0)

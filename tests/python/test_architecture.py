@@ -42,6 +42,7 @@ EXPECTED_CONFIG_FIELDS = {
     "schedule",
     "mask_loss",
     "loss_segment",
+    "recompute",
     "seed",
 }
 

@@ -27,6 +27,7 @@ FULL = {
     "schedule": [[0.0, 0.25], [0.85, 1.0]],
     "mask_loss": False,
     "loss_segment": 4096,
+    "recompute": "selective",
     "seed": 7,
 }
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lemo import ops
 from lemo.models.batch import PackedBatch, apply_rotary, shape_of
+from lemo.models.linear import apply_linear, is_intercepted
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
 
@@ -177,7 +178,8 @@ class Adapter:
 
     def _heads(self, index: int, x: Tensor, name: str) -> Tensor:
         attention = self.layer(index).self_attn
-        return getattr(attention, name)(x).unflatten(-1, (-1, attention.head_dim))
+        projected = apply_linear(getattr(attention, name), x)
+        return projected.unflatten(-1, (-1, attention.head_dim))
 
     def rotated(self, index: int, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Queries and keys of every row of the batch, as attention multiplies them."""
@@ -186,20 +188,32 @@ class Adapter:
             apply_rotary(self.keys(index, x), batch.rotary),
         )
 
-    def attention_output(self, index: int, heads: Tensor) -> Tensor:
-        """What attention adds to the stream, [rows, H], from its heads [rows, Hq, D]."""
-        return getattr(self.layer(index).self_attn, self.output_name)(heads.flatten(1))
+    def attention_output(self, index: int, heads: Tensor, values: bool = True) -> Tensor:
+        """What attention adds to the stream, [rows, H], from its heads [rows, Hq, D].
+
+        Without `values` only gradients of the result count.
+        """
+        projection = getattr(self.layer(index).self_attn, self.output_name)
+        return apply_linear(projection, heads.flatten(1), values)
 
     # MLP
 
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        """What the MLP adds to the stream, [rows, H]."""
-        return self.layer(index).mlp(x)
+    @property
+    def mlp_width(self) -> int:
+        """Features of the MLP's activation."""
+        return self.config.intermediate_size
+
+    def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
+        """What the MLP adds to the stream, [rows, H]; `values` as for `attention_output`."""
+        mlp = self.layer(index).mlp
+        if is_intercepted(mlp):
+            return mlp(x)
+        return apply_linear(mlp.down_proj, self.activation(index, x), values)
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
         mlp = self.layer(index).mlp
-        return mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+        return mlp.act_fn(apply_linear(mlp.gate_proj, x)) * apply_linear(mlp.up_proj, x)
 
     # Output
 
@@ -290,15 +304,20 @@ class OPTAdapter(Adapter):
             inputs_embeds = decoder.project_in(inputs_embeds)
         return inputs_embeds + positions.to(inputs_embeds.device)
 
-    def attention_output(self, index: int, heads: Tensor) -> Tensor:
-        return self._drop(index, super().attention_output(index, heads))
+    def attention_output(self, index: int, heads: Tensor, values: bool = True) -> Tensor:
+        return self._drop(index, super().attention_output(index, heads, values))
 
-    def mlp(self, index: int, x: Tensor) -> Tensor:
-        return self._drop(index, self.layer(index).fc2(self.activation(index, x)))
+    @property
+    def mlp_width(self) -> int:
+        return self.config.ffn_dim
+
+    def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
+        activation = self.activation(index, x)
+        return self._drop(index, apply_linear(self.layer(index).fc2, activation, values))
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         layer = self.layer(index)
-        return layer.activation_fn(layer.fc1(x))
+        return layer.activation_fn(apply_linear(layer.fc1, x))
 
     def stream_output(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.decoder.final_layer_norm is None:
@@ -347,17 +366,6 @@ def active_module(module: nn.Module) -> nn.Module:
     if module.disable_adapters or not active or active[0] not in module.modules_to_save:
         return module.original_module
     return module.modules_to_save[active[0]]
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's forward: hooks, a replaced forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def _is_transformers_rms_norm(module: nn.Module) -> bool:

@@ -9,11 +9,13 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
 from lemo.layout import Selection
 from lemo.models.adapters import Adapter
 from lemo.models.batch import PackedBatch, apply_rotary
+from lemo.models.recompute import Unit, is_plain_checkpoint, recomputed
 from lemo.scorers import Scorer
 from lemo.selection import Selector
 
@@ -29,6 +31,7 @@ class Decoder:
         scorer: where block scores come from.
         keys_from_all_rows: rows that are not kept still serve as keys and values.
         group_size: tokens of a shifted attention group; 0: no groups.
+        recompute: as in `LemoConfig`.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class Decoder:
         scorer: Scorer,
         keys_from_all_rows: bool = False,
         group_size: int = 0,
+        recompute: str = "auto",
     ) -> None:
         self.adapter = adapter
         self.selector = selector
         self._scorer = scorer
         self._keys_from_all_rows = keys_from_all_rows
         self._group_size = group_size
+        self._recompute = recompute
 
     def run(
         self, batch: PackedBatch, x: Tensor, visit_stream: Callable[[Tensor], None] | None = None
@@ -65,16 +70,18 @@ class Decoder:
 
     def _layer(self, index: int, batch: PackedBatch, x: Tensor) -> Tensor:
         attention = self._select(index, "attention", batch, x)
-        checkpoint = self._checkpoint_function(index)
         one_set = self.selector.mlp_shares and self._keys(attention) is attention
-        if checkpoint is not None and one_set:
+        how = self._how(index)
+        if how != "none" and one_set:
             # One kept set: the layer runs on rows gathered once, and stores nothing but these.
-            self._select(index, "mlp", batch, x)
+            mlp = self._select(index, "mlp", batch, x)
+            if isinstance(how, str):
+                return self._recomputed(index, batch, x, how, attention, mlp)
             layer = partial(self._layer_of_rows, index, batch, attention)
-            return self._checkpointed(checkpoint, layer, x, attention.rows)
-        x = self._attention(index, batch, x, attention, checkpoint)
+            return self._checkpointed(how, layer, x, attention.rows)
+        x = self._attention(index, batch, x, attention, how)
         mlp = self._select(index, "mlp", batch, x)
-        return self._mlp(index, x, mlp, checkpoint)
+        return self._mlp(index, batch, x, mlp, how)
 
     def _select(self, index: int, kind: str, batch: PackedBatch, x: Tensor) -> Selection:
         adapter = self.adapter
@@ -91,10 +98,47 @@ class Decoder:
             return selection
         return Selection.everything(selection.layout)
 
-    def _checkpoint_function(self, index: int) -> Callable | None:
+    def _how(self, index: int) -> str | Callable:
+        """How a layer is computed again in backward: a mode of lemo, or a function of the user."""
         layer = self.adapter.layer(index)
-        enabled = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
-        return layer._gradient_checkpointing_func if enabled else None
+        if not (layer.training and torch.is_grad_enabled()):
+            return "none"
+        mode: str | Callable = self._recompute
+        if mode == "auto":
+            mode = "none"
+            if layer.gradient_checkpointing:
+                function = layer._gradient_checkpointing_func
+                mode = "layer" if is_plain_checkpoint(function) else function
+        if mode in ("layer", "selective") and any(p._backward_hooks for p in layer.parameters()):
+            # Their hooks would see the gradients of the unit's inside, too.
+            return partial(checkpoint, use_reentrant=False)
+        return mode
+
+    def _recomputed(
+        self,
+        index: int,
+        batch: PackedBatch,
+        x: Tensor,
+        mode: str,
+        attention: Selection | None,
+        mlp: Selection | None,
+    ) -> Tensor:
+        """One or both sub-blocks on the stream, computed again in backward."""
+        adapter = self.adapter
+        attend = of_rows = None
+        written = attention if mlp is None else mlp
+        read = written
+        if attention is not None:
+            read = self._keys(attention)
+            norm = adapter.attention_norm(index)
+            attend = partial(self._attend, index, batch, attention, read, norm=norm)
+        if mlp is not None:
+            of_rows = partial(self._mlp_of_rows, index)
+        unit = Unit(
+            attend, of_rows, written.rows, read.rows, adapter.mlp_width, mode == "selective"
+        )
+        parameters = [p for p in adapter.layer(index).parameters() if p.requires_grad]
+        return recomputed(x, unit, parameters)
 
     @staticmethod
     def _checkpointed(
@@ -110,27 +154,30 @@ class Decoder:
         batch: PackedBatch,
         x: Tensor,
         selection: Selection,
-        checkpoint: Callable | None,
+        how: str | Callable,
     ) -> Tensor:
         norm = self.adapter.attention_norm(index)
         keys = self._keys(selection)
-        if checkpoint is None:
+        if how == "none":
             x, xs = self.adapter.stream_norm(x, norm, keys.rows)
             y = self._attend(index, batch, selection, keys, xs)
+        elif isinstance(how, str):
+            return self._recomputed(index, batch, x, how, selection, None)
         else:
             x, x_rows = ops.stream_gather(x, keys.rows)
             attend = partial(self._attend, index, batch, selection, keys, norm=norm)
-            y = checkpoint(attend, x_rows)
+            y = how(attend, x_rows)
         return ops.residual_scatter_(x, y, selection.rows)
 
     def _mlp(
-        self, index: int, x: Tensor, selection: Selection, checkpoint: Callable | None
+        self, index: int, batch: PackedBatch, x: Tensor, selection: Selection, how: str | Callable
     ) -> Tensor:
-        if checkpoint is not None:
-            mlp = partial(self._mlp_of_rows, index)
-            return self._checkpointed(checkpoint, mlp, x, selection.rows)
-        x, xs = self.adapter.stream_norm(x, self.adapter.mlp_norm(index), selection.rows)
-        return ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
+        if how == "none":
+            x, xs = self.adapter.stream_norm(x, self.adapter.mlp_norm(index), selection.rows)
+            return ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
+        if isinstance(how, str):
+            return self._recomputed(index, batch, x, how, None, selection)
+        return self._checkpointed(how, partial(self._mlp_of_rows, index), x, selection.rows)
 
     def _layer_of_rows(
         self, index: int, batch: PackedBatch, selection: Selection, x_rows: Tensor
@@ -140,9 +187,9 @@ class Decoder:
         attended = self._attend(index, batch, selection, selection, x_rows, norm=norm)
         return attended + self._mlp_of_rows(index, x_rows + attended)
 
-    def _mlp_of_rows(self, index: int, x_rows: Tensor) -> Tensor:
+    def _mlp_of_rows(self, index: int, x_rows: Tensor, values: bool = True) -> Tensor:
         normalized = self.adapter.normalize(x_rows, self.adapter.mlp_norm(index))
-        return self.adapter.mlp(index, normalized)
+        return self.adapter.mlp(index, normalized, values)
 
     def _attend(
         self,
@@ -152,6 +199,8 @@ class Decoder:
         keys: Selection,
         xs: Tensor,
         norm: nn.Module | None = None,
+        attention: Callable[..., Tensor] = ops.segment_attention,
+        values: bool = True,
     ) -> Tensor:
         """What attention adds to the kept rows, [R, H].
 
@@ -160,6 +209,8 @@ class Decoder:
             keys: the rows that answer: `selection` itself, or everything.
             xs: [Rk, H], the rows of `keys`.
             norm: normalizes `xs` first; None: `xs` is normalized already.
+            attention: takes the place of `ops.segment_attention`.
+            values: False where only gradients of the result count.
         """
         adapter, shared = self.adapter, keys is selection
         if norm is not None:
@@ -169,7 +220,7 @@ class Decoder:
         k = apply_rotary(adapter.keys(index, xs), batch.rotary_of(keys))
         v = adapter.values(index, xs)
         # Under autocast the projections give its dtype, and the fp32 rotation promotes.
-        heads = ops.segment_attention(
+        heads = attention(
             q.to(v.dtype),
             k.to(v.dtype),
             v,
@@ -181,4 +232,4 @@ class Decoder:
             window=adapter.window(index),
             group_size=self._group_size,
         )
-        return adapter.attention_output(index, heads)
+        return adapter.attention_output(index, heads, values)

@@ -82,6 +82,7 @@ class Handle:
             self._scorer,
             keys_from_all_rows=config.visible_keys == "all",
             group_size=config.group_size or 0,
+            recompute=config.recompute,
         )
         self._installed = [
             _replace_forward(adapter.causal_lm, self, Handle._causal_lm_forward),

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lemo.ops._call import call
 
@@ -79,3 +80,51 @@ def segment_attention(
     cu_k = cu_q if cu_k is None else cu_k
     arguments = (q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size)
     return call(_ops.segment_attention, *arguments)[0]
+
+
+class KnownAttention:
+    """`segment_attention` that keeps its result, or that is given it, so that it runs only once.
+
+    Without a result a call computes and keeps it; it must not need a gradient. With one a call
+    returns `out` as a differentiable function of q, k and v, of which it is the result.
+
+    Attributes:
+        result: (out [Rq, Hq, D], lse [Hq, Rq] fp32), or empty before the first call.
+    """
+
+    def __init__(self, *result: Tensor) -> None:
+        self.result = result
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        q_positions: Tensor | None,
+        k_positions: Tensor | None,
+        scale: float,
+        window: int,
+        group_size: int,
+    ) -> Tensor:
+        """As `segment_attention`; shapes and errors are the same."""
+        arguments = (cu_q, cu_k, q_positions, k_positions, scale, window, group_size)
+        if self.result:
+            return _Known.apply(q, k, v, *self.result, *arguments)
+        self.result = call(_ops.segment_attention, q, k, v, *arguments)
+        return self.result[0]
+
+
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions, *settings):
+        ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions)
+        ctx.settings = settings
+        return out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        grads = call(_ops.segment_attention_backward, dout, *ctx.saved_tensors, *ctx.settings)
+        return *grads, *[None] * 9
