@@ -3,11 +3,25 @@
 #
 # Both work on a fresh machine: they make a virtual environment in .venv (VENV=... for another one, PYTHON=... for the
 # interpreter, TORCH=... for the torch to install there). `make develop` builds in place for the active environment.
+#
+# On a machine with a GPU, for the active environment (they fail where there is no GPU):
+#
+# make gpu-test       the C++ tests of the CUDA kernels, and the Python suite with --device cuda
+# make gpu-sanitize   compute-sanitizer over them
+# make gpu-bench      times of the kernels
+#
+# PREBUILT=1 skips the build: python/lemo/*.so and build/develop/gpu were built elsewhere and copied here.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 # Names of CMake options, for example CMAKE_ARGS="-DLEMO_CUDA=OFF".
 export CMAKE_ARGS ?=
+PREBUILT ?=
+# The C++ tests of these kernels only, for gpu-test and gpu-sanitize: a filter of GoogleTest.
+GPU_FILTER ?= *
+# Where gpu-bench appends its figures, and what it says of the measured tree.
+GPU_FIGURES ?= build/gpu_ops.jsonl
+COMMIT ?= $(shell git rev-parse --short HEAD 2> /dev/null || echo unknown)
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" scipy-openblas32
@@ -15,7 +29,10 @@ SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so'
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
 
-.PHONY: demo test test-cpp test-python lint bench develop wheel clean help
+GPU_FOLDER := build/develop/gpu
+
+.PHONY: demo test test-cpp test-python lint bench develop wheel clean help \
+	gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +59,24 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" $(CMAKE_ARGS)
 	cmake --build build/develop
 	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
+
+gpu-build:
+ifeq ($(PREBUILT),)
+	$(MAKE) develop CMAKE_ARGS="-DLEMO_CUDA=ON -DLEMO_GPU_TESTS=ON $(CMAKE_ARGS)"
+endif
+
+gpu-test: gpu-build  ## tests on a GPU, for the active environment
+	@status=0; \
+	$(GPU_FOLDER)/lemo_gpu_tests --gtest_brief=1 --gtest_filter='$(GPU_FILTER)' || status=1; \
+	PYTHONPATH=python python -m pytest --device cuda || status=1; \
+	exit $$status
+
+gpu-sanitize: gpu-build  ## compute-sanitizer over the tests on a GPU
+	scripts/gpu_sanitize.sh $(GPU_FOLDER) python '$(GPU_FILTER)'
+
+gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyTorch's
+	$(GPU_FOLDER)/lemo_gpu_bench
+	PYTHONPATH=python python benchmarks/gpu_ops.py --output $(GPU_FIGURES) --commit $(COMMIT)
 
 wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
 	rm -rf dist
