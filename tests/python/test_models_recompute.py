@@ -105,7 +105,7 @@ def test_dropout_draws_the_same_numbers_again(name, how):
 def test_dropout_in_chunks_is_the_same_in_both_passes():
     """Against differences of the loss, as chunks draw other numbers than whole layers."""
     model, batch = lora(make_model("llama"), lora_dropout=0.3), BATCHES["packed"]()
-    loss, found = run(model, batch, "layer", **SETTINGS["everything"])
+    _, found = run(model, batch, "layer", **SETTINGS["everything"])
     parameters = [p for p in model.parameters() if p.requires_grad]
     step, losses = 1e-2 / all_of(found).norm(), []
     for sign in (1, -1):
