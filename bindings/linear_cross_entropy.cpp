@@ -9,7 +9,7 @@ using Results = std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, T
 
 Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTensor bias,
                              TorchTensor labels, int64_t ignore_index, int64_t segment_rows,
-                             bool weight_grad) {
+                             bool hidden_grad, bool weight_grad) {
     const TorchTensor rows = to_contiguous(hidden), matrix = to_contiguous(weight);
     const TorchTensor targets = to_contiguous(labels);
     const OptionalTensor offsets = to_contiguous(bias);
@@ -21,18 +21,28 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
 
     TorchTensor loss = make_empty(rows, {}, ScalarType::Float);
     TorchTensor count = make_empty(rows, {}, ScalarType::Long);
-    TorchTensor dhidden = make_empty(rows, {rows.size(0), rows.size(1)});
+    TorchTensor dhidden = hidden_grad ? make_empty(rows, {rows.size(0), rows.size(1)})
+                                      : make_empty(rows, {0});
     const bool bias_grad = weight_grad && offsets;
     TorchTensor dweight = weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)})
                                       : make_empty(matrix, {0});
     TorchTensor dbias =
         bias_grad ? make_empty(*offsets, {offsets->size(0)}) : make_empty(matrix, {0});
-    run("linear_cross_entropy", rows,
-        LinearCrossEntropyParams{view(rows), view(matrix), view(offsets), view(targets),
-                                 ignore_index, segment_rows, view(loss), view(count), view(dhidden),
-                                 weight_grad ? view(dweight) : Tensor{},
-                                 bias_grad ? view(dbias) : Tensor{}},
-        linear_cross_entropy_cpu, nullptr);
+    LinearCrossEntropyParams params{view(rows), view(matrix), view(offsets), view(targets),
+                                    ignore_index, segment_rows, view(loss), view(count),
+                                    hidden_grad ? view(dhidden) : Tensor{},
+                                    weight_grad ? view(dweight) : Tensor{},
+                                    bias_grad ? view(dbias) : Tensor{}};
+    OptionalTensor scratch;  // torch's allocator hands it out again, in the order of the stream
+    int64_t (*const scratch_bytes)(const LinearCrossEntropyParams&) =
+        LEMO_CUDA_KERNEL(linear_cross_entropy_scratch_bytes);
+    if (params.hidden.device == Device::kCuda && scratch_bytes != nullptr) {
+        lemo::check(params);
+        scratch = make_empty(rows, {scratch_bytes(params)}, ScalarType::Byte);
+        params.scratch = scratch->data_ptr();
+    }
+    run("linear_cross_entropy", rows, params, linear_cross_entropy_cpu,
+        LEMO_CUDA_KERNEL(linear_cross_entropy_cuda));
     return {loss, count, dhidden, dweight, dbias};
 }
 
@@ -41,7 +51,7 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
         "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-        "int ignore_index, int segment_rows, bool weight_grad) "
+        "int ignore_index, int segment_rows, bool hidden_grad, bool weight_grad) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

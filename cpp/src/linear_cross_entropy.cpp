@@ -91,7 +91,7 @@ public:
                     row_loss(logits_.get() + r * stride_, vocabulary_, label_[used[r]]);
             });
             for (int64_t r = 0; r < end - first; ++r) loss += losses_[static_cast<size_t>(r)];
-            store_hidden_gradient(used, end - first);
+            if (params_.dhidden) store_hidden_gradient(used, end - first);
             if (params_.dweight) add_weight_gradients(end - first);
         }
         *params_.loss.as<float>() = static_cast<float>(loss);
@@ -105,7 +105,7 @@ private:
         for (int64_t r = 0; r < rows_; ++r) {
             if (label_[r] != params_.ignore_index) used_.push_back(r);
         }
-        if (static_cast<int64_t>(used_.size()) == rows_) return;
+        if (!params_.dhidden || static_cast<int64_t>(used_.size()) == rows_) return;
         cpu::dispatch_float(params_.dhidden.dtype, [&]<typename T>(T) {
             T* to = params_.dhidden.as<T>();
             for (int64_t r = 0; r < rows_; ++r) {

@@ -1,28 +1,40 @@
-// Sums over the threads of a block.
+// Sums and maxima over the threads of a block.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace lemo::cuda {
 
-/// Floats of shared memory that block_sum needs.
+/// Floats of shared memory that a reduction needs.
 inline constexpr int kReduceScratch = 32;
 
-/// The sum of every thread's value, the same bits in every thread. All threads take part.
-template <int kThreads>
-__device__ __forceinline__ float block_sum(float value, float* scratch) {
+/// `combine` over every thread's value in a fixed order, the same bits in every thread. All threads
+/// take part; `scratch` may be that of an earlier reduction.
+template <int kThreads, typename T, typename Combine>
+__device__ __forceinline__ T block_reduce(T value, T* scratch, Combine&& combine) {
     static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps of one block");
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) {
-        value += __shfl_xor_sync(0xffffffffu, value, offset);
+        value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
     }
-    __syncthreads();  // scratch may still be read from an earlier sum
+    __syncthreads();  // scratch may still be read from an earlier reduction
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();
-    float sum = 0;
+    T result = scratch[0];
 #pragma unroll
-    for (int warp = 0; warp < kThreads / 32; ++warp) sum += scratch[warp];
-    return sum;
+    for (int warp = 1; warp < kThreads / 32; ++warp) result = combine(result, scratch[warp]);
+    return result;
+}
+
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_sum(T value, T* scratch) {
+    return block_reduce<kThreads>(value, scratch, [](T a, T b) { return a + b; });
+}
+
+/// The largest value; NaN counts as the smallest.
+template <int kThreads>
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+    return block_reduce<kThreads>(value, scratch, [](float a, float b) { return fmaxf(a, b); });
 }
 
 }  // namespace lemo::cuda

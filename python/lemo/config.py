@@ -53,8 +53,8 @@ class LemoConfig:
             `keep` and `keep_mlp` in all layers that are not dense, cut by ratio. 1.0 is a dense
             finish.
         mask_loss: tokens that no sub-block kept do not count in the loss.
-        loss_segment: rows of a loss segment; None: chosen so that its fp32 logits take at most 256
-            MiB.
+        loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
+            (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all
             of every layer but its gathered rows, the MLP a chunk of rows at a time; "selective":
             the same, but attention's output is stored and its forward not repeated; "auto":

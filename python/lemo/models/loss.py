@@ -35,7 +35,7 @@ def causal_lm_loss(
         x: [T, H], the residual stream after the last layer.
         labels: [B, S]; the token at t is predicted from t - 1.
         untouched: [T] bool, rows whose own prediction does not count; None: all count.
-        segment_rows: rows whose logits exist at a time; None: 256 MiB of fp32 logits.
+        segment_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
         shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
         num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
             untouched rows drop labels, it shrinks by the same share, so that it stays a mean.

@@ -9,23 +9,25 @@ from lemo.ops._call import call
 _ops = torch.ops.lemo
 
 SEGMENT_BYTES = 256 * 2**20
-"""What the fp32 logits of a segment take at most, unless `segment_rows` is given."""
+"""What the fp32 logits of a segment take at most on the CPU, unless `segment_rows` is given."""
+
+_CUDA_SEGMENT_BYTES = 768 * 2**20
 
 
 @torch.library.register_fake("lemo::linear_cross_entropy")
-def _(hidden, weight, bias, labels, ignore_index, segment_rows, weight_grad):
+def _(hidden, weight, bias, labels, ignore_index, segment_rows, hidden_grad, weight_grad):
     has_dbias = weight_grad and bias is not None
     return (
         hidden.new_empty((), dtype=torch.float32),
         hidden.new_empty((), dtype=torch.int64),
-        hidden.new_empty(hidden.shape),
+        hidden.new_empty(hidden.shape if hidden_grad else 0),
         weight.new_empty(weight.shape if weight_grad else 0),
         bias.new_empty(bias.shape) if has_dbias else weight.new_empty(0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, bias, *_, ctx.weight_grad = inputs
+    _, _, bias, *_, ctx.hidden_grad, ctx.weight_grad = inputs
     ctx.has_bias = bias is not None
     _, count, *grads = output
     ctx.mark_non_differentiable(count, *grads)
@@ -36,23 +38,40 @@ def _backward(ctx, dloss, *_):
     # Scaled out of place, so that a second backward through a retained graph is right as well. A
     # scalar tensor of fp32 does not widen the gradients, nor is it rounded to their dtype.
     dhidden, dweight, dbias = ctx.saved_tensors
-    if not ctx.weight_grad and any(ctx.needs_input_grad[1:3]):
-        raise ValueError(
-            "linear_cross_entropy: argument 'weight_grad': expected True, as 'weight' or 'bias' "
-            "requires a gradient, got False"
-        )
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    for flag, given, needed, who in (
+        ("hidden_grad", ctx.hidden_grad, needs_hidden, "'hidden'"),
+        ("weight_grad", ctx.weight_grad, needs_weight or needs_bias, "'weight' or 'bias'"),
+    ):
+        if needed and not given:
+            raise ValueError(
+                f"linear_cross_entropy: argument '{flag}': expected True, as {who} requires a "
+                "gradient, got False"
+            )
     return (
         dhidden * dloss if needs_hidden else None,
         dweight * dloss if needs_weight else None,
         dbias * dloss if needs_bias and ctx.has_bias else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 
 torch.library.register_autograd(
     "lemo::linear_cross_entropy", _backward, setup_context=_setup_context
 )
+
+
+def _plan_segment(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of a segment where the caller names none."""
+    rows, vocabulary = hidden.shape[0], max(weight.shape[0], 1)
+    if hidden.device.type == "cpu":
+        return _C.plan_loss_segment(rows, vocabulary, SEGMENT_BYTES)
+    # Logits have the dtype of hidden; the planner counts four bytes each.
+    budget = _CUDA_SEGMENT_BYTES * 4 // hidden.dtype.itemsize
+    segment = _C.plan_loss_segment(rows, vocabulary, budget)
+    # Tiles of the product for dhidden, 128 rows high, then fill the SMs in (nearly) whole waves,
+    # which just a few rows more would not.
+    return segment if segment >= rows else 1 << (segment.bit_length() - 1)
 
 
 def linear_cross_entropy(
@@ -66,17 +85,24 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of `hidden @ weight.T + bias`; the logits never exist all at once.
 
-    The loss and its gradients are computed in the forward pass from the fp32 logits of
-    `segment_rows` rows at a time (LeMo, section 5.3: segmented loss), which is about all the memory
-    that is taken beyond inputs and gradients. Rows with ignored labels cost nothing.
+    The loss and its gradients are computed in the forward pass from the logits of `segment_rows`
+    rows at a time (LeMo, section 5.3: segmented loss), which is about all the memory that is taken
+    beyond inputs and gradients. On the CPU logits are fp32 and rows with ignored labels cost
+    nothing. On a GPU logits have the dtype of `hidden` (as PyTorch's own would), sums are fp32, and
+    rows with ignored labels cost as much as others, since nothing is read back: pick the rows
+    first where many are ignored. Gradients of weight and bias are summed over the segments in fp32
+    and rounded once; on a GPU that takes V * H * 4 bytes while it runs, unless weight is fp32 or
+    one segment holds all rows.
 
     Args:
         hidden: [R, H] float.
-        weight: [V, H] float, as of `nn.Linear`; may differ from `hidden` in dtype.
-        labels: [R] int64, in [0, V) or `ignore_index`. Nothing is shifted here.
-        bias: [V] float.
+        weight: [V, H] float, as of `nn.Linear`; on the CPU it may differ from `hidden` in dtype.
+        labels: [R] int64, in [0, V) or `ignore_index`. Nothing is shifted here. Another label
+            raises on the CPU; on a GPU it makes the loss NaN.
+        bias: [V] float, may differ from `hidden` in dtype.
         ignore_index: label of rows that do not count.
-        segment_rows: rows of a segment; None: as many as fit their logits into 256 MiB.
+        segment_rows: rows of a segment; None: as many as fit their logits into 256 MiB on the CPU
+            and 768 MiB on a GPU.
         divisor: what the sum over the labels is divided by, a positive number or a scalar tensor
             (Transformers' `num_items_in_batch`); None: the number of labels that count.
 
@@ -87,19 +113,21 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, label or the divisor does not fit.
+        NotImplementedError: on a GPU, `weight` has another dtype than `hidden`, or there is no
+            cuBLAS.
     """
     if segment_rows is None:
-        segment_rows = _C.plan_loss_segment(hidden.shape[0], max(weight.shape[0], 1), SEGMENT_BYTES)
+        segment_rows = _plan_segment(hidden, weight)
     if not isinstance(divisor, Tensor) and divisor is not None and not divisor > 0:
         raise ValueError(
             "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "
             f"None, got {divisor}"
         )
-    weight_grad = torch.is_grad_enabled() and (
-        weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    arguments = (hidden, weight, bias, labels, ignore_index, segment_rows, weight_grad)
-    total, count, *_ = call(_ops.linear_cross_entropy, *arguments)
+    grad = torch.is_grad_enabled()
+    hidden_grad = grad and hidden.requires_grad
+    weight_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    arguments = (hidden, weight, bias, labels, ignore_index, segment_rows)
+    total, count, *_ = call(_ops.linear_cross_entropy, *arguments, hidden_grad, weight_grad)
     if divisor is None:
         divisor = count
     if isinstance(divisor, Tensor):
