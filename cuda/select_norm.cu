@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include "common/float_reader.h"
 #include "common/launch.h"
 #include "common/reduce.h"
 #include "common/vector.h"
@@ -22,42 +23,6 @@ constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 // Columns that one block of the weight-gradient kernel sums, and rows that it reads at a time.
 constexpr int kGradColumns = 32;
 constexpr int kGradRows = 16;
-
-/// A weight vector of any storage type, as floats.
-struct FloatReader {
-    const void* data;
-    DType dtype;
-
-    explicit FloatReader(const Tensor& tensor)
-        : data(tensor ? tensor.data : nullptr), dtype(tensor.dtype) {}
-
-    /// Elements i to i + n; all zero where there is no vector.
-    template <int n>
-    __device__ __forceinline__ cutlass::Array<float, n> load(int64_t i) const {
-        cutlass::Array<float, n> values;
-        values.clear();
-        if (data == nullptr) return values;
-        switch (dtype) {
-            case DType::kBFloat16: convert<cutlass::bfloat16_t>(values, i); break;
-            case DType::kFloat16: convert<cutlass::half_t>(values, i); break;
-            default: convert<float>(values, i);
-        }
-        return values;
-    }
-
-private:
-    template <typename T, int n>
-    __device__ __forceinline__ void convert(cutlass::Array<float, n>& values, int64_t i) const {
-        // At most 16 bytes an access, whatever the row's type makes n.
-        constexpr int kStep = n < kElements<T> ? n : kElements<T>;
-        CUTLASS_PRAGMA_UNROLL
-        for (int first = 0; first < n; first += kStep) {
-            const auto part = cuda::load_vector<kStep>(static_cast<const T*>(data) + i + first);
-            CUTLASS_PRAGMA_UNROLL
-            for (int e = 0; e < kStep; ++e) values[first + e] = float(part[e]);
-        }
-    }
-};
 
 /// Walks the vectors of a row that this thread owns: `load(i, width)` reads what starts at column
 /// i, `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that
@@ -99,7 +64,7 @@ struct GradVectors {
 
 struct ForwardArguments {
     const int32_t* rows;
-    FloatReader weight, bias;
+    cuda::FloatReader weight, bias;
     float eps;
     int64_t hidden;
     bool vectorised;
@@ -168,7 +133,7 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
 
 struct BackwardArguments {
     const int32_t* rows;
-    FloatReader weight;
+    cuda::FloatReader weight;
     int64_t hidden;
     bool vectorised;
     const float* mean;  // null for RMSNorm
@@ -281,8 +246,8 @@ void select_norm_cuda(const SelectNormParams& params, void* stream) {
         row_bytes, {params.x.data, params.y.data, params.x_rows ? params.x_rows.data : nullptr,
                     params.weight.data, params.bias ? params.bias.data : nullptr});
     const ForwardArguments args{params.rows ? params.rows.as<const int32_t>() : nullptr,
-                                FloatReader(params.weight),
-                                FloatReader(params.bias),
+                                cuda::FloatReader(params.weight),
+                                cuda::FloatReader(params.bias),
                                 static_cast<float>(params.eps),
                                 hidden,
                                 vectorised,
@@ -306,7 +271,7 @@ void select_norm_backward_cuda(const SelectNormBackwardParams& params, void* str
         hidden * bytes_of(params.dx.dtype),
         {params.dy.data, params.x_rows.data, params.dx.data, params.weight.data});
     const BackwardArguments args{params.rows ? params.rows.as<const int32_t>() : nullptr,
-                                 FloatReader(params.weight), hidden, vectorised,
+                                 cuda::FloatReader(params.weight), hidden, vectorised,
                                  params.kind == kLayer ? params.mean.as<const float>() : nullptr,
                                  params.rstd.as<const float>()};
     cuda::dispatch_float(params.dx.dtype, [&]<typename T>(T) {

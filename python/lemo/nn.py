@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from lemo import ops
-from lemo.models.batch import PackedBatch, apply_rotary
+from lemo.models.batch import PackedBatch
 
 __all__ = ["SegmentAttention", "register_attention", "rotary_tables"]
 
@@ -119,9 +119,11 @@ class SegmentAttention(nn.Module):
             projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rotary is not None:
+            q, k = ops.rope(q, *rotary), ops.rope(k, *rotary)
         heads = ops.segment_attention(
-            apply_rotary(q, rotary).to(v.dtype),
-            apply_rotary(k, rotary).to(v.dtype),
+            q,
+            k,
             v,
             cu_seqlens,
             q_positions=positions,

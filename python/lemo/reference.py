@@ -17,8 +17,10 @@ __all__ = [
     "linear_cross_entropy",
     "predictor",
     "residual_scatter",
+    "rope",
     "segment_attention",
     "select_norm",
+    "swiglu",
     "token_select",
 ]
 
@@ -150,6 +152,23 @@ def residual_scatter(x, y, rows) -> Tensor:
     if rows is None:
         return x + y
     return x.index_add(0, rows.long(), y.to(x.dtype))
+
+
+def rope(x, cos, sin, rows, transposed) -> Tensor:
+    """x * cos + (-x2, x1) * sin of the halves of every head, [R, heads, D], or its transpose."""
+    if rows is not None:
+        cos, sin = cos[rows.long()], sin[rows.long()]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    if transposed:
+        left, right = (x * sin).chunk(2, -1)
+        return x * cos + torch.cat((right, -left), -1)
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
+
+
+def swiglu(gate, up) -> Tensor:
+    """gate * sigmoid(gate) * up."""
+    return gate * torch.sigmoid(gate) * up
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Tensor, Tensor]:

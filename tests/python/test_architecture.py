@@ -17,10 +17,13 @@ EXPECTED_OPS = {
     "predictor_backward",
     "residual_scatter",
     "residual_scatter_backward",
+    "rope",
     "segment_attention",
     "segment_attention_backward",
     "select_norm",
     "select_norm_backward",
+    "swiglu",
+    "swiglu_backward",
     "token_select",
 }
 

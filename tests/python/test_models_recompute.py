@@ -273,7 +273,7 @@ def test_bytes_that_a_layer_stores(how, keep):
     stored = {
         "layer": dtype * hidden,
         "selective": 2 * dtype * hidden + 4 * heads,
-        # Two gathered inputs of norms, one output of a norm, q and out; k and v; gate, act, up.
-        "none": dtype * (5 * hidden + 2 * kv_heads * dim + 3 * width + 4 * rank) + 4 * (heads + 2),
+        # Two gathered inputs of norms, one output of a norm, q and out; k and v; gate and up.
+        "none": dtype * (5 * hidden + 2 * kv_heads * dim + 2 * width + 4 * rank) + 4 * (heads + 2),
     }[how]
     assert (sizes[1] - sizes[0]) / (layers[1] - layers[0]) == rows * stored

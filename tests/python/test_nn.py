@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import lemo.nn
 from lemo import reference
-from lemo.models.batch import PackedBatch, apply_rotary
+from lemo.models.batch import PackedBatch
 from tiny_models import (
     ARCHITECTURES,
     as_padded,
@@ -71,21 +71,6 @@ def rotated(heads, positions, theta=10000.0):
     turn = torch.polar(torch.ones(len(positions), half), positions[:, None] * frequency)
     pairs = torch.complex(heads[..., :half], heads[..., half:]) * turn[:, None]
     return torch.cat((pairs.real, pairs.imag), -1)
-
-
-def test_rotation_and_its_gradient():
-    x = torch.randn(7, 3, 6, dtype=torch.float64, requires_grad=True)
-    # Any tables: the two halves of a model's table are equal, which would hide a mix-up.
-    tables = torch.randn(2, 7, 6, dtype=torch.float64).unbind()
-    assert torch.autograd.gradcheck(lambda x: apply_rotary(x, tables), (x,))
-    cos, sin = (table[:, None] for table in tables)
-    left, right = x.chunk(2, -1)
-    expected = x * cos + torch.cat((-right, left), -1) * sin
-    assert torch.allclose(apply_rotary(x, tables), expected, rtol=1e-12)
-    low = x.detach().bfloat16().requires_grad_()
-    out = apply_rotary(low, tuple(table.float() for table in tables))
-    out.sum().backward()
-    assert (out.dtype, low.grad.dtype) == (torch.float32, torch.bfloat16)
 
 
 def test_positions_default_to_the_index_in_the_sequence():

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from lemo import ops
-from lemo.models.batch import PackedBatch, apply_rotary, shape_of
+from lemo.models.batch import PackedBatch, shape_of
 from lemo.models.linear import apply_linear, is_intercepted
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
@@ -148,7 +149,7 @@ class Adapter:
         if self.norm_kind == "layer":
             plain = type(norm) is nn.LayerNorm
         else:
-            plain = _is_transformers_rms_norm(norm)
+            plain = _is_transformers(norm, "RMSNorm")
         if not plain or is_intercepted(norm) or norm.weight is None or norm.weight.dtype != dtype:
             return None
         eps = norm.eps if self.norm_kind == "layer" else norm.variance_epsilon
@@ -183,10 +184,7 @@ class Adapter:
 
     def rotated(self, index: int, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Queries and keys of every row of the batch, as attention multiplies them."""
-        return (
-            apply_rotary(self.queries(index, x), batch.rotary),
-            apply_rotary(self.keys(index, x), batch.rotary),
-        )
+        return batch.rotate(self.queries(index, x)), batch.rotate(self.keys(index, x))
 
     def attention_output(self, index: int, heads: Tensor, values: bool = True) -> Tensor:
         """What attention adds to the stream, [rows, H], from its heads [rows, Hq, D].
@@ -206,14 +204,17 @@ class Adapter:
     def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         """What the MLP adds to the stream, [rows, H]; `values` as for `attention_output`."""
         mlp = self.layer(index).mlp
-        if is_intercepted(mlp):
+        if not _is_transformers(mlp, "MLP") or is_intercepted(mlp):
             return mlp(x)
         return apply_linear(mlp.down_proj, self.activation(index, x), values)
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
         mlp = self.layer(index).mlp
-        return mlp.act_fn(apply_linear(mlp.gate_proj, x)) * apply_linear(mlp.up_proj, x)
+        gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
+        if _is_silu(mlp.act_fn) and gate.dtype == up.dtype:
+            return ops.swiglu(gate, up)
+        return mlp.act_fn(gate) * up
 
     # Output
 
@@ -368,6 +369,11 @@ def active_module(module: nn.Module) -> nn.Module:
     return module.modules_to_save[active[0]]
 
 
-def _is_transformers_rms_norm(module: nn.Module) -> bool:
+def _is_transformers(module: nn.Module, ending: str) -> bool:
+    """Whether the class is one of Transformers' own of such a name: LlamaMLP, Qwen3RMSNorm, ..."""
     cls = type(module)
-    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith("RMSNorm")
+    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith(ending)
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    return type(activation) in (nn.SiLU, SiLUActivation) and not is_intercepted(activation)

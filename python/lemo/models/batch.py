@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo import ops
 from lemo.layout import BlockLayout, Selection
 
-__all__ = ["PackedBatch", "apply_rotary"]
+__all__ = ["PackedBatch"]
 
 
 class PackedBatch:
@@ -52,7 +52,6 @@ class PackedBatch:
             seqlens = [shape[1]] * shape[0]
         self.layout = BlockLayout.from_seqlens(seqlens, block_size, device)
         self._positions: Tensor | None = None
-        self._selected_rotary: tuple[Selection, tuple[Tensor, Tensor]] | None = None
 
     def _remove_padding(self, mask: Tensor) -> list[int]:
         if mask.ndim != 2 or tuple(mask.shape) != tuple(self.shape):
@@ -97,16 +96,11 @@ class PackedBatch:
         """Takes the model's tables, [B or 1, S, D], for the positions the model was given."""
         self.rotary = tuple(self.pack(table.expand(*self.shape, -1)) for table in (cos, sin))
 
-    def rotary_of(self, selection: Selection) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin), [R, D], of the rows of a selection."""
-        if self.rotary is None or selection.rows is None:
-            return self.rotary
-        # Layers that share a kept set come one after the other, so remembering one is enough.
-        if self._selected_rotary is None or self._selected_rotary[0] is not selection:
-            rows = selection.rows
-            tables = tuple(table.index_select(0, rows) for table in self.rotary)
-            self._selected_rotary = (selection, tables)
-        return self._selected_rotary[1]
+    def rotate(self, x: Tensor, selection: Selection | None = None) -> Tensor:
+        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row)."""
+        if self.rotary is None:
+            return x
+        return ops.rope(x, *self.rotary, None if selection is None else selection.rows)
 
     @property
     def positions(self) -> Tensor:
@@ -128,49 +122,6 @@ def _packed_lengths(position_ids: Tensor) -> list[int]:
     starts[:, 1:] = position_ids.diff(dim=1) != 1
     firsts = starts.flatten().nonzero()[:, 0].tolist()
     return [end - first for first, end in zip(firsts, [*firsts[1:], batch * tokens])]
-
-
-class _Rotate(torch.autograd.Function):
-    """Fewer passes over the heads than the formula written out, and as many in backward."""
-
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        cos, sin = ctx.saved_tensors
-        left, right = sin.chunk(2, dim=-1)
-        # The transposed map: halves of the sine change places and sign.
-        return _rotate(dy, cos, torch.cat((-right, -left), dim=-1)).to(ctx.dtype), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2) of the halves of every head."""
-    y = x * cos
-    (x1, x2), (y1, y2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (x, y, sin))
-    y1.addcmul_(x2.to(y.dtype), sin1, value=-1)
-    y2.addcmul_(x1.to(y.dtype), sin2)
-    return y
-
-
-def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Rotates the two halves of every head (RoFormer, arXiv 2104.09864; the half-split layout).
-
-    Args:
-        x: [R, heads, D].
-        rotary: (cos, sin), [R, D] each; None leaves `x` alone.
-
-    Returns:
-        [R, heads, D] in the wider dtype of `x` and the tables.
-    """
-    if rotary is None:
-        return x
-    cos, sin = (table[:, None] for table in rotary)
-    return _Rotate.apply(x, cos, sin)
 
 
 def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence[int]:

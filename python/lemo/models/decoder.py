@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.layout import Selection
 from lemo.models.adapters import Adapter
-from lemo.models.batch import PackedBatch, apply_rotary
+from lemo.models.batch import PackedBatch
 from lemo.models.recompute import Unit, is_plain_checkpoint, recomputed
 from lemo.scorers import Scorer
 from lemo.selection import Selector
@@ -216,10 +216,10 @@ class Decoder:
         if norm is not None:
             xs = adapter.normalize(xs, norm)
         xq = xs if shared else xs.index_select(0, selection.rows)
-        q = apply_rotary(adapter.queries(index, xq), batch.rotary_of(selection))
-        k = apply_rotary(adapter.keys(index, xs), batch.rotary_of(keys))
+        q = batch.rotate(adapter.queries(index, xq), selection)
+        k = batch.rotate(adapter.keys(index, xs), keys)
         v = adapter.values(index, xs)
-        # Under autocast the projections give its dtype, and the fp32 rotation promotes.
+        # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         heads = attention(
             q.to(v.dtype),
             k.to(v.dtype),
