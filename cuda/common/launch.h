@@ -12,13 +12,14 @@
 
 namespace lemo::cuda {
 
-inline void check_launch(const char* op) {
-    const cudaError_t status = cudaGetLastError();
+inline void check_status(const char* op, cudaError_t status) {
     if (status != cudaSuccess) {
-        throw Error(ErrorKind::kUnsupported, std::string(op) + ": the CUDA launch failed: " +
-                                                 cudaGetErrorString(status));
+        throw Error(ErrorKind::kUnsupported,
+                    std::string(op) + ": CUDA failed: " + cudaGetErrorString(status));
     }
 }
+
+inline void check_launch(const char* op) { check_status(op, cudaGetLastError()); }
 
 /// Lets `kernel` use this much dynamic shared memory; raises where the GPU has less.
 template <typename Kernel>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "lemo/tensor.h"
 
@@ -19,12 +20,15 @@ struct SegmentAttentionParams {
     float scale = 1.0f;
     int64_t window = 0;      // positions a query sees back, its own included; 0: no limit
     int64_t group_size = 0;  // positions of a shifted group; 0: no groups
-    Tensor out;              // [Rq, Hq, D] of q's dtype; read by the backward pass
-    Tensor lse;              // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
+    std::string_view kernel = "auto";  // on a GPU also "portable", "portable-small" (for tests)
+    Tensor out;      // [Rq, Hq, D] of q's dtype; read by the backward pass
+    Tensor lse;      // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
+    Tensor scratch;  // int32, segment_attention_scratch_bytes of them; absent on the CPU
 };
 
 struct SegmentAttentionBackwardParams {
     SegmentAttentionParams forward;
+    bool deterministic = true;  // bit-equal repeats; the CPU always is
     Tensor dout;  // [Rq, Hq, D] of q's dtype
     Tensor dq;    // as q, written
     Tensor dk;    // as k, written
@@ -36,5 +40,14 @@ void check(const SegmentAttentionBackwardParams& params);
 
 void segment_attention_cpu(const SegmentAttentionParams& params);
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
+
+/// Scratch that the CUDA kernels need beyond the results.
+int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params);
+int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params);
+
+/// bf16 and fp16, head sizes that are multiples of 8 up to 128, 16-byte aligned data. `stream` is a
+/// cudaStream_t. Asynchronous. Without `deterministic` the order of the sums in dq varies.
+void segment_attention_cuda(const SegmentAttentionParams& params, void* stream);
+void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* stream);
 
 }  // namespace lemo
