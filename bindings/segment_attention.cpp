@@ -9,10 +9,11 @@ namespace {
 struct Arguments {
     Arguments(const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
               const TorchTensor& cu_q, const TorchTensor& cu_k, const OptionalTensor& q_positions,
-              const OptionalTensor& k_positions, double scale, int64_t window, int64_t group_size)
-        : q(to_contiguous(q)),
-          k(to_contiguous(k)),
-          v(to_contiguous(v)),
+              const OptionalTensor& k_positions, double scale, int64_t window, int64_t group_size,
+              std::string_view kernel)
+        : q(to_aligned(q)),
+          k(to_aligned(k)),
+          v(to_aligned(v)),
           cu_q(to_contiguous(cu_q)),
           cu_k(to_contiguous(cu_k)),
           q_positions(to_contiguous(q_positions)),
@@ -20,7 +21,8 @@ struct Arguments {
           params{view(this->q),           view(this->k),           view(this->v),
                  view(this->cu_q),        view(this->cu_k),        view(this->q_positions),
                  view(this->k_positions), static_cast<float>(scale), window,
-                 group_size,              {},                      {}} {}
+                 group_size,              kernel,                  {},
+                 {},                      {}} {}
 
     TorchTensor q, k, v, cu_q, cu_k;
     OptionalTensor q_positions, k_positions;
@@ -36,39 +38,61 @@ TorchTensor make_like(const TorchTensor& tensor) {
     return make_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
 }
 
+/// Scratch of the CUDA kernels, from torch's allocator; none on the CPU. Checks `params` first.
+template <typename Params>
+OptionalTensor make_scratch(const TorchTensor& on, const Params& params) {
+#if defined(LEMO_WITH_CUDA)
+    if (view(on).device == Device::kCuda) {
+        check(params);
+        const torch::stable::accelerator::DeviceGuard guard(device_index(on));
+        const int64_t bytes = segment_attention_scratch_bytes(params);
+        return make_empty(on, {bytes / static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Int);
+    }
+#endif
+    return std::nullopt;
+}
+
 std::tuple<TorchTensor, TorchTensor> segment_attention(
     TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor cu_q, TorchTensor cu_k,
     OptionalTensor q_positions, OptionalTensor k_positions, double scale, int64_t window,
-    int64_t group_size) {
-    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size);
+    int64_t group_size, std::string_view kernel) {
+    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size,
+                        kernel);
     check_heads("segment_attention", "q", arguments.params.q);
     TorchTensor out = make_like(arguments.q);
     TorchTensor lse = make_empty(arguments.q, {q.size(1), q.size(0)}, ScalarType::Float);
     arguments.params.out = view(out);
     arguments.params.lse = view(lse);
-    run("segment_attention", arguments.q, arguments.params, segment_attention_cpu, nullptr);
+    const OptionalTensor scratch = make_scratch(arguments.q, arguments.params);
+    arguments.params.scratch = view(scratch);
+    run("segment_attention", arguments.q, arguments.params, segment_attention_cpu,
+        LEMO_CUDA_KERNEL(segment_attention_cuda));
     return {out, lse};
 }
 
 std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
     TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor out, TorchTensor lse,
     TorchTensor cu_q, TorchTensor cu_k, OptionalTensor q_positions, OptionalTensor k_positions,
-    double scale, int64_t window, int64_t group_size) {
-    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size);
+    double scale, int64_t window, int64_t group_size, bool deterministic,
+    std::string_view kernel) {
+    Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size,
+                        kernel);
     check_heads("segment_attention_backward", "q", arguments.params.q);
     check_heads("segment_attention_backward", "k", arguments.params.k);
     check_heads("segment_attention_backward", "v", arguments.params.v);
-    const TorchTensor saved_out = to_contiguous(out), saved_lse = to_contiguous(lse);
-    const TorchTensor gradient = to_contiguous(dout);
+    const TorchTensor saved_out = to_aligned(out), saved_lse = to_contiguous(lse);
+    const TorchTensor gradient = to_aligned(dout);
     TorchTensor dq = make_like(arguments.q);
     TorchTensor dk = make_like(arguments.k);
     TorchTensor dv = make_like(arguments.v);
     arguments.params.out = view(saved_out);
     arguments.params.lse = view(saved_lse);
-    run("segment_attention_backward", arguments.q,
-        SegmentAttentionBackwardParams{arguments.params, view(gradient), view(dq), view(dk),
-                                       view(dv)},
-        segment_attention_backward_cpu, nullptr);
+    SegmentAttentionBackwardParams params{arguments.params, deterministic, view(gradient),
+                                          view(dq),         view(dk),      view(dv)};
+    const OptionalTensor scratch = make_scratch(arguments.q, params);
+    params.forward.scratch = view(scratch);
+    run("segment_attention_backward", arguments.q, params, segment_attention_backward_cpu,
+        LEMO_CUDA_KERNEL(segment_attention_backward_cuda));
     return {dq, dk, dv};
 }
 
@@ -77,12 +101,13 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
         "segment_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, "
-        "Tensor? q_positions, Tensor? k_positions, float scale, int window, int group_size) "
-        "-> (Tensor, Tensor)");
+        "Tensor? q_positions, Tensor? k_positions, float scale, int window, int group_size, "
+        "str kernel=\"auto\") -> (Tensor, Tensor)");
     m.def(
         "segment_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
         "Tensor lse, Tensor cu_q, Tensor cu_k, Tensor? q_positions, Tensor? k_positions, "
-        "float scale, int window, int group_size) -> (Tensor, Tensor, Tensor)");
+        "float scale, int window, int group_size, bool deterministic=False, "
+        "str kernel=\"auto\") -> (Tensor, Tensor, Tensor)");
 }
 
 #define LEMO_REGISTER(key)                                                            \

@@ -61,6 +61,12 @@ OptionalTensor to_contiguous(const OptionalTensor& tensor) {
     return tensor ? OptionalTensor(to_contiguous(*tensor)) : std::nullopt;
 }
 
+TorchTensor to_aligned(const TorchTensor& tensor) {
+    const TorchTensor contiguous = to_contiguous(tensor);
+    const bool aligned = reinterpret_cast<uintptr_t>(contiguous.data_ptr()) % 16 == 0;
+    return aligned ? contiguous : torch::stable::clone(contiguous);
+}
+
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,
                   ScalarType dtype) {
     const std::vector<int64_t> sizes(shape);

@@ -32,6 +32,8 @@ Tensor view(const OptionalTensor& tensor);
 /// Contiguous, as kernels want them; a copy only where the caller passed another layout.
 TorchTensor to_contiguous(const TorchTensor& tensor);
 OptionalTensor to_contiguous(const OptionalTensor& tensor);
+/// Contiguous and from a 16-byte boundary on, where a view into a tensor need not begin.
+TorchTensor to_aligned(const TorchTensor& tensor);
 
 /// Uninitialised or zeroed results on the device of `like`.
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,

@@ -67,6 +67,8 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.that(std::isfinite(p.scale), "scale", "a finite number", std::to_string(p.scale));
     check.that(p.window >= 0, "window", "at least 0", std::to_string(p.window));
     check.that(p.group_size >= 0, "group_size", "at least 0", std::to_string(p.group_size));
+    check.that(p.q.device != Device::kCpu || p.kernel == "auto", "kernel", "'auto' on the CPU",
+               "'" + std::string(p.kernel) + "'");
 }
 
 void check_like(const Checker& check, const char* argument, const Tensor& tensor,

@@ -10,26 +10,36 @@ _ops = torch.ops.lemo
 
 
 @torch.library.register_fake("lemo::segment_attention")
-def _(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size):
+def _(
+    q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size, kernel="auto"
+):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
 
 @torch.library.register_fake("lemo::segment_attention_backward")
-def _(dout, q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions, scale, window, group_size):
+def _(dout, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, q_positions, k_positions, *ctx.settings = inputs
+    q, k, v, cu_q, cu_k, q_positions, k_positions, *ctx.settings, ctx.kernel = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions)
 
 
 def _backward(ctx, dout, dlse):
-    grads = call(_ops.segment_attention_backward, dout, *ctx.saved_tensors, *ctx.settings)
-    return *grads, *[None] * 7
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grads = call(
+        _ops.segment_attention_backward,
+        dout,
+        *ctx.saved_tensors,
+        *ctx.settings,
+        deterministic,
+        ctx.kernel,
+    )
+    return *grads, *[None] * 8
 
 
 torch.library.register_autograd("lemo::segment_attention", _backward, setup_context=_setup_context)
@@ -46,6 +56,7 @@ def segment_attention(
     scale: float | None = None,
     window: int = 0,
     group_size: int = 0,
+    kernel: str = "auto",
 ) -> Tensor:
     """Causal attention of packed rows, each sequence by itself (LeMo, section 5.1).
 
@@ -53,9 +64,12 @@ def segment_attention(
     there is a window, and, with shifted groups (LongLoRA's S2-Attn), both lie in the same group:
     `pos // group_size` for the first half of the heads, `(pos + group_size // 2) // group_size` for
     the others. Queries and keys may be different kept sets of the sequences. A query that sees no
-    key gives 0. The result does not depend on the number of threads.
+    key gives 0. The result does not depend on the number of threads. On a GPU the gradient of q is
+    bit-equal from run to run only under `torch.use_deterministic_algorithms(True)`; everything else
+    always is.
 
-    Beyond its results the op needs a few tiles for each thread; the backward pass also dq in fp32.
+    Beyond its results the op needs, on the CPU, a few tiles for each thread; the backward pass also
+    dq in fp32. On a GPU: bf16 or fp16, and head sizes that are multiples of 8 up to 128.
 
     Args:
         q: [Rq, Hq, D] float.
@@ -68,17 +82,19 @@ def segment_attention(
         scale: factor of q . k; None: 1 / sqrt(D).
         window: keys a query sees at most, itself included, counted in positions; 0: all.
         group_size: positions of a shifted group; 0: no groups.
+        kernel: "auto", or on a GPU the name of one ("portable", "portable-small"), for tests.
 
     Returns:
         [Rq, Hq, D] of q's dtype. Differentiable in q, k and v.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, cut or position does not fit.
+        NotImplementedError: the device has no kernel for this dtype or head size.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
     cu_k = cu_q if cu_k is None else cu_k
-    arguments = (q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size)
+    arguments = (q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size, kernel)
     return call(_ops.segment_attention, *arguments)[0]
 
 
