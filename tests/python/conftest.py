@@ -30,13 +30,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    # Not skipped: on a GPU these tests have nothing to say, so they are not part of the suite.
-    if config.getoption("--device") == "cpu":
-        return
-    dropped = [item for item in items if item.get_closest_marker("cpu_only")]
+    # Not skipped: tests of the other device have nothing to say, so they are not in the suite.
+    other = "gpu_only" if config.getoption("--device") == "cpu" else "cpu_only"
+    dropped = [item for item in items if item.get_closest_marker(other)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = [item for item in items if not item.get_closest_marker("cpu_only")]
+        items[:] = [item for item in items if not item.get_closest_marker(other)]
 
 
 @pytest.fixture(autouse=True)
