@@ -76,7 +76,11 @@ class Job:
 
     def _start(self, *arguments: object) -> subprocess.Popen:
         command = [sys.executable, "-m", "lemo", *map(str, arguments)]
-        return subprocess.Popen([*command, "--device", self.options.device])
+        # A shell may have this script ignore the signal that the job needs.
+        return subprocess.Popen(
+            [*command, "--device", self.options.device],
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
 
     def prepare(self, folder: Path) -> dict:
         options = self.options
