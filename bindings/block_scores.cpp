@@ -9,13 +9,21 @@ namespace {
 
 TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
                          TorchTensor cu_blocks, double scale) {
-    const TorchTensor queries = to_contiguous(q), keys = to_contiguous(k);
+    const TorchTensor queries = to_aligned(q), keys = to_aligned(k);
     const TorchTensor starts = to_contiguous(block_starts), cuts = to_contiguous(cu_blocks);
     const int64_t num_blocks = std::max<int64_t>(view(starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(queries, {num_blocks}, ScalarType::Float);
-    run("block_scores", queries,
-        BlockScoresParams{view(queries), view(keys), view(starts), view(cuts), scale, view(scores)},
-        block_scores_cpu, nullptr);
+    BlockScoresParams params{view(queries), view(keys),   view(starts), view(cuts),
+                             scale,         view(scores), Tensor{}};
+    OptionalTensor scratch;  // lives until the kernels are in the stream
+    if (params.q.device == Device::kCuda) {
+        const int64_t tokens = params.q.ndim > 0 ? params.q.size(0) : 0;
+        const int64_t num_cuts = params.cu_blocks.num_elements();
+        const BlockScoresCut cut(tokens, num_blocks, num_cuts - 1);
+        scratch = make_empty(queries, {cut.scratch()}, ScalarType::Float);
+        params.scratch = view(scratch);
+    }
+    run("block_scores", queries, params, block_scores_cpu, LEMO_CUDA_KERNEL(block_scores_cuda));
     return scores;
 }
 

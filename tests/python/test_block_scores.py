@@ -7,12 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from devices import kernel_dtypes, on_gpu, working_dtype
 from lemo import ops, reference
 from lemo.layout import BlockLayout
 from tolerances import assert_close_fp32, assert_close_low_precision
 
+# The CUDA kernels take head sizes that are multiples of 8 up to 128. Low-precision inputs are exact
+# in fp32 and every sum is fp32, so the fp32 tolerance holds for them, too.
+HEAD_SIZES = st.sampled_from([8, 24, 64, 72, 128]) if on_gpu() else st.integers(1, 20)
 
-def draw(layout, heads, key_heads, head_dim, dtype=torch.float32):
+
+def draw(layout, heads, key_heads, head_dim, dtype=None):
+    dtype = working_dtype() if dtype is None else dtype
     q = torch.randn(layout.num_tokens, heads, head_dim).to(dtype)
     return q, torch.randn(layout.num_tokens, key_heads, head_dim).to(dtype)
 
@@ -26,7 +32,7 @@ def oracle(q, k, layout, scale):
     block_size=st.integers(1, 17),
     key_heads=st.integers(1, 3),
     group=st.integers(1, 3),
-    head_dim=st.integers(1, 20),
+    head_dim=HEAD_SIZES,
     seed=st.integers(0, 99),
 )
 def test_matches_the_oracle(seqlens, block_size, key_heads, group, head_dim, seed):
@@ -42,9 +48,43 @@ def test_matches_the_oracle(seqlens, block_size, key_heads, group, head_dim, see
 def test_sequences_of_several_tiles(block_size):
     # Tiles hold 128 queries and 256 keys: blocks that share a tile, and blocks that span several.
     layout = BlockLayout.from_seqlens([700, 0, 1, 290], block_size)
-    q, k = draw(layout, 4, 2, 8)
-    scores = ops.block_scores(q, k, layout)
-    assert_close_fp32(scores, oracle(q.double(), k.double(), layout, 8**-0.5))
+    for head_dim in (64, 128) if on_gpu() else (8,):
+        q, k = draw(layout, 4, 2, head_dim)
+        scores = ops.block_scores(q, k, layout)
+        assert_close_fp32(scores, oracle(q.double(), k.double(), layout, head_dim**-0.5))
+
+
+@pytest.mark.parametrize("heads", [(3, 1), (4, 4), (20, 2)], ids=["mqa", "mha", "gqa"])
+def test_groups_of_heads(heads):
+    layout = BlockLayout.from_seqlens([300, 77], 32)
+    q, k = draw(layout, *heads, 32)
+    scores = ops.block_scores(q, k, layout, 1.0)
+    assert_close_fp32(scores, oracle(q.double(), k.double(), layout, 1.0))
+
+
+def test_blocks_of_different_sizes():
+    starts = [0, 5, 6, 150, 151, 600, 604, 700, 701, 702, 960]
+    layout = dataclasses.replace(
+        BlockLayout.from_seqlens([600, 360], 100),
+        block_starts=torch.tensor(starts, dtype=torch.int32),
+        cu_blocks=torch.tensor([0, 5, 10], dtype=torch.int32),
+    )
+    q, k = draw(layout, 2, 1, 16)
+    scores = ops.block_scores(q, k, layout, 1.0)
+    assert_close_fp32(scores, oracle(q.double(), k.double(), layout, 1.0))
+
+
+@pytest.mark.gpu_only
+def test_more_tiles_of_queries_than_parts_of_a_sum():
+    # The kernel cuts a sum into at most 128 parts: here a part has several tiles.
+    tokens, blocks = 8400, 132
+    layout = BlockLayout.from_seqlens([tokens, 200], 64)
+    q, k = draw(layout, 1, 1, 8)
+    pairs = torch.einsum("ihd,jhd->ij", q[:tokens].float(), k[:tokens].float()).clamp(min=0)
+    pairs = torch.nn.functional.pad(pairs.tril(-1), (0, blocks * 64 - tokens) * 2)
+    maxima = pairs.view(blocks, 64, blocks, 64).amax((1, 3))
+    scores = ops.block_scores(q, k, layout, 1.0)
+    assert_close_fp32(scores[:blocks], maxima.sum(0) / torch.arange(blocks, 0, -1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -59,33 +99,46 @@ def test_low_precision(dtype):
     assert_close_fp32(scores, expected)  # the inputs are exact in fp32 and nothing is rounded
 
 
+def widen(values):
+    """Heads of size 1 as heads of size 8, padded with zeros."""
+    return torch.nn.functional.pad(torch.tensor(values, dtype=working_dtype()), (0, 7))
+
+
 def test_a_block_is_not_asked_by_itself_or_by_earlier_rows():
     layout = BlockLayout.from_seqlens([2, 1], 1)
-    q = torch.tensor([[[5.0]], [[2.0]], [[7.0]]])
-    k = torch.tensor([[[3.0]], [[11.0]], [[13.0]]])
+    q = widen([[[5.0]], [[2.0]], [[7.0]]])
+    k = widen([[[3.0]], [[11.0]], [[13.0]]])
     # Block 0 is asked by row 1 only (2 * 3, over two query blocks); nothing asks blocks 1 and 2.
     assert ops.block_scores(q, k, layout, 1.0).tolist() == [3.0, 0.0, 0.0]
 
 
 def test_negative_products_count_as_zero_and_heads_are_averaged():
     layout = BlockLayout.from_seqlens([2], 2)
-    q = torch.tensor([[[0.0], [0.0]], [[-4.0], [6.0]]])
-    k = torch.tensor([[[1.0]], [[0.0]]])
+    q = widen([[[0.0], [0.0]], [[-4.0], [6.0]]])
+    k = widen([[[1.0]], [[0.0]]])
     assert ops.block_scores(q, k, layout, 2.0).tolist() == [6.0]
 
 
 def test_inputs_that_require_grad_and_strided_ones():
     layout = BlockLayout.from_seqlens([30], 8)
-    q = torch.randn(2, 30, 4).transpose(0, 1).requires_grad_()
-    k = torch.randn(1, 30, 4).transpose(0, 1).requires_grad_()
+    q = torch.randn(2, 30, 8, dtype=working_dtype()).transpose(0, 1).requires_grad_()
+    k = torch.randn(1, 30, 8, dtype=working_dtype()).transpose(0, 1).requires_grad_()
     scores = ops.block_scores(q, k, layout, 1.0)
     assert not scores.requires_grad
     assert_close_fp32(scores, oracle(q.double(), k.double(), layout, 1.0))
 
 
+def test_a_view_that_begins_between_16_byte_boundaries():
+    layout = BlockLayout.from_seqlens([70], 16)
+    q, k = draw(layout, 2, 1, 16)
+    storage = torch.empty(q.numel() + 1, dtype=q.dtype)
+    shifted = storage[1:].view(q.shape).copy_(q)
+    assert torch.equal(ops.block_scores(shifted, k, layout), ops.block_scores(q, k, layout))
+
+
 def test_opcheck():
     layout = BlockLayout.from_seqlens([20, 0, 7], 4)
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in kernel_dtypes():
         q, k = draw(layout, 4, 2, 8, dtype)
         sample = (q, k, layout.block_starts, layout.cu_blocks, 0.5)
         torch.library.opcheck(torch.ops.lemo.block_scores.default, sample)
@@ -101,6 +154,28 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
             assert all(torch.equal(first, ops.block_scores(q, k, layout)) for _ in range(2))
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_hundred_repeats_are_bit_equal():
+    layout = BlockLayout.from_seqlens([3000, 500] if on_gpu() else [200, 90], 32)
+    q, k = draw(layout, 4, 2, 64 if on_gpu() else 8)
+    first = ops.block_scores(q, k, layout)
+    assert all(torch.equal(first, ops.block_scores(q, k, layout)) for _ in range(99))
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((10, 2, 16), torch.float32, "'q': expected bfloat16 or float16 on CUDA, got float32"),
+        ((10, 2, 12), torch.bfloat16, "'q': expected a head size .* multiple of 8 up to 128"),
+        ((10, 2, 136), torch.bfloat16, "'q': expected a head size .* multiple of 8 up to 128"),
+    ],
+)
+def test_what_the_kernel_does_not_support(shape, dtype, message):
+    q = torch.randn(shape, dtype=dtype)
+    with pytest.raises(NotImplementedError, match="block_scores: argument " + message):
+        ops.block_scores(q, q, LAYOUT)
 
 
 LAYOUT = BlockLayout.from_seqlens([6, 4], 4)
@@ -122,10 +197,11 @@ LAYOUT = BlockLayout.from_seqlens([6, 4], 4)
         ),
         ({"scale": 0.0}, ValueError, "'scale': expected a finite number above 0, got 0"),
         ({"scale": float("inf")}, ValueError, "'scale': expected a finite number above 0"),
-        (
+        pytest.param(
             {"layout": BlockLayout.from_seqlens([11], 4)},
             ValueError,
             "'block_starts': expected a last entry of 10, got 11",
+            marks=pytest.mark.cpu_only,
         ),
         (
             {"layout": dataclasses.replace(LAYOUT, block_starts=LAYOUT.block_starts.long())},
@@ -137,10 +213,11 @@ LAYOUT = BlockLayout.from_seqlens([6, 4], 4)
             ValueError,
             "'block_starts': expected at least one entry",
         ),
-        (
+        pytest.param(
             {"layout": dataclasses.replace(LAYOUT, cu_blocks=LAYOUT.cu_blocks[:-1])},
             ValueError,
             "'cu_blocks': expected a last entry of 3, got 2",
+            marks=pytest.mark.cpu_only,
         ),
     ],
 )

@@ -22,7 +22,8 @@ def block_scores(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None 
     over the pair of blocks. Nothing of size T x T is stored.
 
     Args:
-        q: [T, Hq, D] fp32, bf16 or fp16, rotated as the attention uses it.
+        q: [T, Hq, D] fp32, bf16 or fp16, rotated as the attention uses it. On CUDA bf16 or fp16,
+            and D a multiple of 8 up to 128.
         k: [T, Hk, D] of the same dtype; Hq is a multiple of Hk.
         layout: how the T packed tokens are cut.
         scale: positive; None is `D ** -0.5`.
@@ -32,6 +33,7 @@ def block_scores(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None 
 
     Raises:
         ValueError, TypeError: an argument does not fit.
+        NotImplementedError: there is no kernel for this device, dtype or head size.
     """
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5

@@ -1,0 +1,64 @@
+// The warp-wide instructions of the portable tier, by CuTe's atoms: asynchronous copies into shared
+// memory, loads of fragments, and the product of m16n8k16 with fp32 sums.
+//
+// What a lane holds of one product: of A [16, 16] rows lane / 4 and lane / 4 + 8; of B [8, 16], a
+// row for each column of the product, row lane / 4; of the sums [16, 8] rows lane / 4 (elements 0
+// and 1) and lane / 4 + 8 (2 and 3), columns lane % 4 * 2 and the one after it.
+#pragma once
+
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/copy_sm80.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <cute/swizzle.hpp>
+
+#include <cutlass/numeric_types.h>
+
+#include <type_traits>
+
+namespace lemo::cuda {
+
+/// 16 bytes from global to shared memory, in the background; zeros unless `valid`. `from` must be
+/// an address of the array even where nothing is read.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
+    cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>::copy(
+        *static_cast<const cute::uint128_t*>(from), *static_cast<cute::uint128_t*>(to), valid);
+}
+
+/// Closes a group of this thread's copies; it may be empty.
+__device__ __forceinline__ void commit_copies() { cute::cp_async_fence(); }
+
+/// Waits until all but the last `pending` groups of this thread have arrived. Other threads see
+/// them after a __syncthreads().
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+    cute::cp_async_wait<pending>();
+}
+
+/// Four 8 x 8 matrices of 2-byte elements: lane l gives the address of row l % 8 of matrix l / 8
+/// (16 bytes) and gets elements 2 * (l % 4), + 1 of row l / 4 of each.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+    cute::SM75_U32x4_LDSM_N::copy(*static_cast<const cute::uint128_t*>(row), to[0], to[1], to[2],
+                                  to[3]);
+}
+
+/// sums += a b^T.
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]) {
+    using Atom = std::conditional_t<std::is_same_v<T, cutlass::bfloat16_t>,
+                                    cute::SM80_16x8x16_F32BF16BF16F32_TN,
+                                    cute::SM80_16x8x16_F32F16F16F32_TN>;
+    Atom::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3], b[0], b[1], sums[0],
+              sums[1], sums[2], sums[3]);
+}
+
+/// Where 16-byte piece `piece` of row `row` lies in a tile of rows of kRowBytes bytes. Eight rows
+/// of one column of pieces fall into different banks, as load_matrices wants them.
+template <int kRowBytes>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+    static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
+    using Swizzle = cute::Swizzle<kRowBytes == 64 ? 2 : 3, 4, kRowBytes == 256 ? 4 : 3>;
+    return Swizzle::apply(row * kRowBytes + piece * 16);
+}
+
+}  // namespace lemo::cuda

@@ -1,0 +1,111 @@
+#include "lemo/block_scores.h"
+
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "compare.h"
+#include "device_views.h"
+#include "lemo/check.h"
+
+namespace lemo {
+namespace {
+
+using testing::DeviceArray;
+using testing::random_values;
+using testing::view;
+using testing::widen;
+
+struct Shape {
+    std::vector<int64_t> seqlens;
+    int64_t block, heads, key_heads, head_dim;
+};
+
+std::string describe(const Shape& shape) {
+    return std::to_string(shape.seqlens.size()) + " sequence(s), blocks of " +
+           std::to_string(shape.block) + ", " + std::to_string(shape.heads) + "/" +
+           std::to_string(shape.key_heads) + " heads of " + std::to_string(shape.head_dim);
+}
+
+/// The inputs are exact in fp32 and every sum is fp32, so the result is as close as an fp32 one.
+template <typename T>
+void matches_cpu(const Shape& shape) {
+    const BlockPlan plan = plan_blocks(shape.seqlens, shape.block);
+    const auto blocks = static_cast<int64_t>(plan.block_starts.size()) - 1;
+    const auto sequences = static_cast<int64_t>(plan.cu_blocks.size()) - 1;
+    const int64_t tokens = plan.block_starts.back();
+    const auto q = random_values<T>(tokens * shape.heads * shape.head_dim, 1);
+    const auto k = random_values<T>(tokens * shape.key_heads * shape.head_dim, 2);
+    auto wide_q = widen(q), wide_k = widen(k);
+    auto starts = plan.block_starts, cuts = plan.cu_blocks;
+    std::vector<float> expected(static_cast<size_t>(blocks));
+    block_scores_cpu({view(wide_q, {tokens, shape.heads, shape.head_dim}),
+                      view(wide_k, {tokens, shape.key_heads, shape.head_dim}),
+                      view(starts, {blocks + 1}), view(cuts, {sequences + 1}), 0.3,
+                      view(expected, {blocks})});
+
+    const BlockScoresCut cut(tokens, blocks, sequences);
+    const DeviceArray<T> device_q(q), device_k(k);
+    const DeviceArray<int32_t> device_starts(starts), device_cuts(cuts);
+    const DeviceArray<float> scores(expected.size());
+    const DeviceArray<float> scratch(static_cast<size_t>(cut.scratch()));
+    const BlockScoresParams params{device_q.view({tokens, shape.heads, shape.head_dim}),
+                                   device_k.view({tokens, shape.key_heads, shape.head_dim}),
+                                   device_starts.view({blocks + 1}),
+                                   device_cuts.view({sequences + 1}),
+                                   0.3,
+                                   scores.view({blocks}),
+                                   scratch.view({cut.scratch()})};
+    check(params);
+    block_scores_cuda(params, nullptr);
+    const auto first = scores.download();
+    testing::expect_close(first, expected, describe(shape));
+    for (int repeat = 0; repeat < 5; ++repeat) {
+        block_scores_cuda(params, nullptr);
+        testing::expect_same_bits(scores.download(), first, describe(shape) + ", again");
+    }
+}
+
+template <typename T>
+class BlockScoresCuda : public ::testing::Test {};
+TYPED_TEST_SUITE(BlockScoresCuda, testing::LowPrecisionTypes);
+
+TYPED_TEST(BlockScoresCuda, MatchesCpuForEveryHeadSize) {
+    for (const int64_t head_dim : {8, 40, 64, 72, 128}) {
+        matches_cpu<TypeParam>({{700, 0, 1, 290}, 64, 4, 2, head_dim});
+    }
+}
+
+TYPED_TEST(BlockScoresCuda, MatchesCpuForEveryBlockSize) {
+    for (const int64_t block : {1, 3, 16, 48, 100, 128, 200, 256, 300, 1000}) {
+        matches_cpu<TypeParam>({{520, 300}, block, 2, 1, 64});
+    }
+}
+
+TYPED_TEST(BlockScoresCuda, MatchesCpuForGroupsOfHeads) {
+    matches_cpu<TypeParam>({{400}, 64, 7, 1, 128});
+    matches_cpu<TypeParam>({{400}, 64, 4, 4, 128});
+    matches_cpu<TypeParam>({{400}, 64, 24, 2, 128});
+}
+
+TYPED_TEST(BlockScoresCuda, ManySequencesAndNone) {
+    matches_cpu<TypeParam>({std::vector<int64_t>(300, 7), 4, 2, 1, 16});
+    matches_cpu<TypeParam>({{1}, 64, 1, 1, 8});
+    matches_cpu<TypeParam>({{0, 0}, 64, 1, 1, 8});
+}
+
+TEST(BlockScoresCuda, UnsupportedInputsAreNamed) {
+    const DeviceArray<float> q(12), scores(1), scratch(64);
+    const DeviceArray<int32_t> starts({0, 1}), cuts({0, 1});
+    try {
+        block_scores_cuda({q.view({1, 1, 12}), q.view({1, 1, 12}), starts.view({2}), cuts.view({2}),
+                           1.0, scores.view({1}), scratch.view({64})},
+                          nullptr);
+        FAIL() << "float32 passed";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
+    }
+}
+
+}  // namespace
+}  // namespace lemo
