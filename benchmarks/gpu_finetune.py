@@ -255,22 +255,27 @@ def profile(options: argparse.Namespace) -> None:
     with profiler(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
-    print(found.key_averages().table(sort_by="self_device_time_total", row_limit=40))
     kernels = sorted(
         (e for e in found.events() if e.device_type.name == "CUDA" and not e.is_user_annotation),
         key=lambda e: e.time_range.start,
     )
+    by_name: dict[str, list[float]] = {}
     busy, gaps, end = 0.0, [], kernels[0].time_range.start
     for before, kernel in zip([None, *kernels], kernels):
         start, stop = kernel.time_range.start, kernel.time_range.end
+        by_name.setdefault(kernel.name, []).append(stop - start)
         if start > end and before is not None:
             gaps.append((start - end, before.name, kernel.name))
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
     span = end - kernels[0].time_range.start
-    print(f"GPU busy {busy / 1e3:.1f} of {span / 1e3:.1f} ms; longest waits for the host:")
-    for length, before, after in sorted(gaps, reverse=True)[:15]:
-        print(f"{length / 1e3:8.3f} ms  after {before[:60]}  before {after[:60]}")
+    print(f"{len(kernels)} kernels, GPU busy {busy / 1e3:.1f} of {span / 1e3:.1f} ms")
+    for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:32]:
+        total = sum(times)
+        print(f"{total / 1e3:9.2f} ms {total / span:6.1%} {len(times):5} x  {name[:96]}")
+    print("longest waits for the host:")
+    for length, before, after in sorted(gaps, reverse=True)[:12]:
+        print(f"{length / 1e3:9.3f} ms  after {before[:48]}  before {after[:48]}")
 
 
 # --- all measurements: the process that drives them

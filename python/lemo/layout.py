@@ -35,15 +35,17 @@ class BlockLayout:
         ValueError on a negative length or block_size < 1.
         """
         starts, cuts = _C.plan_blocks(list(seqlens), block_size)
-        return cls(
-            seqlens=tuple(seqlens),
-            block_size=block_size,
-            block_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-            cu_blocks=torch.tensor(cuts, dtype=torch.int32, device=device),
-            cu_seqlens=torch.tensor(
-                [starts[block] for block in cuts], dtype=torch.int32, device=device
-            ),
-        )
+        rows = [starts[block] for block in cuts]
+        values = torch.tensor([*starts, *cuts, *rows], dtype=torch.int32, device="cpu")
+        place = torch.empty(0, device=device).device  # None: torch's default
+        if place.type == "cuda":
+            # One copy that does not make the host wait for what the GPU has to do before.
+            values = values.pin_memory()
+        values = values.to(place, non_blocking=True)
+        parts = values.split([len(starts), len(cuts), len(rows)])
+        # Tensors of their own: kernels may load them in wider units than their place in `values`.
+        block_starts, cu_blocks, cu_seqlens = (part.clone() for part in parts)
+        return cls(tuple(seqlens), block_size, block_starts, cu_blocks, cu_seqlens)
 
     @property
     def num_tokens(self) -> int:

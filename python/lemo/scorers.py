@@ -5,7 +5,7 @@ output [T, H] of that sub-block's norm for all rows, and the `PackedBatch` the r
 returns scores [B], fp32. The caller has switched gradients off.
 """
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -134,15 +134,20 @@ def make_scorer(config: LemoConfig, adapter: "Adapter") -> Scorer:
 def block_means(x: Tensor, layout: BlockLayout) -> Tensor:
     """Means over the rows of every block, [T, C] -> [B, C] in fp32."""
     # In slices of whole blocks: an fp32 copy of all rows would be the largest tensor of a step.
-    step = max(1, _TILE_ELEMENTS // (layout.block_size * max(1, x.shape[1])))
-    means = torch.empty(layout.num_blocks, x.shape[1], dtype=torch.float32, device=x.device)
-    for block in range(0, layout.num_blocks, step):
-        offsets = layout.block_starts[block : block + step + 1].to(torch.int64)
-        rows = x[int(offsets[0]) : int(offsets[-1])].float()
-        means[block : block + step] = torch.segment_reduce(
-            rows, "mean", offsets=offsets - offsets[0], axis=0
-        )
-    return means
+    # Where they lie is known on the host, so that nothing is read back from a GPU.
+    step = max(1, _TILE_ELEMENTS // (layout.block_size * max(1, x.shape[1]))) * layout.block_size
+    means, first = [], 0
+    for seqlen in layout.seqlens:
+        whole = seqlen - seqlen % layout.block_size
+        for start in range(0, whole, step):
+            rows = x[first + start : first + min(start + step, whole)]
+            means.append(rows.unflatten(0, (-1, layout.block_size)).float().mean(1))
+        if whole < seqlen:
+            means.append(x[first + whole : first + seqlen].float().mean(0, keepdim=True))
+        first += seqlen
+    if not means:
+        return x.new_empty(0, x.shape[1], dtype=torch.float32)
+    return torch.cat(means)
 
 
 def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: float) -> Tensor:
@@ -159,8 +164,8 @@ def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: flo
     queries = queries.float().unflatten(1, (kv_heads, heads // kv_heads))
     keys = keys.float()
     scores = torch.empty(layout.num_blocks, dtype=torch.float32, device=queries.device)
-    cuts = layout.cu_blocks.tolist()
-    for first, end in pairwise(cuts):
+    counts = [-(-seqlen // layout.block_size) for seqlen in layout.seqlens]
+    for first, end in pairwise(accumulate(counts, initial=0)):
         if first == end:
             continue
         count = end - first

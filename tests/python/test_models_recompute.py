@@ -10,13 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import lemo
+from devices import on_gpu
 from lemo import LemoConfig
 from lemo.models import recompute
 from lemo.models.recompute import chunk_rows, is_plain_checkpoint
 from test_models_dense import LINEAR, lora
 from test_models_elimination import BATCHES, saved_bytes
 from tiny_models import all_of, gradients, make_ids, make_model, padded_batch
-from tolerances import assert_close_fp32, assert_close_low_precision
+from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
 
 SETTINGS = {
     "everything": {"keep": 1.0},
@@ -34,11 +35,11 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(recompute, "chunk_rows", lambda rows, width: 24)
 
 
-def run(model, batch, how, autocast=False, **settings):
-    """(loss, gradients) of one step; dropout draws the same numbers every time."""
+def run(model, batch, how, autocast=False, seed=5, **settings):
+    """(loss, gradients) of one step; equal seeds draw the same numbers for dropout."""
     handle = lemo.enable(model, LemoConfig(recompute=how, **DEFAULTS | settings))
-    torch.manual_seed(5)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    torch.manual_seed(seed)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
         loss = model(**batch).loss
     loss.backward()
     found = {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -62,6 +63,7 @@ def assert_equal(result, expected):
     assert all(torch.equal(result[1][name], oracle) for name, oracle in expected[1].items())
 
 
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("how", ["layer", "selective"])
 @pytest.mark.parametrize("name", SETTINGS)
@@ -73,6 +75,7 @@ def test_gradients_of_lora_on_every_linear_layer(architecture, name, how):
     assert_same(run(model, batch, how, **SETTINGS[name]), expected)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("how", ["layer", "selective"])
 @pytest.mark.parametrize("name", ["shared set", "own sets"])
@@ -97,10 +100,19 @@ def test_dropout_draws_the_same_numbers_again(name, how):
     model, batch = lora(make_model("llama"), lora_dropout=0.3), BATCHES["packed"]()
     expected = run(model, batch, "none", **SETTINGS[name])
     after = torch.rand(3)
-    assert_same(run(model, batch, how, **SETTINGS[name]), expected)
+    result = run(model, batch, how, **SETTINGS[name])
     assert torch.equal(torch.rand(3), after)
+    if not on_gpu():
+        assert_same(result, expected)
+    # In low precision: rounding is far below what other numbers would change.
+    others = run(model, batch, "none", seed=6, **SETTINGS[name])
+    apart, changed = (
+        relative_error(all_of(found[1]), all_of(expected[1])) for found in (result, others)
+    )
+    assert apart < changed / 10
 
 
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("small_chunks")
 def test_dropout_in_chunks_is_the_same_in_both_passes():
     """Against differences of the loss, as chunks draw other numbers than whole layers."""
@@ -120,6 +132,7 @@ def test_dropout_in_chunks_is_the_same_in_both_passes():
     assert slope.item() == pytest.approx(all_of(found).norm().item() ** 2, rel=0.02)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("how", ["layer", "selective"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_autocast(weights, how):
@@ -139,11 +152,12 @@ def test_backward_inside_of_autocast():
     """What forward cast without a graph is not taken from autocast's cache."""
     model, batch = lora(make_model("llama")), padded_batch([40])
     lemo.enable(model, LemoConfig(recompute="layer", keep=1.0, **DEFAULTS))
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         model(**batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.cpu_only
 def test_two_units_in_one_graph_and_gradients_of_a_retained_graph():
     model, batch = lora(make_model("llama")), padded_batch([40])
     lemo.enable(model, LemoConfig(recompute="layer", keep=0.5, **DEFAULTS))
@@ -181,6 +195,7 @@ def test_how_often_attention_runs_forward(how, calls):
     assert watch.calls["lemo::segment_attention_backward"] == 3
 
 
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("small_chunks")
 def test_the_activations_of_the_mlp_exist_for_one_chunk_only():
     tokens, width, hidden = 256, 2048, 32
@@ -208,6 +223,7 @@ def test_chunks():
         assert math.ceil(rows / chunk) == math.ceil(rows / 9216)
 
 
+@pytest.mark.cpu_only
 def test_the_flag_of_transformers_and_functions_of_the_user():
     batch, results, calls = padded_batch([40]), {}, []
 
@@ -253,7 +269,7 @@ def test_which_functions_are_plain():
 @pytest.mark.parametrize("how", ["none", "layer", "selective"])
 def test_bytes_that_a_layer_stores(how, keep):
     """The table of docs/DESIGN.md, section 5, for bf16 and LoRA of rank r on q, k, v and o."""
-    tokens, heads, kv_heads, dim, width, rank, dtype = 256, 4, 2, 16, 96, 8, 2
+    tokens, heads, kv_heads, dim, width, rank, dtype = 256, 4, 2, 64, 384, 8, 2
     hidden, layers = heads * dim, (2, 5)
     sizes = []
     for count in layers:

@@ -80,6 +80,7 @@ def test_a_run_stays_on_the_cpu_of_a_machine_with_a_gpu(config, monkeypatch, dev
     try:
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
             # An earlier run in this process that took the GPU.
             AcceleratorState._reset_state(reset_partial_state=True)
             assert PartialState(cpu=False).device.type == "cuda"

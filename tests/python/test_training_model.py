@@ -96,6 +96,11 @@ def test_dtypes():
     assert pick_dtype("bfloat16", cpu) == torch.bfloat16
     with pytest.raises(ValueError, match="dtype: float16 needs a GPU"):
         pick_dtype("float16", cpu)
+    gpu = torch.device("cuda")
+    assert pick_dtype("float32", cpu, elimination=True) == torch.float32
+    assert pick_dtype("float32", gpu) == torch.float32
+    with pytest.raises(ValueError, match="dtype: elimination on a GPU computes in bfloat16 or"):
+        pick_dtype("float32", gpu, elimination=True)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ def finetune(
         float | None,
         typer.Option(help="Share of blocks kept (elimination.keep).", show_default="0.5"),
     ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(
+            help="none, layer or selective: what backward computes again (elimination.recompute).",
+            show_default="layer with --gradient-checkpointing",
+        ),
+    ] = None,
     predictor: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +119,7 @@ def finetune(
             "resume": resume,
             "overwrite": overwrite,
             "elimination.keep": keep,
+            "elimination.recompute": recompute,
             "elimination.predictor": predictor,
             "elimination.scorer": None if predictor is None else "predictor",
         }

@@ -10,9 +10,7 @@ _ops = torch.ops.lemo
 
 
 @torch.library.register_fake("lemo::segment_attention")
-def _(
-    q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size, kernel="auto"
-):
+def _(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size, kernel="auto"):
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return q.new_empty(q.shape), lse
 

@@ -21,7 +21,9 @@ __all__ = ["PositionProfile", "free_blocks", "query_blocks"]
 
 def query_blocks(layout: BlockLayout) -> Tensor:
     """Query blocks that see each block, itself included, [B] int64: 1 for a sequence's last."""
-    ends = layout.cu_blocks[1:].long().repeat_interleave(layout.cu_blocks.diff().long())
+    counts = layout.cu_blocks.diff().long()
+    # The size is known, so that the host does not have to ask a GPU for it.
+    ends = layout.cu_blocks[1:].long().repeat_interleave(counts, output_size=layout.num_blocks)
     return ends - torch.arange(layout.num_blocks, device=ends.device)
 
 
@@ -29,7 +31,8 @@ def free_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
     """[B] bool: blocks that are not kept in any case for their place at an end of the sequence."""
     from_end = query_blocks(layout) - 1
     counts = layout.cu_blocks.diff().long()
-    from_start = counts.repeat_interleave(counts) - 1 - from_end
+    lengths = counts.repeat_interleave(counts, output_size=layout.num_blocks)
+    from_start = lengths - 1 - from_end
     return (from_start >= keep_first) & (from_end >= keep_last)
 
 
@@ -74,6 +77,12 @@ class PositionProfile:
         floor = max(0.1 * absolute.mean().item(), 1e-6 * abs(centre.item()), 1e-12)
         deviation = (math.sqrt(math.pi / 2) * spread).clamp(min=floor)
         return cls(knots, mean.float(), deviation.float())
+
+    def to(self, device: torch.device) -> "PositionProfile":
+        """The same profile on another device."""
+        return PositionProfile(
+            self.knots.to(device), self.mean.to(device), self.deviation.to(device)
+        )
 
     def standardise(self, labels: Tensor, layout: BlockLayout) -> Tensor:
         """What the content adds to the labels [B], in deviations."""

@@ -61,7 +61,8 @@ class PredictorSet:
                 self._profiles[layer, kind] = PositionProfile(
                     *(tensors[f"{stem}.profile.{name}"] for name in _PROFILE)
                 )
-        self._cast: dict[tuple[int, str, torch.device, torch.dtype], list[Any]] = {}
+        # Weights and profiles on the device and in the dtype of the rows that they scored last.
+        self._cast: dict[tuple[int, str, torch.device, torch.dtype], tuple[Any, ...]] = {}
 
     def scores(self, layer: int, kind: str, x: Tensor, layout: BlockLayout) -> Tensor:
         """Predicted scores of all blocks, [B] fp32.
@@ -84,14 +85,17 @@ class PredictorSet:
             )
         place = (layer, kind, x.device, x.dtype)
         if place not in self._cast:
-            self._cast[place] = [
-                tuple(weight.to(x.device, x.dtype) for weight in net)
-                for net in self._nets[layer, kind]
-            ]
-        key, *query = self._cast[place]
+            self._cast[place] = (
+                self._profiles[layer, kind].to(x.device),
+                *(
+                    tuple(weight.to(x.device, x.dtype) for weight in net)
+                    for net in self._nets[layer, kind]
+                ),
+            )
+        profile, key, *query = self._cast[place]
         with torch.no_grad():
             content = predictor(x, key, query[0] if query else None, layout)
-            return self._profiles[layer, kind].restore(content, layout)
+            return profile.restore(content, layout)
 
 
 def fingerprint(config: Any) -> dict[str, Any]:

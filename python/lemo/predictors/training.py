@@ -25,6 +25,10 @@ _MAX_BLOCKS_A_SIDE = 512
 # hundred tokens.
 _COUNTED_TOKENS = 1024
 
+# Windows of a sub-block up to this size stay on the GPU while it trains: a step is shorter than
+# their way there.
+_RESIDENT_BYTES = 4 << 30
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -328,12 +332,13 @@ def fit(
     unit = profile.deviation.mean()
     if data.fine_labels:
         fine_unit = torch.cat(data.fine_labels).std(unbiased=False) / unit
+    windows = _resident(data.x, device)
     order: list[int] = []
     for step in range(settings.steps):
         while len(order) < settings.windows_per_step:
             order += torch.randperm(len(data.x), generator=generator, device="cpu").tolist()
         chosen, order = order[: settings.windows_per_step], order[settings.windows_per_step :]
-        x = torch.cat([data.x[i] for i in chosen]).to(device, torch.float32)
+        x = torch.cat([windows[i].to(device) for i in chosen]).float()
         labels = torch.cat([data.labels[i] for i in chosen]).to(device)
         layout = BlockLayout.from_seqlens(
             [n for i in chosen for n in data.layouts[i].seqlens],
@@ -372,6 +377,14 @@ def fit(
         if step + 1 in prunings:
             elastic.prune((prunings.index(step + 1) + 1) / len(prunings))
     return FitResult(losses, (units, elastic.hidden_units))
+
+
+def _resident(windows: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The windows on a GPU that has room for them; otherwise where they are, mapped from disk."""
+    size = sum(window.numel() * window.element_size() for window in windows)
+    if device.type != "cuda" or size > _RESIDENT_BYTES:
+        return windows
+    return [window.to(device) for window in windows]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -47,10 +47,11 @@ class FinetuneConfig:
             `context_length` exceeds the model's context; "none" trains it as it is.
         dtype: of the frozen weights and of matrix products: "float32", "bfloat16", "float16" or
             "auto" (bfloat16 on a GPU that has it, otherwise float32). Adapter weights and
-            optimizer are float32.
+            optimizer are float32 in any case; the adapter's products are in this dtype.
         device: "cpu", "cuda", or "auto": a CUDA GPU where there is one and everything that the run
             needs runs on it, otherwise the CPU. See :func:`lemo.training.model.pick_device`.
-        gradient_checkpointing: recompute layers in backward.
+        gradient_checkpointing: recompute layers in backward. With elimination `recompute` of
+            `elimination` says more; its default follows this field.
         seed: of the data order, LoRA's start and dropout.
         save_every: steps between checkpoints (one is always written at the end).
         keep_checkpoints: how many of the newest checkpoints stay.

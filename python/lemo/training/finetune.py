@@ -22,6 +22,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, set_seed
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import lemo
 from lemo.data import TokenWindows, read_documents, token_windows
@@ -162,13 +163,15 @@ class _Run:
         model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
         self.windows = _windows(config)
-        dtype = pick_dtype(config.dtype, accelerator.device)
+        dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         base = load_model(config.model, model_config, dtype)
         # The same start of LoRA in all processes, then dropout of their own.
         set_seed(config.seed)
         self.peft_model: PeftModel = add_lora(base, config)
         set_seed(config.seed + accelerator.process_index)
         self.peft_model.train()
+        if accelerator.mixed_precision != "no":
+            _leave_casts_to_autocast(self.peft_model)
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -180,7 +183,11 @@ class _Run:
             self.handle = lemo.enable(self.peft_model, config.elimination)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            trainable, lr=config.learning_rate, weight_decay=config.weight_decay
+            trainable,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # One kernel for all parameters.
+            fused=accelerator.device.type == "cuda",
         )
         self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
         self.trainable = trainable
@@ -248,9 +255,13 @@ class _Run:
         per_process = config.batch_size * config.gradient_accumulation
         first = done * self.windows_per_step + self.accelerator.process_index * per_process
         return [
-            self.windows.batch(first + i * config.batch_size, config.batch_size)
+            self._pinned(self.windows.batch(first + i * config.batch_size, config.batch_size))
             for i in range(config.gradient_accumulation)
         ]
+
+    def _pinned(self, ids: torch.Tensor) -> torch.Tensor:
+        """Where a GPU can fetch them while it computes."""
+        return ids.pin_memory() if self.accelerator.device.type == "cuda" else ids
 
     def _step(self, step: int, batches: list[torch.Tensor]) -> dict[str, Any]:
         """One optimizer step; returns its log record."""
@@ -269,7 +280,7 @@ class _Run:
         loss = torch.zeros((), device=accelerator.device)
         self.kept.clear()
         for i, ids in enumerate(batches):
-            ids = ids.to(accelerator.device)
+            ids = ids.to(accelerator.device, non_blocking=True)
             last = i == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 outputs = self.model(
@@ -279,20 +290,19 @@ class _Run:
             loss += outputs.loss.detach()
             if self.handle is not None:
                 self.kept.add(self.handle.statistics())
+        if config.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        # The one time that the host waits for the device in a step without a checkpoint.
         loss = accelerator.reduce(loss, reduction="sum").item()
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
                 "learning_rate or dtype bfloat16 may help"
             )
-        if config.max_grad_norm > 0:
-            accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
         tokens = self.windows_per_step * config.context_length
-        if accelerator.device.type == "cuda":
-            torch.cuda.synchronize(accelerator.device)
         seconds = time.perf_counter() - start
         return {
             "step": step,
@@ -326,8 +336,9 @@ class _Run:
             data=self.windows.fingerprint,
             keep=self.config.keep_checkpoints,
         )
-        if self.kept.map is not None:
-            write_file(folder / KEPT_MAP_NAME, json.dumps(self.kept.map) + "\n")
+        kept_map = self.kept.map()
+        if kept_map is not None:
+            write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map) + "\n")
 
     def _write_adapter(self, folder: Path) -> None:
         with new_folder(folder) as target:
@@ -339,7 +350,7 @@ class _Run:
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
     device = process_state(config).device
-    dtype = pick_dtype(config.dtype, device)
+    dtype = pick_dtype(config.dtype, device, config.elimination is not None)
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "no")
     # Accelerate keeps the precision of the first Accelerator for the whole process otherwise.
     AcceleratorState._reset_state()
@@ -350,6 +361,13 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
             f"{accelerator.distributed_type.value}"
         )
     return accelerator
+
+
+def _leave_casts_to_autocast(model: PeftModel) -> None:
+    """Keeps PEFT from copying every input of an adapter into the adapter's fp32 first."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _windows(config: FinetuneConfig) -> TokenWindows:

@@ -12,16 +12,18 @@ if TYPE_CHECKING:
 
 
 class KeptRows:
-    """Sums the statistics of the forward passes of a step.
-
-    Attributes:
-        map: kept blocks of the first sequence of the last forward pass that eliminated anything
-            ({"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}), or None.
-    """
+    """Sums the statistics of the forward passes of a step, without a read-back from the device."""
 
     def __init__(self) -> None:
-        self.map: dict[str, Any] | None = None
+        self._last: Sequence[LayerStatistics] | None = None
         self.clear()
+
+    def map(self) -> dict[str, Any] | None:
+        """Kept blocks of the first sequence of the last forward pass that eliminated anything.
+
+        {"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}, or None.
+        """
+        return None if self._last is None else _kept_map(self._last)
 
     def clear(self) -> None:
         """Begin another step; the map stays."""
@@ -37,7 +39,7 @@ class KeptRows:
             rows["attention"] += layer.attention_rows
             rows["mlp"] += layer.mlp_rows
         if any(min(s.attention_rows, s.mlp_rows) < s.tokens for s in statistics):
-            self.map = _kept_map(statistics)
+            self._last = statistics
 
     def by_layer(self) -> list[dict[str, float]]:
         """Share of the step's tokens that each sub-block kept; empty without elimination."""
@@ -51,11 +53,16 @@ class KeptRows:
 
 def _kept_map(statistics: Sequence[LayerStatistics]) -> dict[str, Any]:
     layout = statistics[0].layout
-    blocks = int(layout.cu_blocks[1])
+    blocks = -(-layout.seqlens[0] // layout.block_size)
+    # Layers share their sets, so this is one read-back for each set.
+    read: dict[int, list[int]] = {}
 
     def first_sequence(kept: Tensor | None) -> list[int]:
-        kept = range(blocks) if kept is None else kept.tolist()
-        return [block for block in kept if block < blocks]
+        if kept is None:
+            return list(range(blocks))
+        if id(kept) not in read:
+            read[id(kept)] = [block for block in kept.tolist() if block < blocks]
+        return read[id(kept)]
 
     return {
         "block_size": layout.block_size,

@@ -127,14 +127,28 @@ def pick_device(name: str, elimination: bool) -> torch.device:
     return torch.device("cuda" if supported else "cpu")
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype for a `dtype` setting; "auto" is bfloat16 on a GPU that has it."""
+def pick_dtype(name: str, device: torch.device, elimination: bool = False) -> torch.dtype:
+    """The torch dtype for a `dtype` setting; "auto" is bfloat16 on a GPU that has it.
+
+    Args:
+        name: "float32", "bfloat16", "float16" or "auto".
+        device: as from `pick_device`.
+        elimination: whether lemo's ops are needed.
+
+    Raises:
+        ValueError: the device, or lemo on it, does not compute in this dtype.
+    """
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if fast else torch.float32
     if name == "float16" and device.type != "cuda":
         raise ValueError(
             f"dtype: float16 needs a GPU, got the device '{device.type}'; use float32 or bfloat16"
+        )
+    if name == "float32" and device.type == "cuda" and elimination:
+        raise ValueError(
+            "dtype: elimination on a GPU computes in bfloat16 or float16, got float32; use "
+            "bfloat16, or the device 'cpu'"
         )
     return getattr(torch, name)
 

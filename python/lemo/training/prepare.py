@@ -152,6 +152,7 @@ def prepare_from_documents(
     output = Path(config.output)
     check_output(output, config.overwrite)
     device = pick_device(config.device, elimination=True)
+    dtype = pick_dtype(config.dtype, device, elimination=True)
     model_config = load_config(config.model)
     extend_context(model_config, max(config.lengths), config.rope_scaling)
     tokenizer = load_tokenizer(config.model)
@@ -176,7 +177,7 @@ def prepare_from_documents(
         )
     ]
     report("documents", 1, 1, f"{len(windows)} training windows, {len(tests)} held out")
-    model = load_model(config.model, model_config, pick_dtype(config.dtype, device)).to(device)
+    model = load_model(config.model, model_config, dtype).to(device)
     return prepare(model, windows, tests, output, config.settings(), config.overwrite, report)
 
 
