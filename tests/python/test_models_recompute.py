@@ -260,6 +260,10 @@ def test_the_flag_of_transformers_and_functions_of_the_user():
 
 
 def test_which_functions_are_plain():
+    model = make_model("llama")
+    for settings in (None, {"use_reentrant": False}):
+        model.gradient_checkpointing_enable(settings)
+        assert is_plain_checkpoint(model.model.layers[0]._gradient_checkpointing_func)
     assert is_plain_checkpoint(partial(checkpoint, use_reentrant=True))
     assert not is_plain_checkpoint(partial(checkpoint, context_fn=print))
     assert not is_plain_checkpoint(checkpoint)

@@ -54,7 +54,7 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
         module.disable_adapters
         or module.merged
         or len(active) != 1
-        or active[0] in module.lora_variant
+        or active[0] in getattr(module, "lora_variant", active)
         or is_intercepted(module)
         or not (_is_plain(base) and _is_frozen(base))
     ):
