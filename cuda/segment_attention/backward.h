@@ -103,8 +103,10 @@ struct DqSums {
         for (int i = 0; i < Traits::kSumsPerThread; i += kVector) {
             float* to = first + i * Traits::kThreads + threadIdx.x * kVector;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-            atomicAdd(reinterpret_cast<float4*>(to),
-                      make_float4(sums(i), sums(i + 1), sums(i + 2), sums(i + 3)));
+            // atomicAdd of a float4 would also fetch what was there.
+            asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to),
+                         "f"(sums(i)), "f"(sums(i + 1)), "f"(sums(i + 2)), "f"(sums(i + 3))
+                         : "memory");
 #else
             atomicAdd(to, sums(i));
 #endif
@@ -124,9 +126,10 @@ struct DqSums {
 
 /// Order among the thread blocks that add to the same query tile.
 struct Turn {
-    int* counter;
+    int* counter;  // null: in any order
 
     __device__ __forceinline__ void wait(int turn) const {
+        if (counter == nullptr) return;
         if (threadIdx.x == 0) {
             int finished;
             do {
@@ -139,10 +142,14 @@ struct Turn {
         __syncthreads();
     }
 
+    /// For every thread that added, before a barrier of the thread block ...
+    __device__ __forceinline__ void publish() const {
+        if (counter != nullptr) __threadfence();
+    }
+
+    /// ... and behind it: lets the next block add.
     __device__ __forceinline__ void pass_on() const {
-        __threadfence();  // this thread's sums are visible to the next block before its turn is
-        __syncthreads();
-        if (threadIdx.x == 0) atomicAdd(counter, 1);
+        if (counter != nullptr && threadIdx.x == 0) atomicAdd(counter, 1);
     }
 };
 
@@ -298,7 +305,8 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
 
     QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM, kBlockN);
     walk.advance();
-    int buffer = 0;  // which Q holds the tile of `walk`
+    int buffer = 0;       // which Q holds the tile of `walk`
+    Turn turn{nullptr};  // at the tile before, passed on when its sums have long been written
     if (!walk.done()) {
         const auto kv_rows = [&](const void* base) {
             return GlobalRows<const Element>{static_cast<const Element*>(base) + kv_offset,
@@ -319,7 +327,9 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
             make_tensor(sQ.data() + (buffer ^ 1) * size(sQ), typename Traits::LayoutQ{});
 
         cp_async_wait<0>();
+        turn.publish();
         __syncthreads();  // Q and dO are there; everyone is done with dS and the other Q
+        turn.pass_on();
         if (!next.done()) {
             load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, next), sQ_next);
             cp_async_fence();
@@ -383,14 +393,11 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
                  right_operand(LoadFragmentTransposed<Element>{}, query_mma, sKt), dq);
         const int packed_tile = q_tiles_before + walk.m_tile;
         const DqSums<Traits> dq_sums(args, walk.head, packed_tile);
-        if (args.turns == nullptr) {
-            dq_sums.add(dq);
-        } else {
-            const Turn turn{args.turns + int64_t{walk.head} * args.plan.max_q_tiles + packed_tile};
-            turn.wait(tile.tile - seen_by_first.x / kBlockN);
-            dq_sums.add(dq);
-            turn.pass_on();
+        if (args.turns != nullptr) {
+            turn.counter = args.turns + int64_t{walk.head} * args.plan.max_q_tiles + packed_tile;
         }
+        turn.wait(tile.tile - seen_by_first.x / kBlockN);
+        dq_sums.add(dq);
 
         const auto sQt_now = make_tensor(sQ_now.data(), typename Traits::LayoutQTransposed{});
         multiply(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sdSt),
@@ -403,7 +410,9 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
 
     CUTE_UNROLL
     for (int i = 0; i < size(dk); ++i) dk(i) *= args.scale;
+    turn.publish();
     __syncthreads();  // everyone is done with K and V, whose places the results take
+    turn.pass_on();
     store_accumulators<Element>(key_mma, round_to<Element>(dk), sK);
     store_accumulators<Element>(key_mma, round_to<Element>(dv), sV);
     __syncthreads();
