@@ -248,7 +248,9 @@ def profile(options: argparse.Namespace) -> None:
     from torch.profiler import profile as profiler
 
     with tempfile.TemporaryDirectory() as folder:
-        predictor = write_predictors(Path(folder) / "predictors", options.layers)
+        predictor = None
+        if "predictor" in options.profile:
+            predictor = write_predictors(Path(folder) / "predictors", options.layers)
         step = make_step(options.profile, options.tokens[0], options.layers, predictor)
     step()
     torch.cuda.synchronize()
