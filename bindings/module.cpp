@@ -34,6 +34,17 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("seqlens"), py::arg("block_size"),
         "(block_starts [B+1], cu_blocks [N+1]) of sequences cut into blocks of block_size tokens.");
+    m.def(
+        "plan_selection",
+        [](const std::vector<int64_t>& seqlens, int64_t block_size, double value,
+           int64_t keep_first, int64_t keep_last) {
+            const lemo::SelectionSize size =
+                lemo::plan_selection(seqlens, block_size, value, keep_first, keep_last);
+            return py::make_tuple(size.blocks, size.rows);
+        },
+        py::arg("seqlens"), py::arg("block_size"), py::arg("value"), py::arg("keep_first"),
+        py::arg("keep_last"),
+        "(blocks, rows) that the ratio policy keeps; rows -1 where they depend on the scores.");
     m.def("plan_loss_segment", &lemo::plan_loss_segment, py::arg("rows"), py::arg("vocabulary"),
           py::arg("budget_bytes"),
           "Rows of one loss segment whose fp32 logits take at most budget_bytes.");

@@ -6,13 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "lemo/blocks.h"
 #include "lemo/check.h"
 
 namespace lemo {
 namespace {
-
-// value * blocks may land an ulp above a whole number: 0.07 * 100 is 7 blocks, not 8.
-constexpr double kShareSlack = 1e-9;
 
 constexpr char kRatio[] = "ratio";
 constexpr char kThreshold[] = "threshold";
@@ -71,67 +69,100 @@ void check(const TokenSelectParams& params) {
 }
 
 void check(const TokenRowsParams& params) {
-    const Checker check("token_rows");
+    const Checker check("token_select");
     check.layout(params.block_starts, params.cu_blocks, rows_covered(params.block_starts));
+    const int64_t blocks = params.block_starts.size(0) - 1;
+    check.typed("places", params.places, DType::kInt32, 2);
+    check.dim("places", params.places, 0, blocks, "the number of blocks of the layout");
+    check.dim("places", params.places, 1, 2, "a place and a row");
+    for (const auto& [argument, tensor] :
+         {std::pair{"cu_kept", &params.cu_kept}, {"cu_rows", &params.cu_rows}}) {
+        check.typed(argument, *tensor, DType::kInt32, 1);
+        check.dim(argument, *tensor, 0, params.cu_blocks.size(0), "that of 'cu_blocks'");
+    }
     check.typed("kept_blocks", params.kept_blocks, DType::kInt32, 1);
-    check.ascending_rows("kept_blocks", params.kept_blocks, params.block_starts.size(0) - 1);
     check.typed("rows", params.rows, DType::kInt32, 1);
     check.typed("positions", params.positions, DType::kInt32, 1);
     check.dim("positions", params.positions, 0, params.rows.size(0), "the number of 'rows'");
+    check.same_device({{"block_starts", &params.block_starts},
+                       {"cu_blocks", &params.cu_blocks},
+                       {"places", &params.places},
+                       {"cu_kept", &params.cu_kept},
+                       {"cu_rows", &params.cu_rows},
+                       {"kept_blocks", &params.kept_blocks},
+                       {"rows", &params.rows},
+                       {"positions", &params.positions}});
+    if (params.rows.device != Device::kCpu) return;
+
+    const int64_t last = params.cu_blocks.size(0) - 1;
+    const int64_t num_kept = params.cu_kept.as<const int32_t>()[last];
+    const int64_t num_rows = params.cu_rows.as<const int32_t>()[last];
+    check.that(params.kept_blocks.size(0) == num_kept, "num_kept_blocks",
+               std::to_string(num_kept) + ", what the policy keeps",
+               std::to_string(params.kept_blocks.size(0)));
+    check.that(params.rows.size(0) == num_rows, "num_kept_rows",
+               std::to_string(num_rows) + ", the rows of the kept blocks",
+               std::to_string(params.rows.size(0)));
 }
 
 void token_select_cpu(const TokenSelectParams& params) {
     const float* score = params.scores.as<const float>();
     const int32_t* start = params.block_starts.as<const int32_t>();
     const int32_t* cut = params.cu_blocks.as<const int32_t>();
-    int32_t* kept_blocks = params.kept_blocks.as<int32_t>();
+    int32_t* place = params.places.as<int32_t>();
+    int32_t* cu_kept = params.cu_kept.as<int32_t>();
     int32_t* cu_rows = params.cu_rows.as<int32_t>();
 
     std::vector<char> kept(static_cast<size_t>(params.scores.size(0)), 0);
-    int64_t num_kept = 0, num_rows = 0;
-    cu_rows[0] = 0;
-    for (int64_t n = 0; n + 1 < params.cu_blocks.size(0); ++n) {
+    cu_kept[0] = cu_rows[0] = 0;
+    const int64_t num_sequences = params.cu_blocks.size(0) - 1;
+    for (int64_t n = 0; n < num_sequences; ++n) {
         const int64_t first = cut[n], end = cut[n + 1], blocks = end - first;
-        // Only the blocks [open_first, open_end) compete; those around them are forced.
-        const int64_t open_first = first + std::min(params.keep_first, blocks);
-        const int64_t open_end = std::max(end - std::min(params.keep_last, blocks), open_first);
-        std::fill(kept.begin() + first, kept.begin() + open_first, 1);
-        std::fill(kept.begin() + open_end, kept.begin() + end, 1);
-
+        const Range open = open_blocks(blocks, params.keep_first, params.keep_last);
+        std::fill(kept.begin() + first, kept.begin() + first + open.first, 1);
+        std::fill(kept.begin() + first + open.end, kept.begin() + end, 1);
         if (params.policy == kThreshold) {
-            for (int64_t b = open_first; b < open_end; ++b) kept[b] = score[b] >= params.value;
+            for (int64_t b = first + open.first; b < first + open.end; ++b) {
+                kept[b] = score[b] >= params.value;
+            }
         } else {
-            const double share = params.value * static_cast<double>(blocks);
-            const int64_t budget = static_cast<int64_t>(std::ceil(share - kShareSlack));
-            const int64_t num_open = open_end - open_first, num_forced = blocks - num_open;
-            take_best(score, open_first, open_end,
-                      std::clamp<int64_t>(budget - num_forced, 0, num_open), kept.data());
+            take_best(score, first + open.first, first + open.end,
+                      num_taken_blocks(blocks, open, params.value), kept.data());
         }
+        int32_t num_kept = 0, num_rows = 0;
         for (int64_t b = first; b < end; ++b) {
+            place[2 * b] = kept[b] ? num_kept : -1;
+            place[2 * b + 1] = kept[b] ? num_rows : -1;
             if (!kept[b]) continue;
-            kept_blocks[num_kept++] = static_cast<int32_t>(b);
+            ++num_kept;
             num_rows += start[b + 1] - start[b];
         }
-        cu_rows[n + 1] = static_cast<int32_t>(num_rows);
+        cu_kept[n + 1] = cu_kept[n] + num_kept;
+        cu_rows[n + 1] = cu_rows[n] + num_rows;
     }
-    params.counts.as<int64_t>()[0] = num_kept;
-    params.counts.as<int64_t>()[1] = num_rows;
+    params.counts.as<int64_t>()[0] = cu_kept[num_sequences];
+    params.counts.as<int64_t>()[1] = cu_rows[num_sequences];
 }
 
 void token_rows_cpu(const TokenRowsParams& params) {
     const int32_t* start = params.block_starts.as<const int32_t>();
     const int32_t* cut = params.cu_blocks.as<const int32_t>();
-    const int32_t* kept_block = params.kept_blocks.as<const int32_t>();
+    const int32_t* place = params.places.as<const int32_t>();
+    const int32_t* cu_kept = params.cu_kept.as<const int32_t>();
+    const int32_t* cu_rows = params.cu_rows.as<const int32_t>();
+    int32_t* kept_block = params.kept_blocks.as<int32_t>();
     int32_t* row = params.rows.as<int32_t>();
     int32_t* position = params.positions.as<int32_t>();
 
-    int64_t n = 0, r = 0;
-    for (int64_t i = 0; i < params.kept_blocks.size(0); ++i) {
-        const int32_t block = kept_block[i];
-        while (block >= cut[n + 1]) ++n;
-        for (int32_t at = start[block]; at < start[block + 1]; ++at, ++r) {
-            row[r] = at;
-            position[r] = at - start[cut[n]];
+    for (int64_t n = 0; n + 1 < params.cu_blocks.size(0); ++n) {
+        for (int32_t b = cut[n]; b < cut[n + 1]; ++b) {
+            if (place[2 * b] < 0) continue;
+            kept_block[cu_kept[n] + place[2 * b]] = b;
+            int64_t r = cu_rows[n] + place[2 * b + 1];
+            for (int32_t at = start[b]; at < start[b + 1]; ++at, ++r) {
+                row[r] = at;
+                position[r] = at - start[cut[n]];
+            }
         }
     }
 }

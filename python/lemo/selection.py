@@ -196,7 +196,7 @@ class Selector:
         device = self._layout.cu_seqlens.device
         untouched = torch.ones(self._layout.num_tokens, dtype=torch.bool, device=device)
         for selection in selections:
-            untouched[selection.rows.long()] = False
+            untouched.index_fill_(0, selection.rows.long(), False)
         return untouched
 
     def statistics(self) -> list[LayerStatistics]:

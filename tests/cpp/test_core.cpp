@@ -31,6 +31,27 @@ TEST(Blocks, ShiftedGroupsStartHalfAGroupEarly) {
     EXPECT_EQ(group_first(11, 8, 0), 8);
 }
 
+TEST(Blocks, SelectionSizesFollowFromTheLengths) {
+    const auto size = [](const std::vector<int64_t>& seqlens, double value, int64_t keep_first,
+                         int64_t keep_last) {
+        const SelectionSize size = plan_selection(seqlens, 4, value, keep_first, keep_last);
+        return std::pair{size.blocks, size.rows};
+    };
+    using Size = std::pair<int64_t, int64_t>;
+    EXPECT_EQ(size({16, 8}, 0.5, 0, 0), Size(3, 12));  // no ragged block
+    EXPECT_EQ(size({18, 0, 3}, 0.5, 1, 1), Size(4, 2 * 4 + 2 + 3));  // ragged blocks are forced
+    EXPECT_EQ(size({18}, 0.5, 1, 0), Size(3, -1));
+    EXPECT_EQ(size({18}, 0.0, 2, 0), Size(2, 8));   // the ragged block is never taken
+    EXPECT_EQ(size({18}, 1.0, 0, 0), Size(5, 18));  // and here it always is
+    EXPECT_EQ(size({18}, 0.1, 9, 0), Size(5, 18));
+    EXPECT_EQ(size({16, 18}, 0.5, 1, 0), Size(5, -1));
+    EXPECT_EQ(size({}, 0.5, 1, 1), Size(0, 0));
+    EXPECT_EQ(plan_selection({100}, 1, 0.07, 0, 0).blocks, 7);
+    EXPECT_THROW(size({4}, 1.5, 0, 0), Error);
+    EXPECT_THROW(size({4}, 0.5, -1, 0), Error);
+    EXPECT_THROW(size({-4}, 0.5, 0, 0), Error);
+}
+
 TEST(Blocks, LossSegmentFitsItsBudget) {
     EXPECT_EQ(plan_loss_segment(1000, 256, 1024 * 10), 10);
     EXPECT_EQ(plan_loss_segment(4, 256, 1 << 30), 4);

@@ -26,7 +26,7 @@ struct Chosen {
 Chosen choose(std::vector<float> scores, std::string_view policy, double value, int64_t keep_first,
               int64_t keep_last) {
     Layout layout;
-    std::vector<int32_t> kept(6), cu_rows(4);
+    std::vector<int32_t> places(12), cu_kept(4), cu_rows(4);
     std::vector<int64_t> counts(2);
     const TokenSelectParams params{view(scores, {6}),
                                    view(layout.block_starts, {7}),
@@ -35,13 +35,23 @@ Chosen choose(std::vector<float> scores, std::string_view policy, double value, 
                                    value,
                                    keep_first,
                                    keep_last,
-                                   view(kept, {6}),
+                                   view(places, {6, 2}),
+                                   view(cu_kept, {4}),
                                    view(cu_rows, {4}),
                                    view(counts, {2})};
     check(params);
     token_select_cpu(params);
+    EXPECT_EQ(counts[0], cu_kept.back());
     EXPECT_EQ(counts[1], cu_rows.back());
-    kept.resize(static_cast<size_t>(counts[0]));
+
+    std::vector<int32_t> kept(static_cast<size_t>(counts[0]));
+    std::vector<int32_t> rows(static_cast<size_t>(counts[1])), positions(rows);
+    const TokenRowsParams rows_params{
+        params.block_starts, params.cu_blocks, params.places,         params.cu_kept,
+        params.cu_rows,      view(kept, {counts[0]}), view(rows, {counts[1]}),
+        view(positions, {counts[1]})};
+    check(rows_params);
+    token_rows_cpu(rows_params);
     return {kept, cu_rows};
 }
 
@@ -69,13 +79,29 @@ TEST(TokenSelect, ThresholdKeepsWhatReachesIt) {
 
 TEST(TokenSelect, RowsAndPositionsOfKeptBlocks) {
     Layout layout;
-    std::vector<int32_t> kept{1, 4, 5}, rows(4), positions(4);
-    const TokenRowsParams params{view(layout.block_starts, {7}), view(layout.cu_blocks, {4}),
-                                 view(kept, {3}), view(rows, {4}), view(positions, {4})};
+    // Blocks 1 and 4 of the first sequence, and the last sequence.
+    std::vector<int32_t> places{-1, -1, 0, 0, -1, -1, -1, -1, 1, 2, 0, 0};
+    std::vector<int32_t> cu_kept{0, 2, 2, 3}, cu_rows{0, 3, 3, 4};
+    std::vector<int32_t> kept(3), rows(4), positions(4);
+    TokenRowsParams params{view(layout.block_starts, {7}), view(layout.cu_blocks, {4}),
+                           view(places, {6, 2}),           view(cu_kept, {4}),
+                           view(cu_rows, {4}),             view(kept, {3}),
+                           view(rows, {4}),                view(positions, {4})};
     check(params);
     token_rows_cpu(params);
+    EXPECT_EQ(kept, (Blocks{1, 4, 5}));
     EXPECT_EQ(rows, (Blocks{2, 3, 8, 9}));
     EXPECT_EQ(positions, (Blocks{2, 3, 8, 0}));
+
+    params.kept_blocks = view(kept, {2});
+    try {
+        check(params);
+        FAIL() << "a wrong size passed";
+    } catch (const Error& error) {
+        EXPECT_STREQ(error.what(),
+                     "[lemo:value] token_select: argument 'num_kept_blocks': expected 3, what the "
+                     "policy keeps, got 2");
+    }
 }
 
 TEST(TokenSelect, MessageNamesArgumentExpectedAndGot) {

@@ -1,5 +1,8 @@
 """Where the tests' tensors live, and which dtypes the kernels there know."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -23,3 +26,17 @@ def kernel_dtypes() -> tuple[torch.dtype, ...]:
 def working_dtype() -> torch.dtype:
     """The first of `kernel_dtypes`: fp32 on the CPU, bf16 on a GPU."""
     return kernel_dtypes()[0]
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Raises where the host waits for the GPU; on the CPU there is nothing to wait for."""
+    if not on_gpu():
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -7,8 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemo import ops, reference
+from devices import no_synchronisation, on_gpu
+from lemo import _C, LemoConfig, ops, reference
 from lemo.layout import BlockLayout
+from lemo.selection import Selector
 
 
 def compare(scores, layout, policy, value, keep_first, keep_last):
@@ -88,8 +90,14 @@ def test_scores_that_require_grad_and_strided_ones():
 def test_opcheck():
     layout = BlockLayout.from_seqlens([50, 0, 7], 4)
     scores = torch.rand(layout.num_blocks)
-    for policy, value in (("ratio", 0.5), ("threshold", 0.7), ("ratio", 0.0)):
-        sample = (scores, layout.block_starts, layout.cu_blocks, policy, value, 1, 1)
+    known = _C.plan_selection(layout.seqlens, 4, 0.5, 1, 1)
+    for policy, value, sizes in (
+        ("ratio", 0.5, (-1, -1)),
+        ("ratio", 0.5, known),
+        ("threshold", 0.7, (-1, -1)),
+        ("ratio", 0.0, (-1, -1)),
+    ):
+        sample = (scores, layout.block_starts, layout.cu_blocks, policy, value, 1, 1, *sizes)
         torch.library.opcheck(torch.ops.lemo.token_select.default, sample)
 
 
@@ -97,7 +105,7 @@ def test_repeats_are_bit_equal():
     layout = BlockLayout.from_seqlens([3000, 2000], 16)
     scores = torch.randint(50, (layout.num_blocks,)).float()
     first = ops.token_select(scores, layout, "ratio", 0.4)
-    for _ in range(5):
+    for _ in range(100):
         again = ops.token_select(scores, layout, "ratio", 0.4)
         assert torch.equal(first.rows, again.rows)
         assert torch.equal(first.positions, again.positions)
@@ -147,3 +155,78 @@ def test_bad_inputs_name_the_argument(change, exception, message):
     arguments = {"scores": torch.rand(5), "layout": LAYOUT, "policy": "ratio", "value": 0.5}
     with pytest.raises(exception, match=message):
         ops.token_select(**(arguments | change))
+
+
+@given(
+    seqlens=st.lists(st.integers(0, 30), min_size=0, max_size=4),
+    block_size=st.integers(1, 9),
+    value=st.floats(0, 1),
+    keep_first=st.integers(0, 3),
+    keep_last=st.integers(0, 3),
+)
+def test_planned_sizes_are_those_of_every_draw_of_scores(
+    seqlens, block_size, value, keep_first, keep_last
+):
+    layout = BlockLayout.from_seqlens(seqlens, block_size)
+    arguments = (value, keep_first, keep_last)
+    blocks, rows = _C.plan_selection(seqlens, block_size, *arguments)
+    found = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        scores = torch.rand(layout.num_blocks)
+        _, _, cu_rows, kept = reference.token_select(
+            scores, layout.block_starts, layout.cu_blocks, "ratio", *arguments
+        )
+        assert len(kept) == blocks
+        found.add(int(cu_rows[-1]))
+    assert rows == -1 or found == {rows}
+    # Unknown only where it has to be: some ragged last block may stay out.
+    ragged_and_open = any(length % block_size for length in seqlens) and keep_last == 0
+    assert rows >= 0 or ragged_and_open
+
+
+@pytest.mark.cpu_only
+def test_wrong_sizes_raise():
+    sample = (torch.rand(5), LAYOUT.block_starts, LAYOUT.cu_blocks, "ratio", 0.5, 1, 1)
+    assert _C.plan_selection(LAYOUT.seqlens, 4, 0.5, 1, 1) == (4, 11)
+    for sizes, message in (
+        ((5, 11), "'num_kept_blocks': expected 4, what the policy keeps, got 5"),
+        ((4, 12), "'num_kept_rows': expected 11, the rows of the kept blocks, got 12"),
+        ((6, 11), "'num_kept_blocks': expected at most 5, or -1, got 6"),
+        ((4, -2), "'num_kept_rows': expected at least 0, or -1, got -2"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.lemo.token_select(*sample, *sizes)
+
+
+def test_many_sequences_and_a_long_one():
+    generator = torch.Generator().manual_seed(1)
+    seqlens = torch.randint(0, 200, (1500,), generator=generator).tolist()
+    layout = BlockLayout.from_seqlens([*seqlens, 40000], 8)
+    scores = (torch.randn(layout.num_blocks, generator=generator) * 100).round() / 100
+    scores = scores.to(layout.block_starts.device)
+    compare(scores, layout, "ratio", 0.3, 1, 1)
+    compare(scores, layout, "ratio", 0.3, 0, 0)
+    compare(scores, layout, "threshold", 0.5, 1, 1)
+    compare(torch.zeros_like(scores), layout, "ratio", 0.3, 1, 1)  # ties only
+    compare(-scores.abs() * (scores > 0), layout, "ratio", 0.6, 0, 1)  # 0 and -0 are equal
+
+
+def test_a_selection_never_waits_for_the_gpu():
+    """With the ratio policy; the kept set of a threshold has to be read back, once."""
+    layout = BlockLayout.from_seqlens([1000, 0, 30], 64)
+    scores = torch.rand(layout.num_blocks)
+    with no_synchronisation():
+        # A new batch, two layers that score for themselves, and what the loss needs.
+        layout = BlockLayout.from_seqlens([1000, 0, 30], 64)
+        selector = Selector(LemoConfig(keep=0.5, select_at="all", dense_layers=()), 2)
+        selector.begin(layout)
+        for layer in range(2):
+            for kind in ("attention", "mlp"):
+                selector.select(layer, kind, lambda: scores)
+        selector.untouched_rows()
+        selector.statistics()
+        ops.token_select(scores, layout, "ratio", 0.5, 1, 1)
+    if on_gpu():
+        with pytest.raises(RuntimeError), no_synchronisation():
+            ops.token_select(scores, layout, "threshold", 0.5)

@@ -1,6 +1,7 @@
 // The one owner of block, segment and row arithmetic; host and device code and the tests share it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -55,6 +56,26 @@ LEMO_HOST_DEVICE constexpr Range visible_positions(int64_t position, int64_t win
     return {first, position + 1};
 }
 
+/// The blocks of a sequence of `blocks` blocks that a policy decides about; those before and after
+/// them are forced.
+LEMO_HOST_DEVICE constexpr Range open_blocks(int64_t blocks, int64_t keep_first,
+                                             int64_t keep_last) {
+    const int64_t first = keep_first < blocks ? keep_first : blocks;
+    const int64_t end = keep_last < blocks ? blocks - keep_last : 0;
+    return {first, end > first ? end : first};
+}
+
+/// How many of its open blocks a share of `value` takes from a sequence: ceil(value * blocks), less
+/// the forced ones. A fused product, so that host and device round alike, whatever their compilers.
+LEMO_HOST_DEVICE inline int64_t num_taken_blocks(int64_t blocks, Range open, double value) {
+    // The product may land an ulp above a whole number: 0.07 * 100 is 7 blocks, not 8.
+    constexpr double kSlack = 1e-9;
+    const double budget = ceil(fma(value, static_cast<double>(blocks), -kSlack));
+    const int64_t num_open = open.end - open.first;
+    const int64_t taken = static_cast<int64_t>(budget) - (blocks - num_open);
+    return taken < 0 ? 0 : taken > num_open ? num_open : taken;
+}
+
 /// Blocks of packed sequences: `block_starts` [B+1] first rows, `cu_blocks` [N+1] first blocks.
 struct BlockPlan {
     std::vector<int32_t> block_starts;
@@ -64,6 +85,16 @@ struct BlockPlan {
 /// Cuts each sequence into blocks of `block_size` tokens. Throws Error on negative lengths, a block
 /// size below 1, or more than 2^31 - 1 tokens in all.
 BlockPlan plan_blocks(const std::vector<int64_t>& seqlens, int64_t block_size);
+
+struct SelectionSize {
+    int64_t blocks;
+    int64_t rows;  // -1 where they depend on the scores
+};
+
+/// What the ratio policy keeps of these sequences. The rows depend on the scores only where a
+/// ragged last block competes with others. Throws Error on arguments that do not fit.
+SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_size, double value,
+                             int64_t keep_first, int64_t keep_last);
 
 /// Rows of one loss segment, so that its fp32 logits take at most `budget_bytes` (at least 1 row).
 int64_t plan_loss_segment(int64_t rows, int64_t vocabulary, int64_t budget_bytes);

@@ -60,10 +60,10 @@ class PackedBatch:
                 f"{list(mask.shape)}; prepared masks of other shapes are not supported"
             )
         kept = mask != 0
+        on_device = kept.sum(1)
         starts = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
-        lengths = kept.sum(1)
         # The one read-back of a padded batch: lengths and the number of runs of ones.
-        lengths, starts = torch.stack((lengths, starts)).tolist()
+        lengths, starts = torch.stack((on_device, starts)).tolist()
         if max(starts) > 1:
             raise ValueError(
                 "attention_mask: expected the ones of each row to be contiguous (padding on the "
@@ -72,7 +72,12 @@ class PackedBatch:
         if sum(lengths) == 0:
             raise ValueError("attention_mask: expected at least one token, got only zeros")
         if sum(lengths) < kept.numel():
-            self._token_rows = kept.flatten().nonzero()[:, 0]
+            # What nonzero() would give, which waits for its size to be read back once more.
+            rows = torch.arange(kept.shape[0], device=kept.device)
+            firsts = rows * kept.shape[1] + kept.int().argmax(1)
+            shifts = firsts - (on_device.cumsum(0) - on_device)
+            tokens = torch.arange(sum(lengths), device=kept.device)
+            self._token_rows = tokens + shifts.repeat_interleave(on_device, output_size=len(tokens))
         return lengths
 
     @property

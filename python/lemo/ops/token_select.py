@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lemo import _C
 from lemo.layout import BlockLayout, Selection
 from lemo.ops._call import call
 
@@ -10,9 +11,21 @@ _ops = torch.ops.lemo
 
 
 @torch.library.register_fake("lemo::token_select")
-def _(scores, block_starts, cu_blocks, policy, value, keep_first, keep_last):
-    sizes = torch.library.get_ctx()
-    num_rows, num_kept = sizes.new_dynamic_size(), sizes.new_dynamic_size()
+def _(
+    scores,
+    block_starts,
+    cu_blocks,
+    policy,
+    value,
+    keep_first,
+    keep_last,
+    num_kept_blocks,
+    num_kept_rows,
+):
+    num_kept, num_rows = num_kept_blocks, num_kept_rows
+    if num_kept < 0 or num_rows < 0:
+        sizes = torch.library.get_ctx()
+        num_rows, num_kept = sizes.new_dynamic_size(), sizes.new_dynamic_size()
     return (
         block_starts.new_empty(num_rows),
         block_starts.new_empty(num_rows),
@@ -31,8 +44,13 @@ def token_select(
 ) -> Selection:
     """Keeps blocks by their scores, sequence by sequence (LeMo, section 4.1).
 
+    With "ratio" the host never waits for a GPU: the sizes of the results follow from the lengths of
+    the sequences, unless a ragged last block competes with others (`keep_last` 0). Otherwise the
+    counts are read back once.
+
     Args:
-        scores: [B] fp32, one for each block of `layout`; not NaN. No gradient flows into it.
+        scores: [B] fp32, one for each block of `layout`; not NaN (on a GPU, where that cannot be
+            checked, NaN is the lowest score of all). No gradient flows into it.
         layout: how the packed tokens are cut.
         policy: "ratio" keeps the `ceil(value * blocks)` best blocks of every sequence, the earlier
             block where scores tie; "threshold" keeps the blocks with `score >= value`.
@@ -46,6 +64,9 @@ def token_select(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
+    sizes = (-1, -1)
+    if policy == "ratio":
+        sizes = _C.plan_selection(layout.seqlens, layout.block_size, value, keep_first, keep_last)
     rows, positions, cu_rows, kept_blocks = call(
         _ops.token_select,
         scores.detach(),
@@ -55,5 +76,6 @@ def token_select(
         value,
         keep_first,
         keep_last,
+        *sizes,
     )
     return Selection(layout, rows, positions, cu_rows, kept_blocks)
