@@ -265,3 +265,45 @@ def test_bf16_errs_at_most_twice_as_much_as_the_dense_model(architecture, precis
     plain = run(weights, precision == "autocast", eliminate=False)
     value = run(weights, precision == "autocast", eliminate=True)
     assert_close_low_precision(value, plain, oracle, "gradients")
+
+
+class OtherMLP(torch.nn.Module):
+    """The parts of Llama's, put together in another way."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+def replace_mlp(model):
+    model.model.layers[1].mlp = OtherMLP(model.model.layers[1].mlp)
+
+
+def hook_activation(model):
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+def hook_mlp(model):
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, result: 2 * result)
+
+
+@pytest.mark.parametrize(
+    ("activation", "change"),
+    [
+        ("gelu", None),
+        ("silu", replace_mlp),
+        ("silu", hook_activation),
+        ("silu", hook_mlp),
+    ],
+)
+def test_mlps_that_are_no_plain_swiglu_run_as_they_are(activation, change):
+    model, dense = (make_model("llama", hidden_act=activation) for _ in range(2))
+    for each in (model, dense):
+        if change is not None:
+            change(each)
+    lemo.enable(model, EVERYTHING)
+    assert_same(model, dense, plain_batch())
