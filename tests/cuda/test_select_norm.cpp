@@ -36,7 +36,8 @@ struct Data {
         : shape(shape), layer(shape.kind == "layer"),
           x(random_values<T>(shape.tokens * shape.hidden, 1, 1.0f, 0.5f)),
           weight(random_values<T>(shape.hidden, 2, 0.25f, 1.0f)),
-          bias(random_values<T>(shape.hidden, 3)), dy(random_values<T>(shape.kept * shape.hidden, 4)),
+          bias(random_values<T>(shape.hidden, 3)),
+          dy(random_values<T>(shape.kept * shape.hidden, 4)),
           dx(random_values<T>(shape.tokens * shape.hidden, 5)),
           rows(random_rows(shape.tokens, shape.kept, 6)) {}
 
