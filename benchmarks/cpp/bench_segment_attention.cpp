@@ -75,7 +75,7 @@ void BM_SegmentAttentionBackward(benchmark::State& state) {
     auto dq = problem.q, dk = problem.k, dv = problem.v;
     const int64_t rows = state.range(0);
     const lemo::SegmentAttentionBackwardParams params{
-        problem.forward, Problem::heads(dout, rows, Problem::kHeads),
+        problem.forward, true, Problem::heads(dout, rows, Problem::kHeads),
         Problem::heads(dq, rows, Problem::kHeads), Problem::heads(dk, rows, Problem::kKvHeads),
         Problem::heads(dv, rows, Problem::kKvHeads)};
     for (auto _ : state) lemo::segment_attention_backward_cpu(params);

@@ -105,8 +105,12 @@ TEST_F(OneHead, BackwardOfTwoTokensByHand) {
     EXPECT_NEAR(out[1], 0.75 * 1 + 0.25 * 5, 1e-6);
 
     std::vector<float> dout{1, 1}, dq(2), dk(2), dv(2);
-    const SegmentAttentionBackwardParams params{forward, view(dout, {2, 1, 1}), view(dq, {2, 1, 1}),
-                                                view(dk, {2, 1, 1}), view(dv, {2, 1, 1})};
+    const SegmentAttentionBackwardParams params{forward,
+                                                true,
+                                                view(dout, {2, 1, 1}),
+                                                view(dq, {2, 1, 1}),
+                                                view(dk, {2, 1, 1}),
+                                                view(dv, {2, 1, 1})};
     check(params);
     segment_attention_backward_cpu(params);
     const float dscore = 0.75f * 0.25f * (1 - 5);  // d out / d (score of key 0)
