@@ -332,7 +332,7 @@ def fit(
     unit = profile.deviation.mean()
     if data.fine_labels:
         fine_unit = torch.cat(data.fine_labels).std(unbiased=False) / unit
-    windows = _resident(data.x, device)
+    windows, profile = _resident(data.x, device), profile.to(device)
     order: list[int] = []
     for step in range(settings.steps):
         while len(order) < settings.windows_per_step:
