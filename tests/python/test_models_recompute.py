@@ -94,6 +94,17 @@ def test_bits_depend_neither_on_the_run_nor_on_what_is_stored_of_attention(name)
         assert_equal(run(model, batch, how, **SETTINGS[name]), first)
 
 
+@pytest.mark.parametrize("dtype", [{}, {"dtype": torch.bfloat16}], ids=["working", "bf16"])
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "opt"])
+def test_bits_of_one_chunk_are_those_of_stored_layers(architecture, name, dtype):
+    model, batch = lora(make_model(architecture, **dtype)), BATCHES["right"]()
+    model = model.to(next(model.parameters()).dtype)
+    expected = run(model, batch, "none", **SETTINGS[name])
+    for how in ("layer", "selective"):
+        assert_equal(run(model, batch, how, **SETTINGS[name]), expected)
+
+
 @pytest.mark.parametrize("how", ["layer", "selective"])
 @pytest.mark.parametrize("name", ["shared set", "own sets"])
 def test_dropout_draws_the_same_numbers_again(name, how):

@@ -13,6 +13,7 @@ from transformers.activations import SiLUActivation
 from lemo import ops
 from lemo.models.batch import PackedBatch, shape_of
 from lemo.models.linear import apply_linear, is_intercepted
+from lemo.ops.select_norm import select_norm_into
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
 
@@ -134,11 +135,20 @@ class Adapter:
             return x, norm(x_rows)
         return ops.stream_select_norm(x, *plain[:2], rows=rows, eps=plain[2], kind=self.norm_kind)
 
-    def normalize(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """norm(x) of a tensor that is not the residual stream."""
+    def normalize(
+        self, x: Tensor, norm: nn.Module, into: tuple[Tensor, Tensor | None] | None = None
+    ) -> Tensor:
+        """norm(x) of a tensor that is not the residual stream.
+
+        With `into` = (dx, rows) backward may add the gradient of `x` into dx[rows] in place instead
+        of giving it to `x`; it does where the norm is the plain one.
+        """
         plain = self._plain_norm(norm, x.dtype)
         if plain is None:
             return norm(x)
+        if into is not None and x.requires_grad:
+            dx, rows = into
+            return select_norm_into(x, *plain[:2], rows, dx, plain[2], self.norm_kind)
         return ops.select_norm(x, *plain[:2], eps=plain[2], kind=self.norm_kind)
 
     def _plain_norm(

@@ -187,8 +187,15 @@ class Decoder:
         attended = self._attend(index, batch, selection, selection, x_rows, norm=norm)
         return attended + self._mlp_of_rows(index, x_rows + attended)
 
-    def _mlp_of_rows(self, index: int, x_rows: Tensor, values: bool = True) -> Tensor:
-        normalized = self.adapter.normalize(x_rows, self.adapter.mlp_norm(index))
+    def _mlp_of_rows(
+        self,
+        index: int,
+        x_rows: Tensor,
+        values: bool = True,
+        into: tuple[Tensor, Tensor | None] | None = None,
+    ) -> Tensor:
+        """What the MLP adds to gathered rows; `values` and `into` as for `_attend`."""
+        normalized = self.adapter.normalize(x_rows, self.adapter.mlp_norm(index), into)
         return self.adapter.mlp(index, normalized, values)
 
     def _attend(
@@ -201,6 +208,7 @@ class Decoder:
         norm: nn.Module | None = None,
         attention: Callable[..., Tensor] = ops.segment_attention,
         values: bool = True,
+        into: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """What attention adds to the kept rows, [R, H].
 
@@ -211,10 +219,11 @@ class Decoder:
             norm: normalizes `xs` first; None: `xs` is normalized already.
             attention: takes the place of `ops.segment_attention`.
             values: False where only gradients of the result count.
+            into: where the norm may put the gradient of `xs`; see `Adapter.normalize`.
         """
         adapter, shared = self.adapter, keys is selection
         if norm is not None:
-            xs = adapter.normalize(xs, norm)
+            xs = adapter.normalize(xs, norm, into)
         xq = xs if shared else xs.index_select(0, selection.rows)
         q = batch.rotate(adapter.queries(index, xq), selection)
         k = batch.rotate(adapter.keys(index, xs), keys)

@@ -47,10 +47,13 @@ class Unit:
     """What is computed again as one piece.
 
     Attributes:
-        attend: attend(x_rows, attention=..., values=...): what attention adds to `rows`, from the
-            rows `key_rows` of the stream; None: no attention. `attention` takes the place of
-            `ops.segment_attention`; without `values` only gradients of the result count.
-        mlp: mlp(x_rows, values=...): what the MLP adds to `rows`, row by row; None: no MLP.
+        attend: attend(x_rows, attention=..., values=..., into=...): what attention adds to `rows`,
+            from the rows `key_rows` of the stream; None: no attention. `attention` takes the place
+            of `ops.segment_attention`; without `values` only gradients of the result count; with
+            `into` = (dx, key_rows) backward may add the gradient of x_rows to these rows of dx
+            itself and give none to x_rows.
+        mlp: mlp(x_rows, values=..., into=...): what the MLP adds to `rows`, row by row; None: no
+            MLP.
         rows: [R] int32 rows that the unit changes; None: all.
         key_rows: rows that attention reads; with an MLP in the unit these are `rows`.
         width: features of the MLP's widest activation.
@@ -68,8 +71,8 @@ class Unit:
 def recomputed(x: Tensor, unit: Unit, parameters: Sequence[Tensor]) -> Tensor:
     """Adds a unit to the residual stream [T, H] in place and returns it.
 
-    Equal to running the unit with a graph up to the rounding of products of fewer rows; bit-equal
-    from run to run. Random numbers and autocast are in backward what they were in forward.
+    Bit-equal to running the unit with a graph where the MLP fits one chunk, otherwise equal up to
+    the rounding of products of fewer rows; bit-equal from run to run. Random numbers and autocast are in backward what they were in forward.
 
     Args:
         x: the stream; not a leaf that requires grad.
@@ -123,7 +126,12 @@ class _Recomputed(torch.autograd.Function):
             leaf, attended, edge = x_rows.detach().requires_grad_(needs_x), None, None
             if unit.attend is not None:
                 attention = KnownAttention(*kept) if unit.selective else ops.segment_attention
-                y = unit.attend(leaf, attention=attention, values=unit.mlp is not None)
+                y = unit.attend(
+                    leaf,
+                    attention=attention,
+                    values=unit.mlp is not None,
+                    into=(dx, unit.key_rows),
+                )
                 edge = get_gradient_edge(y) if y.requires_grad else None
                 attended, dtype = y.detach(), y.dtype
                 del y, attention
@@ -163,7 +171,8 @@ def _mlp_backward(
             # Rounded as the stream was.
             rows = (rows + attended[part]).to(x_rows.dtype)
         leaf = rows.detach().requires_grad_(wanted)
-        y = unit.mlp(leaf, values=False)
+        into = (dx[chunk], None) if isinstance(chunk, slice) else (dx, chunk)
+        y = unit.mlp(leaf, values=False, into=into)
         if not y.requires_grad:
             continue
         dy = _gather(dx, chunk, view=True).to(y.dtype)

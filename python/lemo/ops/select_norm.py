@@ -97,6 +97,20 @@ class _StreamSelectNorm(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
 
 
+class _SelectNormInto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_rows, weight, bias, rows, dx, eps, kind):
+        y, _, mean, rstd = call(_ops.select_norm, x_rows, None, weight, bias, eps, kind, False)
+        _save(ctx, dx, x_rows, rows, weight, bias, mean, rstd, kind)
+        ctx.dx = dx
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return None, *_add_gradient(ctx, dy, ctx.dx), None, None, None, None
+
+
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -153,3 +167,32 @@ def stream_select_norm(
         ValueError, TypeError: an argument does not fit.
     """
     return _StreamSelectNorm.apply(x, weight, bias, rows, eps, kind, _needs_grad(x, weight, bias))
+
+
+def select_norm_into(
+    x_rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor | None,
+    dx: Tensor,
+    eps: float,
+    kind: str,
+) -> Tensor:
+    """The norm of gathered rows of a stream, for a backward pass that computes it once more.
+
+    Backward adds the gradient of `x_rows` into `dx[rows]` in place, once, and gives none to
+    `x_rows` itself. The result requires a gradient only where `x_rows` or a parameter does.
+
+    Args:
+        x_rows: [R, H] float, all of its rows are normalised.
+        weight, bias, eps, kind: as for `select_norm`.
+        rows: [R] int32, where the rows lie in the stream; None: R == T, all of them.
+        dx: [T, H] of x_rows' dtype, the gradient of the stream.
+
+    Returns:
+        y [R, H].
+
+    Raises:
+        ValueError, TypeError: an argument does not fit.
+    """
+    return _SelectNormInto.apply(x_rows, weight, bias, rows, dx, eps, kind)
