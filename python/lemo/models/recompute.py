@@ -72,7 +72,8 @@ def recomputed(x: Tensor, unit: Unit, parameters: Sequence[Tensor]) -> Tensor:
     """Adds a unit to the residual stream [T, H] in place and returns it.
 
     Bit-equal to running the unit with a graph where the MLP fits one chunk, otherwise equal up to
-    the rounding of products of fewer rows; bit-equal from run to run. Random numbers and autocast are in backward what they were in forward.
+    the rounding of products of fewer rows; bit-equal from run to run. Random numbers and autocast
+    are in backward what they were in forward.
 
     Args:
         x: the stream; not a leaf that requires grad.
