@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-# Names of CMake options, for example CMAKE_ARGS="-DLEMO_CUDA=OFF".
+# CMake options, for example CMAKE_ARGS="-DLEMO_CUDA=OFF"; a list: "-DLEMO_CUDA_ARCHITECTURES='80-real;90'".
 export CMAKE_ARGS ?=
 PREBUILT ?=
 # The C++ tests of these kernels only, for gpu-test and gpu-sanitize: a filter of GoogleTest.

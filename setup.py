@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -78,7 +79,7 @@ class CMakeBuild(build_ext):
         cutlass = installed_package("cutlass_library")
         if cutlass is not None:
             configure.append(f"-DLEMO_CUTLASS_INCLUDE={cutlass / 'source' / 'include'}")
-        configure += os.environ.get("CMAKE_ARGS", "").split()
+        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         subprocess.run(["cmake", "--install", str(build)], check=True)

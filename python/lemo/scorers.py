@@ -94,10 +94,11 @@ class RandomScorer:
 
     def __init__(self, seed: int) -> None:
         # On the CPU whatever the model's device, so that a seed means the same everywhere.
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
-        return torch.rand(batch.layout.num_blocks, generator=self.generator).to(x.device)
+        scores = torch.rand(batch.layout.num_blocks, generator=self.generator, device="cpu")
+        return scores.to(x.device)
 
 
 class PredictorScorer:

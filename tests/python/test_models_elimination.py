@@ -27,6 +27,9 @@ from tolerances import assert_close_fp32
 
 BLOCK = 8
 
+# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+fp32 = pytest.mark.cpu_only
+
 
 def sequences(batch):
     """(flat indices of the tokens, sequence of each, index of each in its sequence)."""
@@ -105,7 +108,7 @@ def reference_loss(model, batch, kept, config):
         rotary = {} if opt else {"position_embeddings": (cos[:, among], sin[:, among])}
         if rows.numel():  # Transformers' attention cannot take an empty sequence
             y = layer.self_attn(norm(x[among])[None], attention_mask=mask, **rotary)[0][0]
-            x = x.index_add(0, rows, y[torch.isin(among, rows)])
+            x = x.index_add(0, rows, y[torch.isin(among, rows)].to(x.dtype))
 
         rows = rows_of_blocks(mlp_blocks, sequence, position, config.block_size)
         touched[rows] = True
@@ -113,7 +116,7 @@ def reference_loss(model, batch, kept, config):
             y = layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(x[rows]))))
         else:
             y = layer.mlp(layer.post_attention_layernorm(x[rows]))
-        x = x.index_add(0, rows, y)
+        x = x.index_add(0, rows, y.to(x.dtype))
     hidden = decoder.project_out(decoder.final_layer_norm(x)) if opt else decoder.norm(x)
     labels = torch.full_like(batch["labels"], -100)
     labels[:, :-1] = batch["labels"][:, 1:]
@@ -159,6 +162,7 @@ def preset(name):
     return LemoConfig(**{"dense_layers": [], "block_size": BLOCK} | SETTINGS[name])
 
 
+@fp32
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradients(architecture, name):
@@ -170,12 +174,14 @@ def test_loss_and_gradients(architecture, name):
     check(make_model(architecture), make_model(architecture), batch, config)
 
 
+@fp32
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
 def test_every_kind_of_batch(name, batch):
     check(make_model("qwen2"), make_model("qwen2"), BATCHES[batch](), preset(name))
 
 
+@fp32
 @pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
 @pytest.mark.parametrize("architecture", ["mistral", "opt"])
 def test_gradient_checkpointing(architecture, name):
@@ -184,6 +190,7 @@ def test_gradient_checkpointing(architecture, name):
     check(model, twin, BATCHES["right"](), preset(name))
 
 
+@fp32
 @pytest.mark.parametrize("name", ["shared set", "all keys"])
 @pytest.mark.parametrize("architecture", ["qwen3", "opt"])
 def test_lora(architecture, name):
@@ -191,6 +198,7 @@ def test_lora(architecture, name):
     check(model, twin, BATCHES["packed"](), preset(name))
 
 
+@fp32
 @settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -227,6 +235,7 @@ def test_any_shape(lengths, kind, block_size, keep, forced, visible_keys):
         assert (value - oracle).norm() <= 2e-5 * scale, name
 
 
+@fp32
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_forward_passes_before_one_backward(checkpointing):
     batches = [BATCHES["right"](), BATCHES["packed"]()]

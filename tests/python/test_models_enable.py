@@ -15,6 +15,7 @@ import lemo
 from lemo import LemoConfig
 from tiny_models import (
     ARCHITECTURES,
+    HIDDEN,
     gradients,
     make_ids,
     make_model,
@@ -26,6 +27,9 @@ from tolerances import assert_close_fp32
 HALF = LemoConfig(keep=0.5, dense_layers=[], block_size=8)
 EVERYTHING = LemoConfig(keep=1.0, dense_layers=[], block_size=8)
 BATCH = padded_batch([61, 40])
+
+# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+fp32 = pytest.mark.cpu_only
 
 
 def decoder_of(model):
@@ -67,6 +71,7 @@ def test_eval_mode_and_generation_are_dense(architecture):
     assert handle.statistics() == []
 
 
+@fp32
 def test_the_decoder_alone_eliminates_too():
     model = make_model("llama")
     handle = lemo.enable(model, EVERYTHING)
@@ -150,6 +155,7 @@ def test_a_deep_copy_is_a_model_of_its_own():
 # Loss
 
 
+@fp32
 def test_masked_tokens_have_no_loss():
     config = {"keep": 0.5, "dense_layers": [], "block_size": 8}
     losses = {}
@@ -175,6 +181,7 @@ def test_masked_tokens_have_no_loss():
     assert_close_fp32(losses[True], cross_entropy(logits.flatten(0, 1), targets.flatten()))
 
 
+@fp32
 @pytest.mark.parametrize("items", [37, torch.tensor(37)])
 def test_the_trainers_divisor(items):
     model, dense = make_model("llama"), make_model("llama")
@@ -192,6 +199,7 @@ def test_the_trainers_divisor_shrinks_with_the_labels_that_are_masked():
     assert_close_fp32(model(**BATCH, num_items_in_batch=4 * used).loss, mean / 4)
 
 
+@fp32
 def test_labels_that_are_shifted_already():
     model, dense = make_model("llama"), make_model("llama")
     lemo.enable(model, EVERYTHING)
@@ -220,6 +228,7 @@ def test_labels_under_padding_do_not_count():
     assert torch.equal(model(**batch).loss, expected)
 
 
+@fp32
 def test_tuple_outputs_and_logits_to_keep():
     model, dense = make_model("llama"), make_model("llama")
     lemo.enable(model, EVERYTHING)
@@ -271,6 +280,7 @@ def mixed_precision():
     AcceleratorState._reset_state(True)
 
 
+@pytest.mark.cpu_only
 def test_accelerate_prepares_afterwards(mixed_precision):
     model, dense = make_model("llama"), make_model("llama")
     handle = lemo.enable(model, HALF)
@@ -287,12 +297,14 @@ def test_accelerate_prepares_afterwards(mixed_precision):
     handle.remove()
 
 
+@pytest.mark.cpu_only
 def test_accelerate_prepared_before_is_refused(mixed_precision):
     model = mixed_precision.prepare(make_model("llama"))
     with pytest.raises(ValueError, match="call lemo.enable before Accelerator.prepare"):
         lemo.enable(model, HALF)
 
 
+@pytest.mark.cpu_only
 def test_the_trainer_of_transformers(tmp_path):
     def train(eliminate):
         model = make_model("llama")
@@ -377,7 +389,7 @@ def test_unsupported_settings_are_named(architecture, overrides, message):
             "contiguous .* got 2 runs in row 0",
         ),
         ({"output_attentions": True}, ValueError, "output_attentions: not available"),
-        ({"inputs_embeds": torch.zeros(2, 61, 32)}, ValueError, "exactly one of input_ids"),
+        ({"inputs_embeds": torch.zeros(2, 61, HIDDEN)}, ValueError, "exactly one of input_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 61])}, ValueError, "position_ids: expected for packed"),
         ({"labels": make_ids(2, 60)}, ValueError, r"labels: expected .*\[2, 61\], got \[2, 60\]"),
     ],

@@ -28,11 +28,8 @@ SETTINGS = PrepareSettings(
     training=TrainingSettings(keep=0.5, steps=6, windows_per_step=2, prune_every=2),
 )
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with torch.device("cpu"):
-        yield
+# A folder and its files; test_predictors_device.py prepares a model on the device of the suite.
+pytestmark = pytest.mark.cpu_only
 
 
 def windows(count, seed, tokens=46):

@@ -12,11 +12,8 @@ from lemo.predictors.thresholds import (
     thresholds_for_budget,
 )
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    with torch.device("cpu"):
-        yield
+# Mathematics on the CPU, whatever device the model is on.
+pytestmark = pytest.mark.cpu_only
 
 
 def layers():

@@ -24,12 +24,8 @@ from lemo.predictors.training import (
 
 HIDDEN, BLOCK = 24, 8
 
-
-@pytest.fixture(autouse=True)
-def on_the_cpu():
-    """Features of predictors lie on the CPU, whatever device the suite was asked for."""
-    with torch.device("cpu"):
-        yield
+# Features lie on the CPU; test_predictors_device.py prepares a model on the device of the suite.
+pytestmark = pytest.mark.cpu_only
 
 
 def generator(seed=0):

@@ -21,7 +21,7 @@ from lemo.scorers import (
     visible_means,
 )
 from lemo.selection import Selector
-from tiny_models import make_model, padded_batch
+from tiny_models import HIDDEN, make_model, padded_batch
 from tolerances import assert_close_fp32
 
 LAYOUT = BlockLayout.from_seqlens([61, 8, 40], 8)
@@ -48,8 +48,9 @@ def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0):
 
 
 def scores_of(layer, kind, layout=LAYOUT):
-    generator = torch.Generator().manual_seed(2 * layer + (kind == "mlp"))
-    return torch.rand(layout.num_blocks, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(2 * layer + (kind == "mlp"))
+    scores = torch.rand(layout.num_blocks, generator=generator, device="cpu")
+    return scores.to(layout.block_starts.device)
 
 
 def cut(layer, kind, policy, value, keep_first=1, keep_last=1, layout=LAYOUT):
@@ -232,7 +233,7 @@ def test_visible_means(lengths, heads, tile):
 
 def captured(scorer_type, architecture):
     """Scores of layer 1 by a scorer, and the modules' own tensors to check them against."""
-    model = make_model(architecture)
+    model = make_model(architecture, dtype=torch.float32)
     adapter = adapter_for(model)
     batch, x = adapter.embed(*padded_values(), None, 8)
     scorer = scorer_type(adapter)
@@ -265,6 +266,8 @@ def test_pooled_scores(architecture):
     assert_close_fp32(scores["mlp"], activation.abs().mean(1))
 
 
+# The GPU's block_scores knows no fp32; its own tests compare it there.
+@pytest.mark.cpu_only
 def test_label_scores():
     layer, batch, x, scores, model = captured(LabelScorer, "llama")
     attention = layer.self_attn
@@ -318,7 +321,7 @@ def test_predicted_scores(monkeypatch):
     model = make_model("llama")
     handle = lemo.enable(model, config)
     model(**padded_batch([61]))
-    assert calls == [(1, "attention", (61, 32)), (1, "mlp", (61, 32))]
+    assert calls == [(1, "attention", (61, HIDDEN)), (1, "mlp", (61, HIDDEN))]
     assert handle.statistics()[2].attention_blocks.tolist() == [0, 3, 4, 5, 6, 7]
     assert handle.statistics()[2].mlp_blocks.tolist() == [0, 7]
     with pytest.raises(ValueError, match="block_size: the predictors were trained for 8, got 64"):

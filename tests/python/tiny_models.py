@@ -3,13 +3,19 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from devices import on_gpu, working_dtype
+
 VOCABULARY = 61
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 WINDOW = 11  # of the sliding layers, smaller than any test sequence
 
+# Heads of 8, except where the kernels know sizes of 64 and 128 only.
+HIDDEN = 256 if on_gpu() else 32
+HEAD_DIM = 64 if on_gpu() else 16  # where it is not hidden size / heads
+
 _COMMON = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
+    "hidden_size": HIDDEN,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
@@ -29,7 +35,7 @@ _SETTINGS = {
     },
     "qwen3": {
         **_ROTARY,
-        "head_dim": 16,
+        "head_dim": HEAD_DIM,
         "use_sliding_window": True,
         "sliding_window": WINDOW,
         "max_window_layers": 2,
@@ -42,25 +48,30 @@ def make_model(
     architecture: str,
     seed: int = 0,
     attn_implementation: str = "eager",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     **overrides: object,
 ) -> PreTrainedModel:
-    """A model in training mode; equal seeds give equal weights."""
+    """A model in training mode; equal seeds give equal weights.
+
+    Without a `dtype` it is fp32 on the CPU, and bf16 on a GPU, where attention knows no fp32.
+    """
     config = AutoConfig.for_model(architecture, **{**_SETTINGS[architecture], **overrides})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with torch.no_grad():
         # Initial biases of 0 and norm weights of 1 would hide a forgotten one.
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return model.to(dtype).train()
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter += 0.2 * noise.to(parameter.device)
+    return model.to(working_dtype() if dtype is None else dtype).train()
 
 
 def make_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY, (batch, tokens), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (batch, tokens), generator=generator, device="cpu")
+    return ids.to(torch.get_default_device())
 
 
 def padded_batch(lengths: list[int], side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,0 +1,150 @@
+"""Models in bf16, on the CPU and on a GPU: a step of lemo errs at most twice as much as plain bf16.
+
+The oracle is the same mathematics in fp32 on the same rounded weights: with keep = 1 the dense
+model of Transformers, with keep < 1 the eager reference of test_models_elimination, given the kept
+sets that lemo chose.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import lemo
+from devices import on_gpu
+from lemo import LemoConfig
+from test_models_dense import BATCHES as DENSE_BATCHES
+from test_models_dense import EVERYTHING, lora
+from test_models_elimination import BATCHES, SETTINGS, kept_blocks, preset, reference_loss
+from tiny_models import ARCHITECTURES, all_of, as_padded, gradients, make_model, packed_batch
+from tolerances import assert_close_low_precision
+
+RECOMPUTE = ["none", "layer", "selective"]
+REPEATS = 100 if on_gpu() else 3
+
+
+def models(architecture, weights=torch.bfloat16, adapted=True):
+    """(lemo's model, the plain one, the fp32 oracle), of equal weights."""
+    made = []
+    for dtype in (weights, weights, torch.float32):
+        model = make_model(architecture, dtype=torch.float32)
+        model = lora(model) if adapted else model
+        made.append(model.to(weights).to(dtype))
+    return made
+
+
+def step(model, forward):
+    """Gradients of one step."""
+    loss = forward(model)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    return gradients(model)
+
+
+def assert_close(value, plain, oracle):
+    """All gradients together; those that only lemo has, of sub-blocks without a row, are zeros."""
+    assert oracle
+    assert oracle.keys() == plain.keys() <= value.keys()
+    assert not any(value[name].any() for name in value.keys() - oracle.keys())
+    value, plain, oracle = (
+        all_of({name: found[name] for name in oracle}) for found in (value, plain, oracle)
+    )
+    assert_close_low_precision(value.bfloat16(), plain, oracle, "gradients")
+
+
+@pytest.mark.parametrize("adapted", [True, False], ids=["lora", "every parameter"])
+@pytest.mark.parametrize("batch", [*DENSE_BATCHES, "packed"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keep_1_is_the_dense_model(architecture, batch, adapted):
+    if batch == "packed":
+        batch = packed_batch([20, 9, 1, 33])
+        dense_batch = as_padded(batch)
+    else:
+        batch = dense_batch = DENSE_BATCHES[batch]()
+    model, plain, oracle = models(architecture, adapted=adapted)
+    lemo.enable(model, EVERYTHING)
+    value = step(model, lambda model: model(**batch).loss)
+    expected, exact = (
+        step(each, lambda each: each(**dense_batch, use_cache=False).loss.float())
+        for each in (plain, oracle)
+    )
+    assert_close(value, expected, exact)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_autocast(architecture, keep):
+    batch = BATCHES["right"]()
+    model, plain, oracle = models(architecture, torch.float32)
+    config = dataclasses.replace(EVERYTHING, keep=keep)
+    handle = lemo.enable(model, config)
+
+    def half(forward):
+        def run(model):
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+                return forward(model)
+
+        return run
+
+    value = step(model, half(lambda model: model(**batch).loss))
+    kept = kept_blocks(handle)
+
+    def reference(model):
+        return reference_loss(model, batch, kept, config).float()
+
+    expected, exact = step(plain, half(reference)), step(oracle, reference)
+    assert_close(value, expected, exact)
+
+
+@pytest.mark.parametrize("batch", DENSE_BATCHES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits(architecture, batch):
+    batch = DENSE_BATCHES[batch]()
+    del batch["labels"]
+    model, plain, oracle = models(architecture)
+    lemo.enable(model, EVERYTHING)
+    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+    value, expected, exact = (each(**batch).logits[mask] for each in (model, plain, oracle))
+    assert_close_low_precision(value, expected, exact, "logits")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keep_below_1_is_the_eager_reference(architecture, name):
+    # Every batch and every way to recompute, spread over the settings and architectures.
+    number, batches = list(SETTINGS).index(name), list(BATCHES)
+    batch = BATCHES[batches[number % len(batches)]]()
+    recompute = RECOMPUTE[(number + ARCHITECTURES.index(architecture)) % len(RECOMPUTE)]
+    config = dataclasses.replace(preset(name), recompute=recompute)
+    model, plain, oracle = models(architecture)
+    if name == "threshold":
+        # Whatever the scale of the scores: attention keeps the two ends, the MLP everything.
+        config = dataclasses.replace(config, thresholds=[1e9] * 3, mlp_thresholds=[-1e9] * 3)
+    handle = lemo.enable(model, config)
+    value = step(model, lambda model: model(**batch).loss)
+    assert any(layer.attention_rows < layer.tokens for layer in handle.statistics())
+    kept = kept_blocks(handle)
+    expected, exact = (
+        step(each, lambda each: reference_loss(each, batch, kept, config).float())
+        for each in (plain, oracle)
+    )
+    assert_close(value, expected, exact)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_step_has_the_same_bits_every_time(keep, recompute):
+    model = models("llama")[0]
+    config = LemoConfig(keep=keep, block_size=8, dense_layers=[0], recompute=recompute)
+    lemo.enable(model, config)
+    batch = BATCHES["right"]()
+
+    def results():
+        model.zero_grad()
+        found = step(model, lambda model: model(**batch).loss)
+        return all_of({name: gradient.clone() for name, gradient in found.items()})
+
+    first = results()
+    assert first.any()
+    for _ in range(REPEATS):
+        assert torch.equal(results(), first)
