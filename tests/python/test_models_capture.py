@@ -9,7 +9,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lemo.models.capture import capture_sub_blocks
 from tiny_models import ARCHITECTURES, as_padded, make_model, packed_batch, padded_batch
-from tolerances import assert_close_fp32
+from tolerances import assert_close_fp32, assert_close_low_precision
 
 BATCHES = {
     "right": lambda: padded_batch([33, 12]),
@@ -76,7 +76,7 @@ def hooked(model, batch):
     return seen
 
 
-# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+# The GPU's attention knows no fp32.
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -99,6 +99,34 @@ def test_tensors_are_those_of_transformers(architecture, batch, spied):
         tensors = seen[layer, "attention"][1]
         assert_close_fp32(tensors["q"] * tensors["scale"], query[mask], f"{layer} q")
         assert_close_fp32(tensors["k"], key[mask], f"{layer} k")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensors_in_bf16(architecture, spied):
+    batch = BATCHES["right"]()
+    mask = batch["attention_mask"].bool()
+
+    def weights(attn_implementation, dtype):
+        model = make_model(architecture, attn_implementation=attn_implementation)
+        return model.to(torch.bfloat16).to(dtype).eval()
+
+    seen, _ = captured(weights("eager", torch.bfloat16), batch)
+    notes = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tensors = dict(hooked(weights("spy", dtype), batch))
+        for layer, (query, key) in spied.items():
+            tensors |= {(layer, "q"): query, (layer, "k"): key}
+        notes.append(
+            {name: value.reshape(*mask.shape, -1)[mask] for name, value in tensors.items()}
+        )
+    for (layer, name), exact in notes[1].items():
+        x, tensors = seen[layer, "mlp" if name in ("mlp", "activation") else "attention"]
+        value = x if name in ("attention", "mlp") else tensors[name]
+        value = value * tensors["scale"] if name == "q" else value
+        plain = notes[0][layer, name]
+        assert_close_low_precision(
+            value.flatten(1).to(plain.dtype), plain, exact, f"{layer} {name}"
+        )
 
 
 def test_lora_counts_and_the_model_is_left_alone():

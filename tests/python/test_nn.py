@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lemo.nn
+from devices import working_dtype
 from lemo import reference
 from lemo.models.batch import PackedBatch
 from tiny_models import (
     ARCHITECTURES,
+    all_of,
     as_padded,
     gradients,
     make_ids,
@@ -17,11 +19,15 @@ from tiny_models import (
     packed_batch,
     padded_batch,
 )
-from tolerances import assert_close_fp32
+from tolerances import assert_close_fp32, assert_close_low_precision
+
+# The GPU's attention knows no fp32.
+fp32 = pytest.mark.cpu_only
 
 # SegmentAttention
 
 
+@fp32
 @given(
     st.lists(st.integers(0, 30), min_size=1, max_size=4).filter(any),
     st.sampled_from([(4, 4), (4, 2), (4, 1)]),
@@ -73,13 +79,48 @@ def rotated(heads, positions, theta=10000.0):
     return torch.cat((pairs.real, pairs.imag), -1)
 
 
+@pytest.mark.parametrize("settings", [{}, {"window": 5}, {"group_size": 8}, {"num_kv_heads": 1}])
+def test_segment_attention_in_bf16(settings):
+    head_dim, hidden = 64, 48
+    module = lemo.nn.SegmentAttention(hidden, 4, head_dim=head_dim, **settings).bfloat16()
+    cu = torch.tensor([0, 20, 21, 57], dtype=torch.int32)
+    positions = torch.cat([2 * torch.arange(n) for n in (20, 1, 36)]).int()  # with gaps
+    rotary = lemo.nn.rotary_tables(positions, head_dim)
+    x, dy = torch.randn(2, 57, hidden, dtype=torch.bfloat16)
+
+    def oracle(dtype):
+        inputs = x.to(dtype).requires_grad_()
+        weights = [weight.detach().to(dtype).requires_grad_() for weight in module.parameters()]
+        q, k, v = (
+            torch.nn.functional.linear(inputs, weight).unflatten(-1, (-1, head_dim))
+            for weight in weights[:3]
+        )
+        q, k = (reference.rope(heads, *rotary, None, False) for heads in (q, k))
+        window, group_size = settings.get("window", 0), settings.get("group_size", 0)
+        heads, _ = reference.segment_attention(
+            *(q, k, v, cu, cu, positions, positions, head_dim**-0.5, window, group_size)
+        )
+        y = torch.nn.functional.linear(heads.flatten(1), weights[3])
+        y.backward(dy.to(dtype))
+        return [y.detach(), inputs.grad, *(weight.grad for weight in weights)]
+
+    inputs = x.clone().requires_grad_()
+    y = module(inputs, cu, positions, rotary)
+    y.backward(dy)
+    value = [y.detach(), inputs.grad, *(weight.grad for weight in module.parameters())]
+    for mine, plain, exact in zip(value, oracle(torch.bfloat16), oracle(torch.float32)):
+        assert_close_low_precision(mine, plain, exact)
+
+
 def test_positions_default_to_the_index_in_the_sequence():
-    module = lemo.nn.SegmentAttention(16, 2)
-    x, cu = torch.randn(9, 16), torch.tensor([0, 5, 9], dtype=torch.int32)
+    module = lemo.nn.SegmentAttention(128, 2).to(working_dtype())
+    x = torch.randn(9, 128, dtype=working_dtype())
+    cu = torch.tensor([0, 5, 9], dtype=torch.int32)
     positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3], dtype=torch.int32)
     assert torch.equal(module(x, cu), module(x, cu, positions))
 
 
+@fp32
 def test_segment_attention_under_autocast():
     module = lemo.nn.SegmentAttention(16, 2)
     x, cu = torch.randn(9, 16), torch.tensor([0, 9], dtype=torch.int32)
@@ -112,6 +153,7 @@ BATCHES = {
 }
 
 
+@fp32
 @pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_implementation(architecture, kind):
@@ -129,6 +171,7 @@ def test_attention_implementation(architecture, kind):
             assert_close_fp32(gradient, theirs[name], name)
 
 
+@fp32
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_generation(architecture):
     batch = padded_batch([30, 17], "left")
@@ -142,6 +185,7 @@ def test_generation(architecture):
     assert torch.equal(*tokens)
 
 
+@fp32
 def test_a_cache_filled_in_two_steps():
     model, dense = (make_model("qwen2", attn_implementation=n).eval() for n in ("lemo", "sdpa"))
     ids = make_ids(2, 30)
@@ -164,6 +208,19 @@ def test_unsupported_calls_are_named(settings, arguments, message):
         model(make_ids(2, 30), **arguments)
 
 
+@pytest.mark.parametrize("batch", ["plain", "right", "left"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_attention_implementation_in_bf16(architecture, batch):
+    batch = BATCHES[batch]()
+    kinds = (("lemo", torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float32))
+    results = []
+    for name, dtype in kinds:
+        model = make_model(architecture, attn_implementation=name).to(torch.bfloat16).to(dtype)
+        model(**batch, use_cache=False).loss.backward()
+        results.append(all_of(gradients(model)))
+    assert_close_low_precision(results[0].bfloat16(), *results[1:])
+
+
 # Packing
 
 
@@ -172,7 +229,7 @@ def test_pack_and_unpack(lengths, left):
     tokens = max(lengths)
     columns, ends = torch.arange(tokens), torch.tensor(lengths)[:, None]
     mask = columns >= tokens - ends if left else columns < ends
-    batch = PackedBatch(tuple(mask.shape), mask.long(), None, 4, torch.device("cpu"))
+    batch = PackedBatch(tuple(mask.shape), mask.long(), None, 4, torch.get_default_device())
     assert batch.layout.seqlens == tuple(lengths)
     values = torch.randn(*mask.shape, 3)
     assert torch.equal(batch.pack(values), values[mask])
@@ -186,6 +243,6 @@ def test_positions_that_restart_cut_sequences(rows):
     tokens = max(map(sum, rows))
     rows = [[*row, tokens - sum(row)] if sum(row) < tokens else row for row in rows]
     ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    batch = PackedBatch(tuple(ids.shape), None, ids, 4, torch.device("cpu"))
+    batch = PackedBatch(tuple(ids.shape), None, ids, 4, torch.get_default_device())
     assert batch.layout.seqlens == tuple(length for row in rows for length in row)
     assert batch.positions.tolist() == ids.flatten().tolist()
