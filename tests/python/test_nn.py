@@ -89,7 +89,7 @@ def test_segment_attention_in_bf16(settings):
     x, dy = torch.randn(2, 57, hidden, dtype=torch.bfloat16)
 
     def oracle(dtype):
-        inputs = x.to(dtype).requires_grad_()
+        inputs = x.to(dtype, copy=True).requires_grad_()
         weights = [weight.detach().to(dtype).requires_grad_() for weight in module.parameters()]
         q, k, v = (
             torch.nn.functional.linear(inputs, weight).unflatten(-1, (-1, head_dim))
