@@ -68,7 +68,7 @@ endif
 gpu-test: gpu-build  ## tests on a GPU, for the active environment
 	@status=0; \
 	$(GPU_FOLDER)/lemo_gpu_tests --gtest_brief=1 --gtest_filter='$(GPU_FILTER)' || status=1; \
-	PYTHONPATH=python python -m pytest --device cuda || status=1; \
+	PYTHONPATH=python python -m pytest --device cuda tests/python || status=1; \
 	exit $$status
 
 gpu-sanitize: gpu-build  ## compute-sanitizer over the tests on a GPU

@@ -1,10 +1,11 @@
 // The backward attention kernels, portable tier.
 //
 // The main kernel gives each thread block a tile of keys of one key/value head. It walks over the
-// query tiles that see them, for every query head of the group in turn, so the gradients of keys
-// and values are summed in registers and written once. Those of the queries come from many blocks:
-// they are added in fp32 to scratch whose order suits the accumulators, and a last kernel rounds
-// them. Asked to be deterministic, blocks take turns at a query tile, in the order of the keys.
+// query tiles that see them, of every query head of the group, so the gradients of keys and values
+// are summed in registers and written once. Those of the queries come from many blocks: they are
+// added in fp32 to scratch whose order suits the accumulators, and a last kernel rounds them. Asked
+// to be deterministic, blocks take turns at a query tile, in the order of the keys. All walk in the
+// same order, so a block follows the one before at a distance of about a tile and seldom waits.
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@
 
 namespace lemo::cuda {
 
-/// Tiles of the backward kernel. GPUs differ in shared memory: 8.0 and 9.0 have more than 144 KiB a
+/// Tiles of the backward kernel. GPUs differ in shared memory: 8.0 and 9.0 have more than 160 KiB a
 /// block, 8.6 and 8.9 have 99 KiB.
 enum class BackwardTiles { kLarge, kSmall };
 
@@ -29,6 +30,8 @@ struct BackwardTraits {
     // The gradients of keys and values live in registers: 2 * kBlockN * kHeadDim / 256 a thread.
     static constexpr int kBlockM = kHeadDim == 64 && kLarge ? 128 : 64;
     static constexpr int kBlockN = kHeadDim == 64 || kLarge ? 128 : 64;
+    // With a second buffer dO of the next tile loads during all of this one.
+    static constexpr int kBuffersOfdO = kLarge ? 2 : 1;
     static constexpr int kNumWarps = 8;
     static constexpr int kThreads = 32 * kNumWarps;
     // Warps along the rows of each product, so that the piece of a warp is about square: it then
@@ -56,7 +59,8 @@ struct BackwardTraits {
 
     // K, V, two Q, dO, P, dS.
     static constexpr int kSharedBytes =
-        (2 * kBlockN * kHeadDim + 3 * kBlockM * kHeadDim + 2 * kBlockM * kBlockN) *
+        (2 * kBlockN * kHeadDim + (2 + kBuffersOfdO) * kBlockM * kHeadDim +
+         2 * kBlockM * kBlockN) *
         static_cast<int>(sizeof(Element));
     /// fp32 sums of dq that a thread holds for one query tile.
     static constexpr int kSumsPerThread = kBlockM * kHeadDim / kThreads;
@@ -72,7 +76,8 @@ struct BackwardArguments {
     void* dq;
     void* dk;
     void* dv;
-    float* delta;    // [heads, queries]: the sum of out * dout over a row
+    // [heads, queries]: log2 of the sum of exponentials, and delta, the sum of out * dout of a row
+    float2* statistics;
     float* dq_sums;  // [heads, query tiles, kBlockM * kHeadDim], in the order of DqSums
     int* turns;      // [heads, query tiles], finished key tiles; null: in any order
     AttentionPlan plan;
@@ -124,44 +129,44 @@ struct DqSums {
     }
 };
 
-/// Order among the thread blocks that add to the same query tile.
+/// The turn of this thread block among those that add to a query tile. Waiting and passing on
+/// ride on barriers that the kernel has anyway.
 struct Turn {
     int* counter;  // null: in any order
 
+    /// Thread 0, before a barrier behind which everyone may add.
     __device__ __forceinline__ void wait(int turn) const {
-        if (counter == nullptr) return;
-        if (threadIdx.x == 0) {
-            int finished;
-            do {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                             : "=r"(finished)
-                             : "l"(counter)
-                             : "memory");
-            } while (finished < turn);
-        }
-        __syncthreads();
+        if (counter == nullptr || threadIdx.x != 0) return;
+        int finished;
+        do {
+            asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(finished) : "l"(counter));
+        } while (finished < turn);
+        fence();
     }
 
-    /// For every thread that added, before a barrier of the thread block ...
+    /// Everyone who has added, before a barrier ...
     __device__ __forceinline__ void publish() const {
-        if (counter != nullptr) __threadfence();
+        if (counter != nullptr) fence();
     }
 
-    /// ... and behind it: lets the next block add.
+    /// ... and behind it: the next block may add.
     __device__ __forceinline__ void pass_on() const {
         if (counter != nullptr && threadIdx.x == 0) atomicAdd(counter, 1);
     }
+
+private:
+    __device__ static void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 };
 
-constexpr int kDeltaThreads = 256;
+constexpr int kStatisticsThreads = 256;
 constexpr int kLanesPerRow = 16;  // 16 bytes each: head sizes up to 128
 
-/// delta = rowsum(out * dout) for every query and head.
+/// What the main kernel reads of every query and head.
 template <typename Element>
-__global__ void __launch_bounds__(kDeltaThreads)
-attention_delta_kernel(const __grid_constant__ BackwardArguments args) {
+__global__ void __launch_bounds__(kStatisticsThreads)
+attention_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     const int64_t item =
-        (int64_t{blockIdx.x} * kDeltaThreads + threadIdx.x) / kLanesPerRow;  // (query, head)
+        (int64_t{blockIdx.x} * kStatisticsThreads + threadIdx.x) / kLanesPerRow;  // (query, head)
     const int lane = threadIdx.x % kLanesPerRow;
     const int64_t num_items = int64_t{args.plan.num_queries} * args.num_heads;
     float sum = 0;
@@ -181,56 +186,73 @@ attention_delta_kernel(const __grid_constant__ BackwardArguments args) {
     }
     if (item < num_items && lane == 0) {
         const int64_t query = item / args.num_heads;
-        const int64_t head = item % args.num_heads;
-        args.delta[head * args.plan.num_queries + query] = sum;
+        const int64_t at = item % args.num_heads * args.plan.num_queries + query;
+        args.statistics[at] = make_float2(args.lse[at] * float(M_LOG2E), sum);
     }
 }
 
-/// A thread block's walk over the query tiles that see its keys, head after head of its group, from
-/// the last tile of each head to the first.
-struct QueryWalk {
-    const AttentionPlan& plan;
-    const SequenceTile& keys;
-    int num_heads;
-    int end_head;
-    int block_m;
-    int n_first;  // keys [n_first, n_end)
-    int n_end;
-
-    int head;
+/// A query tile of one head.
+struct QueryStep {
     int m_tile;
-    int m_begin;
-
-    /// Before the first tile; `advance` brings it there.
-    __device__ QueryWalk(const AttentionPlan& plan, const SequenceTile& keys, int first_head,
-                         int group, int num_heads, int block_m, int block_n)
-        : plan(plan),
-          keys(keys),
-          num_heads(num_heads),
-          end_head(first_head + group),
-          block_m(block_m),
-          n_first(keys.tile * block_n),
-          n_end(keys.tile * block_n + block_n),
-          head(first_head - 1),
-          m_tile(0),
-          m_begin(0) {}
-
-    __device__ bool done() const { return head >= end_head; }
-
-    __device__ void advance() {
-        --m_tile;
-        while (m_tile < m_begin) {
-            if (++head >= end_head) return;
-            const VisibleKeys visible(plan, keys, head, num_heads);
-            const int first_query = visible.first_query_past(n_first);
-            const int num_tiles = ceil_div(keys.num_q, block_m);
-            m_begin = first_query < keys.num_q ? first_query / block_m : num_tiles;
-            m_tile = ceil_div(visible.last_query_before(n_end), block_m) - 1;
-        }
-    }
+    int head;
 };
 
-/// Grid: key tiles (the longest first), key/value heads.
+/// A thread block's walk over the query tiles that see its keys, from the last to the first, each
+/// in every head of the group.
+class QueryWalk {
+public:
+    __device__ QueryWalk(const AttentionPlan& plan, const SequenceTile& keys, int first_head,
+                         int group, int num_heads, int block_m, int block_n)
+        : first_head_(first_head), end_head_(first_head + group), shifted_head_(num_heads) {
+        plain_ = tiles(VisibleKeys(plan, keys, 0, num_heads), keys, block_m, block_n);
+        shifted_ = plain_;
+        if (plan.num_shifts == 2) {
+            shifted_head_ = num_heads / 2;
+            shifted_ = tiles(VisibleKeys(plan, keys, num_heads - 1, num_heads), keys, block_m,
+                             block_n);
+        }
+        lowest_ = min(plain_.x, shifted_.x);
+    }
+
+    __device__ QueryStep first() const {
+        QueryStep step{max(plain_.y, shifted_.y), end_head_ - 1};
+        advance(step);
+        return step;
+    }
+
+    __device__ bool done(const QueryStep& step) const { return step.m_tile < lowest_; }
+
+    __device__ void advance(QueryStep& step) const {
+        do {
+            if (++step.head == end_head_) {
+                step.head = first_head_;
+                --step.m_tile;
+            }
+        } while (!done(step) && !visits(step));
+    }
+
+private:
+    __device__ bool visits(const QueryStep& step) const {
+        const int2 range = step.head < shifted_head_ ? plain_ : shifted_;
+        return step.m_tile >= range.x && step.m_tile < range.y;
+    }
+
+    /// The half-open range of tiles with queries that see some of the keys.
+    __device__ static int2 tiles(const VisibleKeys& visible, const SequenceTile& keys, int block_m,
+                                 int block_n) {
+        const int n_first = keys.tile * block_n;
+        const int first_query = visible.first_query_past(n_first);
+        const int end_query = visible.last_query_before(n_first + block_n);
+        const int end = ceil_div(end_query, block_m);
+        return make_int2(first_query < keys.num_q ? first_query / block_m : end, end);
+    }
+
+    int first_head_, end_head_, shifted_head_;
+    int2 plain_, shifted_;
+    int lowest_;
+};
+
+/// Grid: key/value heads, key tiles from the first, which the most queries see.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
 attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
@@ -241,10 +263,10 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
 
     SequenceTile tile;
     if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN,
-                   static_cast<int>(blockIdx.x), tile)) {
+                   static_cast<int>(blockIdx.y), tile)) {
         return;
     }
-    const int kv_head = blockIdx.y;
+    const int kv_head = blockIdx.x;
     const int group = args.num_heads / args.num_kv_heads;
     const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
     const int64_t kv_stride = int64_t{args.num_kv_heads} * args.head_dim;
@@ -261,10 +283,10 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
     auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutK{});
     auto sQ = make_tensor(sV.data() + size(sV), typename Traits::LayoutQ{});  // and a second one
     auto sdO = make_tensor(sQ.data() + 2 * size(sQ), typename Traits::LayoutQ{});
-    auto sP = make_tensor(sdO.data() + size(sdO), typename Traits::LayoutS{});
+    auto sP = make_tensor(sdO.data() + Traits::kBuffersOfdO * size(sdO),
+                          typename Traits::LayoutS{});
     auto sdS = make_tensor(sP.data() + size(sP), typename Traits::LayoutS{});
     const auto sKt = make_tensor(sK.data(), typename Traits::LayoutKTransposed{});
-    const auto sdOt = make_tensor(sdO.data(), typename Traits::LayoutQTransposed{});
     const auto sPt = make_tensor(sP.data(), typename Traits::LayoutSTransposed{});
     const auto sdSt = make_tensor(sdS.data(), typename Traits::LayoutSTransposed{});
 
@@ -282,7 +304,7 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
     clear(dk);
     clear(dv);
 
-    const auto query_rows = [&](const void* base, const QueryWalk& at) {
+    const auto query_rows = [&](const void* base, const QueryStep& at) {
         const int row = at.m_tile * kBlockM;
         const int64_t offset =
             (int64_t{tile.q_first} + row) * q_stride + int64_t{at.head} * args.head_dim;
@@ -290,49 +312,54 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
                                          tile.num_q - row, args.head_dim};
     };
     const float scale_log2 = args.scale * float(M_LOG2E);
-    // Per row: the log-sum-exp in base 2, and delta. Rows past the end get probability 0.
-    float lse[kRows], delta[kRows];
-    const auto load_statistics = [&](const QueryWalk& at) {
-        const int64_t offset = int64_t{at.head} * args.plan.num_queries + tile.q_first;
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            const int row = at.m_tile * kBlockM + get<0>(where(r, _0{}));
-            const bool exists = row < tile.num_q;
-            lse[r] = exists ? __ldg(args.lse + offset + row) * float(M_LOG2E) : INFINITY;
-            delta[r] = exists ? __ldg(args.delta + offset + row) : 0.0f;
-        }
-    };
 
-    QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM, kBlockN);
-    walk.advance();
-    int buffer = 0;       // which Q holds the tile of `walk`
+    const QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM,
+                         kBlockN);
+    QueryStep now = walk.first();
+    int buffer = 0;      // which Q, and which dO if there are two, holds the tile of `now`
     Turn turn{nullptr};  // at the tile before, passed on when its sums have long been written
-    if (!walk.done()) {
+    if (!walk.done(now)) {
         const auto kv_rows = [&](const void* base) {
             return GlobalRows<const Element>{static_cast<const Element*>(base) + kv_offset,
                                              kv_stride, keys_left, args.head_dim};
         };
         load_tile_async<kThreads, kBlockN, kHeadDim>(kv_rows(args.k), sK);
         load_tile_async<kThreads, kBlockN, kHeadDim>(kv_rows(args.v), sV);
-        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, walk), sQ);
-        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, walk), sdO);
+        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, now), sQ);
+        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, now), sdO);
         cp_async_fence();
     }
-    while (!walk.done()) {
-        load_statistics(walk);
-        QueryWalk next = walk;
-        next.advance();
-        const auto sQ_now = make_tensor(sQ.data() + buffer * size(sQ), typename Traits::LayoutQ{});
-        auto sQ_next =
-            make_tensor(sQ.data() + (buffer ^ 1) * size(sQ), typename Traits::LayoutQ{});
+    while (!walk.done(now)) {
+        QueryStep next = now;
+        walk.advance(next);
+        const auto buffer_of = [&](const auto& first, int index) {
+            return make_tensor(first.data() + index * size(first), typename Traits::LayoutQ{});
+        };
+        const auto sQ_now = buffer_of(sQ, buffer);
+        const auto sdO_now = buffer_of(sdO, Traits::kBuffersOfdO == 2 ? buffer : 0);
+        auto sQ_next = buffer_of(sQ, buffer ^ 1);
+        auto sdO_next = buffer_of(sdO, Traits::kBuffersOfdO == 2 ? buffer ^ 1 : 0);
 
         cp_async_wait<0>();
         turn.publish();
-        __syncthreads();  // Q and dO are there; everyone is done with dS and the other Q
+        __syncthreads();  // Q and dO are there; everyone is done with dS and the other buffers
         turn.pass_on();
-        if (!next.done()) {
+        if (!walk.done(next)) {
             load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, next), sQ_next);
+            if constexpr (Traits::kBuffersOfdO == 2) {
+                load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next),
+                                                             sdO_next);
+            }
             cp_async_fence();
+        }
+        // Rows past the end get probability 0.
+        float2 statistics[kRows];
+        CUTE_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+            const int row = now.m_tile * kBlockM + get<0>(where(r, _0{}));
+            const int64_t at = int64_t{now.head} * args.plan.num_queries + tile.q_first + row;
+            statistics[r] =
+                row < tile.num_q ? __ldg(args.statistics + at) : make_float2(INFINITY, 0.0f);
         }
 
         auto scores = partition_fragment_C(score_mma, TileShape<kBlockM, kBlockN>{});
@@ -344,11 +371,12 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         for (int r = 0; r < kRows; ++r) {
             CUTE_UNROLL
             for (int c = 0; c < size<1>(score_rows); ++c) {
-                score_rows(r, c) = exp2_approx(fmaf(score_rows(r, c), scale_log2, -lse[r]));
+                score_rows(r, c) =
+                    exp2_approx(fmaf(score_rows(r, c), scale_log2, -statistics[r].x));
             }
         }
-        const VisibleKeys visible(args.plan, tile, walk.head, args.num_heads);
-        const int m_first = walk.m_tile * kBlockM;
+        const VisibleKeys visible(args.plan, tile, now.head, args.num_heads);
+        const int m_first = now.m_tile * kBlockM;
         const int2 seen_by_first = visible(m_first);
         const int2 seen_by_last = visible(m_first + kBlockM - 1);
         if (n_first < seen_by_last.x || n_first + kBlockN > seen_by_first.y) {
@@ -365,46 +393,47 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
 
         auto dscores = partition_fragment_C(score_mma, TileShape<kBlockM, kBlockN>{});
         clear(dscores);
-        multiply(score_mma, left_operand(LoadFragment<Element>{}, score_mma, sdO),
+        multiply(score_mma, left_operand(LoadFragment<Element>{}, score_mma, sdO_now),
                  right_operand(LoadFragment<Element>{}, score_mma, sV), dscores);
         auto dscore_rows = by_row_and_column(dscores);
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             CUTE_UNROLL
             for (int c = 0; c < size<1>(dscore_rows); ++c) {
-                dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - delta[r]);
+                dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - statistics[r].y);
             }
         }
         store_accumulators<Element>(score_mma, round_to<Element>(scores), sP);
         store_accumulators<Element>(score_mma, round_to<Element>(dscores), sdS);
-        __syncthreads();  // P and dS are there
+        const int packed_tile = q_tiles_before + now.m_tile;
+        if (args.turns != nullptr) {
+            turn.counter = args.turns + int64_t{now.head} * args.plan.max_q_tiles + packed_tile;
+            turn.wait(tile.tile - seen_by_first.x / kBlockN);
+        }
+        __syncthreads();  // P and dS are there, and the turn to add to dq
 
+        const auto sdOt_now = make_tensor(sdO_now.data(), typename Traits::LayoutQTransposed{});
         multiply(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sPt),
-                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sdOt), dv);
-        __syncthreads();  // everyone is done with dO
-        if (!next.done()) {
-            load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next), sdO);
-            cp_async_fence();
+                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sdOt_now), dv);
+        if constexpr (Traits::kBuffersOfdO == 1) {
+            __syncthreads();  // everyone is done with dO
+            if (!walk.done(next)) {
+                load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next),
+                                                             sdO_next);
+                cp_async_fence();
+            }
         }
 
         auto dq = partition_fragment_C(query_mma, TileShape<kBlockM, kHeadDim>{});
         clear(dq);
         multiply(query_mma, left_operand(LoadFragment<Element>{}, query_mma, sdS),
                  right_operand(LoadFragmentTransposed<Element>{}, query_mma, sKt), dq);
-        const int packed_tile = q_tiles_before + walk.m_tile;
-        const DqSums<Traits> dq_sums(args, walk.head, packed_tile);
-        if (args.turns != nullptr) {
-            turn.counter = args.turns + int64_t{walk.head} * args.plan.max_q_tiles + packed_tile;
-        }
-        turn.wait(tile.tile - seen_by_first.x / kBlockN);
-        dq_sums.add(dq);
+        DqSums<Traits>(args, now.head, packed_tile).add(dq);
 
         const auto sQt_now = make_tensor(sQ_now.data(), typename Traits::LayoutQTransposed{});
         multiply(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sdSt),
                  right_operand(LoadFragmentTransposed<Element>{}, key_mma, sQt_now), dk);
-        walk.head = next.head;
-        walk.m_tile = next.m_tile;
-        walk.m_begin = next.m_begin;
+        now = next;
         buffer ^= 1;
     }
 
@@ -457,22 +486,22 @@ attention_dq_kernel(const __grid_constant__ BackwardArguments args) {
                                  tile.num_q - row, args.head_dim});
 }
 
-/// Scratch of the backward pass after the plan's own: delta, the sums of dq, the turns.
+/// Scratch of the backward pass after the plan's own: statistics, the sums of dq, the turns.
 template <typename Traits>
 struct BackwardScratch {
-    int64_t delta_bytes, sums_bytes, turns_bytes;
+    int64_t statistics_bytes, sums_bytes, turns_bytes;
 
     explicit BackwardScratch(const SegmentAttentionBackwardParams& params) {
         const SegmentAttentionParams& p = params.forward;
         const int64_t num_heads = p.q.size(1);
         const int64_t tiles = max_tiles(p.q.size(0), p.cu_q.size(0) - 1, Traits::kBlockM);
         constexpr int64_t kTileBytes = int64_t{Traits::kBlockM} * Traits::kHeadDim * sizeof(float);
-        delta_bytes = round_up(num_heads * p.q.size(0) * int64_t{sizeof(float)}, 256);
+        statistics_bytes = round_up(num_heads * p.q.size(0) * int64_t{sizeof(float2)}, 256);
         sums_bytes = num_heads * tiles * kTileBytes;
         turns_bytes = params.deterministic ? num_heads * tiles * int64_t{sizeof(int)} : 0;
     }
 
-    int64_t total() const { return delta_bytes + sums_bytes + turns_bytes; }
+    int64_t total() const { return statistics_bytes + sums_bytes + turns_bytes; }
 };
 
 template <typename Traits>
@@ -493,12 +522,10 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
     args.dq = params.dq.data;
     args.dk = params.dk.data;
     args.dv = params.dv.data;
-    args.delta = reinterpret_cast<float*>(after_plan);
-    args.dq_sums = reinterpret_cast<float*>(after_plan + scratch.delta_bytes);
-    if (params.deterministic) {
-        args.turns =
-            reinterpret_cast<int*>(after_plan + scratch.delta_bytes + scratch.sums_bytes);
-    }
+    args.statistics = reinterpret_cast<float2*>(after_plan);
+    auto* sums = after_plan + scratch.statistics_bytes;
+    args.dq_sums = reinterpret_cast<float*>(sums);
+    if (params.deterministic) args.turns = reinterpret_cast<int*>(sums + scratch.sums_bytes);
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
     args.plan = make_plan(p, kBlockM, kBlockN, bytes, stream);
     args.num_heads = static_cast<int>(p.q.size(1));
@@ -509,17 +536,17 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
     // The sums and, where there are any, the turns behind them.
     check_status(kOp, cudaMemsetAsync(args.dq_sums, 0, scratch.sums_bytes + scratch.turns_bytes,
                                       stream));
-    const int64_t delta_threads = p.q.size(0) * p.q.size(1) * kLanesPerRow;
-    if (delta_threads > 0) {
-        attention_delta_kernel<typename Traits::Element>
-            <<<static_cast<unsigned>(ceil_div<int64_t>(delta_threads, kDeltaThreads)),
-               kDeltaThreads, 0, stream>>>(args);
+    const int64_t threads = p.q.size(0) * p.q.size(1) * kLanesPerRow;
+    if (threads > 0) {
+        attention_statistics_kernel<typename Traits::Element>
+            <<<static_cast<unsigned>(ceil_div<int64_t>(threads, kStatisticsThreads)),
+               kStatisticsThreads, 0, stream>>>(args);
         check_launch(kOp);
     }
     auto* kernel = attention_backward_kernel<Traits>;
     reserve_shared_memory(kOp, kernel, Traits::kSharedBytes);
-    const dim3 key_grid(static_cast<unsigned>(args.plan.max_k_tiles),
-                        static_cast<unsigned>(args.num_kv_heads));
+    const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
+                        static_cast<unsigned>(args.plan.max_k_tiles));
     kernel<<<key_grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch(kOp);
     const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),

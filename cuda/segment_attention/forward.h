@@ -104,7 +104,8 @@ struct OnlineSoftmax {
     }
 };
 
-/// Grid: query tiles (the longest first), heads.
+/// Grid: heads, query tiles from the last, which see the most keys: blocks that run together read
+/// the same few keys, and the short ones fill the end.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 2)
 attention_forward_kernel(const __grid_constant__ ForwardArguments args) {
@@ -114,11 +115,11 @@ attention_forward_kernel(const __grid_constant__ ForwardArguments args) {
     constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
 
     SequenceTile tile;
-    const int reversed = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+    const int reversed = static_cast<int>(gridDim.y - 1 - blockIdx.y);
     if (!find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, kBlockM, reversed, tile)) {
         return;
     }
-    const int head = blockIdx.y;
+    const int head = blockIdx.x;
     const int kv_head = head / (args.num_heads / args.num_kv_heads);
     const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
     const int64_t kv_stride = int64_t{args.num_kv_heads} * args.head_dim;
@@ -254,8 +255,8 @@ void launch_forward(const SegmentAttentionParams& params, cudaStream_t stream) {
     args.scale = params.scale;
     auto* kernel = attention_forward_kernel<Traits>;
     reserve_shared_memory("segment_attention", kernel, Traits::kSharedBytes);
-    const dim3 grid(static_cast<unsigned>(args.plan.max_q_tiles),
-                    static_cast<unsigned>(args.num_heads));
+    const dim3 grid(static_cast<unsigned>(args.num_heads),
+                    static_cast<unsigned>(args.plan.max_q_tiles));
     kernel<<<grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch("segment_attention");
 }
