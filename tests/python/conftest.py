@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+import devices
+
 # Inherited by the processes that tests start: a name that is no folder is not looked up on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -24,9 +26,7 @@ def pytest_configure(config):
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: no CUDA GPU was found")
-    if device != "cpu":
-        # Tensors that a test makes without naming a device, also while tests are collected.
-        torch.set_default_device(device)
+    devices.use(device)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,3 +41,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def script_defaults():
+    """torch's default device is the CPU, as in a user's script; a run takes the GPU by itself."""
+    with torch.device("cpu"):
+        yield

@@ -5,12 +5,23 @@ from contextlib import contextmanager
 
 import torch
 
+_suite = torch.device("cpu")
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def use(device: str) -> None:
+    """Makes `device` the suite's; called once, before tests are collected."""
+    global _suite
+    _suite = torch.device(device)
+    if device != "cpu":
+        # Tensors that a test makes without naming a device, also while tests are collected.
+        torch.set_default_device(device)
 
 
 def on_gpu() -> bool:
     """Whether the suite runs with `--device cuda`."""
-    return torch.get_default_device().type == "cuda"
+    return _suite.type == "cuda"
 
 
 def low_precision_dtypes() -> tuple[torch.dtype, ...]:

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Source text, by git's list of files.
+pytestmark = pytest.mark.cpu_only
+
 ROOT = Path(__file__).resolve().parents[2]
 
 EXPECTED_OPS = {

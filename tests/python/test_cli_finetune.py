@@ -17,6 +17,9 @@ from lemo.cli.progress import StepProgress
 from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 
+# The command line; test_training_finetune.py runs on a GPU.
+pytestmark = pytest.mark.cpu_only
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):

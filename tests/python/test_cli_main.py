@@ -11,6 +11,9 @@ import lemo
 from lemo.cli import main as module
 from lemo.cli.main import describe_error, main
 
+# The command line.
+pytestmark = pytest.mark.cpu_only
+
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as exit_:

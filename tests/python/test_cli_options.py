@@ -10,6 +10,9 @@ from lemo.cli.finetune import collect_settings
 from lemo.cli.options import apply_assignments, check_choice, parse_integers
 from lemo.cli.progress import StepProgress, describe, duration
 
+# The command line.
+pytestmark = pytest.mark.cpu_only
+
 
 def test_assignments_take_yaml_values_and_dots():
     settings = {"steps": 3, "elimination": {"keep": 0.5}}

@@ -9,6 +9,9 @@ import yaml
 import lemo
 from lemo import LemoConfig
 
+# Settings alone.
+pytestmark = pytest.mark.cpu_only
+
 FULL = {
     "block_size": 32,
     "policy": "threshold",

@@ -9,6 +9,9 @@ import pytest
 
 from lemo.data import Document, read_documents
 
+# Files alone.
+pytestmark = pytest.mark.cpu_only
+
 LINES = b'{"id": "a", "kind": "book", "text": "one"}\n\n{"text": "two \xc3\xa9"}\n'
 
 

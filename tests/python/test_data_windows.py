@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from lemo.data import Document, first_windows, token_windows
 from tiny import sample_text, tiny_tokenizer
 
+# Token ids, made on the CPU.
+pytestmark = pytest.mark.cpu_only
+
 
 def merging_tokenizer(bos: bool, text: str = sample_text(500, 0)) -> PreTrainedTokenizerFast:
     """A byte-level BPE with merges, optionally with a template that puts ``<s>`` in front."""

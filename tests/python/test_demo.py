@@ -18,6 +18,9 @@ from lemo.training.config import FinetuneConfig
 from limits import largest_file
 from tiny import tiny_tokenizer, write_documents
 
+# The demo is one of the CPU.
+pytestmark = pytest.mark.cpu_only
+
 
 class Silent:
     """A stage of the demo that nobody looks at."""

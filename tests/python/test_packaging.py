@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+# setup.py.
+pytestmark = pytest.mark.cpu_only
+
 SETUP = Path(__file__).resolve().parents[2] / "setup.py"
 
 

@@ -16,6 +16,9 @@ from lemo.cli.report import report
 from lemo.report import load_run, plots, write_report
 from lemo.report.page import summary_table
 
+# Files of finished runs.
+pytestmark = pytest.mark.cpu_only
+
 LAYERS = 4
 STEPS = 30
 

@@ -8,6 +8,9 @@ import yaml
 from lemo import LemoConfig
 from lemo.training.config import _FIELDS, FinetuneConfig, differences, read_yaml
 
+# Settings alone.
+pytestmark = pytest.mark.cpu_only
+
 NEEDED = {"model": "m", "documents": "d.jsonl", "output": "run"}
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
+from devices import on_gpu
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
 from lemo.training import finetune as module
@@ -35,10 +36,16 @@ ELIMINATION = LemoConfig(
 )
 
 
+# Runs that are compared in fp32, and what one GPU has no place for.
+on_cpu = pytest.mark.cpu_only
+pytestmark = pytest.mark.usefixtures("script_defaults")
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_llama(folder / "model")
+    with torch.device("cpu"):
+        save_tiny_llama(folder / "model")
     write_documents(folder / "documents.jsonl")
     return folder
 
@@ -72,6 +79,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     }
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("device", "elimination"), [("cpu", None), ("auto", ELIMINATION), ("cpu", ELIMINATION)]
 )
@@ -89,6 +97,7 @@ def test_a_run_stays_on_the_cpu_of_a_machine_with_a_gpu(config, monkeypatch, dev
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@on_cpu
 def test_losses_are_those_of_a_plain_loop_of_transformers_and_peft(config):
     config = dataclasses.replace(
         config, batch_size=2, gradient_accumulation=2, lora_dropout=0.0, rope_scaling="none"
@@ -136,7 +145,8 @@ def test_run_folder(config):
     records = read_log(folder / "log.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     assert [r["tokens"] for r in records] == [96] * 6
-    assert all(r["peak_memory_bytes"] > 10**7 and r["tokens_per_second"] > 0 for r in records)
+    least = 10**6 if on_gpu() else 10**7  # tensors of the run alone, or the whole process
+    assert all(r["peak_memory_bytes"] > least and r["tokens_per_second"] > 0 for r in records)
     assert all(r["kept_share"] == 1.0 and r["kept"] == [] for r in records)
     assert [s["step"] for s in shown] == [1, 2, 3, 4, 5, 6]
     assert (shown[-1]["steps"], shown[-1]["seconds_left"]) == (6, 0.0)
@@ -165,6 +175,7 @@ def test_run_with_elimination(config):
     assert {0, 5} < set(blocks)
 
 
+@on_cpu
 def test_keep_1_trains_like_dense_lora(config):
     config = dataclasses.replace(config, lora_dropout=0.0, train_norms=True)
     finetune(config)
@@ -330,6 +341,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
     assert len(losses(config.output)) == 1
 
 
+@on_cpu
 def test_the_adapter_loads_without_lemo(config, tmp_path):
     config = dataclasses.replace(config, train_norms=True, rope_scaling="yarn")
     finetune(config)
@@ -384,6 +396,7 @@ def test_bfloat16_and_gradient_checkpointing(config, elimination):
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
+@on_cpu
 def test_two_processes_train_like_one_with_twice_the_batch(config, tmp_path):
     config = dataclasses.replace(config, lora_dropout=0.0, steps=4, save_every=2)
     finetune(dataclasses.replace(config, batch_size=2))

@@ -19,6 +19,9 @@ from lemo.training.model import (
 )
 from tiny import save_tiny_llama
 
+# Loading, and the choice of a device, simulated.
+pytestmark = pytest.mark.cpu_only
+
 
 def llama(**rope) -> LlamaConfig:
     parameters = {"rope_type": "default", "rope_theta": 10000.0} | rope

@@ -10,6 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from devices import on_gpu
+
 WORDS = ["the", "block", "of", "tokens", "that", "a", "layer", "keeps", "says", "it", "read"]
 
 
@@ -24,11 +26,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tiny_llama(folder: Path, layers: int = 2, context: int = 64) -> Path:
-    """Write a Llama with random weights (hidden size 32) and its tokenizer into ``folder``."""
+    """Write a Llama with random weights and its tokenizer into ``folder``.
+
+    Its heads are of 8, on a GPU of 64, which the kernels there know.
+    """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
-        hidden_size=32,
+        hidden_size=256 if on_gpu() else 32,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,

@@ -157,7 +157,7 @@ class FeatureStore:
 
     def end_window(self, tokens: int) -> None:
         """Closes a window; every sub-block must have been added exactly once."""
-        self.layouts.append(BlockLayout.from_seqlens([tokens], self.block_size))
+        self.layouts.append(BlockLayout.from_seqlens([tokens], self.block_size, "cpu"))
         for (layer, kind), labels in self._labels.items():
             if len(labels) != len(self.layouts):
                 raise RuntimeError(
@@ -187,6 +187,7 @@ class FeatureStore:
             shared=False,
             size=sum(tokens) * self.hidden_size,
             dtype=torch.bfloat16,
+            device="cpu",
         ).view(-1, self.hidden_size)
         return SubBlockData(
             list(rows.split(tokens)),
