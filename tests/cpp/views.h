@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -22,7 +21,7 @@ constexpr DType dtype_of() {
 }
 
 inline Tensor contiguous_view(void* data, DType dtype, Device device,
-                              std::initializer_list<int64_t> shape) {
+                              const std::vector<int64_t>& shape) {
     Tensor tensor;
     tensor.data = data;
     tensor.dtype = dtype;
@@ -40,7 +39,7 @@ inline Tensor contiguous_view(void* data, DType dtype, Device device,
 
 /// A contiguous view of `values` with this shape.
 template <typename T>
-Tensor view(std::vector<T>& values, std::initializer_list<int64_t> shape) {
+Tensor view(std::vector<T>& values, const std::vector<int64_t>& shape) {
     return contiguous_view(values.data(), dtype_of<T>(), Device::kCpu, shape);
 }
 

@@ -4,7 +4,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -56,10 +55,11 @@ public:
 
     void fill_zero() const { require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset"); }
 
+    int64_t size() const { return static_cast<int64_t>(n_); }
     T* data() const { return static_cast<T*>(data_); }
 
     /// A contiguous view with this shape.
-    Tensor view(std::initializer_list<int64_t> shape) const {
+    Tensor view(const std::vector<int64_t>& shape) const {
         Tensor tensor = contiguous_view(data_, dtype_of<T>(), Device::kCuda, shape);
         if (tensor.num_elements() != static_cast<int64_t>(n_)) {
             throw std::runtime_error("view of another size than the array's");
