@@ -143,6 +143,18 @@ def test_every_op_has_the_files_of_its_stem():
         assert f"\ndef {stem}(" in oracle, f"op '{stem}' has no oracle"
 
 
+def test_every_cuda_op_has_its_tests_and_benchmarks():
+    for stem in op_stems():
+        if not (ROOT / f"cuda/{stem}.cu").is_file() and not (ROOT / f"cuda/{stem}").is_dir():
+            continue
+        for path in (
+            f"tests/cuda/test_{stem}.cpp",
+            f"benchmarks/cuda/bench_{stem}.cpp",
+            f"benchmarks/gpu/{stem}.py",
+        ):
+            assert (ROOT / path).is_file(), f"op '{stem}' has a CUDA kernel but lacks {path}"
+
+
 def test_versions_agree():
     import lemo
     from lemo import _C
