@@ -17,10 +17,11 @@ struct Arguments {
               const TorchTensor& k_up, const OptionalTensor& q_down, const OptionalTensor& q_mid,
               const OptionalTensor& q_up, const TorchTensor& block_starts,
               const TorchTensor& cu_blocks)
-        : x(to_contiguous(x)), k_down(to_contiguous(k_down)), k_mid(to_contiguous(k_mid)),
-          k_up(to_contiguous(k_up)), q_down(to_contiguous(q_down)), q_mid(to_contiguous(q_mid)),
-          q_up(to_contiguous(q_up)), block_starts(to_contiguous(block_starts)),
-          cu_blocks(to_contiguous(cu_blocks)) {}
+        : x(to_aligned(x)), k_down(to_aligned(k_down)), k_mid(to_contiguous(k_mid)),
+          k_up(to_contiguous(k_up)),
+          q_down(q_down ? OptionalTensor(to_aligned(*q_down)) : std::nullopt),
+          q_mid(to_contiguous(q_mid)), q_up(to_contiguous(q_up)),
+          block_starts(to_contiguous(block_starts)), cu_blocks(to_contiguous(cu_blocks)) {}
 
     PredictorParams params(const Tensor& scores) const {
         return {view(x),
@@ -28,9 +29,23 @@ struct Arguments {
                 {view(q_down), view(q_mid), view(q_up)},
                 view(block_starts),
                 view(cu_blocks),
-                scores};
+                scores,
+                Tensor{}};
     }
 };
+
+/// Scratch of the CUDA kernels, from torch's allocator; none on the CPU. Checks `params` first.
+template <typename Params>
+OptionalTensor make_scratch(const TorchTensor& on, const Params& params) {
+#if defined(LEMO_WITH_CUDA)
+    if (view(on).device == Device::kCuda) {
+        check(params);
+        const int64_t bytes = predictor_scratch_bytes(params);
+        return make_empty(on, {bytes / static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Int);
+    }
+#endif
+    return std::nullopt;
+}
 
 TorchTensor predictor(TorchTensor x, TorchTensor k_down, TorchTensor k_mid, TorchTensor k_up,
                       OptionalTensor q_down, OptionalTensor q_mid, OptionalTensor q_up,
@@ -38,7 +53,10 @@ TorchTensor predictor(TorchTensor x, TorchTensor k_down, TorchTensor k_mid, Torc
     const Arguments arguments(x, k_down, k_mid, k_up, q_down, q_mid, q_up, block_starts, cu_blocks);
     const int64_t num_blocks = std::max<int64_t>(view(block_starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(x, {num_blocks}, ScalarType::Float);
-    run("predictor", x, arguments.params(view(scores)), predictor_cpu, nullptr);
+    PredictorParams params = arguments.params(view(scores));
+    const OptionalTensor scratch = make_scratch(x, params);
+    params.scratch = view(scratch);
+    run("predictor", x, params, predictor_cpu, LEMO_CUDA_KERNEL(predictor_cuda));
     return scores;
 }
 
@@ -64,11 +82,15 @@ predictor_backward(TorchTensor dscores, TorchTensor x, TorchTensor k_down, Torch
     TorchTensor dq_down = gradient("q_down", arguments.q_down);
     TorchTensor dq_mid = gradient("q_mid", arguments.q_mid);
     TorchTensor dq_up = gradient("q_up", arguments.q_up);
-    run("predictor_backward", x,
-        PredictorBackwardParams{view(dscore), arguments.params(Tensor{}),
-                                {view(dk_down), view(dk_mid), view(dk_up)},
-                                {view(dq_down), view(dq_mid), view(dq_up)}},
-        predictor_backward_cpu, nullptr);
+    PredictorBackwardParams params{view(dscore),
+                                   arguments.params(Tensor{}),
+                                   {view(dk_down), view(dk_mid), view(dk_up)},
+                                   {view(dq_down), view(dq_mid), view(dq_up)},
+                                   Tensor{}};
+    const OptionalTensor scratch = make_scratch(x, params);
+    params.scratch = view(scratch);
+    run("predictor_backward", x, params, predictor_backward_cpu,
+        LEMO_CUDA_KERNEL(predictor_backward_cuda));
     return {dk_down, dk_mid, dk_up, dq_down, dq_mid, dq_up};
 }
 

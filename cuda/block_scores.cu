@@ -10,6 +10,7 @@
 
 #include "common/block_tiles.h"
 #include "common/launch.h"
+#include "common/shared_tile.h"
 #include "common/tensor_core.h"
 #include "common/vector.h"
 
@@ -256,27 +257,11 @@ using Sums = float[kQueryRows / 16][kWarpKeys / 8][4];
 template <int kHeadDim>
 using Keys = uint32_t[kHeadDim / 16][kWarpKeys / 8][2];
 
-/// Reads of a swizzled tile by load_matrices: lane-dependent parts once, the rest known at compile
-/// time. `row` is the lane's row in the tile, `half` its 8 columns of the 16 of a step.
-template <int kRowBytes>
-struct FragmentReader {
-    int row_offset, low;
-
-    __device__ __forceinline__ FragmentReader(int row, int half)
-        : row_offset(row * kRowBytes), low((half ^ (row & 7)) * 16) {}
-
-    /// Offset of the lane's 16 bytes in column step `step` of the rows `rows_on` below.
-    __device__ __forceinline__ int offset(int step, int rows_on) const {
-        return row_offset + rows_on * kRowBytes + (low ^ (step % 4 * 32)) + step / 4 * 128;
-    }
-};
-
 /// The fragments of the warp's keys, from the four units that start at `stage`.
 template <int kHeadDim>
 __device__ __forceinline__ void load_keys(const unsigned char* ring, int stage, int warp, int lane,
                                           Keys<kHeadDim>& keys) {
-    const FragmentReader<kHeadDim * 2> reader(
-        warp * kWarpKeys % kUnitRows + lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const auto reader = cuda::column_reader<kHeadDim * 2>(warp * kWarpKeys % kUnitRows, lane);
     const unsigned char* unit =
         ring + (stage + warp * kWarpKeys / kUnitRows) % kStages * (kUnitRows * kHeadDim * 2);
     CUTLASS_PRAGMA_UNROLL
@@ -294,7 +279,7 @@ __device__ __forceinline__ void load_keys(const unsigned char* ring, int stage, 
 /// Adds max(q . k, 0) of one unit of queries.
 template <typename T, int kHeadDim, int kUnit>
 __device__ __forceinline__ void add_positive(const unsigned char* unit,
-                                             const FragmentReader<kHeadDim * 2>& reader,
+                                             const cuda::FragmentReader<kHeadDim * 2>& reader,
                                              const Keys<kHeadDim>& keys, Sums& sums) {
     constexpr int kSteps = kHeadDim / 16, kSlices = kUnitRows / 16;
     // The next step's queries are on their way while this one's are used.
@@ -394,7 +379,7 @@ __global__ void __launch_bounds__(kThreads, 1) block_scores_kernel(Arguments arg
     __shared__ uint8_t column_block[kKeyRows];  // block of each key, counted from the tile's first
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const FragmentReader<kHeadDim * 2> query_reader(lane % 16, lane / 16);
+    const auto query_reader = cuda::row_reader<kHeadDim * 2>(0, lane);
     const int32_t* starts = args.block_starts;
     const int group = args.heads / args.key_heads;
     for (int i = threadIdx.x; i < kCells; i += kThreads) cells[i] = 0;

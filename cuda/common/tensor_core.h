@@ -9,7 +9,6 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
 #include <cute/arch/mma_sm80.hpp>
-#include <cute/swizzle.hpp>
 
 #include <cutlass/numeric_types.h>
 
@@ -50,15 +49,6 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&
                                     cute::SM80_16x8x16_F32F16F16F32_TN>;
     Atom::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3], b[0], b[1], sums[0],
               sums[1], sums[2], sums[3]);
-}
-
-/// Where 16-byte piece `piece` of row `row` lies in a tile of rows of kRowBytes bytes. Eight rows
-/// of one column of pieces fall into different banks, as load_matrices wants them.
-template <int kRowBytes>
-__device__ __forceinline__ int swizzled(int row, int piece) {
-    static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256);
-    using Swizzle = cute::Swizzle<kRowBytes == 64 ? 2 : 3, 4, kRowBytes == 256 ? 4 : 3>;
-    return Swizzle::apply(row * kRowBytes + piece * 16);
 }
 
 }  // namespace lemo::cuda

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from devices import on_gpu
 from lemo import ops, reference
 from lemo.layout import BlockLayout
 from lemo.ops._call import call
@@ -33,6 +34,27 @@ def cast(weights, dtype):
 def gradients(scores, direction, keys, queries):
     weights = [*keys, *(queries or ())]
     return torch.autograd.grad((scores * direction).sum(), weights)
+
+
+def compare_in_low_precision(x, keys, queries, layout):
+    """Errors at most twice those of plain torch in the dtype of x, to which CUDA rounds weights."""
+    dtype = x.dtype
+    low_keys, low_queries = cast(keys, dtype), cast(queries, dtype)
+    wide_keys, wide_queries = cast(keys, torch.float32), cast(queries, torch.float32)
+    direction = torch.rand(layout.num_blocks).to(dtype)
+    scores = ops.predictor(x, keys, queries, layout)
+    exact = oracle(x.float(), wide_keys, wide_queries, layout)
+    plain = oracle(x, low_keys, low_queries, layout)
+    assert scores.dtype == torch.float32
+    assert_close_low_precision(scores.to(dtype), plain, exact)
+    for weight, grad, plain_grad, exact_grad in zip(
+        [*keys, *(queries or ())],
+        gradients(scores, direction.float(), keys, queries),
+        gradients(plain, direction, low_keys, low_queries),
+        gradients(exact, direction.float(), wide_keys, wide_queries),
+    ):
+        assert grad.dtype == weight.dtype
+        assert_close_low_precision(grad.to(dtype), plain_grad, exact_grad)
 
 
 def compare_with_oracle(x, keys, queries, layout):
@@ -86,26 +108,38 @@ def test_low_precision(dtype, has_queries):
     x = torch.randn(layout.num_tokens, 32).to(dtype)
     keys = draw_weights(32, 16, 12, 8 if has_queries else 1, dtype)
     queries = draw_weights(32, 16, 12, 8, dtype) if has_queries else None
-    wide_keys, wide_queries = cast(keys, torch.float32), cast(queries, torch.float32)
-    direction = torch.rand(layout.num_blocks).to(dtype)
-    scores = ops.predictor(x, keys, queries, layout)
-    exact = oracle(x.float(), wide_keys, wide_queries, layout)
-    plain = oracle(x, keys, queries, layout)
-    assert_close_fp32(scores, exact)  # the inputs are exact in fp32 and nothing is rounded
-    assert_close_low_precision(scores.to(dtype), plain, exact)
-    for grad, plain_grad, exact_grad in zip(
-        gradients(scores, direction.float(), keys, queries),
-        gradients(plain, direction, keys, queries),
-        gradients(exact, direction.float(), wide_keys, wide_queries),
-    ):
-        assert grad.dtype == dtype
-        assert_close_low_precision(grad, plain_grad, exact_grad)
+    compare_in_low_precision(x, keys, queries, layout)
+    if not on_gpu():  # where products are fp32 the inputs are exact and nothing is rounded
+        exact = oracle(x.float(), cast(keys, torch.float32), cast(queries, torch.float32), layout)
+        assert_close_fp32(ops.predictor(x, keys, queries, layout), exact)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(40, 24), (130, 7), (137, 93), (256, 200), (300, 20)], ids=lambda s: f"{s[0]}-{s[1]}"
+)
+@pytest.mark.parametrize("block_size", [5, 100, 300])
+def test_sizes_of_the_hidden_layers(sizes, block_size):
+    # On CUDA 128 and 256 units a layer take the fused kernel, and more take cuBLAS.
+    layout = BlockLayout.from_seqlens([400, 0, 37], block_size)
+    x = torch.randn(layout.num_tokens, 72).bfloat16()
+    first, second = sizes
+    keys = draw_weights(72, first, second, 9, torch.bfloat16)
+    compare_in_low_precision(x, keys, draw_weights(72, second, first, 9, torch.bfloat16), layout)
+    compare_in_low_precision(x, draw_weights(72, first, second, 1, torch.bfloat16), None, layout)
+
+
+def test_a_hidden_size_between_16_byte_boundaries():
+    layout = BlockLayout.from_seqlens([150], 32)
+    x = torch.randn(150, 71).bfloat16()
+    keys, queries = (draw_weights(71, 20, 12, 5, torch.bfloat16) for _ in range(2))
+    compare_in_low_precision(x, keys, queries, layout)
 
 
 def test_low_precision_activations_with_fp32_weights():
     layout = BlockLayout.from_seqlens([50], 16)
     x = torch.randn(50, 16).bfloat16()
-    compare_with_oracle(x, draw_weights(16, 8, 8, 4), draw_weights(16, 8, 8, 4), layout)
+    compare = compare_in_low_precision if on_gpu() else compare_with_oracle
+    compare(x, draw_weights(16, 8, 8, 4), draw_weights(16, 8, 8, 4), layout)
 
 
 def test_the_oracle_agrees_with_central_differences():
@@ -174,6 +208,22 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_hundred_repeats_are_bit_equal(dtype):
+    layout = BlockLayout.from_seqlens([700, 90] if on_gpu() else [200, 90], 64)
+    x = torch.randn(layout.num_tokens, 64).to(dtype)
+    keys, queries = draw_weights(64, 40, 24, 8, dtype), draw_weights(64, 30, 40, 8, dtype)
+    direction = torch.randn(layout.num_blocks)
+
+    def results():
+        scores = ops.predictor(x, keys, queries, layout)
+        return scores, *gradients(scores, direction, keys, queries)
+
+    first = results()
+    for _ in range(99):
+        assert all(torch.equal(a, b) for a, b in zip(first, results()))
+
+
 LAYOUT = BlockLayout.from_seqlens([6, 4], 4)
 
 
@@ -234,10 +284,11 @@ def weights_but(index, value):
             ValueError,
             r"'key_weights': expected 3 tensors \(down, mid, up\), got 1",
         ),
-        (
+        pytest.param(
             {"layout": BlockLayout.from_seqlens([11], 4)},
             ValueError,
             "'block_starts': expected a last entry of 10, got 11",
+            marks=pytest.mark.cpu_only,
         ),
         (
             {"layout": dataclasses.replace(LAYOUT, cu_blocks=LAYOUT.cu_blocks.long())},

@@ -21,6 +21,7 @@ struct PredictorParams {
     Tensor block_starts;     // [B+1] int32
     Tensor cu_blocks;        // [N+1] int32
     Tensor scores;           // [B] float32, written
+    Tensor scratch{};        // on CUDA: predictor_scratch_bytes bytes, from a 256-byte boundary on
 };
 
 struct PredictorBackwardParams {
@@ -28,6 +29,7 @@ struct PredictorBackwardParams {
     PredictorParams forward;  // `scores` is absent
     PredictorWeights dkey;    // float32 gradients of the weights' shapes, written
     PredictorWeights dquery;  // absent where the query predictor is
+    Tensor scratch{};         // on CUDA: predictor_scratch_bytes bytes, from a 256-byte boundary on
 };
 
 void check(const PredictorParams& params);
@@ -35,5 +37,17 @@ void check(const PredictorBackwardParams& params);
 
 void predictor_cpu(const PredictorParams& params);
 void predictor_backward_cpu(const PredictorBackwardParams& params);
+
+/// On CUDA products take both operands in x's dtype: weights of another are rounded to it, and so
+/// are the activations between two maps (and their gradients, backward). Sums, means over blocks,
+/// the last map, scores and gradients of weights are float32. bfloat16 and float16 x with a hidden
+/// size of a multiple of 8 and up to 256 units a hidden layer take one fused kernel forward;
+/// everything else, and backward, takes cuBLAS in chunks of rows.
+void predictor_cuda(const PredictorParams& params, void* stream);
+void predictor_backward_cuda(const PredictorBackwardParams& params, void* stream);
+
+/// Of a call on CUDA; `scratch` itself is not looked at.
+int64_t predictor_scratch_bytes(const PredictorParams& params);
+int64_t predictor_scratch_bytes(const PredictorBackwardParams& params);
 
 }  // namespace lemo

@@ -64,6 +64,10 @@ def predictor(
             the predictor of an MLP, whose E is 1.
         layout: how the T packed tokens are cut.
 
+    On CUDA the products take both operands in the dtype of x: weights of another dtype are rounded
+    to it, and so are, between two maps, the activations (in backward their gradients). The mean,
+    the last map and the gradients of the weights are fp32.
+
     Returns:
         [B] fp32. Differentiable in the weights.
 
