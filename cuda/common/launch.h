@@ -24,17 +24,20 @@ inline void check_launch(const char* op) { check_status(op, cudaGetLastError());
 /// Lets `kernel` use this much dynamic shared memory; raises where the GPU has less.
 template <typename Kernel>
 void reserve_shared_memory(const char* op, Kernel* kernel, size_t bytes) {
-    if (bytes <= 48 * 1024) return;  // what every kernel may use unasked
+    cudaFuncAttributes attributes;
+    check_status(op, cudaFuncGetAttributes(&attributes, kernel));
+    const size_t total = bytes + attributes.sharedSizeBytes;
+    if (total <= 48 * 1024) return;  // what every kernel may use unasked, its own arrays included
     int device = 0, limit = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     // The limit first: a refusal of the attribute would stay behind as the thread's last error.
-    if (bytes > static_cast<size_t>(limit) ||
+    if (total > static_cast<size_t>(limit) ||
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(bytes)) != cudaSuccess) {
         cudaGetLastError();
         throw Error(ErrorKind::kUnsupported,
-                    std::string(op) + ": needs " + std::to_string(bytes) +
+                    std::string(op) + ": needs " + std::to_string(total) +
                         " bytes of shared memory a block; this GPU gives " +
                         std::to_string(limit));
     }

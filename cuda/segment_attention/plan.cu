@@ -132,7 +132,7 @@ AttentionPlan make_plan(const SegmentAttentionParams& params, int q_tile_rows, i
         plan.cu_q_tiles = cu_q_tiles;
         plan.cu_k_tiles = cu_k_tiles;
     }
-    if (!is_causal_by_row(params)) {
+    if (!is_causal_by_row(params) && plan.num_queries > 0) {
         auto* visible = reinterpret_cast<int2*>(bytes + 2 * cuts_bytes(params));
         const dim3 grid(static_cast<unsigned>(ceil_div(plan.num_queries, kThreads)),
                         static_cast<unsigned>(plan.num_shifts));
