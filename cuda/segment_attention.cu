@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kVectorElements = 8;  // 16 bytes
 // What the large tiles of the backward pass take.
-constexpr int kLargeSharedBytes = 160 * 1024;
+constexpr int kLargeSharedBytes = 162 * 1024;
 
 void check_supported(const char* op, const SegmentAttentionParams& p) {
     const Checker check(op);

@@ -57,11 +57,12 @@ struct BackwardTraits {
     using LayoutS = SmemLayout<kBlockM, kBlockN>;
     using LayoutSTransposed = SmemLayoutTransposed<kBlockM, kBlockN>;
 
-    // K, V, two Q, dO, P, dS.
+    // K, V, two Q, dO, P, dS; two tiles of statistics.
     static constexpr int kSharedBytes =
         (2 * kBlockN * kHeadDim + (2 + kBuffersOfdO) * kBlockM * kHeadDim +
          2 * kBlockM * kBlockN) *
-        static_cast<int>(sizeof(Element));
+            static_cast<int>(sizeof(Element)) +
+        2 * kBlockM * static_cast<int>(sizeof(float2));
     /// fp32 sums of dq that a thread holds for one query tile.
     static constexpr int kSumsPerThread = kBlockM * kHeadDim / kThreads;
 };
@@ -102,10 +103,12 @@ struct DqSums {
         : first(args.dq_sums + (int64_t{head} * args.plan.max_q_tiles + packed_tile) *
                                    Traits::kBlockM * Traits::kHeadDim) {}
 
+    /// Adds part `part` of `parts`.
     template <typename Accumulators>
-    __device__ __forceinline__ void add(const Accumulators& sums) const {
+    __device__ __forceinline__ void add(const Accumulators& sums, int part, int parts) const {
+        const int count = Traits::kSumsPerThread / parts;
         CUTE_UNROLL
-        for (int i = 0; i < Traits::kSumsPerThread; i += kVector) {
+        for (int i = part * count; i < (part + 1) * count; i += kVector) {
             float* to = first + i * Traits::kThreads + threadIdx.x * kVector;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
             // atomicAdd of a float4 would also fetch what was there.
@@ -311,6 +314,18 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         return GlobalRows<const Element>{static_cast<const Element*>(base) + offset, q_stride,
                                          tile.num_q - row, args.head_dim};
     };
+    // By way of shared memory: a load into registers would hold up the first product, which waits
+    // for the same scoreboard. Rows past the end get zeros, and with dO = 0 add nothing.
+    auto* statistics = reinterpret_cast<float2*>(&*(sdS.data() + size(sdS)));
+    const auto load_statistics = [&](const QueryStep& at, int buffer) {
+        if (threadIdx.x >= kBlockM) return;
+        const int row = at.m_tile * kBlockM + static_cast<int>(threadIdx.x);
+        const int64_t from = int64_t{at.head} * args.plan.num_queries + tile.q_first + row;
+        SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint64_t>::copy(
+            reinterpret_cast<const uint64_t&>(args.statistics[from]),
+            reinterpret_cast<uint64_t&>(statistics[buffer * kBlockM + threadIdx.x]),
+            row < tile.num_q);
+    };
     const float scale_log2 = args.scale * float(M_LOG2E);
 
     const QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM,
@@ -327,6 +342,7 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         load_tile_async<kThreads, kBlockN, kHeadDim>(kv_rows(args.v), sV);
         load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, now), sQ);
         load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, now), sdO);
+        load_statistics(now, 0);
         cp_async_fence();
     }
     while (!walk.done(now)) {
@@ -346,21 +362,16 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         turn.pass_on();
         if (!walk.done(next)) {
             load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, next), sQ_next);
+            load_statistics(next, buffer ^ 1);
             if constexpr (Traits::kBuffersOfdO == 2) {
                 load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next),
                                                              sdO_next);
             }
             cp_async_fence();
         }
-        // Rows past the end get probability 0.
-        float2 statistics[kRows];
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            const int row = now.m_tile * kBlockM + get<0>(where(r, _0{}));
-            const int64_t at = int64_t{now.head} * args.plan.num_queries + tile.q_first + row;
-            statistics[r] =
-                row < tile.num_q ? __ldg(args.statistics + at) : make_float2(INFINITY, 0.0f);
-        }
+        const auto statistics_of = [&](int r) {
+            return statistics[buffer * kBlockM + get<0>(where(r, _0{}))];
+        };
 
         auto scores = partition_fragment_C(score_mma, TileShape<kBlockM, kBlockN>{});
         clear(scores);
@@ -369,10 +380,11 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         auto score_rows = by_row_and_column(scores);
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            const float log_sum = statistics_of(r).x;
             CUTE_UNROLL
             for (int c = 0; c < size<1>(score_rows); ++c) {
                 score_rows(r, c) =
-                    exp2_approx(fmaf(score_rows(r, c), scale_log2, -statistics[r].x));
+                    exp2_approx(fmaf(score_rows(r, c), scale_log2, -log_sum));
             }
         }
         const VisibleKeys visible(args.plan, tile, now.head, args.num_heads);
@@ -398,9 +410,10 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         auto dscore_rows = by_row_and_column(dscores);
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
+            const float delta = statistics_of(r).y;
             CUTE_UNROLL
             for (int c = 0; c < size<1>(dscore_rows); ++c) {
-                dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - statistics[r].y);
+                dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - delta);
             }
         }
         store_accumulators<Element>(score_mma, round_to<Element>(scores), sP);
@@ -428,11 +441,13 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         clear(dq);
         multiply(query_mma, left_operand(LoadFragment<Element>{}, query_mma, sdS),
                  right_operand(LoadFragmentTransposed<Element>{}, query_mma, sKt), dq);
-        DqSums<Traits>(args, now.head, packed_tile).add(dq);
 
+        // The sums leave bit by bit beneath the last product: all at once they would block it.
+        const DqSums<Traits> dq_sums(args, now.head, packed_tile);
         const auto sQt_now = make_tensor(sQ_now.data(), typename Traits::LayoutQTransposed{});
         multiply(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sdSt),
-                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sQt_now), dk);
+                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sQt_now), dk,
+                 [&](int step, int steps) { dq_sums.add(dq, step, steps); });
         now = next;
         buffer ^= 1;
     }

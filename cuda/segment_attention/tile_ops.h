@@ -161,10 +161,16 @@ __device__ __forceinline__ auto right_operand(CopyAtom atom, TiledMma tiled_mma,
                         tiled_mma.get_thread_slice(threadIdx.x).partition_fragment_B(unswizzled));
 }
 
+struct Nothing {
+    __device__ void operator()(int, int) const {}
+};
+
 /// accumulators += left * right^T; the fragments of a step load while the step before multiplies.
-template <typename TiledMma, typename Left, typename Right, typename Accumulators>
+/// `meanwhile(step, number of steps)` runs beneath each step.
+template <typename TiledMma, typename Left, typename Right, typename Accumulators,
+          typename Meanwhile = Nothing>
 __device__ __forceinline__ void multiply(TiledMma tiled_mma, Left left, Right right,
-                                         Accumulators& accumulators) {
+                                         Accumulators& accumulators, Meanwhile meanwhile = {}) {
     constexpr int kSteps = decltype(cute::size<2>(right.fragment))::value;
     left.load(0);
     right.load(0);
@@ -176,6 +182,7 @@ __device__ __forceinline__ void multiply(TiledMma tiled_mma, Left left, Right ri
         }
         cute::gemm(tiled_mma, left.fragment(_, _, step), right.fragment(_, _, step),
                    accumulators);
+        meanwhile(step, kSteps);
     }
 }
 
