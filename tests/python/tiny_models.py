@@ -3,15 +3,14 @@
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from devices import on_gpu, working_dtype
+from devices import working_dtype
 
 VOCABULARY = 61
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
 WINDOW = 11  # of the sliding layers, smaller than any test sequence
 
-# Heads of 8, except where the kernels know sizes of 64 and 128 only.
-HIDDEN = 256 if on_gpu() else 32
-HEAD_DIM = 64 if on_gpu() else 16  # where it is not hidden size / heads
+HIDDEN = 32  # heads of 8
+HEAD_DIM = 16  # where it is not hidden size / heads
 
 _COMMON = {
     "vocab_size": VOCABULARY,
