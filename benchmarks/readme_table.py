@@ -1,6 +1,6 @@
 """Write the figures of README.md from benchmarks/results: ``python benchmarks/readme_table.py``.
 
-The block between the two markers is replaced; a test checks that it is up to date.
+The blocks between the markers are replaced; a test checks that they are up to date.
 """
 
 from __future__ import annotations
@@ -10,8 +10,18 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/cpu.jsonl"
+GPU_RESULTS = REPOSITORY / "benchmarks/results/h200_finetune.jsonl"
 README = REPOSITORY / "README.md"
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
+GPU_BENCHES = ("finetune step", "finetune peak memory")
+PEERS = {
+    "lora": "Transformers + PEFT, nothing recomputed",
+    "gc": "Transformers + PEFT, checkpointing",
+    "sac": "Transformers + PEFT, selective checkpointing",
+    "liger": "Liger kernels, checkpointing",
+    "s2": "LongLoRA's S2-Attn, checkpointing",
+    "checkpointing": "Transformers + PEFT, checkpointing",
+}
 PARTS = {"whole": "whole window", "tail": "last quarter"}
 
 
@@ -61,13 +71,59 @@ def main_job_table(results: Path) -> str:
     )
 
 
-def replace_block(text: str, block: str) -> str:
+def gpu_table(results: Path) -> str:
+    """Fine-tuning steps on a GPU as Markdown, those of the latest commit, from JSON lines."""
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    records = [record for record in map(json.loads, lines) if record["bench"] in GPU_BENCHES]
+    if not records:
+        return "No fine-tuning step has been recorded yet."
+    latest = records[-1]
+    # (tokens, method) -> quantity -> value; a peer stands in several lines of the same run.
+    methods: dict[tuple[int, str], dict[str, float]] = {}
+    for record in records:
+        if record["commit"] == latest["commit"]:
+            shape, quantity = record["shape"], record["bench"]
+            peer = PEERS.get(record["peer"], record["peer"])
+            methods.setdefault((shape["tokens"], peer), {})[quantity] = record["peer_value"]
+            methods.setdefault((shape["tokens"], _variant(shape)), {})[quantity] = record["ours"]
+    table = ["| tokens | method | step, s | peak memory, GiB |", "| ---: | --- | ---: | ---: |"]
+    for (tokens, method), values in sorted(methods.items(), key=_by_length_then_peers_first):
+        step, memory = (values[bench] for bench in GPU_BENCHES)
+        table.append(f"| {tokens} | {method} | {step / 1e3:.2f} | {memory:.1f} |")
+    return "\n".join(table) + (
+        "\n\nThe Llama-3-8B shape, bf16 (weights 15.0 GiB), LoRA rank 8 on q, k, v and o, batch 1; "
+        f"{latest['gpu']}, torch {latest['torch']}, {latest['date']}, commit {latest['commit']}. "
+        "Random weights: time and memory only. With keep 0.5 every layer leaves out half of the "
+        "blocks; keep 1 computes what dense LoRA computes."
+    )
+
+
+def _variant(shape: dict) -> str:
+    scorer = "" if shape["scorer"] == "pooled" else f", scorer {shape['scorer']}"
+    kept = {"none": "nothing recomputed", "layer": "layers recomputed"}
+    recompute = kept.get(shape["recompute"], "all but attention recomputed")
+    return f"lemo, keep {shape['keep']:g}, {recompute}{scorer}"
+
+
+def _by_length_then_peers_first(item: tuple[tuple[int, str], dict]) -> tuple[int, bool]:
+    tokens, method = item[0]
+    return tokens, method.startswith("lemo")
+
+
+def replace_block(text: str, block: str, name: str = "figures") -> str:
     """``text`` with ``block`` between the markers; ValueError where a marker is missing."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    begin_mark, end_mark = BEGIN.format(name), END.format(name)
+    before, begin, rest = text.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
     if not begin or not end:
-        raise ValueError(f"README.md: expected the markers {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+        raise ValueError(f"README.md: expected the markers {begin_mark} and {end_mark}")
+    return f"{before}{begin_mark}\n{block}\n{end_mark}{after}"
+
+
+def updated(text: str) -> str:
+    """README with the tables of the recorded results."""
+    text = replace_block(text, main_job_table(RESULTS))
+    return replace_block(text, gpu_table(GPU_RESULTS), "GPU figures")
 
 
 def _setting(record: dict) -> tuple:
@@ -90,6 +146,4 @@ def _value(record: dict, field: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(
-        replace_block(README.read_text(encoding="utf-8"), main_job_table(RESULTS)), encoding="utf-8"
-    )
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -62,8 +62,7 @@ def test_settings_of_the_readme_are_those_of_its_command():
 
 
 def test_figures_are_those_of_the_results():
-    table = readme_table.main_job_table(readme_table.RESULTS)
-    assert readme_table.replace_block(README, table) == README
+    assert readme_table.updated(README) == README
 
 
 def record(bench, keep, ours, peer_value, unit, **more):
@@ -104,7 +103,34 @@ def test_table_shows_the_latest_measurement_of_each_keep(tmp_path):
     assert table["perplexity, book, last quarter"][:3] == ["99.00", "30.00", "30.30 (1.010x)"]
 
 
+def test_gpu_table_shows_each_method_of_the_latest_commit_once(tmp_path):
+    def step(tokens, keep, ours, peer, peer_value, commit="b", **shape):
+        shape = {"tokens": tokens, "keep": keep, "scorer": "pooled", "recompute": "layer"} | shape
+        common = {"shape": shape, "gpu": "G", "torch": "2", "commit": commit, "date": "d"}
+        times = {"bench": "finetune step", "ours": ours, "peer": peer, "peer_value": peer_value}
+        memory = {"bench": "finetune peak memory", "ours": 1, "peer": peer, "peer_value": 2}
+        return [times | common, memory | common]
+
+    records = [
+        *step(64, 0.5, 9000.0, "liger", 9999.0, commit="a"),
+        *step(64, 0.5, 1000.0, "liger", 4000.0),
+        *step(64, 0.5, 1000.0, "s2", 3000.0),
+        *step(32, 1.0, 2500.0, "liger", 2000.0, scorer="predictor", recompute="none"),
+    ]
+    results = tmp_path / "gpu.jsonl"
+    results.write_text("".join(json.dumps(r) + "\n" for r in records))
+    rows = [line for line in readme_table.gpu_table(results).splitlines() if line[2:3].isdigit()]
+    assert rows == [
+        "| 32 | Liger kernels, checkpointing | 2.00 | 2.0 |",
+        "| 32 | lemo, keep 1, nothing recomputed, scorer predictor | 2.50 | 1.0 |",
+        "| 64 | Liger kernels, checkpointing | 4.00 | 2.0 |",
+        "| 64 | LongLoRA's S2-Attn, checkpointing | 3.00 | 2.0 |",
+        "| 64 | lemo, keep 0.5, layers recomputed | 1.00 | 1.0 |",
+    ]
+
+
 def test_table_without_results_says_so(tmp_path):
+    assert "No fine-tuning step" in readme_table.gpu_table(tmp_path / "absent.jsonl")
     assert "not been recorded" in readme_table.main_job_table(tmp_path / "absent.jsonl")
 
 
