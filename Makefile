@@ -79,9 +79,11 @@ gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyT
 	PYTHONPATH=python python benchmarks/gpu_ops.py --output $(GPU_FIGURES) --commit $(COMMIT)
 
 wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
-	rm -rf dist
+	rm -rf dist build/sdist && mkdir -p build/sdist
 	$(VENV)/bin/python setup.py -q sdist -d dist
-	$(PIP) wheel -q --no-deps -w dist dist/lemo-*.tar.gz
+	# In a folder of one name, so that a compiler cache knows its files again.
+	tar -xzf dist/lemo-*.tar.gz -C build/sdist
+	$(PIP) wheel -q --no-deps -w dist ./build/sdist/lemo-*
 
 clean:
 	rm -rf build dist $(VENV) python/lemo/*.so
