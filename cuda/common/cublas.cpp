@@ -98,7 +98,7 @@ public:
         return handle;
     }
 
-    void give_back(const std::map<int, Handle>& handles) {
+    void put_all(const std::map<int, Handle>& handles) {
         const std::lock_guard lock(mutex_);
         for (const auto& [device, handle] : handles) free_[device].push_back(handle);
     }
@@ -111,7 +111,7 @@ private:
 /// The handles of one thread, by device.
 struct ThreadHandles {
     std::map<int, Handle> by_device;
-    ~ThreadHandles() { HandlePool::instance().give_back(by_device); }
+    ~ThreadHandles() { HandlePool::instance().put_all(by_device); }
 };
 
 Handle current_handle(const char* op, const Cublas& cublas) {
