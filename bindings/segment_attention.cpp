@@ -38,20 +38,6 @@ TorchTensor make_like(const TorchTensor& tensor) {
     return make_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
 }
 
-/// Scratch of the CUDA kernels, from torch's allocator; none on the CPU. Checks `params` first.
-template <typename Params>
-OptionalTensor make_scratch(const TorchTensor& on, const Params& params) {
-#if defined(LEMO_WITH_CUDA)
-    if (view(on).device == Device::kCuda) {
-        check(params);
-        const torch::stable::accelerator::DeviceGuard guard(device_index(on));
-        const int64_t bytes = segment_attention_scratch_bytes(params);
-        return make_empty(on, {bytes / static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Int);
-    }
-#endif
-    return std::nullopt;
-}
-
 std::tuple<TorchTensor, TorchTensor> segment_attention(
     TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor cu_q, TorchTensor cu_k,
     OptionalTensor q_positions, OptionalTensor k_positions, double scale, int64_t window,
@@ -63,7 +49,8 @@ std::tuple<TorchTensor, TorchTensor> segment_attention(
     TorchTensor lse = make_empty(arguments.q, {q.size(1), q.size(0)}, ScalarType::Float);
     arguments.params.out = view(out);
     arguments.params.lse = view(lse);
-    const OptionalTensor scratch = make_scratch(arguments.q, arguments.params);
+    const OptionalTensor scratch = make_scratch(
+        arguments.q, arguments.params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
     arguments.params.scratch = view(scratch);
     run("segment_attention", arguments.q, arguments.params, segment_attention_cpu,
         LEMO_CUDA_KERNEL(segment_attention_cuda));
@@ -89,7 +76,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
     arguments.params.lse = view(saved_lse);
     SegmentAttentionBackwardParams params{arguments.params, deterministic, view(gradient),
                                           view(dq),         view(dk),      view(dv)};
-    const OptionalTensor scratch = make_scratch(arguments.q, params);
+    const OptionalTensor scratch = make_scratch(
+        arguments.q, params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
     params.forward.scratch = view(scratch);
     run("segment_attention_backward", arguments.q, params, segment_attention_backward_cpu,
         LEMO_CUDA_KERNEL(segment_attention_backward_cuda));
