@@ -53,10 +53,9 @@ public:
         return values;
     }
 
-    void fill_zero() const { fill(0); }
-
-    /// NaN in every float type.
-    void fill_nan() const { fill(0xff); }
+    void fill_zero() const {
+        require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset");
+    }
 
     int64_t size() const { return static_cast<int64_t>(n_); }
     T* data() const { return static_cast<T*>(data_); }
@@ -71,10 +70,6 @@ public:
     }
 
 private:
-    void fill(int byte) const {
-        require(cudaMemset(data_, byte, n_ * sizeof(T)), "cudaMemset");
-    }
-
     void* data_ = nullptr;
     size_t n_ = 0;
 };

@@ -88,6 +88,12 @@ TYPED_TEST(BlockScoresCuda, MatchesCpuForGroupsOfHeads) {
     matches_cpu<TypeParam>({{400}, 64, 24, 2, 128});
 }
 
+TYPED_TEST(BlockScoresCuda, SmallShapes) {
+    matches_cpu<TypeParam>({{150, 0, 70}, 48, 3, 1, 64});
+    matches_cpu<TypeParam>({{140}, 64, 2, 2, 128});
+    matches_cpu<TypeParam>({{310}, 300, 2, 1, 72});
+}
+
 TYPED_TEST(BlockScoresCuda, ManySequencesAndNone) {
     matches_cpu<TypeParam>({std::vector<int64_t>(300, 7), 4, 2, 1, 16});
     matches_cpu<TypeParam>({{1}, 64, 1, 1, 8});

@@ -114,10 +114,6 @@ public:
         if (s.weight_grad && s.bias) params_.dbias = dbias_.view({s.vocabulary});
         check(params_);
         scratch_.emplace(static_cast<size_t>(linear_cross_entropy_scratch_bytes(params_)));
-        // initcheck does not see what cuBLAS writes by bulk copies: to it these would be new.
-        scratch_->fill_nan();
-        dhidden_.fill_nan();
-        dweight_.fill_nan();
         params_.scratch = scratch_->data();
     }
 

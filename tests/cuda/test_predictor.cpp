@@ -179,6 +179,13 @@ TYPED_TEST(PredictorCuda, SeveralChunksAndOddHiddenSizes) {
     matches_cpu<TypeParam>({{300}, 64, 39, 16, 24, 8, true});
 }
 
+TYPED_TEST(PredictorCuda, SmallShapesOfEveryKernel) {
+    matches_cpu<TypeParam>({{150, 0, 40}, 48, 40, 16, 24, 8, true});
+    matches_cpu<TypeParam>({{140}, 64, 40, 137, 93, 4, true});
+    matches_cpu<TypeParam>({{70}, 64, 39, 16, 24, 8, true});
+    matches_cpu<TypeParam>({{70}, 64, 40, 16, 24, 1, false});
+}
+
 TYPED_TEST(PredictorCuda, NoTokens) {
     matches_cpu<TypeParam>({{0, 0}, 64, 16, 8, 8, 4, true});
     matches_cpu<TypeParam>({{1}, 64, 16, 8, 8, 1, false});

@@ -140,6 +140,12 @@ TEST(TokenSelectCuda, SameSetsAsCpu) {
     expect_same_as_cpu({5000, 100}, 100000);        // a block longer than its sequence
 }
 
+TEST(TokenSelectCuda, SmallSequencesAndSeveralSteps) {
+    expect_same_as_cpu({130, 0, 64, 1, 0}, 64);
+    expect_same_as_cpu({2500}, 1);  // three steps of the thread block
+    expect_same_as_cpu({1100, 40}, 1);
+}
+
 TEST(TokenSelectCuda, ManySequences) {
     std::mt19937 generator(5);
     std::vector<int64_t> seqlens(3000);
