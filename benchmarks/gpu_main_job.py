@@ -111,6 +111,9 @@ class Job:
         if predictor is not None:
             how = ["--predictor", predictor, "--keep", options.keep]
             how += ["--set", "elimination.dense_layers=[]", "--set", "elimination.select_at=all"]
+            # The losses after the resumption are compared bit by bit; the peer is left as fast as
+            # it can be.
+            how += ["--set", "deterministic=true"]
         return [
             *("finetune", "--model", options.model, "--documents", options.train, "--output", run),
             *("--context-length", options.context, "--steps", options.steps),
@@ -192,6 +195,7 @@ def records(
         "scorer": "predictor",
         "select_at": "all",
         "dense_layers": [],
+        "deterministic": True,
     }
     extra = {
         "recall": {kind: round(value, 4) for kind, value in description["recall"].items()},

@@ -138,8 +138,7 @@ total=${#names[@]} clean=$(grep -c 'clean$' "$logs/summary")
 echo "== $clean of $total clean, $((SECONDS - start)) s, $jobs at a time"
 [ "$clean" -lt "$total" ] || exit 0
 grep -v 'clean$' "$logs/summary" | while read -r line; do
-    name=$(sed -E 's/^ *[0-9]+ s  //; s/ (no end in.*|no summary|findings|tests failed)$//; s/ +$//' \
-        <<< "$line")
+    name=$(sed -E 's/^[0-9]+ s +([^ ]+ [^ ]+) .*/\1/' <<< "$line")
     echo "== $line"
     tail -n 25 "$logs/${name//[ \/]/_}.log"
 done >&2

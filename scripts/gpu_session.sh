@@ -7,9 +7,9 @@
 #
 #   pack [--for VERSION] [--module-python PYTHON] [--binaries] [--wheel NAME]...
 #        [--model FOLDER] [--documents FOLDER] [--characters N]
-#       Collects in build/carry what the copy lacks; copy that folder along. Always: the wheel of the
-#       BLAS that the operators load, for the other machine's Python (--for, default 3.12), and the
-#       one CUTLASS header that CMake looks for.
+#       Collects in build/carry what the copy lacks; copy that folder along. Always: the wheel of
+#       the BLAS that the operators load, for the other machine's Python (--for, default 3.12), and
+#       the one CUTLASS header that CMake looks for.
 #       --module-python  builds lemo._C here, with this interpreter of the other machine's version
 #                        (it needs Python's headers, pybind11, cmake and ninja; torch may be
 #                        another interpreter's, whose package folder TORCH_DIR names)
@@ -24,9 +24,9 @@
 # On the GPU machine, with the copy as the working folder:
 #
 #   setup [--device cpu]   installs the wheels into build/site, unpacks the binaries, builds lemo._C
-#                          for the Python there if it has none with CUDA (no kernel is compiled), and
-#                          checks that lemo runs on the GPU; half a minute. --device cpu: where there
-#                          is no GPU, to try the rest.
+#                          for the Python there if it has none with CUDA (no kernel is compiled),
+#                          and checks that lemo runs on the GPU; half a minute. --device cpu: where
+#                          there is no GPU, to try the rest.
 #   python ARGUMENTS       python3 with lemo and those wheels on its path
 #   test                   as `make gpu-test PREBUILT=1`
 #   sanitize [FILTER]      as `make gpu-sanitize PREBUILT=1`
@@ -200,8 +200,8 @@ PYTHON
 }
 
 main_job() {
-    [ -f "$carry/model.tar.xz" ] || die "main-job: expected $carry/model.tar.xz, made by pack --model"
-    [ -d "$carry/documents" ] || die "main-job: expected $carry/documents, made by pack --documents"
+    [ -f "$carry/model.tar.xz" ] && [ -d "$carry/documents" ] ||
+        die "main-job: expected what pack --model and pack --documents make, in $carry"
     mkdir -p build/model
     tar -C build/model -xJf "$carry/model.tar.xz"
     run_python benchmarks/gpu_main_job.py --model build/model \

@@ -176,6 +176,18 @@ def test_run_with_elimination(config):
 
 
 @on_cpu
+def test_deterministic_holds_during_the_run_only(config):
+    seen = []
+    for deterministic in (False, True):
+        finetune(
+            replace(config, steps=1, deterministic=deterministic, overwrite=True),
+            lambda record: seen.append(torch.are_deterministic_algorithms_enabled()),
+        )
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert seen == [False, True]
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
 def test_keep_1_trains_like_dense_lora(config):
     config = dataclasses.replace(config, lora_dropout=0.0, train_norms=True)
     finetune(config)

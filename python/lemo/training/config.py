@@ -52,6 +52,9 @@ class FinetuneConfig:
             needs runs on it, otherwise the CPU. See :func:`lemo.training.model.pick_device`.
         gradient_checkpointing: recompute layers in backward. With elimination `recompute` of
             `elimination` says more; its default follows this field.
+        deterministic: bit-equal losses from run to run and across a resumption on a GPU, too (on
+            the CPU they are so anyway); torch's switch of that name, which warns where an op has
+            no such form. Backward is slower.
         seed: of the data order, LoRA's start and dropout.
         save_every: steps between checkpoints (one is always written at the end).
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -85,6 +88,7 @@ class FinetuneConfig:
     dtype: str = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
+    deterministic: bool = False
     seed: int = 0
     save_every: int = 50
     keep_checkpoints: int = 2
@@ -270,6 +274,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "dtype": _choice(DTYPES),
     "device": _choice(DEVICES),
     "gradient_checkpointing": _FLAG,
+    "deterministic": _FLAG,
     "seed": _integer(0),
     "save_every": _integer(1),
     "keep_checkpoints": _integer(1),

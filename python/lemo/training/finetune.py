@@ -9,9 +9,9 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,8 @@ def finetune(
             _log.info("%s: all %d steps are done already", folder, config.steps)
             return _result(folder, config.steps)
     with ExitStack() as stack:
+        if config.deterministic:
+            stack.enter_context(_deterministic())
         run = _Run(config, accelerator)
         stack.callback(run.close)
         first = 0
@@ -346,6 +348,22 @@ class _Run:
             # The base model as it was trained: its scaled rotary embedding is part of the result.
             content = self.peft_model.get_base_model().config.to_json_string(use_diff=False)
             write_file(target / MODEL_CONFIG, content)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """torch's deterministic algorithms; afterwards its settings are as they were."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing is read before it is written; filling every new tensor would only cost time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:
