@@ -180,7 +180,7 @@ def test_deterministic_holds_during_the_run_only(config):
     seen = []
     for deterministic in (False, True):
         finetune(
-            replace(config, steps=1, deterministic=deterministic, overwrite=True),
+            dataclasses.replace(config, steps=1, deterministic=deterministic, overwrite=True),
             lambda record: seen.append(torch.are_deterministic_algorithms_enabled()),
         )
         assert not torch.are_deterministic_algorithms_enabled()
