@@ -98,7 +98,10 @@ class RandomScorer:
 
     def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
         scores = torch.rand(batch.layout.num_blocks, generator=self.generator, device="cpu")
-        return scores.to(x.device)
+        if x.device.type == "cuda":
+            # A copy that the host does not wait for.
+            scores = scores.pin_memory()
+        return scores.to(x.device, non_blocking=True)
 
 
 class PredictorScorer:
@@ -174,9 +177,11 @@ def visible_means(queries: Tensor, keys: Tensor, layout: BlockLayout, scale: flo
         step = max(1, _TILE_ELEMENTS // (heads * count))
         for query_first in range(first, end, step):
             query_end = min(query_first + step, end)
-            products = torch.einsum(
-                "mkgd,nkd->kgmn", queries[query_first:query_end], keys[first:query_end]
-            )
+            # Autocast would round the scores so far that blocks tie.
+            with torch.autocast(queries.device.type, enabled=False):
+                products = torch.einsum(
+                    "mkgd,nkd->kgmn", queries[query_first:query_end], keys[first:query_end]
+                )
             means = products.clamp_(min=0).mean((0, 1))
             sums[: query_end - first] += means.tril_(query_first - first).sum(0)
         seen_by = torch.arange(count, 0, -1, device=queries.device)

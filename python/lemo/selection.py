@@ -193,11 +193,13 @@ class Selector:
         selections = {id(s): s for kind in self._selected.values() for s in kind}.values()
         if any(selection.rows is None for selection in selections):
             return None
-        device = self._layout.cu_seqlens.device
-        untouched = torch.ones(self._layout.num_tokens, dtype=torch.bool, device=device)
-        for selection in selections:
-            untouched.index_fill_(0, selection.rows.long(), False)
-        return untouched
+        # By blocks: every layer may have a set of its own, and one launch serves them all.
+        layout = self._layout
+        lengths = layout.block_starts.diff().long()
+        untouched = torch.ones(layout.num_blocks, dtype=torch.bool, device=lengths.device)
+        kept = torch.cat([selection.kept_blocks for selection in selections])
+        untouched.index_fill_(0, kept.long(), False)
+        return untouched.repeat_interleave(lengths, output_size=layout.num_tokens)
 
     def statistics(self) -> list[LayerStatistics]:
         """One entry for each layer of the last forward pass; empty before the first."""

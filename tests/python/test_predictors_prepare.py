@@ -111,6 +111,21 @@ def test_scores_are_the_references(made):
         expected = numpy.interp(*place, mean) + numpy.interp(*place, deviation) * content.numpy()
         scores = loaded.scores(2, kind, x, layout)
         torch.testing.assert_close(scores, torch.tensor(expected).float(), rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loaded.scores(2, kind, x, layout), scores)
+
+
+def test_scores_follow_the_cut_of_the_rows(made):
+    _, folder, _ = made
+    x = torch.randn(46, 32)
+    layouts = [BlockLayout.from_seqlens(lengths, BLOCK) for lengths in ([46], [30, 16], [46])]
+    loaded = predictors.load(folder)
+    for layout in layouts:
+        fresh = predictors.load(folder)
+        for kind in ("attention", "mlp"):
+            for _ in range(2):
+                scores = loaded.scores(1, kind, x, layout)
+                assert torch.equal(scores, fresh.scores(1, kind, x, layout))
 
 
 def test_a_model_eliminates_with_the_folder(made):

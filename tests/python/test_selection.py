@@ -266,6 +266,13 @@ def test_pooled_scores(architecture):
     assert_close_fp32(scores["mlp"], activation.abs().mean(1))
 
 
+def test_autocast_does_not_round_pooled_scores():
+    queries, keys = torch.randn(LAYOUT.num_blocks, 4, 8), torch.randn(LAYOUT.num_blocks, 2, 8)
+    scores = visible_means(queries, keys, LAYOUT, 0.5)
+    with torch.autocast(scores.device.type, torch.bfloat16):
+        assert torch.equal(visible_means(queries, keys, LAYOUT, 0.5), scores)
+
+
 # The GPU's block_scores knows no fp32; its own tests compare it there.
 @pytest.mark.cpu_only
 def test_label_scores():

@@ -86,17 +86,20 @@ class PositionProfile:
 
     def standardise(self, labels: Tensor, layout: BlockLayout) -> Tensor:
         """What the content adds to the labels [B], in deviations."""
-        mean, deviation = self._at(layout, labels.device)
+        mean, deviation = self.at(layout, labels.device)
         return (labels - mean) / deviation
 
     def restore(self, content: Tensor, layout: BlockLayout) -> Tensor:
         """The inverse of `standardise`: scores [B] in the units of the labels."""
-        mean, deviation = self._at(layout, content.device)
+        mean, deviation = self.at(layout, content.device)
         return mean + deviation * content
 
-    def _at(self, layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    def at(self, layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of every block's label for its place, [B] fp32 each."""
         basis = _hats(query_blocks(layout).to(device), self.knots.to(device))
-        return basis @ self.mean.to(device), basis @ self.deviation.to(device)
+        # Neighbouring places differ by less than autocast would leave of them.
+        with torch.autocast(device.type, enabled=False):
+            return basis @ self.mean.to(device), basis @ self.deviation.to(device)
 
 
 def _hats(seen_by: Tensor, knots: Tensor) -> Tensor:

@@ -61,8 +61,12 @@ class PredictorSet:
                 self._profiles[layer, kind] = PositionProfile(
                     *(tensors[f"{stem}.profile.{name}"] for name in _PROFILE)
                 )
-        # Weights and profiles on the device and in the dtype of the rows that they scored last.
+        # Weights on the device and in the dtype of the rows that they scored last.
         self._cast: dict[tuple[int, str, torch.device, torch.dtype], tuple[Any, ...]] = {}
+        # What the profiles say of every block, for the cut of the rows that were scored last:
+        # windows of one length follow each other, and a profile is two dozen small kernels.
+        self._cut: tuple[tuple[int, ...], torch.device] | None = None
+        self._places: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
     def scores(self, layer: int, kind: str, x: Tensor, layout: BlockLayout) -> Tensor:
         """Predicted scores of all blocks, [B] fp32.
@@ -85,17 +89,26 @@ class PredictorSet:
             )
         place = (layer, kind, x.device, x.dtype)
         if place not in self._cast:
-            self._cast[place] = (
-                self._profiles[layer, kind].to(x.device),
-                *(
-                    tuple(weight.to(x.device, x.dtype) for weight in net)
-                    for net in self._nets[layer, kind]
-                ),
+            self._cast[place] = tuple(
+                tuple(weight.to(x.device, x.dtype) for weight in net)
+                for net in self._nets[layer, kind]
             )
-        profile, key, *query = self._cast[place]
+        key, *query = self._cast[place]
         with torch.no_grad():
             content = predictor(x, key, query[0] if query else None, layout)
-            return profile.restore(content, layout)
+            mean, deviation = self._place(layer, kind, layout, x.device)
+            return mean + deviation * content
+
+    def _place(
+        self, layer: int, kind: str, layout: BlockLayout, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the blocks' labels for their places, [B] each."""
+        cut = (layout.seqlens, device)
+        if cut != self._cut:
+            self._cut, self._places = cut, {}
+        if (layer, kind) not in self._places:
+            self._places[layer, kind] = self._profiles[layer, kind].at(layout, device)
+        return self._places[layer, kind]
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
