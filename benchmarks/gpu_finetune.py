@@ -9,7 +9,9 @@ and memory, meaningless for quality. A variant is KEEP-RECOMPUTE[-SCORER]: "1-la
 "0.5-selective", "0.5-none-predictor". KEEP holds for attention and MLP of every layer (no layer is
 dense). Scorer "pooled" (the default) scores in the first layer only; "predictor" scores in every
 layer with predictors of the default size, "predictors" also has the MLP choose a set of its own by
-its own predictors. A variant or peer may be bound to one length: "1-none@16384".
+its own predictors. Where every layer has a set of its own, the loss counts nearly every row, with
+"pooled" only those that were kept; "random" chooses in every layer, too, so what predictors cost is
+the difference to it. A variant or peer may be bound to one length: "1-none@16384".
 
 Peers are modes of --peers-script, which is called as SCRIPT MODE TOKENS --layers N --warmup N
 --reps N and prints one JSON object last ("step_ms", "step_ms_range", "peak_gib"). Without one there
@@ -48,7 +50,7 @@ VARIANTS = (
     "0.5-layer@65536",
     "0.5-layer-predictor@65536",
 )
-SCORERS = ("pooled", "predictor", "predictors")
+SCORERS = ("pooled", "random", "predictor", "predictors")
 SHAPE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -102,7 +104,7 @@ def settings_of(variant: str) -> dict:
     """LemoConfig fields of a variant, without the predictor's folder."""
     keep, recompute, scorer = [*variant.split("-"), "pooled"][:3]
     if recompute not in ("none", "layer", "selective") or scorer not in SCORERS:
-        raise ValueError("expected KEEP-none|layer|selective[-pooled|predictor|predictors]")
+        raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}]")
     keep = float(keep)
     return {
         "policy": "ratio",
@@ -110,7 +112,7 @@ def settings_of(variant: str) -> dict:
         "keep_mlp": keep if scorer == "predictors" else None,
         "dense_layers": [],
         "select_at": "first" if scorer == "pooled" else "all",
-        "scorer": "pooled" if scorer == "pooled" else "predictor",
+        "scorer": scorer.removesuffix("s"),
         "recompute": recompute,
     }
 

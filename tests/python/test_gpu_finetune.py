@@ -38,6 +38,17 @@ def test_the_defaults_are_valid():
             assert LemoConfig(**settings).dense_layers == ()
 
 
+def test_scorers_of_variants():
+    def chosen(variant):
+        settings = gpu_finetune.settings_of(variant)
+        return settings["scorer"], settings["select_at"], settings["keep_mlp"]
+
+    assert chosen("0.5-layer") == ("pooled", "first", None)
+    assert chosen("0.5-layer-random") == ("random", "all", None)
+    assert chosen("0.5-layer-predictor") == ("predictor", "all", None)
+    assert chosen("0.5-layer-predictors") == ("predictor", "all", 0.5)
+
+
 @pytest.mark.parametrize("variant", ["0.5", "0.5-all", "half-layer", "0.5-layer-best"])
 def test_bad_variants(variant, capsys):
     with pytest.raises(SystemExit):
