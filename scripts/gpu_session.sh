@@ -9,7 +9,7 @@
 #        [--model FOLDER] [--documents FOLDER] [--characters N]
 #       Collects in build/carry what the copy lacks; copy that folder along. Always: the wheel of
 #       the BLAS that the operators load, for the other machine's Python (--for, default 3.12), and
-#       the one CUTLASS header that CMake looks for.
+#       the one CUTLASS header that CMake looks for. Model and documents of an earlier call stay.
 #       --module-python  builds lemo._C here, with this interpreter of the other machine's version
 #                        (it needs Python's headers, pybind11, cmake and ninja; torch may be
 #                        another interpreter's, whose package folder TORCH_DIR names)
@@ -80,7 +80,7 @@ pack() {
         esac
         shift 2
     done
-    rm -rf "$carry/wheels" "$carry/include"
+    rm -rf "$carry/wheels" "$carry/include" "$carry/module" "$carry/binaries.tar.xz"
     mkdir -p "$carry/include/cutlass"
 
     local platforms=()
@@ -98,7 +98,6 @@ print(util.find_spec("cutlass_library").submodule_search_locations[0])')
     if [ -n "$module_python" ]; then
         build_module "$module_python" build/module > build/module.log ||
             die "lemo._C was not built: build/module.log"
-        rm -rf "$carry/module"
         mkdir "$carry/module"
         cp build/module/_C*.so "$carry/module/"
     fi
@@ -113,6 +112,8 @@ print(util.find_spec("cutlass_library").submodule_search_locations[0])')
 
 pack_binaries() {
     local stage=build/carry_stage
+    [ -f python/lemo/liblemo_ops.so ] && [ -f build/develop/gpu/lemo_gpu_tests ] ||
+        die "pack --binaries: expected what 'make gpu-build' builds"
     rm -rf "$stage"
     mkdir -p "$stage/python/lemo" "$stage/build/develop/gpu"
     cp python/lemo/liblemo_ops.so "$stage/python/lemo/"
