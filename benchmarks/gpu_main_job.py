@@ -12,7 +12,8 @@ Runs, each as a process of its own:
     lemo eval        both adapters, densely
 
 The job fails where a command fails, the resumed losses differ, or the perplexity does not fall.
-Figures are appended to --output: seconds of a step, memory, perplexity of every kind of document.
+Figures are printed in the last two cases, too, and otherwise appended to --output: seconds of a
+step, memory, perplexity of every kind of document.
 """
 
 from __future__ import annotations
@@ -152,26 +153,31 @@ def timing(log: list[dict]) -> tuple[float, list[float]]:
     return statistics.median(seconds), [round(min(seconds), 4), round(max(seconds), 4)]
 
 
-def check(log: list[dict], whole: list[dict], steps: int) -> None:
-    """The run is complete and is the one that was not interrupted."""
-    if [record["step"] for record in log] != list(range(1, steps + 1)):
-        raise SystemExit(f"finetune: expected steps 1 to {steps} once each in the log")
-    apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(log, whole, strict=True))
-    print(f"largest difference of a loss to the run without interruption: {apart:.2e}")
-    if apart > 1e-6:
-        raise SystemExit(
-            f"resume: expected the losses of an uninterrupted run, got {apart:.2e} off"
-        )
+def check(log: list[dict], whole: list[dict], steps: int) -> list[str]:
+    """What tells that the run is not complete, or not the one that was not interrupted."""
+    for records in (log, whole):
+        if [record["step"] for record in records] != list(range(1, steps + 1)):
+            raise SystemExit(f"finetune: expected steps 1 to {steps} once each in the log")
+    apart = [abs(a["loss"] - b["loss"]) for a, b in zip(log, whole, strict=True)]
+    print(f"largest difference of a loss to the run without interruption: {max(apart):.2e}")
+    if max(apart) <= 1e-6:
+        return []
+    first = next(step for step, distance in enumerate(apart, 1) if distance > 1e-6)
+    return [
+        f"resume: expected the losses of an uninterrupted run, got {max(apart):.2e} off, "
+        f"from step {first} on; the checkpoint is of step {steps // 2}"
+    ]
 
 
-def check_learning(before: list[dict], after: list[dict]) -> None:
+def check_learning(before: list[dict], after: list[dict]) -> list[str]:
     """Dense perplexity falls, in the mean of the kinds; single losses depend on the window."""
     first, last = (
         statistics.mean(math.log(row["perplexity"]) for row in rows) for rows in (before, after)
     )
     print(f"dense evaluation: mean loss {first:.4f} before, {last:.4f} after")
-    if not last < first:
-        raise SystemExit(f"finetune: expected the loss to fall, got {first:.4f}, then {last:.4f}")
+    if last < first:
+        return []
+    return [f"finetune: expected the loss to fall, got {first:.4f}, then {last:.4f}"]
 
 
 def records(
@@ -243,19 +249,22 @@ def main() -> None:
     before = job.evaluate("before", None)
     job.finetune_in_two_parts(run, predictor)
     job.finetune("finetune", whole, predictor)
-    check(read_log(run), read_log(whole), options.steps)
+    problems = check(read_log(run), read_log(whole), options.steps)
     job.finetune("finetune dense", dense, None)
     evaluations = before, job.evaluate("after", run), job.evaluate("dense", dense)
-    check_learning(*evaluations[:2])
+    problems += check_learning(*evaluations[:2])
     # Times come from the run that nothing disturbed.
     logs = read_log(whole), read_log(dense)
+    found = records(options, job, description, logs, evaluations)
+    for record in found:
+        print(
+            f"{record['bench']:<36} {record['ours']:>9} {record['unit']:<10} "
+            f"{PEER} {record['peer_value']:>9} ratio {record['ratio']}"
+        )
+    if problems:
+        raise SystemExit("\n".join(problems))
     with options.output.open("a", encoding="utf-8") as lines:
-        for record in records(options, job, description, logs, evaluations):
-            lines.write(json.dumps(record) + "\n")
-            print(
-                f"{record['bench']:<36} {record['ours']:>9} {record['unit']:<10} "
-                f"{PEER} {record['peer_value']:>9} ratio {record['ratio']}"
-            )
+        lines.writelines(json.dumps(record) + "\n" for record in found)
 
 
 if __name__ == "__main__":
