@@ -5,18 +5,46 @@
 
 #include "common/launch.h"
 #include "common/vector.h"
+#include "segment_attention/hopper/kernels.h"
 #include "segment_attention/kernels.h"
 #include "segment_attention/plan.h"
 
 namespace lemo {
 namespace {
 
+constexpr const char* kForward = "segment_attention";
+constexpr const char* kBackward = "segment_attention_backward";
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kVectorElements = 8;  // 16 bytes
-// What the large tiles of the backward pass take.
+// What the large tiles of the portable backward pass take.
 constexpr int kLargeSharedBytes = 162 * 1024;
 
-void check_supported(const char* op, const SegmentAttentionParams& p) {
+#ifdef LEMO_WITH_HOPPER
+constexpr bool kWithHopper = true;
+constexpr const char* kKernelNames = "one of 'auto', 'hopper', 'portable', 'portable-small'";
+#else
+constexpr bool kWithHopper = false;
+constexpr const char* kKernelNames = "one of 'auto', 'portable', 'portable-small'";
+#endif
+
+/// Which kernels run; named in SegmentAttentionParams::kernel.
+enum class Kernels { kHopper, kPortable, kPortableSmall };
+
+int device_attribute(const char* op, cudaDeviceAttr attribute) {
+    int device = 0, value = 0;
+    cuda::check_status(op, cudaGetDevice(&device));
+    cuda::check_status(op, cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+/// The instructions of sm_90a exist on compute capability 9.0 alone.
+bool runs_hopper(const char* op) {
+    return kWithHopper && device_attribute(op, cudaDevAttrComputeCapabilityMajor) == 9 &&
+           device_attribute(op, cudaDevAttrComputeCapabilityMinor) == 0;
+}
+
+/// Checks what the CUDA kernels support.
+Kernels choose_kernels(const char* op, const SegmentAttentionParams& p) {
     const Checker check(op);
     check.that(p.q.dtype == DType::kBFloat16 || p.q.dtype == DType::kFloat16, "q",
                "bfloat16 or float16 on a GPU", describe(p.q), ErrorKind::kUnsupported);
@@ -25,9 +53,19 @@ void check_supported(const char* op, const SegmentAttentionParams& p) {
                    head_dim <= kMaxHeadDim,
                "q", "a head size that is a multiple of 8 from 8 to 128 on a GPU",
                std::to_string(head_dim), ErrorKind::kUnsupported);
-    check.that(p.kernel == "auto" || p.kernel == "portable" || p.kernel == "portable-small",
-               "kernel", "one of 'auto', 'portable', 'portable-small' on a GPU",
-               "'" + std::string(p.kernel) + "'");
+    const auto got = [&] { return "'" + std::string(p.kernel) + "'"; };
+    if (p.kernel == "auto") {
+        if (runs_hopper(op)) return Kernels::kHopper;
+        const int shared = device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        return shared < kLargeSharedBytes ? Kernels::kPortableSmall : Kernels::kPortable;
+    }
+    if (p.kernel == "portable") return Kernels::kPortable;
+    if (p.kernel == "portable-small") return Kernels::kPortableSmall;
+    check.that(p.kernel == "hopper" && kWithHopper, "kernel",
+               std::string(kKernelNames) + " on a GPU", got());
+    check.that(runs_hopper(op), "kernel", "'hopper' on a GPU of compute capability 9.0 only", got(),
+               ErrorKind::kUnsupported);
+    return Kernels::kHopper;
 }
 
 /// Calls `body(Element{}, head size of the kernel)`.
@@ -41,44 +79,51 @@ auto dispatch(const SegmentAttentionParams& p, Body&& body) {
     return with_head_dim(cutlass::half_t{});
 }
 
-bool takes_small_tiles(const SegmentAttentionParams& p) {
-    if (p.kernel != "auto") return p.kernel == "portable-small";
-    int device = 0, shared_bytes = 0;
-    cuda::check_status("segment_attention_backward", cudaGetDevice(&device));
-    cuda::check_status("segment_attention_backward",
-                       cudaDeviceGetAttribute(&shared_bytes,
-                                              cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return shared_bytes < kLargeSharedBytes;
-}
-
 }  // namespace
 
 int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params) {
-    return cuda::plan_bytes(params);
+    return cuda::hopper::kWorkBytes + cuda::plan_bytes(params);
 }
 
 int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params) {
-    check_supported("segment_attention_backward", params.forward);
+    const Kernels kernels = choose_kernels(kBackward, params.forward);
     return dispatch(params.forward, [&]<typename Element, int kHeadDim>(
                                         Element, cuda::Int<kHeadDim>) {
+#ifdef LEMO_WITH_HOPPER
+        if (kernels == Kernels::kHopper) {
+            return cuda::hopper::BackwardPass<Element, kHeadDim>::scratch_bytes(params);
+        }
+#endif
         return cuda::BackwardPass<Element, kHeadDim>::scratch_bytes(
-            params, takes_small_tiles(params.forward));
+            params, kernels == Kernels::kPortableSmall);
     });
 }
 
 void segment_attention_cuda(const SegmentAttentionParams& params, void* stream) {
-    check_supported("segment_attention", params);
+    const Kernels kernels = choose_kernels(kForward, params);
     if (params.q.size(0) == 0) return;
     dispatch(params, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
+#ifdef LEMO_WITH_HOPPER
+        if (kernels == Kernels::kHopper) {
+            return cuda::hopper::launch_forward<Element, kHeadDim>(
+                params, static_cast<cudaStream_t>(stream));
+        }
+#endif
         cuda::launch_forward<Element, kHeadDim>(params, static_cast<cudaStream_t>(stream));
     });
 }
 
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* stream) {
-    check_supported("segment_attention_backward", params.forward);
+    const Kernels kernels = choose_kernels(kBackward, params.forward);
     if (params.forward.cu_q.size(0) < 2) return;  // no sequences, no rows
     dispatch(params.forward, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
-        cuda::BackwardPass<Element, kHeadDim>::launch(params, takes_small_tiles(params.forward),
+#ifdef LEMO_WITH_HOPPER
+        if (kernels == Kernels::kHopper) {
+            return cuda::hopper::BackwardPass<Element, kHeadDim>::launch(
+                params, static_cast<cudaStream_t>(stream));
+        }
+#endif
+        cuda::BackwardPass<Element, kHeadDim>::launch(params, kernels == Kernels::kPortableSmall,
                                                       static_cast<cudaStream_t>(stream));
     });
 }

@@ -21,6 +21,14 @@ inline void check_status(const char* op, cudaError_t status) {
 
 inline void check_launch(const char* op) { check_status(op, cudaGetLastError()); }
 
+/// Multiprocessors of the current GPU.
+inline int num_multiprocessors(const char* op) {
+    int device = 0, count = 0;
+    check_status(op, cudaGetDevice(&device));
+    check_status(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+    return count;
+}
+
 /// Lets `kernel` use this much dynamic shared memory; raises where the GPU has less.
 template <typename Kernel>
 void reserve_shared_memory(const char* op, Kernel* kernel, size_t bytes) {

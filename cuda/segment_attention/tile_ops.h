@@ -4,8 +4,9 @@
 
 #include <cute/tensor.hpp>
 
-#include <cutlass/numeric_conversion.h>
 #include <cutlass/numeric_types.h>
+
+#include "segment_attention/elementwise.h"
 
 namespace lemo::cuda {
 
@@ -18,9 +19,6 @@ using cute::_16;
 using cute::Layout;
 using cute::Shape;
 using cute::Stride;
-
-template <int kRows, int kColumns>
-using TileShape = Shape<cute::Int<kRows>, cute::Int<kColumns>>;
 
 /// The tensor-core instruction of a storage type: 16 x 8 x 16, fp32 accumulators.
 template <typename Element>
@@ -221,17 +219,6 @@ __device__ __forceinline__ auto as_left_operand(Tensor&& tensor) {
                           get<2, 1>(split)));
 }
 
-/// fp32 registers rounded to the storage type, two at a time.
-template <typename Element, typename Tensor>
-__device__ __forceinline__ auto round_to(const Tensor& tensor) {
-    constexpr int kCount = decltype(cute::size(tensor.layout()))::value;
-    cutlass::NumericArrayConverter<Element, float, kCount> convert;
-    auto rounded = cute::make_tensor<Element>(tensor.layout());
-    *reinterpret_cast<cutlass::Array<Element, kCount>*>(rounded.data()) =
-        convert(*reinterpret_cast<const cutlass::Array<float, kCount>*>(tensor.data()));
-    return rounded;
-}
-
 /// Writes accumulators, rounded already, to their places in a tile of shared memory.
 template <typename Element, typename TiledMma, typename Fragment, typename SharedTensor>
 __device__ __forceinline__ void store_accumulators(TiledMma tiled_mma, const Fragment& fragment,
@@ -240,12 +227,6 @@ __device__ __forceinline__ void store_accumulators(TiledMma tiled_mma, const Fra
         cute::Copy_Atom<cute::AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, tiled_mma);
     const auto thread_copy = tiled_copy.get_thread_slice(threadIdx.x);
     cute::copy(tiled_copy, thread_copy.retile_S(fragment), thread_copy.partition_D(shared));
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
 }
 
 }  // namespace lemo::cuda

@@ -166,8 +166,22 @@ const std::vector<Case>& cases() {
         {"window", {300}, 2, 1, 64, 0.7, 0.7, true, 40},
         {"groups", {280, 61}, 4, 2, 128, 0.6, 0.6, true, 0, 96},
         {"window in groups", {280}, 4, 4, 64, 1, 1, true, 50, 96},
+        {"rings that go round", {900, 350}, 4, 1, 128, 0.9, 0.9},
+        {"small heads, long", {1100}, 3, 3, 64, 1, 1, false},
         {"no rows", {0, 0}, 2, 2, 64, 1, 1},
     };
+    return list;
+}
+
+/// The kernels that this GPU runs, deterministic or not.
+std::vector<std::pair<const char*, bool>> kernels() {
+    std::vector<std::pair<const char*, bool>> list{
+        {"portable", true}, {"portable", false}, {"portable-small", true}};
+    cudaDeviceProp properties;
+    testing::require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    if (properties.major == 9 && properties.minor == 0) {
+        list.insert(list.end(), {{"hopper", true}, {"hopper", false}});
+    }
     return list;
 }
 
@@ -179,8 +193,7 @@ TYPED_TEST(SegmentAttentionCuda, MatchesCpu) {
     for (const Case& the_case : cases()) {
         Attention<TypeParam> attention(the_case);
         const Results<float> oracle = attention.on_cpu();
-        for (const auto& [kernel, deterministic] :
-             {std::pair{"portable", true}, {"portable", false}, {"portable-small", true}}) {
+        for (const auto& [kernel, deterministic] : kernels()) {
             const Results<TypeParam> results = attention.on_gpu(kernel, deterministic);
             const std::string what = std::string(the_case.name) + ", " + kernel;
             // Probabilities are rounded on the way to out, and so are their gradients.
@@ -194,14 +207,20 @@ TYPED_TEST(SegmentAttentionCuda, MatchesCpu) {
 }
 
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
-    const Attention<TypeParam> attention({"many tiles", {700, 260}, 4, 2, 64, 0.8, 0.8});
-    const Results<TypeParam> first = attention.on_gpu("auto", true);
-    for (int repeat = 0; repeat < 10; ++repeat) {
-        const Results<TypeParam> again = attention.on_gpu("auto", true);
-        expect_same_bits(again.out, first.out, "out");
-        expect_same_bits(again.dq, first.dq, "dq");
-        expect_same_bits(again.dk, first.dk, "dk");
-        expect_same_bits(again.dv, first.dv, "dv");
+    for (const auto& [kernel, deterministic] : kernels()) {
+        if (!deterministic) continue;
+        for (const int64_t head_dim : {64, 128}) {
+            const Attention<TypeParam> attention(
+                {"many tiles", {700, 260}, 4, 2, head_dim, 0.8, 0.8});
+            const Results<TypeParam> first = attention.on_gpu(kernel, true);
+            for (int repeat = 0; repeat < 10; ++repeat) {
+                const Results<TypeParam> again = attention.on_gpu(kernel, true);
+                expect_same_bits(again.out, first.out, std::string(kernel) + ": out");
+                expect_same_bits(again.dq, first.dq, std::string(kernel) + ": dq");
+                expect_same_bits(again.dk, first.dk, std::string(kernel) + ": dk");
+                expect_same_bits(again.dv, first.dv, std::string(kernel) + ": dv");
+            }
+        }
     }
 }
 

@@ -14,7 +14,15 @@ from tolerances import assert_close_fp32, assert_close_low_precision
 # The CUDA kernels take head sizes that are multiples of 8 up to 128, each with two tilings.
 HEAD_SIZES = st.sampled_from([8, 24, 64, 72, 128]) if on_gpu() else st.integers(1, 17)
 DTYPE = working_dtype()
-KERNELS = ("portable", "portable-small") if on_gpu() else ("auto",)
+
+
+def attention_kernels() -> tuple[str, ...]:
+    """The names of the CUDA kernels that this GPU runs."""
+    hopper = ("hopper",) if torch.cuda.get_device_capability() == (9, 0) else ()
+    return (*hopper, "portable", "portable-small")
+
+
+KERNELS = attention_kernels() if on_gpu() else ("auto",)
 
 
 def cuts(lengths: list[int]) -> torch.Tensor:

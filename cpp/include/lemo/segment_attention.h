@@ -20,7 +20,8 @@ struct SegmentAttentionParams {
     float scale = 1.0f;
     int64_t window = 0;      // positions a query sees back, its own included; 0: no limit
     int64_t group_size = 0;  // positions of a shifted group; 0: no groups
-    std::string_view kernel = "auto";  // on a GPU also "portable", "portable-small" (for tests)
+    // On a GPU also "hopper", "portable", "portable-small" (for tests).
+    std::string_view kernel = "auto";
     Tensor out;      // [Rq, Hq, D] of q's dtype; read by the backward pass
     Tensor lse;      // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
     Tensor scratch;  // int32, segment_attention_scratch_bytes of them; absent on the CPU

@@ -80,7 +80,8 @@ def segment_attention(
         scale: factor of q . k; None: 1 / sqrt(D).
         window: keys a query sees at most, itself included, counted in positions; 0: all.
         group_size: positions of a shifted group; 0: no groups.
-        kernel: "auto", or on a GPU the name of one ("portable", "portable-small"), for tests.
+        kernel: "auto", or on a GPU the name of one ("hopper", "portable",
+            "portable-small"), for tests.
 
     Returns:
         [Rq, Hq, D] of q's dtype. Differentiable in q, k and v.

@@ -1,0 +1,224 @@
+// Instructions of compute capability 9.0: barriers in shared memory, bulk and tensor copies that
+// complete on them, and products by whole warpgroups (wgmma) through CuTe's atoms.
+//
+// Only files that are compiled for sm_90a include this.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cute/algorithm/gemm.hpp>
+#include <cute/arch/mma_sm90_gmma.hpp>
+#include <cute/atom/mma_traits_sm90_gmma.hpp>
+#include <cute/tensor.hpp>
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "common/tensor_map.h"
+
+namespace lemo::cuda {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// A barrier in shared memory (mbarrier): a phase ends when all arrivals and all announced bytes
+/// are there. Whoever waits names the parity of the phase; the phases begin with parity 0, and a
+/// barrier that nobody has used answers to parity 1 at once.
+class Barrier {
+public:
+    __device__ __forceinline__ void init(int arrivals) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state_)),
+                     "r"(arrivals)
+                     : "memory");
+    }
+
+    __device__ __forceinline__ void arrive() {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state_))
+                     : "memory");
+    }
+
+    /// Arrives, and announces bytes that copies will bring.
+    __device__ __forceinline__ void arrive_expecting(int bytes) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                         shared_address(&state_)),
+                     "r"(bytes)
+                     : "memory");
+    }
+
+    __device__ __forceinline__ void wait(uint32_t parity) {
+        asm volatile(
+            "{\n"
+            ".reg .pred done;\n"
+            "wait:\n"
+            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+            "@done bra end;\n"
+            "bra wait;\n"
+            "end:\n"
+            "}" ::"r"(shared_address(&state_)),
+            "r"(parity)
+            : "memory");
+    }
+
+    __device__ __forceinline__ uint32_t address() const { return shared_address(&state_); }
+
+private:
+    uint64_t state_;
+};
+
+/// Makes initialised barriers visible to copies; before the __syncthreads() that shows them to all.
+__device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+/// What this thread wrote to shared memory can be read by wgmma and bulk copies that start behind a
+/// barrier.
+__device__ __forceinline__ void publish_shared_writes() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Position in a ring of kStages buffers.
+template <int kStages>
+struct RingPosition {
+    int stage = 0;
+    uint32_t parity = 0;  // of the phase in which the buffer at `stage` is filled
+
+    __device__ __forceinline__ void advance() {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+/// A barrier among `threads` threads of a thread block, by number (1 to 15; 0 is __syncthreads).
+__device__ __forceinline__ void sync_named(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+/// Counts as arrived there without waiting.
+__device__ __forceinline__ void arrive_named(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// --- copies ---------------------------------------------------------------------------------------
+
+/// Copies one box to `to`; its bytes count for `barrier`.
+__device__ __forceinline__ void copy_box(const CUtensorMap& map, Barrier& barrier, void* to,
+                                         int column, int head, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
+        "l"(&map), "r"(barrier.address()), "r"(column), "r"(head), "r"(row)
+        : "memory");
+}
+
+/// Copies `bytes` (a multiple of 16) to shared memory; they count for `barrier`.
+__device__ __forceinline__ void copy_bytes(const void* from, Barrier& barrier, void* to,
+                                           int bytes) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(shared_address(to)),
+        "l"(from), "r"(bytes), "r"(barrier.address())
+        : "memory");
+}
+
+/// Adds `bytes` of floats in shared memory to those at `to`, in the background.
+__device__ __forceinline__ void add_floats(float* to, const void* from, int bytes) {
+    asm volatile(
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+        "r"(shared_address(from)), "r"(bytes)
+        : "memory");
+}
+
+/// Closes a group of this thread's add_floats.
+__device__ __forceinline__ void commit_adds() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+/// Waits until all but the last `pending` groups no longer need their shared memory.
+template <int pending>
+__device__ __forceinline__ void wait_adds_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
+
+/// Waits until all but the last `pending` groups have been added.
+template <int pending>
+__device__ __forceinline__ void wait_adds() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+/// Writes four 8 x 8 matrices of 2-byte elements: lane l gives the address of row l % 8 of matrix
+/// l / 8 and holds elements 2 * (l % 4), + 1 of row l / 4 of each.
+__device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c,
+                                               uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(row)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+/// The same with every matrix transposed on its way.
+__device__ __forceinline__ void store_matrices_transposed(void* row, uint32_t a, uint32_t b,
+                                                          uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.x4.trans.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(row)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// --- products of warpgroups -------------------------------------------------------------------------
+
+inline constexpr int kWarpgroupThreads = 128;
+
+/// A tile of rows in shared memory as copy_box leaves it: columns of 64 elements one after the
+/// other, each of swizzled rows of 128 bytes. As an operand whose products run along the rows.
+template <typename Element, int kRows, int kColumns>
+using SwizzledRows = decltype(cute::tile_to_shape(
+    cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+    cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
+
+/// The same memory as [columns, rows]: an operand whose products run along the columns.
+template <typename Element, int kRows, int kColumns>
+using SwizzledColumns = decltype(cute::tile_to_shape(
+    cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{},
+    cute::Shape<cute::Int<kColumns>, cute::Int<kRows>>{}, cute::Step<cute::_2, cute::_1>{}));
+
+/// Starts sums (+)= a b^T, in the background; `a` and `b` are fragments of `mma`, `a` in shared
+/// memory or in registers. Neither may change before `wait_products` says that they have been read.
+template <bool kAccumulate, typename TiledMma, typename A, typename B, typename Sums>
+__device__ __forceinline__ void start_product(TiledMma& mma, const A& a, const B& b, Sums& sums) {
+    constexpr bool kRegisters =
+        !cute::is_base_of<cute::SM90::GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
+    if constexpr (kRegisters) cute::warpgroup_fence_operand(const_cast<A&>(a));
+    cute::warpgroup_fence_operand(sums);
+    cute::warpgroup_arrive();
+    mma.accumulate_ =
+        kAccumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
+    CUTE_UNROLL
+    for (int step = 0; step < cute::size<2>(a); ++step) {
+        cute::gemm(mma, a(cute::_, cute::_, step), b(cute::_, cute::_, step), sums);
+        mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
+    }
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_fence_operand(sums);
+    if constexpr (kRegisters) cute::warpgroup_fence_operand(const_cast<A&>(a));
+}
+
+/// Waits until all but the last `pending` products of this warpgroup are done.
+template <int pending>
+__device__ __forceinline__ void wait_products() {
+    cute::warpgroup_wait<pending>();
+}
+
+/// Sums of a product as the left operand, in registers, of another one: a warpgroup holds both in
+/// the same order. `rounded` are the sums of [64, kColumns], rounded to the element type.
+template <int kColumns, typename Rounded>
+__device__ __forceinline__ auto as_register_operand(Rounded& rounded) {
+    using namespace cute;
+    return make_tensor(rounded.data(),
+                       Layout<Shape<Shape<_2, _2, _2>, _1, cute::Int<kColumns / 16>>,
+                              Stride<Stride<_1, _2, _4>, _0, _8>>{});
+}
+
+}  // namespace lemo::cuda

@@ -1,0 +1,31 @@
+// What all attention kernels share: the shape of a tile, and what is done to registers between two
+// products.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+#include <cutlass/numeric_conversion.h>
+
+namespace lemo::cuda {
+
+template <int kRows, int kColumns>
+using TileShape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>;
+
+/// fp32 registers rounded to the storage type, two at a time.
+template <typename Element, typename Tensor>
+__device__ __forceinline__ auto round_to(const Tensor& tensor) {
+    constexpr int kCount = decltype(cute::size(tensor.layout()))::value;
+    cutlass::NumericArrayConverter<Element, float, kCount> convert;
+    auto rounded = cute::make_tensor<Element>(tensor.layout());
+    *reinterpret_cast<cutlass::Array<Element, kCount>*>(rounded.data()) =
+        convert(*reinterpret_cast<const cutlass::Array<float, kCount>*>(tensor.data()));
+    return rounded;
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+}  // namespace lemo::cuda

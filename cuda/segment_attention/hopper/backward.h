@@ -1,0 +1,450 @@
+// The backward attention kernel for compute capability 9.0.
+//
+// A thread block has a tile of keys of one key/value head and walks over the query tiles that see
+// them, in every query head of the group: dk and dv are sums in the registers of two consumer
+// warpgroups, 64 keys each. A producer warp copies queries and output gradients; another warp adds
+// each step's part of dq to scratch, in a fixed order of the blocks if asked to be deterministic.
+//
+// A consumer has products under way while it computes: the gradient of the probabilities beneath the
+// exponentials, and the sum of dk beneath the hand-over of dq. What else it computes falls beneath
+// the products of the other one.
+#pragma once
+
+#include <cmath>
+
+#include "common/launch.h"
+#include "common/vector.h"
+#include "segment_attention/hopper/backward_rows.h"
+#include "segment_attention/hopper/fragments.h"
+#include "segment_attention/hopper/kernels.h"
+#include "segment_attention/hopper/load_tile.h"
+#include "segment_attention/query_walk.h"
+
+namespace lemo::cuda::hopper {
+
+/// What a thread block works on, for the warps that copy.
+template <typename Traits>
+struct BackwardWork {
+    int kv_head;
+    SequenceTile tile;
+    int q_tiles_before;
+    QueryWalk walk;
+
+    __device__ BackwardWork(const BackwardArguments& args, const SequenceTile& tile)
+        : kv_head(static_cast<int>(blockIdx.x)),
+          tile(tile),
+          q_tiles_before(args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence]
+                                                         : 0),
+          walk(args.plan, tile, kv_head * (args.num_heads / args.num_kv_heads),
+               args.num_heads / args.num_kv_heads, args.num_heads, Traits::kBlockM,
+               Traits::kBlockN) {}
+
+    /// Whether some query of a tile does not see all keys of the block.
+    __device__ bool needs_mask(const BackwardArguments& args, const QueryStep& step) const {
+        const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
+        const int m_first = step.m_tile * Traits::kBlockM;
+        const int n_first = tile.tile * Traits::kBlockN;
+        return n_first < visible(m_first + Traits::kBlockM - 1).x ||
+               n_first + Traits::kBlockN > visible(m_first).y;
+    }
+};
+
+template <typename Traits>
+__device__ void init_barriers(BackwardShared<Traits>& shared) {
+    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    shared.kv_full.init(1);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+        shared.q_full[stage].init(1);
+        shared.dout_full[stage].init(1);
+        shared.q_empty[stage].init(kConsumerWarps);
+        shared.dout_empty[stage].init(kConsumerWarps);
+    }
+    for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
+        shared.dq_full[warpgroup].init(4);
+        shared.dq_empty[warpgroup].init(1);
+    }
+    publish_barriers();
+}
+
+/// Copies everything that the consumers read; run by one thread.
+template <typename Traits>
+__device__ void produce(const BackwardArguments& args, BackwardShared<Traits>& shared,
+                        const BackwardWork<Traits>& work) {
+    using Element = typename Traits::Element;
+    constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+    constexpr int kHeadDim = Traits::kHeadDim;
+    constexpr int kRowBytes = kBlockM * static_cast<int>(sizeof(float));
+    constexpr int kQueryBytes = kTileBytes<kBlockM, kHeadDim, Element> + kRowBytes;
+
+    QueryStep step = work.walk.first();
+    if (!work.walk.done(step)) {
+        const int key_row = work.tile.k_first + work.tile.tile * kBlockN;
+        shared.kv_full.arrive_expecting(2 * kTileBytes<kBlockN, kHeadDim, Element>);
+        copy_tile<kBlockN, kHeadDim>(args.k, shared.kv_full, shared.k, work.kv_head, key_row);
+        copy_tile<kBlockN, kHeadDim>(args.v, shared.kv_full, shared.v, work.kv_head, key_row);
+    }
+    RingPosition<Traits::kStages> at;
+    for (; !work.walk.done(step); work.walk.advance(step)) {
+        const int row = work.tile.q_first + step.m_tile * kBlockM;
+        const int64_t first =
+            args.tile_index(step.head, work.q_tiles_before + step.m_tile) * kBlockM;
+        shared.q_empty[at.stage].wait(at.parity ^ 1);
+        shared.steps[at.stage] = {step.head, step.m_tile, work.needs_mask(args, step)};
+        Barrier& q_full = shared.q_full[at.stage];
+        q_full.arrive_expecting(kQueryBytes);
+        copy_tile<kBlockM, kHeadDim>(args.q, q_full, shared.q[at.stage], step.head, row);
+        copy_bytes(args.tile_lse + first, q_full, shared.lse[at.stage], kRowBytes);
+
+        shared.dout_empty[at.stage].wait(at.parity ^ 1);
+        Barrier& dout_full = shared.dout_full[at.stage];
+        dout_full.arrive_expecting(kQueryBytes);
+        copy_tile<kBlockM, kHeadDim>(args.dout, dout_full, shared.dout[at.stage], step.head, row);
+        copy_bytes(args.tile_delta + first, dout_full, shared.delta[at.stage], kRowBytes);
+        at.advance();
+    }
+    shared.q_empty[at.stage].wait(at.parity ^ 1);
+    shared.steps[at.stage].m_tile = -1;
+    shared.q_full[at.stage].arrive();
+}
+
+/// Adds the consumers' parts of dq to scratch; run by one thread.
+template <typename Traits>
+__device__ void add_dq(const BackwardArguments& args, BackwardShared<Traits>& shared,
+                       const BackwardWork<Traits>& work) {
+    constexpr int kPart = Traits::kDqPart;
+    constexpr int kPartBytes = kPart * static_cast<int>(sizeof(float));
+    uint32_t parity = 0;
+    for (QueryStep step = work.walk.first(); !work.walk.done(step); work.walk.advance(step)) {
+        const int64_t tile_index =
+            args.tile_index(step.head, work.q_tiles_before + step.m_tile);
+        int* turn = nullptr;
+        if (args.turns != nullptr) {
+            // The key tiles that add before this one are those from the first that the query tile
+            // sees. Their blocks have smaller indices, so they run.
+            const VisibleKeys visible(args.plan, work.tile, step.head, args.num_heads);
+            const int before =
+                work.tile.tile - visible(step.m_tile * Traits::kBlockM).x / Traits::kBlockN;
+            turn = args.turns + tile_index;
+            int finished;
+            do {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                             : "=r"(finished)
+                             : "l"(turn)
+                             : "memory");
+            } while (finished < before);
+        }
+        float* to = args.dq_sums + tile_index * Traits::kConsumers * kPart;
+        CUTE_UNROLL
+        for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
+            shared.dq_full[warpgroup].wait(parity);
+            add_floats(to + warpgroup * kPart, shared.dq[warpgroup], kPartBytes);
+            commit_adds();
+        }
+        wait_adds_read<1>();
+        shared.dq_empty[0].arrive();
+        wait_adds_read<0>();
+        shared.dq_empty[1].arrive();
+        if (turn != nullptr) {
+            wait_adds<0>();
+            asm volatile("fence.acq_rel.gpu;" ::: "memory");
+            atomicAdd(turn, 1);
+        }
+        parity ^= 1;
+    }
+    wait_adds<0>();
+}
+
+/// Takes away probabilities [keys, queries] of keys that a query does not see.
+template <typename Traits, typename Scores>
+__device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
+                                            const BackwardShared<Traits>& shared,
+                                            const BackwardStep& step, int warpgroup,
+                                            Scores& scores) {
+    const SequenceTile tile = shared.tile;
+    const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
+    const int query = step.m_tile * Traits::kBlockM + thread_column();
+    const int key = tile.tile * Traits::kBlockN + warpgroup * 64 + thread_row();
+    CUTE_UNROLL
+    for (int e = 0; e < kRowElements<Traits::kBlockM>; ++e) {
+        const int2 seen = visible(query + element_column(e));
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) {
+            if (key + 8 * r < seen.x || key + 8 * r >= seen.y) {
+                scores(element_index(r, e)) = 0.0f;
+            }
+        }
+    }
+}
+
+/// Writes the gradient of the scores of a warpgroup's keys, rounded, as [queries, keys].
+template <typename Traits, typename Rounded>
+__device__ __forceinline__ void store_dscores(typename Traits::Element* dscores, int warpgroup,
+                                              const Rounded& rounded) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
+    // A warpgroup's keys are one column of swizzled rows of 128 bytes.
+    auto* half = dscores + warpgroup * 64 * Traits::kBlockM;
+    const auto* pairs = reinterpret_cast<const uint32_t*>(rounded.data());
+    CUTE_UNROLL
+    for (int i = 0; i < Traits::kBlockM / 16; ++i) {
+        const int query = 16 * i + lane / 16 * 8 + lane % 8;
+        const int piece = (warp * 2 + lane / 8 % 2) ^ (query % 8);
+        store_matrices_transposed(half + query * 64 + piece * 8, pairs[4 * i], pairs[4 * i + 1],
+                                  pairs[4 * i + 2], pairs[4 * i + 3]);
+    }
+}
+
+template <typename Traits>
+__device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& shared,
+                        int warpgroup) {
+    using namespace cute;
+    using Element = typename Traits::Element;
+    constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+    constexpr int kHeadDim = Traits::kHeadDim;
+    constexpr int kElements = kRowElements<kBlockM>;
+    constexpr int kConsumerThreads = Traits::kConsumers * kWarpgroupThreads;
+    const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
+
+    typename Traits::ScoreMma score_mma;
+    typename Traits::KeyMma key_mma;
+    typename Traits::QueryMma query_mma;
+    const auto score_slice = score_mma.get_slice(thread);
+    const auto key_slice = key_mma.get_slice(thread);
+    const auto query_slice = query_mma.get_slice(thread);
+    const auto tile_of = []<typename TileLayout>(auto* first, TileLayout layout) {
+        return make_tensor(make_smem_ptr(first), layout);
+    };
+    const auto k_operand =
+        score_slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutK{}));
+    const auto v_operand =
+        score_slice.partition_fragment_A(tile_of(shared.v, typename Traits::LayoutK{}));
+    const auto kt_operand =
+        query_slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutKTransposed{}));
+    const auto rows_operand = [&](auto* tile) {
+        return score_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutQ{}));
+    };
+    const auto columns_operand = [&](auto* tile) {
+        return key_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
+    };
+    const auto dscores_operand = [&](auto* tile) {
+        return query_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutDscores{}));
+    };
+    const auto release = [](Barrier& barrier) {
+        if (threadIdx.x % 32 == 0) barrier.arrive();
+    };
+
+    auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    clear(dk);
+    clear(dv);
+    // Zeros are there before the first product starts: set later, they would stop it.
+    warpgroup_fence_operand(dk);
+    warpgroup_fence_operand(dv);
+    auto scores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
+    auto dscores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
+
+    const float scale_log2 = args.scale * float(M_LOG2E);
+    RingPosition<Traits::kStages> at;
+    uint32_t dq_parity = 1;
+    int dscores_buffer = 0;
+
+    // Probabilities and the gradient of the probabilities of the step at `at`. Afterwards no
+    // product is under way: the compiler does not follow one that is from one round of a loop into
+    // the next, and would wait for each at once.
+    const auto begin_step = [&]() __attribute__((always_inline)) {
+        start_product<false>(score_mma, k_operand, rows_operand(shared.q[at.stage]), scores);
+        shared.dout_full[at.stage].wait(at.parity);
+        start_product<false>(score_mma, v_operand, rows_operand(shared.dout[at.stage]), dscores);
+        wait_products<1>();
+        const float* lse = shared.lse[at.stage] + thread_column();
+        CUTE_UNROLL
+        for (int e = 0; e < kElements; e += 2) {
+            const float2 sums = *reinterpret_cast<const float2*>(lse + element_column(e));
+            CUTE_UNROLL
+            for (int r = 0; r < kThreadRows; ++r) {
+                float& first = scores(element_index(r, e));
+                float& second = scores(element_index(r, e + 1));
+                first = exp2_approx(fmaf(first, scale_log2, -sums.x));
+                second = exp2_approx(fmaf(second, scale_log2, -sums.y));
+            }
+        }
+        const BackwardStep step = shared.steps[at.stage];
+        if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
+        wait_products<0>();
+    };
+
+    shared.q_full[0].wait(0);
+    if (shared.steps[0].m_tile >= 0) {
+        shared.kv_full.wait(0);
+        begin_step();
+        for (;;) {
+            const float* delta = shared.delta[at.stage] + thread_column();
+            CUTE_UNROLL
+            for (int e = 0; e < kElements; e += 2) {
+                const float2 sums = *reinterpret_cast<const float2*>(delta + element_column(e));
+                CUTE_UNROLL
+                for (int r = 0; r < kThreadRows; ++r) {
+                    const int first = element_index(r, e), second = element_index(r, e + 1);
+                    dscores(first) = scores(first) * (dscores(first) - sums.x);
+                    dscores(second) = scores(second) * (dscores(second) - sums.y);
+                }
+            }
+            auto rounded = round_to<Element>(dscores);
+            auto probabilities = round_to<Element>(scores);
+            start_product<true>(key_mma, as_register_operand<kBlockM>(probabilities),
+                                columns_operand(shared.dout[at.stage]), dv);
+            store_dscores<Traits>(shared.dscores[dscores_buffer], warpgroup, rounded);
+            publish_shared_writes();
+            sync_named(kDscoresBarrier, kConsumerThreads);
+
+            auto dq = partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{});
+            start_product<false>(query_mma, kt_operand,
+                                 dscores_operand(shared.dscores[dscores_buffer]), dq);
+            start_product<true>(key_mma, as_register_operand<kBlockM>(rounded),
+                                columns_operand(shared.q[at.stage]), dk);
+            wait_products<1>();  // all but dk
+            release(shared.dout_empty[at.stage]);
+            shared.dq_empty[warpgroup].wait(dq_parity);
+            auto* part =
+                reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % kWarpgroupThreads;
+            CUTE_UNROLL
+            for (int i = 0; i < size(dq); i += 4) {
+                part[i / 4 * kWarpgroupThreads] =
+                    make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+            }
+            publish_shared_writes();
+            __syncwarp();
+            release(shared.dq_full[warpgroup]);
+            dq_parity ^= 1;
+            dscores_buffer ^= 1;
+
+            Barrier& q_empty = shared.q_empty[at.stage];
+            at.advance();
+            shared.q_full[at.stage].wait(at.parity);
+            if (shared.steps[at.stage].m_tile < 0) break;
+            begin_step();
+            release(q_empty);  // dk is done
+        }
+        wait_products<0>();
+    }
+
+    CUTE_UNROLL
+    for (int i = 0; i < size(dk); ++i) dk(i) *= args.scale;
+    // The results leave by way of the places of K and V, which all consumers are done with.
+    sync_named(kDscoresBarrier, kConsumerThreads);
+    const SequenceTile tile = shared.tile;
+    const int warp_row = thread / 32 * 16;
+    const int row = tile.tile * kBlockN + warp_row;
+    const int64_t stride = int64_t{args.num_kv_heads} * args.head_dim;
+    const int64_t offset =
+        (tile.k_first + row) * stride + int64_t{blockIdx.x} * args.head_dim;
+    const auto rows_out = [&](void* base) {
+        return RowsOut<Element>{static_cast<Element*>(base) + offset, stride, tile.num_k - row,
+                                args.head_dim};
+    };
+    store_rows<kHeadDim>(dk, shared.k + warp_row * kHeadDim, rows_out(args.dk));
+    store_rows<kHeadDim>(dv, shared.v + warp_row * kHeadDim, rows_out(args.dv));
+}
+
+/// Grid: key/value heads, key tiles from the first, which the most queries see.
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
+    extern __shared__ __align__(1024) std::byte shared_bytes[];
+    auto& shared = *reinterpret_cast<BackwardShared<Traits>*>(shared_bytes);
+    SequenceTile tile;
+    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, Traits::kBlockN,
+                   static_cast<int>(blockIdx.y), tile)) {
+        return;
+    }
+    if (threadIdx.x == 0) {
+        init_barriers(shared);
+        shared.tile = tile;
+    }
+    __syncthreads();
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    if (warpgroup == 0) {
+        cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
+        if (threadIdx.x == 0) {
+            produce(args, shared, BackwardWork<Traits>(args, shared.tile));
+        } else if (threadIdx.x == 32) {
+            add_dq(args, shared, BackwardWork<Traits>(args, shared.tile));
+        }
+    } else {
+        cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
+        consume(args, shared, warpgroup - 1);
+    }
+}
+
+/// Scratch of the backward pass after the plan's own.
+template <typename Traits>
+struct BackwardScratch {
+    int64_t rows_bytes, sums_bytes, turns_bytes;
+
+    explicit BackwardScratch(const SegmentAttentionBackwardParams& params) {
+        const SegmentAttentionParams& p = params.forward;
+        const int64_t tiles =
+            p.q.size(1) * max_tiles(p.q.size(0), p.cu_q.size(0) - 1, Traits::kBlockM);
+        rows_bytes = tiles * Traits::kBlockM * int64_t{sizeof(float)};
+        sums_bytes = rows_bytes * Traits::kHeadDim;
+        turns_bytes = params.deterministic ? tiles * int64_t{sizeof(int)} : 0;
+    }
+
+    // tile_lse and tile_delta first.
+    int64_t total() const { return 2 * rows_bytes + sums_bytes + turns_bytes; }
+};
+
+template <typename Element, int kHeadDim>
+int64_t BackwardPass<Element, kHeadDim>::scratch_bytes(
+    const SegmentAttentionBackwardParams& params) {
+    return plan_bytes(params.forward) +
+           BackwardScratch<BackwardTraits<Element, kHeadDim>>(params).total();
+}
+
+template <typename Element, int kHeadDim>
+void BackwardPass<Element, kHeadDim>::launch(const SegmentAttentionBackwardParams& params,
+                                             cudaStream_t stream) {
+    using Traits = BackwardTraits<Element, kHeadDim>;
+    constexpr const char* kOp = "segment_attention_backward";
+    const SegmentAttentionParams& p = params.forward;
+    const BackwardScratch<Traits> scratch(params);
+    BackwardArguments args{};
+    args.q = make_tensor_map(kOp, p.q, Traits::kBlockM);
+    args.k = make_tensor_map(kOp, p.k, Traits::kBlockN);
+    args.v = make_tensor_map(kOp, p.v, Traits::kBlockN);
+    args.dout = make_tensor_map(kOp, params.dout, Traits::kBlockM);
+    args.out = p.out.data;
+    args.dout_rows = params.dout.data;
+    args.lse = p.lse.as<const float>();
+    args.dq = params.dq.data;
+    args.dk = params.dk.data;
+    args.dv = params.dv.data;
+    auto* bytes = p.scratch.as<std::byte>();
+    args.plan = make_plan(p, Traits::kBlockM, Traits::kBlockN, bytes, stream);
+    bytes += plan_bytes(p);
+    args.tile_lse = reinterpret_cast<float*>(bytes);
+    args.tile_delta = reinterpret_cast<float*>(bytes += scratch.rows_bytes);
+    args.dq_sums = reinterpret_cast<float*>(bytes += scratch.rows_bytes);
+    bytes += scratch.sums_bytes;
+    args.turns = params.deterministic ? reinterpret_cast<int*>(bytes) : nullptr;
+    args.num_heads = static_cast<int>(p.q.size(1));
+    args.num_kv_heads = static_cast<int>(p.k.size(1));
+    args.head_dim = static_cast<int>(p.q.size(2));
+    args.scale = p.scale;
+
+    const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),
+                          static_cast<unsigned>(args.num_heads));
+    attention_statistics_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);
+    check_launch(kOp);
+    auto* kernel = attention_backward_kernel<Traits>;
+    constexpr int kSharedBytes = static_cast<int>(sizeof(BackwardShared<Traits>));
+    reserve_shared_memory(kOp, kernel, kSharedBytes);
+    const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
+                        static_cast<unsigned>(args.plan.max_k_tiles));
+    kernel<<<key_grid, Traits::kThreads, kSharedBytes, stream>>>(args);
+    check_launch(kOp);
+    attention_dq_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);
+    check_launch(kOp);
+}
+
+}  // namespace lemo::cuda::hopper

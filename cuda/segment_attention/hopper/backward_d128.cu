@@ -1,0 +1,8 @@
+#include "segment_attention/hopper/backward.h"
+
+namespace lemo::cuda::hopper {
+
+template struct BackwardPass<cutlass::bfloat16_t, 128>;
+template struct BackwardPass<cutlass::half_t, 128>;
+
+}  // namespace lemo::cuda::hopper

@@ -1,0 +1,128 @@
+// Tiles, shared memory and arguments of the backward attention kernels for compute capability 9.0.
+#pragma once
+
+#include "common/hopper.h"
+#include "segment_attention/plan.h"
+
+namespace lemo::cuda::hopper {
+
+template <typename Element_, int kHeadDim_>
+struct BackwardTraits {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kConsumers = 2;
+    // Keys of a thread block, 64 a warpgroup; the gradients of keys and values are kHeadDim
+    // registers a thread.
+    static constexpr int kBlockN = 64 * kConsumers;
+    // Queries of a step: scores and their gradient are kBlockM registers a thread, and a part of dq
+    // takes kBlockM * kHeadDim / 256.
+    static constexpr int kBlockM = kHeadDim == 64 ? 96 : 64;
+    static constexpr int kStages = 2;
+    static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
+    static constexpr int kProducerRegisters = 24;
+    static constexpr int kConsumerRegisters = 240;
+
+    template <int kAlongM, int kAlongN>
+    using Warpgroups =
+        cute::Layout<cute::Shape<cute::Int<kAlongM>, cute::Int<kAlongN>, cute::_1>>;
+    template <int kM, int kN, int kK>
+    using Tile = cute::Shape<cute::Int<kM>, cute::Int<kN>, cute::Int<kK>>;
+    static constexpr auto kByRows = cute::SM90::GMMA::Major::K;
+    static constexpr auto kByColumns = cute::SM90::GMMA::Major::MN;
+
+    // Keys lie along the rows of scores and of their gradient: so both are in registers what the
+    // gradients of values and keys need as left operands, and pass through memory for dq only.
+    using ScoreMma = decltype(cute::make_tiled_mma(
+        cute::SM90::GMMA::ss_op_selector<Element, Element, float, Tile<64, kBlockM, kHeadDim>>(),
+        Warpgroups<2, 1>{}));
+    // [keys, head size]: dk and dv
+    using KeyMma = decltype(cute::make_tiled_mma(
+        cute::SM90::GMMA::rs_op_selector<Element, Element, float, Tile<64, kHeadDim, kBlockM>,
+                                         kByRows, kByColumns>(),
+        Warpgroups<2, 1>{}));
+    // [head size, queries]: dq transposed, since 64 rows a warpgroup fit the head size, but not
+    // every number of queries. The warpgroups share the longer side.
+    static constexpr bool kShareHeadDim = kHeadDim == 128;
+    static constexpr int kDqColumns = kShareHeadDim ? kBlockM : kBlockM / 2;  // a warpgroup's
+    using QueryMma = decltype(cute::make_tiled_mma(
+        cute::SM90::GMMA::ss_op_selector<Element, Element, float, Tile<64, kDqColumns, kBlockN>,
+                                         kByColumns, kByRows>(),
+        std::conditional_t<kShareHeadDim, Warpgroups<2, 1>, Warpgroups<1, 2>>{}));
+
+    using LayoutK = SwizzledRows<Element, kBlockN, kHeadDim>;
+    using LayoutKTransposed = SwizzledColumns<Element, kBlockN, kHeadDim>;
+    using LayoutQ = SwizzledRows<Element, kBlockM, kHeadDim>;
+    using LayoutQTransposed = SwizzledColumns<Element, kBlockM, kHeadDim>;
+    using LayoutDscores = SwizzledRows<Element, kBlockM, kBlockN>;  // [queries, keys]
+
+    /// fp32 sums of dq that a warpgroup adds to scratch in one step.
+    static constexpr int kDqPart = 64 * kDqColumns;
+};
+
+/// One step of a thread block's walk: a query tile of one head.
+struct BackwardStep {
+    int head;
+    int m_tile;     // -1: the walk is over
+    int needs_mask; // some query of the tile does not see all keys of the block
+};
+
+/// Everything a thread block has in shared memory. A `full` barrier says that a buffer was filled,
+/// an `empty` one that all who read it are done.
+template <typename Traits>
+struct BackwardShared {
+    using Element = typename Traits::Element;
+    static constexpr int kStages = Traits::kStages;
+    static constexpr int kKeyElements = Traits::kBlockN * Traits::kHeadDim;
+    static constexpr int kQueryElements = Traits::kBlockM * Traits::kHeadDim;
+
+    alignas(1024) Element k[kKeyElements];
+    alignas(1024) Element v[kKeyElements];
+    alignas(1024) Element q[kStages][kQueryElements];
+    alignas(1024) Element dout[kStages][kQueryElements];
+    // Two, so that one barrier a step is enough: who writes one has seen that all have read it.
+    alignas(1024) Element dscores[2][Traits::kBlockM * Traits::kBlockN];
+    alignas(1024) float dq[Traits::kConsumers][Traits::kDqPart];
+    alignas(16) float lse[kStages][Traits::kBlockM];    // of log2; comes with q
+    alignas(16) float delta[kStages][Traits::kBlockM];  // comes with dout
+    BackwardStep steps[kStages];                        // comes with q
+    // Here and not in the registers of the consumers, which have none to spare.
+    SequenceTile tile;
+    Barrier kv_full;
+    Barrier q_full[kStages], q_empty[kStages];
+    Barrier dout_full[kStages], dout_empty[kStages];
+    Barrier dq_full[Traits::kConsumers], dq_empty[Traits::kConsumers];
+};
+
+/// Named barrier: the consumers have written the gradient of the scores.
+inline constexpr int kDscoresBarrier = 1;
+
+struct BackwardArguments {
+    CUtensorMap q;
+    CUtensorMap k;
+    CUtensorMap v;
+    CUtensorMap dout;
+    const void* out;
+    const void* dout_rows;
+    const float* lse;
+    void* dq;
+    void* dk;
+    void* dv;
+    // [heads, query tiles, kBlockM]: log2 of the sum of exponentials, infinite for rows that do not
+    // exist or see no key; and the sum of out * dout of a row
+    float* tile_lse;
+    float* tile_delta;
+    float* dq_sums;  // [heads, query tiles, warpgroups, kDqPart], in the order of the accumulators
+    int* turns;      // [heads, query tiles], finished key tiles; null: in any order
+    AttentionPlan plan;
+    int num_heads;
+    int num_kv_heads;
+    int head_dim;
+    float scale;
+
+    /// Number of a packed query tile of a head.
+    __device__ int64_t tile_index(int head, int packed_tile) const {
+        return int64_t{head} * plan.max_q_tiles + packed_tile;
+    }
+};
+
+}  // namespace lemo::cuda::hopper

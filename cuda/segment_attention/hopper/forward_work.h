@@ -1,0 +1,98 @@
+// Which tile of queries a thread block works on, and the keys it needs for it.
+#pragma once
+
+#include "segment_attention/hopper/forward_traits.h"
+
+namespace lemo::cuda::hopper {
+
+/// A tile of queries of one head. Items of work are numbered so that those with the most keys come
+/// first, whatever their head: the short ones fill the end, and blocks that run together read the
+/// same few keys.
+struct ForwardWork {
+    int head;
+    int kv_head;
+    SequenceTile tile;
+    int m_first;    // first row of the tile in its sequence
+    int n_begin;    // tiles of keys that some query of the tile sees
+    int n_end;
+    bool exists;    // false where the upper bound on the number of tiles was too high
+
+    template <typename Traits>
+    __device__ static ForwardWork make(const ForwardArguments& args, int index) {
+        ForwardWork work;
+        work.head = index % args.num_heads;
+        work.kv_head = work.head / (args.num_heads / args.num_kv_heads);
+        const int packed_tile = args.plan.max_q_tiles - 1 - index / args.num_heads;
+        work.exists = find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, Traits::kBlockM,
+                                packed_tile, work.tile);
+        if (!work.exists) return work;
+        work.m_first = work.tile.tile * Traits::kBlockM;
+        const VisibleKeys visible(args.plan, work.tile, work.head, args.num_heads);
+        work.n_begin = visible(work.m_first).x / Traits::kBlockN;
+        work.n_end = ceil_div(visible(work.m_first + Traits::kBlockM - 1).y, Traits::kBlockN);
+        return work;
+    }
+
+    __device__ static int count(const ForwardArguments& args) {
+        return args.num_heads * args.plan.max_q_tiles;
+    }
+};
+
+/// The producer's side: takes items from a counter in global memory and shows them to the consumers.
+template <typename Traits>
+class WorkQueue {
+public:
+    __device__ WorkQueue(const ForwardArguments& args, ForwardShared<Traits>& shared)
+        : args_(args), shared_(shared), index_(static_cast<int>(blockIdx.x)) {}
+
+    /// The next item; false behind the last one. One thread of the block calls this.
+    __device__ bool next(ForwardWork& work) {
+        for (;;) {
+            const int index = index_;
+            if (index < ForwardWork::count(args_)) {
+                // Early: nobody waits for the answer before the next call.
+                index_ = static_cast<int>(gridDim.x) + atomicAdd(args_.next_work, 1);
+                work = ForwardWork::make<Traits>(args_, index);
+                if (!work.exists) continue;
+            }
+            shared_.work_empty[at_.stage].wait(at_.parity ^ 1);
+            shared_.work[at_.stage] = index;
+            shared_.work_full[at_.stage].arrive();
+            at_.advance();
+            return index < ForwardWork::count(args_);
+        }
+    }
+
+private:
+    const ForwardArguments& args_;
+    ForwardShared<Traits>& shared_;
+    int index_;
+    RingPosition<2> at_;
+};
+
+/// The consumers' side.
+template <typename Traits>
+class WorkReader {
+public:
+    __device__ WorkReader(const ForwardArguments& args, ForwardShared<Traits>& shared)
+        : args_(args), shared_(shared) {}
+
+    /// The next item; false behind the last one. All threads of the consumers call this.
+    __device__ bool next(ForwardWork& work) {
+        shared_.work_full[at_.stage].wait(at_.parity);
+        const int index = shared_.work[at_.stage];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) shared_.work_empty[at_.stage].arrive();
+        at_.advance();
+        if (index >= ForwardWork::count(args_)) return false;
+        work = ForwardWork::make<Traits>(args_, index);
+        return true;
+    }
+
+private:
+    const ForwardArguments& args_;
+    ForwardShared<Traits>& shared_;
+    RingPosition<2> at_;
+};
+
+}  // namespace lemo::cuda::hopper
