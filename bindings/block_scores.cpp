@@ -8,13 +8,13 @@ namespace lemo::torch_api {
 namespace {
 
 TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
-                         TorchTensor cu_blocks, double scale) {
+                         TorchTensor cu_blocks, double scale, std::string_view kernel) {
     const TorchTensor queries = to_aligned(q), keys = to_aligned(k);
     const TorchTensor starts = to_contiguous(block_starts), cuts = to_contiguous(cu_blocks);
     const int64_t num_blocks = std::max<int64_t>(view(starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(queries, {num_blocks}, ScalarType::Float);
     BlockScoresParams params{view(queries), view(keys),   view(starts), view(cuts),
-                             scale,         view(scores), Tensor{}};
+                             scale,         view(scores), Tensor{},     kernel};
     OptionalTensor scratch;  // lives until the kernels are in the stream
     if (params.q.device == Device::kCuda) {
         const int64_t tokens = params.q.ndim > 0 ? params.q.size(0) : 0;
@@ -31,8 +31,8 @@ TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
-        "block_scores(Tensor q, Tensor k, Tensor block_starts, Tensor cu_blocks, float scale) "
-        "-> Tensor");
+        "block_scores(Tensor q, Tensor k, Tensor block_starts, Tensor cu_blocks, float scale, "
+        "str kernel=\"auto\") -> Tensor");
 }
 
 #define LEMO_REGISTER(key) \

@@ -168,6 +168,8 @@ void check(const BlockScoresParams& params) {
     check.layout(params.block_starts, params.cu_blocks, params.q.size(0));
     check.that(std::isfinite(params.scale) && params.scale > 0, "scale",
                "a finite number above 0", std::to_string(params.scale));
+    check.that(params.q.device != Device::kCpu || params.kernel == "auto", "kernel",
+               "'auto' on the CPU", "'" + std::string(params.kernel) + "'");
     check.typed("scores", params.scores, DType::kFloat32, 1);
     check.dim("scores", params.scores, 0, params.block_starts.size(0) - 1, "the number of blocks");
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 #include "compare.h"
 #include "device_views.h"
@@ -27,6 +28,15 @@ std::string describe(const Shape& shape) {
            std::to_string(shape.key_heads) + " heads of " + std::to_string(shape.head_dim);
 }
 
+/// The kernels that this GPU runs.
+std::vector<const char*> kernels() {
+    std::vector<const char*> list{"portable"};
+    cudaDeviceProp properties;
+    testing::require(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+    if (properties.major == 9 && properties.minor == 0) list.push_back("hopper");
+    return list;
+}
+
 /// The inputs are exact in fp32 and every sum is fp32, so the result is as close as an fp32 one.
 template <typename T>
 void matches_cpu(const Shape& shape) {
@@ -49,20 +59,24 @@ void matches_cpu(const Shape& shape) {
     const DeviceArray<int32_t> device_starts(starts), device_cuts(cuts);
     const DeviceArray<float> scores(expected.size());
     const DeviceArray<float> scratch(static_cast<size_t>(cut.scratch()));
-    const BlockScoresParams params{device_q.view({tokens, shape.heads, shape.head_dim}),
-                                   device_k.view({tokens, shape.key_heads, shape.head_dim}),
-                                   device_starts.view({blocks + 1}),
-                                   device_cuts.view({sequences + 1}),
-                                   0.3,
-                                   scores.view({blocks}),
-                                   scratch.view({cut.scratch()})};
-    check(params);
-    block_scores_cuda(params, nullptr);
-    const auto first = scores.download();
-    testing::expect_close(first, expected, describe(shape));
-    for (int repeat = 0; repeat < 5; ++repeat) {
+    for (const char* kernel : kernels()) {
+        const BlockScoresParams params{device_q.view({tokens, shape.heads, shape.head_dim}),
+                                       device_k.view({tokens, shape.key_heads, shape.head_dim}),
+                                       device_starts.view({blocks + 1}),
+                                       device_cuts.view({sequences + 1}),
+                                       0.3,
+                                       scores.view({blocks}),
+                                       scratch.view({cut.scratch()}),
+                                       kernel};
+        const std::string what = describe(shape) + ", " + kernel;
+        check(params);
         block_scores_cuda(params, nullptr);
-        testing::expect_same_bits(scores.download(), first, describe(shape) + ", again");
+        const auto first = scores.download();
+        testing::expect_close(first, expected, what);
+        for (int repeat = 0; repeat < 5; ++repeat) {
+            block_scores_cuda(params, nullptr);
+            testing::expect_same_bits(scores.download(), first, what + ", again");
+        }
     }
 }
 
@@ -77,7 +91,7 @@ TYPED_TEST(BlockScoresCuda, MatchesCpuForEveryHeadSize) {
 }
 
 TYPED_TEST(BlockScoresCuda, MatchesCpuForEveryBlockSize) {
-    for (const int64_t block : {1, 3, 16, 48, 100, 128, 200, 256, 300, 1000}) {
+    for (const int64_t block : {1, 3, 8, 16, 48, 64, 100, 128, 200, 256, 300, 1000}) {
         matches_cpu<TypeParam>({{520, 300}, block, 2, 1, 64});
     }
 }
@@ -98,6 +112,25 @@ TYPED_TEST(BlockScoresCuda, ManySequencesAndNone) {
     matches_cpu<TypeParam>({std::vector<int64_t>(300, 7), 4, 2, 1, 16});
     matches_cpu<TypeParam>({{1}, 64, 1, 1, 8});
     matches_cpu<TypeParam>({{0, 0}, 64, 1, 1, 8});
+}
+
+TYPED_TEST(BlockScoresCuda, MatchesCpuWhereRingsGoRound) {
+    matches_cpu<TypeParam>({{2100, 5, 900}, 64, 6, 2, 128});
+    matches_cpu<TypeParam>({{2100, 5, 900}, 40, 4, 4, 64});
+}
+
+TEST(BlockScoresCuda, UnknownKernelsAreNamed) {
+    const DeviceArray<cpu::BFloat16> q(8);
+    const DeviceArray<float> scores(1), scratch(64);
+    const DeviceArray<int32_t> starts({0, 1}), cuts({0, 1});
+    try {
+        block_scores_cuda({q.view({1, 1, 8}), q.view({1, 1, 8}), starts.view({2}), cuts.view({2}),
+                           1.0, scores.view({1}), scratch.view({64}), "fast"},
+                          nullptr);
+        FAIL() << "'fast' passed";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::kValue);
+    }
 }
 
 TEST(BlockScoresCuda, UnsupportedInputsAreNamed) {

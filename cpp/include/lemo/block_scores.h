@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <string_view>
 
 #include "lemo/blocks.h"
 #include "lemo/tensor.h"
@@ -19,16 +20,18 @@ struct BlockScoresParams {
     double scale;         // positive
     Tensor scores;        // [B] float32, written
     Tensor scratch{};     // [BlockScoresCut::scratch()] float32 on CUDA, absent on the CPU
+    std::string_view kernel = "auto";  // on CUDA also "portable" or "hopper"
 };
 
 void check(const BlockScoresParams& params);
 
 void block_scores_cpu(const BlockScoresParams& params);
 
-/// On CUDA q and k are bfloat16 or float16, with a head size of a multiple of 8 up to 128.
+/// On CUDA q and k are bfloat16 or float16, with a head size of a multiple of 8 up to 128. "auto"
+/// takes "hopper" on compute capability 9.0 where the build has that kernel, else "portable".
 void block_scores_cuda(const BlockScoresParams& params, void* stream);
 
-/// How the CUDA kernel cuts its work. The host knows sizes only, not where the blocks lie.
+/// How the CUDA kernels cut their work. The host knows sizes only, not where the blocks lie.
 struct BlockScoresCut {
     // Rows of one product. A tile of queries is the whole blocks that fit, or one larger block.
     static constexpr int64_t kQueryRows = 128;
@@ -38,19 +41,18 @@ struct BlockScoresCut {
     static constexpr int64_t kMaxParts = 128;
 
     int64_t blocks;
-    int64_t tiles_per_part;  // query tiles
-    int64_t parts;           // at most, for one tile of keys
+    int64_t parts;  // at most, for one tile of keys
 
     BlockScoresCut(int64_t tokens, int64_t num_blocks, int64_t sequences) : blocks(num_blocks) {
         // Two neighbouring tiles of a sequence have more than kQueryRows rows together.
         const int64_t tiles =
             std::min(num_blocks, 2 * tokens / (kQueryRows + 1) + std::max<int64_t>(sequences, 0));
-        tiles_per_part = std::max<int64_t>(ceil_div(tiles, kMaxParts), 1);
-        parts = ceil_div(tiles, tiles_per_part);
+        parts = std::max<int64_t>(std::min(tiles, kMaxParts), 1);
     }
 
-    /// 4-byte elements: counters, 4 + 2 for each block, firsts of both kinds of tiles, the parts.
-    int64_t scratch() const { return 4 + 6 * blocks + 2 * (blocks + 1) + parts * blocks; }
+    /// 4-byte elements: counters, 4 + 2 for each block, firsts of both kinds of tiles and of groups
+    /// of tiles, the parts.
+    int64_t scratch() const { return 4 + 6 * blocks + 3 * (blocks + 1) + parts * blocks; }
 };
 
 }  // namespace lemo

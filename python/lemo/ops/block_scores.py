@@ -10,11 +10,17 @@ _ops = torch.ops.lemo
 
 
 @torch.library.register_fake("lemo::block_scores")
-def _(q, k, block_starts, cu_blocks, scale):
+def _(q, k, block_starts, cu_blocks, scale, kernel="auto"):
     return q.new_empty(block_starts.shape[0] - 1, dtype=torch.float32)
 
 
-def block_scores(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None = None) -> Tensor:
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> Tensor:
     """Scores blocks by the attention that later queries would give them (LeMo, section 4.1).
 
     For rows i > j of one sequence `S[i, j] = scale * mean_h max(q_ih . k_jh, 0)`; the score of a
@@ -27,13 +33,15 @@ def block_scores(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None 
         k: [T, Hk, D] of the same dtype; Hq is a multiple of Hk.
         layout: how the T packed tokens are cut.
         scale: positive; None is `D ** -0.5`.
+        kernel: "auto", or on CUDA the name of one ("portable", "hopper"), for tests.
 
     Returns:
         [B] fp32. Not differentiable.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
-        NotImplementedError: there is no kernel for this device, dtype or head size.
+        NotImplementedError: there is no kernel for this device, dtype or head size, or none of
+            this name for this GPU.
     """
     if scale is None:
         scale = max(q.shape[-1], 1) ** -0.5
@@ -44,4 +52,5 @@ def block_scores(q: Tensor, k: Tensor, layout: BlockLayout, scale: float | None 
         layout.block_starts,
         layout.cu_blocks,
         scale,
+        kernel,
     )
