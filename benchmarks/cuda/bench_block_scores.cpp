@@ -10,7 +10,7 @@ using lemo::cpu::BFloat16;
 using lemo::testing::DeviceArray;
 
 // One sequence in blocks of 64; arguments: tokens, query heads, key heads, head size.
-void BM_BlockScores(benchmark::State& state) {
+void BM_BlockScores(benchmark::State& state, const char* kernel) {
     const int64_t tokens = state.range(0), heads = state.range(1), key_heads = state.range(2);
     const int64_t head_dim = state.range(3);
     const lemo::BlockPlan plan = lemo::plan_blocks({tokens}, 64);
@@ -39,13 +39,18 @@ void BM_BlockScores(benchmark::State& state) {
                                          cuts.view({2}),
                                          0.125,
                                          scores.view({blocks}),
-                                         scratch.view({cut.scratch()})};
+                                         scratch.view({cut.scratch()}),
+                                         kernel};
     lemo::bench::measure(state, [&](void* stream) { block_scores_cuda(params, stream); });
     const double flops = static_cast<double>(tokens * tokens * heads * head_dim);  // causal half
     state.counters["FLOP/s"] = benchmark::Counter(
         flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
 }
-BENCHMARK(BM_BlockScores)->Args({65536, 32, 8, 128})->Args({16384, 32, 8, 128})->UseManualTime();
-BENCHMARK(BM_BlockScores)->Args({4096, 32, 8, 128})->Args({16384, 32, 8, 64})->UseManualTime();
+void with_shapes(benchmark::internal::Benchmark* bench) {
+    bench->Args({65536, 32, 8, 128})->Args({16384, 32, 8, 128})->Args({4096, 32, 8, 128});
+    bench->Args({16384, 32, 8, 64})->UseManualTime();
+}
+BENCHMARK_CAPTURE(BM_BlockScores, auto, "auto")->Apply(with_shapes);
+BENCHMARK_CAPTURE(BM_BlockScores, portable, "portable")->Apply(with_shapes);
 
 }  // namespace

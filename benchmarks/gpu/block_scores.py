@@ -27,12 +27,14 @@ def check() -> None:
                     torch.randn(layout.num_tokens, h, size, device="cuda", dtype=dtype)
                     for h in (heads, key_heads)
                 )
-                scores = ops.block_scores(q, k, layout)
                 oracle = reference.block_scores(
                     q.float(), k.float(), layout.block_starts, layout.cu_blocks, size**-0.5
                 )
-                error = ((scores - oracle).norm() / oracle.norm()).item()
-                assert error <= 2e-5, f"block_scores {dtype} {size} {block}: {error:.1e}"
+                for kernel in ("auto", "portable"):
+                    scores = ops.block_scores(q, k, layout, kernel=kernel)
+                    error = ((scores - oracle).norm() / oracle.norm()).item()
+                    what = f"block_scores {kernel} {dtype} {size} {block}"
+                    assert error <= 2e-5, f"{what}: {error:.1e}"
     layout = BlockLayout.from_seqlens([8192, 1000], BLOCK, device="cuda")
     q = torch.randn(layout.num_tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
     first = ops.block_scores(q, q[:, :2], layout)
@@ -58,8 +60,9 @@ def bench_shape(tokens: int, heads: int, key_heads: int, size: int) -> list[dict
                 *heads_first, is_causal=True, enable_gqa=True
             )
 
-    ours, *peers = median_ms(
+    ours, portable, *peers = median_ms(
         partial(ops.block_scores, q, k, layout),
+        partial(ops.block_scores, q, k, layout, kernel="portable"),
         *(partial(attention, backend) for backend in PEERS.values()),
         repeats=5,
         calls=max(1, 32768 // tokens),
@@ -68,7 +71,9 @@ def bench_shape(tokens: int, heads: int, key_heads: int, size: int) -> list[dict
     shape |= {"block": BLOCK, "dtype": "bfloat16"}
     # Multiply-adds of the visible half of one product.
     rate = {"tflops": round(tokens * tokens * size * heads / ours["median"] / 1e9, 1)}
-    return [
-        record("block_scores", shape, ours, f"{name}, causal forward", peer) | rate
+    lines = [
+        record("block_scores", shape, ours, f"{name}, causal forward", peer)
         for name, peer in zip(PEERS, peers)
     ]
+    lines.append(record("block_scores", shape, ours, "block_scores portable", portable))
+    return [line | rate for line in lines]
