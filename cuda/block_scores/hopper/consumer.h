@@ -220,7 +220,7 @@ public:
         CUTE_UNROLL
         for (int step = 0; step < kSteps; ++step) {
             // Early, so that the other warpgroup is there when this product ends.
-            if (step == kSteps - 1 && lane_ == 0) shared_.turns[warpgroup_ ^ 1].arrive();
+            if (step == kSteps * 3 / 4 && lane_ == 0) shared_.turns[warpgroup_ ^ 1].arrive();
             gemm(mma, queries(_, _, step), keys(_, _, step), product);
             mma.accumulate_ = SM90::GMMA::ScaleOut::One;
         }
