@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "common/hopper_support.h"
 #include "common/launch.h"
 #include "common/vector.h"
 #include "segment_attention/hopper/kernels.h"
@@ -19,14 +20,6 @@ constexpr int64_t kVectorElements = 8;  // 16 bytes
 // What the large tiles of the portable backward pass take.
 constexpr int kLargeSharedBytes = 162 * 1024;
 
-#ifdef LEMO_WITH_HOPPER
-constexpr bool kWithHopper = true;
-constexpr const char* kKernelNames = "one of 'auto', 'hopper', 'portable', 'portable-small'";
-#else
-constexpr bool kWithHopper = false;
-constexpr const char* kKernelNames = "one of 'auto', 'portable', 'portable-small'";
-#endif
-
 /// Which kernels run; named in SegmentAttentionParams::kernel.
 enum class Kernels { kHopper, kPortable, kPortableSmall };
 
@@ -35,12 +28,6 @@ int device_attribute(const char* op, cudaDeviceAttr attribute) {
     cuda::check_status(op, cudaGetDevice(&device));
     cuda::check_status(op, cudaDeviceGetAttribute(&value, attribute, device));
     return value;
-}
-
-/// The instructions of sm_90a exist on compute capability 9.0 alone.
-bool runs_hopper(const char* op) {
-    return kWithHopper && device_attribute(op, cudaDevAttrComputeCapabilityMajor) == 9 &&
-           device_attribute(op, cudaDevAttrComputeCapabilityMinor) == 0;
 }
 
 /// Checks what the CUDA kernels support.
@@ -55,16 +42,18 @@ Kernels choose_kernels(const char* op, const SegmentAttentionParams& p) {
                std::to_string(head_dim), ErrorKind::kUnsupported);
     const auto got = [&] { return "'" + std::string(p.kernel) + "'"; };
     if (p.kernel == "auto") {
-        if (runs_hopper(op)) return Kernels::kHopper;
+        if (cuda::supports_hopper_kernels(op)) return Kernels::kHopper;
         const int shared = device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
         return shared < kLargeSharedBytes ? Kernels::kPortableSmall : Kernels::kPortable;
     }
     if (p.kernel == "portable") return Kernels::kPortable;
     if (p.kernel == "portable-small") return Kernels::kPortableSmall;
-    check.that(p.kernel == "hopper" && kWithHopper, "kernel",
-               std::string(kKernelNames) + " on a GPU", got());
-    check.that(runs_hopper(op), "kernel", "'hopper' on a GPU of compute capability 9.0 only", got(),
-               ErrorKind::kUnsupported);
+    check.that(p.kernel == "hopper", "kernel",
+               "one of 'auto', 'hopper', 'portable', 'portable-small' on a GPU", got());
+    check.that(cuda::supports_hopper_kernels(op), "kernel",
+               "'auto', 'portable' or 'portable-small' here: 'hopper' needs a GPU of compute "
+               "capability 9.0 and a build for it",
+               got(), ErrorKind::kUnsupported);
     return Kernels::kHopper;
 }
 

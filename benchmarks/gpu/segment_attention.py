@@ -1,5 +1,6 @@
 """segment_attention on CUDA, beside PyTorch's FlashAttention-2 and cuDNN attention."""
 
+import itertools
 from functools import partial
 
 import torch
@@ -9,29 +10,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu.harness import median_ms, record
 from lemo import ops, reference
 
-# (tokens, query heads, key/value heads, head size): Llama-3-8B at several lengths, a small head.
-SHAPES = (
-    (16384, 32, 8, 128),
-    (32768, 32, 8, 128),
-    (65536, 32, 8, 128),
-    (32768, 32, 8, 64),
-)
-PEERS = {
-    "PyTorch FlashAttention-2": SDPBackend.FLASH_ATTENTION,
-    "PyTorch cuDNN attention": SDPBackend.CUDNN_ATTENTION,
-}
+# Tokens of one causal sequence, and packed mixtures of lengths; heads as in Llama-3-8B.
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
+MIXTURES = ((16384, 8192, 4096, 2048, 1024, 512, 512), (4096,) * 16)
+HEAD_SIZES = (128, 64)
+HEADS, KV_HEADS = 32, 8
+FLASH, CUDNN = "PyTorch FlashAttention-2", "PyTorch cuDNN attention"
+BACKENDS = {FLASH: SDPBackend.FLASH_ATTENTION, CUDNN: SDPBackend.CUDNN_ATTENTION}
+# Query-key pairs of one measurement, at least: so that the GPU never waits for the host.
+PAIRS = 2**30
 
 
 def relative_error(value: Tensor, oracle: Tensor) -> float:
     return ((value.float() - oracle).norm() / oracle.norm()).item()
 
 
+def cuts(lengths: tuple[int, ...]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
 def check() -> None:
     """Errors at most twice plain torch's, on a length that the fp32 oracle can hold."""
     tokens, heads, kv_heads = 2000, 8, 2
-    cu = torch.tensor([0, 1200, tokens], dtype=torch.int32, device="cuda")
+    cu = cuts((1200, 800))
     for dtype in (torch.bfloat16, torch.float16):
-        for size in (64, 128):
+        for size in HEAD_SIZES:
             shapes = [(tokens, h, size) for h in (heads, kv_heads, kv_heads, heads)]
             q, k, v, dout = (torch.randn(s, device="cuda", dtype=dtype) for s in shapes)
 
@@ -52,44 +55,90 @@ def check() -> None:
 
 
 def bench(bandwidth: float) -> list[dict]:
-    return [line for shape in SHAPES for line in bench_shape(*shape)]
+    cases = [((tokens,), size) for size in HEAD_SIZES for tokens in LENGTHS]
+    cases += [(mixture, 128) for mixture in MIXTURES]
+    return [line for case in cases for line in bench_case(*case)]
 
 
-def bench_shape(tokens: int, heads: int, kv_heads: int, size: int) -> list[dict]:
-    q, k, v = (
+def dense(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One sequence through PyTorch; [1, heads, tokens, head size]."""
+    heads_first = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(
+            *heads_first, is_causal=True, enable_gqa=True
+        )
+
+
+def differentiate(outs, leaves, gradients):
+    return torch.autograd.grad(outs, leaves, gradients, retain_graph=True)
+
+
+def one_by_one(backend: SDPBackend, inputs: list[Tensor], dout: Tensor, lengths):
+    """Forward and backward of a peer, a call for each sequence."""
+    q, k, v = (tensor.split(lengths) for tensor in inputs)
+    sequences = [
+        [tensor.detach().requires_grad_() for tensor in sequence] for sequence in zip(q, k, v)
+    ]
+
+    def forward():
+        return [dense(backend, *sequence) for sequence in sequences]
+
+    gradients = [part.transpose(0, 1)[None] for part in dout.split(lengths)]
+    return forward, partial(differentiate, forward(), list(itertools.chain(*sequences)), gradients)
+
+
+def packed_flash(inputs: list[Tensor], dout: Tensor, cu: Tensor, longest: int):
+    """Forward and backward of FlashAttention-2 on packed sequences."""
+    q, k, v = (tensor.detach() for tensor in inputs)
+    scale = q.shape[-1] ** -0.5
+
+    def forward():
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu, cu, longest, longest, 0.0, True, False, scale=scale
+        )
+
+    out, lse, seed, offset, _ = forward()
+
+    def backward():
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, seed, offset, scale=scale
+        )
+
+    return forward, backward
+
+
+def bench_case(lengths: tuple[int, ...], size: int) -> list[dict]:
+    tokens = sum(lengths)
+    q, k, v = inputs = [
         torch.randn(tokens, h, size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        for h in (heads, kv_heads, kv_heads)
-    )
-    dout = torch.randn(tokens, heads, size, device="cuda", dtype=torch.bfloat16)
-    cu = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
-    shape = {"tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_size": size}
+        for h in (HEADS, KV_HEADS, KV_HEADS)
+    ]
+    dout = torch.randn(tokens, HEADS, size, device="cuda", dtype=torch.bfloat16)
+    cu = cuts(lengths)
+    shape = {"tokens": tokens, "heads": HEADS, "kv_heads": KV_HEADS, "head_size": size}
     shape |= {"dtype": "bfloat16", "causal": True}
+    if len(lengths) > 1:
+        shape["lengths"] = list(lengths)
     # Multiply-adds of the visible half, twice forward and five times backward.
-    tera = tokens * tokens * size * heads / 1e12
-    time = partial(median_ms, repeats=5, calls=max(1, 32768 // tokens))
+    pairs = sum(length * length for length in lengths)
+    tera = pairs * size * HEADS / 1e12
+    time = partial(median_ms, repeats=5, calls=max(1, min(10, PAIRS // pairs)))
 
-    def theirs(backend):
-        heads_first = [tensor.transpose(0, 1)[None] for tensor in (q, k, v)]
-        with sdpa_kernel(backend):
-            return torch.nn.functional.scaled_dot_product_attention(
-                *heads_first, is_causal=True, enable_gqa=True
-            )
-
-    def backward(out, gradient):
-        return torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True)
-
-    gradient = dout.transpose(0, 1)[None]
-    forwards = [partial(theirs, backend) for backend in PEERS.values()]
-    backwards = [partial(backward, theirs(backend), gradient) for backend in PEERS.values()]
+    peers = {name: one_by_one(backend, inputs, dout, lengths) for name, backend in BACKENDS.items()}
+    if len(lengths) > 1:
+        peers[f"{CUDNN}, a call for each sequence"] = peers.pop(CUDNN)
+        peers[f"{FLASH}, packed"] = packed_flash(inputs, dout, cu, max(lengths))
+        del peers[FLASH]
     out = ops.segment_attention(q, k, v, cu)
-    mine = time(partial(ops.segment_attention, q, k, v, cu), *forwards)
-    gradients = time(partial(backward, out, dout), *backwards)
+    mine = time(partial(ops.segment_attention, q, k, v, cu), *(f for f, _ in peers.values()))
+    backward = partial(differentiate, out, (q, k, v), dout)
+    gradients = time(backward, *(b for _, b in peers.values()))
     torch.use_deterministic_algorithms(True)
-    (repeatable,) = time(partial(backward, out, dout))
+    (repeatable,) = time(backward)
     torch.use_deterministic_algorithms(False)
 
     lines = []
-    for i, name in enumerate(PEERS, 1):
+    for i, name in enumerate(peers, 1):
         for bench, work, times in (
             ("segment_attention", 2 * tera, mine),
             ("segment_attention_backward", 5 * tera, gradients),

@@ -7,6 +7,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+// Products of 8, 16, 24, ... columns, not of powers of two only.
+#define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cute/algorithm/gemm.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
@@ -101,7 +103,13 @@ __device__ __forceinline__ void arrive_named(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// --- copies ---------------------------------------------------------------------------------------
+/// Tells the compiler that all lanes of a warp hold the same value, so that what follows from it -
+/// addresses of operands, branches - takes neither vector registers nor care for divergence.
+__device__ __forceinline__ int warp_uniform(int value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+}
+
+// --- copies --------------------------------------------------------------------------------------
 
 /// Copies one box to `to`; its bytes count for `barrier`.
 __device__ __forceinline__ void copy_box(const CUtensorMap& map, Barrier& barrier, void* to,
@@ -167,7 +175,7 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, uint32_t a,
                  : "memory");
 }
 
-// --- products of warpgroups -------------------------------------------------------------------------
+// --- products of warpgroups ----------------------------------------------------------------------
 
 inline constexpr int kWarpgroupThreads = 128;
 

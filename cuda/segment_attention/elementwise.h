@@ -22,6 +22,17 @@ __device__ __forceinline__ auto round_to(const Tensor& tensor) {
     return rounded;
 }
 
+/// Two floats rounded to the storage type; `first` in the low half.
+template <typename Element>
+__device__ __forceinline__ uint32_t round_pair(float first, float second) {
+    cutlass::NumericArrayConverter<Element, float, 2> convert;
+    cutlass::Array<float, 2> pair;
+    pair[0] = first;
+    pair[1] = second;
+    const cutlass::Array<Element, 2> rounded = convert(pair);
+    return reinterpret_cast<const uint32_t&>(rounded);
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

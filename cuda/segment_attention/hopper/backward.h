@@ -5,11 +5,12 @@
 // warpgroups, 64 keys each. A producer warp copies queries and output gradients; another warp adds
 // each step's part of dq to scratch, in a fixed order of the blocks if asked to be deterministic.
 //
-// A consumer has products under way while it computes: the gradient of the probabilities beneath the
-// exponentials, and the sum of dk beneath the hand-over of dq. What else it computes falls beneath
-// the products of the other one.
+// The consumers take turns to start the products of a step, so that what one computes falls beneath
+// the products of the other. What a step adds to dq needs the keys of both; it is computed a step
+// later, when the other one is done with it, too.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/launch.h"
@@ -18,6 +19,7 @@
 #include "segment_attention/hopper/fragments.h"
 #include "segment_attention/hopper/kernels.h"
 #include "segment_attention/hopper/load_tile.h"
+#include "segment_attention/hopper/turns.h"
 #include "segment_attention/query_walk.h"
 
 namespace lemo::cuda::hopper {
@@ -30,8 +32,8 @@ struct BackwardWork {
     int q_tiles_before;
     QueryWalk walk;
 
-    __device__ BackwardWork(const BackwardArguments& args, const SequenceTile& tile)
-        : kv_head(static_cast<int>(blockIdx.x)),
+    __device__ BackwardWork(const BackwardArguments& args, const SequenceTile& tile, int kv_head)
+        : kv_head(kv_head),
           tile(tile),
           q_tiles_before(args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence]
                                                          : 0),
@@ -58,6 +60,10 @@ __device__ void init_barriers(BackwardShared<Traits>& shared) {
         shared.dout_full[stage].init(1);
         shared.q_empty[stage].init(kConsumerWarps);
         shared.dout_empty[stage].init(kConsumerWarps);
+    }
+    for (int stage = 0; stage < Traits::kDscoresStages; ++stage) {
+        shared.dscores_full[stage].init(kConsumerWarps);
+        shared.dscores_empty[stage].init(kConsumerWarps);
     }
     for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
         shared.dq_full[warpgroup].init(4);
@@ -88,8 +94,9 @@ __device__ void produce(const BackwardArguments& args, BackwardShared<Traits>& s
         const int row = work.tile.q_first + step.m_tile * kBlockM;
         const int64_t first =
             args.tile_index(step.head, work.q_tiles_before + step.m_tile) * kBlockM;
+        const BackwardStep shown{step.head, step.m_tile, work.needs_mask(args, step)};
         shared.q_empty[at.stage].wait(at.parity ^ 1);
-        shared.steps[at.stage] = {step.head, step.m_tile, work.needs_mask(args, step)};
+        shared.steps[at.stage] = shown;
         Barrier& q_full = shared.q_full[at.stage];
         q_full.arrive_expecting(kQueryBytes);
         copy_tile<kBlockM, kHeadDim>(args.q, q_full, shared.q[at.stage], step.head, row);
@@ -137,6 +144,7 @@ __device__ void add_dq(const BackwardArguments& args, BackwardShared<Traits>& sh
         CUTE_UNROLL
         for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
             shared.dq_full[warpgroup].wait(parity);
+            publish_shared_writes();  // for all who wrote: they would wait for it longer
             add_floats(to + warpgroup * kPart, shared.dq[warpgroup], kPartBytes);
             commit_adds();
         }
@@ -176,23 +184,25 @@ __device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
     }
 }
 
-/// Writes the gradient of the scores of a warpgroup's keys, rounded, as [queries, keys].
-template <typename Traits, typename Rounded>
-__device__ __forceinline__ void store_dscores(typename Traits::Element* dscores, int warpgroup,
-                                              const Rounded& rounded) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
-    // A warpgroup's keys are one column of swizzled rows of 128 bytes.
-    auto* half = dscores + warpgroup * 64 * Traits::kBlockM;
-    const auto* pairs = reinterpret_cast<const uint32_t*>(rounded.data());
-    CUTE_UNROLL
-    for (int i = 0; i < Traits::kBlockM / 16; ++i) {
-        const int query = 16 * i + lane / 16 * 8 + lane % 8;
+/// Where a thread's part of the gradient of the scores lies, which is stored as [queries, keys]: its
+/// row of the matrices of 16 queries that store_matrices_transposed writes at a time.
+template <typename Traits>
+struct DscoresPlace {
+    int offset;
+
+    __device__ explicit DscoresPlace(int warpgroup) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
+        const int query = lane / 16 * 8 + lane % 8;
         const int piece = (warp * 2 + lane / 8 % 2) ^ (query % 8);
-        store_matrices_transposed(half + query * 64 + piece * 8, pairs[4 * i], pairs[4 * i + 1],
-                                  pairs[4 * i + 2], pairs[4 * i + 3]);
+        // A warpgroup's keys are one column of swizzled rows of 128 bytes.
+        offset = warpgroup * 64 * Traits::kBlockM + query * 64 + piece * 8;
     }
-}
+
+    __device__ __forceinline__ auto* of(typename Traits::Element* dscores, int step) const {
+        return dscores + offset + step * 16 * 64;
+    }
+};
 
 template <typename Traits>
 __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& shared,
@@ -201,16 +211,15 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
     constexpr int kHeadDim = Traits::kHeadDim;
-    constexpr int kElements = kRowElements<kBlockM>;
-    constexpr int kConsumerThreads = Traits::kConsumers * kWarpgroupThreads;
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
 
     typename Traits::ScoreMma score_mma;
     typename Traits::KeyMma key_mma;
     typename Traits::QueryMma query_mma;
-    const auto score_slice = score_mma.get_slice(thread);
-    const auto key_slice = key_mma.get_slice(thread);
-    const auto query_slice = query_mma.get_slice(thread);
+    // Where operands lie is the same for all threads of a warpgroup.
+    const auto score_slice = score_mma.get_slice(warpgroup * kWarpgroupThreads);
+    const auto key_slice = key_mma.get_slice(warpgroup * kWarpgroupThreads);
+    const auto query_slice = query_mma.get_slice(warpgroup * kWarpgroupThreads);
     const auto tile_of = []<typename TileLayout>(auto* first, TileLayout layout) {
         return make_tensor(make_smem_ptr(first), layout);
     };
@@ -243,101 +252,132 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
     auto scores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
     auto dscores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
 
+    // Both rounded, as left operands and as pairs of elements.
+    auto probabilities = make_tensor<Element>(scores.layout());
+    auto rounded = make_tensor<Element>(scores.layout());
+    const auto probability_pairs = recast<uint32_t>(probabilities);
+    const auto dscore_pairs = recast<uint32_t>(rounded);
+    const DscoresPlace<Traits> dscores_place(warpgroup);
+
     const float scale_log2 = args.scale * float(M_LOG2E);
     RingPosition<Traits::kStages> at;
+    RingPosition<Traits::kDscoresStages> dscores_at, dq_at;
     uint32_t dq_parity = 1;
-    int dscores_buffer = 0;
+    const Turns<Traits::kConsumers> turns(warpgroup);
 
-    // Probabilities and the gradient of the probabilities of the step at `at`. Afterwards no
-    // product is under way: the compiler does not follow one that is from one round of a loop into
-    // the next, and would wait for each at once.
-    const auto begin_step = [&]() __attribute__((always_inline)) {
+    const auto start_scores = [&]() __attribute__((always_inline)) {
         start_product<false>(score_mma, k_operand, rows_operand(shared.q[at.stage]), scores);
+    };
+    // The scores of the step at `at` are there: makes them probabilities, beneath the product that
+    // becomes their gradient. Afterwards no product is under way: the compiler does
+    // not follow one from one round of a loop into the next, and would wait for each at once.
+    const auto begin_step = [&]() __attribute__((always_inline)) {
         shared.dout_full[at.stage].wait(at.parity);
         start_product<false>(score_mma, v_operand, rows_operand(shared.dout[at.stage]), dscores);
-        wait_products<1>();
         const float* lse = shared.lse[at.stage] + thread_column();
         CUTE_UNROLL
-        for (int e = 0; e < kElements; e += 2) {
-            const float2 sums = *reinterpret_cast<const float2*>(lse + element_column(e));
+        for (int i = 0; i < size(scores); i += 4) {  // eight queries
+            const float2 sums = *reinterpret_cast<const float2*>(lse + i * 2);
             CUTE_UNROLL
-            for (int r = 0; r < kThreadRows; ++r) {
-                float& first = scores(element_index(r, e));
-                float& second = scores(element_index(r, e + 1));
-                first = exp2_approx(fmaf(first, scale_log2, -sums.x));
-                second = exp2_approx(fmaf(second, scale_log2, -sums.y));
+            for (int j = i; j < i + 4; j += 2) {
+                scores(j) = exp2_approx(fmaf(scores(j), scale_log2, -sums.x));
+                scores(j + 1) = exp2_approx(fmaf(scores(j + 1), scale_log2, -sums.y));
             }
         }
         const BackwardStep step = shared.steps[at.stage];
         if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
         wait_products<0>();
     };
+    auto dq = partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{});
+    const auto hand_over_dq = [&]() __attribute__((always_inline)) {
+        shared.dq_empty[warpgroup].wait(dq_parity);
+        dq_parity ^= 1;
+        auto* part =
+            reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % kWarpgroupThreads;
+        CUTE_UNROLL
+        for (int i = 0; i < size(dq); i += 4) {
+            part[i / 4 * kWarpgroupThreads] =
+                make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+        }
+        __syncwarp();
+        release(shared.dq_full[warpgroup]);
+        release(shared.dscores_empty[dq_at.stage]);
+        dq_at.advance();
+    };
+    const auto start_dq = [&]() __attribute__((always_inline)) {
+        start_product<false>(query_mma, kt_operand, dscores_operand(shared.dscores[dq_at.stage]),
+                             dq);
+    };
 
     shared.q_full[0].wait(0);
     if (shared.steps[0].m_tile >= 0) {
         shared.kv_full.wait(0);
+        start_scores();
+        wait_products<0>();
         begin_step();
-        for (;;) {
+        for (bool first_step = true;; first_step = false) {
+            // Gradient of the scores, 16 queries at a time, so that registers come free early.
+            shared.dscores_empty[dscores_at.stage].wait(dscores_at.parity ^ 1);
             const float* delta = shared.delta[at.stage] + thread_column();
             CUTE_UNROLL
-            for (int e = 0; e < kElements; e += 2) {
-                const float2 sums = *reinterpret_cast<const float2*>(delta + element_column(e));
+            for (int i = 0; i < size(scores); i += 8) {
                 CUTE_UNROLL
-                for (int r = 0; r < kThreadRows; ++r) {
-                    const int first = element_index(r, e), second = element_index(r, e + 1);
-                    dscores(first) = scores(first) * (dscores(first) - sums.x);
-                    dscores(second) = scores(second) * (dscores(second) - sums.y);
+                for (int j = i; j < i + 8; j += 2) {
+                    const float2 sums = *reinterpret_cast<const float2*>(delta + j / 4 * 8);
+                    probability_pairs(j / 2) = round_pair<Element>(scores(j), scores(j + 1));
+                    dscore_pairs(j / 2) =
+                        round_pair<Element>(scores(j) * (dscores(j) - sums.x),
+                                            scores(j + 1) * (dscores(j + 1) - sums.y));
                 }
-            }
-            auto rounded = round_to<Element>(dscores);
-            auto probabilities = round_to<Element>(scores);
-            start_product<true>(key_mma, as_register_operand<kBlockM>(probabilities),
-                                columns_operand(shared.dout[at.stage]), dv);
-            store_dscores<Traits>(shared.dscores[dscores_buffer], warpgroup, rounded);
-            publish_shared_writes();
-            sync_named(kDscoresBarrier, kConsumerThreads);
-
-            auto dq = partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{});
-            start_product<false>(query_mma, kt_operand,
-                                 dscores_operand(shared.dscores[dscores_buffer]), dq);
-            start_product<true>(key_mma, as_register_operand<kBlockM>(rounded),
-                                columns_operand(shared.q[at.stage]), dk);
-            wait_products<1>();  // all but dk
-            release(shared.dout_empty[at.stage]);
-            shared.dq_empty[warpgroup].wait(dq_parity);
-            auto* part =
-                reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % kWarpgroupThreads;
-            CUTE_UNROLL
-            for (int i = 0; i < size(dq); i += 4) {
-                part[i / 4 * kWarpgroupThreads] =
-                    make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+                store_matrices_transposed(
+                    dscores_place.of(shared.dscores[dscores_at.stage], i / 8), dscore_pairs(i / 2),
+                    dscore_pairs(i / 2 + 1), dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
             }
             publish_shared_writes();
             __syncwarp();
-            release(shared.dq_full[warpgroup]);
-            dq_parity ^= 1;
-            dscores_buffer ^= 1;
+            release(shared.dscores_full[dscores_at.stage]);
+            dscores_at.advance();
 
+            turns.wait();
+            start_product<true>(key_mma, as_register_operand<kBlockM>(probabilities),
+                                columns_operand(shared.dout[at.stage]), dv);
+            start_product<true>(key_mma, as_register_operand<kBlockM>(rounded),
+                                columns_operand(shared.q[at.stage]), dk);
             Barrier& q_empty = shared.q_empty[at.stage];
+            Barrier& dout_empty = shared.dout_empty[at.stage];
             at.advance();
             shared.q_full[at.stage].wait(at.parity);
+            // The compiler does not follow products around a branch. So the scores behind the last
+            // step and dq before the first one are computed, of what lies there, for nobody.
+            start_scores();
+            wait_products<1>();  // all but the scores
+            release(q_empty);
+            release(dout_empty);
+            if (!first_step) shared.dscores_full[dq_at.stage].wait(dq_at.parity);
+            start_dq();
+            turns.pass_on();
+            wait_products<0>();
+            if (!first_step) hand_over_dq();
             if (shared.steps[at.stage].m_tile < 0) break;
             begin_step();
-            release(q_empty);  // dk is done
         }
+        shared.dscores_full[dq_at.stage].wait(dq_at.parity);
+        start_dq();
         wait_products<0>();
+        hand_over_dq();
     }
+    turns.finish();
 
     CUTE_UNROLL
     for (int i = 0; i < size(dk); ++i) dk(i) *= args.scale;
     // The results leave by way of the places of K and V, which all consumers are done with.
-    sync_named(kDscoresBarrier, kConsumerThreads);
+    sync_named(kKeysBarrier, Traits::kConsumers * kWarpgroupThreads);
     const SequenceTile tile = shared.tile;
     const int warp_row = thread / 32 * 16;
     const int row = tile.tile * kBlockN + warp_row;
     const int64_t stride = int64_t{args.num_kv_heads} * args.head_dim;
     const int64_t offset =
-        (tile.k_first + row) * stride + int64_t{blockIdx.x} * args.head_dim;
+        (tile.k_first + row) * stride + int64_t{shared.kv_head} * args.head_dim;
     const auto rows_out = [&](void* base) {
         return RowsOut<Element>{static_cast<Element*>(base) + offset, stride, tile.num_k - row,
                                 args.head_dim};
@@ -346,29 +386,42 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
     store_rows<kHeadDim>(dv, shared.v + warp_row * kHeadDim, rows_out(args.dv));
 }
 
-/// Grid: key/value heads, key tiles from the first, which the most queries see.
+/// The key/value head and packed key tile of a thread block. A few heads at a time, so that their
+/// queries stay in the L2 cache; tiles from the first, which the most queries see.
+__device__ __forceinline__ int2 head_and_tile(const BackwardArguments& args) {
+    const int block = static_cast<int>(blockIdx.x);
+    const int section_blocks = args.heads_at_once * args.plan.max_k_tiles;
+    const int first_head = block / section_blocks * args.heads_at_once;
+    const int heads = min(args.heads_at_once, args.num_kv_heads - first_head);
+    const int rest = block % section_blocks;
+    return make_int2(first_head + rest % heads, rest / heads);
+}
+
+/// Grid: key/value heads times key tiles.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
 attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
     extern __shared__ __align__(1024) std::byte shared_bytes[];
     auto& shared = *reinterpret_cast<BackwardShared<Traits>*>(shared_bytes);
+    const int2 place = head_and_tile(args);
     SequenceTile tile;
-    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, Traits::kBlockN,
-                   static_cast<int>(blockIdx.y), tile)) {
+    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, Traits::kBlockN, place.y,
+                   tile)) {
         return;
     }
     if (threadIdx.x == 0) {
         init_barriers(shared);
+        shared.kv_head = place.x;
         shared.tile = tile;
     }
     __syncthreads();
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / kWarpgroupThreads);
     if (warpgroup == 0) {
         cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
         if (threadIdx.x == 0) {
-            produce(args, shared, BackwardWork<Traits>(args, shared.tile));
+            produce(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
         } else if (threadIdx.x == 32) {
-            add_dq(args, shared, BackwardWork<Traits>(args, shared.tile));
+            add_dq(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
         }
     } else {
         cutlass::arch::warpgroup_reg_alloc<Traits::kConsumerRegisters>();
@@ -439,9 +492,13 @@ void BackwardPass<Element, kHeadDim>::launch(const SegmentAttentionBackwardParam
     auto* kernel = attention_backward_kernel<Traits>;
     constexpr int kSharedBytes = static_cast<int>(sizeof(BackwardShared<Traits>));
     reserve_shared_memory(kOp, kernel, kSharedBytes);
-    const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
-                        static_cast<unsigned>(args.plan.max_k_tiles));
-    kernel<<<key_grid, Traits::kThreads, kSharedBytes, stream>>>(args);
+    // As few as occupy the GPU: the queries and the sums of dq of a head then stay in the L2 cache.
+    const int multiprocessors = num_multiprocessors(kOp);
+    args.heads_at_once = std::clamp(
+        (multiprocessors + args.plan.max_k_tiles / 2) / std::max(args.plan.max_k_tiles, 1), 1,
+        args.num_kv_heads);
+    const int blocks = args.num_kv_heads * args.plan.max_k_tiles;
+    kernel<<<blocks, Traits::kThreads, kSharedBytes, stream>>>(args);
     check_launch(kOp);
     attention_dq_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);
     check_launch(kOp);

@@ -88,12 +88,7 @@ attention_dq_kernel(const __grid_constant__ BackwardArguments args) {
                            warpgroup * Traits::kDqPart) +
                        thread;
     const auto pack = [&](float a, float b) {
-        cutlass::NumericArrayConverter<Element, float, 2> convert;
-        cutlass::Array<float, 2> pair;
-        pair[0] = a * args.scale;
-        pair[1] = b * args.scale;
-        const auto rounded = convert(pair);
-        return reinterpret_cast<const uint32_t&>(rounded);
+        return round_pair<Element>(a * args.scale, b * args.scale);
     };
     // The sums are transposed: a thread's rows are columns of dq.
     const int first_query = Traits::kShareHeadDim ? 0 : warpgroup * Traits::kDqColumns;

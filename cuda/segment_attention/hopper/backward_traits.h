@@ -18,6 +18,8 @@ struct BackwardTraits {
     // takes kBlockM * kHeadDim / 256.
     static constexpr int kBlockM = kHeadDim == 64 ? 96 : 64;
     static constexpr int kStages = 2;
+    // A warpgroup writes one while the other one, up to a step behind, reads one of the two before.
+    static constexpr int kDscoresStages = 3;
     static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
     static constexpr int kProducerRegisters = 24;
     static constexpr int kConsumerRegisters = 240;
@@ -79,22 +81,23 @@ struct BackwardShared {
     alignas(1024) Element v[kKeyElements];
     alignas(1024) Element q[kStages][kQueryElements];
     alignas(1024) Element dout[kStages][kQueryElements];
-    // Two, so that one barrier a step is enough: who writes one has seen that all have read it.
-    alignas(1024) Element dscores[2][Traits::kBlockM * Traits::kBlockN];
+    alignas(1024) Element dscores[Traits::kDscoresStages][Traits::kBlockM * Traits::kBlockN];
     alignas(1024) float dq[Traits::kConsumers][Traits::kDqPart];
     alignas(16) float lse[kStages][Traits::kBlockM];    // of log2; comes with q
     alignas(16) float delta[kStages][Traits::kBlockM];  // comes with dout
     BackwardStep steps[kStages];                        // comes with q
     // Here and not in the registers of the consumers, which have none to spare.
     SequenceTile tile;
+    int kv_head;
     Barrier kv_full;
     Barrier q_full[kStages], q_empty[kStages];
     Barrier dout_full[kStages], dout_empty[kStages];
+    Barrier dscores_full[Traits::kDscoresStages], dscores_empty[Traits::kDscoresStages];
     Barrier dq_full[Traits::kConsumers], dq_empty[Traits::kConsumers];
 };
 
-/// Named barrier: the consumers have written the gradient of the scores.
-inline constexpr int kDscoresBarrier = 1;
+/// Named barrier, behind those of the turns: the consumers are done with keys and values.
+inline constexpr int kKeysBarrier = 3;
 
 struct BackwardArguments {
     CUtensorMap q;
@@ -116,6 +119,7 @@ struct BackwardArguments {
     AttentionPlan plan;
     int num_heads;
     int num_kv_heads;
+    int heads_at_once;  // key/value heads that are worked on side by side
     int head_dim;
     float scale;
 

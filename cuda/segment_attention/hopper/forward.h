@@ -4,7 +4,8 @@
 // producer warp copies queries, keys and values; each consumer warpgroup has 64 of the queries. A
 // consumer starts the scores of the next tile of keys and then the product of the last one's
 // probabilities with their values, and computes the softmax of the one while the other runs. The
-// warpgroups take turns to start products, so that one's softmax falls beneath the others' products.
+// warpgroups take turns to start products, so that the softmax of one falls beneath the products of
+// the others.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "segment_attention/hopper/kernels.h"
 #include "segment_attention/hopper/load_tile.h"
 #include "segment_attention/hopper/store_rows.h"
+#include "segment_attention/hopper/turns.h"
 
 namespace lemo::cuda::hopper {
 
@@ -75,28 +77,6 @@ __device__ void produce(const ForwardArguments& args, ForwardShared<Traits>& sha
     }
 }
 
-/// The turns of the consumer warpgroups, one after the other and round again.
-template <int kConsumers>
-struct Turns {
-    static constexpr int kThreads = 2 * kWarpgroupThreads;  // who waits, and who passes on
-    int warpgroup;
-
-    __device__ explicit Turns(int warpgroup) : warpgroup(warpgroup) {
-        if (warpgroup == kConsumers - 1) arrive_named(kFirstTurnBarrier, kThreads);
-    }
-    __device__ __forceinline__ void wait() const {
-        sync_named(kFirstTurnBarrier + warpgroup, kThreads);
-    }
-    __device__ __forceinline__ void pass_on() const {
-        const int next = warpgroup == kConsumers - 1 ? 0 : warpgroup + 1;
-        arrive_named(kFirstTurnBarrier + next, kThreads);
-    }
-    /// Takes up the last turn that was passed on.
-    __device__ void finish() const {
-        if (warpgroup == 0) wait();
-    }
-};
-
 /// The compiler would wait for a product before it computes what is written before the wait, since
 /// registers are no memory. A store that depends on the sums and never happens, as they are not
 /// negative, keeps the order.
@@ -124,8 +104,9 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
 
     typename Traits::ScoreMma score_mma;
     typename Traits::OutputMma output_mma;
-    const auto score_slice = score_mma.get_slice(thread);
-    const auto output_slice = output_mma.get_slice(thread);
+    // Where operands lie is the same for all threads of a warpgroup.
+    const auto score_slice = score_mma.get_slice(warpgroup * kWarpgroupThreads);
+    const auto output_slice = output_mma.get_slice(warpgroup * kWarpgroupThreads);
     const auto q_operand = score_slice.partition_fragment_A(
         make_tensor(make_smem_ptr(shared.q), typename Traits::LayoutQ{}));
     const auto k_operand = [&](int stage) {
@@ -190,7 +171,9 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
                 release(shared.v_empty[v_at.stage]);
                 v_at.advance();
                 probabilities = round_to<Element>(scores);
-                scale_rows<kHeadDim>(output, factors);
+                if (__any_sync(0xffffffffu, factors.x != 1.0f || factors.y != 1.0f)) {
+                    scale_rows<kHeadDim>(output, factors);
+                }
             };
             // From the last tile down: some that not all queries see, those seen whole, and, with
             // windows or groups, again some that not all see.
@@ -244,7 +227,7 @@ attention_forward_kernel(const __grid_constant__ ForwardArguments args) {
     auto& shared = *reinterpret_cast<ForwardShared<Traits>*>(shared_bytes);
     if (threadIdx.x == 0) init_barriers(shared);
     __syncthreads();
-    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroupThreads, 0);
+    const int warpgroup = warp_uniform(static_cast<int>(threadIdx.x) / kWarpgroupThreads);
     if (warpgroup == 0) {
         cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
         if (threadIdx.x == 0) produce<Traits>(args, shared);

@@ -22,8 +22,8 @@ struct ForwardMask {
         CUTE_UNROLL
         for (int r = 0; r < kThreadRows; ++r) seen[r] = visible(first + thread_row() + 8 * r);
         // Both ends of what a query sees grow with it.
-        n_all_begin = ceil_div(visible(first + 63).x, Traits::kBlockN);
-        n_all_end = visible(first).y / Traits::kBlockN;
+        n_all_begin = warp_uniform(ceil_div(visible(first + 63).x, Traits::kBlockN));
+        n_all_end = warp_uniform(visible(first).y / Traits::kBlockN);
     }
 
     template <typename Scores>
@@ -42,48 +42,72 @@ struct ForwardMask {
 
 /// Running maximum and sum of the exponentials of a thread's rows.
 struct ForwardSoftmax {
+    static constexpr float kMaxExcess = 8;  // log2
     float scale_log2;
     float max[kThreadRows] = {-INFINITY, -INFINITY};
     float sum[kThreadRows] = {0, 0};  // of this thread's columns
 
     __device__ explicit ForwardSoftmax(float scale)
-        // A scale of 0 would make NaN of masked scores; the smallest number does the same otherwise.
+        // A scale of 0 would make NaN of masked scores; the smallest number is as good otherwise.
         : scale_log2(fmaxf(fabsf(scale) * float(M_LOG2E), 1.2e-38f)) {}
 
-    /// Turns scores of [64, kColumns] into exp2(scale * score - scale * max). Returns by what sums
-    /// and output so far have to be multiplied. `kMasked`: a row may have seen no key yet.
+    /// Turns scores of [64, kColumns] into exp2(scale * score - scale * max). Returns by what the
+    /// output so far has to be multiplied. `kMasked`: a row may have seen no key yet.
     template <int kColumns, bool kMasked, typename Scores>
     __device__ __forceinline__ float2 update(Scores& scores) {
-        float factors[kThreadRows];
+        // Rows side by side, and each in two chains: an instruction waits for the one before it.
+        float highest[kThreadRows], other[kThreadRows];
         CUTE_UNROLL
         for (int r = 0; r < kThreadRows; ++r) {
-            // Two chains, since each maximum waits for the one before.
-            float highest = max[r], other = scores(element_index(r, 1));
+            highest[r] = max[r];
+            other[r] = scores(element_index(r, 1));
+        }
+        CUTE_UNROLL
+        for (int e = 0; e < kRowElements<kColumns>; e += 2) {
             CUTE_UNROLL
-            for (int e = 0; e < kRowElements<kColumns>; e += 2) {
-                highest = fmaxf(highest, scores(element_index(r, e)));
-                other = fmaxf(other, scores(element_index(r, e + 1)));
+            for (int r = 0; r < kThreadRows; ++r) {
+                highest[r] = fmaxf(highest[r], scores(element_index(r, e)));
+                if (e > 0) other[r] = fmaxf(other[r], scores(element_index(r, e + 1)));
             }
-            highest = fmaxf(highest, other);
-            // The four lanes of a quad hold one row.
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, 2));
-            // -inf - (-inf) would be NaN.
-            const float shift =
-                kMasked && highest == -INFINITY ? 0.0f : highest * scale_log2;
-            factors[r] = exp2_approx(fmaf(max[r], scale_log2, -shift));
-            max[r] = highest;
-            float even = 0, odd = 0;
+        }
+        float shift[kThreadRows], factors[kThreadRows];
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) highest[r] = fmaxf(highest[r], other[r]);
+        // The four lanes of a quad hold one row.
+        CUTE_UNROLL
+        for (int lanes = 1; lanes <= 2; lanes *= 2) {
             CUTE_UNROLL
-            for (int e = 0; e < kRowElements<kColumns>; e += 2) {
+            for (int r = 0; r < kThreadRows; ++r) {
+                highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], lanes));
+            }
+        }
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) {
+            // A maximum that is exceeded by little stays: exponentials up to 2^8 are as exact, and
+            // mostly the output need not be rescaled.
+            const bool exceeds = (highest[r] - max[r]) * scale_log2 > kMaxExcess;
+            const float chosen = exceeds ? highest[r] : max[r];
+            // -inf - (-inf) would be NaN.
+            shift[r] = kMasked && chosen == -INFINITY ? 0.0f : chosen * scale_log2;
+            factors[r] = exp2_approx(fmaf(max[r], scale_log2, -shift[r]));
+            max[r] = chosen;
+        }
+        float even[kThreadRows] = {0, 0}, odd[kThreadRows] = {0, 0};
+        CUTE_UNROLL
+        for (int e = 0; e < kRowElements<kColumns>; e += 2) {
+            CUTE_UNROLL
+            for (int r = 0; r < kThreadRows; ++r) {
                 float& first = scores(element_index(r, e));
                 float& second = scores(element_index(r, e + 1));
-                first = exp2_approx(fmaf(first, scale_log2, -shift));
-                second = exp2_approx(fmaf(second, scale_log2, -shift));
-                even += first;
-                odd += second;
+                first = exp2_approx(fmaf(first, scale_log2, -shift[r]));
+                second = exp2_approx(fmaf(second, scale_log2, -shift[r]));
+                even[r] += first;
+                odd[r] += second;
             }
-            sum[r] = fmaf(sum[r], factors[r], even + odd);
+        }
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) {
+            sum[r] = fmaf(sum[r], factors[r], even[r] + odd[r]);
         }
         return make_float2(factors[0], factors[1]);
     }

@@ -62,9 +62,6 @@ struct ForwardShared {
     int work[2];  // the tile that is in work, and the one after it
 };
 
-/// Named barriers: the turns of the consumer warpgroups, one for each, from this number on.
-inline constexpr int kFirstTurnBarrier = 1;
-
 struct ForwardArguments {
     CUtensorMap q;
     CUtensorMap k;

@@ -38,7 +38,7 @@ struct ForwardWork {
     }
 };
 
-/// The producer's side: takes items from a counter in global memory and shows them to the consumers.
+/// The producer's side: takes items from a counter in global memory, shows them to the consumers.
 template <typename Traits>
 class WorkQueue {
 public:
@@ -80,12 +80,13 @@ public:
     /// The next item; false behind the last one. All threads of the consumers call this.
     __device__ bool next(ForwardWork& work) {
         shared_.work_full[at_.stage].wait(at_.parity);
-        const int index = shared_.work[at_.stage];
-        __syncwarp();
+        const int index = warp_uniform(shared_.work[at_.stage]);
         if (threadIdx.x % 32 == 0) shared_.work_empty[at_.stage].arrive();
         at_.advance();
         if (index >= ForwardWork::count(args_)) return false;
         work = ForwardWork::make<Traits>(args_, index);
+        work.n_begin = warp_uniform(work.n_begin);
+        work.n_end = warp_uniform(work.n_end);
         return true;
     }
 

@@ -1,7 +1,8 @@
 // Where a thread of a warpgroup finds its part of a product [64, columns] of wgmma.
 //
 // Lane l of warp w holds rows 16 w + l / 4 and the eighth one after it, of each group of eight
-// columns the two from 2 (l % 4) on: element 4 g + 2 r + c is row r of the two, column c of group g.
+// columns the two from 2 (l % 4) on: element 4 g + 2 r + c is row r of the two, column c of
+// group g.
 #pragma once
 
 #include <cstdint>
