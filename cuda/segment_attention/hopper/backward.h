@@ -7,7 +7,7 @@
 //
 // The consumers take turns to start the products of a step, so that what one computes falls beneath
 // the products of the other. What a step adds to dq needs the keys of both; it is computed a step
-// later, when the other one is done with it, too.
+// later, when the other one is done with it, too, and handed over beneath dv and dk.
 #pragma once
 
 #include <algorithm>
@@ -184,8 +184,8 @@ __device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
     }
 }
 
-/// Where a thread's part of the gradient of the scores lies, which is stored as [queries, keys]: its
-/// row of the matrices of 16 queries that store_matrices_transposed writes at a time.
+/// Where a thread's part of the gradient of the scores lies, which is stored as [queries, keys]:
+/// its row of the matrices of 16 queries that store_matrices_transposed writes at a time.
 template <typename Traits>
 struct DscoresPlace {
     int offset;
@@ -216,27 +216,28 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
     typename Traits::ScoreMma score_mma;
     typename Traits::KeyMma key_mma;
     typename Traits::QueryMma query_mma;
-    // Where operands lie is the same for all threads of a warpgroup.
-    const auto score_slice = score_mma.get_slice(warpgroup * kWarpgroupThreads);
-    const auto key_slice = key_mma.get_slice(warpgroup * kWarpgroupThreads);
-    const auto query_slice = query_mma.get_slice(warpgroup * kWarpgroupThreads);
+    // Where operands lie is the same for all threads of a warpgroup. Of keys and values it is the
+    // same in every step, too, but there are no registers to keep it: `first_thread` is set anew in
+    // each step, so that the compiler works it out where it is needed.
+    int first_thread = warpgroup * kWarpgroupThreads;
+    const auto forget_operands = [&]() __attribute__((always_inline)) {
+        asm volatile("" : "+r"(first_thread));
+        first_thread = warp_uniform(first_thread);
+    };
     const auto tile_of = []<typename TileLayout>(auto* first, TileLayout layout) {
         return make_tensor(make_smem_ptr(first), layout);
     };
-    const auto k_operand =
-        score_slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutK{}));
-    const auto v_operand =
-        score_slice.partition_fragment_A(tile_of(shared.v, typename Traits::LayoutK{}));
-    const auto kt_operand =
-        query_slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutKTransposed{}));
-    const auto rows_operand = [&](auto* tile) {
-        return score_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutQ{}));
+    const auto keys_operand = [&](auto* tile) {
+        return score_mma.get_slice(first_thread)
+            .partition_fragment_A(tile_of(tile, typename Traits::LayoutK{}));
     };
-    const auto columns_operand = [&](auto* tile) {
-        return key_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
+    const auto queries_operand = [&](auto* tile) {
+        return score_mma.get_slice(first_thread)
+            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQ{}));
     };
-    const auto dscores_operand = [&](auto* tile) {
-        return query_slice.partition_fragment_B(tile_of(tile, typename Traits::LayoutDscores{}));
+    const auto query_columns_operand = [&](auto* tile) {
+        return key_mma.get_slice(first_thread)
+            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
     };
     const auto release = [](Barrier& barrier) {
         if (threadIdx.x % 32 == 0) barrier.arrive();
@@ -266,29 +267,44 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
     const Turns<Traits::kConsumers> turns(warpgroup);
 
     const auto start_scores = [&]() __attribute__((always_inline)) {
-        start_product<false>(score_mma, k_operand, rows_operand(shared.q[at.stage]), scores);
+        start_product<false>(score_mma, keys_operand(shared.k), queries_operand(shared.q[at.stage]),
+                             scores);
+    };
+    // What a thread's queries, two of every eight, have in shared memory: their log-sum-exp or delta.
+    using Statistics = float2[kBlockM / 8];
+    Statistics delta;
+    const auto load_statistics = [](Statistics& to, const float* from)
+                                     __attribute__((always_inline)) {
+        CUTE_UNROLL
+        for (int i = 0; i < kBlockM / 8; ++i) {
+            to[i] = *reinterpret_cast<const float2*>(from + thread_column() + 8 * i);
+        }
     };
     // The scores of the step at `at` are there: makes them probabilities, beneath the product that
     // becomes their gradient. Afterwards no product is under way: the compiler does
     // not follow one from one round of a loop into the next, and would wait for each at once.
     const auto begin_step = [&]() __attribute__((always_inline)) {
+        Statistics lse;
+        load_statistics(lse, shared.lse[at.stage]);
         shared.dout_full[at.stage].wait(at.parity);
-        start_product<false>(score_mma, v_operand, rows_operand(shared.dout[at.stage]), dscores);
-        const float* lse = shared.lse[at.stage] + thread_column();
+        start_product<false>(score_mma, keys_operand(shared.v),
+                             queries_operand(shared.dout[at.stage]), dscores);
         CUTE_UNROLL
-        for (int i = 0; i < size(scores); i += 4) {  // eight queries
-            const float2 sums = *reinterpret_cast<const float2*>(lse + i * 2);
-            CUTE_UNROLL
-            for (int j = i; j < i + 4; j += 2) {
-                scores(j) = exp2_approx(fmaf(scores(j), scale_log2, -sums.x));
-                scores(j + 1) = exp2_approx(fmaf(scores(j + 1), scale_log2, -sums.y));
-            }
+        for (int i = 0; i < size(scores); i += 2) {
+            scores(i) = exp2_approx(fmaf(scores(i), scale_log2, -lse[i / 4].x));
+            scores(i + 1) = exp2_approx(fmaf(scores(i + 1), scale_log2, -lse[i / 4].y));
         }
         const BackwardStep step = shared.steps[at.stage];
         if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
+        load_statistics(delta, shared.delta[at.stage]);
         wait_products<0>();
     };
-    auto dq = partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{});
+    // In the registers of the scores: when it is computed they are not needed, and are again only
+    // when it has been handed over.
+    auto dq = make_tensor(
+        scores.data(),
+        partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{}).layout());
+    static_assert(size(dq) <= size(scores));
     const auto hand_over_dq = [&]() __attribute__((always_inline)) {
         shared.dq_empty[warpgroup].wait(dq_parity);
         dq_parity ^= 1;
@@ -305,8 +321,13 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         dq_at.advance();
     };
     const auto start_dq = [&]() __attribute__((always_inline)) {
-        start_product<false>(query_mma, kt_operand, dscores_operand(shared.dscores[dq_at.stage]),
-                             dq);
+        const auto slice = query_mma.get_slice(first_thread);
+        start_product<false>(
+            query_mma,
+            slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutKTransposed{})),
+            slice.partition_fragment_B(
+                tile_of(shared.dscores[dq_at.stage], typename Traits::LayoutDscores{})),
+            dq);
     };
 
     shared.q_full[0].wait(0);
@@ -314,20 +335,19 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         shared.kv_full.wait(0);
         start_scores();
         wait_products<0>();
+        forget_operands();
         begin_step();
         for (bool first_step = true;; first_step = false) {
             // Gradient of the scores, 16 queries at a time, so that registers come free early.
             shared.dscores_empty[dscores_at.stage].wait(dscores_at.parity ^ 1);
-            const float* delta = shared.delta[at.stage] + thread_column();
             CUTE_UNROLL
             for (int i = 0; i < size(scores); i += 8) {
                 CUTE_UNROLL
                 for (int j = i; j < i + 8; j += 2) {
-                    const float2 sums = *reinterpret_cast<const float2*>(delta + j / 4 * 8);
                     probability_pairs(j / 2) = round_pair<Element>(scores(j), scores(j + 1));
                     dscore_pairs(j / 2) =
-                        round_pair<Element>(scores(j) * (dscores(j) - sums.x),
-                                            scores(j + 1) * (dscores(j + 1) - sums.y));
+                        round_pair<Element>(scores(j) * (dscores(j) - delta[j / 4].x),
+                                            scores(j + 1) * (dscores(j + 1) - delta[j / 4].y));
                 }
                 store_matrices_transposed(
                     dscores_place.of(shared.dscores[dscores_at.stage], i / 8), dscore_pairs(i / 2),
@@ -338,27 +358,28 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
             release(shared.dscores_full[dscores_at.stage]);
             dscores_at.advance();
 
+            // The compiler does not follow products around a branch. So dq before the first step
+            // and the scores behind the last one are computed, of what lies there, for nobody.
+            if (!first_step) shared.dscores_full[dq_at.stage].wait(dq_at.parity);
             turns.wait();
+            start_dq();
             start_product<true>(key_mma, as_register_operand<kBlockM>(probabilities),
-                                columns_operand(shared.dout[at.stage]), dv);
+                                query_columns_operand(shared.dout[at.stage]), dv);
             start_product<true>(key_mma, as_register_operand<kBlockM>(rounded),
-                                columns_operand(shared.q[at.stage]), dk);
+                                query_columns_operand(shared.q[at.stage]), dk);
+            wait_products<2>();  // dq
+            if (!first_step) hand_over_dq();
             Barrier& q_empty = shared.q_empty[at.stage];
             Barrier& dout_empty = shared.dout_empty[at.stage];
             at.advance();
             shared.q_full[at.stage].wait(at.parity);
-            // The compiler does not follow products around a branch. So the scores behind the last
-            // step and dq before the first one are computed, of what lies there, for nobody.
             start_scores();
-            wait_products<1>();  // all but the scores
-            release(q_empty);
-            release(dout_empty);
-            if (!first_step) shared.dscores_full[dq_at.stage].wait(dq_at.parity);
-            start_dq();
             turns.pass_on();
             wait_products<0>();
-            if (!first_step) hand_over_dq();
+            release(q_empty);
+            release(dout_empty);
             if (shared.steps[at.stage].m_tile < 0) break;
+            forget_operands();
             begin_step();
         }
         shared.dscores_full[dq_at.stage].wait(dq_at.parity);

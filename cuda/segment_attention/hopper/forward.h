@@ -259,9 +259,15 @@ void launch_forward(const SegmentAttentionParams& params, cudaStream_t stream) {
     auto* kernel = attention_forward_kernel<Traits>;
     constexpr int kSharedBytes = static_cast<int>(sizeof(ForwardShared<Traits>));
     reserve_shared_memory(kOp, kernel, kSharedBytes);
+    const int multiprocessors = num_multiprocessors(kOp);
+    const int group = args.num_heads / args.num_kv_heads;
+    // Several tiles for each multiprocessor, so that a section ends evenly.
+    constexpr int kTiles = 4;
+    args.heads_at_once =
+        group * std::clamp(ceil_div(kTiles * multiprocessors, group * args.plan.max_q_tiles), 1,
+                           args.num_kv_heads);
     const int items = args.num_heads * args.plan.max_q_tiles;
-    kernel<<<std::min(items, num_multiprocessors(kOp)), Traits::kThreads, kSharedBytes, stream>>>(
-        args);
+    kernel<<<std::min(items, multiprocessors), Traits::kThreads, kSharedBytes, stream>>>(args);
     check_launch(kOp);
 }
 

@@ -72,6 +72,7 @@ struct ForwardArguments {
     AttentionPlan plan;
     int num_heads;
     int num_kv_heads;
+    int heads_at_once;  // query heads of a section of the work; whole groups of a key/value head
     int head_dim;
     float scale;
 };

@@ -5,9 +5,9 @@
 
 namespace lemo::cuda::hopper {
 
-/// A tile of queries of one head. Items of work are numbered so that those with the most keys come
-/// first, whatever their head: the short ones fill the end, and blocks that run together read the
-/// same few keys.
+/// A tile of queries of one head. Items of work are numbered by sections of a few key/value heads,
+/// so that their keys stay in the L2 cache, and within a section so that tiles with the most keys
+/// come first: the short ones fill the end, and blocks that run together read the same few keys.
 struct ForwardWork {
     int head;
     int kv_head;
@@ -20,9 +20,13 @@ struct ForwardWork {
     template <typename Traits>
     __device__ static ForwardWork make(const ForwardArguments& args, int index) {
         ForwardWork work;
-        work.head = index % args.num_heads;
+        const int section_items = args.heads_at_once * args.plan.max_q_tiles;
+        const int first_head = index / section_items * args.heads_at_once;
+        const int heads = min(args.heads_at_once, args.num_heads - first_head);
+        const int item = index % section_items;
+        work.head = first_head + item % heads;
         work.kv_head = work.head / (args.num_heads / args.num_kv_heads);
-        const int packed_tile = args.plan.max_q_tiles - 1 - index / args.num_heads;
+        const int packed_tile = args.plan.max_q_tiles - 1 - item / heads;
         work.exists = find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, Traits::kBlockM,
                                 packed_tile, work.tile);
         if (!work.exists) return work;
