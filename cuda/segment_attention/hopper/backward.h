@@ -270,7 +270,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         start_product<false>(score_mma, keys_operand(shared.k), queries_operand(shared.q[at.stage]),
                              scores);
     };
-    // What a thread's queries, two of every eight, have in shared memory: their log-sum-exp or delta.
+    // What a thread's queries have in shared memory, two of every eight: log-sum-exp or delta.
     using Statistics = float2[kBlockM / 8];
     Statistics delta;
     const auto load_statistics = [](Statistics& to, const float* from)
