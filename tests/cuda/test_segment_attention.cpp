@@ -189,12 +189,13 @@ template <typename T>
 class SegmentAttentionCuda : public ::testing::Test {};
 TYPED_TEST_SUITE(SegmentAttentionCuda, testing::LowPrecisionTypes);
 
-TYPED_TEST(SegmentAttentionCuda, MatchesCpu) {
-    for (const Case& the_case : cases()) {
-        Attention<TypeParam> attention(the_case);
+template <typename T>
+void expect_cpu_results(const std::vector<Case>& list) {
+    for (const Case& the_case : list) {
+        Attention<T> attention(the_case);
         const Results<float> oracle = attention.on_cpu();
         for (const auto& [kernel, deterministic] : kernels()) {
-            const Results<TypeParam> results = attention.on_gpu(kernel, deterministic);
+            const Results<T> results = attention.on_gpu(kernel, deterministic);
             const std::string what = std::string(the_case.name) + ", " + kernel;
             // Probabilities are rounded on the way to out, and so are their gradients.
             expect_close(results.out, oracle.out, what + ": out", 2);
@@ -204,6 +205,15 @@ TYPED_TEST(SegmentAttentionCuda, MatchesCpu) {
             expect_close(results.lse, oracle.lse, what + ": lse");
         }
     }
+}
+
+TYPED_TEST(SegmentAttentionCuda, MatchesCpu) { expect_cpu_results<TypeParam>(cases()); }
+
+TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
+    // Three tiles of keys and a rest, each seen by several heads; both head sizes; other keys.
+    expect_cpu_results<TypeParam>({{"three tiles", {390}, 2, 1, 64, 1, 1, false},
+                                   {"two sequences", {150, 130}, 2, 1, 128, 1, 1, false},
+                                   {"other keys", {140}, 2, 2, 128, 0.8, 0.8, true, 0, 64}});
 }
 
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
