@@ -72,17 +72,18 @@ def main_job_table(results: Path) -> str:
 
 
 def gpu_table(results: Path) -> str:
-    """Fine-tuning steps on a GPU as Markdown, those of the latest commit, from JSON lines."""
+    """Fine-tuning steps on a GPU as Markdown: of each length those of the latest commit."""
     lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
     records = [record for record in map(json.loads, lines) if record["bench"] in GPU_BENCHES]
     if not records:
         return "No fine-tuning step has been recorded yet."
     latest = records[-1]
+    commits = {record["shape"]["tokens"]: record["commit"] for record in records}
     # (tokens, method) -> quantity -> value; a peer stands in several lines of the same run.
     methods: dict[tuple[int, str], dict[str, float]] = {}
     for record in records:
-        if record["commit"] == latest["commit"]:
-            shape, quantity = record["shape"], record["bench"]
+        shape, quantity = record["shape"], record["bench"]
+        if record["commit"] == commits[shape["tokens"]]:
             peer = PEERS.get(record["peer"], record["peer"])
             methods.setdefault((shape["tokens"], peer), {})[quantity] = record["peer_value"]
             methods.setdefault((shape["tokens"], _variant(shape)), {})[quantity] = record["ours"]
@@ -90,9 +91,10 @@ def gpu_table(results: Path) -> str:
     for (tokens, method), values in sorted(methods.items(), key=_by_length_then_peers_first):
         step, memory = (values[bench] for bench in GPU_BENCHES)
         table.append(f"| {tokens} | {method} | {step / 1e3:.2f} | {memory:.1f} |")
+    measured = ", ".join(f"{tokens}: {commit}" for tokens, commit in sorted(commits.items()))
     return "\n".join(table) + (
         "\n\nThe Llama-3-8B shape, bf16 (weights 15.0 GiB), LoRA rank 8 on q, k, v and o, batch 1; "
-        f"{latest['gpu']}, torch {latest['torch']}, {latest['date']}, commit {latest['commit']}. "
+        f"{latest['gpu']}, torch {latest['torch']}, {latest['date']} (tokens: commit: {measured}). "
         "Random weights: time and memory only. With keep 0.5 every layer leaves out half of the "
         "blocks; keep 1 computes what dense LoRA computes."
     )

@@ -13,6 +13,7 @@
 #include "common/cublas.h"
 #include "common/launch.h"
 #include "common/reduce.h"
+#include "common/tensor_core.h"
 #include "common/vector.h"
 
 namespace lemo {
@@ -53,24 +54,17 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
                  : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
-
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
-}
-
 /// Waits until at most `pending` of this thread's committed groups are under way.
 __device__ __forceinline__ void wait_copies(int pending) {
     static_assert(kMaxStashed == 7, "one case for each number of groups still wanted later");
     switch (pending) {
-        case 6: return wait_copies<6>();
-        case 5: return wait_copies<5>();
-        case 4: return wait_copies<4>();
-        case 3: return wait_copies<3>();
-        case 2: return wait_copies<2>();
-        case 1: return wait_copies<1>();
-        default: return wait_copies<0>();
+        case 6: return cuda::wait_copies<6>();
+        case 5: return cuda::wait_copies<5>();
+        case 4: return cuda::wait_copies<4>();
+        case 3: return cuda::wait_copies<3>();
+        case 2: return cuda::wait_copies<2>();
+        case 1: return cuda::wait_copies<1>();
+        default: return cuda::wait_copies<0>();
     }
 }
 
@@ -108,7 +102,7 @@ public:
                 const int words = min(kElements<T>, vocabulary_ - first);
                 if (words > 0) copy_async(slot(batch, v), logits_ + first, words * sizeof(T));
             }
-            commit_copies();
+            cuda::commit_copies();
         }
         CUTLASS_PRAGMA_UNROLL
         for (int v = 0; v < kBatch; ++v) {
@@ -438,6 +432,7 @@ public:
 
     void run() {
         load_bias();
+        clear_padding();
         plan_shared_memory();
         for (int64_t first = 0; first < rows_; first += plan_.segment) {
             const int64_t rows = std::min(plan_.segment, rows_ - first);
@@ -502,6 +497,15 @@ private:
     }
 
     size_t shared_bytes() const { return static_cast<size_t>(num_stashed_) * kBatchBytes; }
+
+    /// Vectors reach beyond the last word, where no product writes; what lies there is masked.
+    void clear_padding() const {
+        if (plan_.stride == vocabulary_ || rows_ == 0) return;
+        const auto bytes = [](int64_t count) { return static_cast<size_t>(count) * sizeof(T); };
+        cuda::check_status(kOp, cudaMemset2DAsync(logits() + vocabulary_, bytes(plan_.stride), 0,
+                                                  bytes(plan_.stride - vocabulary_),
+                                                  static_cast<size_t>(plan_.segment), stream_));
+    }
 
     void compute_logits(int64_t first, int64_t rows) const {
         const DType dtype = params_.hidden.dtype;

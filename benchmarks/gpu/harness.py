@@ -14,11 +14,14 @@ def median_ms(
 ) -> list[dict]:
     """Milliseconds of one call of each function, taking turns: `{"median", "range"}`.
 
-    A measurement is `calls` calls in a row, so that the GPU never waits for the host.
+    A measurement is `calls` calls in a row, so that the GPU never waits for the host. Each round
+    begins with another function: how hot one leaves the GPU is the next one's clock.
     """
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(WARMUP + repeats):
-        for function, taken in zip(functions, times):
+        for index in range(len(functions)):
+            index = (index + repeat) % len(functions)
+            function, taken = functions[index], times[index]
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(calls):

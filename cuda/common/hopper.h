@@ -40,6 +40,12 @@ public:
                      : "memory");
     }
 
+    /// One arrival for the whole warp, behind what all its lanes did.
+    __device__ __forceinline__ void arrive_warp() {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) arrive();
+    }
+
     /// Arrives, and announces bytes that copies will bring.
     __device__ __forceinline__ void arrive_expecting(int bytes) {
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(

@@ -34,13 +34,16 @@ multiply(long long m, long long n, long long k, float alpha, Matrix a, Matrix b,
     const long long element = static_cast<long long>(blockIdx.x) * kWarps + threadIdx.x / 32;
     if (element >= m * n) return;
     const long long row = element % m, column = element / m;
-    float sum = 0;
-    for (long long i = threadIdx.x % 32; i < k; i += 32) sum += a.at(row, i) * b.at(i, column);
+    // In fp64: the sign of a sum near 0 is that of the exact one.
+    double sum = 0;
+    for (long long i = threadIdx.x % 32; i < k; i += 32) {
+        sum += static_cast<double>(a.at(row, i)) * b.at(i, column);
+    }
     for (int offset = 16; offset > 0; offset /= 2) {
         sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     }
     if (threadIdx.x % 32 > 0) return;
-    float value = alpha * sum;
+    auto value = static_cast<float>(alpha * sum);
     if (beta != 0) value += beta * c.at(row, column);
     const long long i = row + column * c.stride;
     switch (c.dtype) {

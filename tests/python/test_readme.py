@@ -103,7 +103,7 @@ def test_table_shows_the_latest_measurement_of_each_keep(tmp_path):
     assert table["perplexity, book, last quarter"][:3] == ["99.00", "30.00", "30.30 (1.010x)"]
 
 
-def test_gpu_table_shows_each_method_of_the_latest_commit_once(tmp_path):
+def test_gpu_table_shows_each_method_of_the_latest_commit_of_a_length_once(tmp_path):
     def step(tokens, keep, ours, peer, peer_value, commit="b", **shape):
         shape = {"tokens": tokens, "keep": keep, "scorer": "pooled", "recompute": "layer"} | shape
         common = {"shape": shape, "gpu": "G", "torch": "2", "commit": commit, "date": "d"}
@@ -115,11 +115,13 @@ def test_gpu_table_shows_each_method_of_the_latest_commit_once(tmp_path):
         *step(64, 0.5, 9000.0, "liger", 9999.0, commit="a"),
         *step(64, 0.5, 1000.0, "liger", 4000.0),
         *step(64, 0.5, 1000.0, "s2", 3000.0),
-        *step(32, 1.0, 2500.0, "liger", 2000.0, scorer="predictor", recompute="none"),
+        *step(32, 1.0, 2500.0, "liger", 2000.0, "a", scorer="predictor", recompute="none"),
     ]
     results = tmp_path / "gpu.jsonl"
     results.write_text("".join(json.dumps(r) + "\n" for r in records))
-    rows = [line for line in readme_table.gpu_table(results).splitlines() if line[2:3].isdigit()]
+    table = readme_table.gpu_table(results)
+    assert "32: a, 64: b" in table
+    rows = [line for line in table.splitlines() if line[2:3].isdigit()]
     assert rows == [
         "| 32 | Liger kernels, checkpointing | 2.00 | 2.0 |",
         "| 32 | lemo, keep 1, nothing recomputed, scorer predictor | 2.50 | 1.0 |",

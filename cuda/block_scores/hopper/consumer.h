@@ -179,8 +179,7 @@ __device__ __forceinline__ void raise_cells(const WarpRows& rows, const Sums<Tra
             }
         }
         if (job.last_of_tile) {
-            __syncwarp();
-            if (rows.lane == 0) shared.cells_full[at.stage].arrive();
+            shared.cells_full[at.stage].arrive_warp();
             at.advance();
         }
     }
@@ -242,9 +241,6 @@ template <typename Traits>
 __device__ void consume(const Arguments& args, Shared<Traits>& shared, int thread) {
     const int lane = thread % 32;
     const int group = args.heads / args.key_heads;
-    const auto release = [&](cuda::Barrier& barrier) {
-        if (lane == 0) barrier.arrive();
-    };
 
     Multiplier<Traits> multiplier(shared, thread);
     typename Multiplier<Traits>::Product product;
@@ -265,8 +261,8 @@ __device__ void consume(const Arguments& args, Shared<Traits>& shared, int threa
                 const auto multiply = [&](int half) {
                     multiplier.multiply(queries_at.stage, keys_at.stage, half, product);
                     if (half + 1 < key_halves) return;
-                    release(shared.queries_empty[queries_at.stage]);
-                    if (head == group - 1) release(shared.keys_empty[keys_at.stage]);
+                    shared.queries_empty[queries_at.stage].arrive_warp();
+                    if (head == group - 1) shared.keys_empty[keys_at.stage].arrive_warp();
                 };
                 const auto add = [&](float (&half_sums)[Traits::kProductKeys / 2]) {
                     CUTE_UNROLL
@@ -289,7 +285,7 @@ __device__ void consume(const Arguments& args, Shared<Traits>& shared, int threa
         hide<Traits>(rows, sums);
         raise_cells<Traits>(rows, sums, cells_at, shared);
         __syncwarp();
-        release(shared.job_empty[job_at.stage]);
+        shared.job_empty[job_at.stage].arrive_warp();
         job_at.advance();
     }
 }

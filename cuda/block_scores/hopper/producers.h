@@ -154,8 +154,7 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
         const int num_queries = job.num_queries, num_keys = job.num_keys;
         const int key_halves = job.key_halves, part = job.part, first_block = job.first_block;
         const bool last_of_tile = job.last_of_tile, last_of_item = job.last_of_item;
-        __syncwarp();
-        if (lane == 0) shared.job_empty[job_at.stage].arrive();
+        shared.job_empty[job_at.stage].arrive_warp();
         job_at.advance();
         if (key_halves == 0) return;
         if (last_of_tile) {
@@ -172,8 +171,7 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
                         cells[n] = 0;
                     }
                 }
-                __syncwarp();
-                if (lane == 0) shared.cells_empty[cells_at.stage].arrive();
+                shared.cells_empty[cells_at.stage].arrive_warp();
                 cells_at.advance();
             }
         }

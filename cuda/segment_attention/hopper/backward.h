@@ -239,9 +239,6 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         return key_mma.get_slice(first_thread)
             .partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
     };
-    const auto release = [](Barrier& barrier) {
-        if (threadIdx.x % 32 == 0) barrier.arrive();
-    };
 
     auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
     auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
@@ -315,9 +312,8 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
             part[i / 4 * kWarpgroupThreads] =
                 make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
         }
-        __syncwarp();
-        release(shared.dq_full[warpgroup]);
-        release(shared.dscores_empty[dq_at.stage]);
+        shared.dq_full[warpgroup].arrive_warp();
+        shared.dscores_empty[dq_at.stage].arrive_warp();
         dq_at.advance();
     };
     const auto start_dq = [&]() __attribute__((always_inline)) {
@@ -354,8 +350,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
                     dscore_pairs(i / 2 + 1), dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
             }
             publish_shared_writes();
-            __syncwarp();
-            release(shared.dscores_full[dscores_at.stage]);
+            shared.dscores_full[dscores_at.stage].arrive_warp();
             dscores_at.advance();
 
             // The compiler does not follow products around a branch. So dq before the first step
@@ -376,8 +371,8 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
             start_scores();
             turns.pass_on();
             wait_products<0>();
-            release(q_empty);
-            release(dout_empty);
+            q_empty.arrive_warp();
+            dout_empty.arrive_warp();
             if (shared.steps[at.stage].m_tile < 0) break;
             forget_operands();
             begin_step();

@@ -117,9 +117,6 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
         return output_slice.partition_fragment_B(
             make_tensor(make_smem_ptr(shared.v[stage]), typename Traits::LayoutV{}));
     };
-    const auto release = [](Barrier& barrier) {
-        if (threadIdx.x % 32 == 0) barrier.arrive();
-    };
 
     const Turns<Traits::kConsumers> turns(warpgroup);
     const bool negative = args.scale < 0;
@@ -144,7 +141,7 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
             shared.k_full[k_at.stage].wait(k_at.parity);
             start_product<false>(score_mma, q_operand, k_operand(k_at.stage), scores);
             wait_products<0>();
-            release(shared.k_empty[k_at.stage]);
+            shared.k_empty[k_at.stage].arrive_warp();
             k_at.advance();
             hide(scores, work.n_end - 1);
             softmax.template update<kBlockN, true>(scores);
@@ -162,13 +159,13 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
                                     v_operand(v_at.stage), output);
                 turns.pass_on();
                 wait_products<1>();
-                release(shared.k_empty[k_at.stage]);
+                shared.k_empty[k_at.stage].arrive_warp();
                 k_at.advance();
                 if constexpr (kMasked) hide(scores, n_tile);
                 const float2 factors = softmax.template update<kBlockN, kMasked>(scores);
                 finish_before_waiting(softmax.sum, shared);
                 wait_products<0>();
-                release(shared.v_empty[v_at.stage]);
+                shared.v_empty[v_at.stage].arrive_warp();
                 v_at.advance();
                 probabilities = round_to<Element>(scores);
                 if (__any_sync(0xffffffffu, factors.x != 1.0f || factors.y != 1.0f)) {
@@ -184,14 +181,14 @@ __device__ void consume(const ForwardArguments& args, ForwardShared<Traits>& sha
             for (; n_tile >= all_begin; --n_tile) step(n_tile, std::false_type{});
             for (; n_tile >= work.n_begin; --n_tile) step(n_tile, std::true_type{});
 
-            release(shared.q_empty);
+            shared.q_empty.arrive_warp();
             q_at.advance();
             shared.v_full[v_at.stage].wait(v_at.parity);
             start_product<true>(output_mma, as_register_operand<kBlockN>(probabilities),
                                 v_operand(v_at.stage), output);
             softmax.finish();
             wait_products<0>();
-            release(shared.v_empty[v_at.stage]);
+            shared.v_empty[v_at.stage].arrive_warp();
             v_at.advance();
         } else {
             clear(output);
