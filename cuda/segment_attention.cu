@@ -89,7 +89,7 @@ int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& pa
 }
 
 void segment_attention_cuda(const SegmentAttentionParams& params, void* stream) {
-    const Kernels kernels = choose_kernels(kForward, params);
+    [[maybe_unused]] const Kernels kernels = choose_kernels(kForward, params);
     if (params.q.size(0) == 0) return;
     dispatch(params, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
 #ifdef LEMO_WITH_HOPPER
