@@ -81,8 +81,13 @@ gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyT
 wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
 	rm -rf dist build/sdist && mkdir -p build/sdist
 	$(VENV)/bin/python setup.py -q sdist -d dist
-	# In a folder of one name, so that a compiler cache knows its files again.
+	# In a folder of one name, from which the environment has the path that it has from here, so that a
+	# compiler cache knows the files of the package again.
 	tar -xzf dist/lemo-*.tar.gz -C build/sdist
+	ln -s $(abspath $(VENV)) build/sdist/lemo-*/
+	packages=$$(echo build/sdist/lemo-*/$(notdir $(VENV))/lib/python*/site-packages); \
+	CMAKE_ARGS="$(CMAKE_ARGS) -DLEMO_TORCH_DIR=$(CURDIR)/$$packages/torch \
+		-DLEMO_CUTLASS_INCLUDE=$(CURDIR)/$$packages/cutlass_library/source/include" \
 	$(PIP) wheel -q --no-deps -w dist ./build/sdist/lemo-*
 
 clean:
