@@ -14,8 +14,8 @@ struct BackwardTraits {
     // Keys of a thread block, 64 a warpgroup; the gradients of keys and values are kHeadDim
     // registers a thread.
     static constexpr int kBlockN = 64 * kConsumers;
-    // Queries of a step: scores and their gradient are kBlockM registers a thread, and shared memory
-    // holds three gradients of scores beside two stages of queries.
+    // Queries of a step: scores and their gradient are kBlockM registers a thread, and shared
+    // memory holds three gradients of scores beside two stages of queries.
     static constexpr int kBlockM = kHeadDim == 64 ? 96 : 64;
     static constexpr int kStages = 2;
     // A warpgroup writes one while the other one, up to a step behind, reads one of the two before.
