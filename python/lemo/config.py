@@ -52,7 +52,9 @@ class LemoConfig:
         schedule: (progress, keep) pairs: from that share of the training on, this keep replaces
             `keep` and `keep_mlp` in all layers that are not dense, cut by ratio. 1.0 is a dense
             finish.
-        mask_loss: tokens that no sub-block kept do not count in the loss.
+        mask_loss: which tokens do not count in the loss. True: those that no sub-block kept; a share
+            in (0, 1]: those that fewer than this share of all sub-blocks kept, for dense layers
+            keep every token; False: all count.
         loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all
@@ -80,7 +82,7 @@ class LemoConfig:
     visible_keys: str = "kept"
     group_size: int | None = None
     schedule: tuple[tuple[float, float], ...] = ()
-    mask_loss: bool = True
+    mask_loss: bool | float = True
     loss_segment: int | None = None
     recompute: str = "auto"
     seed: int = 0
@@ -99,7 +101,13 @@ class LemoConfig:
         if self.loss_segment is not None:
             _check_int("loss_segment", self.loss_segment, minimum=1)
         if not isinstance(self.mask_loss, bool):
-            raise TypeError(f"mask_loss: expected a bool, got {self.mask_loss!r}")
+            if not _is_number(self.mask_loss):
+                raise TypeError(f"mask_loss: expected a bool or a share, got {self.mask_loss!r}")
+            if not 0.0 < self.mask_loss <= 1.0:
+                raise ValueError(
+                    f"mask_loss: expected a bool or a share in (0, 1], got {self.mask_loss!r}"
+                )
+            self._set("mask_loss", float(self.mask_loss))
 
         self._set("keep", _shares("keep", self.keep))
         if self.keep_mlp is not None:

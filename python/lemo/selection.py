@@ -1,5 +1,6 @@
 """Which blocks every sub-block keeps: scores, policies, sharing between layers, statistics."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -188,18 +189,25 @@ class Selector:
             self._cuts[key] = Selection.everything(self._layout)
         return self._cuts[key]
 
-    def untouched_rows(self) -> Tensor | None:
-        """[T] bool: rows that no sub-block kept in this pass; None if each was kept somewhere."""
-        selections = {id(s): s for kind in self._selected.values() for s in kind}.values()
-        if any(selection.rows is None for selection in selections):
+    def masked_rows(self) -> Tensor | None:
+        """[T] bool: rows whose loss does not count after this pass (`mask_loss`); None: all count."""
+        mask = self.config.mask_loss
+        if mask is False:
+            return None
+        selections = [s for kind in self._selected.values() for s in kind]
+        # How many sub-blocks have to keep a row; more than a rounding error of the share.
+        needed = 1 if mask is True else max(math.ceil(mask * len(selections) - 1e-9), 1)
+        everywhere = sum(selection.rows is None for selection in selections)
+        if everywhere >= needed:
             return None
         # By blocks: every layer may have a set of its own, and one launch serves them all.
         layout = self._layout
         lengths = layout.block_starts.diff().long()
-        untouched = torch.ones(layout.num_blocks, dtype=torch.bool, device=lengths.device)
-        kept = torch.cat([selection.kept_blocks for selection in selections])
-        untouched.index_fill_(0, kept.long(), False)
-        return untouched.repeat_interleave(lengths, output_size=layout.num_tokens)
+        kept = torch.cat([s.kept_blocks for s in selections if s.rows is not None])
+        times = torch.zeros(layout.num_blocks, dtype=torch.int32, device=lengths.device)
+        times.index_add_(0, kept, torch.ones_like(kept))
+        masked = times < needed - everywhere
+        return masked.repeat_interleave(lengths, output_size=layout.num_tokens)
 
     def statistics(self) -> list[LayerStatistics]:
         """One entry for each layer of the last forward pass; empty before the first."""

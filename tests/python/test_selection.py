@@ -165,8 +165,26 @@ def test_rows_that_no_sub_block_kept():
     for block in blocks:
         untouched[starts[block] : starts[block + 1]] = False
     assert 0 < untouched.sum() < LAYOUT.num_tokens
-    assert torch.equal(selector.untouched_rows(), untouched)
-    assert run(LemoConfig(keep=0.3))[2].untouched_rows() is None, "dense layers touch every row"
+    assert torch.equal(selector.masked_rows(), untouched)
+    assert run(LemoConfig(keep=0.3))[2].masked_rows() is None, "dense layers touch every row"
+    off = LemoConfig(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all", mask_loss=False)
+    assert run(off)[2].masked_rows() is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("dense", [[], [0, -1]])
+def test_rows_that_few_sub_blocks_kept(share, dense):
+    settings = {"keep": 0.3, "keep_mlp": 0.5, "select_at": "all", "dense_layers": dense}
+    kept, _, selector = run(LemoConfig(**settings, mask_loss=share))
+    starts = LAYOUT.block_starts.tolist()
+    times = torch.zeros(LAYOUT.num_tokens)
+    for blocks in kept.values():
+        for block in range(LAYOUT.num_blocks) if blocks is None else blocks:
+            times[starts[block] : starts[block + 1]] += 1
+    expected = times / len(kept) < share
+    masked = selector.masked_rows()
+    assert torch.equal(expected if masked is None else masked, expected)
+    assert expected.any() == (masked is not None)
 
 
 def test_the_last_pass_is_forgotten():

@@ -228,7 +228,7 @@ def test_a_selection_never_waits_for_the_gpu():
             selector.select(layer, "mlp", lambda: scores)
             batch.rotate(torch.randn(kept.num_rows, 2, 8), kept)
         assert batch.positions.numel() == 1030
-        selector.untouched_rows()
+        selector.masked_rows()
         selector.statistics()
     if on_gpu():
         with pytest.raises(RuntimeError), no_synchronisation():

@@ -143,13 +143,12 @@ class Handle:
                 f"in segments, got {self._adapter.causal_lm.loss_function}"
             )
         batch, x, entries = self._run(arguments)
-        untouched = self._selector.untouched_rows() if self.config.mask_loss else None
         loss = causal_lm_loss(
             self._adapter,
             batch,
             x,
             labels,
-            untouched,
+            self._selector.masked_rows(),
             self.config.loss_segment,
             **{name: arguments[name] for name in _LOSS_ARGUMENTS if name in arguments},
         )

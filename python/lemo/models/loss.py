@@ -18,7 +18,7 @@ def causal_lm_loss(
     batch: PackedBatch,
     x: Tensor,
     labels: Tensor,
-    untouched: Tensor | None = None,
+    masked: Tensor | None = None,
     segment_rows: int | None = None,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -34,11 +34,11 @@ def causal_lm_loss(
         batch: what the rows of `x` are.
         x: [T, H], the residual stream after the last layer.
         labels: [B, S]; the token at t is predicted from t - 1.
-        untouched: [T] bool, rows whose own prediction does not count; None: all count.
+        masked: [T] bool, rows whose own prediction does not count; None: all count.
         segment_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
         shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
         num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
-            untouched rows drop labels, it shrinks by the same share, so that it stays a mean.
+            masked rows drop labels, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
     """
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
@@ -51,8 +51,8 @@ def causal_lm_loss(
     targets = batch.pack(shift_labels.reshape(batch.shape)).to(x.device)
     counted = targets != ignore_index
     divisor = num_items_in_batch
-    if untouched is not None:
-        kept = counted & ~untouched
+    if masked is not None:
+        kept = counted & ~masked
         if divisor is not None:
             divisor = divisor * (kept.sum() / counted.sum().clamp(min=1))
         counted = kept

@@ -1,0 +1,372 @@
+"""Quality of fine-tuned models: named methods under one protocol, and one table of them.
+
+    python benchmarks/quality.py --model MODEL --train TRAIN.jsonl.xz --eval EVAL.jsonl.xz
+
+Every method of ``quality.yaml`` (``--methods`` picks some) fine-tunes the same model on the same
+windows in the same order and is then evaluated densely: perplexity of held-out documents, over the
+whole window and over its last quarter, each kind of document separately, and retrieval of a passage
+planted far back (``retrieval.py``). Each run is a process of its own, ``--jobs`` at a time on each
+of ``--gpus`` (times count only with one). What is reported of a method - perplexity, kept share,
+seconds of a step, peak memory - comes from the very same run.
+
+``--equal time`` gives every method the wall-clock time that the first one (dense LoRA, say) takes
+for ``--steps``; how long its steps are is read off ``--probe-steps`` steps first.
+
+Rows are appended to ``--output`` as the runs end; ``--table`` prints what the file has and runs
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SETTINGS = ("elimination", "settings", "predictor")
+TRAINING = ("model", "train", "context", "batch", "learning_rate", "rank", "warmup", "device")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, help="folder of a causal LM")
+    parser.add_argument("--train", type=Path, help="documents to train on")
+    parser.add_argument("--eval", type=Path, help="held-out documents")
+    parser.add_argument("--methods", nargs="+", help="names in --file (default: all)")
+    parser.add_argument("--file", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--context", type=int, default=16384, help="tokens of a window")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps")
+    parser.add_argument("--batch", type=int, default=8, help="windows of a step")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=int, default=10, help="steps of rising learning rate")
+    parser.add_argument("--rank", type=int, default=16, help="LoRA rank, every linear layer")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--equal", choices=("steps", "time"), default="steps")
+    parser.add_argument("--probe-steps", type=int, default=8)
+    parser.add_argument("--books", type=int, default=10, help="documents of the kind 'book'")
+    parser.add_argument("--others", type=int, default=8, help="documents of every other kind")
+    parser.add_argument("--predictors", type=Path, help="folder that lemo prepare wrote")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
+    parser.add_argument("--threads", type=int, default=4, help="CPU threads of a run")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/quality")
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY / "benchmarks/results/quality.jsonl"
+    )
+    parser.add_argument("--commit", default="unknown", help="commit of the measured tree")
+    parser.add_argument("--table", action="store_true", help="print --output and stop")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.table or options.worker:
+        return options
+    for name in ("model", "train", "eval", "file"):
+        path = getattr(options, name)
+        if path is None or not path.exists():
+            parser.error(f"--{name}: expected an existing path, got '{path}'")
+    known = yaml.safe_load(options.file.read_text(encoding="utf-8"))
+    options.methods = options.methods or list(known)
+    for name in options.methods:
+        if name not in known:
+            parser.error(f"--methods: expected names of {options.file}, got '{name}'")
+    options.known = {name: method_of(name, known[name], options) for name in options.methods}
+    return options
+
+
+def method_of(name: str, method: dict | None, options: argparse.Namespace) -> dict:
+    """A method with what its entries mean at this context: "context/4" is a number of tokens."""
+    method = dict(method or {})
+    unknown = set(method) - set(SETTINGS) - {"steps", "about"}
+    if unknown:
+        raise SystemExit(f"{name}: expected {', '.join(SETTINGS)} or steps, got {sorted(unknown)}")
+    elimination = method.get("elimination")
+    if elimination is not None:
+        elimination = {key: _tokens(value, options.context) for key, value in elimination.items()}
+        if elimination.get("scorer") == "predictor":
+            if options.predictors is None:
+                raise SystemExit(f"--predictors: expected a folder, because '{name}' uses one")
+            elimination["predictor"] = str(options.predictors)
+    return method | {"elimination": elimination}
+
+
+def _tokens(value: object, context: int) -> object:
+    if isinstance(value, str) and value.startswith("context/"):
+        return context // int(value.removeprefix("context/"))
+    return value
+
+
+# --- the runs
+
+
+def jobs_of(options: argparse.Namespace, steps: dict[str, int]) -> Iterator[dict]:
+    """What each process has to know, methods in turn, seed after seed."""
+    for seed in options.seeds:
+        for name in options.methods:
+            yield {
+                "name": name,
+                "seed": seed,
+                "steps": steps[name],
+                "method": options.known[name],
+                "options": {key: _plain(value) for key, value in vars(options).items()},
+                "output": str(options.work / f"{name}-{options.context}-{seed}"),
+            }
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_all(options: argparse.Namespace, jobs: Iterable[dict]) -> list[dict]:
+    """Runs the jobs, as many at a time as there are places; the rows of those that succeeded."""
+    options.work.mkdir(parents=True, exist_ok=True)
+    waiting, rows, failed = list(jobs), [], []
+    places = [place % options.gpus for place in range(options.gpus * options.jobs)]
+    running: dict[subprocess.Popen, tuple[dict, int]] = {}
+    while waiting or running:
+        while waiting and places:
+            job, gpu = waiting.pop(0), places.pop(0)
+            running[_start(job, gpu, options)] = (job, gpu)
+        time.sleep(0.2)
+        for process in [process for process in running if process.poll() is not None]:
+            job, gpu = running.pop(process)
+            places.append(gpu)
+            result = Path(job["output"] + ".result.json")
+            if process.returncode != 0 or not result.exists():
+                failed.append(job["name"])
+                print(f"{job['name']}: exit code {process.returncode}; {job['output']}.log")
+                continue
+            rows.append(json.loads(result.read_text(encoding="utf-8")))
+            print(f"{job['name']} seed {job['seed']}: {summary(rows[-1])}", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return rows
+
+
+def _start(job: dict, gpu: int, options: argparse.Namespace) -> subprocess.Popen:
+    path = Path(job["output"] + ".job.json")
+    path.write_text(json.dumps(job), encoding="utf-8")
+    Path(job["output"] + ".result.json").unlink(missing_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    if options.device == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    with open(job["output"] + ".log", "w", encoding="utf-8") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, "--worker", str(path)],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def summary(row: dict) -> str:
+    figures = [f"{key} {value:.3f}" for key, value in row["perplexity"].items()]
+    return f"{', '.join(figures)}; {row['seconds']:.0f} s in all"
+
+
+def work(path: Path) -> None:
+    """One run: fine-tune, evaluate, leave a row in a file. The process of a method."""
+    job = json.loads(path.read_text(encoding="utf-8"))
+    options, method = job["options"], job["method"]
+    start = time.perf_counter()
+    training = train(job, options, method)
+    trained = time.perf_counter()
+    row = {
+        "bench": "quality",
+        "method": job["name"],
+        "seed": job["seed"],
+        "equal": options["equal"],
+        "shape": {
+            "model": Path(options["model"]).name,
+            "context": options["context"],
+            "batch": options["batch"],
+            "steps": job["steps"],
+            "learning_rate": options["learning_rate"],
+            "lora_rank": options["rank"],
+        },
+        "settings": {key: method[key] for key in SETTINGS if method.get(key)},
+        **training,
+        **evaluate_run(job, options),
+        "runs_at_a_time": options["jobs"],
+        "seconds_evaluating": round(time.perf_counter() - trained, 1),
+        "seconds": round(time.perf_counter() - start, 1),
+        "commit": options["commit"],
+        "date": datetime.date.today().isoformat(),
+    }
+    Path(job["output"] + ".result.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def train(job: dict, options: dict, method: dict) -> dict:
+    """What the run's log says; nothing where there is nothing to train."""
+    if job["steps"] == 0:
+        return {}
+    from lemo.training.config import FinetuneConfig
+    from lemo.training.finetune import finetune
+
+    settings = {
+        "model": options["model"],
+        "documents": options["train"],
+        "output": job["output"],
+        "context_length": options["context"],
+        "steps": job["steps"],
+        "batch_size": options["batch"],
+        "learning_rate": options["learning_rate"],
+        "warmup_steps": min(options["warmup"], job["steps"]),
+        "lora_rank": options["rank"],
+        "train_norms": True,
+        "seed": job["seed"],
+        "device": options["device"],
+        "save_every": job["steps"],
+        "overwrite": True,
+        "elimination": method["elimination"],
+    }
+    result = finetune(FinetuneConfig(**settings | method.get("settings", {})))
+    from lemo.training.run_log import LOG_NAME, read_log
+
+    records = read_log(result.folder / LOG_NAME)
+    # The first steps allocate and compile; of schedules every part counts as often as it comes.
+    times = [record["seconds"] for record in records[min(4, len(records) // 2) :]]
+    return {
+        "step_seconds": round(statistics.mean(times), 4),
+        "step_seconds_range": [round(min(times), 4), round(max(times), 4)],
+        "training_seconds": round(sum(record["seconds"] for record in records), 2),
+        "peak_memory_gib": round(result.peak_memory_bytes / 2**30, 3),
+        "kept_share": round(statistics.mean(record["kept_share"] for record in records), 4),
+        "last_loss": round(statistics.mean(record["loss"] for record in records[-10:]), 4),
+    }
+
+
+def evaluate_run(job: dict, options: dict) -> dict:
+    import torch
+
+    from lemo.data import read_documents
+    from lemo.training.evaluate import evaluate, load_for_evaluation
+    from lemo.training.model import load_tokenizer
+    from retrieval import retrieval_accuracy, retrieval_windows
+
+    tokenizer = load_tokenizer(options["model"])
+    model = load_for_evaluation(
+        options["model"],
+        options["context"],
+        adapter=job["output"] if job["steps"] else None,
+        rope_scaling="linear",
+        device=options["device"],
+    )
+    documents = list(read_documents(options["eval"]))
+    perplexity = {}
+    for kind in sorted({document.kind for document in documents}):
+        of_kind = [document for document in documents if document.kind == kind]
+        limit = options["books"] if kind == "book" else options["others"]
+        (row,) = evaluate(model, of_kind, [options["context"]], tokenizer=tokenizer, limit=limit)
+        perplexity[kind] = round(row["perplexity"], 4)
+        perplexity[f"{kind}_tail"] = round(row["tail_perplexity"], 4)
+    books = [document for document in documents if document.kind == "book"] or documents
+    model.eval()
+    accuracy = retrieval_accuracy(model, retrieval_windows(books, tokenizer, options["context"]))
+    cuda = model.device.type == "cuda"
+    return {
+        "perplexity": perplexity,
+        "retrieval": {depth: round(value, 2) for depth, value in accuracy.items()},
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "torch": torch.__version__,
+    }
+
+
+def equal_time_steps(options: argparse.Namespace) -> dict[str, int]:
+    """Steps of each method that take as long as `--steps` of the first one."""
+    count = options.probe_steps
+    probes = run_all(
+        options,
+        [
+            job | {"output": job["output"] + "-probe", "seed": options.seeds[0]}
+            for job in jobs_of(options, dict.fromkeys(options.methods, count))
+            if job["seed"] == options.seeds[0]
+        ],
+    )
+    seconds = {row["method"]: row["step_seconds"] for row in probes}
+    budget = options.steps * seconds[options.methods[0]]
+    return {name: max(round(budget / seconds[name]), 1) for name in options.methods}
+
+
+# --- the table
+
+
+def table(rows: Iterable[dict]) -> str:
+    """Methods of one context as Markdown: means over seeds, perplexity as shares of dense LoRA's."""
+    groups: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        shape = row["shape"]
+        steps = shape["steps"] if row["equal"] == "steps" and shape["steps"] else "any"
+        key = (shape["context"], row["equal"], shape["batch"], shape["learning_rate"])
+        groups.setdefault(key, {}).setdefault(row["method"], []).append(row | {"of": steps})
+    return "\n\n".join(_group(key, methods) for key, methods in groups.items())
+
+
+def _group(key: tuple, methods: dict[str, list[dict]]) -> str:
+    kinds = list(next(iter(methods.values()))[0]["perplexity"])
+    dense = methods.get("dense")
+    base = {kind: _mean(dense, lambda row, kind=kind: row["perplexity"][kind]) for kind in kinds}
+    lines = [
+        f"{key[0]} tokens, equal {key[1]}, {key[2]} windows a step, learning rate {key[3]:g}",
+        "",
+        "| | steps | kept | s a step | GiB | " + " | ".join(kinds) + " | retrieval |",
+        "|---" + "|---:" * (5 + len(kinds)) + "|",
+    ]
+    for name, rows in methods.items():
+        cells = [
+            name + (f" ({len(rows)} seeds)" if len(rows) > 1 else ""),
+            f"{rows[0]['shape']['steps']}",
+            _cell(rows, "kept_share", ".2f"),
+            _cell(rows, "step_seconds", ".3f"),
+            _cell(rows, "peak_memory_gib", ".1f"),
+        ]
+        for kind in kinds:
+            value = _mean(rows, lambda row, kind=kind: row["perplexity"][kind])
+            share = f" ({value / base[kind]:.4f})" if dense else ""
+            cells.append(f"{value:.3f}{share}")
+        cells.append(f"{_mean(rows, lambda row: row['retrieval']['mean']):.1f}%")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean(rows: list[dict] | None, value) -> float:
+    return statistics.mean(map(value, rows)) if rows else math.nan
+
+
+def _cell(rows: list[dict], name: str, form: str) -> str:
+    if name not in rows[0]:
+        return ""
+    return format(_mean(rows, lambda row: row[name]), form)
+
+
+def main() -> None:
+    options = parse_arguments()
+    if options.worker:
+        work(options.worker)
+        return
+    if not options.table:
+        steps = dict.fromkeys(options.methods, options.steps)
+        if options.equal == "time":
+            steps = equal_time_steps(options)
+        steps |= {n: m["steps"] for n, m in options.known.items() if "steps" in m}
+        rows = run_all(options, jobs_of(options, steps))
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    lines = options.output.read_text(encoding="utf-8").splitlines()
+    print(table(row for row in map(json.loads, lines) if row["bench"] == "quality"))
+
+
+if __name__ == "__main__":
+    main()
