@@ -303,7 +303,7 @@ def equal_time_steps(options: argparse.Namespace) -> dict[str, int]:
 
 
 def table(rows: Iterable[dict]) -> str:
-    """Methods of one context as Markdown: means over seeds, perplexity as shares of dense LoRA's."""
+    """Methods as Markdown: means over seeds, perplexities also as shares of dense LoRA's."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         shape = row["shape"]

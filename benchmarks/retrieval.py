@@ -1,4 +1,4 @@
-"""Retrieval from far back: a passage planted in real text, whose continuation is asked for at the end.
+"""Retrieval from far back: a passage planted in real text, asked for at the end.
 
 A window is [text before | passage | text after | question]: the passage is from another document,
 the question is its first half, and the answer its second half, which the model has to copy from

@@ -52,9 +52,9 @@ class LemoConfig:
         schedule: (progress, keep) pairs: from that share of the training on, this keep replaces
             `keep` and `keep_mlp` in all layers that are not dense, cut by ratio. 1.0 is a dense
             finish.
-        mask_loss: which tokens do not count in the loss. True: those that no sub-block kept; a share
-            in (0, 1]: those that fewer than this share of all sub-blocks kept, for dense layers
-            keep every token; False: all count.
+        mask_loss: which tokens do not count in the loss. True: those that no sub-block kept; a
+            share in (0, 1]: those that fewer than this share of all sub-blocks kept (dense layers
+            keep every token); False: all count.
         loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all

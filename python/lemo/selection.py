@@ -190,7 +190,7 @@ class Selector:
         return self._cuts[key]
 
     def masked_rows(self) -> Tensor | None:
-        """[T] bool: rows whose loss does not count after this pass (`mask_loss`); None: all count."""
+        """[T] bool: rows whose loss does not count after this pass; None: all count."""
         mask = self.config.mask_loss
         if mask is False:
             return None

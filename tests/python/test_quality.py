@@ -1,0 +1,154 @@
+"""The quality benchmark and its retrieval task, with a tiny model on the CPU."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import quality
+from lemo.data import Document
+from retrieval import DEPTHS, PASSAGE_TOKENS, retrieval_accuracy, retrieval_windows
+from tiny import sample_text, save_tiny_llama, tiny_tokenizer, write_documents
+
+pytestmark = pytest.mark.cpu_only
+
+LENGTH = 512
+METHODS = """
+dense: {elimination: {keep: 1.0, dense_layers: []}}
+half: {elimination: {keep: 0.5, block_size: context/4, dense_layers: [], scorer: random}}
+before: {steps: 0}
+"""
+
+
+def documents(count, words=8000):
+    return [Document(f"{i}", "book", sample_text(words, i)) for i in range(count)]
+
+
+def test_the_passage_stands_where_it_should_and_is_asked_for_at_the_end():
+    windows = retrieval_windows(documents(3), tiny_tokenizer(), LENGTH)
+    assert len(windows) == 3 * (1 + len(DEPTHS))
+    half = PASSAGE_TOKENS // 2
+    for window in windows:
+        ids, answer = window["ids"].tolist(), window["answer"]
+        assert (len(ids), answer) == (LENGTH, half)
+        passage = ids[-PASSAGE_TOKENS:]
+        found = [i for i in range(LENGTH - 1) if ids[i : i + PASSAGE_TOKENS] == passage]
+        room = LENGTH - 2 * PASSAGE_TOKENS
+        places = [] if window["depth"] is None else [int(window["depth"] * room)]
+        assert found == [*places, LENGTH - PASSAGE_TOKENS]
+
+
+def test_what_is_not_planted_is_left_out_and_nothing_else():
+    windows = retrieval_windows(documents(2), tiny_tokenizer(), LENGTH, depths=[0.5])
+    bare, planted = windows[0]["ids"].tolist(), windows[1]["ids"].tolist()
+    place = int(0.5 * (LENGTH - 2 * PASSAGE_TOKENS))
+    rest = planted[:place] + planted[place + PASSAGE_TOKENS :]
+    assert rest[: LENGTH - 2 * PASSAGE_TOKENS] == bare[: LENGTH - 2 * PASSAGE_TOKENS]
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "message"),
+    [
+        (documents(3), 100, "length: expected at least 384, got 100"),
+        (documents(1), LENGTH, "documents: expected at least two of 512 tokens or more, got 1"),
+        (documents(3, words=20), LENGTH, "documents: expected at least two"),
+    ],
+)
+def test_bad_retrieval_windows(texts, length, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_windows(texts, tiny_tokenizer(), length)
+
+
+class Copier(torch.nn.Module):
+    """Puts first what followed the earlier occurrence of the last 16 tokens, else token 0."""
+
+    device = torch.device("cpu")
+
+    def __call__(self, input_ids, use_cache, logits_to_keep):
+        ids = input_ids[0].tolist()
+        logits = torch.zeros(1, logits_to_keep, 300)
+        for row in range(logits_to_keep):
+            end = len(ids) - logits_to_keep + row + 1
+            last = ids[end - 16 : end]
+            earlier = [i for i in range(16, end) if ids[i - 16 : i] == last]
+            logits[0, row, ids[earlier[-1]] if earlier else 0] = 1.0
+        return type("Output", (), {"logits": logits})
+
+
+def test_a_model_that_copies_is_right_only_where_there_is_something_to_copy():
+    windows = retrieval_windows(documents(3), tiny_tokenizer(), LENGTH)
+    accuracy = retrieval_accuracy(Copier(), windows)
+    assert set(accuracy) == {"none", "mean", *(f"{depth:g}" for depth in DEPTHS)}
+    assert accuracy["mean"] == pytest.approx(100.0)
+    assert accuracy["none"] < 50.0
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    save_tiny_llama(folder / "model", context=128)
+    write_documents(folder / "documents.jsonl", count=4, words=8000)
+    (folder / "methods.yaml").write_text(METHODS)
+    return folder
+
+
+def arguments(inputs, *more):
+    return [
+        *("--model", f"{inputs / 'model'}", "--train", f"{inputs / 'documents.jsonl'}"),
+        *("--eval", f"{inputs / 'documents.jsonl'}", "--file", f"{inputs / 'methods.yaml'}"),
+        *("--context", f"{LENGTH}", "--steps", "2", "--batch", "1", "--others", "1"),
+        *("--device", "cpu", "--threads", "1", "--jobs", "3", "--work", f"{inputs / 'work'}"),
+        *("--output", f"{inputs / 'figures.jsonl'}", *more),
+    ]
+
+
+def test_a_whole_run(inputs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments(inputs)])
+    quality.main()
+    rows = {}
+    for line in (inputs / "figures.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        rows[row["method"]] = row
+    assert set(rows) == {"dense", "half", "before"}
+    assert rows["half"]["settings"]["elimination"]["block_size"] == LENGTH // 4
+    assert rows["half"]["kept_share"] == pytest.approx(0.5)
+    assert rows["dense"]["kept_share"] == 1.0
+    assert "kept_share" not in rows["before"]
+    for row in rows.values():
+        assert set(row["perplexity"]) == {"a", "a_tail", "b", "b_tail"}
+        assert 0 <= row["retrieval"]["mean"] <= 100
+    assert rows["dense"]["perplexity"] != rows["before"]["perplexity"], "nothing was trained"
+    printed = capsys.readouterr().out
+    assert "| half | 2 | 0.50 |" in printed
+    assert "(1.0000)" in printed
+
+
+def test_equal_time_gives_the_faster_method_more_steps(inputs, monkeypatch):
+    options = quality.parse_arguments(arguments(inputs, "--methods", "dense", "half"))
+    rows = [{"method": "dense", "step_seconds": 3.0}, {"method": "half", "step_seconds": 1.0}]
+    asked = []
+    monkeypatch.setattr(quality, "run_all", lambda options, jobs: asked.extend(jobs) or rows)
+    assert quality.equal_time_steps(options) == {"dense": 2, "half": 6}
+    assert [job["steps"] for job in asked] == [options.probe_steps] * 2
+
+
+def test_bad_arguments(inputs, capsys):
+    for more, message in [
+        (["--methods", "best"], "--methods: expected names of"),
+        (["--model", "nowhere"], "--model: expected an existing path, got 'nowhere'"),
+    ]:
+        with pytest.raises(SystemExit):
+            quality.parse_arguments(arguments(inputs, *more))
+        assert message in capsys.readouterr().err
+
+
+def test_the_methods_of_the_repository_are_valid(inputs):
+    options = quality.parse_arguments(
+        [*arguments(inputs), "--file", "benchmarks/quality.yaml", "--predictors", "folder"]
+    )
+    from lemo import LemoConfig
+
+    for method in options.known.values():
+        if method["elimination"] is not None:
+            LemoConfig(**method["elimination"])
