@@ -59,7 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--others", type=int, default=8, help="documents of every other kind")
     parser.add_argument("--predictors", type=Path, help="folder that lemo prepare wrote")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="their numbers")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
     parser.add_argument("--threads", type=int, default=4, help="CPU threads of a run")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/quality")
@@ -132,7 +132,7 @@ def run_all(options: argparse.Namespace, jobs: Iterable[dict]) -> list[dict]:
     """Runs the jobs, as many at a time as there are places; the rows of those that succeeded."""
     options.work.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = list(jobs), [], []
-    places = [place % options.gpus for place in range(options.gpus * options.jobs)]
+    places = options.gpus * options.jobs
     running: dict[subprocess.Popen, tuple[dict, int]] = {}
     while waiting or running:
         while waiting and places:

@@ -27,6 +27,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 /// A barrier in shared memory (mbarrier): a phase ends when all arrivals and all announced bytes
 /// are there. Whoever waits names the parity of the phase; the phases begin with parity 0, and a
 /// barrier that nobody has used answers to parity 1 at once.
+///
+/// Who reads or writes a buffer by loads and stores of its own arrives for itself: every lane's are
+/// then ordered by its own arrival, whatever __syncwarp orders, and racecheck, which credits an
+/// arrival to the lane that makes it, can follow. Where only products read, one lane of a warp
+/// arrives for all.
 class Barrier {
 public:
     __device__ __forceinline__ void init(int arrivals) {
@@ -35,12 +40,13 @@ public:
                      : "memory");
     }
 
+    /// One arrival for this thread.
     __device__ __forceinline__ void arrive() {
         asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state_))
                      : "memory");
     }
 
-    /// One arrival for the whole warp, behind what all its lanes did.
+    /// One arrival for the whole warp, behind the products that it waited for.
     __device__ __forceinline__ void arrive_warp() {
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive();

@@ -179,7 +179,7 @@ __device__ __forceinline__ void raise_cells(const WarpRows& rows, const Sums<Tra
             }
         }
         if (job.last_of_tile) {
-            shared.cells_full[at.stage].arrive_warp();
+            shared.cells_full[at.stage].arrive();
             at.advance();
         }
     }
@@ -239,7 +239,6 @@ private:
 /// Run by the consumer warps; `thread` counts from their first one.
 template <typename Traits>
 __device__ void consume(const Arguments& args, Shared<Traits>& shared, int thread) {
-    const int lane = thread % 32;
     const int group = args.heads / args.key_heads;
 
     Multiplier<Traits> multiplier(shared, thread);
@@ -284,8 +283,8 @@ __device__ void consume(const Arguments& args, Shared<Traits>& shared, int threa
         const WarpRows rows(job, thread / 32 * 16);
         hide<Traits>(rows, sums);
         raise_cells<Traits>(rows, sums, cells_at, shared);
-        __syncwarp();
-        shared.job_empty[job_at.stage].arrive_warp();
+        __syncwarp();  // the next job's products begin with whole warps
+        shared.job_empty[job_at.stage].arrive();
         job_at.advance();
     }
 }

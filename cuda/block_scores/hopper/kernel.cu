@@ -17,7 +17,8 @@ namespace hopper {
 
 template <typename Traits>
 __device__ void init_shared(Shared<Traits>& shared) {
-    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    constexpr int kConsumerThreads = cuda::kWarpgroupThreads * Traits::kConsumers;
+    constexpr int kConsumerWarps = kConsumerThreads / 32;
     for (int i = static_cast<int>(threadIdx.x); i < 2 * kCells; i += Traits::kThreads) {
         shared.cells[i / kCells][i % kCells] = 0;
     }
@@ -34,10 +35,11 @@ __device__ void init_shared(Shared<Traits>& shared) {
         shared.turns[warpgroup].init(4);  // the warps of the other one
     }
     for (int stage = 0; stage < 2; ++stage) {
-        shared.cells_full[stage].init(kConsumerWarps);
-        shared.cells_empty[stage].init(1);
-        shared.job_full[stage].init(1);
-        shared.job_empty[stage].init(kConsumerWarps + 2);  // and who copies, and who adds up
+        shared.cells_full[stage].init(kConsumerThreads);
+        shared.cells_empty[stage].init(32);
+        shared.job_full[stage].init(32);
+        // The consumers, the warp that adds up and the thread that copies.
+        shared.job_empty[stage].init(kConsumerThreads + 32 + 1);
     }
     cuda::publish_barriers();
 }

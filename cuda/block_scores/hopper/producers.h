@@ -31,10 +31,8 @@ public:
             }
         }
         shared_.job_empty[at_.stage].wait(at_.parity ^ 1);
-        if (lane_ == 0) {
-            shared_.jobs[at_.stage].key_halves = 0;
-            shared_.job_full[at_.stage].arrive();
-        }
+        if (lane_ == 0) shared_.jobs[at_.stage].key_halves = 0;
+        shared_.job_full[at_.stage].arrive();
     }
 
 private:
@@ -71,8 +69,8 @@ private:
             job.mixed_columns = mixed_columns;
             job.part = part;
             job.first_block = walk.first_block;
-            shared_.job_full[at_.stage].arrive();
         }
+        shared_.job_full[at_.stage].arrive();
         at_.advance();
     }
 
@@ -154,7 +152,7 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
         const int num_queries = job.num_queries, num_keys = job.num_keys;
         const int key_halves = job.key_halves, part = job.part, first_block = job.first_block;
         const bool last_of_tile = job.last_of_tile, last_of_item = job.last_of_item;
-        shared.job_empty[job_at.stage].arrive_warp();
+        shared.job_empty[job_at.stage].arrive();
         job_at.advance();
         if (key_halves == 0) return;
         if (last_of_tile) {
@@ -171,7 +169,7 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
                         cells[n] = 0;
                     }
                 }
-                shared.cells_empty[cells_at.stage].arrive_warp();
+                shared.cells_empty[cells_at.stage].arrive();
                 cells_at.advance();
             }
         }

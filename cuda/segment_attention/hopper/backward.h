@@ -53,23 +53,35 @@ struct BackwardWork {
 
 template <typename Traits>
 __device__ void init_barriers(BackwardShared<Traits>& shared) {
-    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    constexpr int kConsumerThreads = kWarpgroupThreads * Traits::kConsumers;
+    constexpr int kConsumerWarps = kConsumerThreads / 32;
+    constexpr int kStoreArrivals = kEveryStoreArrives ? 32 : 1;  // of a warp
     shared.kv_full.init(1);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
         shared.q_full[stage].init(1);
         shared.dout_full[stage].init(1);
         shared.q_empty[stage].init(kConsumerWarps);
         shared.dout_empty[stage].init(kConsumerWarps);
+        shared.rows_empty[stage].init(kConsumerThreads);
     }
     for (int stage = 0; stage < Traits::kDscoresStages; ++stage) {
-        shared.dscores_full[stage].init(kConsumerWarps);
+        shared.dscores_full[stage].init(kConsumerWarps * kStoreArrivals);
         shared.dscores_empty[stage].init(kConsumerWarps);
     }
     for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
-        shared.dq_full[warpgroup].init(4);
+        shared.dq_full[warpgroup].init(kWarpgroupThreads / 32 * kStoreArrivals);
         shared.dq_empty[warpgroup].init(1);
     }
     publish_barriers();
+}
+
+/// The consumers' arrival behind what this thread stored.
+__device__ __forceinline__ void arrive_behind_stores(Barrier& full) {
+    if constexpr (kEveryStoreArrives) {
+        full.arrive();
+    } else {
+        full.arrive_warp();
+    }
 }
 
 /// Copies everything that the consumers read; run by one thread.
@@ -95,6 +107,7 @@ __device__ void produce(const BackwardArguments& args, BackwardShared<Traits>& s
         const int64_t first =
             args.tile_index(step.head, work.q_tiles_before + step.m_tile) * kBlockM;
         const BackwardStep shown{step.head, step.m_tile, work.needs_mask(args, step)};
+        shared.rows_empty[at.stage].wait(at.parity ^ 1);
         shared.q_empty[at.stage].wait(at.parity ^ 1);
         shared.steps[at.stage] = shown;
         Barrier& q_full = shared.q_full[at.stage];
@@ -109,6 +122,7 @@ __device__ void produce(const BackwardArguments& args, BackwardShared<Traits>& s
         copy_bytes(args.tile_delta + first, dout_full, shared.delta[at.stage], kRowBytes);
         at.advance();
     }
+    shared.rows_empty[at.stage].wait(at.parity ^ 1);
     shared.q_empty[at.stage].wait(at.parity ^ 1);
     shared.steps[at.stage].m_tile = -1;
     shared.q_full[at.stage].arrive();
@@ -295,6 +309,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
         load_statistics(delta, shared.delta[at.stage]);
         wait_products<0>();
+        shared.rows_empty[at.stage].arrive();
     };
     // In the registers of the scores: when it is computed they are not needed, and are again only
     // when it has been handed over.
@@ -312,7 +327,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
             part[i / 4 * kWarpgroupThreads] =
                 make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
         }
-        shared.dq_full[warpgroup].arrive_warp();
+        arrive_behind_stores(shared.dq_full[warpgroup]);
         shared.dscores_empty[dq_at.stage].arrive_warp();
         dq_at.advance();
     };
@@ -350,7 +365,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
                     dscore_pairs(i / 2 + 1), dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
             }
             publish_shared_writes();
-            shared.dscores_full[dscores_at.stage].arrive_warp();
+            arrive_behind_stores(shared.dscores_full[dscores_at.stage]);
             dscores_at.advance();
 
             // The compiler does not follow products around a branch. So dq before the first step

@@ -68,6 +68,11 @@ struct BackwardStep {
     int needs_mask; // some query of the tile does not see all keys of the block
 };
 
+/// Whether every lane of the consumers arrives for what it stored for a product or a bulk copy to
+/// read, as it does for what it read, or one lane for its warp: the fence in front of it, too, is
+/// every lane's own.
+inline constexpr bool kEveryStoreArrives = true;
+
 /// Everything a thread block has in shared memory. A `full` barrier says that a buffer was filled,
 /// an `empty` one that all who read it are done.
 template <typename Traits>
@@ -92,6 +97,7 @@ struct BackwardShared {
     Barrier kv_full;
     Barrier q_full[kStages], q_empty[kStages];
     Barrier dout_full[kStages], dout_empty[kStages];
+    Barrier rows_empty[kStages];  // lse, delta and steps, which the consumers load
     Barrier dscores_full[Traits::kDscoresStages], dscores_empty[Traits::kDscoresStages];
     Barrier dq_full[Traits::kConsumers], dq_empty[Traits::kConsumers];
 };

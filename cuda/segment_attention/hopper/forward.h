@@ -21,7 +21,8 @@ namespace lemo::cuda::hopper {
 
 template <typename Traits>
 __device__ void init_barriers(ForwardShared<Traits>& shared) {
-    constexpr int kConsumerWarps = 4 * Traits::kConsumers;
+    constexpr int kConsumerThreads = kWarpgroupThreads * Traits::kConsumers;
+    constexpr int kConsumerWarps = kConsumerThreads / 32;
     shared.q_full.init(1);
     shared.q_empty.init(kConsumerWarps);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
@@ -32,7 +33,7 @@ __device__ void init_barriers(ForwardShared<Traits>& shared) {
     }
     for (int slot = 0; slot < 2; ++slot) {
         shared.work_full[slot].init(1);
-        shared.work_empty[slot].init(kConsumerWarps);
+        shared.work_empty[slot].init(kConsumerThreads);
     }
     publish_barriers();
 }

@@ -85,7 +85,7 @@ public:
     __device__ bool next(ForwardWork& work) {
         shared_.work_full[at_.stage].wait(at_.parity);
         const int index = warp_uniform(shared_.work[at_.stage]);
-        shared_.work_empty[at_.stage].arrive_warp();
+        shared_.work_empty[at_.stage].arrive();
         at_.advance();
         if (index >= ForwardWork::count(args_)) return false;
         work = ForwardWork::make<Traits>(args_, index);
