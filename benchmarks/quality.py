@@ -6,20 +6,22 @@ Every method of ``quality.yaml`` (``--methods`` picks some) fine-tunes the same 
 windows in the same order and is then evaluated densely: perplexity of held-out documents, over the
 whole window and over its last quarter, each kind of document separately, and retrieval of a passage
 planted far back (``retrieval.py``). Each run is a process of its own, ``--jobs`` at a time on each
-of ``--gpus`` (times count only with one). What is reported of a method - perplexity, kept share,
-seconds of a step, peak memory - comes from the very same run.
+of ``--gpus``. Where they are to be timed, ``--exclusive`` lets one at a time have the GPU, and the
+others only load. What is reported of a method - perplexity, kept share, seconds of a step, peak
+memory - comes from the very same run.
 
-``--equal time`` gives every method the wall-clock time that the first one (dense LoRA, say) takes
-for ``--steps``; how long its steps are is read off ``--probe-steps`` steps first.
+``--equal steps time`` afterwards gives every method the wall-clock time that the first one (dense
+LoRA, say) took for its steps, judged by how long the steps of each took.
 
-Rows are appended to ``--output`` as the runs end; ``--table`` prints what the file has and runs
-nothing.
+Rows are appended to ``--output``; ``--table`` prints what the file has and runs nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -53,14 +55,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=10, help="steps of rising learning rate")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, every linear layer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--equal", choices=("steps", "time"), default="steps")
-    parser.add_argument("--probe-steps", type=int, default=8)
+    parser.add_argument("--equal", choices=("steps", "time"), nargs="+", default=["steps"])
     parser.add_argument("--books", type=int, default=10, help="documents of the kind 'book'")
     parser.add_argument("--others", type=int, default=8, help="documents of every other kind")
     parser.add_argument("--predictors", type=Path, help="folder that lemo prepare wrote")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--gpus", type=int, nargs="+", default=[0], help="their numbers")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time on each GPU")
+    parser.add_argument("--exclusive", action="store_true", help="one run at a time on a GPU")
     parser.add_argument("--threads", type=int, default=4, help="CPU threads of a run")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs/quality")
     parser.add_argument(
@@ -76,6 +78,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         path = getattr(options, name)
         if path is None or not path.exists():
             parser.error(f"--{name}: expected an existing path, got '{path}'")
+    if options.equal[0] != "steps":
+        parser.error("--equal: expected 'steps' first, which says how long the steps are")
     known = yaml.safe_load(options.file.read_text(encoding="utf-8"))
     options.methods = options.methods or list(known)
     for name in options.methods:
@@ -110,17 +114,20 @@ def _tokens(value: object, context: int) -> object:
 # --- the runs
 
 
-def jobs_of(options: argparse.Namespace, steps: dict[str, int]) -> Iterator[dict]:
+def jobs_of(
+    options: argparse.Namespace, steps: dict[str, int], equal: str = "steps"
+) -> Iterator[dict]:
     """What each process has to know, methods in turn, seed after seed."""
     for seed in options.seeds:
-        for name in options.methods:
+        for name in steps:
             yield {
                 "name": name,
                 "seed": seed,
+                "equal": equal,
                 "steps": steps[name],
                 "method": options.known[name],
                 "options": {key: _plain(value) for key, value in vars(options).items()},
-                "output": str(options.work / f"{name}-{options.context}-{seed}"),
+                "output": str(options.work / f"{name}-{options.context}-{equal}-{seed}"),
             }
 
 
@@ -177,34 +184,50 @@ def summary(row: dict) -> str:
 
 def work(path: Path) -> None:
     """One run: fine-tune, evaluate, leave a row in a file. The process of a method."""
+    import torch  # noqa: F401  # what takes long, before others have to wait
+
+    import lemo.training.finetune  # noqa: F401
+
     job = json.loads(path.read_text(encoding="utf-8"))
     options, method = job["options"], job["method"]
+    with contextlib.ExitStack() as stack:
+        if options["exclusive"]:
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+            lock = stack.enter_context(open(Path(options["work"]) / f"gpu{gpu}.lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        row = measure(job, options, method)
+    Path(job["output"] + ".result.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+
+
+def measure(job: dict, options: dict, method: dict) -> dict:
+    """Trains and evaluates; the row."""
     start = time.perf_counter()
+    changed = method.get("settings", {})
     training = train(job, options, method)
     trained = time.perf_counter()
-    row = {
+    return {
         "bench": "quality",
         "method": job["name"],
         "seed": job["seed"],
-        "equal": options["equal"],
+        "equal": job["equal"],
+        "protocol_steps": options["steps"],
         "shape": {
             "model": Path(options["model"]).name,
             "context": options["context"],
-            "batch": options["batch"],
+            "batch": changed.get("batch_size", options["batch"]),
             "steps": job["steps"],
-            "learning_rate": options["learning_rate"],
+            "learning_rate": changed.get("learning_rate", options["learning_rate"]),
             "lora_rank": options["rank"],
         },
         "settings": {key: method[key] for key in SETTINGS if method.get(key)},
         **training,
         **evaluate_run(job, options),
-        "runs_at_a_time": options["jobs"],
+        "runs_at_a_time": 1 if options["exclusive"] else options["jobs"],
         "seconds_evaluating": round(time.perf_counter() - trained, 1),
         "seconds": round(time.perf_counter() - start, 1),
         "commit": options["commit"],
         "date": datetime.date.today().isoformat(),
     }
-    Path(job["output"] + ".result.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def train(job: dict, options: dict, method: dict) -> dict:
@@ -214,13 +237,14 @@ def train(job: dict, options: dict, method: dict) -> dict:
     from lemo.training.config import FinetuneConfig
     from lemo.training.finetune import finetune
 
+    changed = method.get("settings", {})
     settings = {
         "model": options["model"],
         "documents": options["train"],
         "output": job["output"],
         "context_length": options["context"],
         "steps": job["steps"],
-        "batch_size": options["batch"],
+        "batch_size": options["batch"] // changed.get("gradient_accumulation", 1),
         "learning_rate": options["learning_rate"],
         "warmup_steps": min(options["warmup"], job["steps"]),
         "lora_rank": options["rank"],
@@ -231,7 +255,7 @@ def train(job: dict, options: dict, method: dict) -> dict:
         "overwrite": True,
         "elimination": method["elimination"],
     }
-    result = finetune(FinetuneConfig(**settings | method.get("settings", {})))
+    result = finetune(FinetuneConfig(**settings | changed))
     from lemo.training.run_log import LOG_NAME, read_log
 
     records = read_log(result.folder / LOG_NAME)
@@ -283,33 +307,40 @@ def evaluate_run(job: dict, options: dict) -> dict:
     }
 
 
-def equal_time_steps(options: argparse.Namespace) -> dict[str, int]:
-    """Steps of each method that take as long as `--steps` of the first one."""
-    count = options.probe_steps
-    probes = run_all(
-        options,
-        [
-            job | {"output": job["output"] + "-probe", "seed": options.seeds[0]}
-            for job in jobs_of(options, dict.fromkeys(options.methods, count))
-            if job["seed"] == options.seeds[0]
-        ],
-    )
-    seconds = {row["method"]: row["step_seconds"] for row in probes}
-    budget = options.steps * seconds[options.methods[0]]
-    return {name: max(round(budget / seconds[name]), 1) for name in options.methods}
+def equal_time_steps(options: argparse.Namespace, rows: list[dict]) -> dict[str, int]:
+    """Steps of the other methods that take as long as those of the first one, from its rows."""
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        if "step_seconds" in row:
+            seconds.setdefault(row["method"], []).append(row["step_seconds"])
+    first, *others = options.methods
+    if first not in seconds:
+        raise SystemExit(f"--equal time: '{first}' did not train, so there is no time to equal")
+    budget = options.steps * statistics.mean(seconds[first])
+    return {
+        name: max(round(budget / statistics.mean(seconds[name])), 1)
+        for name in others
+        if name in seconds
+    }
 
 
 # --- the table
 
 
 def table(rows: Iterable[dict]) -> str:
-    """Methods as Markdown: means over seeds, perplexities also as shares of dense LoRA's."""
+    """Methods as Markdown, a table for each protocol: means over seeds, perplexities also as shares
+    of dense LoRA's."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
         shape = row["shape"]
-        steps = shape["steps"] if row["equal"] == "steps" and shape["steps"] else "any"
-        key = (shape["context"], row["equal"], shape["batch"], shape["learning_rate"])
-        groups.setdefault(key, {}).setdefault(row["method"], []).append(row | {"of": steps})
+        rate = shape["learning_rate"]
+        key = (shape["context"], row["protocol_steps"], shape["batch"], rate, row["equal"])
+        groups.setdefault(key, {}).setdefault(row["method"], []).append(row)
+    for key, methods in groups.items():
+        # In the time of dense LoRA's own steps.
+        same = groups.get((*key[:-1], "steps"), {})
+        if "dense" in same:
+            methods.setdefault("dense", same["dense"])
     return "\n\n".join(_group(key, methods) for key, methods in groups.items())
 
 
@@ -317,8 +348,10 @@ def _group(key: tuple, methods: dict[str, list[dict]]) -> str:
     kinds = list(next(iter(methods.values()))[0]["perplexity"])
     dense = methods.get("dense")
     base = {kind: _mean(dense, lambda row, kind=kind: row["perplexity"][kind]) for kind in kinds}
+    context, steps, batch, rate, equal = key
+    whose = f"{steps} steps" if equal == "steps" else f"the time of {steps} steps of dense LoRA"
     lines = [
-        f"{key[0]} tokens, equal {key[1]}, {key[2]} windows a step, learning rate {key[3]:g}",
+        f"{context} tokens, {whose}, {batch} windows a step, learning rate {rate:g}",
         "",
         "| | steps | kept | s a step | GiB | " + " | ".join(kinds) + " | retrieval |",
         "|---" + "|---:" * (5 + len(kinds)) + "|",
@@ -356,11 +389,10 @@ def main() -> None:
         work(options.worker)
         return
     if not options.table:
-        steps = dict.fromkeys(options.methods, options.steps)
-        if options.equal == "time":
-            steps = equal_time_steps(options)
-        steps |= {n: m["steps"] for n, m in options.known.items() if "steps" in m}
+        steps = {name: options.known[name].get("steps", options.steps) for name in options.methods}
         rows = run_all(options, jobs_of(options, steps))
+        if "time" in options.equal:
+            rows += run_all(options, jobs_of(options, equal_time_steps(options, rows), "time"))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

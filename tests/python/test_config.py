@@ -46,13 +46,13 @@ def test_package_exports():
 def test_defaults():
     config = LemoConfig()
     assert (config.block_size, config.policy, config.keep, config.keep_mlp) == (
-        64,
+        1024,
         "ratio",
         0.5,
         None,
     )
-    assert (config.dense_layers, config.select_at, config.scorer) == ((0, 1, -1), "first", "pooled")
-    assert (config.keep_first, config.keep_last, config.visible_keys) == (1, 1, "kept")
+    assert (config.dense_layers, config.select_at, config.scorer) == ((), "first", "random")
+    assert (config.keep_first, config.keep_last, config.visible_keys) == (0, 1, "kept")
     assert (config.schedule, config.mask_loss, config.loss_segment) == ((), True, None)
 
 

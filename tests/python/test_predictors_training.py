@@ -172,6 +172,18 @@ def test_ranking_loss_is_the_weighted_mean_over_pairs():
     assert guess.grad[0] == guess.grad[5] == 0
 
 
+def test_a_profile_ranks_the_places_of_longer_sequences_too():
+    seen_by = torch.arange(1, 17).repeat(4)
+    labels = 5.0 - torch.log2(seen_by.float()) + 0.01 * torch.randn(64, generator=generator())
+    profile = PositionProfile.fit(labels, seen_by)
+    layout = BlockLayout.from_seqlens([64 * BLOCK], BLOCK)
+    mean, deviation = profile.at(layout, torch.device("cpu"))
+    assert (mean.diff() > 0).all(), "later blocks are seen from nearer"
+    expected = 5.0 - torch.log2(query_blocks(layout).float())
+    torch.testing.assert_close(mean, expected, rtol=0, atol=0.1)
+    assert (deviation > 0).all()
+
+
 def test_profile_recovers_a_trend_and_inverts():
     layout = BlockLayout.from_seqlens([40 * BLOCK, 17 * BLOCK - 1], BLOCK)
     seen_by = query_blocks(layout)

@@ -98,7 +98,17 @@ def arguments(inputs, *more):
         *("--model", f"{inputs / 'model'}", "--train", f"{inputs / 'documents.jsonl'}"),
         *("--eval", f"{inputs / 'documents.jsonl'}", "--file", f"{inputs / 'methods.yaml'}"),
         *("--context", f"{LENGTH}", "--steps", "2", "--batch", "1", "--others", "1"),
-        *("--device", "cpu", "--threads", "1", "--jobs", "3", "--work", f"{inputs / 'work'}"),
+        *(
+            "--device",
+            "cpu",
+            "--threads",
+            "1",
+            "--jobs",
+            "3",
+            "--exclusive",
+            "--work",
+            f"{inputs / 'work'}",
+        ),
         *("--output", f"{inputs / 'figures.jsonl'}", *more),
     ]
 
@@ -124,19 +134,27 @@ def test_a_whole_run(inputs, capsys, monkeypatch):
     assert "(1.0000)" in printed
 
 
-def test_equal_time_gives_the_faster_method_more_steps(inputs, monkeypatch):
-    options = quality.parse_arguments(arguments(inputs, "--methods", "dense", "half"))
-    rows = [{"method": "dense", "step_seconds": 3.0}, {"method": "half", "step_seconds": 1.0}]
-    asked = []
-    monkeypatch.setattr(quality, "run_all", lambda options, jobs: asked.extend(jobs) or rows)
-    assert quality.equal_time_steps(options) == {"dense": 2, "half": 6}
-    assert [job["steps"] for job in asked] == [options.probe_steps] * 2
+def test_equal_time_gives_the_faster_method_more_steps(inputs):
+    options = quality.parse_arguments(arguments(inputs))
+    rows = [
+        {"method": "dense", "step_seconds": 3.0},
+        {"method": "half", "step_seconds": 0.9},
+        {"method": "half", "step_seconds": 1.1},
+        {"method": "before"},
+    ]
+    steps = quality.equal_time_steps(options, rows)
+    assert steps == {"half": 6}
+    jobs = list(quality.jobs_of(options, steps, "time"))
+    assert [(job["name"], job["steps"], job["equal"]) for job in jobs] == [("half", 6, "time")]
+    with pytest.raises(SystemExit, match="'dense' did not train"):
+        quality.equal_time_steps(options, rows[1:])
 
 
 def test_bad_arguments(inputs, capsys):
     for more, message in [
         (["--methods", "best"], "--methods: expected names of"),
         (["--model", "nowhere"], "--model: expected an existing path, got 'nowhere'"),
+        (["--equal", "time"], "--equal: expected 'steps' first"),
     ]:
         with pytest.raises(SystemExit):
             quality.parse_arguments(arguments(inputs, *more))

@@ -37,7 +37,7 @@ def prepare(
         float | None, typer.Option(help="Share of blocks to keep.", show_default="0.5")
     ] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens of a block.", show_default="64")
+        int | None, typer.Option(help="Tokens of a block.", show_default="1024")
     ] = None,
     rank: Annotated[
         int | None,
@@ -59,7 +59,7 @@ def prepare(
     dense_layers: Annotated[
         str | None,
         typer.Option(
-            help="Layers that keep everything in the threshold search.", show_default="0,1,-1"
+            help="Layers that keep everything in the threshold search.", show_default="none"
         ),
     ] = None,
     search_rounds: Annotated[

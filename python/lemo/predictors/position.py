@@ -41,9 +41,10 @@ class PositionProfile:
     """Mean and deviation of labels, piecewise linear in the log of the number of query blocks.
 
     Attributes:
-        knots: [P] fp32, numbers of query blocks, ascending; beyond the ends the profile is
-            constant.
-        mean, deviation: [P] fp32, deviation > 0.
+        knots: [P] fp32, numbers of query blocks, ascending from 1. Beyond the last one the profile
+            goes on as between the last two, so that longer sequences than those of the training
+            are ranked by place, too.
+        mean, deviation: [P] fp32, deviation > 0; beyond the last knot at least the smallest.
     """
 
     knots: Tensor
@@ -99,13 +100,13 @@ class PositionProfile:
         basis = _hats(query_blocks(layout).to(device), self.knots.to(device))
         # Neighbouring places differ by less than autocast would leave of them.
         with torch.autocast(device.type, enabled=False):
-            return basis @ self.mean.to(device), basis @ self.deviation.to(device)
+            deviation = self.deviation.to(device)
+            return basis @ self.mean.to(device), (basis @ deviation).clamp(min=deviation.min())
 
 
 def _hats(seen_by: Tensor, knots: Tensor) -> Tensor:
-    """Weights of the knots, [n, P]: linear interpolation in log2, constant outside."""
+    """Weights of the knots, [n, P]: linear interpolation in log2, and extrapolation beyond."""
     x, places = seen_by.float().clamp(min=1).log2(), knots.log2()
-    x = x.clamp(min=places[0], max=places[-1])
     right = torch.searchsorted(places, x).clamp(1, max(len(places) - 1, 1))
     weights = torch.zeros(x.numel(), len(places), device=x.device)
     if len(places) == 1:

@@ -66,13 +66,13 @@ class PrepareSettings:
         seed: of initial weights and orders.
     """
 
-    block_size: int = 64
+    block_size: int = 1024
     rank: int | None = None
     target: str = "label"
     training: TrainingSettings = field(default_factory=TrainingSettings)
     search_rounds: int = 1
     search_windows: int = 2
-    dense_layers: tuple[int, ...] = (0, 1, -1)
+    dense_layers: tuple[int, ...] = ()
     store_bytes: int = 16 << 30
     seed: int = 0
 

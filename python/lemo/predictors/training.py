@@ -52,7 +52,7 @@ class TrainingSettings:
     """
 
     keep: float = 0.5
-    keep_first: int = 1
+    keep_first: int = 0
     keep_last: int = 1
     steps: int = 300
     windows_per_step: int = 4

@@ -67,7 +67,7 @@ class PrepareConfig:
     windows: int = 64
     held_out_windows: int = 8
     keep: float = 0.5
-    block_size: int = 64
+    block_size: int = 1024
     rank: int | None = None
     target: str = "label"
     steps: int = 300
@@ -76,7 +76,7 @@ class PrepareConfig:
     rank_weight: float = 0.2
     prune_every: int = 50
     prune_to: float | None = None
-    dense_layers: tuple[int, ...] = (0, 1, -1)
+    dense_layers: tuple[int, ...] = ()
     search_rounds: int = 1
     search_windows: int = 2
     rope_scaling: str = "linear"
