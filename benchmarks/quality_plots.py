@@ -1,0 +1,116 @@
+"""Plots of docs/QUALITY.md from benchmarks/results: ``python benchmarks/quality_plots.py``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks/results/quality.jsonl"
+IMAGES = REPOSITORY / "docs/images"
+PARTS = {"book": "books", "book_tail": "books, last quarter", "tex": "TeX"} | {
+    "tex_tail": "TeX, last quarter"
+}
+COLORS = dict(zip(PARTS, ("tab:blue", "lightskyblue", "tab:orange", "navajowhite")))
+TARGET = 1.01
+
+
+def shares(rows: list[dict], dense: dict) -> dict[str, float]:
+    """Mean perplexity of `rows` by part, as a share of dense LoRA's."""
+    return {
+        part: sum(row["perplexity"][part] for row in rows) / len(rows) / dense["perplexity"][part]
+        for part in PARTS
+    }
+
+
+def of_protocol(rows: list[dict], context: int, steps: int, rate: float) -> list[dict]:
+    return [
+        row
+        for row in rows
+        if (row["shape"]["context"], row["protocol_steps"]) == (context, steps)
+        and row["shape"]["learning_rate"] == rate
+    ]
+
+
+def block_size_plot(rows: list[dict], path: Path) -> None:
+    """Perplexity against the length of the spans, half of the tokens in every layer."""
+    rows = of_protocol(rows, 16384, 100, 1e-3)
+    dense = next(row for row in rows if row["method"] == "dense")
+    sizes: dict[int, list[dict]] = {}
+    for row in rows:
+        elimination = row["settings"].get("elimination") or {}
+        plain = {"keep": 0.5, "dense_layers": [], "scorer": "random"} | {
+            "keep_first": 0,
+            "keep_last": 0,
+        }
+        others = {
+            key: value for key, value in elimination.items() if key not in ("block_size", "seed")
+        }
+        if others == plain and "settings" not in row["settings"]:
+            sizes.setdefault(elimination.get("block_size", 64), []).append(row)
+    figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
+    for part, label in PARTS.items():
+        values = [shares(sizes[size], dense)[part] for size in sorted(sizes)]
+        axes.plot(sorted(sizes), values, "o-", color=COLORS[part], label=label)
+    axes.axhline(TARGET, color="gray", linestyle=":", label="target, 1.01")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(sizes), [f"{size}" for size in sorted(sizes)])
+    axes.set_xlabel("tokens of a block")
+    axes.set_ylabel("perplexity, share of dense LoRA's")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def methods_plot(rows: list[dict], protocols: list[tuple[int, int, float]], path: Path) -> None:
+    """Methods at equal steps and in equal time, a panel for each protocol and kind of equality."""
+    panels = [(protocol, equal) for protocol in protocols for equal in ("steps", "time")]
+    figure, axes = pyplot.subplots(
+        len(protocols), 2, figsize=(9.6, 3.4 * len(protocols)), layout="constrained", squeeze=False
+    )
+    for ((context, steps, rate), equal), place in zip(panels, axes.flat):
+        chosen = of_protocol(rows, context, steps, rate)
+        dense = next(row for row in chosen if row["method"] == "dense")
+        methods: dict[str, list[dict]] = {}
+        for row in chosen:
+            trained = row["shape"]["steps"] > 0
+            if row["equal"] == equal and row["method"] != "dense" and trained:
+                methods.setdefault(row["method"], []).append(row)
+        for i, part in enumerate(PARTS):
+            places = [number + (i - 1.5) * 0.2 for number in range(len(methods))]
+            values = [100 * (shares(runs, dense)[part] - 1) for runs in methods.values()]
+            place.bar(places, values, 0.2, color=COLORS[part], label=PARTS[part])
+        place.axhline(0, color="black", linewidth=0.8)
+        if equal == "steps":
+            place.axhline(100 * (TARGET - 1), color="gray", linestyle=":")
+        place.set_xticks(range(len(methods)), list(methods), fontsize="small")
+        place.set_ylabel("perplexity over dense LoRA's, %")
+        whose = f"{steps} steps" if equal == "steps" else f"the time of {steps} dense steps"
+        place.set_title(f"{context} tokens, {whose}", fontsize="medium")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    IMAGES.mkdir(exist_ok=True)
+    block_size_plot(rows, IMAGES / "quality_block_size.png")
+    timed = sorted(
+        {
+            (row["shape"]["context"], row["protocol_steps"], row["shape"]["learning_rate"])
+            for row in rows
+            if row["equal"] == "time"
+        }
+    )
+    if timed:
+        methods_plot(rows, timed, IMAGES / "quality_methods.png")
+
+
+if __name__ == "__main__":
+    main()
