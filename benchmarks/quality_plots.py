@@ -1,4 +1,4 @@
-"""Plots of docs/QUALITY.md from benchmarks/results: ``python benchmarks/quality_plots.py``."""
+"""Table and plots of docs/QUALITY.md: ``python benchmarks/quality_plots.py``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+from quality import table
+from readme_table import replace_block
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = REPOSITORY / "benchmarks/results/quality.jsonl"
+PAGE = REPOSITORY / "docs/QUALITY.md"
 IMAGES = REPOSITORY / "docs/images"
 PARTS = {"book": "books", "book_tail": "books, last quarter", "tex": "TeX"} | {
     "tex_tail": "TeX, last quarter"
@@ -101,15 +105,26 @@ def main() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
     IMAGES.mkdir(exist_ok=True)
     block_size_plot(rows, IMAGES / "quality_block_size.png")
-    timed = sorted(
+    timed = timed_protocols(rows)
+    methods_plot(rows, timed, IMAGES / "quality_methods.png")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+def timed_protocols(rows: list[dict]) -> list[tuple[int, int, float]]:
+    """Context, steps and learning rate of the comparisons that were timed."""
+    return sorted(
         {
             (row["shape"]["context"], row["protocol_steps"], row["shape"]["learning_rate"])
             for row in rows
             if row["equal"] == "time"
         }
     )
-    if timed:
-        methods_plot(rows, timed, IMAGES / "quality_methods.png")
+
+
+def updated(text: str, rows: list[dict]) -> str:
+    """The page with the tables of the recorded results."""
+    compared = [row for protocol in timed_protocols(rows) for row in of_protocol(rows, *protocol)]
+    return replace_block(text, "\n" + table(compared) + "\n", "quality")
 
 
 if __name__ == "__main__":

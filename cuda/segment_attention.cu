@@ -23,13 +23,6 @@ constexpr int kLargeSharedBytes = 162 * 1024;
 /// Which kernels run; named in SegmentAttentionParams::kernel.
 enum class Kernels { kHopper, kPortable, kPortableSmall };
 
-int device_attribute(const char* op, cudaDeviceAttr attribute) {
-    int device = 0, value = 0;
-    cuda::check_status(op, cudaGetDevice(&device));
-    cuda::check_status(op, cudaDeviceGetAttribute(&value, attribute, device));
-    return value;
-}
-
 /// Checks what the CUDA kernels support.
 Kernels choose_kernels(const char* op, const SegmentAttentionParams& p) {
     const Checker check(op);
@@ -43,8 +36,8 @@ Kernels choose_kernels(const char* op, const SegmentAttentionParams& p) {
     const auto got = [&] { return "'" + std::string(p.kernel) + "'"; };
     if (p.kernel == "auto") {
         if (cuda::supports_hopper_kernels(op)) return Kernels::kHopper;
-        const int shared = device_attribute(op, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-        return shared < kLargeSharedBytes ? Kernels::kPortableSmall : Kernels::kPortable;
+        const bool small = cuda::current_gpu(op).block_shared_bytes < kLargeSharedBytes;
+        return small ? Kernels::kPortableSmall : Kernels::kPortable;
     }
     if (p.kernel == "portable") return Kernels::kPortable;
     if (p.kernel == "portable-small") return Kernels::kPortableSmall;

@@ -21,34 +21,25 @@ inline void check_status(const char* op, cudaError_t status) {
 
 inline void check_launch(const char* op) { check_status(op, cudaGetLastError()); }
 
+/// What of a GPU decides how kernels run.
+struct Gpu {
+    int compute_capability;  // 90: 9.0
+    int multiprocessors;
+    int block_shared_bytes;  // the most that a thread block can have
+};
+
+/// The current GPU, which is asked only once.
+const Gpu& current_gpu(const char* op);
+
 /// Multiprocessors of the current GPU.
-inline int num_multiprocessors(const char* op) {
-    int device = 0, count = 0;
-    check_status(op, cudaGetDevice(&device));
-    check_status(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-    return count;
-}
+inline int num_multiprocessors(const char* op) { return current_gpu(op).multiprocessors; }
 
 /// Lets `kernel` use this much dynamic shared memory; raises where the GPU has less.
+void reserve_shared_memory(const char* op, const void* kernel, size_t bytes);
+
 template <typename Kernel>
 void reserve_shared_memory(const char* op, Kernel* kernel, size_t bytes) {
-    cudaFuncAttributes attributes;
-    check_status(op, cudaFuncGetAttributes(&attributes, kernel));
-    const size_t total = bytes + attributes.sharedSizeBytes;
-    if (total <= 48 * 1024) return;  // what every kernel may use unasked, its own arrays included
-    int device = 0, limit = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    // The limit first: a refusal of the attribute would stay behind as the thread's last error.
-    if (total > static_cast<size_t>(limit) ||
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)) != cudaSuccess) {
-        cudaGetLastError();
-        throw Error(ErrorKind::kUnsupported,
-                    std::string(op) + ": needs " + std::to_string(total) +
-                        " bytes of shared memory a block; this GPU gives " +
-                        std::to_string(limit));
-    }
+    reserve_shared_memory(op, reinterpret_cast<const void*>(kernel), bytes);
 }
 
 /// Calls `body(T{})` with the storage type of `dtype`.

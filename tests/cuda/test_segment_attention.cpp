@@ -210,10 +210,13 @@ void expect_cpu_results(const std::vector<Case>& list) {
 TYPED_TEST(SegmentAttentionCuda, MatchesCpu) { expect_cpu_results<TypeParam>(cases()); }
 
 TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
-    // Three tiles of keys and a rest, each seen by several heads; both head sizes; other keys.
+    // Three tiles of keys and a rest, each seen by several heads; both head sizes; other keys; more
+    // tiles of queries than the thread blocks that stay on the GPU.
     expect_cpu_results<TypeParam>({{"three tiles", {390}, 2, 1, 64, 1, 1, false},
                                    {"two sequences", {150, 130}, 2, 1, 128, 1, 1, false},
-                                   {"other keys", {140}, 2, 2, 128, 0.8, 0.8, true, 0, 64}});
+                                   {"other keys", {140}, 2, 2, 128, 0.8, 0.8, true, 0, 64},
+                                   {"more tiles", std::vector<int64_t>(14, 10), 24, 6, 64, 1, 1,
+                                    false}});
 }
 
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {

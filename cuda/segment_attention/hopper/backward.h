@@ -8,6 +8,14 @@
 // The consumers take turns to start the products of a step, so that what one computes falls beneath
 // the products of the other. What a step adds to dq needs the keys of both; it is computed a step
 // later, when the other one is done with it, too, and handed over beneath dv and dk.
+//
+// The turns order the gradients of scores as well: what a warpgroup wrote before its turn of a step
+// both read in their turns of the next one, and when a turn starts, both are done with what was
+// written two steps before. With three buffers nobody has to wait for anything else.
+//
+// Every lane that loads or stores arrives for itself (see Barrier). Three times a step at barriers
+// in memory, in the midst of a warpgroup's own work, made head size 64 1.45 times as slow. So it is
+// once, beneath products; elsewhere it is at named barriers, which take a warp at once.
 #pragma once
 
 #include <algorithm>
@@ -55,33 +63,17 @@ template <typename Traits>
 __device__ void init_barriers(BackwardShared<Traits>& shared) {
     constexpr int kConsumerThreads = kWarpgroupThreads * Traits::kConsumers;
     constexpr int kConsumerWarps = kConsumerThreads / 32;
-    constexpr int kStoreArrivals = kEveryStoreArrives ? 32 : 1;  // of a warp
     shared.kv_full.init(1);
     for (int stage = 0; stage < Traits::kStages; ++stage) {
         shared.q_full[stage].init(1);
         shared.dout_full[stage].init(1);
-        shared.q_empty[stage].init(kConsumerWarps);
-        shared.dout_empty[stage].init(kConsumerWarps);
-        shared.rows_empty[stage].init(kConsumerThreads);
-    }
-    for (int stage = 0; stage < Traits::kDscoresStages; ++stage) {
-        shared.dscores_full[stage].init(kConsumerWarps * kStoreArrivals);
-        shared.dscores_empty[stage].init(kConsumerWarps);
+        // Each lane for what it loaded, then each warp for its products.
+        shared.step_empty[stage].init(kConsumerThreads + kConsumerWarps);
     }
     for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
-        shared.dq_full[warpgroup].init(kWarpgroupThreads / 32 * kStoreArrivals);
         shared.dq_empty[warpgroup].init(1);
     }
     publish_barriers();
-}
-
-/// The consumers' arrival behind what this thread stored.
-__device__ __forceinline__ void arrive_behind_stores(Barrier& full) {
-    if constexpr (kEveryStoreArrives) {
-        full.arrive();
-    } else {
-        full.arrive_warp();
-    }
 }
 
 /// Copies everything that the consumers read; run by one thread.
@@ -107,39 +99,37 @@ __device__ void produce(const BackwardArguments& args, BackwardShared<Traits>& s
         const int64_t first =
             args.tile_index(step.head, work.q_tiles_before + step.m_tile) * kBlockM;
         const BackwardStep shown{step.head, step.m_tile, work.needs_mask(args, step)};
-        shared.rows_empty[at.stage].wait(at.parity ^ 1);
-        shared.q_empty[at.stage].wait(at.parity ^ 1);
+        shared.step_empty[at.stage].wait(at.parity ^ 1);
         shared.steps[at.stage] = shown;
         Barrier& q_full = shared.q_full[at.stage];
         q_full.arrive_expecting(kQueryBytes);
         copy_tile<kBlockM, kHeadDim>(args.q, q_full, shared.q[at.stage], step.head, row);
         copy_bytes(args.tile_lse + first, q_full, shared.lse[at.stage], kRowBytes);
 
-        shared.dout_empty[at.stage].wait(at.parity ^ 1);
         Barrier& dout_full = shared.dout_full[at.stage];
         dout_full.arrive_expecting(kQueryBytes);
         copy_tile<kBlockM, kHeadDim>(args.dout, dout_full, shared.dout[at.stage], step.head, row);
         copy_bytes(args.tile_delta + first, dout_full, shared.delta[at.stage], kRowBytes);
         at.advance();
     }
-    shared.rows_empty[at.stage].wait(at.parity ^ 1);
-    shared.q_empty[at.stage].wait(at.parity ^ 1);
+    shared.step_empty[at.stage].wait(at.parity ^ 1);
     shared.steps[at.stage].m_tile = -1;
     shared.q_full[at.stage].arrive();
 }
 
-/// Adds the consumers' parts of dq to scratch; run by one thread.
+/// Adds the consumers' parts of dq to scratch; run by one warp, since only whole warps wait at
+/// named barriers. Its first lane does the work.
 template <typename Traits>
 __device__ void add_dq(const BackwardArguments& args, BackwardShared<Traits>& shared,
                        const BackwardWork<Traits>& work) {
     constexpr int kPart = Traits::kDqPart;
     constexpr int kPartBytes = kPart * static_cast<int>(sizeof(float));
-    uint32_t parity = 0;
+    const bool adds = threadIdx.x % 32 == 0;
     for (QueryStep step = work.walk.first(); !work.walk.done(step); work.walk.advance(step)) {
         const int64_t tile_index =
             args.tile_index(step.head, work.q_tiles_before + step.m_tile);
         int* turn = nullptr;
-        if (args.turns != nullptr) {
+        if (args.turns != nullptr && adds) {
             // The key tiles that add before this one are those from the first that the query tile
             // sees. Their blocks have smaller indices, so they run.
             const VisibleKeys visible(args.plan, work.tile, step.head, args.num_heads);
@@ -157,23 +147,27 @@ __device__ void add_dq(const BackwardArguments& args, BackwardShared<Traits>& sh
         float* to = args.dq_sums + tile_index * Traits::kConsumers * kPart;
         CUTE_UNROLL
         for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
-            shared.dq_full[warpgroup].wait(parity);
-            publish_shared_writes();  // for all who wrote: they would wait for it longer
-            add_floats(to + warpgroup * kPart, shared.dq[warpgroup], kPartBytes);
-            commit_adds();
+            __syncwarp();
+            sync_named(kFirstDqBarrier + warpgroup, kDqThreads);
+            if (adds) {
+                publish_shared_writes();  // for all who wrote: they would wait for it longer
+                add_floats(to + warpgroup * kPart, shared.dq[warpgroup], kPartBytes);
+                commit_adds();
+            }
         }
-        wait_adds_read<1>();
-        shared.dq_empty[0].arrive();
-        wait_adds_read<0>();
-        shared.dq_empty[1].arrive();
+        if (adds) {
+            wait_adds_read<1>();
+            shared.dq_empty[0].arrive();
+            wait_adds_read<0>();
+            shared.dq_empty[1].arrive();
+        }
         if (turn != nullptr) {
             wait_adds<0>();
             asm volatile("fence.acq_rel.gpu;" ::: "memory");
             atomicAdd(turn, 1);
         }
-        parity ^= 1;
     }
-    wait_adds<0>();
+    if (adds) wait_adds<0>();
 }
 
 /// Takes away probabilities [keys, queries] of keys that a query does not see.
@@ -309,7 +303,6 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
         load_statistics(delta, shared.delta[at.stage]);
         wait_products<0>();
-        shared.rows_empty[at.stage].arrive();
     };
     // In the registers of the scores: when it is computed they are not needed, and are again only
     // when it has been handed over.
@@ -327,8 +320,7 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
             part[i / 4 * kWarpgroupThreads] =
                 make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
         }
-        arrive_behind_stores(shared.dq_full[warpgroup]);
-        shared.dscores_empty[dq_at.stage].arrive_warp();
+        arrive_named(kFirstDqBarrier + warpgroup, kDqThreads);
         dq_at.advance();
     };
     const auto start_dq = [&]() __attribute__((always_inline)) {
@@ -350,7 +342,6 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
         begin_step();
         for (bool first_step = true;; first_step = false) {
             // Gradient of the scores, 16 queries at a time, so that registers come free early.
-            shared.dscores_empty[dscores_at.stage].wait(dscores_at.parity ^ 1);
             CUTE_UNROLL
             for (int i = 0; i < size(scores); i += 8) {
                 CUTE_UNROLL
@@ -365,13 +356,11 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
                     dscore_pairs(i / 2 + 1), dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
             }
             publish_shared_writes();
-            arrive_behind_stores(shared.dscores_full[dscores_at.stage]);
             dscores_at.advance();
 
             // The compiler does not follow products around a branch. So dq before the first step
             // and the scores behind the last one are computed, of what lies there, for nobody.
-            if (!first_step) shared.dscores_full[dq_at.stage].wait(dq_at.parity);
-            turns.wait();
+            turns.wait();  // for the other one's gradient of scores of the step before, too
             start_dq();
             start_product<true>(key_mma, as_register_operand<kBlockM>(probabilities),
                                 query_columns_operand(shared.dout[at.stage]), dv);
@@ -379,25 +368,25 @@ __device__ void consume(const BackwardArguments& args, BackwardShared<Traits>& s
                                 query_columns_operand(shared.q[at.stage]), dk);
             wait_products<2>();  // dq
             if (!first_step) hand_over_dq();
-            Barrier& q_empty = shared.q_empty[at.stage];
-            Barrier& dout_empty = shared.dout_empty[at.stage];
+            Barrier& step_empty = shared.step_empty[at.stage];
             at.advance();
             shared.q_full[at.stage].wait(at.parity);
             start_scores();
             turns.pass_on();
+            step_empty.arrive();  // for its loads; 32 arrivals take time, which the products hide
             wait_products<0>();
-            q_empty.arrive_warp();
-            dout_empty.arrive_warp();
+            step_empty.arrive_warp();
             if (shared.steps[at.stage].m_tile < 0) break;
             forget_operands();
             begin_step();
         }
-        shared.dscores_full[dq_at.stage].wait(dq_at.parity);
+        turns.finish();  // for the other one's gradient of the last scores
         start_dq();
         wait_products<0>();
         hand_over_dq();
+    } else {
+        turns.finish();
     }
-    turns.finish();
 
     CUTE_UNROLL
     for (int i = 0; i < size(dk); ++i) dk(i) *= args.scale;
@@ -451,7 +440,7 @@ attention_backward_kernel(const __grid_constant__ BackwardArguments args) {
         cutlass::arch::warpgroup_reg_dealloc<Traits::kProducerRegisters>();
         if (threadIdx.x == 0) {
             produce(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
-        } else if (threadIdx.x == 32) {
+        } else if (threadIdx.x / 32 == 1) {
             add_dq(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
         }
     } else {

@@ -19,6 +19,7 @@ struct BackwardTraits {
     static constexpr int kBlockM = kHeadDim == 64 ? 96 : 64;
     static constexpr int kStages = 2;
     // A warpgroup writes one while the other one, up to a step behind, reads one of the two before.
+    // With fewer of them the turns would not keep writers behind readers.
     static constexpr int kDscoresStages = 3;
     static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
     static constexpr int kProducerRegisters = 24;
@@ -68,11 +69,6 @@ struct BackwardStep {
     int needs_mask; // some query of the tile does not see all keys of the block
 };
 
-/// Whether every lane of the consumers arrives for what it stored for a product or a bulk copy to
-/// read, as it does for what it read, or one lane for its warp: the fence in front of it, too, is
-/// every lane's own.
-inline constexpr bool kEveryStoreArrives = true;
-
 /// Everything a thread block has in shared memory. A `full` barrier says that a buffer was filled,
 /// an `empty` one that all who read it are done.
 template <typename Traits>
@@ -95,15 +91,17 @@ struct BackwardShared {
     SequenceTile tile;
     int kv_head;
     Barrier kv_full;
-    Barrier q_full[kStages], q_empty[kStages];
-    Barrier dout_full[kStages], dout_empty[kStages];
-    Barrier rows_empty[kStages];  // lse, delta and steps, which the consumers load
-    Barrier dscores_full[Traits::kDscoresStages], dscores_empty[Traits::kDscoresStages];
-    Barrier dq_full[Traits::kConsumers], dq_empty[Traits::kConsumers];
+    Barrier q_full[kStages], dout_full[kStages];
+    Barrier step_empty[kStages];  // of all that comes with q and dout
+    Barrier dq_empty[Traits::kConsumers];
 };
 
 /// Named barrier, behind those of the turns: the consumers are done with keys and values.
 inline constexpr int kKeysBarrier = 3;
+
+/// Named barriers, one for each consumer warpgroup: its part of dq is there for the warp that adds.
+inline constexpr int kFirstDqBarrier = 4;
+inline constexpr int kDqThreads = kWarpgroupThreads + 32;
 
 struct BackwardArguments {
     CUtensorMap q;

@@ -235,6 +235,21 @@ attention_forward_kernel(const __grid_constant__ ForwardArguments args) {
     }
 }
 
+/// Key/value heads of a section of the work, of which `head_tiles` tiles of queries read each: as
+/// many as the L2 cache holds beside queries and results, and enough for several tiles on each
+/// multiprocessor. Sections of one size, since a small last one would leave multiprocessors idle.
+inline int section_heads(const Tensor& k, int head_tiles, int multiprocessors) {
+    constexpr int64_t kCachedBytes = int64_t{16} << 20;
+    constexpr int kTiles = 4;
+    constexpr int64_t kElementBytes = 2;
+    const int64_t heads = k.size(1);
+    const int64_t head_bytes = 2 * k.size(0) * k.size(2) * kElementBytes;  // keys and values
+    const int64_t most = std::max<int64_t>({kCachedBytes / std::max<int64_t>(head_bytes, 1),
+                                            ceil_div(kTiles * multiprocessors, head_tiles), 1});
+    const int64_t sections = ceil_div(heads, std::min(most, heads));
+    return static_cast<int>(ceil_div(heads, sections));
+}
+
 template <typename Element, int kHeadDim>
 void launch_forward(const SegmentAttentionParams& params, cudaStream_t stream) {
     using Traits = ForwardTraits<Element, kHeadDim>;
@@ -259,11 +274,8 @@ void launch_forward(const SegmentAttentionParams& params, cudaStream_t stream) {
     reserve_shared_memory(kOp, kernel, kSharedBytes);
     const int multiprocessors = num_multiprocessors(kOp);
     const int group = args.num_heads / args.num_kv_heads;
-    // Several tiles for each multiprocessor, so that a section ends evenly.
-    constexpr int kTiles = 4;
     args.heads_at_once =
-        group * std::clamp(ceil_div(kTiles * multiprocessors, group * args.plan.max_q_tiles), 1,
-                           args.num_kv_heads);
+        group * section_heads(params.k, group * args.plan.max_q_tiles, multiprocessors);
     const int items = args.num_heads * args.plan.max_q_tiles;
     kernel<<<std::min(items, multiprocessors), Traits::kThreads, kSharedBytes, stream>>>(args);
     check_launch(kOp);

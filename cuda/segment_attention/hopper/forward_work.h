@@ -47,30 +47,29 @@ template <typename Traits>
 class WorkQueue {
 public:
     __device__ WorkQueue(const ForwardArguments& args, ForwardShared<Traits>& shared)
-        : args_(args), shared_(shared), index_(static_cast<int>(blockIdx.x)) {}
+        : args_(args), shared_(shared) {}
 
     /// The next item; false behind the last one. One thread of the block calls this.
     __device__ bool next(ForwardWork& work) {
-        for (;;) {
-            const int index = index_;
-            if (index < ForwardWork::count(args_)) {
-                // Early: nobody waits for the answer before the next call.
-                index_ = static_cast<int>(gridDim.x) + atomicAdd(args_.next_work, 1);
-                work = ForwardWork::make<Traits>(args_, index);
-                if (!work.exists) continue;
-            }
-            shared_.work_empty[at_.stage].wait(at_.parity ^ 1);
-            shared_.work[at_.stage] = index;
-            shared_.work_full[at_.stage].arrive();
-            at_.advance();
-            return index < ForwardWork::count(args_);
-        }
+        const int count = ForwardWork::count(args_);
+        do {
+            // Not before it is needed, or it would wait behind this block's item in work while
+            // others have none; the consumers still work on that one while the counter answers.
+            index_ = index_ < 0 ? static_cast<int>(blockIdx.x)
+                                : static_cast<int>(gridDim.x) + atomicAdd(args_.next_work, 1);
+            if (index_ < count) work = ForwardWork::make<Traits>(args_, index_);
+        } while (index_ < count && !work.exists);
+        shared_.work_empty[at_.stage].wait(at_.parity ^ 1);
+        shared_.work[at_.stage] = index_;
+        shared_.work_full[at_.stage].arrive();
+        at_.advance();
+        return index_ < count;
     }
 
 private:
     const ForwardArguments& args_;
     ForwardShared<Traits>& shared_;
-    int index_;
+    int index_ = -1;
     RingPosition<2> at_;
 };
 
