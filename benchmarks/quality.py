@@ -340,7 +340,7 @@ def table(rows: Iterable[dict]) -> str:
         # In the time of dense LoRA's own steps.
         same = groups.get((*key[:-1], "steps"), {})
         if "dense" in same:
-            methods.setdefault("dense", same["dense"])
+            groups[key] = {"dense": same["dense"]} | methods
     return "\n\n".join(_group(key, methods) for key, methods in groups.items())
 
 

@@ -22,6 +22,7 @@ PARTS = {"book": "books", "book_tail": "books, last quarter", "tex": "TeX"} | {
 }
 COLORS = dict(zip(PARTS, ("tab:blue", "lightskyblue", "tab:orange", "navajowhite")))
 TARGET = 1.01
+SHOWN = ("dense", "s2", "spans-0.5", "long-spans-0.5", "spans-0.3")
 
 
 def shares(rows: list[dict], dense: dict) -> dict[str, float]:
@@ -71,20 +72,21 @@ def block_size_plot(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def methods_plot(rows: list[dict], protocols: list[tuple[int, int, float]], path: Path) -> None:
-    """Methods at equal steps and in equal time, a panel for each protocol and kind of equality."""
-    panels = [(protocol, equal) for protocol in protocols for equal in ("steps", "time")]
+def methods_plot(rows: list[dict], path: Path) -> None:
+    """Methods at equal steps and in equal time, a panel for each comparison that has been made."""
+    panels: dict[tuple, dict[str, list[dict]]] = {}
+    for protocol in compared_protocols(rows):
+        for row in of_protocol(rows, *protocol):
+            if row["method"] != "dense":
+                panel = panels.setdefault((*protocol, row["equal"]), {})
+                panel.setdefault(row["method"], []).append(row)
     figure, axes = pyplot.subplots(
-        len(protocols), 2, figsize=(9.6, 3.4 * len(protocols)), layout="constrained", squeeze=False
+        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
     )
-    for ((context, steps, rate), equal), place in zip(panels, axes.flat):
-        chosen = of_protocol(rows, context, steps, rate)
-        dense = next(row for row in chosen if row["method"] == "dense")
-        methods: dict[str, list[dict]] = {}
-        for row in chosen:
-            trained = row["shape"]["steps"] > 0
-            if row["equal"] == equal and row["method"] != "dense" and trained:
-                methods.setdefault(row["method"], []).append(row)
+    for (*protocol, equal), place in zip(panels, axes.flat):
+        context, steps, _ = protocol
+        methods = panels[(*protocol, equal)]
+        dense = next(row for row in of_protocol(rows, *protocol) if row["method"] == "dense")
         for i, part in enumerate(PARTS):
             places = [number + (i - 1.5) * 0.2 for number in range(len(methods))]
             values = [100 * (shares(runs, dense)[part] - 1) for runs in methods.values()]
@@ -101,30 +103,37 @@ def methods_plot(rows: list[dict], protocols: list[tuple[int, int, float]], path
     pyplot.close(figure)
 
 
-def main() -> None:
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    IMAGES.mkdir(exist_ok=True)
-    block_size_plot(rows, IMAGES / "quality_block_size.png")
-    timed = timed_protocols(rows)
-    methods_plot(rows, timed, IMAGES / "quality_methods.png")
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
-
-
-def timed_protocols(rows: list[dict]) -> list[tuple[int, int, float]]:
-    """Context, steps and learning rate of the comparisons that were timed."""
+def compared_protocols(rows: list[dict]) -> list[tuple[int, int, float]]:
+    """Context, steps and learning rate of the comparisons that the page shows."""
     return sorted(
         {
             (row["shape"]["context"], row["protocol_steps"], row["shape"]["learning_rate"])
             for row in rows
-            if row["equal"] == "time"
+            if row["method"] in SHOWN and row["method"] not in ("dense", "s2")
         }
     )
 
 
 def updated(text: str, rows: list[dict]) -> str:
     """The page with the tables of the recorded results."""
-    compared = [row for protocol in timed_protocols(rows) for row in of_protocol(rows, *protocol)]
+    compared = [row for each in compared_protocols(rows) for row in of_protocol(rows, *each)]
     return replace_block(text, "\n" + table(compared) + "\n", "quality")
+
+
+def read_rows() -> list[dict]:
+    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    others = len(SHOWN)
+    return sorted(
+        rows, key=lambda row: SHOWN.index(row["method"]) if row["method"] in SHOWN else others
+    )
+
+
+def main() -> None:
+    rows = read_rows()
+    IMAGES.mkdir(exist_ok=True)
+    block_size_plot(rows, IMAGES / "quality_block_size.png")
+    methods_plot(rows, IMAGES / "quality_methods.png")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import quality
+import quality_plots
 from lemo.data import Document
 from retrieval import DEPTHS, PASSAGE_TOKENS, retrieval_accuracy, retrieval_windows
 from tiny import sample_text, save_tiny_llama, tiny_tokenizer, write_documents
@@ -170,3 +171,8 @@ def test_the_methods_of_the_repository_are_valid(inputs):
     for method in options.known.values():
         if method["elimination"] is not None:
             LemoConfig(**method["elimination"])
+
+
+def test_the_page_shows_the_recorded_results():
+    page = quality_plots.PAGE.read_text(encoding="utf-8")
+    assert page == quality_plots.updated(page, quality_plots.read_rows())
