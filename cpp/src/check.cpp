@@ -37,6 +37,8 @@ void Checker::that(bool ok, const char* argument, const std::string& expected,
 }
 
 void Checker::contiguous(const char* argument, const Tensor& tensor, int ndim) const {
+    // What is said of a failure is put together only then: ops are checked at every call.
+    if (tensor.ndim == ndim && tensor.device != Device::kOther && tensor.is_contiguous()) return;
     that(tensor.ndim == ndim, argument, std::to_string(ndim) + " dimension(s)", describe(tensor));
     that(tensor.device != Device::kOther, argument, "a tensor on cpu or cuda", describe(tensor),
          ErrorKind::kUnsupported);
@@ -44,19 +46,23 @@ void Checker::contiguous(const char* argument, const Tensor& tensor, int ndim) c
 }
 
 void Checker::floating(const char* argument, const Tensor& tensor, int ndim) const {
-    that(is_float(tensor.dtype), argument, "float32, bfloat16 or float16", describe(tensor),
-         ErrorKind::kType);
+    if (!is_float(tensor.dtype)) {
+        that(false, argument, "float32, bfloat16 or float16", describe(tensor), ErrorKind::kType);
+    }
     contiguous(argument, tensor, ndim);
 }
 
 void Checker::typed(const char* argument, const Tensor& tensor, DType dtype, int ndim) const {
-    that(tensor.dtype == dtype, argument, name(dtype), describe(tensor), ErrorKind::kType);
+    if (tensor.dtype != dtype) {
+        that(false, argument, name(dtype), describe(tensor), ErrorKind::kType);
+    }
     contiguous(argument, tensor, ndim);
 }
 
 void Checker::dim(const char* argument, const Tensor& tensor, int dim, int64_t expected,
                   const char* meaning) const {
-    that(tensor.size(dim) == expected, argument,
+    if (tensor.size(dim) == expected) return;
+    that(false, argument,
          "size " + std::to_string(expected) + " in dimension " + std::to_string(dim) + " (" +
              meaning + ")",
          describe(tensor));
@@ -64,7 +70,8 @@ void Checker::dim(const char* argument, const Tensor& tensor, int dim, int64_t e
 
 void Checker::same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,
                          const Tensor& other) const {
-    that(tensor.dtype == other.dtype, argument,
+    if (tensor.dtype == other.dtype) return;
+    that(false, argument,
          std::string("the dtype of '") + other_argument + "' (" + name(other.dtype) + ")",
          name(tensor.dtype), ErrorKind::kType);
 }
@@ -73,8 +80,8 @@ void Checker::same_device(
     std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const {
     const auto& [first_name, first] = *arguments.begin();
     for (const auto& [argument, tensor] : arguments) {
-        if (!tensor->given()) continue;
-        that(tensor->device == first->device, argument,
+        if (!tensor->given() || tensor->device == first->device) continue;
+        that(false, argument,
              std::string("the device of '") + first_name + "' (" + name(first->device) + ")",
              name(tensor->device));
     }
