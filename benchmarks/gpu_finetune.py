@@ -50,6 +50,7 @@ VARIANTS = (
     "0.5-layer@65536",
     "0.5-layer-predictor@65536",
 )
+BLOCK_SIZE = 64
 SCORERS = ("pooled", "random", "predictor", "predictors")
 SHAPE = {
     "vocab_size": 128256,
@@ -108,6 +109,9 @@ def settings_of(variant: str) -> dict:
     keep = float(keep)
     return {
         "policy": "ratio",
+        # Small blocks are the harder case: more of them to score and to gather.
+        "block_size": BLOCK_SIZE,
+        "keep_first": 1,
         "keep": keep,
         "keep_mlp": keep if scorer == "predictors" else None,
         "dense_layers": [],
@@ -307,7 +311,7 @@ def write_predictors(folder: Path, layers: int) -> str:
     folder.mkdir()
     description = {
         "model": storage.fingerprint(config),
-        "block_size": 64,
+        "block_size": BLOCK_SIZE,
         "num_layers": layers,
         "hidden_size": hidden,
         "thresholds": {kind: [0.0] * layers for kind in ("attention", "mlp")},

@@ -111,7 +111,6 @@ class Job:
         how: list[object] = ["--dense"]
         if predictor is not None:
             how = ["--predictor", predictor, "--keep", options.keep]
-            how += ["--set", "elimination.dense_layers=[]", "--set", "elimination.select_at=all"]
             # The losses after the resumption are compared bit by bit; the peer is left as fast as
             # it can be.
             how += ["--set", "deterministic=true"]
@@ -199,8 +198,7 @@ def records(
         "lora_rank": options.rank,
         "keep": options.keep,
         "scorer": "predictor",
-        "select_at": "all",
-        "dense_layers": [],
+        "select_at": "first",
         "deterministic": True,
     }
     extra = {

@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--lemo",
         type=json.loads,
-        default={"dense_layers": [], "select_at": "all"},
+        default={},
         help="LemoConfig fields of the lemo methods, JSON (default: %(default)s)",
     )
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, on every linear layer")

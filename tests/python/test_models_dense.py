@@ -15,6 +15,7 @@ from lemo.selection import Selector
 from tiny_models import (
     ARCHITECTURES,
     as_padded,
+    config_of,
     gradients,
     make_ids,
     make_model,
@@ -25,7 +26,7 @@ from tolerances import assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
 
-EVERYTHING = LemoConfig(keep=1.0, dense_layers=[], block_size=8)
+EVERYTHING = config_of(keep=1.0, dense_layers=[], block_size=8)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEAR += ["out_proj", "fc1", "fc2"]
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lemo
-from lemo import LemoConfig
 from test_models_dense import assert_same_gradients, lora
 from tiny_models import (
     ARCHITECTURES,
     WINDOW,
     all_of,
+    config_of,
     gradients,
     make_model,
     packed_batch,
@@ -159,7 +159,7 @@ def check(model, twin, batch, config):
 
 
 def preset(name):
-    return LemoConfig(**{"dense_layers": [], "block_size": BLOCK} | SETTINGS[name])
+    return config_of(**{"dense_layers": [], "block_size": BLOCK} | SETTINGS[name])
 
 
 @fp32
@@ -210,7 +210,7 @@ def test_lora(architecture, name):
 )
 def test_any_shape(lengths, kind, block_size, keep, forced, visible_keys):
     batch = packed_batch(lengths) if kind == "packed" else padded_batch(lengths, kind)
-    config = LemoConfig(
+    config = config_of(
         block_size=block_size,
         keep=keep,
         keep_first=forced[0],
@@ -289,7 +289,7 @@ def test_nothing_is_stored_for_rows_that_are_not_kept(checkpointing):
         model = lora(make_model("llama", vocab_size=61, max_position_embeddings=256))
         if checkpointing:
             model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
-        config = LemoConfig(keep=keep, dense_layers=[], block_size=BLOCK, mask_loss=True)
+        config = config_of(keep=keep, dense_layers=[], block_size=BLOCK, mask_loss=True)
         lemo.enable(model, config)
         sizes[keep] = saved_bytes(model, batch)
     assert sizes[0.25] <= 0.3 * sizes[1.0]

@@ -12,10 +12,10 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, LlamaModel, Trainer, TrainingArguments
 
 import lemo
-from lemo import LemoConfig
 from tiny_models import (
     ARCHITECTURES,
     HIDDEN,
+    config_of,
     gradients,
     make_ids,
     make_model,
@@ -24,8 +24,8 @@ from tiny_models import (
 )
 from tolerances import assert_close_fp32
 
-HALF = LemoConfig(keep=0.5, dense_layers=[], block_size=8)
-EVERYTHING = LemoConfig(keep=1.0, dense_layers=[], block_size=8)
+HALF = config_of(keep=0.5, dense_layers=[], block_size=8)
+EVERYTHING = config_of(keep=1.0, dense_layers=[], block_size=8)
 BATCH = padded_batch([61, 40])
 
 # The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
@@ -83,7 +83,7 @@ def test_the_decoder_alone_eliminates_too():
 
 def test_statistics():
     model = make_model("llama")
-    handle = lemo.enable(model, LemoConfig(keep=0.5, keep_mlp=0.25, dense_layers=[0], block_size=8))
+    handle = lemo.enable(model, config_of(keep=0.5, keep_mlp=0.25, dense_layers=[0], block_size=8))
     assert handle.statistics() == []
     model(**BATCH)
     first, *others = handle.statistics()
@@ -103,7 +103,7 @@ def test_statistics():
 
 def test_schedule():
     model = make_model("llama")
-    config = LemoConfig(keep=0.5, dense_layers=[0], block_size=8, schedule=[[0.5, 0.25], [0.9, 1]])
+    config = config_of(keep=0.5, dense_layers=[0], block_size=8, schedule=[[0.5, 0.25], [0.9, 1]])
     handle = lemo.enable(model, config)
 
     def kept_blocks(progress):
@@ -124,7 +124,7 @@ def test_random_scores_go_on_from_a_saved_state():
     def losses(handle, model, count):
         return [model(**BATCH).loss.item() for _ in range(count)]
 
-    config = LemoConfig(keep=0.3, dense_layers=[], block_size=8, scorer="random", seed=3)
+    config = config_of(keep=0.3, dense_layers=[], block_size=8, scorer="random", seed=3)
     model = make_model("llama")
     handle = lemo.enable(model, config)
     handle.set_progress(0.25)
@@ -161,7 +161,7 @@ def test_masked_tokens_have_no_loss():
     losses = {}
     for mask in (True, False):
         model = make_model("llama")
-        handle = lemo.enable(model, LemoConfig(**config, mask_loss=mask))
+        handle = lemo.enable(model, config_of(**config, mask_loss=mask))
         losses[mask] = model(**BATCH).loss
         statistics = handle.statistics()
         logits = model(BATCH["input_ids"], BATCH["attention_mask"]).logits
@@ -250,7 +250,7 @@ def test_dropout_of_lora_is_active_in_training_but_not_while_scoring():
         r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False
     )
     model = get_peft_model(make_model("llama"), settings)
-    handle = lemo.enable(model, LemoConfig(keep=0.5, dense_layers=[0], block_size=8))
+    handle = lemo.enable(model, config_of(keep=0.5, dense_layers=[0], block_size=8))
     assert len({model(**BATCH).loss.item() for _ in range(3)}) == 3
     drop = model.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"]
     assert drop.training

@@ -12,11 +12,18 @@ import torch
 
 import lemo
 from devices import on_gpu
-from lemo import LemoConfig
 from test_models_dense import BATCHES as DENSE_BATCHES
 from test_models_dense import EVERYTHING, lora
 from test_models_elimination import BATCHES, SETTINGS, kept_blocks, preset, reference_loss
-from tiny_models import ARCHITECTURES, all_of, as_padded, gradients, make_model, packed_batch
+from tiny_models import (
+    ARCHITECTURES,
+    all_of,
+    as_padded,
+    config_of,
+    gradients,
+    make_model,
+    packed_batch,
+)
 from tolerances import assert_close_low_precision
 
 RECOMPUTE = ["none", "layer", "selective"]
@@ -135,7 +142,7 @@ def test_keep_below_1_is_the_eager_reference(architecture, name):
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_a_step_has_the_same_bits_every_time(keep, recompute):
     model = models("llama")[0]
-    config = LemoConfig(keep=keep, block_size=8, dense_layers=[0], recompute=recompute)
+    config = config_of(keep=keep, block_size=8, dense_layers=[0], recompute=recompute)
     lemo.enable(model, config)
     batch = BATCHES["right"]()
 

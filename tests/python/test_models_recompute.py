@@ -11,12 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 import lemo
 from devices import on_gpu
-from lemo import LemoConfig
 from lemo.models import recompute
 from lemo.models.recompute import chunk_rows, is_plain_checkpoint
 from test_models_dense import LINEAR, lora
 from test_models_elimination import BATCHES, saved_bytes
-from tiny_models import all_of, gradients, make_ids, make_model, padded_batch
+from tiny_models import all_of, config_of, gradients, make_ids, make_model, padded_batch
 from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
 
 SETTINGS = {
@@ -37,7 +36,7 @@ def small_chunks(monkeypatch):
 
 def run(model, batch, how, autocast=False, seed=5, **settings):
     """(loss, gradients) of one step; equal seeds draw the same numbers for dropout."""
-    handle = lemo.enable(model, LemoConfig(recompute=how, **DEFAULTS | settings))
+    handle = lemo.enable(model, config_of(recompute=how, **DEFAULTS | settings))
     torch.manual_seed(seed)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
         loss = model(**batch).loss
@@ -162,7 +161,7 @@ def test_autocast(weights, how):
 def test_backward_inside_of_autocast():
     """What forward cast without a graph is not taken from autocast's cache."""
     model, batch = lora(make_model("llama")), padded_batch([40])
-    lemo.enable(model, LemoConfig(recompute="layer", keep=1.0, **DEFAULTS))
+    lemo.enable(model, config_of(recompute="layer", keep=1.0, **DEFAULTS))
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         model(**batch).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -171,7 +170,7 @@ def test_backward_inside_of_autocast():
 @pytest.mark.cpu_only
 def test_two_units_in_one_graph_and_gradients_of_a_retained_graph():
     model, batch = lora(make_model("llama")), padded_batch([40])
-    lemo.enable(model, LemoConfig(recompute="layer", keep=0.5, **DEFAULTS))
+    lemo.enable(model, config_of(recompute="layer", keep=0.5, **DEFAULTS))
     loss = model(**batch).loss
     loss.backward(retain_graph=True)
     once = {name: gradient.clone() for name, gradient in gradients(model).items()}
@@ -199,7 +198,7 @@ class Watch(TorchDispatchMode):
 @pytest.mark.parametrize(("how", "calls"), [("none", 3), ("layer", 6), ("selective", 3)])
 def test_how_often_attention_runs_forward(how, calls):
     model, watch = lora(make_model("llama")), Watch()
-    lemo.enable(model, LemoConfig(recompute=how, keep=1.0, **DEFAULTS))
+    lemo.enable(model, config_of(recompute=how, keep=1.0, **DEFAULTS))
     with watch:
         model(**padded_batch([40])).loss.backward()
     assert watch.calls["lemo::segment_attention"] == calls
@@ -213,7 +212,7 @@ def test_the_activations_of_the_mlp_exist_for_one_chunk_only():
     model = lora(make_model("llama", intermediate_size=width, max_position_embeddings=tokens))
     largest = {}
     for how in ("none", "layer"):
-        handle = lemo.enable(model, LemoConfig(recompute=how, keep=1.0, **DEFAULTS))
+        handle = lemo.enable(model, config_of(recompute=how, keep=1.0, **DEFAULTS))
         with Watch() as watch:
             model(**padded_batch([tokens])).loss.backward()
         largest[how] = watch.largest
@@ -253,7 +252,7 @@ def test_the_flag_of_transformers_and_functions_of_the_user():
             weight = base.model.layers[1].self_attn.q_proj.lora_A["default"].weight
             weight.register_hook(lambda gradient: 2 * gradient)
         mode = "none" if how == "none" else "auto"
-        lemo.enable(model, LemoConfig(recompute=mode, keep=1.0, **DEFAULTS))
+        lemo.enable(model, config_of(recompute=mode, keep=1.0, **DEFAULTS))
         size = saved_bytes(model, batch)
         loss = model(**batch).loss
         loss.backward()
@@ -297,7 +296,7 @@ def test_bytes_that_a_layer_stores(how, keep):
             max_position_embeddings=tokens,
         )
         model = lora(model, target_modules=LINEAR[:4], r=rank).to(torch.bfloat16)
-        lemo.enable(model, LemoConfig(recompute=how, keep=keep, mask_loss=False, **DEFAULTS))
+        lemo.enable(model, config_of(recompute=how, keep=keep, mask_loss=False, **DEFAULTS))
         ids = make_ids(1, tokens)
         sizes.append(saved_bytes(model, {"input_ids": ids, "labels": ids}))
     rows = keep * tokens

@@ -92,6 +92,16 @@ def test_folder_holds_what_was_promised(made):
     assert losses == sorted(losses, reverse=True)
 
 
+def extended(followers, knots, values):
+    """Linear in the logarithm between the knots, and as the last piece beyond them."""
+    x, places = numpy.log2(followers), numpy.log2(knots)
+    result = numpy.interp(x, places, values)
+    if len(knots) > 1:
+        slope = (values[-1] - values[-2]) / (places[-1] - places[-2])
+        result += slope * numpy.maximum(x - places[-1], 0)
+    return result
+
+
 def test_scores_are_the_references(made):
     model, folder, _ = made
     loaded = predictors.load(folder, model_config=model.config)
@@ -107,8 +117,8 @@ def test_scores_are_the_references(made):
             tensors[f"{stem}.profile.{name}"].numpy() for name in ("knots", "mean", "deviation")
         )
         followers = [12 - i for i in range(12)] + [3, 2, 1]
-        place = [numpy.log2(followers), numpy.log2(knots)]
-        expected = numpy.interp(*place, mean) + numpy.interp(*place, deviation) * content.numpy()
+        spread = numpy.maximum(extended(followers, knots, deviation), deviation.min())
+        expected = extended(followers, knots, mean) + spread * content.numpy()
         scores = loaded.scores(2, kind, x, layout)
         torch.testing.assert_close(scores, torch.tensor(expected).float(), rtol=1e-4, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
@@ -243,8 +253,8 @@ def test_unfit_windows_and_settings_are_named(made, tmp_path):
     good, output = windows(2, 0), tmp_path / "p"
     with pytest.raises(ValueError, match="held_out: expected at least one window"):
         prepare(model, good, [], output, SETTINGS)
-    with pytest.raises(ValueError, match="training: expected windows of at least 4 blocks"):
-        prepare(model, windows(1, 0, tokens=12), good, output, SETTINGS)
+    with pytest.raises(ValueError, match="training: expected windows of at least 3 blocks"):
+        prepare(model, windows(1, 0, tokens=2 * BLOCK), good, output, SETTINGS)
     deep, stages = PrepareSettings(block_size=BLOCK, dense_layers=(3,)), []
     with pytest.raises(ValueError, match="dense_layers: expected layers of a model with 3, got 3"):
         prepare(model, good, good, output, deep, report=lambda *stage: stages.append(stage))

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import readme_table
+from lemo import LemoConfig
 
 # The README's text and figures.
 pytestmark = pytest.mark.cpu_only
@@ -39,7 +40,7 @@ def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
     batches = [torch.randint(0, 64, (1, 256)) for _ in range(3)]
     names = {"batches": batches}
     exec(code.replace("path/to/model", str(tmp_path / "base")), names)
-    # The first step eliminated, the handle is gone, and the adapter was trained.
+    # The handle is gone, and the adapter was trained.
     assert "forward" not in vars(names["model"].get_base_model())
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     adapted = PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -53,12 +54,20 @@ def test_settings_of_the_readme_are_those_of_its_command():
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     config = FinetuneConfig.from_dict(yaml.safe_load(text))
-    assert config.elimination.scorer == "predictor"
-    prepare, finetune = (dict(re.findall(r"--([a-z-]+) (\S+)", rest)) for _, rest in COMMANDS[:2])
-    assert prepare["output"] == finetune["predictor"] == config.elimination.predictor
-    assert int(prepare["lengths"]) == int(finetune["context-length"]) == config.context_length
+    options = [
+        (command, dict(re.findall(r"--([a-z-]+) (\S+)", rest))) for command, rest in COMMANDS
+    ]
+    finetune = next(given for command, given in options if command == "finetune")
+    assert int(finetune["context-length"]) == config.context_length
     assert float(finetune["keep"]) == config.elimination.keep
     assert (finetune["output"], finetune["model"]) == (config.output, config.model)
+    # What is not said is the default.
+    assert config.elimination == LemoConfig(keep=config.elimination.keep)
+
+    (prepare,) = (given for command, given in options if command == "prepare")
+    (with_it,) = (given for _, given in options if "predictor" in given)
+    assert prepare["output"] == with_it["predictor"]
+    assert prepare["lengths"] == with_it["context-length"]
 
 
 def test_figures_are_those_of_the_results():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lemo
-from lemo import LemoConfig, reference
+from lemo import reference
 from lemo.layout import BlockLayout
 from lemo.models.adapters import adapter_for
 from lemo.scorers import (
@@ -21,7 +21,7 @@ from lemo.scorers import (
     visible_means,
 )
 from lemo.selection import Selector
-from tiny_models import HIDDEN, make_model, padded_batch
+from tiny_models import HIDDEN, config_of, make_model, padded_batch
 from tolerances import assert_close_fp32
 
 LAYOUT = BlockLayout.from_seqlens([61, 8, 40], 8)
@@ -68,7 +68,7 @@ def cut(layer, kind, policy, value, keep_first=1, keep_last=1, layout=LAYOUT):
 
 
 def test_first_chooses_and_the_others_share():
-    kept, scored, _ = run(LemoConfig(keep=0.4, dense_layers=[0, -1]))
+    kept, scored, _ = run(config_of(keep=0.4, dense_layers=[0, -1]))
     assert scored == [(1, "attention")]
     expected = cut(1, "attention", "ratio", 0.4)
     for kind in ("attention", "mlp"):
@@ -78,7 +78,7 @@ def test_first_chooses_and_the_others_share():
 
 
 def test_every_layer_chooses_with_a_set_for_the_mlp():
-    config = LemoConfig(keep=[0.3, 0.5, 0.7, 1.0], keep_mlp=0.6, dense_layers=[], select_at="all")
+    config = config_of(keep=[0.3, 0.5, 0.7, 1.0], keep_mlp=0.6, dense_layers=[], select_at="all")
     kept, scored, _ = run(config)
     # Layer 3's attention keeps everything, so nobody scores it.
     assert scored == [*[(i, k) for i in range(4) for k in ("attention", "mlp")][:-2], (3, "mlp")]
@@ -90,7 +90,7 @@ def test_every_layer_chooses_with_a_set_for_the_mlp():
 
 
 def test_layers_that_share_scores_may_keep_different_shares():
-    kept, scored, _ = run(LemoConfig(keep=[0.2, 0.8, 0.2, 0.5], dense_layers=[], select_at=[0, 3]))
+    kept, scored, _ = run(config_of(keep=[0.2, 0.8, 0.2, 0.5], dense_layers=[], select_at=[0, 3]))
     assert scored == [(0, "attention"), (3, "attention")]
     for layer, keep in ((0, 0.2), (1, 0.8), (2, 0.2)):
         assert kept[layer, "attention"] == cut(0, "attention", "ratio", keep)
@@ -99,14 +99,14 @@ def test_layers_that_share_scores_may_keep_different_shares():
 
 
 def test_a_dense_layer_may_choose_for_others():
-    kept, scored, _ = run(LemoConfig(keep=0.4, dense_layers=[0, 3], select_at=[0, 3]))
+    kept, scored, _ = run(config_of(keep=0.4, dense_layers=[0, 3], select_at=[0, 3]))
     assert scored == [(0, "attention")], "layer 3 has nobody to choose for"
     assert kept[0, "attention"] is None
     assert kept[1, "attention"] == kept[2, "mlp"] == cut(0, "attention", "ratio", 0.4)
 
 
 def test_thresholds_of_the_layer_that_scored():
-    config = LemoConfig(
+    config = config_of(
         policy="threshold",
         thresholds=[0.5, 0.6, 0.7, 0.8],
         mlp_thresholds=[0.4] * 4,
@@ -126,17 +126,17 @@ def test_thresholds_of_the_predictor_folder():
     settings = {"policy": "threshold", "scorer": "predictor", "predictor": "folder"}
     settings |= {"dense_layers": [], "select_at": "all"}
     folder = {"attention": [0.5] * 4, "mlp": [0.3] * 4}
-    kept, *_ = run(LemoConfig(**settings), folder=folder)
+    kept, *_ = run(config_of(**settings), folder=folder)
     assert kept[2, "attention"] == cut(2, "attention", "threshold", 0.5)
     assert kept[2, "mlp"] == cut(2, "mlp", "threshold", 0.3)
-    kept, *_ = run(LemoConfig(**settings, thresholds=[0.6] * 4), folder=folder)
+    kept, *_ = run(config_of(**settings, thresholds=[0.6] * 4), folder=folder)
     assert kept[2, "attention"] == kept[2, "mlp"] == cut(2, "attention", "threshold", 0.6)
     with pytest.raises(ValueError, match="thresholds: .* predictor folder has none either"):
-        run(LemoConfig(**settings), folder={})
+        run(config_of(**settings), folder={})
 
 
 def test_the_schedule_replaces_shares_and_thresholds():
-    config = LemoConfig(
+    config = config_of(
         policy="threshold",
         thresholds=[0.5] * 4,
         dense_layers=[0],
@@ -150,14 +150,14 @@ def test_the_schedule_replaces_shares_and_thresholds():
 
 
 def test_a_cut_that_keeps_every_block_is_the_dense_case():
-    kept, scored, selector = run(LemoConfig(keep=0.5, dense_layers=[], keep_first=8))
+    kept, scored, selector = run(config_of(keep=0.5, dense_layers=[], keep_first=8))
     assert scored == [(0, "attention")]
     assert set(kept.values()) == {None}
     assert all(layer.attention_rows == LAYOUT.num_tokens for layer in selector.statistics())
 
 
 def test_rows_that_no_sub_block_kept():
-    config = LemoConfig(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all")
+    config = config_of(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all")
     kept, _, selector = run(config)
     blocks = sorted({block for each in kept.values() for block in each})
     starts = LAYOUT.block_starts.tolist()
@@ -166,8 +166,8 @@ def test_rows_that_no_sub_block_kept():
         untouched[starts[block] : starts[block + 1]] = False
     assert 0 < untouched.sum() < LAYOUT.num_tokens
     assert torch.equal(selector.masked_rows(), untouched)
-    assert run(LemoConfig(keep=0.3))[2].masked_rows() is None, "dense layers touch every row"
-    off = LemoConfig(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all", mask_loss=False)
+    assert run(config_of(keep=0.3))[2].masked_rows() is None, "dense layers touch every row"
+    off = config_of(keep=0.3, keep_mlp=0.4, dense_layers=[], select_at="all", mask_loss=False)
     assert run(off)[2].masked_rows() is None
 
 
@@ -175,7 +175,7 @@ def test_rows_that_no_sub_block_kept():
 @pytest.mark.parametrize("dense", [[], [0, -1]])
 def test_rows_that_few_sub_blocks_kept(share, dense):
     settings = {"keep": 0.3, "keep_mlp": 0.5, "select_at": "all", "dense_layers": dense}
-    kept, _, selector = run(LemoConfig(**settings, mask_loss=share))
+    kept, _, selector = run(config_of(**settings, mask_loss=share))
     starts = LAYOUT.block_starts.tolist()
     times = torch.zeros(LAYOUT.num_tokens)
     for blocks in kept.values():
@@ -188,7 +188,7 @@ def test_rows_that_few_sub_blocks_kept(share, dense):
 
 
 def test_the_last_pass_is_forgotten():
-    _, _, selector = run(LemoConfig(keep=0.3, dense_layers=[]))
+    _, _, selector = run(config_of(keep=0.3, dense_layers=[]))
     other = BlockLayout.from_seqlens([16], 8)
     selector.begin(other)
     assert selector.statistics() == []
@@ -216,7 +216,7 @@ def test_the_last_pass_is_forgotten():
 )
 def test_settings_that_do_not_fit_the_model(settings, message):
     with pytest.raises(ValueError, match=message):
-        Selector(LemoConfig(**settings), 4)
+        Selector(config_of(**settings), 4)
 
 
 # Scores
@@ -342,7 +342,7 @@ def test_predicted_scores(monkeypatch):
     fake = types.SimpleNamespace(load=lambda folder, model_config: predictors)
     monkeypatch.setattr(lemo, "predictors", fake, raising=False)
     settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
-    config = LemoConfig(**settings, dense_layers=[0], block_size=8)
+    config = config_of(**settings, dense_layers=[0], block_size=8)
     model = make_model("llama")
     handle = lemo.enable(model, config)
     model(**padded_batch([61]))
@@ -356,7 +356,7 @@ def test_predicted_scores(monkeypatch):
 def test_scores_ignore_the_other_sequences_of_a_batch():
     def kept(lengths):
         model = make_model("llama")
-        handle = lemo.enable(model, LemoConfig(keep=0.5, dense_layers=[0], block_size=8))
+        handle = lemo.enable(model, config_of(keep=0.5, dense_layers=[0], block_size=8))
         batch = padded_batch([61, 40])
         rows = batch["attention_mask"].shape[0] if lengths == 2 else 1
         model(**{name: value[:rows] for name, value in batch.items()})

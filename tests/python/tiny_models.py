@@ -4,6 +4,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from devices import working_dtype
+from lemo import LemoConfig
 
 VOCABULARY = 61
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
@@ -65,6 +66,13 @@ def make_model(
                 noise = torch.randn(parameter.shape, generator=generator, device="cpu")
                 parameter += 0.2 * noise.to(parameter.device)
     return model.to(working_dtype() if dtype is None else dtype).train()
+
+
+def config_of(**settings) -> LemoConfig:
+    """A LemoConfig whose sets depend on the content: blocks chosen by their scores between two
+    that are kept, dense layers at both ends. Settings that are given win."""
+    fixed = {"block_size": 64, "dense_layers": (0, 1, -1), "scorer": "pooled", "keep_first": 1}
+    return LemoConfig(**fixed | settings)
 
 
 def make_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:
