@@ -182,6 +182,7 @@ class _Run:
         self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
+            _check_blocks(config.context_length, config.elimination.block_size)
             self.handle = lemo.enable(self.peft_model, config.elimination)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -386,6 +387,19 @@ def _leave_casts_to_autocast(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+
+
+def _check_blocks(length: int, block_size: int) -> None:
+    blocks = -(-length // block_size)
+    if blocks < 4:
+        _log.warning(
+            "elimination.block_size: a window of %d tokens has %d blocks of %d, which leaves "
+            "little to choose; an eighth of the window, %d, is a good size",
+            length,
+            blocks,
+            block_size,
+            max(length // 8, 1),
+        )
 
 
 def _windows(config: FinetuneConfig) -> TokenWindows:
