@@ -182,8 +182,9 @@ class _Run:
         self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
-            _check_blocks(config.context_length, config.elimination.block_size)
             self.handle = lemo.enable(self.peft_model, config.elimination)
+            # Behind enable: a mistake in the settings is all that is said of them.
+            _check_blocks(config.context_length, config.elimination.block_size)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
