@@ -10,8 +10,12 @@ of ``--gpus``. Where they are to be timed, ``--exclusive`` lets one at a time ha
 others only load. What is reported of a method - perplexity, kept share, seconds of a step, peak
 memory - comes from the very same run.
 
+``--copies`` plants passages and copies of them in the documents to train on, so that the models can
+learn what the retrieval task asks for; perplexities of such runs compare with each other only.
+
 ``--equal steps time`` afterwards gives every method the wall-clock time that the first one (dense
-LoRA, say) took for its steps, judged by how long the steps of each took.
+LoRA, say) took for its steps, judged by how long the steps of each took. ``--equal time`` alone
+takes these times from ``--output``, where the same protocol has run on the same kind of GPU.
 
 Rows are appended to ``--output``; ``--table`` prints what the file has and runs nothing.
 """
@@ -56,6 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, every linear layer")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--equal", choices=("steps", "time"), nargs="+", default=["steps"])
+    parser.add_argument("--copies", action="store_true", help="train on texts with copies in them")
     parser.add_argument("--books", type=int, default=10, help="documents of the kind 'book'")
     parser.add_argument("--others", type=int, default=8, help="documents of every other kind")
     parser.add_argument("--predictors", type=Path, help="folder that lemo prepare wrote")
@@ -78,7 +83,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         path = getattr(options, name)
         if path is None or not path.exists():
             parser.error(f"--{name}: expected an existing path, got '{path}'")
-    if options.equal[0] != "steps":
+    if options.equal == ["time", "steps"]:
         parser.error("--equal: expected 'steps' first, which says how long the steps are")
     known = yaml.safe_load(options.file.read_text(encoding="utf-8"))
     options.methods = options.methods or list(known)
@@ -111,6 +116,19 @@ def _tokens(value: object, context: int) -> object:
     return value
 
 
+def plant_copies(options: argparse.Namespace) -> Path:
+    """Writes the documents of --train with copies in them; their path."""
+    from lemo.data import read_documents
+    from retrieval import with_copies
+
+    path = options.work / f"copies-{options.context}.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for document in with_copies(list(read_documents(options.train)), options.context):
+            line = {"id": document.id, "kind": document.kind, "text": document.text}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
 # --- the runs
 
 
@@ -137,7 +155,6 @@ def _plain(value: object) -> object:
 
 def run_all(options: argparse.Namespace, jobs: Iterable[dict]) -> list[dict]:
     """Runs the jobs, as many at a time as there are places; the rows of those that succeeded."""
-    options.work.mkdir(parents=True, exist_ok=True)
     waiting, rows, failed = list(jobs), [], []
     places = options.gpus * options.jobs
     running: dict[subprocess.Popen, tuple[dict, int]] = {}
@@ -218,6 +235,7 @@ def measure(job: dict, options: dict, method: dict) -> dict:
             "steps": job["steps"],
             "learning_rate": changed.get("learning_rate", options["learning_rate"]),
             "lora_rank": options["rank"],
+            **({"copies": True} if options["copies"] else {}),
         },
         "settings": {key: method[key] for key in SETTINGS if method.get(key)},
         **training,
@@ -307,6 +325,17 @@ def evaluate_run(job: dict, options: dict) -> dict:
     }
 
 
+def earlier_rows(options: argparse.Namespace) -> list[dict]:
+    """What --output has of this protocol at equal steps, on this kind of GPU."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
+    rate = options.learning_rate
+    protocol = (options.context, options.steps, options.batch, rate, options.copies, "steps")
+    rows = read_rows(options.output) if options.output.exists() else []
+    return [row for row in rows if protocol_of(row) == protocol and row["gpu"] == gpu]
+
+
 def equal_time_steps(options: argparse.Namespace, rows: list[dict]) -> dict[str, int]:
     """Steps of the other methods that take as long as those of the first one, from its rows."""
     seconds: dict[str, list[float]] = {}
@@ -327,14 +356,30 @@ def equal_time_steps(options: argparse.Namespace, rows: list[dict]) -> dict[str,
 # --- the table
 
 
+def read_rows(path: Path) -> list[dict]:
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["bench"] == "quality"]
+
+
+def protocol_of(row: dict) -> tuple:
+    """What rows have in common that may be compared."""
+    shape = row["shape"]
+    return (
+        shape["context"],
+        row["protocol_steps"],
+        shape["batch"],
+        shape["learning_rate"],
+        shape.get("copies", False),
+        row["equal"],
+    )
+
+
 def table(rows: Iterable[dict]) -> str:
     """Methods as Markdown, a table for each protocol: means over seeds, perplexities also as shares
     of dense LoRA's."""
     groups: dict[tuple, dict[str, list[dict]]] = {}
     for row in rows:
-        shape = row["shape"]
-        rate = shape["learning_rate"]
-        key = (shape["context"], row["protocol_steps"], shape["batch"], rate, row["equal"])
+        key = protocol_of(row)
         groups.setdefault(key, {}).setdefault(row["method"], []).append(row)
     for key, methods in groups.items():
         # In the time of dense LoRA's own steps.
@@ -348,10 +393,11 @@ def _group(key: tuple, methods: dict[str, list[dict]]) -> str:
     kinds = list(next(iter(methods.values()))[0]["perplexity"])
     dense = methods.get("dense")
     base = {kind: _mean(dense, lambda row, kind=kind: row["perplexity"][kind]) for kind in kinds}
-    context, steps, batch, rate, equal = key
+    context, steps, batch, rate, copies, equal = key
     whose = f"{steps} steps" if equal == "steps" else f"the time of {steps} steps of dense LoRA"
     lines = [
-        f"{context} tokens, {whose}, {batch} windows a step, learning rate {rate:g}",
+        f"{context} tokens, {whose}, {batch} windows a step, learning rate {rate:g}"
+        + (", texts with copies in them" if copies else ""),
         "",
         "| | steps | kept | s a step | GiB | " + " | ".join(kinds) + " | retrieval |",
         "|---" + "|---:" * (5 + len(kinds)) + "|",
@@ -389,15 +435,22 @@ def main() -> None:
         work(options.worker)
         return
     if not options.table:
-        steps = {name: options.known[name].get("steps", options.steps) for name in options.methods}
-        rows = run_all(options, jobs_of(options, steps))
+        options.work.mkdir(parents=True, exist_ok=True)
+        if options.copies:
+            options.train = plant_copies(options)
+        rows = []
+        if "steps" in options.equal:
+            steps = {
+                name: options.known[name].get("steps", options.steps) for name in options.methods
+            }
+            rows = run_all(options, jobs_of(options, steps))
         if "time" in options.equal:
-            rows += run_all(options, jobs_of(options, equal_time_steps(options, rows), "time"))
+            steps = equal_time_steps(options, rows or earlier_rows(options))
+            rows += run_all(options, jobs_of(options, steps, "time"))
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-    lines = options.output.read_text(encoding="utf-8").splitlines()
-    print(table(row for row in map(json.loads, lines) if row["bench"] == "quality"))
+    print(table(read_rows(options.output)))
 
 
 if __name__ == "__main__":

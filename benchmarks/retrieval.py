@@ -7,12 +7,13 @@ for passages at several depths, 0 (the beginning of the window) to 1 (right befo
 and, as the floor, in the same windows with the passage left out.
 
 The passage is real text, because a small model copies words it has seen in order, but not numbers.
+It does so over short distances only; `with_copies` makes documents to train on that ask for more.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,8 @@ from lemo.data import Document
 
 PASSAGE_TOKENS = 96
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
+# Of documents with copies: a passage, or the copy of an earlier one, after so many tokens of text.
+_TOKENS_BETWEEN, _CHARACTERS_PER_TOKEN = 512, 4
 # Where texts and passages are taken from: behind title pages and tables of contents.
 _SKIPPED_CHARACTERS = 4000
 
@@ -83,6 +86,46 @@ def retrieval_windows(
             ids = [*text[:place], *planted, *text[place : room - len(planted)], *passage]
             windows.append({"depth": depth, "ids": torch.tensor(ids), "answer": half})
     return windows
+
+
+def with_copies(documents: Sequence[Document], length: int, seed: int = 0) -> Iterator[Document]:
+    """Documents to learn the task from: passages of others in them, and copies further on.
+
+    After every 512 tokens or so stands either a passage of another document or, as often, a copy of
+    one that stood before. How far before is drawn evenly in its logarithm, up to the length of a
+    window.
+
+    Args:
+        documents: the texts; each gets its passages from the one before it in its kind.
+        length: tokens of the windows that will be cut from them.
+        seed: of the places of passages, and of what is copied.
+    """
+    generator = random.Random(seed)
+    between = _TOKENS_BETWEEN * _CHARACTERS_PER_TOKEN
+    size = PASSAGE_TOKENS * _CHARACTERS_PER_TOKEN
+    farthest = max(length // (_TOKENS_BETWEEN + PASSAGE_TOKENS), 1)
+    sources = {document.kind: document for document in documents}
+    for document in documents:
+        source, sources[document.kind] = sources[document.kind], document
+        parts, passages, place = [], [], 0
+        while place < len(document.text):
+            end = _space(document.text, place + between)
+            parts.append(document.text[place:end])
+            back = round(farthest ** generator.random())
+            if back <= len(passages) and generator.random() < 0.5:
+                passage = passages[-back]
+            else:
+                start = _space(source.text, generator.randrange(max(len(source.text) - size, 1)))
+                passage = source.text[start : _space(source.text, start + size)]
+            parts.append(passage)
+            passages.append(passage)
+            place = end
+        yield Document(document.id, document.kind, "".join(parts))
+
+
+def _space(text: str, place: int) -> int:
+    """The next white space from `place` on, or the end of the text."""
+    return next((i for i in range(place, len(text)) if text[i].isspace()), len(text))
 
 
 @torch.no_grad()

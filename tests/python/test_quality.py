@@ -1,5 +1,6 @@
 """The quality benchmark and its retrieval task, with a tiny model on the CPU."""
 
+import itertools
 import json
 import sys
 
@@ -9,7 +10,13 @@ import torch
 import quality
 import quality_plots
 from lemo.data import Document
-from retrieval import DEPTHS, PASSAGE_TOKENS, retrieval_accuracy, retrieval_windows
+from retrieval import (
+    DEPTHS,
+    PASSAGE_TOKENS,
+    retrieval_accuracy,
+    retrieval_windows,
+    with_copies,
+)
 from tiny import sample_text, save_tiny_llama, tiny_tokenizer, write_documents
 
 pytestmark = pytest.mark.cpu_only
@@ -59,6 +66,24 @@ def test_what_is_not_planted_is_left_out_and_nothing_else():
 def test_bad_retrieval_windows(texts, length, message):
     with pytest.raises(ValueError, match=message):
         retrieval_windows(texts, tiny_tokenizer(), length)
+
+
+def test_copies_are_planted_between_the_words_of_a_text():
+    own, other = (" ".join(f"{letter}{i}" for i in range(40000)) for letter in "ab")
+    texts = [Document("b", "book", other), Document("a", "book", own)]
+    planted = list(with_copies(texts, length=8192))[1].text
+    assert [word for word in planted.split() if word.startswith("a")] == own.split()
+    passages = [
+        tuple(group)
+        for foreign, group in itertools.groupby(planted.split(), lambda word: word.startswith("b"))
+        if foreign
+    ]
+    copies = [i for i, passage in enumerate(passages) if passage in passages[:i]]
+    assert 0.35 < len(copies) / len(passages) < 0.6
+    back = [i - max(j for j in range(i) if passages[j] == passages[i]) for i in copies]
+    assert min(back) == 1
+    assert 4 < max(back) <= 8192 // (512 + PASSAGE_TOKENS) + 1
+    assert planted == list(with_copies(texts, length=8192))[1].text
 
 
 class Copier(torch.nn.Module):
@@ -135,6 +160,20 @@ def test_a_whole_run(inputs, capsys, monkeypatch):
     assert "(1.0000)" in printed
 
 
+def test_equal_time_from_earlier_rows_and_texts_with_copies(inputs, monkeypatch):
+    run = arguments(inputs, "--copies", "--methods", "dense", "half")
+    run[run.index("--output") + 1] = f"{inputs / 'copies.jsonl'}"
+    for equal in ("steps", "time"):
+        monkeypatch.setattr(sys, "argv", ["quality.py", *run, "--equal", equal])
+        quality.main()
+    rows = [json.loads(line) for line in (inputs / "copies.jsonl").read_text().splitlines()]
+    assert [row["equal"] for row in rows].count("steps") == 2
+    (last,) = [row for row in rows if row["equal"] == "time"]
+    assert (last["method"], last["shape"]["copies"]) == ("half", True)
+    options = quality.parse_arguments([*run, "--learning-rate", "0.5"])
+    assert quality.earlier_rows(options) == []
+
+
 def test_equal_time_gives_the_faster_method_more_steps(inputs):
     options = quality.parse_arguments(arguments(inputs))
     rows = [
@@ -155,7 +194,7 @@ def test_bad_arguments(inputs, capsys):
     for more, message in [
         (["--methods", "best"], "--methods: expected names of"),
         (["--model", "nowhere"], "--model: expected an existing path, got 'nowhere'"),
-        (["--equal", "time"], "--equal: expected 'steps' first"),
+        (["--equal", "time", "steps"], "--equal: expected 'steps' first"),
     ]:
         with pytest.raises(SystemExit):
             quality.parse_arguments(arguments(inputs, *more))
