@@ -10,7 +10,6 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,13 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import lemo
-from lemo.data import TokenWindows, read_documents, token_windows
+from lemo.data import (
+    TokenWindows,
+    prefetched,
+    read_documents,
+    token_windows,
+    tokenizing_threads,
+)
 from lemo.files import new_folder, write_file
 from lemo.models.adapters import ADAPTERS
 from lemo.training import memory
@@ -115,7 +120,6 @@ def finetune(
         if config.deterministic:
             stack.enter_context(_deterministic())
         run = _Run(config, accelerator)
-        stack.callback(run.close)
         first = 0
         if checkpoint is not None:
             first = run.restore(checkpoint)
@@ -196,11 +200,6 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
         self.trainable = trainable
         self.kept = KeptRows()
-        # Tokenizing the next windows hides behind the step that runs.
-        self._tokenizing = ThreadPoolExecutor(max_workers=1)
-
-    def close(self) -> None:
-        self._tokenizing.shutdown(cancel_futures=True)
 
     @property
     def windows_per_step(self) -> int:
@@ -231,13 +230,12 @@ class _Run:
         log = RunLog(folder, first) if main else None
         recent: deque[float] = deque(maxlen=20)
         memory.reset_peak(self.accelerator.device)
+        # Tokenizing the next windows hides behind the step that runs.
+        threads = tokenizing_threads(self.accelerator.num_processes)
+        batches = prefetched(self.windows, self._batches(first), threads)
         try:
-            batches = self._tokenizing.submit(self._batches, first)
             for step in range(first + 1, config.steps + 1):
-                inputs = batches.result()
-                if step < config.steps:
-                    batches = self._tokenizing.submit(self._batches, step)
-                record = self._step(step, inputs)
+                record = self._step(step, batches)
                 recent.append(record["seconds"])
                 if main:
                     log.write(record)
@@ -249,26 +247,22 @@ class _Run:
             if main:
                 self._write_adapter(folder / ADAPTER_NAME)
         finally:
+            batches.close()
             if log is not None:
                 log.close()
         self.accelerator.wait_for_everyone()
 
-    def _batches(self, done: int) -> list[torch.Tensor]:
-        """Token ids of the next step's forward passes in this process, each [batch, length]."""
+    def _batches(self, done: int) -> Iterator[range]:
+        """The windows of every forward pass in this process, after ``done`` steps."""
         config = self.config
         per_process = config.batch_size * config.gradient_accumulation
-        first = done * self.windows_per_step + self.accelerator.process_index * per_process
-        return [
-            self._pinned(self.windows.batch(first + i * config.batch_size, config.batch_size))
-            for i in range(config.gradient_accumulation)
-        ]
+        for step in range(done, config.steps):
+            first = step * self.windows_per_step + self.accelerator.process_index * per_process
+            for i in range(first, first + per_process, config.batch_size):
+                yield range(i, i + config.batch_size)
 
-    def _pinned(self, ids: torch.Tensor) -> torch.Tensor:
-        """Where a GPU can fetch them while it computes."""
-        return ids.pin_memory() if self.accelerator.device.type == "cuda" else ids
-
-    def _step(self, step: int, batches: list[torch.Tensor]) -> dict[str, Any]:
-        """One optimizer step; returns its log record."""
+    def _step(self, step: int, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
+        """One optimizer step on the next batches; returns its log record."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
         share_done = (step - 1) / config.steps
@@ -283,9 +277,13 @@ class _Run:
         labels = self.windows_per_step * (config.context_length - 1)
         loss = torch.zeros((), device=accelerator.device)
         self.kept.clear()
-        for i, ids in enumerate(batches):
+        for i in range(config.gradient_accumulation):
+            ids = next(batches)
+            if accelerator.device.type == "cuda":
+                # Pinned, so that the GPU fetches them while the host goes on.
+                ids = ids.pin_memory()
             ids = ids.to(accelerator.device, non_blocking=True)
-            last = i == len(batches) - 1
+            last = i == config.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
                 outputs = self.model(
                     input_ids=ids, labels=ids, num_items_in_batch=labels, use_cache=False

@@ -1,0 +1,62 @@
+"""Windows tokenized ahead of the steps that need them."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from lemo.data.windows import TokenWindows
+
+# A window of 16384 tokens takes a core some 0.1 s: a small model's step over several of them is
+# shorter than that.
+_MOST_THREADS = 8
+
+
+def tokenizing_threads(processes: int = 1) -> int:
+    """Half of the cores that each of ``processes`` on this machine has, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) // processes
+    return min(max(cores // 2, 1), _MOST_THREADS)
+
+
+def prefetched(
+    windows: TokenWindows, batches: Iterable[Sequence[int]], threads: int
+) -> Generator[torch.Tensor]:
+    """Ids of each batch of windows, in order, while threads tokenize the ones behind it.
+
+    Tokenizers of Hugging Face's ``tokenizers`` let other threads run meanwhile. Two
+    windows a thread are under way beyond the batch that is asked for.
+
+    Args:
+        windows: what is tokenized.
+        batches: the numbers of the windows of each batch.
+        threads: how many tokenize at a time.
+
+    Yields:
+        int64 [windows of the batch, length].
+
+    Raises:
+        ValueError: from :meth:`TokenWindows.window`, at the batch that it concerns.
+    """
+    pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="tokenize")
+    waiting: deque[list[Future[torch.Tensor]]] = deque()
+    behind = 0  # windows under way after those of the next batch
+    try:
+        for batch in batches:
+            behind += len(batch) if waiting else 0
+            waiting.append([pool.submit(windows.window, index) for index in batch])
+            while behind >= 2 * threads:
+                first = waiting.popleft()
+                behind -= len(waiting[0])
+                yield _stacked(first)
+        while waiting:
+            yield _stacked(waiting.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _stacked(futures: list[Future[torch.Tensor]]) -> torch.Tensor:
+    return torch.stack([future.result() for future in futures])
