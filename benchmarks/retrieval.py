@@ -23,7 +23,7 @@ from lemo.data import Document
 PASSAGE_TOKENS = 96
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 # Of documents with copies: a passage, or the copy of an earlier one, after so many tokens of text.
-_TOKENS_BETWEEN, _CHARACTERS_PER_TOKEN = 512, 4
+_TOKENS_BETWEEN, _CHARACTERS_PER_TOKEN = 128, 4
 # Where texts and passages are taken from: behind title pages and tables of contents.
 _SKIPPED_CHARACTERS = 4000
 
@@ -91,7 +91,7 @@ def retrieval_windows(
 def with_copies(documents: Sequence[Document], length: int, seed: int = 0) -> Iterator[Document]:
     """Documents to learn the task from: passages of others in them, and copies further on.
 
-    After every 512 tokens or so stands either a passage of another document or, as often, a copy of
+    After every 128 tokens or so stands either a passage of another document or, as often, a copy of
     one that stood before. How far before is drawn evenly in its logarithm, up to the length of a
     window.
 

@@ -82,7 +82,7 @@ def test_copies_are_planted_between_the_words_of_a_text():
     assert 0.35 < len(copies) / len(passages) < 0.6
     back = [i - max(j for j in range(i) if passages[j] == passages[i]) for i in copies]
     assert min(back) == 1
-    assert 4 < max(back) <= 8192 // (512 + PASSAGE_TOKENS) + 1
+    assert 4 < max(back) <= 8192 // (128 + PASSAGE_TOKENS) + 1
     assert planted == list(with_copies(texts, length=8192))[1].text
 
 
