@@ -15,7 +15,8 @@ learn what the retrieval task asks for; perplexities of such runs compare with e
 
 ``--equal steps time`` afterwards gives every method the wall-clock time that the first one (dense
 LoRA, say) took for its steps, judged by how long the steps of each took. ``--equal time`` alone
-takes these times from ``--output``, where the same protocol has run on the same kind of GPU.
+takes these times from ``--output``, where the same protocol has run, one run at a time, on the same
+kind of GPU.
 
 Rows are appended to ``--output``; ``--table`` prints what the file has and runs nothing.
 """
@@ -112,7 +113,7 @@ def method_of(name: str, method: dict | None, options: argparse.Namespace) -> di
 
 def _tokens(value: object, context: int) -> object:
     if isinstance(value, str) and value.startswith("context/"):
-        return context // int(value.removeprefix("context/"))
+        return math.ceil(context / int(value.removeprefix("context/")))
     return value
 
 
@@ -326,14 +327,18 @@ def evaluate_run(job: dict, options: dict) -> dict:
 
 
 def earlier_rows(options: argparse.Namespace) -> list[dict]:
-    """What --output has of this protocol at equal steps, on this kind of GPU."""
+    """What --output has of this protocol at equal steps, alone on this kind of GPU."""
     import torch
 
     gpu = torch.cuda.get_device_name() if options.device == "cuda" else None
     rate = options.learning_rate
     protocol = (options.context, options.steps, options.batch, rate, options.copies, "steps")
     rows = read_rows(options.output) if options.output.exists() else []
-    return [row for row in rows if protocol_of(row) == protocol and row["gpu"] == gpu]
+    return [
+        row
+        for row in rows
+        if protocol_of(row) == protocol and row["gpu"] == gpu and row["runs_at_a_time"] == 1
+    ]
 
 
 def equal_time_steps(options: argparse.Namespace, rows: list[dict]) -> dict[str, int]:
