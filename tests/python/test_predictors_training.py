@@ -8,8 +8,7 @@ from lemo.layout import BlockLayout
 from lemo.predictors.labels import (
     FeatureStore,
     SubBlockData,
-    fine_layout,
-    means_of_parts,
+    means_over_blocks,
     mlp_labels,
 )
 from lemo.predictors.modules import make_predictor
@@ -44,14 +43,12 @@ def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
         strength = strength.repeat_interleave(layout.block_starts.diff().long(), 0)
         x = torch.randn(layout.num_tokens, HIDDEN, generator=g) + strength * direction
         tokens = torch.relu(x.bfloat16().float() @ direction)
-        fine = fine_layout(layout)
-        parts = torch.segment_reduce(tokens, "mean", lengths=fine.block_starts.diff().long())
         place = trend * torch.linspace(0, 1, layout.num_blocks)
         data.x.append(x.bfloat16())
-        data.labels.append(means_of_parts(parts, fine, layout) + place)
+        data.labels.append(means_over_blocks(tokens, layout) + place)
         data.layouts.append(layout)
         if kind == "mlp":
-            data.fine_labels.append(parts)
+            data.token_labels.append(tokens)
     return data
 
 
@@ -296,23 +293,8 @@ def test_mlp_labels_are_means_over_blocks():
     layout = BlockLayout.from_seqlens([2 * BLOCK + 3], BLOCK)
     activation = torch.randn(layout.num_tokens, 5, generator=generator())
     expected = [activation[a : a + BLOCK].abs().mean() for a in (0, BLOCK, 2 * BLOCK)]
-    torch.testing.assert_close(mlp_labels(activation, layout), torch.stack(expected))
-    fine = fine_layout(layout)
-    assert fine.num_blocks == layout.num_tokens  # eighths of 8 tokens
-    torch.testing.assert_close(
-        means_of_parts(mlp_labels(activation, fine), fine, layout), torch.stack(expected)
-    )
-    # A ragged part counts by its tokens: 17 parts of 2 tokens and one of 1.
-    pairs = BlockLayout.from_seqlens([35], 16)
-    activation = torch.randn(35, 5, generator=generator(1))
-    fine = fine_layout(pairs)
-    assert fine.num_blocks == 18
-    torch.testing.assert_close(
-        means_of_parts(mlp_labels(activation, fine), fine, pairs), mlp_labels(activation, pairs)
-    )
-    odd = BlockLayout.from_seqlens([100], 48)
-    assert fine_layout(odd).block_size == 6
-    assert fine_layout(BlockLayout.from_seqlens([100], 20)).block_size == 1
+    labels = means_over_blocks(mlp_labels(activation), layout)
+    torch.testing.assert_close(labels, torch.stack(expected))
 
 
 def test_feature_store_gives_back_what_was_added(tmp_path):
@@ -339,9 +321,10 @@ def test_feature_store_gives_back_what_was_added(tmp_path):
             assert torch.equal(attention.x[i], x)
             torch.testing.assert_close(attention.labels[i], labels, rtol=2e-5, atol=1e-6)
             assert torch.equal(mlp.x[i], x)
-            torch.testing.assert_close(mlp.labels[i], mlp_labels(activation, mlp.layouts[i]))
-        assert attention.fine_labels == []
-        assert mlp.subset([1]).fine_labels[0].numel() == windows[1]
+            expected = means_over_blocks(mlp_labels(activation), mlp.layouts[i])
+            torch.testing.assert_close(mlp.labels[i], expected)
+        assert attention.token_labels == []
+        assert mlp.subset([1]).token_labels[0].numel() == windows[1]
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size == sum(windows) * FeatureStore.bytes_of_token(2, HIDDEN)
 

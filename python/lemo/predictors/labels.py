@@ -26,8 +26,7 @@ __all__ = [
     "FeatureStore",
     "SubBlockData",
     "attention_labels",
-    "fine_layout",
-    "means_of_parts",
+    "means_over_blocks",
     "mlp_labels",
 ]
 
@@ -46,31 +45,21 @@ def attention_labels(q: Tensor, k: Tensor, layout: BlockLayout, scale: float) ->
     return block_scores(q, k, layout, scale)
 
 
-def mlp_labels(activation: Tensor, layout: BlockLayout) -> Tensor:
-    """Informativeness of the blocks for the MLP, [B] fp32: mean of |activation|.
+def mlp_labels(activation: Tensor) -> Tensor:
+    """Informativeness of tokens for the MLP, [T] fp32: mean of |activation|.
+
+    A block's is the mean over its tokens (`means_over_blocks`).
 
     Args:
         activation: [T, F] intermediate activation, `act(gate) * up` or `act(fc1)`.
-        layout: how the T tokens are cut.
     """
     magnitude = torch.linalg.vector_norm(activation, ord=1, dim=-1, dtype=torch.float32)
-    sizes = layout.block_starts.diff().long()
-    sums = torch.segment_reduce(magnitude, "sum", lengths=sizes)
-    return sums / (sizes * activation.shape[-1])
+    return magnitude / activation.shape[-1]
 
 
-def fine_layout(layout: BlockLayout) -> BlockLayout:
-    """The same sequences in eighths of blocks, in tokens where eight does not divide a block."""
-    size = layout.block_size // 8 if layout.block_size % 8 == 0 else 1
-    return BlockLayout.from_seqlens(layout.seqlens, size, layout.block_starts.device)
-
-
-def means_of_parts(values: Tensor, fine: BlockLayout, layout: BlockLayout) -> Tensor:
-    """Means over blocks, [B], of values [B'] of their parts, weighted by tokens; differentiable."""
-    sizes = fine.block_starts.diff()
-    parts = torch.bucketize(fine.block_starts[:-1], layout.block_starts, right=True) - 1
-    sums = values.new_zeros(layout.num_blocks).index_add(0, parts.long(), values * sizes)
-    return sums / layout.block_starts.diff()
+def means_over_blocks(values: Tensor, layout: BlockLayout) -> Tensor:
+    """Means [B] over the blocks of `layout` of the values [T] of its tokens."""
+    return torch.segment_reduce(values, "mean", lengths=layout.block_starts.diff().long())
 
 
 @dataclass(frozen=True)
@@ -81,14 +70,14 @@ class SubBlockData:
         x: for each window, its input [T, H] in bf16, mapped from disk.
         labels: for each window, [B] fp32.
         layouts: for each window, its block layout.
-        fine_labels: for each window, the labels of parts of blocks (`fine_layout`), where a block's
-            label is the mean of them (the MLP); empty otherwise.
+        token_labels: for each window, [T] fp32, where a block's label is the mean of those of its
+            tokens (the MLP); empty otherwise.
     """
 
     x: list[Tensor]
     labels: list[Tensor]
     layouts: list[BlockLayout]
-    fine_labels: list[Tensor]
+    token_labels: list[Tensor]
 
     def subset(self, windows: Iterable[int]) -> "SubBlockData":
         """The data of some windows, by index."""
@@ -97,7 +86,7 @@ class SubBlockData:
             [self.x[i] for i in chosen],
             [self.labels[i] for i in chosen],
             [self.layouts[i] for i in chosen],
-            [self.fine_labels[i] for i in chosen] if self.fine_labels else [],
+            [self.token_labels[i] for i in chosen] if self.token_labels else [],
         )
 
 
@@ -120,7 +109,7 @@ class FeatureStore:
         self._labels: dict[tuple[int, str], list[Tensor]] = {
             (layer, kind): [] for layer in range(num_layers) for kind in KINDS
         }
-        self._fine_labels: dict[int, list[Tensor]] = {layer: [] for layer in range(num_layers)}
+        self._token_labels: dict[int, list[Tensor]] = {layer: [] for layer in range(num_layers)}
 
     @staticmethod
     def bytes_of_token(num_layers: int, hidden_size: int) -> int:
@@ -133,8 +122,7 @@ class FeatureStore:
         Args:
             layer, kind: the sub-block.
             x: [T, H].
-            labels: for attention one for each block of `layout`, for the MLP for each of
-                `fine_layout(layout)`.
+            labels: for attention one for each block of `layout`, for the MLP one for each token.
             layout: the window's blocks.
         """
         if x.shape[-1] != self.hidden_size:
@@ -146,8 +134,8 @@ class FeatureStore:
             )
         labels = labels.detach().float()
         if kind == "mlp":
-            self._fine_labels[layer].append(labels.cpu())
-            labels = means_of_parts(labels, fine_layout(layout), layout)
+            self._token_labels[layer].append(labels.cpu())
+            labels = means_over_blocks(labels, layout)
         self._labels[layer, kind].append(labels.cpu())
         rows = x.detach().to("cpu", torch.bfloat16).contiguous()
         # Ordinary writes, not stores through a mapping: a full disk must raise, not kill the
@@ -174,7 +162,7 @@ class FeatureStore:
             if kind == "attention":
                 labels = attention_labels(tensors["q"], tensors["k"], layout, tensors["scale"])
             else:
-                labels = mlp_labels(tensors["activation"], fine_layout(layout))
+                labels = mlp_labels(tensors["activation"])
             self.add(layer, kind, x, labels, layout)
 
         return visit
@@ -193,7 +181,7 @@ class FeatureStore:
             list(rows.split(tokens)),
             list(self._labels[layer, kind]),
             list(self.layouts),
-            list(self._fine_labels[layer]) if kind == "mlp" else [],
+            list(self._token_labels[layer]) if kind == "mlp" else [],
         )
 
     def _file(self, layer: int, kind: str) -> Path:

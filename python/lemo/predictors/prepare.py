@@ -15,7 +15,7 @@ from lemo.layout import BlockLayout
 from lemo.models.adapters import adapter_for
 from lemo.models.capture import capture_sub_blocks
 from lemo.models.enable import enable
-from lemo.predictors.labels import KINDS, FeatureStore, SubBlockData, fine_layout
+from lemo.predictors.labels import KINDS, FeatureStore, SubBlockData
 from lemo.predictors.modules import default_rank, make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
 from lemo.predictors.storage import check_output, fingerprint, tensors_of, write_folder
@@ -471,11 +471,13 @@ def _standardised(data: SubBlockData, profile: PositionProfile) -> SubBlockData:
     def all_of(labels: list[Tensor], layouts: list[BlockLayout]) -> list[Tensor]:
         return [profile.standardise(values, layout) for values, layout in zip(labels, layouts)]
 
+    # Of an MLP the profile is the same in all places.
+    tokens = [BlockLayout.from_seqlens(layout.seqlens, 1, "cpu") for layout in data.layouts]
     return SubBlockData(
         data.x,
         all_of(data.labels, data.layouts),
         data.layouts,
-        all_of(data.fine_labels, [fine_layout(layout) for layout in data.layouts]),
+        all_of(data.token_labels, tokens),
     )
 
 
