@@ -391,14 +391,14 @@ def table(rows: Iterable[dict]) -> str:
         same = groups.get((*key[:-1], "steps"), {})
         if "dense" in same:
             groups[key] = {"dense": same["dense"]} | methods
-    return "\n\n".join(_group(key, methods) for key, methods in groups.items())
+    return "\n\n".join(table_of(key, methods) for key, methods in groups.items())
 
 
-def _group(key: tuple, methods: dict[str, list[dict]]) -> str:
+def table_of(protocol: tuple, methods: dict[str, list[dict]]) -> str:
+    """The table of one protocol, from the rows of each method."""
     kinds = list(next(iter(methods.values()))[0]["perplexity"])
-    dense = methods.get("dense")
-    base = {kind: _mean(dense, lambda row, kind=kind: row["perplexity"][kind]) for kind in kinds}
-    context, steps, batch, rate, copies, equal = key
+    dense = methods.get("dense", [])
+    context, steps, batch, rate, copies, equal = protocol
     whose = f"{steps} steps" if equal == "steps" else f"the time of {steps} steps of dense LoRA"
     lines = [
         f"{context} tokens, {whose}, {batch} windows a step, learning rate {rate:g}"
@@ -409,29 +409,52 @@ def _group(key: tuple, methods: dict[str, list[dict]]) -> str:
     ]
     for name, rows in methods.items():
         cells = [
-            name + (f" ({len(rows)} seeds)" if len(rows) > 1 else ""),
+            name + (f" ({len(rows)} runs)" if len(rows) > 1 else ""),
             f"{rows[0]['shape']['steps']}",
             _cell(rows, "kept_share", ".2f"),
-            _cell(rows, "step_seconds", ".3f"),
+            _times(rows),
             _cell(rows, "peak_memory_gib", ".1f"),
         ]
         for kind in kinds:
-            value = _mean(rows, lambda row, kind=kind: row["perplexity"][kind])
-            share = f" ({value / base[kind]:.4f})" if dense else ""
-            cells.append(f"{value:.3f}{share}")
-        cells.append(f"{_mean(rows, lambda row: row['retrieval']['mean']):.1f}%")
+            value = statistics.mean(row["perplexity"][kind] for row in rows)
+            share = share_of(rows, dense, kind)
+            cells.append(f"{value:.3f}" + ("" if share is None else f" ({share:.4f})"))
+        retrieval = statistics.mean(row["retrieval"]["mean"] for row in rows)
+        cells.append(f"{retrieval:.1f}%")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _mean(rows: list[dict] | None, value) -> float:
-    return statistics.mean(map(value, rows)) if rows else math.nan
+def share_of(rows: list[dict], dense: list[dict], kind: str) -> float | None:
+    """Mean over runs of their perplexity as a share of dense LoRA's on the same windows.
+
+    Windows and their order are a seed's; None where dense LoRA has not run on any.
+    """
+    base: dict[int, list[float]] = {}
+    for row in dense:
+        base.setdefault(row["seed"], []).append(row["perplexity"][kind])
+    shares = [
+        row["perplexity"][kind] / statistics.mean(base[row["seed"]])
+        for row in rows
+        if row["seed"] in base
+    ]
+    return statistics.mean(shares) if shares else None
 
 
 def _cell(rows: list[dict], name: str, form: str) -> str:
     if name not in rows[0]:
         return ""
-    return format(_mean(rows, lambda row: row[name]), form)
+    return format(statistics.mean(row[name] for row in rows), form)
+
+
+def _times(rows: list[dict]) -> str:
+    """Seconds of a step of the runs that had a GPU alone, for each kind of GPU."""
+    times: dict[str, list[float]] = {}
+    for row in rows:
+        if "step_seconds" in row and row["runs_at_a_time"] == 1:
+            gpu = (row["gpu"] or "CPU").removeprefix("NVIDIA ").split()[0]
+            times.setdefault(gpu, []).append(row["step_seconds"])
+    return ", ".join(f"{statistics.mean(values):.3f} {gpu}" for gpu, values in times.items())
 
 
 def main() -> None:

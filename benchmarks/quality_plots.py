@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from quality import table
+from quality import protocol_of, share_of, table_of
 from readme_table import replace_block
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -22,15 +22,22 @@ PARTS = {"book": "books", "book_tail": "books, last quarter", "tex": "TeX"} | {
 }
 COLORS = dict(zip(PARTS, ("tab:blue", "lightskyblue", "tab:orange", "navajowhite")))
 TARGET = 1.01
-SHOWN = ("dense", "s2", "spans-0.5", "long-spans-0.5", "spans-0.3")
-
-
-def shares(rows: list[dict], dense: dict) -> dict[str, float]:
-    """Mean perplexity of `rows` by part, as a share of dense LoRA's."""
-    return {
-        part: sum(row["perplexity"][part] for row in rows) / len(rows) / dense["perplexity"][part]
-        for part in PARTS
-    }
+# What the page shows: methods, and (context, steps, windows a step, learning rate, copies, equal).
+SHOWN = {
+    "dense": "black",
+    "s2": "tab:red",
+    "tail-0.5": "tab:blue",
+    "spans-0.5": "tab:cyan",
+    "long-spans-0.5": "teal",
+    "tail-0.3": "tab:green",
+    "spans-0.3": "yellowgreen",
+}
+PROTOCOLS = (
+    (16384, 160, 8, 2e-3, False, "steps"),
+    (32768, 160, 4, 2e-3, False, "steps"),
+    (32768, 64, 4, 2e-3, False, "time"),
+    (16384, 400, 8, 4e-3, True, "steps"),
+)
 
 
 def of_protocol(rows: list[dict], context: int, steps: int, rate: float) -> list[dict]:
@@ -60,7 +67,7 @@ def block_size_plot(rows: list[dict], path: Path) -> None:
             sizes.setdefault(elimination.get("block_size", 64), []).append(row)
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     for part, label in PARTS.items():
-        values = [shares(sizes[size], dense)[part] for size in sorted(sizes)]
+        values = [share_of(sizes[size], [dense], part) for size in sorted(sizes)]
         axes.plot(sorted(sizes), values, "o-", color=COLORS[part], label=label)
     axes.axhline(TARGET, color="gray", linestyle=":", label="target, 1.01")
     axes.set_xscale("log", base=2)
@@ -73,59 +80,83 @@ def block_size_plot(rows: list[dict], path: Path) -> None:
 
 
 def methods_plot(rows: list[dict], path: Path) -> None:
-    """Methods at equal steps and in equal time, a panel for each comparison that has been made."""
-    panels: dict[tuple, dict[str, list[dict]]] = {}
-    for protocol in compared_protocols(rows):
-        for row in of_protocol(rows, *protocol):
-            if row["method"] != "dense":
-                panel = panels.setdefault((*protocol, row["equal"]), {})
-                panel.setdefault(row["method"], []).append(row)
+    """Methods at equal steps, a panel for each length."""
+    protocols = [each for each in PROTOCOLS if each[-1] == "steps" and not each[-2]]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.4), layout="constrained", squeeze=False
+        1, len(protocols), figsize=(5.2 * len(protocols), 3.4), layout="constrained"
     )
-    for (*protocol, equal), place in zip(panels, axes.flat):
-        context, steps, _ = protocol
-        methods = panels[(*protocol, equal)]
-        dense = next(row for row in of_protocol(rows, *protocol) if row["method"] == "dense")
+    for protocol, place in zip(protocols, axes):
+        methods = _methods(rows, protocol)
+        dense = methods.pop("dense")
         for i, part in enumerate(PARTS):
             places = [number + (i - 1.5) * 0.2 for number in range(len(methods))]
-            values = [100 * (shares(runs, dense)[part] - 1) for runs in methods.values()]
+            values = [100 * (share_of(runs, dense, part) - 1) for runs in methods.values()]
             place.bar(places, values, 0.2, color=COLORS[part], label=PARTS[part])
         place.axhline(0, color="black", linewidth=0.8)
-        if equal == "steps":
-            place.axhline(100 * (TARGET - 1), color="gray", linestyle=":")
+        place.axhline(100 * (TARGET - 1), color="gray", linestyle=":")
+        # S2-Attn is far out.
+        place.set_ylim(top=10)
         place.set_xticks(range(len(methods)), list(methods), fontsize="small")
         place.set_ylabel("perplexity over dense LoRA's, %")
-        whose = f"{steps} steps" if equal == "steps" else f"the time of {steps} dense steps"
-        place.set_title(f"{context} tokens, {whose}", fontsize="medium")
-    axes.flat[0].legend(fontsize="small")
+        place.set_title(f"{protocol[0]} tokens, {protocol[1]} steps", fontsize="medium")
+    axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def compared_protocols(rows: list[dict]) -> list[tuple[int, int, float]]:
-    """Context, steps and learning rate of the comparisons that the page shows."""
-    return sorted(
-        {
-            (row["shape"]["context"], row["protocol_steps"], row["shape"]["learning_rate"])
-            for row in rows
-            if row["method"] in SHOWN and row["method"] not in ("dense", "s2")
-        }
-    )
+def time_plot(rows: list[dict], path: Path) -> None:
+    """Perplexity of the last quarter against the time of training: every run that was alone."""
+    figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.4), layout="constrained")
+    for context, line in zip((16384, 32768), axes):
+        for part, place in zip(("book_tail", "tex_tail"), line):
+            for name, color in SHOWN.items():
+                runs = [
+                    row
+                    for row in rows
+                    if (row["method"], row["runs_at_a_time"]) == (name, 1)
+                    and row["shape"]["context"] == context
+                    and row["shape"]["learning_rate"] == 2e-3
+                ]
+                for gpu, marker in (("H100", "s"), ("H200", "o")):
+                    points = [row for row in runs if gpu in row["gpu"]]
+                    if points:
+                        x = [row["training_seconds"] for row in points]
+                        y = [row["perplexity"][part] for row in points]
+                        place.plot(x, y, marker, color=color, label=f"{name}, {gpu}")
+            place.set_xlabel("seconds of training")
+            place.set_ylabel("perplexity")
+            place.set_title(f"{context} tokens: {PARTS[part]}", fontsize="medium")
+    shown = {
+        label: line
+        for place in axes.flat
+        for line, label in zip(*place.get_legend_handles_labels())
+    }
+    figure.legend(shown.values(), shown, loc="outside lower center", fontsize="small", ncols=4)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _methods(rows: list[dict], protocol: tuple) -> dict[str, list[dict]]:
+    methods: dict[str, list[dict]] = {name: [] for name in SHOWN}
+    for row in rows:
+        if row["method"] in SHOWN and protocol_of(row) == protocol:
+            methods[row["method"]].append(row)
+    return {name: runs for name, runs in methods.items() if runs}
 
 
 def updated(text: str, rows: list[dict]) -> str:
     """The page with the tables of the recorded results."""
-    compared = [row for each in compared_protocols(rows) for row in of_protocol(rows, *each)]
-    return replace_block(text, "\n" + table(compared) + "\n", "quality")
+    tables = []
+    for protocol in PROTOCOLS:
+        # At equal time the table begins with dense LoRA's own steps.
+        dense = _methods(rows, (*protocol[:-1], "steps"))["dense"]
+        tables.append(table_of(protocol, {"dense": dense} | _methods(rows, protocol)))
+    return replace_block(text, "\n" + "\n\n".join(tables) + "\n", "quality")
 
 
 def read_rows() -> list[dict]:
     rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    others = len(SHOWN)
-    return sorted(
-        rows, key=lambda row: SHOWN.index(row["method"]) if row["method"] in SHOWN else others
-    )
+    return rows
 
 
 def main() -> None:
@@ -133,6 +164,7 @@ def main() -> None:
     IMAGES.mkdir(exist_ok=True)
     block_size_plot(rows, IMAGES / "quality_block_size.png")
     methods_plot(rows, IMAGES / "quality_methods.png")
+    time_plot(rows, IMAGES / "quality_time.png")
     PAGE.write_text(updated(PAGE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 

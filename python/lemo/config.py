@@ -28,8 +28,10 @@ class LemoConfig:
     against the model by `lemo.enable`.
 
     Attributes:
-        block_size: tokens of a block, the unit that is kept or eliminated. An eighth of the
-            sequence or more is best; small blocks tear texts apart.
+        block_size: the unit that is kept or eliminated: a number of tokens, or a share of the
+            longest sequence of a batch, rounded up; with scorer "predictor" a share means the
+            blocks that the predictors were trained for. A quarter of the sequence is best; small
+            blocks tear texts apart.
         policy: "ratio" keeps the best share of the blocks of each sequence, "threshold" the blocks
             that score at least the layer's threshold (LeMo, section 5.1).
         keep: share of blocks that attention keeps, in [0, 1]; a list has one entry for each layer.
@@ -71,7 +73,7 @@ class LemoConfig:
         ValueError, TypeError: a field does not fit; the message names it.
     """
 
-    block_size: int = 1024
+    block_size: int | float = 0.25
     policy: str = "ratio"
     keep: float | tuple[float, ...] = 0.5
     keep_mlp: float | tuple[float, ...] | None = None
@@ -96,7 +98,14 @@ class LemoConfig:
         _check_choice("scorer", self.scorer, SCORERS)
         _check_choice("visible_keys", self.visible_keys, VISIBLE_KEYS)
         _check_choice("recompute", self.recompute, RECOMPUTE)
-        _check_int("block_size", self.block_size, minimum=1)
+        if isinstance(self.block_size, float):
+            if not 0.0 < self.block_size <= 1.0:
+                raise ValueError(
+                    "block_size: expected a number of tokens or a share in (0, 1], "
+                    f"got {self.block_size!r}"
+                )
+        else:
+            _check_int("block_size", self.block_size, minimum=1)
         _check_int("keep_first", self.keep_first, minimum=0)
         _check_int("keep_last", self.keep_last, minimum=0)
         _check_int("seed", self.seed, minimum=0)
@@ -196,6 +205,13 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def block_tokens(block_size: int | float, longest: int) -> int:
+    """Tokens of a block where the longest sequence has `longest`; see `LemoConfig.block_size`."""
+    if isinstance(block_size, float):
+        return max(math.ceil(block_size * longest - 1e-9), 1)
+    return block_size
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:

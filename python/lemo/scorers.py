@@ -107,8 +107,8 @@ class RandomScorer:
 class PredictorScorer:
     """The trained predictors of a folder that `lemo prepare` wrote."""
 
-    def __init__(self, predictors: "PredictorSet", block_size: int) -> None:
-        if predictors.block_size != block_size:
+    def __init__(self, predictors: "PredictorSet", block_size: int | float) -> None:
+        if isinstance(block_size, int) and predictors.block_size != block_size:
             raise ValueError(
                 f"block_size: the predictors were trained for {predictors.block_size}, "
                 f"got {block_size}"

@@ -46,7 +46,7 @@ def test_package_exports():
 def test_defaults():
     config = LemoConfig()
     assert (config.block_size, config.policy, config.keep, config.keep_mlp) == (
-        1024,
+        0.25,
         "ratio",
         0.5,
         None,
@@ -81,7 +81,9 @@ def test_configs_are_frozen():
     ("values", "error", "message"),
     [
         ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
-        ({"block_size": 64.0}, TypeError, "block_size: expected an int, got 64.0"),
+        ({"block_size": 64.0}, ValueError, "block_size: expected .* a share in .*, got 64.0"),
+        ({"block_size": 0.0}, ValueError, "block_size: expected .* a share in .*, got 0.0"),
+        ({"block_size": "big"}, TypeError, "block_size: expected an int, got 'big'"),
         ({"block_size": True}, TypeError, "block_size: expected an int, got True"),
         ({"policy": "top"}, ValueError, "policy: expected one of ratio, threshold, got 'top'"),
         ({"keep": 1.5}, ValueError, "keep: expected shares between 0 and 1, got 1.5"),

@@ -238,6 +238,17 @@ def test_pack_and_unpack(lengths, left):
     assert batch.positions.tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("lengths", "share", "size"),
+    [([20], 0.25, 5), ([21, 8], 0.25, 6), ([30], 0.1, 3), ([3], 0.25, 1), ([9], 1.0, 9)],
+)
+def test_blocks_that_are_a_share_of_the_longest_sequence(lengths, share, size):
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    batch = PackedBatch(tuple(mask.shape), mask.long(), None, share, torch.get_default_device())
+    assert batch.layout.block_size == size
+    assert batch.layout.num_blocks == sum(-(-length // size) for length in lengths)
+
+
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3))
 def test_positions_that_restart_cut_sequences(rows):
     tokens = max(map(sum, rows))

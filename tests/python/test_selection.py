@@ -330,7 +330,8 @@ def test_random_scores_follow_the_seed():
     assert not torch.equal(first, one(0, "attention", x, batch)), "the draw is not fresh"
 
 
-def test_predicted_scores(monkeypatch):
+@pytest.mark.parametrize("block_size", [8, 0.25])
+def test_predicted_scores(monkeypatch, block_size):
     calls = []
 
     def scores(layer, kind, x, layout):
@@ -342,7 +343,7 @@ def test_predicted_scores(monkeypatch):
     fake = types.SimpleNamespace(load=lambda folder, model_config: predictors)
     monkeypatch.setattr(lemo, "predictors", fake, raising=False)
     settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
-    config = config_of(**settings, dense_layers=[0], block_size=8)
+    config = config_of(**settings, dense_layers=[0], block_size=block_size)
     model = make_model("llama")
     handle = lemo.enable(model, config)
     model(**padded_batch([61]))

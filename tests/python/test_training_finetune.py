@@ -270,11 +270,14 @@ def test_a_damaged_checkpoint_is_passed_over(config, damage, caplog):
     assert losses(config.output) == expected
 
 
-@pytest.mark.parametrize(("block_size", "blocks"), [(96, 1), (40, 3), (24, None)])
+@pytest.mark.parametrize(
+    ("block_size", "blocks"), [(96, 1), (40, 3), (24, None), (0.25, None), (0.4, 3)]
+)
 def test_blocks_that_leave_no_choice_are_named(config, caplog, block_size, blocks):
     elimination = LemoConfig(block_size=block_size)
     finetune(dataclasses.replace(config, steps=1, warmup_steps=0, elimination=elimination))
-    warned = f"a window of 96 tokens has {blocks} blocks of {block_size}, which leaves little"
+    tokens = block_size if block_size > 1 else 39
+    warned = f"a window of 96 tokens has {blocks} blocks of {tokens}, which leaves little"
     assert (warned in caplog.text) == (blocks is not None)
     assert ("elimination.block_size" in caplog.text) == (blocks is not None)
 

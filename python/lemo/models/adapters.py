@@ -87,7 +87,7 @@ class Adapter:
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        block_size: int,
+        block_size: int | float,
     ) -> tuple[PackedBatch, Tensor]:
         """The packed batch and its residual stream [T, H], a fresh tensor that may be overwritten.
 

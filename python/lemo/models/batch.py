@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
+from lemo.config import block_tokens
 from lemo.layout import BlockLayout, Selection
 
 __all__ = ["PackedBatch"]
@@ -25,7 +26,7 @@ class PackedBatch:
         shape: tuple[int, int],
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        block_size: int,
+        block_size: int | float,
         device: torch.device,
     ) -> None:
         """Finds the sequences of a batch.
@@ -35,7 +36,7 @@ class PackedBatch:
             attention_mask: [B, S] of 0/1, ones contiguous in every row; or None.
             position_ids: [B or 1, S]; without a mask, a step other than +1 starts a new sequence
                 (the rule of Transformers). Not read when there is a mask, as in Transformers.
-            block_size: tokens of a block.
+            block_size: tokens of a block, or a share of the longest sequence.
             device: where the tokens are.
 
         Raises:
@@ -50,7 +51,8 @@ class PackedBatch:
             seqlens = _packed_lengths(position_ids.to(device).expand(shape))
         else:
             seqlens = [shape[1]] * shape[0]
-        self.layout = BlockLayout.from_seqlens(seqlens, block_size, device)
+        size = block_tokens(block_size, max(seqlens, default=1))
+        self.layout = BlockLayout.from_seqlens(seqlens, size, device)
         self._positions: Tensor | None = None
 
     def _remove_padding(self, mask: Tensor) -> list[int]:

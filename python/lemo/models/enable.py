@@ -66,15 +66,18 @@ class Handle:
 
     Attributes:
         config: the settings.
+        block_size: tokens of a block, or their share of a batch's longest sequence: that of
+            `config`, or that of the predictors where it leaves the choice to them.
     """
 
     def __init__(self, adapter: Adapter, config: LemoConfig) -> None:
         self.config = config
         self._adapter = adapter
         self._scorer = make_scorer(config, adapter)
-        thresholds = None
+        thresholds, self.block_size = None, config.block_size
         if isinstance(self._scorer, PredictorScorer):
             thresholds = self._scorer.predictors.thresholds
+            self.block_size = self._scorer.predictors.block_size
         self._selector = Selector(config, adapter.num_layers, thresholds)
         self._decoder = Decoder(
             adapter,
@@ -174,7 +177,7 @@ class Handle:
             arguments.get("inputs_embeds"),
             arguments.get("attention_mask"),
             arguments.get("position_ids"),
-            self.config.block_size,
+            self.block_size,
         )
         if not self._flag(arguments, "output_hidden_states"):
             return batch, self._decoder.run(batch, x), None

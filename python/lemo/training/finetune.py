@@ -24,6 +24,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import lemo
+from lemo.config import block_tokens
 from lemo.data import (
     TokenWindows,
     prefetched,
@@ -188,7 +189,7 @@ class _Run:
         if config.elimination is not None:
             self.handle = lemo.enable(self.peft_model, config.elimination)
             # Behind enable: a mistake in the settings is all that is said of them.
-            _check_blocks(config.context_length, config.elimination.block_size)
+            _check_blocks(config.context_length, self.handle.block_size)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -388,16 +389,17 @@ def _leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _check_blocks(length: int, block_size: int) -> None:
+def _check_blocks(length: int, block_size: int | float) -> None:
+    block_size = block_tokens(block_size, length)
     blocks = -(-length // block_size)
     if blocks < 4:
         _log.warning(
             "elimination.block_size: a window of %d tokens has %d blocks of %d, which leaves "
-            "little to choose; an eighth of the window, %d, is a good size",
+            "little to choose; a quarter of the window, %d, is a good size",
             length,
             blocks,
             block_size,
-            max(length // 8, 1),
+            -(-length // 4),
         )
 
 
