@@ -349,7 +349,10 @@ def equal_time_steps(options: argparse.Namespace, rows: list[dict]) -> dict[str,
             seconds.setdefault(row["method"], []).append(row["step_seconds"])
     first, *others = options.methods
     if first not in seconds:
-        raise SystemExit(f"--equal time: '{first}' did not train, so there is no time to equal")
+        raise SystemExit(
+            f"--equal time: '{first}' did not train here, nor earlier alone on "
+            "this kind of GPU: there is no time to equal"
+        )
     budget = options.steps * statistics.mean(seconds[first])
     return {
         name: max(round(budget / statistics.mean(seconds[name])), 1)

@@ -63,7 +63,7 @@ def main_job_table(results: Path) -> str:
     return (
         f"{table}\n\n"
         f"{shape['steps']} steps of {shape['batch']} x {shape['context']} tokens, LoRA rank "
-        f"{shape['lora_rank']} on every linear layer; lemo with {elimination}; "
+        f"{shape['lora_rank']} on every linear layer; lemo with {elimination or 'its defaults'}; "
         f"{latest['cpu']}, {latest['threads']} threads, torch {latest['torch']}, "
         f"{latest['date']}, commit {latest['commit']}. Dense LoRA is plain Transformers + PEFT "
         "with scaled dot-product attention. Perplexity is of held-out documents, every token "

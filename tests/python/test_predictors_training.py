@@ -1,5 +1,7 @@
 """Modules, labels, objective and elastic size of the predictors."""
 
+import math
+
 import pytest
 import torch
 
@@ -358,3 +360,14 @@ def test_feature_store_refuses_what_is_not_finite(tmp_path):
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         TrainingSettings(**{name: value})
+
+
+def test_an_mlp_whose_tokens_are_all_alike_trains_without_nan():
+    data = planted("mlp", windows=2)
+    alike = [torch.ones_like(labels) for labels in data.token_labels]
+    data = SubBlockData(data.x, [torch.ones_like(y) for y in data.labels], data.layouts, alike)
+    profile = profile_of(data, flat=True)
+    module = make_predictor("mlp", HIDDEN, 8, generator())
+    result = fit(module, data, profile, TrainingSettings(steps=2, windows_per_step=1), generator())
+    assert all(math.isfinite(loss) for loss in result.losses)
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())

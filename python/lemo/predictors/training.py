@@ -45,12 +45,13 @@ class TrainingSettings:
         keep: share of blocks whose boundary the ranking loss serves.
         keep_first, keep_last: blocks of a sequence that are kept in any case and take no part in
             the ranking.
-        steps: optimizer steps of a predictor.
+        steps: of a predictor, each on `windows_per_step` windows; for attention a step of the
+            optimizer, for the MLP one for every 2048 tokens.
         windows_per_step: windows packed into one step.
         learning_rate: peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to
             zero.
         weight_decay: of AdamW.
-        rank_weight: weight of the ranking loss against the value regression.
+        rank_weight: weight of the ranking loss against the value regression, for attention.
         prune_every: steps between two prunings; 0 never prunes.
         prune_zero_share: a hidden unit that is zero for at least this share of the tokens is
             pruned.
@@ -414,7 +415,7 @@ def _token_losses(
     device = predictor.key.down.device
     # The same in all places, see PositionProfile.
     mean, deviation = profile.mean[0], profile.deviation[0]
-    spread = torch.cat(data.token_labels).std(unbiased=False).to(device)
+    spread = torch.cat(data.token_labels).std(unbiased=False).to(device).maximum(deviation)
     layouts: dict[int, BlockLayout] = {}
 
     def losses(chosen: list[int], x: Tensor) -> Iterator[tuple[float, Tensor]]:
