@@ -60,11 +60,12 @@ def main_job_table(results: Path) -> str:
         for name, value in shape.items()
         if name not in ("model", "context", "batch", "steps", "lora_rank", "keep")
     )
+    dtype = "the model's dtype" if latest["dtype"] == "model" else latest["dtype"]
     return (
         f"{table}\n\n"
         f"{shape['steps']} steps of {shape['batch']} x {shape['context']} tokens, LoRA rank "
         f"{shape['lora_rank']} on every linear layer; lemo with {elimination or 'its defaults'}; "
-        f"{latest['cpu']}, {latest['threads']} threads, torch {latest['torch']}, "
+        f"{latest['cpu']}, {latest['threads']} threads, {dtype}, torch {latest['torch']}, "
         f"{latest['date']}, commit {latest['commit']}. Dense LoRA is plain Transformers + PEFT "
         "with scaled dot-product attention. Perplexity is of held-out documents, every token "
         "present."
