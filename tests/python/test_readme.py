@@ -85,6 +85,7 @@ def record(bench, keep, ours, peer_value, unit, **more):
         "unit": unit,
         "cpu": "C",
         "threads": 2,
+        "dtype": "model",
         "torch": "2.13.0",
         "commit": "abc",
         "date": "2026-01-01",
