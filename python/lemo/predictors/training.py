@@ -338,9 +338,10 @@ def fit(
     units, losses = elastic.hidden_units, []
     prunings = settings.prunings
     windows, profile = _resident(data.x, device), profile.to(device)
-    losses_of_step = (_token_losses if data.token_labels else _block_losses)(
-        predictor, data, profile, settings, generator
-    )
+    if data.token_labels:
+        losses_of_step = _token_losses(predictor, data, profile, generator)
+    else:
+        losses_of_step = _block_losses(predictor, data, profile, settings)
     order: list[int] = []
     for step in range(settings.steps):
         while len(order) < settings.windows_per_step:
@@ -373,7 +374,6 @@ def _block_losses(
     data: SubBlockData,
     profile: PositionProfile,
     settings: TrainingSettings,
-    generator: torch.Generator,
 ) -> Losses:
     device = predictor.key.down.device
     unit = profile.deviation.mean()
@@ -409,7 +409,6 @@ def _token_losses(
     predictor: Predictor,
     data: SubBlockData,
     profile: PositionProfile,
-    settings: TrainingSettings,
     generator: torch.Generator,
 ) -> Losses:
     device = predictor.key.down.device
