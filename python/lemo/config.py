@@ -61,6 +61,9 @@ class LemoConfig:
         mask_loss: which tokens do not count in the loss. True: those that no sub-block kept; a
             share in (0, 1]: those that fewer than this share of all sub-blocks kept (dense layers
             keep every token); False: all count.
+        burn_in: tokens at the start of a kept span whose loss does not count either, because the
+            text right before them is missing: a number, at most a block, or a share of a block,
+            rounded up. Not where nothing is missing, nor with `mask_loss` False.
         loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all
@@ -89,6 +92,7 @@ class LemoConfig:
     group_size: int | None = None
     schedule: tuple[tuple[float, float], ...] = ()
     mask_loss: bool | float = True
+    burn_in: int | float = 0.0
     loss_segment: int | None = None
     recompute: str = "auto"
     seed: int = 0
@@ -106,6 +110,14 @@ class LemoConfig:
                 )
         else:
             _check_int("block_size", self.block_size, minimum=1)
+        if isinstance(self.burn_in, float):
+            if not 0.0 <= self.burn_in <= 1.0:
+                raise ValueError(
+                    "burn_in: expected a number of tokens or a share in [0, 1], "
+                    f"got {self.burn_in!r}"
+                )
+        else:
+            _check_int("burn_in", self.burn_in, minimum=0)
         _check_int("keep_first", self.keep_first, minimum=0)
         _check_int("keep_last", self.keep_last, minimum=0)
         _check_int("seed", self.seed, minimum=0)

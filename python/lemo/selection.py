@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lemo import ops
 from lemo.config import LemoConfig
@@ -207,7 +208,29 @@ class Selector:
         times = torch.zeros(layout.num_blocks, dtype=torch.int32, device=lengths.device)
         times.index_add_(0, kept, torch.ones_like(kept))
         masked = times < needed - everywhere
-        return masked.repeat_interleave(lengths, output_size=layout.num_tokens)
+        rows = masked.repeat_interleave(lengths, output_size=layout.num_tokens)
+        return rows if self.config.burn_in == 0 else rows | self._burnt_in(masked, lengths)
+
+    def _burnt_in(self, masked: Tensor, lengths: Tensor) -> Tensor:
+        """[T] bool: the first rows of blocks that follow a masked one of their sequence.
+
+        Args:
+            masked: [B] bool.
+            lengths: [B] int64, tokens of the blocks.
+        """
+        layout = self._layout
+        # One entry more: where an empty last sequence would begin.
+        behind = pad(masked, (1, 0))
+        behind[layout.cu_blocks.long()] = False
+        behind = behind[:-1]
+        if isinstance(self.config.burn_in, float):
+            count = math.ceil(self.config.burn_in * layout.block_size - 1e-9)
+        else:
+            count = self.config.burn_in
+        # Rows up to `ends` of their block; a block is no longer than its own rows.
+        ends = torch.where(behind, layout.block_starts[:-1] + count, 0)
+        rows = torch.arange(layout.num_tokens, dtype=ends.dtype, device=ends.device)
+        return rows < ends.repeat_interleave(lengths, output_size=layout.num_tokens)
 
     def statistics(self) -> list[LayerStatistics]:
         """One entry for each layer of the last forward pass; empty before the first."""

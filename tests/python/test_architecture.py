@@ -47,6 +47,7 @@ EXPECTED_CONFIG_FIELDS = {
     "group_size",
     "schedule",
     "mask_loss",
+    "burn_in",
     "loss_segment",
     "recompute",
     "seed",

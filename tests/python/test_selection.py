@@ -1,5 +1,6 @@
 """Selector and scorers: policies, sharing, forced blocks, and the mathematics of the scores."""
 
+import math
 import types
 from itertools import pairwise
 
@@ -185,6 +186,28 @@ def test_rows_that_few_sub_blocks_kept(share, dense):
     masked = selector.masked_rows()
     assert torch.equal(expected if masked is None else masked, expected)
     assert expected.any() == (masked is not None)
+
+
+@pytest.mark.parametrize("burn_in", [0, 3, 8, 50, 0.3, 1.0])
+@pytest.mark.parametrize("lengths", [[61, 8, 40], [0, 40, 0, 23, 0]])
+def test_rows_behind_a_gap(burn_in, lengths):
+    layout = BlockLayout.from_seqlens(lengths, 8)
+    config = config_of(keep=0.5, dense_layers=[], burn_in=burn_in)
+    kept, _, selector = run(config, layout=layout)
+    kept = kept[0, "attention"]
+    starts, firsts = layout.block_starts.tolist(), set(layout.cu_blocks.tolist())
+    count = math.ceil(burn_in * 8) if isinstance(burn_in, float) else burn_in
+    expected = torch.ones(layout.num_tokens, dtype=torch.bool)
+    for block in kept:
+        behind_a_gap = block not in firsts and block - 1 not in kept
+        first = starts[block] + (count if behind_a_gap else 0)
+        expected[first : starts[block + 1]] = False
+    assert torch.equal(selector.masked_rows(), expected)
+
+
+def test_nothing_is_burnt_in_without_a_mask():
+    settings = {"keep": 0.3, "dense_layers": [], "mask_loss": False}
+    assert run(config_of(**settings, burn_in=0.5))[2].masked_rows() is None
 
 
 def test_the_last_pass_is_forgotten():
