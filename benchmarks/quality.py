@@ -30,6 +30,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -96,25 +97,31 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def method_of(name: str, method: dict | None, options: argparse.Namespace) -> dict:
-    """A method with what its entries mean at this context: "context/4" is a number of tokens."""
+    """A method with its entries as numbers: "context/4" tokens, "batch*2" windows."""
     method = dict(method or {})
     unknown = set(method) - set(SETTINGS) - {"steps", "about"}
     if unknown:
         raise SystemExit(f"{name}: expected {', '.join(SETTINGS)} or steps, got {sorted(unknown)}")
     elimination = method.get("elimination")
     if elimination is not None:
-        elimination = {key: _tokens(value, options.context) for key, value in elimination.items()}
+        sizes = {"context": options.context}
+        elimination = {key: _number(value, sizes) for key, value in elimination.items()}
         if elimination.get("scorer") == "predictor":
             if options.predictors is None:
                 raise SystemExit(f"--predictors: expected a folder, because '{name}' uses one")
             elimination["predictor"] = str(options.predictors)
-    return method | {"elimination": elimination}
+    sizes = {"batch": options.batch}
+    settings = {key: _number(value, sizes) for key, value in method.get("settings", {}).items()}
+    return method | {"elimination": elimination, "settings": settings}
 
 
-def _tokens(value: object, context: int) -> object:
-    if isinstance(value, str) and value.startswith("context/"):
-        return math.ceil(context / int(value.removeprefix("context/")))
-    return value
+def _number(value: object, sizes: dict[str, int]) -> object:
+    """What "context/4" or "batch*2" means; other values as they are."""
+    words = re.fullmatch(r"(\w+)([*/])(\d+)", value) if isinstance(value, str) else None
+    if words is None or words[1] not in sizes:
+        return value
+    size, factor = sizes[words[1]], int(words[3])
+    return size * factor if words[2] == "*" else math.ceil(size / factor)
 
 
 def plant_copies(options: argparse.Namespace) -> Path:
@@ -232,10 +239,11 @@ def measure(job: dict, options: dict, method: dict) -> dict:
         "shape": {
             "model": Path(options["model"]).name,
             "context": options["context"],
-            "batch": changed.get("batch_size", options["batch"]),
+            "batch": options["batch"],
             "steps": job["steps"],
             "learning_rate": changed.get("learning_rate", options["learning_rate"]),
             "lora_rank": options["rank"],
+            **({"windows": changed["batch_size"]} if "batch_size" in changed else {}),
             **({"copies": True} if options["copies"] else {}),
         },
         "settings": {key: method[key] for key in SETTINGS if method.get(key)},
