@@ -28,15 +28,19 @@ SHOWN = {
     "s2": "tab:red",
     "tail-0.5": "tab:blue",
     "spans-0.5": "tab:cyan",
-    "long-spans-0.5": "teal",
     "tail-0.3": "tab:green",
-    "spans-0.3": "yellowgreen",
+    "burn-0.3": "yellowgreen",
+    "twice-0.5": "navy",
+    "twice-0.3": "darkgreen",
 }
 PROTOCOLS = (
     (16384, 160, 8, 2e-3, False, "steps"),
     (32768, 160, 4, 2e-3, False, "steps"),
-    (32768, 64, 4, 2e-3, False, "time"),
+    (16384, 160, 8, 2e-3, False, "time"),
+    (32768, 100, 4, 2e-3, False, "steps"),
+    (32768, 100, 4, 2e-3, False, "time"),
     (16384, 400, 8, 4e-3, True, "steps"),
+    (16384, 400, 8, 4e-3, True, "time"),
 )
 
 
@@ -81,7 +85,7 @@ def block_size_plot(rows: list[dict], path: Path) -> None:
 
 def methods_plot(rows: list[dict], path: Path) -> None:
     """Methods at equal steps, a panel for each length."""
-    protocols = [each for each in PROTOCOLS if each[-1] == "steps" and not each[-2]]
+    protocols = [each for each in PROTOCOLS if each[1] == 160 and each[-1] == "steps"]
     figure, axes = pyplot.subplots(
         1, len(protocols), figsize=(5.2 * len(protocols), 3.4), layout="constrained"
     )
@@ -95,7 +99,7 @@ def methods_plot(rows: list[dict], path: Path) -> None:
         place.axhline(0, color="black", linewidth=0.8)
         place.axhline(100 * (TARGET - 1), color="gray", linestyle=":")
         # S2-Attn is far out.
-        place.set_ylim(top=10)
+        place.set_ylim(-3, 10)
         place.set_xticks(range(len(methods)), list(methods), fontsize="small")
         place.set_ylabel("perplexity over dense LoRA's, %")
         place.set_title(f"{protocol[0]} tokens, {protocol[1]} steps", fontsize="medium")
@@ -123,6 +127,8 @@ def time_plot(rows: list[dict], path: Path) -> None:
                         x = [row["training_seconds"] for row in points]
                         y = [row["perplexity"][part] for row in points]
                         place.plot(x, y, marker, color=color, label=f"{name}, {gpu}")
+            # S2-Attn ends far above.
+            place.set_ylim(top=1.3 * place.dataLim.ymin)
             place.set_xlabel("seconds of training")
             place.set_ylabel("perplexity")
             place.set_title(f"{context} tokens: {PARTS[part]}", fontsize="medium")
