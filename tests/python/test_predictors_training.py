@@ -1,5 +1,6 @@
 """Modules, labels, objective and elastic size of the predictors."""
 
+import itertools
 import math
 
 import pytest
@@ -263,6 +264,40 @@ def test_pruning_to_a_target_drops_the_least_useful():
     elastic.prune(1.0)
     assert elastic.hidden_units == 10
     torch.testing.assert_close(module.key.up.detach(), useful)
+
+
+def test_the_unit_that_is_missed_least_goes_and_the_others_take_over():
+    net = make_predictor("mlp", HIDDEN, 6, generator())
+    x = torch.randn(500, HIDDEN, generator=generator(1))
+    hidden = [h.double() for h in net.key.hidden(x)]
+    outgoing = [net.key.mid.detach().double(), net.key.up.detach().double()]
+
+    def least_squares(layer, units):
+        """(error, weights) of the best that the next layer can get from these units alone."""
+        wanted = hidden[layer] @ outgoing[layer].T
+        weights = torch.linalg.lstsq(hidden[layer][:, units], wanted).solution
+        return (hidden[layer][:, units] @ weights - wanted).square().sum().item(), weights.T
+
+    rows = net.key.down.detach().clone(), net.key.mid.detach().clone()
+    elastic = ElasticSize(net, torch.optim.AdamW(net.parameters()), 1.0, target=5 / 6)
+    elastic.count(x)
+    elastic.prune(1.0)
+    assert elastic.hidden_units == 10
+    kept = [row for row in range(6) if any(torch.equal(rows[0][row], r) for r in net.key.down)]
+    best = min(itertools.combinations(range(6), 5), key=lambda c: least_squares(0, list(c))[0])
+    assert kept == list(best)
+    expected = least_squares(0, kept)[1]
+    found = [
+        row
+        for row in range(6)
+        if any(torch.allclose(expected[row].float(), r, rtol=1e-2, atol=1e-3) for r in net.key.mid)
+    ]
+    assert len(found) == 5, "the rows of mid are not those of least squares"
+    best = min(itertools.combinations(range(6), 5), key=lambda c: least_squares(1, list(c))[0])
+    assert found == list(best)
+    torch.testing.assert_close(
+        net.key.up.detach().double(), least_squares(1, found)[1], rtol=1e-2, atol=1e-3
+    )
 
 
 def test_a_net_never_loses_its_last_unit():

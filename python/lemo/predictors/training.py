@@ -87,10 +87,10 @@ class TrainingSettings:
 
     @property
     def prunings(self) -> list[int]:
-        """Steps after which units are pruned; the last third of the training is for recovery."""
+        """Steps after which units are pruned; the last two thirds are for recovery."""
         if self.prune_every == 0:
             return []
-        last = max(self.steps * 2 // 3, 1)
+        last = max(self.steps // 3, 1)
         prunings = list(range(self.prune_every, last + 1, self.prune_every))
         if not prunings and self.prune_to is not None:
             # Too short for an interval; the size that was asked for is reached all the same.
@@ -239,14 +239,14 @@ class ElasticSize:
         for name, net in self.predictor.nets():
             for layer, hidden in enumerate(net.hidden(x)):
                 self._zeros[name][layer] += (hidden == 0).sum(0)
-                self._sums[name][layer] += hidden.sum(0)
+                self._products[name][layer] += hidden.T @ hidden
 
     @torch.no_grad()
     def prune(self, progress: float) -> int:
         """Prunes dead units and, where a target is set, the least useful ones; restarts the count.
 
-        A unit's use is its mean activation times the norm of its outgoing weights: what the next
-        layer would miss.
+        What the next layer loses with a unit is what the others cannot make up for; they take over
+        the rest.
 
         Args:
             progress: share of the pruning schedule that is over, in [0, 1]; at 1 the target is
@@ -259,16 +259,11 @@ class ElasticSize:
         for name, net in self.predictor.nets():
             keep = []
             for layer, outgoing in enumerate((net.mid, net.up)):
-                zeros, sums = self._zeros[name][layer], self._sums[name][layer]
-                use = sums * torch.linalg.vector_norm(outgoing, dim=0)
-                use = use.masked_fill(zeros >= self.zero_share * self._tokens, -1.0)
                 limit = self._initial[name][layer]
                 if self.target is not None:
                     limit = math.ceil(limit * (1 - progress * (1 - self.target)))
-                order = torch.argsort(use, descending=True, stable=True)[: max(limit, 1)]
-                alive = order[use[order] >= 0]
-                # A net needs one unit a layer to stay a net, even if it has gone silent.
-                keep.append((alive if alive.numel() else order[:1]).sort().values)
+                dead = self._zeros[name][layer] >= self.zero_share * self._tokens
+                keep.append(_surgery(outgoing, self._products[name][layer], dead, limit))
             first, second = keep
             self._replace(net, "down", first, slice(None))
             self._replace(net, "mid", second, first)
@@ -293,17 +288,50 @@ class ElasticSize:
 
     def _reset(self) -> None:
         self._tokens = 0
-        self._zeros, self._sums = (
-            {
-                name: [torch.zeros(size, device=net.down.device) for size in self._sizes(net)]
-                for name, net in self.predictor.nets()
-            }
-            for _ in range(2)
-        )
+        self._zeros: dict[str, list[Tensor]] = {}
+        self._products: dict[str, list[Tensor]] = {}
+        for name, net in self.predictor.nets():
+            sizes, device = self._sizes(net), net.down.device
+            self._zeros[name] = [torch.zeros(size, device=device) for size in sizes]
+            self._products[name] = [torch.zeros(size, size, device=device) for size in sizes]
 
     @staticmethod
     def _sizes(net: LowRankNet) -> tuple[int, int]:
         return net.down.shape[0], net.mid.shape[0]
+
+
+def _surgery(outgoing: Tensor, products: Tensor, dead: Tensor, limit: int) -> Tensor:
+    """Removes hidden units one by one, the least missed first, and lets the others take over.
+
+    With the units' second moments G, the outgoing weights of unit u are distributed over the others
+    so that the next layer's input changes least; the mean square of the change is |w_u|^2 /
+    inverse(G)_uu (Optimal Brain Surgeon, Hassibi and Stork, 1993, for the layer's input).
+
+    Args:
+        outgoing: [N, R] weights of the next layer; adjusted in place. Those of removed units become
+            0.
+        products: [R, R] sums of products of the units' activations.
+        dead: [R] bool, units to remove in any case.
+        limit: units to keep at most.
+
+    Returns:
+        [K] int64, ascending: the units that are left, at least one, since a net without is none.
+    """
+    weights, moments = outgoing.double().cpu(), products.double().cpu()
+    # Units that are always 0, or always the same, must not make the inverse explode.
+    damping = 1e-4 * moments.diagonal().mean().clamp(min=1e-12)
+    inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), dtype=moments.dtype))
+    left, dead = torch.ones(len(moments), dtype=torch.bool), dead.cpu()
+    while left.sum() > 1 and (left.sum() > limit or (left & dead).any()):
+        loss = weights.square().sum(0) / inverse.diagonal()
+        candidates = left & dead if (left & dead).any() else left
+        unit = loss.masked_fill(~candidates, math.inf).argmin()
+        share = inverse[unit] / inverse[unit, unit]
+        weights -= weights[:, unit, None] * share
+        inverse -= inverse[:, unit, None] * share
+        left[unit] = False
+    outgoing.copy_(weights.masked_fill(~left, 0.0))
+    return left.nonzero()[:, 0].to(outgoing.device)
 
 
 def fit(
