@@ -11,6 +11,7 @@ MLP, each kind of document separately, and for the attention what the place of a
     windows           --many-windows instead of --windows
     half-rank, double-rank
     elastic           pruned to --prune-to of the hidden units while it trains
+    elastic-attention attention's pruned to .4 of them, the MLP's not
     one-kind          trained on the first kind of documents only, tested on all
     longer            the predictors of base, tested on windows of --long-length
     long              trained and tested on windows of --long-length
@@ -186,6 +187,7 @@ def experiments_of(options: argparse.Namespace, rank: int) -> dict[str, Experime
         "half-rank": changed(rank=max(rank // 2, 1)),
         "double-rank": changed(rank=2 * rank),
         "elastic": changed(settings={"prune_to": options.prune_to}),
+        "elastic-attention": changed(settings={"prune_to": 0.4, "prune_mlp_to": 1.0}),
         "one-kind": changed(one_kind=True),
         "longer": changed(long),
         "long": changed(long, windows=long_windows),

@@ -320,6 +320,15 @@ def test_fit_prunes_to_the_target_and_still_learns():
     assert mean_recall(module, profile, planted("attention", 16, seed=1), 0.5) >= 0.85
 
 
+@pytest.mark.parametrize(("kind", "units"), [("attention", (32, 16)), ("mlp", (16, 12))])
+def test_the_predictors_of_mlps_shrink_to_their_own_share(kind, units):
+    settings = TrainingSettings(
+        steps=6, windows_per_step=1, prune_every=2, prune_to=0.5, prune_mlp_to=0.75
+    )
+    _, _, result = run_fit(kind, settings)
+    assert result.hidden_units == units
+
+
 def test_a_training_shorter_than_the_interval_still_shrinks_to_the_target():
     settings = TrainingSettings(steps=6, windows_per_step=1, prune_every=50, prune_to=0.5)
     _, _, result = run_fit("attention", settings)
@@ -389,6 +398,7 @@ def test_feature_store_refuses_what_is_not_finite(tmp_path):
         ("prune_every", -1),
         ("prune_zero_share", 0.0),
         ("prune_to", 1.5),
+        ("prune_mlp_to", 0.0),
         ("keep_first", -1),
     ],
 )

@@ -55,8 +55,10 @@ class TrainingSettings:
         prune_every: steps between two prunings; 0 never prunes.
         prune_zero_share: a hidden unit that is zero for at least this share of the tokens is
             pruned.
-        prune_to: share of the hidden units to shrink to, least useful first, or None for dead units
+        prune_to: share of the hidden units to shrink to, least missed first, or None for dead units
             only.
+        prune_mlp_to: the same for the MLP's predictors, which need their size more than
+            attention's do; None: `prune_to`. 1.0 leaves them all but dead units.
     """
 
     keep: float = 0.5
@@ -70,6 +72,7 @@ class TrainingSettings:
     prune_every: int = 50
     prune_zero_share: float = 0.99
     prune_to: float | None = None
+    prune_mlp_to: float | None = None
 
     def __post_init__(self) -> None:
         _require("keep", self.keep, 0 < self.keep < 1, "a share between 0 and 1, both excluded")
@@ -82,8 +85,9 @@ class TrainingSettings:
         _require("rank_weight", self.rank_weight, self.rank_weight >= 0, "a number >= 0")
         share = self.prune_zero_share
         _require("prune_zero_share", share, 0 < share <= 1, "a share in (0, 1]")
-        target = self.prune_to
-        _require("prune_to", target, target is None or 0 < target <= 1, "a share in (0, 1] or None")
+        for name in ("prune_to", "prune_mlp_to"):
+            target = getattr(self, name)
+            _require(name, target, target is None or 0 < target <= 1, "a share in (0, 1] or None")
 
     @property
     def prunings(self) -> list[int]:
@@ -92,7 +96,7 @@ class TrainingSettings:
             return []
         last = max(self.steps // 3, 1)
         prunings = list(range(self.prune_every, last + 1, self.prune_every))
-        if not prunings and self.prune_to is not None:
+        if not prunings and not (self.prune_to is None and self.prune_mlp_to is None):
             # Too short for an interval; the size that was asked for is reached all the same.
             prunings = [last]
         return prunings
@@ -362,7 +366,10 @@ def fit(
     optimizer = torch.optim.AdamW(
         predictor.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    elastic = ElasticSize(predictor, optimizer, settings.prune_zero_share, settings.prune_to)
+    target = settings.prune_to
+    if isinstance(predictor, MlpPredictor) and settings.prune_mlp_to is not None:
+        target = settings.prune_mlp_to
+    elastic = ElasticSize(predictor, optimizer, settings.prune_zero_share, target)
     units, losses = elastic.hidden_units, []
     prunings = settings.prunings
     windows, profile = _resident(data.x, device), profile.to(device)

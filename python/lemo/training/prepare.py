@@ -46,8 +46,8 @@ class PrepareConfig:
         keep: share of blocks that the predictors' ranking serves, and budget of the thresholds.
         block_size, rank, target, dense_layers, search_rounds, search_windows, seed: see
             `PrepareSettings`.
-        steps, windows_per_step, learning_rate, rank_weight, prune_every, prune_to: see
-            `TrainingSettings`.
+        steps, windows_per_step, learning_rate, rank_weight, prune_every, prune_to, prune_mlp_to:
+            see `TrainingSettings`.
         rope_scaling: how a model is extended whose context is shorter than the longest window:
             "linear", "yarn", "dynamic" or "none"; give what fine-tuning will use.
         dtype: of the model: "float32", "bfloat16", "float16" or "auto".
@@ -76,6 +76,7 @@ class PrepareConfig:
     rank_weight: float = 0.2
     prune_every: int = 50
     prune_to: float | None = None
+    prune_mlp_to: float | None = None
     dense_layers: tuple[int, ...] = ()
     search_rounds: int = 1
     search_windows: int = 2
