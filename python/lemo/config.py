@@ -220,7 +220,7 @@ def _is_list(value: Any) -> bool:
 
 
 def block_tokens(block_size: int | float, longest: int) -> int:
-    """Tokens of a block where the longest sequence has `longest`; see `LemoConfig.block_size`."""
+    """Tokens of a block, or a share of `longest`, as in `LemoConfig.block_size`; at least 1."""
     if isinstance(block_size, float):
         return max(math.ceil(block_size * longest - 1e-9), 1)
     return block_size

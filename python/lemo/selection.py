@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lemo import ops
-from lemo.config import LemoConfig
+from lemo.config import LemoConfig, block_tokens
 from lemo.layout import BlockLayout, Selection
 
 __all__ = ["LayerStatistics", "Selection", "Selector"]
@@ -221,12 +221,8 @@ class Selector:
         layout = self._layout
         # One entry more: where an empty last sequence would begin.
         behind = pad(masked, (1, 0))
-        behind[layout.cu_blocks.long()] = False
-        behind = behind[:-1]
-        if isinstance(self.config.burn_in, float):
-            count = math.ceil(self.config.burn_in * layout.block_size - 1e-9)
-        else:
-            count = self.config.burn_in
+        behind = behind.index_fill_(0, layout.cu_blocks.long(), False)[:-1]
+        count = block_tokens(self.config.burn_in, layout.block_size)
         # Rows up to `ends` of their block; a block is no longer than its own rows.
         ends = torch.where(behind, layout.block_starts[:-1] + count, 0)
         rows = torch.arange(layout.num_tokens, dtype=ends.dtype, device=ends.device)

@@ -247,7 +247,7 @@ class ElasticSize:
 
     @torch.no_grad()
     def prune(self, progress: float) -> int:
-        """Prunes dead units and, where a target is set, the least useful ones; restarts the count.
+        """Prunes dead units and, where a target is set, the least missed ones; restarts the count.
 
         What the next layer loses with a unit is what the others cannot make up for; they take over
         the rest.
