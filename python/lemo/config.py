@@ -13,7 +13,7 @@ import yaml
 
 POLICIES = ("ratio", "threshold")
 SCORERS = ("pooled", "predictor", "random", "label")
-VISIBLE_KEYS = ("kept", "all")
+VISIBLE_KEYS = ("kept", "all", "computed")
 RECOMPUTE = ("auto", "none", "layer", "selective")
 
 
@@ -51,8 +51,10 @@ class LemoConfig:
         predictor: folder written by `lemo prepare`; needed by scorer "predictor".
         keep_first: blocks always kept at the start of a sequence.
         keep_last: blocks always kept at the end of a sequence.
-        visible_keys: "kept": attention runs among kept rows. "all": rows that are not kept still
-            serve as keys and values of the kept ones.
+        visible_keys: what kept rows attend to. "kept": kept rows. "all": also rows that are not
+            kept, as they are in the residual stream. "computed": also rows that are not kept, which
+            all layers compute, without gradients and storing keys and values only: the forward pass
+            is that of the dense model, backward is for kept rows.
         group_size: tokens of a shifted attention group (two-dimensional sparsity); None: no
             groups.
         schedule: (progress, keep) pairs: from that share of the training on, this keep replaces

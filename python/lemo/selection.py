@@ -78,6 +78,7 @@ class Selector:
         self._scores: dict[str, Tensor] = {}
         self._cuts: dict[tuple[str, str, float], Selection] = {}
         self._selected: dict[str, list[Selection]] = {"attention": [], "mlp": []}
+        self._left_out: dict[int, Selection] = {}
 
     def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
         config = self.config
@@ -126,7 +127,7 @@ class Selector:
     def begin(self, layout: BlockLayout) -> None:
         """Starts a forward pass over these tokens; forgets the previous one."""
         self._layout = layout
-        self._scores, self._cuts = {}, {}
+        self._scores, self._cuts, self._left_out = {}, {}, {}
         self._selected = {"attention": [], "mlp": []}
 
     def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
@@ -189,6 +190,12 @@ class Selector:
         if key not in self._cuts:
             self._cuts[key] = Selection.everything(self._layout)
         return self._cuts[key]
+
+    def left_out(self, selection: Selection) -> Selection:
+        """The rows that a selection of this pass, not of everything, leaves out."""
+        if id(selection) not in self._left_out:
+            self._left_out[id(selection)] = ops.left_out(selection)
+        return self._left_out[id(selection)]
 
     def masked_rows(self) -> Tensor | None:
         """[T] bool: rows whose loss does not count after this pass; None: all count."""

@@ -104,7 +104,7 @@ def test_configs_are_frozen():
         ({"predictor": 3}, TypeError, "predictor: expected a path, got 3"),
         ({"keep_first": -1}, ValueError, "keep_first: expected at least 0, got -1"),
         ({"keep_last": None}, TypeError, "keep_last: expected an int, got None"),
-        ({"visible_keys": "some"}, ValueError, "visible_keys: expected one of kept, all"),
+        ({"visible_keys": "some"}, ValueError, "visible_keys: expected one of kept, all, computed"),
         ({"group_size": 1}, ValueError, "group_size: expected at least 2, got 1"),
         ({"schedule": [0.5, 1.0]}, TypeError, r"schedule: expected a list of \[progress, keep\]"),
         ({"schedule": [[0.5, 2.0]]}, ValueError, r"schedule: expected .* got \[0.5, 2.0\]"),

@@ -5,6 +5,7 @@ of a plain residual stream, one `index_add` a sub-block. It shares no code with 
 """
 
 import dataclasses
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def visible(sequence, position, window, group_size, heads):
     return seen
 
 
+@contextmanager
+def frozen_keys(attention, is_kept):
+    """Keys and values of rows that are not kept pass no gradient on."""
+
+    def freeze(module, inputs, output):
+        shape = [1, -1] + [1] * (output.dim() - 2)
+        return torch.where(is_kept.view(shape), output, output.detach())
+
+    keys = getattr(attention, "k_norm", attention.k_proj)
+    hooks = [part.register_forward_hook(freeze) for part in (keys, attention.v_proj)]
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
 def reference_loss(model, batch, kept, config):
     """Loss of the method for given kept blocks: `kept[layer] = (attention blocks, mlp blocks)`."""
     causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -98,7 +114,8 @@ def reference_loss(model, batch, kept, config):
         rows = rows_of_blocks(attention_blocks, sequence, position, config.block_size)
         touched[rows] = True
         # All keys visible: the kept rows of attention among all rows.
-        among = torch.arange(x.shape[0]) if config.visible_keys == "all" else rows
+        among = rows if config.visible_keys == "kept" else torch.arange(x.shape[0])
+        computed = config.visible_keys == "computed"
         norm = layer.self_attn_layer_norm if opt else layer.input_layernorm
         window = getattr(layer.self_attn, "sliding_window", None)
         if causal_lm.config.model_type == "mistral":
@@ -107,16 +124,22 @@ def reference_loss(model, batch, kept, config):
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
         rotary = {} if opt else {"position_embeddings": (cos[:, among], sin[:, among])}
         if rows.numel():  # Transformers' attention cannot take an empty sequence
-            y = layer.self_attn(norm(x[among])[None], attention_mask=mask, **rotary)[0][0]
-            x = x.index_add(0, rows, y[torch.isin(among, rows)].to(x.dtype))
+            is_kept = torch.isin(among, rows)
+            with frozen_keys(layer.self_attn, is_kept) if computed else nullcontext():
+                y = layer.self_attn(norm(x[among])[None], attention_mask=mask, **rotary)[0][0]
+            if computed:
+                x = x.index_add(0, among[~is_kept], y[~is_kept].detach().to(x.dtype))
+            x = x.index_add(0, rows, y[is_kept].to(x.dtype))
 
         rows = rows_of_blocks(mlp_blocks, sequence, position, config.block_size)
         touched[rows] = True
+        among = torch.arange(x.shape[0]) if computed else rows
         if opt:
-            y = layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(x[rows]))))
+            y = layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(x[among]))))
         else:
-            y = layer.mlp(layer.post_attention_layernorm(x[rows]))
-        x = x.index_add(0, rows, y.to(x.dtype))
+            y = layer.mlp(layer.post_attention_layernorm(x[among]))
+        y = torch.where(torch.isin(among, rows)[:, None], y, y.detach())
+        x = x.index_add(0, among, y.to(x.dtype))
     hidden = decoder.project_out(decoder.final_layer_norm(x)) if opt else decoder.norm(x)
     labels = torch.full_like(batch["labels"], -100)
     labels[:, :-1] = batch["labels"][:, 1:]
@@ -136,6 +159,13 @@ SETTINGS = {
     "shared set": {"keep": 0.5},
     "own sets": {"keep": 0.4, "keep_mlp": 0.6, "select_at": "all"},
     "all keys": {"keep": [0.3, 0.5, 1.0], "select_at": "all", "visible_keys": "all"},
+    "computed keys": {"keep": 0.5, "visible_keys": "computed"},
+    "computed keys, own sets": {
+        "keep": [0.3, 0.5, 1.0],
+        "keep_mlp": 0.5,
+        "select_at": "all",
+        "visible_keys": "computed",
+    },
     "groups": {"keep": 0.6, "group_size": 20, "dense_layers": [1]},
     "nothing forced": {"keep": 0.0, "keep_first": 0, "keep_last": 0, "dense_layers": [0]},
     "threshold": {"policy": "threshold", "thresholds": [0.07] * 3, "mlp_thresholds": [0.2] * 3},
@@ -155,7 +185,7 @@ def check(model, twin, batch, config):
     expected = reference_loss(twin, batch, kept_blocks(handle), config)
     expected.backward()
     assert_close_fp32(loss, expected, "loss")
-    assert_same_gradients(model, twin)
+    assert_same_gradients(model, twin, frozen_keys=config.visible_keys == "computed")
 
 
 def preset(name):
@@ -176,13 +206,17 @@ def test_loss_and_gradients(architecture, name):
 
 @fp32
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
+@pytest.mark.parametrize(
+    "name", ["shared set", "own sets", "all keys", "computed keys", "computed keys, own sets"]
+)
 def test_every_kind_of_batch(name, batch):
     check(make_model("qwen2"), make_model("qwen2"), BATCHES[batch](), preset(name))
 
 
 @fp32
-@pytest.mark.parametrize("name", ["shared set", "own sets", "all keys"])
+@pytest.mark.parametrize(
+    "name", ["shared set", "own sets", "all keys", "computed keys", "computed keys, own sets"]
+)
 @pytest.mark.parametrize("architecture", ["mistral", "opt"])
 def test_gradient_checkpointing(architecture, name):
     model, twin = make_model(architecture), make_model(architecture)
@@ -191,7 +225,7 @@ def test_gradient_checkpointing(architecture, name):
 
 
 @fp32
-@pytest.mark.parametrize("name", ["shared set", "all keys"])
+@pytest.mark.parametrize("name", ["shared set", "all keys", "computed keys"])
 @pytest.mark.parametrize("architecture", ["qwen3", "opt"])
 def test_lora(architecture, name):
     model, twin = lora(make_model(architecture)), lora(make_model(architecture))
@@ -206,7 +240,7 @@ def test_lora(architecture, name):
     block_size=st.integers(1, 12),
     keep=st.floats(0, 1),
     forced=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-    visible_keys=st.sampled_from(["kept", "all"]),
+    visible_keys=st.sampled_from(["kept", "all", "computed"]),
 )
 def test_any_shape(lengths, kind, block_size, keep, forced, visible_keys):
     batch = packed_batch(lengths) if kind == "packed" else padded_batch(lengths, kind)
@@ -266,6 +300,19 @@ def test_rows_that_are_not_kept_pass_through_unchanged():
         assert torch.equal(moved.any(1), kept)
 
 
+@fp32
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+@pytest.mark.parametrize("architecture", ["mistral", "opt"])
+def test_with_computed_keys_every_row_is_what_the_dense_model_computes(architecture, recompute):
+    model, batch = make_model(architecture), padded_batch([61, 45])
+    dense = model(**batch, output_hidden_states=True).hidden_states
+    lemo.enable(model, dataclasses.replace(preset("computed keys"), recompute=recompute))
+    states = model(**batch, output_hidden_states=True).hidden_states
+    tokens = batch["attention_mask"].bool()
+    for layer, (mine, oracle) in enumerate(zip(states, dense, strict=True)):
+        assert_close_fp32(mine[tokens], oracle[tokens], f"layer {layer}")
+
+
 def saved_bytes(model, batch):
     """Bytes of distinct storages that autograd keeps for backward, parameters left out."""
     storages = {}
@@ -293,3 +340,20 @@ def test_nothing_is_stored_for_rows_that_are_not_kept(checkpointing):
         lemo.enable(model, config)
         sizes[keep] = saved_bytes(model, batch)
     assert sizes[0.25] <= 0.3 * sizes[1.0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_of_computed_rows_keys_and_values_are_stored(recompute):
+    batch, sizes = padded_batch([256]), {}
+    for visible_keys in ("kept", "computed"):
+        model = lora(make_model("llama", vocab_size=61, max_position_embeddings=256))
+        settings = {"visible_keys": visible_keys, "recompute": recompute, "block_size": BLOCK}
+        handle = lemo.enable(model, config_of(keep=0.25, dense_layers=[], **settings))
+        sizes[visible_keys] = saved_bytes(model, batch)
+    layer = handle.statistics()[0]
+    attention = model.get_base_model().model.layers[0].self_attn
+    width = attention.k_proj.out_features + attention.v_proj.out_features
+    element = next(model.parameters()).element_size()
+    others = (layer.tokens - layer.attention_rows) * width * element
+    # Positions and row indices, too: a few integers for each token.
+    assert sizes["computed"] - sizes["kept"] <= 3 * others + 16 * layer.tokens

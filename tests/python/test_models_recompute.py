@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lemo
 from devices import on_gpu
-from lemo.models import recompute
-from lemo.models.recompute import chunk_rows, is_plain_checkpoint
+from lemo.models import rows
+from lemo.models.recompute import is_plain_checkpoint
+from lemo.models.rows import chunk_rows
 from test_models_dense import LINEAR, lora
 from test_models_elimination import BATCHES, saved_bytes
 from tiny_models import all_of, config_of, gradients, make_ids, make_model, padded_batch
@@ -23,6 +24,13 @@ SETTINGS = {
     "shared set": {"keep": 0.5},
     "own sets": {"keep": 0.4, "keep_mlp": 0.6, "select_at": "all"},
     "all keys": {"keep": 0.5, "visible_keys": "all"},
+    "computed keys": {"keep": 0.5, "visible_keys": "computed"},
+    "computed keys, own sets": {
+        "keep": 0.4,
+        "keep_mlp": 0.6,
+        "select_at": "all",
+        "visible_keys": "computed",
+    },
     "nothing forced": {"keep": 0.0, "keep_first": 0, "keep_last": 0, "dense_layers": [0]},
 }
 DEFAULTS = {"block_size": 8, "dense_layers": []}
@@ -31,7 +39,7 @@ DEFAULTS = {"block_size": 8, "dense_layers": []}
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 24 rows: several of them, the last one ragged, in every test batch."""
-    monkeypatch.setattr(recompute, "chunk_rows", lambda rows, width: 24)
+    monkeypatch.setattr(rows, "chunk_rows", lambda rows, width: 24)
 
 
 def run(model, batch, how, autocast=False, seed=5, **settings):
@@ -123,6 +131,22 @@ def test_dropout_draws_the_same_numbers_again(name, how):
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("how", ["layer", "selective"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_dropout_of_computed_rows_leaves_that_of_kept_rows_alone(architecture, how):
+    """Against torch's own checkpoints, which wrap the kept rows of a layer."""
+    model, batch = lora(make_model(architecture), lora_dropout=0.3), BATCHES["packed"]()
+    wrapped = partial(checkpoint, use_reentrant=False, preserve_rng_state=True)
+    model.get_base_model()._set_gradient_checkpointing(
+        True, lambda function, *arguments: wrapped(function, *arguments)
+    )
+    expected = run(model, batch, "auto", **SETTINGS["computed keys"])
+    assert_same(run(model, batch, how, **SETTINGS["computed keys"]), expected)
+    other = run(model, batch, how, seed=6, **SETTINGS["computed keys"])
+    assert not torch.equal(other[0], expected[0])
+
+
+@pytest.mark.cpu_only
 @pytest.mark.usefixtures("small_chunks")
 def test_dropout_in_chunks_is_the_same_in_both_passes():
     """Against differences of the loss, as chunks draw other numbers than whole layers."""
@@ -145,14 +169,15 @@ def test_dropout_in_chunks_is_the_same_in_both_passes():
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("how", ["layer", "selective"])
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_autocast(weights, how):
+@pytest.mark.parametrize("case", ["shared set", "computed keys"])
+def test_autocast(case, weights, how):
     model, batch = lora(make_model("llama")), BATCHES["right"]()
-    oracle = run(model, batch, "none", **SETTINGS["shared set"])
+    oracle = run(model, batch, "none", **SETTINGS[case])
     for name, parameter in model.named_parameters():
         if "lora" not in name:
             parameter.data = parameter.data.to(weights)
-    plain = run(model, batch, "none", autocast=True, **SETTINGS["shared set"])
-    result = run(model, batch, how, autocast=True, **SETTINGS["shared set"])
+    plain = run(model, batch, "none", autocast=True, **SETTINGS[case])
+    result = run(model, batch, how, autocast=True, **SETTINGS[case])
     assert all(gradient.dtype == torch.float32 for gradient in result[1].values())
     value, expected = (all_of(found[1]).bfloat16() for found in (result, plain))
     assert_close_low_precision(value, expected, all_of(oracle[1]), "gradients")
@@ -227,10 +252,10 @@ def test_chunks():
     assert chunk_rows(1000, 14336) == 1024
     assert chunk_rows(0, 14336) == 256
     assert chunk_rows(10**6, 2**30) == 256
-    for rows in (9000, 16384, 100_000):
-        chunk = chunk_rows(rows, 14336)
+    for count in (9000, 16384, 100_000):
+        chunk = chunk_rows(count, 14336)
         assert chunk * 14336 <= 2**27
-        assert math.ceil(rows / chunk) == math.ceil(rows / 9216)
+        assert math.ceil(count / chunk) == math.ceil(count / 9216)
 
 
 @pytest.mark.cpu_only

@@ -46,6 +46,26 @@ def test_matches_the_oracle(
     compare(scores, layout, policy, value, keep_first, keep_last)
 
 
+@given(
+    seqlens=st.lists(st.integers(0, 70), min_size=1, max_size=5),
+    block_size=st.integers(1, 20),
+    value=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_what_is_left_out_is_the_rest(seqlens, block_size, value, seed):
+    torch.manual_seed(seed)
+    layout = BlockLayout.from_seqlens(seqlens, block_size)
+    kept = ops.token_select(torch.rand(layout.num_blocks), layout, "threshold", value, 0, 0)
+    rest = ops.left_out(kept)
+    rows, order = torch.cat((kept.rows, rest.rows)).sort()
+    assert torch.equal(rows, torch.arange(layout.num_tokens, dtype=torch.int32))
+    positions = [torch.arange(length, dtype=torch.int32) for length in seqlens]
+    assert torch.equal(torch.cat((kept.positions, rest.positions))[order], torch.cat(positions))
+    assert torch.equal(kept.cu_rows + rest.cu_rows, layout.cu_seqlens)
+    blocks = torch.cat((kept.kept_blocks, rest.kept_blocks)).sort().values
+    assert torch.equal(blocks, torch.arange(layout.num_blocks, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("percent", [0, 7, 14, 28, 55, 56, 57, 100])
 def test_share_is_rounded_up_from_the_exact_product(percent):
     # In floating point 0.07 * 100, 0.28 * 25 and others lie above the whole number they stand for.

@@ -15,6 +15,7 @@ from lemo import ops
 from lemo.layout import Selection
 from lemo.models.adapters import Adapter
 from lemo.models.batch import PackedBatch
+from lemo.models.context import Context
 from lemo.models.recompute import Unit, is_plain_checkpoint, recomputed
 from lemo.scorers import Scorer
 from lemo.selection import Selector
@@ -29,7 +30,7 @@ class Decoder:
         adapter: access to the model.
         selector: decides what each sub-block keeps.
         scorer: where block scores come from.
-        keys_from_all_rows: rows that are not kept still serve as keys and values.
+        visible_keys: as in `LemoConfig`.
         group_size: tokens of a shifted attention group; 0: no groups.
         recompute: as in `LemoConfig`.
     """
@@ -39,14 +40,14 @@ class Decoder:
         adapter: Adapter,
         selector: Selector,
         scorer: Scorer,
-        keys_from_all_rows: bool = False,
+        visible_keys: str = "kept",
         group_size: int = 0,
         recompute: str = "auto",
     ) -> None:
         self.adapter = adapter
         self.selector = selector
         self._scorer = scorer
-        self._keys_from_all_rows = keys_from_all_rows
+        self._visible_keys = visible_keys
         self._group_size = group_size
         self._recompute = recompute
 
@@ -77,8 +78,13 @@ class Decoder:
             mlp = self._select(index, "mlp", batch, x)
             if isinstance(how, str):
                 return self._recomputed(index, batch, x, how, attention, mlp)
-            layer = partial(self._layer_of_rows, index, batch, attention)
-            return self._checkpointed(how, layer, x, attention.rows)
+            context = self._context(index, batch, attention, mlp)
+            others = () if context is None else context.begin(x)
+            layer = partial(self._layer_of_rows, index, batch, attention, context, others)
+            x = self._checkpointed(how, layer, x, attention.rows)
+            if context is not None:
+                context.finish(x)
+            return x
         x = self._attention(index, batch, x, attention, how)
         mlp = self._select(index, "mlp", batch, x)
         return self._mlp(index, batch, x, mlp, how)
@@ -94,9 +100,23 @@ class Decoder:
 
     def _keys(self, selection: Selection) -> Selection:
         """The rows that give keys and values to the queries of `selection`."""
-        if selection.rows is None or not self._keys_from_all_rows:
+        if selection.rows is None or self._visible_keys != "all":
             return selection
         return Selection.everything(selection.layout)
+
+    def _context(
+        self, index: int, batch: PackedBatch, attention: Selection | None, mlp: Selection | None
+    ) -> Context | None:
+        """What computes the rows that are not kept; None where they stay as they are."""
+        if self._visible_keys != "computed":
+            return None
+        attention, mlp = (
+            None if kept is None or kept.rows is None else self.selector.left_out(kept)
+            for kept in (attention, mlp)
+        )
+        if attention is None and mlp is None:
+            return None
+        return Context(self.adapter, index, batch, attention, mlp, self._group_size)
 
     def _how(self, index: int) -> str | Callable:
         """How a layer is computed again in backward: a mode of lemo, or a function of the user."""
@@ -126,16 +146,25 @@ class Decoder:
         """One or both sub-blocks on the stream, computed again in backward."""
         adapter = self.adapter
         attend = of_rows = None
+        context = self._context(index, batch, attention, mlp)
         written = attention if mlp is None else mlp
         read = written
         if attention is not None:
             read = self._keys(attention)
             norm = adapter.attention_norm(index)
-            attend = partial(self._attend, index, batch, attention, read, norm=norm)
+            attend = partial(
+                self._attend, index, batch, attention, read, norm=norm, context=context
+            )
         if mlp is not None:
             of_rows = partial(self._mlp_of_rows, index)
         unit = Unit(
-            attend, of_rows, written.rows, read.rows, adapter.mlp_width, mode == "selective"
+            attend,
+            of_rows,
+            written.rows,
+            read.rows,
+            adapter.mlp_width,
+            mode == "selective",
+            context,
         )
         parameters = [p for p in adapter.layer(index).parameters() if p.requires_grad]
         return recomputed(x, unit, parameters)
@@ -156,35 +185,61 @@ class Decoder:
         selection: Selection,
         how: str | Callable,
     ) -> Tensor:
+        if how in ("layer", "selective"):
+            return self._recomputed(index, batch, x, how, selection, None)
         norm = self.adapter.attention_norm(index)
         keys = self._keys(selection)
+        context = self._context(index, batch, selection, None)
+        others = () if context is None else context.begin(x)
+        attend = partial(
+            self._attend, index, batch, selection, keys, context=context, others=others
+        )
         if how == "none":
             x, xs = self.adapter.stream_norm(x, norm, keys.rows)
-            y = self._attend(index, batch, selection, keys, xs)
-        elif isinstance(how, str):
-            return self._recomputed(index, batch, x, how, selection, None)
+            y = attend(xs)
         else:
             x, x_rows = ops.stream_gather(x, keys.rows)
-            attend = partial(self._attend, index, batch, selection, keys, norm=norm)
-            y = how(attend, x_rows)
-        return ops.residual_scatter_(x, y, selection.rows)
+            y = how(partial(attend, norm=norm), x_rows)
+        x = ops.residual_scatter_(x, y, selection.rows)
+        if context is not None:
+            context.finish(x)
+        return x
 
     def _mlp(
         self, index: int, batch: PackedBatch, x: Tensor, selection: Selection, how: str | Callable
     ) -> Tensor:
+        if how in ("layer", "selective"):
+            return self._recomputed(index, batch, x, how, None, selection)
         if how == "none":
             x, xs = self.adapter.stream_norm(x, self.adapter.mlp_norm(index), selection.rows)
-            return ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
-        if isinstance(how, str):
-            return self._recomputed(index, batch, x, how, None, selection)
-        return self._checkpointed(how, partial(self._mlp_of_rows, index), x, selection.rows)
+            x = ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
+        else:
+            x = self._checkpointed(how, partial(self._mlp_of_rows, index), x, selection.rows)
+        context = self._context(index, batch, None, selection)
+        if context is not None:
+            context.finish(x)
+        return x
 
     def _layer_of_rows(
-        self, index: int, batch: PackedBatch, selection: Selection, x_rows: Tensor
+        self,
+        index: int,
+        batch: PackedBatch,
+        selection: Selection,
+        context: Context | None,
+        others: tuple[Tensor, ...],
+        x_rows: Tensor,
     ) -> Tensor:
         """What both sub-blocks together add to gathered rows of the stream."""
-        norm = self.adapter.attention_norm(index)
-        attended = self._attend(index, batch, selection, selection, x_rows, norm=norm)
+        attended = self._attend(
+            index,
+            batch,
+            selection,
+            selection,
+            x_rows,
+            norm=self.adapter.attention_norm(index),
+            context=context,
+            others=others,
+        )
         return attended + self._mlp_of_rows(index, x_rows + attended)
 
     def _mlp_of_rows(
@@ -209,6 +264,8 @@ class Decoder:
         attention: Callable[..., Tensor] = ops.segment_attention,
         values: bool = True,
         into: tuple[Tensor, Tensor | None] | None = None,
+        context: Context | None = None,
+        others: tuple[Tensor, ...] = (),
     ) -> Tensor:
         """What attention adds to the kept rows, [R, H].
 
@@ -220,6 +277,7 @@ class Decoder:
             attention: takes the place of `ops.segment_attention`.
             values: False where only gradients of the result count.
             into: where the norm may put the gradient of `xs`; see `Adapter.normalize`.
+            context: merges keys and values of the rows that are not kept, `others`, with these.
         """
         adapter, shared = self.adapter, keys is selection
         if norm is not None:
@@ -229,14 +287,19 @@ class Decoder:
         k = batch.rotate(adapter.keys(index, xs), keys)
         v = adapter.values(index, xs)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        k_rows, k_positions = keys.cu_rows, selection.positions if shared else batch.positions
+        if others:
+            k, v = context.merge(k, v, selection, others)
+            k_rows, k_positions = selection.layout.cu_seqlens, batch.positions
         heads = attention(
-            q.to(v.dtype),
-            k.to(v.dtype),
+            q,
+            k,
             v,
             selection.cu_rows,
-            keys.cu_rows,
+            k_rows,
             selection.positions,
-            selection.positions if shared else batch.positions,
+            k_positions,
             scale=adapter.scale(index),
             window=adapter.window(index),
             group_size=self._group_size,

@@ -83,7 +83,7 @@ class Handle:
             adapter,
             self._selector,
             self._scorer,
-            keys_from_all_rows=config.visible_keys == "all",
+            visible_keys=config.visible_keys,
             group_size=config.group_size or 0,
             recompute=config.recompute,
         )

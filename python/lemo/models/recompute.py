@@ -22,24 +22,11 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from lemo import ops
-from lemo.ops._call import call
+from lemo.models.context import Context
+from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.ops.segment_attention import KnownAttention
 
-__all__ = ["Unit", "chunk_rows", "is_plain_checkpoint", "recomputed"]
-
-# Elements of the MLP's widest activation in a chunk: 256 MiB in bf16, of which half a dozen live at
-# once in backward. Chunks of a usual model are thousands of rows, so its products lose no speed.
-_CHUNK_ELEMENTS = 1 << 27
-
-# Rows of a chunk are a multiple of this, so that no tile of a matrix product is cut.
-_CHUNK_STEP = 256
-
-
-def chunk_rows(rows: int, width: int) -> int:
-    """Rows of a chunk of the MLP: even shares of `rows` for activations of `width` features."""
-    largest = max(1, _CHUNK_ELEMENTS // max(width, 1) // _CHUNK_STEP) * _CHUNK_STEP
-    chunks = max(1, -(-rows // largest))
-    return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
+__all__ = ["Unit", "is_plain_checkpoint", "recomputed"]
 
 
 @dataclass(frozen=True)
@@ -51,13 +38,14 @@ class Unit:
             from the rows `key_rows` of the stream; None: no attention. `attention` takes the place
             of `ops.segment_attention`; without `values` only gradients of the result count; with
             `into` = (dx, key_rows) backward may add the gradient of x_rows to these rows of dx
-            itself and give none to x_rows.
+            itself and give none to x_rows; `others` are keys and values of rows that are not kept.
         mlp: mlp(x_rows, values=..., into=...): what the MLP adds to `rows`, row by row; None: no
             MLP.
         rows: [R] int32 rows that the unit changes; None: all.
         key_rows: rows that attention reads; with an MLP in the unit these are `rows`.
         width: features of the MLP's widest activation.
         selective: keep attention's output and logarithms, so that it runs forward once only.
+        context: computes the rows that are not kept, in forward; None: nobody does.
     """
 
     attend: Callable[..., Tensor] | None
@@ -66,6 +54,7 @@ class Unit:
     key_rows: Tensor | None
     width: int
     selective: bool = False
+    context: Context | None = None
 
 
 def recomputed(x: Tensor, unit: Unit, parameters: Sequence[Tensor]) -> Tensor:
@@ -100,27 +89,36 @@ def is_plain_checkpoint(function: Any) -> bool:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit, x, *parameters):
-        ctx.unit, ctx.surroundings = unit, _Surroundings(x)
+        ctx.unit, ctx.parameters, context = unit, parameters, unit.context
         ctx.mark_dirty(x)
-        ctx.parameters = parameters
+        others: tuple[Tensor, ...] = ()
         kept: tuple[Tensor, ...] = ()
+        if context is not None:
+            # Before the random numbers that backward draws again.
+            others = context.begin(x)
+        ctx.surroundings = _Surroundings(x)
         with ctx.surroundings.autocast():
-            x_rows = _gather(x, unit.rows if unit.attend is None else unit.key_rows)
+            x_rows = gather_rows(x, unit.rows if unit.attend is None else unit.key_rows)
             if unit.attend is not None:
                 attention = KnownAttention() if unit.selective else ops.segment_attention
-                _scatter(x, unit.attend(x_rows, attention=attention), unit.rows)
+                y = unit.attend(x_rows, attention=attention, others=others)
+                add_rows(x, y, unit.rows)
                 kept = attention.result if unit.selective else ()
+                del y
             if unit.mlp is not None:
-                for chunk in _chunks(unit, x):
-                    _scatter(x, unit.mlp(_gather(x, chunk, view=True)), chunk)
-        ctx.save_for_backward(x_rows, *kept)
+                add_in_chunks(x, unit.mlp, unit.rows, unit.width)
+        if context is not None:
+            context.finish(x)
+        ctx.num_others = len(others)
+        ctx.save_for_backward(x_rows, *others, *kept)
         return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dx):
         unit, needs_x = ctx.unit, ctx.needs_input_grad[1]
-        x_rows, *kept = ctx.saved_tensors
+        x_rows, *saved = ctx.saved_tensors
+        others, kept = saved[: ctx.num_others], saved[ctx.num_others :]
         dx = dx.contiguous()
         gradients = _Gradients(ctx.parameters)
         with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
@@ -132,6 +130,7 @@ class _Recomputed(torch.autograd.Function):
                     attention=attention,
                     values=unit.mlp is not None,
                     into=(dx, unit.key_rows),
+                    others=others,
                 )
                 edge = get_gradient_edge(y) if y.requires_grad else None
                 attended, dtype = y.detach(), y.dtype
@@ -141,11 +140,11 @@ class _Recomputed(torch.autograd.Function):
                 _mlp_backward(unit, x_rows, attended, dx, wanted, gradients)
             del attended
         if edge is not None:
-            dy = _gather(dx, unit.rows, view=True).to(dtype)
+            dy = gather_rows(dx, unit.rows, view=True).to(dtype)
             d_rows = gradients.add(edge, leaf if needs_x else None, dy)
             del dy, edge
             if d_rows is not None:
-                _scatter(dx, d_rows, unit.key_rows)
+                add_rows(dx, d_rows, unit.key_rows)
         return None, dx if needs_x else None, *gradients.totals()
 
 
@@ -164,7 +163,7 @@ def _mlp_backward(
         attended: [R, H], what attention added to them; None: nothing.
     """
     first = 0
-    for chunk in _chunks(unit, dx):
+    for chunk in chunks_of(dx, unit.rows, unit.width):
         part = slice(first, first + _length(chunk))
         first = part.stop
         rows = x_rows[part]
@@ -176,11 +175,11 @@ def _mlp_backward(
         y = unit.mlp(leaf, values=False, into=into)
         if not y.requires_grad:
             continue
-        dy = _gather(dx, chunk, view=True).to(y.dtype)
+        dy = gather_rows(dx, chunk, view=True).to(y.dtype)
         d_rows = gradients.add(get_gradient_edge(y), leaf if wanted else None, dy)
         del y, dy, leaf
         if d_rows is not None:
-            _scatter(dx, d_rows, chunk)
+            add_rows(dx, d_rows, chunk)
 
 
 class _Gradients:
@@ -237,31 +236,5 @@ class _Surroundings:
             yield
 
 
-def _chunks(unit: Unit, x: Tensor) -> Iterator[Tensor | slice]:
-    """The unit's rows in chunks: parts of the row index, or slices where there is none."""
-    count = x.shape[0] if unit.rows is None else unit.rows.shape[0]
-    step = chunk_rows(count, unit.width)
-    # No row at all is a chunk, too: its parameters get gradients of zero, as without recomputation.
-    for first in range(0, max(count, 1), step):
-        part = slice(first, min(first + step, count))
-        yield part if unit.rows is None else unit.rows[part]
-
-
 def _length(chunk: Tensor | slice) -> int:
     return chunk.stop - chunk.start if isinstance(chunk, slice) else chunk.shape[0]
-
-
-def _gather(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:
-    """Rows of the stream as a tensor of their own; with `view`, its own memory where it can be."""
-    if isinstance(rows, slice):
-        return x[rows]
-    if rows is None and view:
-        return x
-    return call(torch.ops.lemo.residual_scatter_backward, x, rows)
-
-
-def _scatter(x: Tensor, y: Tensor, rows: Tensor | slice | None) -> None:
-    """x[rows] += y in place, outside autograd."""
-    if isinstance(rows, slice):
-        x, rows = x[rows], None
-    call(torch.ops.lemo.residual_scatter, x, y, rows)

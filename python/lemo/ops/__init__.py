@@ -10,10 +10,11 @@ from lemo.ops.rope import rope
 from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import select_norm, stream_select_norm
 from lemo.ops.swiglu import swiglu
-from lemo.ops.token_select import token_select
+from lemo.ops.token_select import left_out, token_select
 
 __all__ = [
     "block_scores",
+    "left_out",
     "linear_cross_entropy",
     "predictor",
     "residual_scatter_",

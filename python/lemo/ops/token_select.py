@@ -79,3 +79,20 @@ def token_select(
         *sizes,
     )
     return Selection(layout, rows, positions, cu_rows, kept_blocks)
+
+
+def left_out(selection: Selection) -> Selection:
+    """The rows that a selection does not keep, as a selection. The host does not wait for a GPU.
+
+    Args:
+        selection: some blocks of its layout, not None for everything.
+    """
+    layout, kept_blocks = selection.layout, selection.kept_blocks
+    scores = torch.ones(layout.num_blocks, device=kept_blocks.device)
+    scores.index_fill_(0, kept_blocks.long(), 0.0)
+    sizes = layout.num_blocks - kept_blocks.numel(), layout.num_tokens - selection.num_rows
+    cuts = (layout.block_starts, layout.cu_blocks)
+    rows, positions, cu_rows, blocks = call(
+        _ops.token_select, scores, *cuts, "threshold", 0.5, 0, 0, *sizes
+    )
+    return Selection(layout, rows, positions, cu_rows, blocks)

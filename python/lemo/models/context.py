@@ -1,0 +1,140 @@
+"""Rows that are not kept, computed without gradients: the context of the rows that are kept.
+
+With `visible_keys="computed"` a layer computes all rows of the residual stream. Of those that are
+not kept nothing is stored but their keys and values, which the kept rows attend to; backward is for
+kept rows only. (Backward for some tokens of a whole forward pass is TokenTune's idea, arXiv
+2501.18824.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lemo import ops
+from lemo.layout import Selection
+from lemo.models.adapters import Adapter
+from lemo.models.batch import PackedBatch
+from lemo.models.rows import add_in_chunks, add_rows, gather_rows
+
+__all__ = ["Context"]
+
+
+class Context:
+    """The rows of one layer that a kept set leaves out.
+
+    In this order: `begin`, the attention of the kept rows (which calls `merge`), `finish`. Nothing
+    here has a graph but `merge`, which backward may call again with what `begin` returned.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        index: int,
+        batch: PackedBatch,
+        attention: Selection | None,
+        mlp: Selection | None,
+        group_size: int = 0,
+    ) -> None:
+        """Names the rows.
+
+        Args:
+            adapter: access to the model.
+            index: the layer.
+            batch: what the rows are.
+            attention, mlp: the rows that the kept set of each sub-block leaves out; None: this
+                sub-block is computed elsewhere.
+            group_size: tokens of a shifted attention group; 0: no groups.
+        """
+        self._adapter, self._index, self._batch = adapter, index, batch
+        self._attention, self._mlp = attention, mlp
+        self._group_size = group_size
+        self._queries: Tensor | None = None
+        self._merged: tuple[Tensor, ...] = ()
+
+    def begin(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values, [T - R, Hk, D] each, of rows that attention does not keep, if any."""
+        if self._attention is None:
+            return ()
+        adapter, index, rest = self._adapter, self._index, self._attention
+        with _without_graph(x):
+            xs = adapter.normalize(gather_rows(x, rest.rows), adapter.attention_norm(index))
+            v = adapter.values(index, xs)
+            k = self._batch.rotate(adapter.keys(index, xs), rest).to(v.dtype)
+            self._queries = self._batch.rotate(adapter.queries(index, xs), rest).to(v.dtype)
+        return k, v
+
+    def merge(
+        self, k: Tensor, v: Tensor, kept: Selection, others: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all rows, [T, Hk, D] each; differentiable in `k` and `v`.
+
+        Args:
+            k, v: [R, Hk, D], those of the kept rows.
+            kept: the rows.
+            others: what `begin` returned.
+        """
+        rows = kept.rows, self._attention.rows
+        merged = tuple(_Merge.apply(*pair, *rows) for pair in zip((k, v), others))
+        if self._queries is not None:
+            self._merged = tuple(tensor.detach() for tensor in merged)
+        return merged
+
+    def finish(self, x: Tensor) -> None:
+        """Adds to the stream what the sub-blocks add to rows that they do not keep."""
+        with _without_graph(x):
+            if self._attention is not None:
+                self._attend(x)
+            if self._mlp is not None:
+                add_in_chunks(x, self._transform, self._mlp.rows, self._adapter.mlp_width)
+
+    def _attend(self, x: Tensor) -> None:
+        adapter, index, rest = self._adapter, self._index, self._attention
+        heads = ops.segment_attention(
+            self._queries,
+            *self._merged,
+            rest.cu_rows,
+            rest.layout.cu_seqlens,
+            rest.positions,
+            self._batch.positions,
+            scale=adapter.scale(index),
+            window=adapter.window(index),
+            group_size=self._group_size,
+        )
+        self._queries, self._merged = None, ()
+        add_rows(x, adapter.attention_output(index, heads), rest.rows)
+
+    def _transform(self, x_rows: Tensor) -> Tensor:
+        normalized = self._adapter.normalize(x_rows, self._adapter.mlp_norm(self._index))
+        return self._adapter.mlp(self._index, normalized)
+
+
+class _Merge(torch.autograd.Function):
+    """Rows of two tensors in one; the second has no gradient. Keeps the row index only."""
+
+    @staticmethod
+    def forward(ctx, own, other, rows, other_rows):
+        ctx.save_for_backward(rows)
+        merged = own.new_empty(own.shape[0] + other.shape[0], *own.shape[1:])
+        merged.index_copy_(0, rows.long(), own)
+        return merged.index_copy_(0, other_rows.long(), other)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmerged):
+        (rows,) = ctx.saved_tensors
+        return dmerged.index_select(0, rows), None, None, None
+
+
+@contextmanager
+def _without_graph(x: Tensor) -> Iterator[None]:
+    """No gradients, and nothing that autocast casts here is found by what has gradients."""
+    device = x.device.type
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    with (
+        torch.no_grad(),
+        torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False),
+    ):
+        yield

@@ -1,0 +1,58 @@
+"""Rows of the residual stream outside autograd: gathered, added to, and cut into chunks."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from lemo.ops._call import call
+
+__all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows"]
+
+# Elements of the MLP's widest activation in a chunk: 256 MiB in bf16, of which half a dozen live at
+# once in backward. Chunks of a usual model are thousands of rows, so its products lose no speed.
+_CHUNK_ELEMENTS = 1 << 27
+
+# Rows of a chunk are a multiple of this, so that no tile of a matrix product is cut.
+_CHUNK_STEP = 256
+
+
+def chunk_rows(rows: int, width: int) -> int:
+    """Rows of a chunk of the MLP: even shares of `rows` for activations of `width` features."""
+    largest = max(1, _CHUNK_ELEMENTS // max(width, 1) // _CHUNK_STEP) * _CHUNK_STEP
+    chunks = max(1, -(-rows // largest))
+    return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
+
+
+def chunks_of(x: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
+    """Rows of the stream `x` in chunks: parts of the row index, or slices where `rows` is None."""
+    count = x.shape[0] if rows is None else rows.shape[0]
+    step = chunk_rows(count, width)
+    # No row at all is a chunk, too: its parameters get gradients of zero, as without recomputation.
+    for first in range(0, max(count, 1), step):
+        part = slice(first, min(first + step, count))
+        yield part if rows is None else rows[part]
+
+
+def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:
+    """Rows of the stream as a tensor of their own; with `view`, its own memory where it can be."""
+    if isinstance(rows, slice):
+        return x[rows]
+    if rows is None and view:
+        return x
+    return call(torch.ops.lemo.residual_scatter_backward, x, rows)
+
+
+def add_rows(x: Tensor, y: Tensor, rows: Tensor | slice | None) -> None:
+    """x[rows] += y in place."""
+    if isinstance(rows, slice):
+        x, rows = x[rows], None
+    call(torch.ops.lemo.residual_scatter, x, y, rows)
+
+
+def add_in_chunks(
+    x: Tensor, function: Callable[[Tensor], Tensor], rows: Tensor | None, width: int
+) -> None:
+    """x[rows] += function(x[rows]) in place, chunk by chunk; `function` works row by row."""
+    for chunk in chunks_of(x, rows, width):
+        add_rows(x, function(gather_rows(x, chunk, view=True)), chunk)
