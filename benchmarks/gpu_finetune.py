@@ -11,7 +11,8 @@ dense). Scorer "pooled" (the default) scores in the first layer only; "predictor
 layer with predictors of the default size, "predictors" also has the MLP choose a set of its own by
 its own predictors. Where every layer has a set of its own, the loss counts nearly every row, with
 "pooled" only those that were kept; "random" chooses in every layer, too, so what predictors cost is
-the difference to it. A variant or peer may be bound to one length: "1-none@16384".
+the difference to it. "computed" draws one set, and computes the other rows as context of the kept
+ones (`visible_keys`). A variant or peer may be bound to one length: "1-none@16384".
 
 Peers are modes of --peers-script, which is called as SCRIPT MODE TOKENS --layers N --warmup N
 --reps N and prints one JSON object last ("step_ms", "step_ms_range", "peak_gib"). Without one there
@@ -51,7 +52,7 @@ VARIANTS = (
     "0.5-layer-predictor@65536",
 )
 BLOCK_SIZE = 64
-SCORERS = ("pooled", "random", "predictor", "predictors")
+SCORERS = ("pooled", "random", "predictor", "predictors", "computed")
 SHAPE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -115,8 +116,9 @@ def settings_of(variant: str) -> dict:
         "keep": keep,
         "keep_mlp": keep if scorer == "predictors" else None,
         "dense_layers": [],
-        "select_at": "first" if scorer == "pooled" else "all",
-        "scorer": scorer.removesuffix("s"),
+        "select_at": "first" if scorer in ("pooled", "computed") else "all",
+        "scorer": "random" if scorer == "computed" else scorer.removesuffix("s"),
+        "visible_keys": "computed" if scorer == "computed" else "kept",
         "recompute": recompute,
     }
 

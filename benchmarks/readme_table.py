@@ -103,6 +103,8 @@ def gpu_table(results: Path) -> str:
 
 def _variant(shape: dict) -> str:
     scorer = "" if shape["scorer"] == "pooled" else f", scorer {shape['scorer']}"
+    if shape.get("visible_keys") == "computed":
+        scorer = ", the other tokens computed forward"
     kept = {"none": "nothing recomputed", "layer": "layers recomputed"}
     recompute = kept.get(shape["recompute"], "all but attention recomputed")
     return f"lemo, keep {shape['keep']:g}, {recompute}{scorer}"

@@ -47,6 +47,8 @@ def test_scorers_of_variants():
     assert chosen("0.5-layer-random") == ("random", "all", None)
     assert chosen("0.5-layer-predictor") == ("predictor", "all", None)
     assert chosen("0.5-layer-predictors") == ("predictor", "all", 0.5)
+    assert chosen("0.5-layer-computed") == ("random", "first", None)
+    assert gpu_finetune.settings_of("0.5-layer-computed")["visible_keys"] == "computed"
 
 
 @pytest.mark.parametrize("variant", ["0.5", "0.5-all", "half-layer", "0.5-layer-best"])

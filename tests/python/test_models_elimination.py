@@ -164,6 +164,7 @@ SETTINGS = {
         "keep": [0.3, 0.5, 1.0],
         "keep_mlp": 0.5,
         "select_at": "all",
+        "group_size": 20,
         "visible_keys": "computed",
     },
     "groups": {"keep": 0.6, "group_size": 20, "dense_layers": [1]},

@@ -321,11 +321,12 @@ def _surgery(outgoing: Tensor, products: Tensor, dead: Tensor, limit: int) -> Te
     Returns:
         [K] int64, ascending: the units that are left, at least one, since a net without is none.
     """
-    weights, moments = outgoing.double().cpu(), products.double().cpu()
+    weights, moments = outgoing.double().cpu(), products.to("cpu", torch.float64, copy=True)
     # Units that are always 0, or always the same, must not make the inverse explode.
     damping = 1e-4 * moments.diagonal().mean().clamp(min=1e-12)
-    inverse = torch.linalg.inv(moments + damping * torch.eye(len(moments), dtype=moments.dtype))
-    left, dead = torch.ones(len(moments), dtype=torch.bool), dead.cpu()
+    moments.diagonal().add_(damping)
+    inverse, dead = torch.linalg.inv(moments), dead.cpu()
+    left = torch.ones_like(dead)
     while left.sum() > 1 and (left.sum() > limit or (left & dead).any()):
         loss = weights.square().sum(0) / inverse.diagonal()
         candidates = left & dead if (left & dead).any() else left
