@@ -23,7 +23,7 @@ __all__ = ["Context"]
 
 
 class Context:
-    """The rows of one layer that a kept set leaves out.
+    """The rows of one layer, or of one of its sub-blocks, that a kept set leaves out.
 
     In this order: `begin`, the attention of the kept rows (which calls `merge`), `finish`. Nothing
     here has a graph but `merge`, which backward may call again with what `begin` returned.
@@ -44,8 +44,8 @@ class Context:
             adapter: access to the model.
             index: the layer.
             batch: what the rows are.
-            attention, mlp: the rows that the kept set of each sub-block leaves out; None: this
-                sub-block is computed elsewhere.
+            attention, mlp: the rows that each sub-block leaves out and that are to be computed;
+                None: no rows.
             group_size: tokens of a shifted attention group; 0: no groups.
         """
         self._adapter, self._index, self._batch = adapter, index, batch
@@ -84,6 +84,8 @@ class Context:
 
     def finish(self, x: Tensor) -> None:
         """Adds to the stream what the sub-blocks add to rows that they do not keep."""
+        if self._attention is None and self._mlp is None:
+            return
         with _without_graph(x):
             if self._attention is not None:
                 self._attend(x)

@@ -79,11 +79,10 @@ class Decoder:
             if isinstance(how, str):
                 return self._recomputed(index, batch, x, how, attention, mlp)
             context = self._context(index, batch, attention, mlp)
-            others = () if context is None else context.begin(x)
+            others = context.begin(x)
             layer = partial(self._layer_of_rows, index, batch, attention, context, others)
             x = self._checkpointed(how, layer, x, attention.rows)
-            if context is not None:
-                context.finish(x)
+            context.finish(x)
             return x
         x = self._attention(index, batch, x, attention, how)
         mlp = self._select(index, "mlp", batch, x)
@@ -106,16 +105,14 @@ class Decoder:
 
     def _context(
         self, index: int, batch: PackedBatch, attention: Selection | None, mlp: Selection | None
-    ) -> Context | None:
-        """What computes the rows that are not kept; None where they stay as they are."""
-        if self._visible_keys != "computed":
-            return None
+    ) -> Context:
+        """What computes the rows that sub-blocks do not keep, if they are computed."""
         attention, mlp = (
-            None if kept is None or kept.rows is None else self.selector.left_out(kept)
+            self.selector.left_out(kept)
+            if self._visible_keys == "computed" and kept is not None and kept.rows is not None
+            else None
             for kept in (attention, mlp)
         )
-        if attention is None and mlp is None:
-            return None
         return Context(self.adapter, index, batch, attention, mlp, self._group_size)
 
     def _how(self, index: int) -> str | Callable:
@@ -162,9 +159,9 @@ class Decoder:
             of_rows,
             written.rows,
             read.rows,
+            context,
             adapter.mlp_width,
             mode == "selective",
-            context,
         )
         parameters = [p for p in adapter.layer(index).parameters() if p.requires_grad]
         return recomputed(x, unit, parameters)
@@ -190,7 +187,7 @@ class Decoder:
         norm = self.adapter.attention_norm(index)
         keys = self._keys(selection)
         context = self._context(index, batch, selection, None)
-        others = () if context is None else context.begin(x)
+        others = context.begin(x)
         attend = partial(
             self._attend, index, batch, selection, keys, context=context, others=others
         )
@@ -201,8 +198,7 @@ class Decoder:
             x, x_rows = ops.stream_gather(x, keys.rows)
             y = how(partial(attend, norm=norm), x_rows)
         x = ops.residual_scatter_(x, y, selection.rows)
-        if context is not None:
-            context.finish(x)
+        context.finish(x)
         return x
 
     def _mlp(
@@ -215,9 +211,7 @@ class Decoder:
             x = ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
         else:
             x = self._checkpointed(how, partial(self._mlp_of_rows, index), x, selection.rows)
-        context = self._context(index, batch, None, selection)
-        if context is not None:
-            context.finish(x)
+        self._context(index, batch, None, selection).finish(x)
         return x
 
     def _layer_of_rows(
@@ -225,7 +219,7 @@ class Decoder:
         index: int,
         batch: PackedBatch,
         selection: Selection,
-        context: Context | None,
+        context: Context,
         others: tuple[Tensor, ...],
         x_rows: Tensor,
     ) -> Tensor:

@@ -43,18 +43,18 @@ class Unit:
             MLP.
         rows: [R] int32 rows that the unit changes; None: all.
         key_rows: rows that attention reads; with an MLP in the unit these are `rows`.
+        context: computes the rows that are not kept, in forward, if they are computed.
         width: features of the MLP's widest activation.
         selective: keep attention's output and logarithms, so that it runs forward once only.
-        context: computes the rows that are not kept, in forward; None: nobody does.
     """
 
     attend: Callable[..., Tensor] | None
     mlp: Callable[..., Tensor] | None
     rows: Tensor | None
     key_rows: Tensor | None
+    context: Context
     width: int
     selective: bool = False
-    context: Context | None = None
 
 
 def recomputed(x: Tensor, unit: Unit, parameters: Sequence[Tensor]) -> Tensor:
@@ -89,13 +89,11 @@ def is_plain_checkpoint(function: Any) -> bool:
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, unit, x, *parameters):
-        ctx.unit, ctx.parameters, context = unit, parameters, unit.context
+        ctx.unit, ctx.parameters = unit, parameters
         ctx.mark_dirty(x)
-        others: tuple[Tensor, ...] = ()
         kept: tuple[Tensor, ...] = ()
-        if context is not None:
-            # Before the random numbers that backward draws again.
-            others = context.begin(x)
+        # Before the random numbers that backward draws again.
+        others = unit.context.begin(x)
         ctx.surroundings = _Surroundings(x)
         with ctx.surroundings.autocast():
             x_rows = gather_rows(x, unit.rows if unit.attend is None else unit.key_rows)
@@ -107,8 +105,7 @@ class _Recomputed(torch.autograd.Function):
                 del y
             if unit.mlp is not None:
                 add_in_chunks(x, unit.mlp, unit.rows, unit.width)
-        if context is not None:
-            context.finish(x)
+        unit.context.finish(x)
         ctx.num_others = len(others)
         ctx.save_for_backward(x_rows, *others, *kept)
         return x
