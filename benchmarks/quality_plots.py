@@ -32,6 +32,10 @@ SHOWN = {
     "burn-0.3": "yellowgreen",
     "twice-0.5": "navy",
     "twice-0.3": "darkgreen",
+    "computed-0.5": "tab:purple",
+    "computed8-0.5": "mediumorchid",
+    "computed-0.3": "tab:orange",
+    "computed16-0.3": "sandybrown",
 }
 PROTOCOLS = (
     (16384, 160, 8, 2e-3, False, "steps"),
@@ -87,7 +91,7 @@ def methods_plot(rows: list[dict], path: Path) -> None:
     """Methods at equal steps, a panel for each length."""
     protocols = [each for each in PROTOCOLS if each[1] == 160 and each[-1] == "steps"]
     figure, axes = pyplot.subplots(
-        1, len(protocols), figsize=(5.2 * len(protocols), 3.4), layout="constrained"
+        1, len(protocols), figsize=(5.2 * len(protocols), 3.8), layout="constrained"
     )
     for protocol, place in zip(protocols, axes):
         methods = _methods(rows, protocol)
@@ -100,7 +104,9 @@ def methods_plot(rows: list[dict], path: Path) -> None:
         place.axhline(100 * (TARGET - 1), color="gray", linestyle=":")
         # S2-Attn is far out.
         place.set_ylim(-3, 10)
-        place.set_xticks(range(len(methods)), list(methods), fontsize="small")
+        place.set_xticks(
+            range(len(methods)), list(methods), fontsize="small", rotation=30, ha="right"
+        )
         place.set_ylabel("perplexity over dense LoRA's, %")
         place.set_title(f"{protocol[0]} tokens, {protocol[1]} steps", fontsize="medium")
     axes[-1].legend(fontsize="small")
