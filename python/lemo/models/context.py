@@ -119,15 +119,18 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own, other, rows, other_rows):
         ctx.save_for_backward(rows)
-        merged = own.new_empty(own.shape[0] + other.shape[0], *own.shape[1:])
-        merged.index_copy_(0, rows.long(), own)
-        return merged.index_copy_(0, other_rows.long(), other)
+        # Added to zeros: torch's index_copy_ sorts the rows where it has to be deterministic.
+        merged = own.new_zeros(own.shape[0] + other.shape[0], *own.shape[1:])
+        add_rows(merged.flatten(1), own.flatten(1), rows)
+        add_rows(merged.flatten(1), other.flatten(1), other_rows)
+        return merged
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dmerged):
         (rows,) = ctx.saved_tensors
-        return dmerged.index_select(0, rows), None, None, None
+        own = gather_rows(dmerged.flatten(1), rows)
+        return own.unflatten(1, dmerged.shape[1:]), None, None, None
 
 
 @contextmanager
