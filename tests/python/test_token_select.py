@@ -247,6 +247,7 @@ def test_a_selection_never_waits_for_the_gpu():
             kept = selector.select(layer, "attention", lambda: scores)
             selector.select(layer, "mlp", lambda: scores)
             batch.rotate(torch.randn(kept.num_rows, 2, 8), kept)
+            selector.left_out(kept)
         assert batch.positions.numel() == 1030
         selector.masked_rows()
         selector.statistics()
