@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lemo.data.documents import Document
 
-# Guess of how long a token is, in characters; a piece of text that turns out too small is doubled.
+# Guess of how long a token is, in characters, for a text of which nothing is known.
 _CHARACTERS_PER_TOKEN = 5
+# Of a document the mean is known; most pieces of it are no longer than this share more.
+_SPREAD = 0.15
 # Tokens beyond the wanted ones: cutting a text in the middle of a word changes only the last ones.
 _SPARE_TOKENS = 16
 # A text is taken to be long enough when it has this many times the characters that a window needs,
@@ -47,19 +49,24 @@ class _Encoder:
             text, add_special_tokens=False, return_attention_mask=False, verbose=False
         )["input_ids"]
 
-    def head(self, text: str, count: int) -> tuple[list[int], float]:
-        """The first ``count`` ids of ``text``, fewer where it ends; its characters a token."""
-        size = count * _CHARACTERS_PER_TOKEN
+    def head(
+        self, text: str, count: int, characters_per_token: float = _CHARACTERS_PER_TOKEN
+    ) -> tuple[list[int], float]:
+        """The first ``count`` ids of ``text``, fewer where it ends; its characters a token.
+
+        Pieces of text that turn out too small, by ``characters_per_token``, are half as long again.
+        """
+        size = int(count * characters_per_token)
         while True:
             piece = text[:size]
             ids = self.encode(piece)
             if size >= len(text) or len(ids) >= count + _SPARE_TOKENS:
                 return ids[:count], len(piece) / max(len(ids), 1)
-            size *= 2
+            size += size // 2 + 1
 
     def window(self, text: str, start: int, count: int, characters_per_token: float) -> list[int]:
         """``count`` ids from character ``start`` on, or the last ``count`` where fewer follow."""
-        ids, _ = self.head(text[start:], count)
+        ids, _ = self.head(text[start:], count, characters_per_token * (1 + _SPREAD))
         back = max(int(count * characters_per_token / 8), 1)
         while len(ids) < count and start > 0:
             start = max(start - back, 0)
