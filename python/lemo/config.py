@@ -32,8 +32,9 @@ class LemoConfig:
             longest sequence of a batch, rounded up; with scorer "predictor" a share means the
             blocks that the predictors were trained for. A quarter of the sequence is best; small
             blocks tear texts apart.
-        policy: "ratio" keeps the best share of the blocks of each sequence, "threshold" the blocks
-            that score at least the layer's threshold (LeMo, section 5.1).
+        policy: "ratio" keeps the best share of the blocks of each sequence, those that have a label
+            before those that have none (prompts, say); "threshold" the blocks that score at least
+            the layer's threshold (LeMo, section 5.1).
         keep: share of blocks that attention keeps, in [0, 1]; a list has one entry for each layer.
         keep_mlp: the same for the MLP; None: the MLP uses attention's kept set of its layer. Both
             are for the policy "ratio".

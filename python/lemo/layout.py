@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lemo import _C
 
@@ -54,6 +55,11 @@ class BlockLayout:
     @property
     def num_blocks(self) -> int:
         return self.block_starts.numel() - 1
+
+    def blocks_with(self, rows: Tensor) -> Tensor:
+        """[B] bool, the blocks of which one row or more is set in `rows`, [T] bool."""
+        before = pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
+        return before.index_select(0, self.block_starts).diff() > 0
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Selector:
         self._keep["mlp"] = _per_layer("keep_mlp", keep_mlp, num_layers)
         self._source = self._resolve_sources()
         self._layout: BlockLayout | None = None
+        self._labelled: Tensor | None = None
         self._scores: dict[str, Tensor] = {}
         self._cuts: dict[tuple[str, str, float], Selection] = {}
         self._selected: dict[str, list[Selection]] = {"attention": [], "mlp": []}
@@ -124,9 +125,14 @@ class Selector:
             raise ValueError(f"progress: expected a share between 0 and 1, got {progress}")
         self.progress = float(progress)
 
-    def begin(self, layout: BlockLayout) -> None:
-        """Starts a forward pass over these tokens; forgets the previous one."""
-        self._layout = layout
+    def begin(self, layout: BlockLayout, labelled: Tensor | None = None) -> None:
+        """Starts a forward pass over these tokens; forgets the previous one.
+
+        Args:
+            layout: how they are cut into blocks.
+            labelled: [T] bool, rows that have a label; None: nothing is known of labels.
+        """
+        self._layout, self._labelled = layout, labelled
         self._scores, self._cuts, self._left_out = {}, {}, {}
         self._selected = {"attention": [], "mlp": []}
 
@@ -179,10 +185,20 @@ class Selector:
         key = (kind, *rule)
         if key not in self._cuts:
             keep_first, keep_last = self.config.keep_first, self.config.keep_last
-            cut = ops.token_select(self._scores[kind], layout, *rule, keep_first, keep_last)
+            scores = self._scores[kind]
+            if rule[0] == "ratio":
+                scores = self._labelled_first(scores)
+            cut = ops.token_select(scores, layout, *rule, keep_first, keep_last)
             # All rows kept is the dense case, which needs no row index.
             self._cuts[key] = self._everything() if cut.num_rows == layout.num_tokens else cut
         return self._cuts[key]
+
+    def _labelled_first(self, scores: Tensor) -> Tensor:
+        """Scores [B] that put blocks without a label behind all others, else in the same order."""
+        if self._labelled is None or scores.numel() == 0:
+            return scores
+        labelled = self._layout.blocks_with(self._labelled)
+        return torch.where(labelled, scores, scores - (scores.max() - scores.min() + 1))
 
     def _everything(self) -> Selection:
         # One object for each pass: layers that keep the same rows are recognized by identity.

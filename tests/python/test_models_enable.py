@@ -208,6 +208,33 @@ def test_labels_that_are_shifted_already():
     assert_close_fp32(model(**batch).loss, dense(**batch).loss)
 
 
+@fp32
+def test_the_rows_that_predict_labels_are_kept_first():
+    """Short answers: no label may be lost as long as the share allows it."""
+    model, dense = make_model("llama"), make_model("llama")
+    batch = padded_batch([64, 64])
+    labels = torch.full_like(batch["labels"], -100)
+    # Predicted by rows 8 to 10 and 31 of the first sequence, 15 of the second.
+    for place in ((0, 9), (0, 10), (0, 11), (0, 32), (1, 16)):
+        labels[place] = batch["labels"][place]
+    settings = {"keep": 0.25, "dense_layers": [], "block_size": 8, "scorer": "random"}
+    config = config_of(**settings, keep_first=0, keep_last=0, visible_keys="computed")
+    handle = lemo.enable(model, config)
+    shifted = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+    for given in (
+        {"labels": labels},
+        {"labels": batch["labels"], "shift_labels": shifted},
+        {"labels": labels.masked_fill(labels == -100, 7), "ignore_index": 7},
+    ):
+        loss = model(**batch | given).loss
+        for layer in handle.statistics():
+            *first, third, fourth = layer.attention_blocks.tolist()
+            assert first == [1, 3]
+            assert 8 + 1 in (third, fourth)
+        # Every label counts, and every row sees all others: the dense model's loss.
+        assert_close_fp32(loss, dense(**batch | given).loss, "loss")
+
+
 def test_no_label_at_all_gives_zero_and_zero_gradients():
     model = make_model("llama")
     lemo.enable(model, EVERYTHING)

@@ -29,11 +29,11 @@ LAYOUT = BlockLayout.from_seqlens([61, 8, 40], 8)
 seqlens = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 
 
-def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0):
+def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0, labelled=None):
     """({(layer, kind): kept blocks}, the (layer, kind) pairs that were scored, the selector)."""
     selector = Selector(config, num_layers, folder)
     selector.set_progress(progress)
-    selector.begin(layout)
+    selector.begin(layout, labelled)
     kept, scored = {}, []
     for layer in range(num_layers):
         for kind in ("attention", "mlp"):
@@ -66,6 +66,54 @@ def cut(layer, kind, policy, value, keep_first=1, keep_last=1, layout=LAYOUT):
         keep_last,
     )[3].tolist()
     return None if len(blocks) == layout.num_blocks else blocks
+
+
+def labels_of(*rows):
+    labelled = torch.zeros(LAYOUT.num_tokens, dtype=torch.bool)
+    labelled[list(rows)] = True
+    return labelled
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.25, 0.6])
+@pytest.mark.parametrize("rows", [(), (3,), (40, 24), (63,), (16, 25, 48, 62, 80, 87, 108)])
+def test_blocks_that_have_a_label_come_first(keep, rows):
+    config = config_of(keep=keep, dense_layers=[], keep_first=0, keep_last=1)
+    kept, _, _ = run(config, labelled=labels_of(*rows))
+    scores = scores_of(0, "attention")
+    cuts, firsts = LAYOUT.cu_blocks.tolist(), LAYOUT.block_starts.tolist()
+    for begin, end in pairwise(cuts):
+        blocks = range(begin, end)
+        # Lists of Python: labels first, then scores; the last block is always kept.
+        with_label = {b for b in blocks if any(firsts[b] <= row < firsts[b + 1] for row in rows)}
+        order = sorted(blocks[:-1], key=lambda b: (b not in with_label, -scores[b].item()))
+        count = max(math.ceil(keep * len(blocks)) - 1, 0)
+        expected = sorted([*order[:count], blocks[-1]])
+        assert [b for b in kept[2, "mlp"] if b in blocks] == expected
+
+
+def test_where_all_have_labels_scores_are_as_they_were():
+    config = config_of(keep=0.4, dense_layers=[])
+    everything = labels_of(*range(LAYOUT.num_tokens))
+    assert run(config, labelled=everything)[0] == run(config)[0]
+    assert run(config, labelled=labels_of(*range(0, LAYOUT.num_tokens, 3)))[0] == run(config)[0]
+
+
+def test_a_threshold_does_not_look_at_labels():
+    thresholds = {"policy": "threshold", "thresholds": [0.6] * 4, "dense_layers": []}
+    config, labelled = config_of(**thresholds), labels_of(40)
+    assert run(config, labelled=labelled)[0] == run(config)[0]
+    # A schedule cuts by ratio.
+    config = config_of(**thresholds, schedule=[(0.0, 0.3)])
+    assert run(config, labelled=labelled)[0] != run(config)[0]
+
+
+@given(seqlens, st.integers(1, 9), st.sets(st.integers(0, 159)))
+def test_blocks_with_rows(lengths, block_size, rows):
+    layout = BlockLayout.from_seqlens(lengths, block_size)
+    chosen = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    chosen[[row for row in rows if row < layout.num_tokens]] = True
+    expected = [any(chosen[a:b].tolist()) for a, b in pairwise(layout.block_starts.tolist())]
+    assert layout.blocks_with(chosen).tolist() == expected
 
 
 def test_first_chooses_and_the_others_share():

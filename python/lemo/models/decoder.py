@@ -52,16 +52,21 @@ class Decoder:
         self._recompute = recompute
 
     def run(
-        self, batch: PackedBatch, x: Tensor, visit_stream: Callable[[Tensor], None] | None = None
+        self,
+        batch: PackedBatch,
+        x: Tensor,
+        labelled: Tensor | None = None,
+        visit_stream: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Adds all layers to the residual stream [T, H] in place and returns it.
 
         Args:
             batch: what the rows are.
             x: the embedded tokens; overwritten.
+            labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_stream: gets a differentiable copy of the stream at the entry of every layer.
         """
-        self.selector.begin(batch.layout)
+        self.selector.begin(batch.layout, labelled)
         for index in range(self.adapter.num_layers):
             if visit_stream is not None:
                 x, entry = ops.stream_gather(x)

@@ -15,7 +15,7 @@ from lemo.config import LemoConfig
 from lemo.models.adapters import Adapter, adapter_for
 from lemo.models.batch import PackedBatch
 from lemo.models.decoder import Decoder
-from lemo.models.loss import causal_lm_loss
+from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.scorers import PredictorScorer, RandomScorer, make_scorer
 from lemo.selection import LayerStatistics, Selector
 
@@ -145,15 +145,18 @@ class Handle:
                 "model.loss_function: expected Transformers' ForCausalLMLoss, which lemo computes "
                 f"in segments, got {self._adapter.causal_lm.loss_function}"
             )
-        batch, x, entries = self._run(arguments)
+        batch, x = self._embed(arguments)
+        ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
+        targets = next_labels(batch, labels, arguments.get("shift_labels"), ignore_index)
+        x, entries = self._decode(arguments, batch, x, targets != ignore_index)
         loss = causal_lm_loss(
             self._adapter,
-            batch,
             x,
-            labels,
+            targets,
             self._selector.masked_rows(),
             self.config.loss_segment,
-            **{name: arguments[name] for name in _LOSS_ARGUMENTS if name in arguments},
+            arguments.get("num_items_in_batch"),
+            ignore_index,
         )
         if entries is not None:
             entries.append(batch.unpack(self._adapter.stream_output(x)[1]))
@@ -162,28 +165,39 @@ class Handle:
         )
 
     def _decoder_forward(self, arguments: dict[str, Any]) -> BaseModelOutputWithPast:
-        batch, x, entries = self._run(arguments)
+        batch, x = self._embed(arguments)
+        x, entries = self._decode(arguments, batch, x)
         hidden = batch.unpack(self._adapter.stream_output(x)[1])
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
-    def _run(self, arguments: dict[str, Any]) -> tuple[PackedBatch, Tensor, list[Tensor] | None]:
-        """(batch, stream after the last layer, unpacked stream at each layer's entry if asked)."""
+    def _embed(self, arguments: dict[str, Any]) -> tuple[PackedBatch, Tensor]:
         self._check_arguments(arguments)
-        batch, x = self._adapter.embed(
+        return self._adapter.embed(
             arguments.get("input_ids"),
             arguments.get("inputs_embeds"),
             arguments.get("attention_mask"),
             arguments.get("position_ids"),
             self.block_size,
         )
+
+    def _decode(
+        self,
+        arguments: dict[str, Any],
+        batch: PackedBatch,
+        x: Tensor,
+        labelled: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """(stream after the last layer, unpacked stream at each layer's entry if asked)."""
         if not self._flag(arguments, "output_hidden_states"):
-            return batch, self._decoder.run(batch, x), None
+            return self._decoder.run(batch, x, labelled), None
         entries: list[Tensor] = []
-        x = self._decoder.run(batch, x, lambda entry: entries.append(batch.unpack(entry)))
-        return batch, x, entries
+        x = self._decoder.run(
+            batch, x, labelled, visit_stream=lambda entry: entries.append(batch.unpack(entry))
+        )
+        return x, entries
 
     def _flag(self, arguments: dict[str, Any], name: str) -> bool:
         return bool(arguments.get(name, getattr(self._adapter.config, name, False)))
@@ -205,7 +219,8 @@ class Handle:
             )
 
 
-_LOSS_ARGUMENTS = ("shift_labels", "num_items_in_batch", "ignore_index")
+# What ForCausalLMLoss leaves out where no other label is named.
+IGNORE_INDEX = -100
 
 
 def _replace_forward(

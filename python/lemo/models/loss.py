@@ -10,17 +10,42 @@ from lemo.models.adapters import Adapter, active_module, is_intercepted
 from lemo.models.batch import PackedBatch
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 
-__all__ = ["causal_lm_loss"]
+__all__ = ["causal_lm_loss", "next_labels"]
+
+
+def next_labels(
+    batch: PackedBatch,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """[T], for every row of `batch` the label that it predicts.
+
+    Args:
+        batch: what the rows are.
+        labels: [B, S]; the token at t is predicted from t - 1.
+        shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
+        ignore_index: the label behind the last one.
+
+    Raises:
+        ValueError: not one label for each token of the batch.
+    """
+    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+    if given.numel() != batch.shape[0] * batch.shape[1]:
+        raise ValueError(
+            f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
+        )
+    if shift_labels is None:
+        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return batch.pack(shift_labels.reshape(batch.shape)).to(batch.layout.block_starts.device)
 
 
 def causal_lm_loss(
     adapter: Adapter,
-    batch: PackedBatch,
     x: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     masked: Tensor | None = None,
     segment_rows: int | None = None,
-    shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
@@ -31,24 +56,14 @@ def causal_lm_loss(
 
     Args:
         adapter: access to the model.
-        batch: what the rows of `x` are.
         x: [T, H], the residual stream after the last layer.
-        labels: [B, S]; the token at t is predicted from t - 1.
+        targets: [T], from `next_labels`.
         masked: [T] bool, rows whose own prediction does not count; None: all count.
         segment_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
-        shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
         num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
             masked rows drop labels, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
     """
-    name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-    if given.numel() != batch.shape[0] * batch.shape[1]:
-        raise ValueError(
-            f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
-        )
-    if shift_labels is None:
-        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    targets = batch.pack(shift_labels.reshape(batch.shape)).to(x.device)
     counted = targets != ignore_index
     divisor = num_items_in_batch
     if masked is not None:
