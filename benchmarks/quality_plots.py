@@ -36,6 +36,7 @@ SHOWN = {
     "computed8-0.5": "mediumorchid",
     "computed-0.3": "tab:orange",
     "computed16-0.3": "sandybrown",
+    "even16-0.3": "saddlebrown",
     "paper": "gray",
 }
 PROTOCOLS = (
@@ -44,6 +45,7 @@ PROTOCOLS = (
     (16384, 160, 8, 2e-3, False, "time"),
     (32768, 100, 4, 2e-3, False, "steps"),
     (32768, 100, 4, 2e-3, False, "time"),
+    (65536, 100, 2, 2e-3, False, "steps"),
     (16384, 100, 8, 1e-3, False, "steps"),
     (16384, 400, 8, 4e-3, True, "steps"),
     (16384, 400, 8, 4e-3, True, "time"),
