@@ -143,3 +143,14 @@ def test_fingerprint_tells_documents_and_length_apart():
     assert fingerprint(documents(50), 32) == fingerprint(documents(50), 32)
     assert fingerprint(documents(50), 32) != fingerprint(documents(51), 32)
     assert fingerprint(documents(50), 32) != fingerprint(documents(50), 33)
+
+
+def test_windows_do_not_depend_on_what_else_the_tokenizer_was_asked():
+    tokenizer = merging_tokenizer(True)
+    tokenizer.pad_token = "<s>"
+    windows = token_windows(documents(400, 90), tokenizer, 64)
+    expected = windows.batch(0, 5)
+    tokenizer("a b c d e f g", truncation=True, max_length=4)
+    assert torch.equal(windows.batch(0, 5), expected)
+    tokenizer(["a b c", "a"], padding="max_length", max_length=2000, padding_side="left")
+    assert torch.equal(windows.batch(0, 5), expected)

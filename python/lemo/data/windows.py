@@ -37,6 +37,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         bare, full = self.encode("a"), tokenizer("a")["input_ids"]
         places = range(len(full) - len(bare) + 1)
         start = next((i for i in places if full[i : i + len(bare)] == bare), 0)
@@ -44,6 +45,11 @@ class _Encoder:
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without added tokens."""
+        backend = self._backend
+        if backend is not None and backend.truncation is None and backend.padding is None:
+            # The same without offsets: three quarters of the time, and Python's lock is not held
+            # while they are freed.
+            return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         # verbose=False: a window longer than the model's original context is what lemo is for.
         return self.tokenizer(
             text, add_special_tokens=False, return_attention_mask=False, verbose=False
