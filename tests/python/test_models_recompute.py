@@ -1,6 +1,7 @@
 """Recomputed layers give what stored ones give, and store what docs/DESIGN.md says."""
 
 import math
+import sys
 from collections import Counter
 from functools import partial
 
@@ -99,6 +100,27 @@ def test_bits_depend_neither_on_the_run_nor_on_what_is_stored_of_attention(name)
     first = run(model, batch, "layer", **SETTINGS[name])
     for how in ("layer", "selective"):
         assert_equal(run(model, batch, how, **SETTINGS[name]), first)
+
+
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_backward_of_attention_is_asked_to_be_deterministic(how, deterministic, monkeypatch):
+    module = sys.modules["lemo.ops.segment_attention"]
+    asked, call = [], module.call
+
+    def listen(op, *arguments):
+        if "backward" in str(op):
+            asked.append(arguments[13])
+        return call(op, *arguments)
+
+    monkeypatch.setattr(module, "call", listen)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        run(make_model("llama"), BATCHES["right"](), how, **SETTINGS["shared set"])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert asked == [deterministic] * 3
 
 
 @pytest.mark.parametrize("dtype", [{}, {"dtype": torch.bfloat16}], ids=["working", "bf16"])

@@ -141,5 +141,11 @@ class _Known(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        grads = call(_ops.segment_attention_backward, dout, *ctx.saved_tensors, *ctx.settings)
+        grads = call(
+            _ops.segment_attention_backward,
+            dout,
+            *ctx.saved_tensors,
+            *ctx.settings,
+            torch.are_deterministic_algorithms_enabled(),
+        )
         return *grads, *[None] * 9
