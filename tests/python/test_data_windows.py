@@ -145,6 +145,18 @@ def test_fingerprint_tells_documents_and_length_apart():
     assert fingerprint(documents(50), 32) != fingerprint(documents(50), 33)
 
 
+def test_any_tokenizer_of_transformers_will_do():
+    """Also one that is not made of `tokenizers`."""
+    tokenizer = merging_tokenizer(True)
+
+    def plain(text, **arguments):
+        return tokenizer(text, **arguments)
+
+    source = documents(400, 90)
+    expected = token_windows(source, tokenizer, 64).batch(0, 5)
+    assert torch.equal(token_windows(source, plain, 64).batch(0, 5), expected)
+
+
 def test_windows_do_not_depend_on_what_else_the_tokenizer_was_asked():
     tokenizer = merging_tokenizer(True)
     tokenizer.pad_token = "<s>"

@@ -200,6 +200,15 @@ def test_the_trainers_divisor_shrinks_with_the_labels_that_are_masked():
 
 
 @fp32
+def test_embeddings_in_any_memory_order():
+    model, dense = make_model("llama"), make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    embeddings = torch.randn(1, HIDDEN, 30).transpose(1, 2)
+    batch = {"inputs_embeds": embeddings, "labels": make_ids(1, 30)}
+    assert_close_fp32(model(**batch).loss, dense(**batch).loss)
+
+
+@fp32
 def test_labels_that_are_shifted_already():
     model, dense = make_model("llama"), make_model("llama")
     lemo.enable(model, EVERYTHING)

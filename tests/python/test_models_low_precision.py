@@ -138,6 +138,13 @@ def test_keep_below_1_is_the_eager_reference(architecture, name):
     assert_close(value, expected, exact)
 
 
+def test_labels_of_a_padded_batch_may_be_on_the_cpu():
+    model, batch = models("llama")[0], BATCHES["right"]()
+    lemo.enable(model, config_of(keep=0.5, block_size=8))
+    expected = model(**batch).loss
+    assert torch.equal(model(**batch | {"labels": batch["labels"].cpu()}).loss, expected)
+
+
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_a_step_has_the_same_bits_every_time(keep, recompute):

@@ -37,7 +37,7 @@ class _Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)  # of `tokenizers`
         bare, full = self.encode("a"), tokenizer("a")["input_ids"]
         places = range(len(full) - len(bare) + 1)
         start = next((i for i in places if full[i : i + len(bare)] == bare), 0)

@@ -101,7 +101,9 @@ class Adapter:
         hidden = self._add_positions(inputs_embeds, attention_mask, position_ids, batch)
         packed = batch.pack(hidden)
         # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
-        return batch, packed if batch.is_padded else packed.clone()
+        if not batch.is_padded:
+            packed = packed.clone(memory_format=torch.contiguous_format)
+        return batch, packed
 
     def _add_positions(
         self,

@@ -37,7 +37,7 @@ def next_labels(
         )
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return batch.pack(shift_labels.reshape(batch.shape)).to(batch.layout.block_starts.device)
+    return batch.pack(shift_labels.to(batch.layout.block_starts.device).reshape(batch.shape))
 
 
 def causal_lm_loss(

@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -232,8 +232,9 @@ class _Run:
         recent: deque[float] = deque(maxlen=20)
         memory.reset_peak(self.accelerator.device)
         # Tokenizing the next windows hides behind the step that runs.
-        threads = tokenizing_threads(self.accelerator.num_processes)
-        batches = prefetched(self.windows, self._batches(first), threads)
+        # Launchers say how many processes share a machine; without one there is one process.
+        here = get_int_from_env(["LOCAL_WORLD_SIZE"], self.accelerator.num_processes)
+        batches = prefetched(self.windows, self._batches(first), tokenizing_threads(here))
         try:
             for step in range(first + 1, config.steps + 1):
                 record = self._step(step, batches)
