@@ -55,7 +55,7 @@ class LemoConfig:
         visible_keys: what kept rows attend to. "kept": kept rows. "all": also rows that are not
             kept, as they are in the residual stream. "computed": also rows that are not kept, which
             all layers compute, without gradients and storing keys and values only: the forward pass
-            is that of the dense model, backward is for kept rows.
+            is that of keep 1, backward is for kept rows.
         group_size: tokens of a shifted attention group (two-dimensional sparsity); None: no
             groups.
         schedule: (progress, keep) pairs: from that share of the training on, this keep replaces
@@ -66,7 +66,8 @@ class LemoConfig:
             keep every token); False: all count.
         burn_in: tokens at the start of a kept span whose loss does not count either, because the
             text right before them is missing: a number, at most a block, or a share of a block,
-            rounded up. Not where nothing is missing, nor with `mask_loss` False.
+            rounded up. Nothing with `visible_keys` "computed", where no text is missing, nor where
+            `mask_loss` masks nothing: False, or True beside dense layers, which keep every token.
         loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all

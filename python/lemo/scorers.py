@@ -90,9 +90,11 @@ class LabelScorer:
 
 
 class RandomScorer:
-    """Uniform scores, a fresh draw at every call; for ablations."""
+    """Uniform scores, a fresh draw at every call, other ones in every process of a training."""
 
     def __init__(self, seed: int) -> None:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seed += torch.distributed.get_rank()
         # On the CPU whatever the model's device, so that a seed means the same everywhere.
         self.generator = torch.Generator("cpu").manual_seed(seed)
 

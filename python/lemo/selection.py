@@ -132,7 +132,8 @@ class Selector:
             layout: how they are cut into blocks.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
         """
-        self._layout, self._labelled = layout, labelled
+        self._layout = layout
+        self._labelled = None if labelled is None else layout.blocks_with(labelled)
         self._scores, self._cuts, self._left_out = {}, {}, {}
         self._selected = {"attention": [], "mlp": []}
 
@@ -195,10 +196,13 @@ class Selector:
 
     def _labelled_first(self, scores: Tensor) -> Tensor:
         """Scores [B] that put blocks without a label behind all others, else in the same order."""
-        if self._labelled is None or scores.numel() == 0:
+        if self._labelled is None:
             return scores
-        labelled = self._layout.blocks_with(self._labelled)
-        return torch.where(labelled, scores, scores - (scores.max() - scores.min() + 1))
+        # Ranks, exact whatever the scores are; among equal ones the earlier block stays first.
+        order = scores.argsort(descending=True, stable=True)
+        order = order[self._labelled[order].int().argsort(descending=True, stable=True)]
+        ranks = order.argsort().to(scores.dtype)
+        return torch.where(scores.isnan(), scores, -ranks)
 
     def _everything(self) -> Selection:
         # One object for each pass: layers that keep the same rows are recognized by identity.
@@ -232,7 +236,8 @@ class Selector:
         times.index_add_(0, kept, torch.ones_like(kept))
         masked = times < needed - everywhere
         rows = masked.repeat_interleave(lengths, output_size=layout.num_tokens)
-        return rows if self.config.burn_in == 0 else rows | self._burnt_in(masked, lengths)
+        complete = self.config.burn_in == 0 or self.config.visible_keys == "computed"
+        return rows if complete else rows | self._burnt_in(masked, lengths)
 
     def _burnt_in(self, masked: Tensor, lengths: Tensor) -> Tensor:
         """[T] bool: the first rows of blocks that follow a masked one of their sequence.

@@ -91,6 +91,26 @@ def test_blocks_that_have_a_label_come_first(keep, rows):
         assert [b for b in kept[2, "mlp"] if b in blocks] == expected
 
 
+@pytest.mark.parametrize(
+    ("scores", "labels", "kept"),
+    [
+        # Two sequences of four blocks; a score of one does not touch the order of the other.
+        ([1e6, 0, 0, 0, 0.01, 0.02, 0.03, 0.04], [1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 6, 7]),
+        ([math.inf, 0, 0, 0, 0.01, 0.02, 0.03, 0.04], [1, 1, 1, 1, 0, 0, 0, 0], [0, 1, 6, 7]),
+        # Too close together, too large, or endless for sums.
+        ([1e-9, 2e-9, 3e-9, 4e-9] * 2, [0] * 8, [2, 3, 6, 7]),
+        ([3e8] * 8, [0, 0, 1, 1, 0, 1, 0, 0], [2, 3, 4, 5]),
+        ([math.inf, -math.inf, 0, 1] * 2, [0, 1, 0, 0, 1, 1, 1, 1], [0, 1, 4, 7]),
+    ],
+)
+def test_labels_first_keeps_the_order_of_any_scores(scores, labels, kept):
+    layout = BlockLayout.from_seqlens([8, 8], 2)
+    selector = Selector(config_of(keep=0.5, dense_layers=[], keep_first=0, keep_last=0), 1)
+    selector.begin(layout, torch.tensor(labels, dtype=torch.bool).repeat_interleave(2))
+    selection = selector.select(0, "attention", lambda: torch.tensor(scores, dtype=torch.float32))
+    assert selection.kept_blocks.tolist() == kept
+
+
 def test_where_all_have_labels_scores_are_as_they_were():
     config = config_of(keep=0.4, dense_layers=[])
     everything = labels_of(*range(LAYOUT.num_tokens))
@@ -253,6 +273,14 @@ def test_rows_behind_a_gap(burn_in, lengths):
     assert torch.equal(selector.masked_rows(), expected)
 
 
+def test_nothing_is_burnt_in_where_the_rest_is_computed():
+    settings = {"keep": 0.5, "dense_layers": [], "visible_keys": "computed"}
+    masked, expected = (
+        run(config_of(**settings, burn_in=burn_in))[2].masked_rows() for burn_in in (0.5, 0)
+    )
+    assert torch.equal(masked, expected)
+
+
 def test_nothing_is_burnt_in_without_a_mask():
     settings = {"keep": 0.3, "dense_layers": [], "mask_loss": False}
     assert run(config_of(**settings, burn_in=0.5))[2].masked_rows() is None
@@ -399,6 +427,17 @@ def test_random_scores_follow_the_seed():
     assert torch.equal(first, same(0, "attention", x, batch))
     assert not torch.equal(first, other(0, "attention", x, batch))
     assert not torch.equal(first, one(0, "attention", x, batch)), "the draw is not fresh"
+
+
+def test_processes_draw_different_scores(monkeypatch):
+    batch = types.SimpleNamespace(layout=LAYOUT)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    drawn = []
+    for rank in (0, 1, 0):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        drawn.append(RandomScorer(1)(0, "attention", torch.zeros(1), batch))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
 
 
 @pytest.mark.parametrize("block_size", [8, 0.25])
