@@ -146,7 +146,7 @@ class Handle:
                 f"in segments, got {self._adapter.causal_lm.loss_function}"
             )
         batch, x = self._embed(arguments)
-        ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
+        ignore_index = arguments.get("ignore_index", _IGNORE_INDEX)
         targets = next_labels(batch, labels, arguments.get("shift_labels"), ignore_index)
         x, entries = self._decode(arguments, batch, x, targets != ignore_index)
         loss = causal_lm_loss(
@@ -220,7 +220,7 @@ class Handle:
 
 
 # What ForCausalLMLoss leaves out where no other label is named.
-IGNORE_INDEX = -100
+_IGNORE_INDEX = -100
 
 
 def _replace_forward(
