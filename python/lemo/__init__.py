@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lemo.config import LemoConfig
+    from lemo.models.callback import TrainerCallback
     from lemo.models.enable import Handle, enable
 
 __version__ = "0.1.0"
 
-__all__ = ["Handle", "LemoConfig", "__version__", "enable"]
+__all__ = ["Handle", "LemoConfig", "TrainerCallback", "__version__", "enable"]
 
 # Imported on first use: Transformers takes seconds, and `import lemo` should not.
 _HOMES = {
     "Handle": "lemo.models.enable",
     "LemoConfig": "lemo.config",
+    "TrainerCallback": "lemo.models.callback",
     "enable": "lemo.models.enable",
 }
 _MODULES = ("nn", "ops")

@@ -35,7 +35,8 @@ class LemoConfig:
         policy: "ratio" keeps the best share of the blocks of each sequence, those that have a label
             before those that have none (prompts, say); "threshold" the blocks that score at least
             the layer's threshold (LeMo, section 5.1).
-        keep: share of blocks that attention keeps, in [0, 1]; a list has one entry for each layer.
+        keep: share of blocks that attention keeps, in [0, 1], rounded up to whole blocks: of
+            quarters 0.3 keeps half, and 0.8 all. A list has one entry for each layer.
         keep_mlp: the same for the MLP; None: the MLP uses attention's kept set of its layer. Both
             are for the policy "ratio".
         thresholds: one for each layer, for attention. None with policy "threshold" and scorer

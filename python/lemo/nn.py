@@ -5,8 +5,8 @@ Importing this module registers "lemo" with Transformers, so that
     import lemo.nn
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="lemo")
 
-runs dense causal attention, with padding, packed sequences, caches and sliding windows, through
-lemo's kernel.
+runs dense causal attention, with padding, packed sequences, caches that grow and sliding windows,
+through lemo's kernel.
 """
 
 import torch
@@ -62,7 +62,7 @@ class SegmentAttention(nn.Module):
         group_size: tokens of a shifted group (LongLoRA, arXiv 2309.12307); 0: no groups.
 
     Raises:
-        ValueError: the heads do not divide.
+        ValueError: the heads do not divide, or a size is too small.
     """
 
     def __init__(
@@ -78,6 +78,13 @@ class SegmentAttention(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        for name, size in (sizes | {"head_dim": 1 if head_dim is None else head_dim}).items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        for name, size in (("window", window), ("group_size", group_size)):
+            if size < 0:
+                raise ValueError(f"{name}: expected at least 0, got {size}")
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_kv_heads: expected a divisor of num_heads = {num_heads}, got {num_kv_heads}"
@@ -145,10 +152,17 @@ def _padding_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
+    q_offset: Tensor | int = 0,
+    kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     **kwargs: object,
 ) -> Tensor | None:
     """The mask that `_attention_forward` gets: [B, kv_length] of 0/1, or None without padding."""
+    if q_offset + q_length != kv_offset + kv_length:
+        raise ValueError(
+            "past_key_values: attention 'lemo' takes caches that end with the newest token, got "
+            f"one of {kv_length} places for tokens up to {int(q_offset) + q_length} (a static one?)"
+        )
     if attention_mask is None or bool(attention_mask.all()):
         return None
     return attention_mask[:, -kv_length:]
@@ -173,8 +187,12 @@ def _attention_forward(
     """
     if dropout:
         raise ValueError(f"attention_dropout: attention 'lemo' has none, expected 0, got {dropout}")
-    if is_causal is False:
-        raise ValueError("is_causal: attention 'lemo' is causal, got False")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if not is_causal:
+        raise ValueError(
+            f"is_causal: attention 'lemo' is causal, but {type(module).__name__} attends both ways"
+        )
     for name in ("softcap", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: not supported by attention 'lemo', expected None")

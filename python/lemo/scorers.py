@@ -95,8 +95,14 @@ class RandomScorer:
     def __init__(self, seed: int) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             seed += torch.distributed.get_rank()
+        self._seed = seed
         # On the CPU whatever the model's device, so that a seed means the same everywhere.
         self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def begin_step(self, step: int) -> None:
+        """Draws from now on what depends on the seed, the process and this step alone."""
+        # The golden ratio's bits: no two steps of near seeds begin alike.
+        self.generator.manual_seed((self._seed + step * 0x9E3779B97F4A7C15) % 2**63)
 
     def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
         scores = torch.rand(batch.layout.num_blocks, generator=self.generator, device="cpu")

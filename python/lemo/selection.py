@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ class LayerStatistics:
     mlp_rows: int
     attention_blocks: Tensor | None
     mlp_blocks: Tensor | None
-    layout: BlockLayout
+    layout: BlockLayout = field(repr=False)
 
 
 class Selector:
@@ -121,6 +122,8 @@ class Selector:
 
     def set_progress(self, progress: float) -> None:
         """Share of the training that is done, in [0, 1]; drives the schedule."""
+        if isinstance(progress, bool) or not isinstance(progress, Real):
+            raise TypeError(f"progress: expected a number, got {progress!r}")
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress: expected a share between 0 and 1, got {progress}")
         self.progress = float(progress)

@@ -230,6 +230,7 @@ def test_interrupted(lemo, monkeypatch):
         code, _, err = lemo(SHORT.replace("--steps 2", "--steps 4 --save-every 2"))
     assert code == 130
     assert err.splitlines()[-1] == "lemo: interrupted"
+    assert "to go on: lemo finetune --output run --resume" in err
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-2"]
     code, _, err = lemo("finetune --output run --resume")
     assert code == 0

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
@@ -363,6 +364,65 @@ def test_the_trainer_of_transformers(tmp_path):
         return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
 
     assert_close_fp32(train(True), train(False), "losses")
+
+
+@pytest.mark.cpu_only
+def test_a_resumed_trainer_keeps_what_one_without_interruption_keeps(tmp_path):
+    schedule = [[0.0, 0.25], [0.5, 0.5]]
+    config = config_of(
+        **{"dense_layers": [], "block_size": 4, "scorer": "random"}, schedule=schedule
+    )
+    rows = [{"input_ids": row, "labels": row} for row in make_ids(8, 64)]
+
+    class Kept(transformers.TrainerCallback):
+        def __init__(self, handle):
+            self.handle, self.blocks = handle, []
+
+        def on_step_end(self, *_, **__):
+            self.blocks.append(self.handle.statistics()[0].attention_blocks.tolist())
+
+    def train(folder, checkpoint=None):
+        model = make_model("llama")
+        handle = lemo.enable(model, config)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=4,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            save_steps=2,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        kept = Kept(handle)
+        callbacks = [lemo.TrainerCallback(handle), kept]
+        trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return kept.blocks
+
+    whole = train(tmp_path / "whole")
+    assert [len(blocks) for blocks in whole] == [4, 4, 8, 8]
+    assert len({tuple(blocks) for blocks in whole}) == 4
+    assert train(tmp_path / "rest", str(tmp_path / "whole" / "checkpoint-2")) == whole[2:]
+
+
+def test_the_callback_wants_a_handle():
+    with pytest.raises(TypeError, match="handle: expected what lemo.enable returns, got Llama"):
+        lemo.TrainerCallback(make_model("llama"))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda h: h.set_progress("a"), TypeError, "progress: expected a number, got 'a'"),
+        (lambda h: h.set_progress(1.5), ValueError, "progress: expected a share .* got 1.5"),
+        (lambda h: h.begin_step(5, 4), ValueError, "step: .* between 0 and steps = 4, got 5"),
+        (lambda h: h.begin_step(-1, 4), ValueError, "step: .* between 0 and steps = 4, got -1"),
+    ],
+)
+def test_a_bad_place_in_the_training_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(lemo.enable(make_model("llama"), HALF))
 
 
 def test_the_signature_stays():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, StaticCache
 
 import lemo.nn
 from devices import working_dtype
@@ -138,6 +139,10 @@ def test_segment_attention_names_bad_arguments():
         lemo.nn.SegmentAttention(16, 4, 3)
     with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size = 16"):
         lemo.nn.SegmentAttention(16, 3)
+    with pytest.raises(ValueError, match="num_kv_heads: expected at least 1, got 0"):
+        lemo.nn.SegmentAttention(16, 4, 0)
+    with pytest.raises(ValueError, match="window: expected at least 0, got -1"):
+        lemo.nn.SegmentAttention(16, 4, window=-1)
     with pytest.raises(ValueError, match="head_dim: expected an even size, got 3"):
         lemo.nn.rotary_tables(torch.arange(4), 3)
 
@@ -206,6 +211,21 @@ def test_unsupported_calls_are_named(settings, arguments, message):
     model = make_model("llama", attn_implementation="lemo", **settings)
     with pytest.raises(ValueError, match=message):
         model(make_ids(2, 30), **arguments)
+
+
+def test_a_static_cache_is_refused():
+    """Its places for tokens to come look like tokens."""
+    model = make_model("llama", attn_implementation="lemo").eval()
+    with pytest.raises(ValueError, match=r"past_key_values: .* 40 places for tokens up to 30"):
+        model(make_ids(1, 30), past_key_values=StaticCache(model.config, max_cache_len=40))
+
+
+def test_models_that_attend_both_ways_are_refused():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(**sizes, intermediate_size=64, vocab_size=64)
+    config._attn_implementation = "lemo"
+    with pytest.raises(ValueError, match="is_causal: .* BertSelfAttention attends both ways"):
+        BertModel(config).eval()(make_ids(1, 30) % 64)
 
 
 @pytest.mark.parametrize("batch", ["plain", "right", "left"])

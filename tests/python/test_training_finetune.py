@@ -282,6 +282,18 @@ def test_blocks_that_leave_no_choice_are_named(config, caplog, block_size, block
     assert ("elimination.block_size" in caplog.text) == (blocks is not None)
 
 
+@pytest.mark.parametrize(
+    ("keep", "block_size", "kept"),
+    [(0.5, 0.25, None), (0.4, 0.25, 0.5), (0.8, 0.25, 1), (0.28, 1 / 7, None), (0.4, 2, None)],
+)
+def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_size, kept):
+    elimination = LemoConfig(keep=keep, block_size=block_size)
+    finetune(dataclasses.replace(config, steps=1, warmup_steps=0, elimination=elimination))
+    warned = f"elimination.keep: {keep:g} of 4 blocks is rounded up to {kept or 0:g} of the tokens"
+    assert (warned in caplog.text) == (kept is not None)
+    assert ("rounded up" in caplog.text) == (kept is not None)
+
+
 def test_resuming_a_run_that_is_done_says_so(config, caplog):
     finetune(config)
     before = snapshot(Path(config.output))

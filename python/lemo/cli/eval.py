@@ -26,7 +26,11 @@ def eval(
         typer.Option(help="PEFT adapter, or a run folder (which gets the results, too)."),
     ] = None,
     rope_scaling: Annotated[
-        str, typer.Option(help="How a model without adapter is extended: linear, yarn, dynamic.")
+        str,
+        typer.Option(
+            help="How a model is extended that is shorter than the longest of --lengths (by one "
+            "factor for all of them), unless its adapter says: linear, yarn, dynamic."
+        ),
     ] = "none",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -82,7 +82,7 @@ def finetune(
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="Any setting, over options and file: elimination.keep=0.4, warmup_steps=0.",
+            help="Any setting, over options and file: elimination.keep=0.25, warmup_steps=0.",
         ),
     ] = None,
     resume: Annotated[
@@ -95,7 +95,8 @@ def finetune(
     """Fine-tune a model with LoRA on windows of long documents.
 
     Settings come from --set, then from the other options, then from --config, then from the
-    defaults. A run that is resumed takes the settings it was started with.
+    defaults. With --output and --resume alone a run goes on with the settings it was started with;
+    settings that are given must not differ from them.
     """
     given = options.given(
         {
@@ -128,14 +129,25 @@ def finetune(
 
     from lemo.cli.progress import StepProgress
     from lemo.training.config import FinetuneConfig
-    from lemo.training.finetune import ADAPTER_NAME, process_state
+    from lemo.training.finetune import ADAPTER_NAME, CHECKPOINTS_NAME, process_state
     from lemo.training.finetune import finetune as run
 
     wanted = FinetuneConfig.from_dict(settings)
     screen = options.console(quiet=not process_state(wanted).is_main_process)
     options.show_messages(screen)
-    with StepProgress(screen, wanted.log_every) as progress:
-        result = run(wanted, progress)
+    try:
+        with StepProgress(screen, wanted.log_every) as progress:
+            result = run(wanted, progress)
+    except KeyboardInterrupt:
+        folder = Path(wanted.output) / CHECKPOINTS_NAME
+        if folder.is_dir() and any(folder.iterdir()):
+            screen.print(
+                "the steps up to the newest checkpoint are kept; to go on: "
+                f"lemo finetune --output {wanted.output} --resume",
+                highlight=False,
+                soft_wrap=True,
+            )
+        raise
     screen.print(f"adapter: {result.folder / ADAPTER_NAME}", highlight=False)
 
 

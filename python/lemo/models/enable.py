@@ -115,6 +115,21 @@ class Handle:
         """Tells the schedule which share of the training is done, in [0, 1]."""
         self._selector.set_progress(progress)
 
+    def begin_step(self, step: int, steps: int) -> None:
+        """Tells that optimizer step `step`, from 0, of `steps` begins.
+
+        The schedule goes on, and random scores depend on the seed, the process and the step from
+        here on, so that a resumed training draws what one without interruption draws.
+
+        Raises:
+            ValueError: `step` is not between 0 and `steps`.
+        """
+        if not 0 <= step <= steps:
+            raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
+        self.set_progress(step / max(steps, 1))
+        if isinstance(self._scorer, RandomScorer):
+            self._scorer.begin_step(step)
+
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._selector.statistics()

@@ -24,7 +24,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import lemo
-from lemo.config import block_tokens
+from lemo.config import LemoConfig, block_tokens
 from lemo.data import (
     TokenWindows,
     prefetched,
@@ -189,7 +189,7 @@ class _Run:
         if config.elimination is not None:
             self.handle = lemo.enable(self.peft_model, config.elimination)
             # Behind enable: a mistake in the settings is all that is said of them.
-            _check_blocks(config.context_length, self.handle.block_size)
+            _check_blocks(config.context_length, self.handle.block_size, config.elimination)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -390,7 +390,7 @@ def _leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _check_blocks(length: int, block_size: int | float) -> None:
+def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
     block_size = block_tokens(block_size, length)
     blocks = -(-length // block_size)
     if blocks < 4:
@@ -402,6 +402,18 @@ def _check_blocks(length: int, block_size: int | float) -> None:
             block_size,
             -(-length // 4),
         )
+    for name, keep in (("keep", elimination.keep), ("keep_mlp", elimination.keep_mlp)):
+        if elimination.policy == "ratio" and isinstance(keep, float):
+            kept = math.ceil(keep * blocks - 1e-9) / blocks
+            if kept - keep > 0.05:
+                _log.warning(
+                    "elimination.%s: %g of %d blocks is rounded up to %g of the tokens; smaller "
+                    "blocks come nearer",
+                    name,
+                    keep,
+                    blocks,
+                    kept,
+                )
 
 
 def _windows(config: FinetuneConfig) -> TokenWindows:
