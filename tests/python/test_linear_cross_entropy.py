@@ -138,7 +138,9 @@ def test_frozen_weight_saves_its_gradient():
     assert dweight.numel() == dbias.numel() == 0
 
 
-@pytest.mark.parametrize("divisor", [7, 2.5, torch.tensor(7), torch.tensor(2.5)], ids=str)
+@pytest.mark.parametrize(
+    "divisor", [7, 2.5, torch.tensor(7), torch.tensor(2.5), torch.tensor([3])], ids=str
+)
 def test_divisor(divisor):
     inputs = make_inputs(12, 8, 20)
     results = differentiate(of_ops(divisor=divisor), inputs, torch.float32)
@@ -286,6 +288,7 @@ def test_repeats_are_bit_equal_whatever_the_threads():
         ({"labels": torch.zeros(6).int()}, TypeError, "'labels': expected int64, got int32"),
         ({"segment_rows": 0}, ValueError, "'segment_rows': expected at least 1, got 0"),
         ({"divisor": 0}, ValueError, "'divisor': expected a positive number, .* got 0"),
+        ({"divisor": torch.ones(2)}, ValueError, r"'divisor': expected one number, got .*\[2\]"),
         (
             {"divisor": float("nan")},
             ValueError,

@@ -123,6 +123,11 @@ def linear_cross_entropy(
             "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "
             f"None, got {divisor}"
         )
+    if isinstance(divisor, Tensor) and divisor.numel() != 1:
+        raise ValueError(
+            "linear_cross_entropy: argument 'divisor': expected one number, got shape "
+            f"{list(divisor.shape)}"
+        )
     grad = torch.is_grad_enabled()
     hidden_grad = grad and hidden.requires_grad
     weight_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -132,5 +137,5 @@ def linear_cross_entropy(
         divisor = count
     if isinstance(divisor, Tensor):
         # Where nothing counts this is 0 / tiny = 0.
-        divisor = divisor.to(total).clamp(min=torch.finfo(total.dtype).tiny)
+        divisor = divisor.to(total).reshape(()).clamp(min=torch.finfo(total.dtype).tiny)
     return total / divisor
