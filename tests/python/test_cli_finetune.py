@@ -227,7 +227,9 @@ def test_interrupted(lemo, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(StepProgress, "__call__", interrupt)
-        code, _, err = lemo(SHORT.replace("--steps 2", "--steps 4 --save-every 2"))
+        code, _, err = lemo(
+            SHORT.replace("--steps 2", "--steps 4 --save-every 2 --set warmup_steps=1")
+        )
     assert code == 130
     assert err.splitlines()[-1] == "lemo: interrupted"
     assert "to go on: lemo finetune --output run --resume" in err

@@ -487,6 +487,7 @@ def test_unsupported_settings_are_named(architecture, overrides, message):
         ({"output_attentions": True}, ValueError, "output_attentions: not available"),
         ({"inputs_embeds": torch.zeros(2, 61, HIDDEN)}, ValueError, "exactly one of input_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 61])}, ValueError, "position_ids: expected for packed"),
+        ({"input_ids": make_ids(1, 9)[0]}, ValueError, r"input_ids: .*tokens\], got \[9\]"),
         ({"labels": make_ids(2, 60)}, ValueError, r"labels: expected .*\[2, 61\], got \[2, 60\]"),
     ],
 )

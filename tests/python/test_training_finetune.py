@@ -294,6 +294,12 @@ def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_si
     assert ("rounded up" in caplog.text) == (kept is not None)
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
+def test_a_warmup_longer_than_the_run_is_named(config, caplog, warmup, warned):
+    finetune(dataclasses.replace(config, steps=1, warmup_steps=warmup))
+    assert (f"warmup_steps: {warmup} steps of warm-up in a run of 1 end" in caplog.text) == warned
+
+
 def test_resuming_a_run_that_is_done_says_so(config, caplog):
     finetune(config)
     before = snapshot(Path(config.output))

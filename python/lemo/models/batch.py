@@ -135,4 +135,10 @@ def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence
     """(B, S) of a batch given as ids or embeddings; exactly one of the two must be given."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
+    for name, given, dims in (
+        ("input_ids", input_ids, ["batch", "tokens"]),
+        ("inputs_embeds", inputs_embeds, ["batch", "tokens", "hidden size"]),
+    ):
+        if given is not None and given.ndim != len(dims):
+            raise ValueError(f"{name}: expected [{', '.join(dims)}], got {list(given.shape)}")
     return tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])

@@ -169,6 +169,14 @@ class _Run:
         supported = None if config.elimination is None else ADAPTERS
         model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
+        if config.warmup_steps > config.steps:
+            _log.warning(
+                "warmup_steps: %d steps of warm-up in a run of %d end before the learning rate of "
+                "%g is reached",
+                config.warmup_steps,
+                config.steps,
+                config.learning_rate,
+            )
         self.windows = _windows(config)
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         base = load_model(config.model, model_config, dtype)
