@@ -341,6 +341,18 @@ def test_accelerate_prepared_before_is_refused(mixed_precision):
         lemo.enable(model, HALF)
 
 
+def trainer_arguments(folder, **settings):
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        **settings,
+    )
+
+
 @pytest.mark.cpu_only
 def test_the_trainer_of_transformers(tmp_path):
     def train(eliminate):
@@ -348,17 +360,7 @@ def test_the_trainer_of_transformers(tmp_path):
         if eliminate:
             lemo.enable(model, EVERYTHING)
         rows = [{"input_ids": row, "labels": row, "unused": 1} for row in make_ids(8, 30)]
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            max_steps=2,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            logging_steps=1,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-        )
+        arguments = trainer_arguments(tmp_path, max_steps=2, logging_steps=1, save_strategy="no")
         trainer = Trainer(model, arguments, train_dataset=rows)
         trainer.train()
         return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log])
@@ -384,16 +386,7 @@ def test_a_resumed_trainer_keeps_what_one_without_interruption_keeps(tmp_path):
     def train(folder, checkpoint=None):
         model = make_model("llama")
         handle = lemo.enable(model, config)
-        arguments = TrainingArguments(
-            output_dir=str(folder),
-            max_steps=4,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=2,
-            save_steps=2,
-            report_to=[],
-            use_cpu=True,
-            disable_tqdm=True,
-        )
+        arguments = trainer_arguments(folder, max_steps=4, save_steps=2)
         kept = Kept(handle)
         callbacks = [lemo.TrainerCallback(handle), kept]
         trainer = Trainer(model, arguments, train_dataset=rows, callbacks=callbacks)
@@ -401,7 +394,7 @@ def test_a_resumed_trainer_keeps_what_one_without_interruption_keeps(tmp_path):
         return kept.blocks
 
     whole = train(tmp_path / "whole")
-    assert [len(blocks) for blocks in whole] == [4, 4, 8, 8]
+    assert [len(blocks) for blocks in whole] == [8, 8, 16, 16]
     assert len({tuple(blocks) for blocks in whole}) == 4
     assert train(tmp_path / "rest", str(tmp_path / "whole" / "checkpoint-2")) == whole[2:]
 
