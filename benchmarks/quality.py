@@ -418,12 +418,15 @@ def table_of(protocol: tuple, methods: dict[str, list[dict]]) -> str:
         "| | steps | kept | s a step | GiB | " + " | ".join(kinds) + " | retrieval |",
         "|---" + "|---:" * (5 + len(kinds)) + "|",
     ]
+    timed = [row for rows in methods.values() for row in rows if "step_seconds" in row]
+    # Times of runs that shared a GPU stand where no run had one alone, and with how many it was.
+    fewest = min((row["runs_at_a_time"] for row in timed), default=1)
     for name, rows in methods.items():
         cells = [
             name + (f" ({len(rows)} runs)" if len(rows) > 1 else ""),
             f"{rows[0]['shape']['steps']}",
             _cell(rows, "kept_share", ".2f"),
-            _times(rows),
+            _times(rows, fewest),
             _cell(rows, "peak_memory_gib", ".1f"),
         ]
         for kind in kinds:
@@ -458,12 +461,13 @@ def _cell(rows: list[dict], name: str, form: str) -> str:
     return format(statistics.mean(row[name] for row in rows), form)
 
 
-def _times(rows: list[dict]) -> str:
-    """Seconds of a step of the runs that had a GPU alone, for each kind of GPU."""
+def _times(rows: list[dict], at_a_time: int) -> str:
+    """Seconds of a step of the runs that were so many at a time, for each kind of GPU."""
     times: dict[str, list[float]] = {}
+    shared = f" shared by {at_a_time}" if at_a_time > 1 else ""
     for row in rows:
-        if "step_seconds" in row and row["runs_at_a_time"] == 1:
-            gpu = (row["gpu"] or "CPU").removeprefix("NVIDIA ").split()[0]
+        if "step_seconds" in row and row["runs_at_a_time"] == at_a_time:
+            gpu = (row["gpu"] or "CPU").removeprefix("NVIDIA ").split()[0] + shared
             times.setdefault(gpu, []).append(row["step_seconds"])
     return ", ".join(f"{statistics.mean(values):.3f} {gpu}" for gpu, values in times.items())
 

@@ -38,6 +38,7 @@ SHOWN = {
     "computed16-0.3": "sandybrown",
     "even16-0.3": "saddlebrown",
     "paper": "gray",
+    "drop4096": "steelblue",
 }
 PROTOCOLS = (
     (16384, 160, 8, 2e-3, False, "steps"),

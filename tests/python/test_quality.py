@@ -212,6 +212,27 @@ def test_the_methods_of_the_repository_are_valid(inputs):
             LemoConfig(**method["elimination"])
 
 
+@pytest.mark.parametrize(
+    ("runs", "shown"),
+    [
+        ([("dense", 1, 2.0), ("half", 1, 1.0), ("half", 3, 9.0)], ["2.000 H200", "1.000 H200"]),
+        ([("dense", 1, 2.0), ("half", 3, 9.0)], ["2.000 H200", ""]),
+        (
+            [("dense", 3, 8.0), ("half", 3, 4.0), ("half", 4, 9.0)],
+            ["8.000 H200 shared by 3", "4.000 H200 shared by 3"],
+        ),
+    ],
+)
+def test_times_of_runs_that_shared_a_gpu_stand_only_where_no_run_had_one(runs, shown):
+    methods = {}
+    for name, at_a_time, seconds in runs:
+        row = {"step_seconds": seconds, "runs_at_a_time": at_a_time, "gpu": "NVIDIA H200"}
+        row |= {"seed": 0, "shape": {"steps": 9}, "perplexity": {"book": 2.0}}
+        methods.setdefault(name, []).append(row | {"retrieval": {"mean": 1.0}})
+    lines = quality.table_of((16, 9, 1, 1e-3, False, "steps"), methods).splitlines()[4:]
+    assert [line.split("|")[4].strip() for line in lines] == shown
+
+
 def test_the_page_shows_the_recorded_results():
     page = quality_plots.PAGE.read_text(encoding="utf-8")
     assert page == quality_plots.updated(page, quality_plots.read_rows())

@@ -15,7 +15,7 @@ from lemo.config import LemoConfig
 from lemo.models.adapters import Adapter, adapter_for
 from lemo.models.batch import PackedBatch
 from lemo.models.decoder import Decoder
-from lemo.models.loss import causal_lm_loss, next_labels
+from lemo.models.loss import IGNORE_INDEX, causal_lm_loss, next_labels
 from lemo.scorers import PredictorScorer, RandomScorer, make_scorer
 from lemo.selection import LayerStatistics, Selector
 
@@ -161,7 +161,7 @@ class Handle:
                 f"in segments, got {self._adapter.causal_lm.loss_function}"
             )
         batch, x = self._embed(arguments)
-        ignore_index = arguments.get("ignore_index", _IGNORE_INDEX)
+        ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
         targets = next_labels(batch, labels, arguments.get("shift_labels"), ignore_index)
         x, entries = self._decode(arguments, batch, x, targets != ignore_index)
         loss = causal_lm_loss(
@@ -232,10 +232,6 @@ class Handle:
             raise TypeError(
                 f"attention_mask: expected a [batch, tokens] tensor, got {type(mask).__name__}"
             )
-
-
-# What ForCausalLMLoss leaves out where no other label is named.
-_IGNORE_INDEX = -100
 
 
 def _replace_forward(

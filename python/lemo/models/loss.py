@@ -10,14 +10,17 @@ from lemo.models.adapters import Adapter, active_module, is_intercepted
 from lemo.models.batch import PackedBatch
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 
-__all__ = ["causal_lm_loss", "next_labels"]
+__all__ = ["IGNORE_INDEX", "causal_lm_loss", "next_labels"]
+
+# The label that ForCausalLMLoss leaves out where no other one is named.
+IGNORE_INDEX = -100
 
 
 def next_labels(
     batch: PackedBatch,
     labels: Tensor,
     shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """[T], for every row of `batch` the label that it predicts.
 
@@ -47,7 +50,7 @@ def causal_lm_loss(
     masked: Tensor | None = None,
     segment_rows: int | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
     """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, fp32 scalar.
 
