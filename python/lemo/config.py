@@ -36,7 +36,8 @@ class LemoConfig:
             before those that have none (prompts, say); "threshold" the blocks that score at least
             the layer's threshold (LeMo, section 5.1).
         keep: share of blocks that attention keeps, in [0, 1], rounded up to whole blocks: of
-            quarters 0.3 keeps half, and 0.8 all. A list has one entry for each layer.
+            quarters 0.3 keeps half, and 0.8 all. A list has one entry for each layer. 0 everywhere
+            is refused by `lemo.enable`.
         keep_mlp: the same for the MLP; None: the MLP uses attention's kept set of its layer. Both
             are for the policy "ratio".
         thresholds: one for each layer, for attention. None with policy "threshold" and scorer
@@ -51,8 +52,10 @@ class LemoConfig:
             (queries and keys of block means), "predictor" (trained by `lemo prepare`), or "label"
             (exact scores; slow, for experiments).
         predictor: folder written by `lemo prepare`; needed by scorer "predictor".
-        keep_first: blocks always kept at the start of a sequence.
-        keep_last: blocks always kept at the end of a sequence.
+        keep_first: blocks always kept at the start of a sequence. By ratio, blocks that have labels
+            come before them if they have none, and with scorer "random" they are kept only where
+            the share leaves room for another block.
+        keep_last: the same at the end of a sequence.
         visible_keys: what kept rows attend to. "kept": kept rows. "all": also rows that are not
             kept, as they are in the residual stream. "computed": also rows that are not kept, which
             all layers compute, without gradients and storing keys and values only: the forward pass
@@ -66,9 +69,10 @@ class LemoConfig:
             share in (0, 1]: those that fewer than this share of all sub-blocks kept (dense layers
             keep every token); False: all count.
         burn_in: tokens at the start of a kept span whose loss does not count either, because the
-            text right before them is missing: a number, at most a block, or a share of a block,
-            rounded up. Nothing with `visible_keys` "computed", where no text is missing, nor where
-            `mask_loss` masks nothing: False, or True beside dense layers, which keep every token.
+            text right before them is missing: a number, less than a block, or a share of a block
+            below 1, rounded up. Nothing with `visible_keys` "computed", where no text is missing,
+            nor where `mask_loss` masks nothing: False, or True beside dense layers, which keep
+            every token.
         loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all
@@ -116,13 +120,18 @@ class LemoConfig:
         else:
             _check_int("block_size", self.block_size, minimum=1)
         if isinstance(self.burn_in, float):
-            if not 0.0 <= self.burn_in <= 1.0:
+            if not 0.0 <= self.burn_in < 1.0:
                 raise ValueError(
-                    "burn_in: expected a number of tokens or a share in [0, 1], "
+                    "burn_in: expected a number of tokens or a share in [0, 1), "
                     f"got {self.burn_in!r}"
                 )
         else:
             _check_int("burn_in", self.burn_in, minimum=0)
+            if isinstance(self.block_size, int) and self.burn_in >= self.block_size > 1:
+                raise ValueError(
+                    f"burn_in: expected fewer tokens than a block of {self.block_size}, got "
+                    f"{self.burn_in}"
+                )
         _check_int("keep_first", self.keep_first, minimum=0)
         _check_int("keep_last", self.keep_last, minimum=0)
         _check_int("seed", self.seed, minimum=0)
@@ -229,6 +238,11 @@ def block_tokens(block_size: int | float, longest: int) -> int:
     if isinstance(block_size, float):
         return max(math.ceil(block_size * longest - 1e-9), 1)
     return block_size
+
+
+def kept_blocks(share: float, blocks: int) -> int:
+    """Blocks that a share of `blocks` keeps: rounded up, but for a rounding error of the product."""
+    return math.ceil(share * blocks - 1e-9)
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:

@@ -56,6 +56,11 @@ class BlockLayout:
     def num_blocks(self) -> int:
         return self.block_starts.numel() - 1
 
+    @property
+    def block_counts(self) -> list[int]:
+        """Blocks of each sequence."""
+        return [-(-seqlen // self.block_size) for seqlen in self.seqlens]
+
     def blocks_with(self, rows: Tensor) -> Tensor:
         """[B] bool, the blocks of which one row or more is set in `rows`, [T] bool."""
         before = pad(rows.cumsum(0, dtype=torch.int32), (1, 0))

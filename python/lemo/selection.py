@@ -1,7 +1,8 @@
 """Which blocks every sub-block keeps: scores, policies, sharing between layers, statistics."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lemo import ops
-from lemo.config import LemoConfig, block_tokens
+from lemo.config import LemoConfig, block_tokens, kept_blocks
 from lemo.layout import BlockLayout, Selection
 
 __all__ = ["LayerStatistics", "Selection", "Selector"]
@@ -75,12 +76,25 @@ class Selector:
         keep_mlp = config.keep if config.keep_mlp is None else config.keep_mlp
         self._keep["mlp"] = _per_layer("keep_mlp", keep_mlp, num_layers)
         self._source = self._resolve_sources()
+        self._keeps_everything = False
         self._layout: BlockLayout | None = None
         self._labelled: Tensor | None = None
         self._scores: dict[str, Tensor] = {}
         self._cuts: dict[tuple[str, str, float], Selection] = {}
         self._selected: dict[str, list[Selection]] = {"attention": [], "mlp": []}
         self._left_out: dict[int, Selection] = {}
+        self._reached_threshold = False
+        self._check_keeps_something()
+
+    def _check_keeps_something(self) -> None:
+        """By the settings; `check_kept` does by what a pass has kept."""
+        shares = [share for kind in self._keep.values() for share in kind]
+        shares += [keep for _, keep in self.config.schedule]
+        if self.config.policy == "ratio" and not self._dense and not any(shares):
+            raise ValueError(
+                "keep: expected more than 0 in some layer, got 0 everywhere, so nothing would be "
+                "trained"
+            )
 
     def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
         config = self.config
@@ -119,6 +133,15 @@ class Selector:
                     f"chooses a set, got {list(self.config.select_at)}"
                 )
         return sources
+
+    @contextmanager
+    def keeping_everything(self) -> Iterator[None]:
+        """Every sub-block keeps everything inside, whatever the settings say."""
+        self._keeps_everything = True
+        try:
+            yield
+        finally:
+            self._keeps_everything = False
 
     def set_progress(self, progress: float) -> None:
         """Share of the training that is done, in [0, 1]; drives the schedule."""
@@ -166,7 +189,7 @@ class Selector:
 
     def _rule(self, layer: int, kind: str) -> tuple[str, float] | None:
         """(policy, value) of a sub-block; None keeps everything."""
-        if layer in self._dense:
+        if layer in self._dense or self._keeps_everything:
             return None
         keep = self._scheduled_keep()
         if keep is None and self.config.policy == "threshold":
@@ -188,22 +211,56 @@ class Selector:
             return self._everything()
         key = (kind, *rule)
         if key not in self._cuts:
-            keep_first, keep_last = self.config.keep_first, self.config.keep_last
-            scores = self._scores[kind]
-            if rule[0] == "ratio":
-                scores = self._labelled_first(scores)
-            cut = ops.token_select(scores, layout, *rule, keep_first, keep_last)
+            scores, always = self._scores[kind], (self.config.keep_first, self.config.keep_last)
+            if rule[0] == "ratio" and (self._labelled is not None or self._crowded(rule[1])):
+                scores, always = self._ranks(scores, rule[1]), (0, 0)
+            cut = ops.token_select(scores, layout, *rule, *always)
             # All rows kept is the dense case, which needs no row index.
             self._cuts[key] = self._everything() if cut.num_rows == layout.num_tokens else cut
         return self._cuts[key]
 
-    def _labelled_first(self, scores: Tensor) -> Tensor:
-        """Scores [B] that put blocks without a label behind all others, else in the same order."""
+    def _always_kept(self, keep: float) -> list[int]:
+        """Blocks that come before others whatever their scores.
+
+        Chance is there to train every block in turn: it gets the share where nothing of it would be
+        left.
+        """
+        first = 0
+        blocks: list[int] = []
+        for count in self._layout.block_counts:
+            ends = {*range(count)[: self.config.keep_first]}
+            ends |= {*range(count)[count - min(self.config.keep_last, count) :]}
+            if self.config.scorer != "random" or len(ends) < kept_blocks(keep, count):
+                blocks += [first + block for block in sorted(ends)]
+            first += count
+        return blocks
+
+    def _crowded(self, keep: float) -> bool:
+        """Whether blocks that are always kept would leave nothing of some sequence to chance."""
+        if self.config.scorer != "random":
+            return False
+        ends = self.config.keep_first + self.config.keep_last
+        counts = [count for count in self._layout.block_counts if count]
+        return any(min(ends, count) >= kept_blocks(keep, count) for count in counts)
+
+    def _ranks(self, scores: Tensor, keep: float) -> Tensor:
+        """Scores [B] that put blocks with a label before those without, and in either group the
+        blocks that are always kept before the others; apart from that in the same order."""
+        always = self._always_kept(keep)
         if self._labelled is None:
-            return scores
+            priority = torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+        else:
+            priority = 2 * self._labelled.int()
+        if always:
+            index = torch.tensor(always, device="cpu")
+            if scores.device.type == "cuda":
+                # A copy that the host does not wait for.
+                index = index.pin_memory()
+            index = index.to(scores.device, non_blocking=True)
+            priority = priority.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
         # Ranks, exact whatever the scores are; among equal ones the earlier block stays first.
         order = scores.argsort(descending=True, stable=True)
-        order = order[self._labelled[order].int().argsort(descending=True, stable=True)]
+        order = order[priority[order].argsort(descending=True, stable=True)]
         ranks = order.argsort().to(scores.dtype)
         return torch.where(scores.isnan(), scores, -ranks)
 
@@ -220,8 +277,36 @@ class Selector:
             self._left_out[id(selection)] = ops.left_out(selection)
         return self._left_out[id(selection)]
 
-    def masked_rows(self) -> Tensor | None:
-        """[T] bool: rows whose loss does not count after this pass; None: all count."""
+    def check_kept(self) -> None:
+        """Raises ValueError after a pass that trains nothing, or, the first, only fixed blocks."""
+        selections = [s for kind in self._selected.values() for s in kind]
+        if not any(selection.num_rows for selection in selections):
+            raise ValueError(
+                "keep: expected some block to be kept, got none in any layer, so nothing is trained"
+            )
+        if self.config.policy != "threshold" or self._reached_threshold:
+            return
+        ends, everything = self.config.keep_first + self.config.keep_last, self._layout.num_blocks
+        fixed = sum(min(ends, count) for count in self._layout.block_counts)
+        kept = max(
+            everything if selection.kept_blocks is None else selection.kept_blocks.numel()
+            for kind in self._selected.values()
+            for layer, selection in enumerate(kind)
+            if layer not in self._dense or len(self._dense) == self.num_layers
+        )
+        self._reached_threshold = kept > fixed or fixed == everything
+        if not self._reached_threshold:
+            raise ValueError(
+                f"thresholds: expected some block to reach one, got none of {everything} in the "
+                "first batch; only the blocks that are always kept would be trained"
+            )
+
+    def masked_rows(self, complete: bool = False) -> Tensor | None:
+        """[T] bool: rows whose loss does not count after this pass; None: all count.
+
+        Args:
+            complete: whether nothing was missing in this pass, so that nothing is burnt in.
+        """
         mask = self.config.mask_loss
         if mask is False:
             return None
@@ -239,7 +324,7 @@ class Selector:
         times.index_add_(0, kept, torch.ones_like(kept))
         masked = times < needed - everywhere
         rows = masked.repeat_interleave(lengths, output_size=layout.num_tokens)
-        complete = self.config.burn_in == 0 or self.config.visible_keys == "computed"
+        complete = complete or self.config.burn_in == 0 or self.config.visible_keys == "computed"
         return rows if complete else rows | self._burnt_in(masked, lengths)
 
     def _burnt_in(self, masked: Tensor, lengths: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def test_lora(architecture, name):
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     kind=st.sampled_from(["right", "left", "packed"]),
     block_size=st.integers(1, 12),
-    keep=st.floats(0, 1),
+    keep=st.floats(1e-6, 1),
     forced=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     visible_keys=st.sampled_from(["kept", "all", "computed"]),
 )
@@ -290,7 +290,9 @@ def test_two_forward_passes_before_one_backward(checkpointing):
 def test_rows_that_are_not_kept_pass_through_unchanged():
     model = make_model("llama")
     handle = lemo.enable(model, preset("own sets"))
-    states = model(**padded_batch([64]), output_hidden_states=True).hidden_states
+    # Hidden states that a user asks for are the dense model's, so inside:
+    packed, x = handle._embed(padded_batch([64]))
+    _, states = handle._decode(handle._decoder, packed, x, None, True)
     layout = handle.statistics()[0].layout
     for layer in handle.statistics()[:-1]:
         kept = torch.zeros(layout.num_blocks, dtype=torch.bool)

@@ -84,7 +84,7 @@ def test_the_decoder_alone_eliminates_too():
 
 def test_statistics():
     model = make_model("llama")
-    handle = lemo.enable(model, config_of(keep=0.5, keep_mlp=0.25, dense_layers=[0], block_size=8))
+    handle = lemo.enable(model, config_of(keep=0.75, keep_mlp=0.5, dense_layers=[0], block_size=8))
     assert handle.statistics() == []
     model(**BATCH)
     first, *others = handle.statistics()
@@ -95,11 +95,12 @@ def test_statistics():
         # 8 blocks (the last of 5 tokens) and 5 blocks of 8.
         assert layer.layer == number
         assert layer.layout.seqlens == (61, 40)
-        assert len(layer.attention_blocks) == 4 + 3
-        assert layer.attention_rows == 3 * 8 + 5 + 3 * 8
-        assert len(layer.mlp_blocks) == 2 + 2
-        assert {0, 7, 8, 12} <= set(layer.attention_blocks.tolist())
-        assert layer.mlp_blocks.tolist() == [0, 7, 8, 12]
+        assert len(layer.attention_blocks) == 6 + 4
+        assert layer.attention_rows == 5 * 8 + 5 + 4 * 8
+        assert len(layer.mlp_blocks) == 4 + 3
+        assert layer.mlp_rows == 3 * 8 + 5 + 3 * 8
+        for blocks in (layer.attention_blocks, layer.mlp_blocks):
+            assert {0, 7, 8, 12} <= set(blocks.tolist())
 
 
 def test_schedule():
@@ -165,7 +166,10 @@ def test_masked_tokens_have_no_loss():
         handle = lemo.enable(model, config_of(**config, mask_loss=mask))
         losses[mask] = model(**BATCH).loss
         statistics = handle.statistics()
-        logits = model(BATCH["input_ids"], BATCH["attention_mask"]).logits
+        # Logits that a user asks for are the dense model's, so inside:
+        packed, x = handle._embed(BATCH)
+        x, _ = handle._decode(handle._decoder, packed, x, None, False)
+        logits = model.lm_head(packed.unpack(handle._adapter.stream_output(x)[1]))
     kept = torch.zeros(101, dtype=torch.bool)
     for layer in statistics:
         starts = layer.layout.block_starts.tolist()
@@ -254,23 +258,46 @@ def test_no_label_at_all_gives_zero_and_zero_gradients():
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
-def test_labels_under_padding_do_not_count():
+@pytest.mark.parametrize("shifted", [False, True])
+def test_padding_that_has_labels_is_refused(shifted):
+    """The model's own loss counts it, over tokens that see nothing."""
     model = make_model("llama")
     lemo.enable(model, EVERYTHING)
-    expected = model(**BATCH).loss
-    padding = BATCH["attention_mask"] == 0
-    # Predictions *of* padding by the last token are the caller's to mask, as in Transformers.
-    padding[:, 1:] &= BATCH["attention_mask"][:, :-1] == 0
-    batch = {**BATCH, "labels": BATCH["labels"].masked_fill(padding, 7)}
-    assert torch.equal(model(**batch).loss, expected)
+    mask, labels = BATCH["attention_mask"] == 0, BATCH["labels"].clone()
+    labels[mask] = 7
+    batch = {**BATCH, "labels": labels}
+    if shifted:
+        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
+        batch["shift_labels"] = labels
+    name = "shift_labels" if shifted else "labels"
+    # The first token of the padding is predicted by the last that is none, and may have a label.
+    with pytest.raises(ValueError, match=f"^{name}: expected -100 on padding .* got 20 labels"):
+        model(**batch)
+
+
+@fp32
+def test_a_first_token_behind_padding_does_not_count():
+    """Padding on the left predicts it, and has no loss; the divisor shrinks with it."""
+    batch = padded_batch([61, 40], side="left")
+    batch["labels"] = batch["input_ids"].where(
+        batch["attention_mask"].bool(), torch.tensor(-100)
+    )
+    model = make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    mean = model(**batch).loss
+    used = int((batch["labels"][:, 1:] != -100).sum())
+    assert_close_fp32(model(**batch, num_items_in_batch=used).loss, mean)
 
 
 @fp32
 def test_tuple_outputs_and_logits_to_keep():
     model, dense = make_model("llama"), make_model("llama")
     lemo.enable(model, EVERYTHING)
-    (loss,) = model(**BATCH, return_dict=False)
-    assert_close_fp32(loss, dense(**BATCH).loss)
+    outputs = model(**BATCH, return_dict=False)
+    assert len(outputs) == 2
+    for mine, expected in zip(outputs, dense(**BATCH, return_dict=False)):
+        present = BATCH["attention_mask"].bool() if mine.ndim else ...
+        assert_close_fp32(mine[present], expected[present])
     ids = BATCH["input_ids"]
     for keep in (3, torch.tensor([2, 5])):
         assert_close_fp32(
@@ -327,11 +354,13 @@ def test_accelerate_prepares_afterwards(mixed_precision):
     with torch.autocast("cpu", torch.bfloat16):
         lemo.enable(dense, HALF)
         assert torch.equal(outputs.loss, dense(**BATCH).loss)
-    with pytest.raises(RuntimeError, match="forward was wrapped after lemo.enable"):
-        handle.remove()
-    assert handle.statistics()
-    mixed_precision.unwrap_model(model, keep_fp32_wrapper=False)
     handle.remove()
+    assert model(**BATCH).loss.dtype == torch.float32, "Accelerate's wrapper stays"
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = make_model("llama")(**BATCH).loss
+    assert torch.equal(model(**BATCH).loss, expected)
+    mixed_precision.unwrap_model(model, keep_fp32_wrapper=False)
+    assert torch.equal(model(**BATCH).loss, make_model("llama")(**BATCH).loss)
 
 
 @pytest.mark.cpu_only
@@ -491,9 +520,15 @@ def test_bad_inputs_are_named(arguments, error, message):
         model(**{"input_ids": make_ids(2, 61), "labels": make_ids(2, 61), **arguments})
 
 
-def test_a_loss_function_of_ones_own_is_refused():
-    model = make_model("llama")
+@fp32
+def test_a_loss_function_of_ones_own_gets_the_dense_logits():
+    model, dense = make_model("llama"), make_model("llama")
     lemo.enable(model, HALF)
-    model.loss_function = lambda **kwargs: 0.0
-    with pytest.raises(ValueError, match="model.loss_function: expected"):
-        model(**packed_batch([30]))
+
+    def loss_function(logits, labels, vocab_size, num_items_in_batch=None, **kwargs):
+        return logits.logsumexp(-1)[labels > 3].sum() / (num_items_in_batch * vocab_size)
+
+    for each in (model, dense):
+        each.loss_function = loss_function
+    batch = {**packed_batch([30, 20]), "num_items_in_batch": 9, "use_cache": False}
+    assert_close_fp32(model(**batch).loss, dense(**batch).loss)

@@ -12,7 +12,8 @@ from transformers.activations import SiLUActivation
 
 from lemo import ops
 from lemo.models.batch import PackedBatch, shape_of
-from lemo.models.linear import apply_linear, is_intercepted
+from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
+from lemo.models.linear import apply_linear
 from lemo.ops.select_norm import select_norm_into
 
 __all__ = ["ADAPTERS", "Adapter", "adapter_for"]
@@ -57,10 +58,11 @@ class Adapter:
 
     def layer(self, index: int) -> nn.Module:
         """One layer of the decoder, attention and MLP with their norms."""
-        return self.decoder.layers[index]
+        return own_module(self.decoder.layers[index])
 
     def check_supported(self) -> None:
         """Raises ValueError where elimination in training would not compute what the model does."""
+        self.check_parts()
         for index in range(self.num_layers):
             share = self._attention_dropout(self.layer(index).self_attn)
             if share:
@@ -75,6 +77,10 @@ class Adapter:
             raise ValueError(
                 f"model: expected all parameters on one device, got {', '.join(devices)}"
             )
+
+    def check_parts(self) -> None:
+        """Raises ValueError where somebody changed what lemo runs itself; cheap."""
+        check_parts(self.decoder, self.config._attn_implementation)
 
     def _attention_dropout(self, attention: nn.Module) -> float:
         return attention.attention_dropout
@@ -384,7 +390,8 @@ def active_module(module: nn.Module) -> nn.Module:
 def _is_transformers(module: nn.Module, ending: str) -> bool:
     """Whether the class is one of Transformers' own of such a name: LlamaMLP, Qwen3RMSNorm, ..."""
     cls = type(module)
-    return cls.__module__.startswith("transformers.models.") and cls.__name__.endswith(ending)
+    of_transformers = cls.__module__.startswith("transformers.models.")
+    return of_transformers and cls.__name__.endswith(ending) and has_own_forward(cls)
 
 
 def _is_silu(activation: nn.Module) -> bool:

@@ -87,6 +87,15 @@ class PackedBatch:
         """Whether some of the B * S tokens are padding."""
         return self._token_rows is not None
 
+    def padding(self) -> Tensor | None:
+        """[B, S] bool, the tokens that are padding; None: no token is."""
+        if self._token_rows is None:
+            return None
+        padding = torch.ones(
+            self.shape[0] * self.shape[1], dtype=torch.bool, device=self._token_rows.device
+        )
+        return padding.index_fill_(0, self._token_rows, False).reshape(self.shape)
+
     def pack(self, values: Tensor) -> Tensor:
         """[B, S, ...] -> [T, ...]; shares storage with `values` when nothing is padded."""
         flat = values.reshape(-1, *values.shape[2:])

@@ -1,19 +1,29 @@
-"""lemo.TrainerCallback: token elimination in the training loop of Transformers."""
+"""Token elimination in the trainers of Transformers and of those who build on it, such as TRL."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
+from torch import Tensor, nn
 
+from lemo.models import labels as named_labels
 from lemo.models.enable import Handle
+from lemo.models.loss import IGNORE_INDEX
 
-__all__ = ["TrainerCallback"]
+__all__ = ["TrainerCallback", "attach"]
+
+# What collators call the tokens that a loss counts, where they give no `labels`.
+_MASKS = ("completion_mask", "assistant_masks")
 
 
 class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
 
-    Drives `LemoConfig.schedule`, and makes random blocks depend on the step, so that a training
-    that is resumed from a checkpoint keeps what one without interruption keeps.
+    Drives `LemoConfig.schedule`, makes random blocks depend on the step, so that a training that is
+    resumed from a checkpoint keeps what one without interruption keeps, and names the labels that
+    the trainer's model gets, whatever the trainer made of its forward.
 
         handle = lemo.enable(model, config)
         Trainer(model, args, train_dataset=data, callbacks=[lemo.TrainerCallback(handle)]).train()
@@ -31,6 +41,16 @@ class TrainerCallback(transformers.TrainerCallback):
                 f"handle: expected what lemo.enable returns, got {type(handle).__name__}"
             )
         self._handle = handle
+        self._unwatch: Callable[[], None] = lambda: None
+
+    def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        # The trainer may have wrapped the model since it was enabled.
+        if model is not None:
+            self._unwatch()
+            self._unwatch = named_labels.watch(model, self._handle)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._unwatch()
 
     def on_step_begin(
         self,
@@ -40,3 +60,49 @@ class TrainerCallback(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._handle.begin_step(state.global_step, state.max_steps)
+
+
+def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
+    """Adds the callback and names the labels of every batch; returns what undoes it.
+
+    Raises:
+        TypeError, ValueError: see `Handle.attach`.
+    """
+    if not isinstance(trainer, transformers.Trainer):
+        raise TypeError(
+            f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}"
+        )
+    if not any(module is handle.causal_lm for module in trainer.model.modules()):
+        raise ValueError(
+            f"trainer: expected one of the model that lemo was enabled on, got one of another "
+            f"{type(trainer.model).__name__}"
+        )
+    callback = TrainerCallback(handle)
+    trainer.add_callback(callback)
+    compute_loss = trainer.compute_loss
+
+    @functools.wraps(compute_loss)
+    def with_labels(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        with named_labels.named(handle, rows_of_batch(inputs)):
+            return compute_loss(model, inputs, *args, **kwargs)
+
+    trainer.compute_loss = with_labels
+
+    def undo() -> None:
+        trainer.remove_callback(callback)
+        if vars(trainer).get("compute_loss") is with_labels:
+            del trainer.compute_loss
+
+    return undo
+
+
+def rows_of_batch(inputs: dict[str, Any]) -> Tensor | None:
+    """[B, S] bool: rows of a trainer's batch that predict what its loss counts; None: unknown."""
+    ids = inputs.get("input_ids")
+    if not torch.is_tensor(ids):
+        return None
+    labels = inputs.get("labels")
+    masks = [] if labels is None else [labels != IGNORE_INDEX]
+    masks += [inputs[name] != 0 for name in _MASKS if torch.is_tensor(inputs.get(name))]
+    fitting = [mask for mask in masks if mask.shape == ids.shape]
+    return named_labels.of_tokens(fitting[0]) if fitting else None

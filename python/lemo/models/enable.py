@@ -1,21 +1,26 @@
 """lemo.enable: token elimination in the training forward pass of a Hugging Face causal LM."""
 
-import functools
-import inspect
-from collections.abc import Callable
-from types import MethodType
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from lemo.config import LemoConfig
+from lemo.models import labels as named_labels
 from lemo.models.adapters import Adapter, adapter_for
+from lemo.models.arguments import CACHES, check_arguments, wants_hidden_states
 from lemo.models.batch import PackedBatch
 from lemo.models.decoder import Decoder
+from lemo.models.forward import ReplacedForward
 from lemo.models.loss import IGNORE_INDEX, causal_lm_loss, next_labels
+from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.verify import verify
 from lemo.scorers import PredictorScorer, RandomScorer, make_scorer
 from lemo.selection import LayerStatistics, Selector
 
@@ -23,17 +28,31 @@ __all__ = ["Handle", "enable"]
 
 _ATTRIBUTE = "_lemo_handle"
 
+_LABELS_UNKNOWN = (
+    ", chosen without regard to labels, because nobody named them: pass `labels` to the model, or "
+    "use handle.labelled(mask) or handle.attach(trainer)"
+)
 
-def enable(model: nn.Module, config: LemoConfig | None = None) -> "Handle":
+
+def enable(
+    model: "nn.Module | transformers.Trainer", config: LemoConfig | None = None
+) -> "Handle":
     """Makes the training forward pass of `model` eliminate tokens, until `handle.remove()`.
 
     Replaces `forward` on two instances, the causal LM and its decoder; classes stay as they are. It
-    acts while the model is in training mode and no key-value cache is used; otherwise the model's
-    own forward runs. With `labels` the loss is computed in segments and `logits` is None. PEFT may
-    wrap the model before or after; `Accelerator.prepare` comes after.
+    acts while the model is in training mode, gradients are enabled and no key-value cache is used;
+    otherwise the model's own forward runs. PEFT may wrap the model before or after, a trainer may
+    be made before or after; `Accelerator.prepare` comes after.
+
+    Where the model gets `labels`, it computes the loss in segments, from the labels of rows that
+    take part; `logits` are computed when they are read. Where logits or hidden states are asked
+    for, each of their rows is what the dense model gives: rows that are not kept are computed, too,
+    without a graph, and gradients come from the kept rows. Blocks that have labels are kept first;
+    which these are is known from `labels`, from `Handle.labelled`, or from a trainer's batches.
 
     Args:
-        model: a causal LM (Llama, Mistral, Qwen2, Qwen3, OPT), possibly wrapped by PEFT.
+        model: a causal LM (Llama, Mistral, Qwen2, Qwen3, OPT), possibly wrapped by PEFT; or the
+            `transformers.Trainer` of one (TRL's are such), see `Handle.attach`.
         config: the settings; None: the defaults.
 
     Returns:
@@ -41,24 +60,30 @@ def enable(model: nn.Module, config: LemoConfig | None = None) -> "Handle":
 
     Raises:
         TypeError: `model` holds no supported causal LM, or `config` is no LemoConfig.
-        ValueError: lemo is enabled already, the forward was replaced by somebody else, the model
-            uses attention dropout or another unsupported setting, or `config` does not fit the
-            model (for example a list without one entry for each layer).
+        ValueError: lemo is enabled already, Accelerate has prepared the model, layers or attention
+            are not Transformers' own, the model uses attention dropout or another unsupported
+            setting, or `config` does not fit the model (for example a list without one entry for
+            each layer).
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
         raise TypeError(f"config: expected a LemoConfig, got {type(config).__name__}")
+    if isinstance(model, transformers.Trainer):
+        handle = enable(model.model, config)
+        handle.attach(model)
+        return handle
     adapter = adapter_for(model)
     for module in (adapter.causal_lm, adapter.decoder):
         if hasattr(module, _ATTRIBUTE):
             raise ValueError("model: lemo is already enabled on it; call handle.remove() first")
-        if "forward" in vars(module):
+        prepared = hasattr(module, "_original_forward")  # by Accelerate
+        if prepared or (module is adapter.decoder and "forward" in vars(module)):
             raise ValueError(
                 f"model: expected {type(module).__name__} with the forward of its class, got one "
                 "replaced on the instance; call lemo.enable before Accelerator.prepare and the like"
             )
     adapter.check_supported()
-    return Handle(adapter, config)
+    return Handle(adapter, config, model)
 
 
 class Handle:
@@ -68,10 +93,13 @@ class Handle:
         config: the settings.
         block_size: tokens of a block, or their share of a batch's longest sequence: that of
             `config`, or that of the predictors where it leaves the choice to them.
+        row_labels: [B, S] bool, rows that predict a label, in the forward pass that runs; None:
+            nothing is known.
     """
 
-    def __init__(self, adapter: Adapter, config: LemoConfig) -> None:
+    def __init__(self, adapter: Adapter, config: LemoConfig, model: nn.Module) -> None:
         self.config = config
+        self.row_labels: Tensor | None = None
         self._adapter = adapter
         self._scorer = make_scorer(config, adapter)
         thresholds, self.block_size = None, config.block_size
@@ -79,37 +107,97 @@ class Handle:
             thresholds = self._scorer.predictors.thresholds
             self.block_size = self._scorer.predictors.block_size
         self._selector = Selector(config, adapter.num_layers, thresholds)
+        parts = adapter, self._selector, self._scorer
         self._decoder = Decoder(
-            adapter,
-            self._selector,
-            self._scorer,
+            *parts,
             visible_keys=config.visible_keys,
             group_size=config.group_size or 0,
             recompute=config.recompute,
         )
+        # Each row of it is what the dense model gives; gradients come from the kept rows.
+        self._dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
+        self._has_trained = False
+        self._said: set[str] = set()
         self._installed = [
-            _replace_forward(adapter.causal_lm, self, Handle._causal_lm_forward),
-            _replace_forward(adapter.decoder, self, Handle._decoder_forward),
+            ReplacedForward(adapter.causal_lm, self, _causal_lm_forward),
+            ReplacedForward(adapter.decoder, self, _decoder_forward),
         ]
+        for forward in self._installed:
+            setattr(forward.__self__, _ATTRIBUTE, self)
+        # Trainers call what they were given, and may replace the forward further inside.
+        self._undo: list[Callable[[], None]] = [named_labels.watch(model, self)]
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The model whose forward is replaced, without what wraps it."""
+        return self._adapter.causal_lm
 
     def remove(self) -> None:
         """Gives the model its own forward back; does nothing when called again.
 
-        Raises:
-            RuntimeError: somebody wrapped the forward since (Accelerate's mixed precision does);
-                nothing is changed then.
+        Where somebody wrapped the forward since (a trainer, Accelerate's mixed precision), the
+        wrapper stays, around the model's own forward.
         """
-        for module, method in self._installed:
-            if vars(module).get("forward") != method:
-                raise RuntimeError(
-                    f"{type(module).__name__}.forward was wrapped after lemo.enable; undo that "
-                    "first, for example with "
-                    "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
-                )
-        for module, _ in self._installed:
-            del module.forward
-            delattr(module, _ATTRIBUTE)
-        self._installed = []
+        for forward in self._installed:
+            forward.release()
+            delattr(forward.__self__, _ATTRIBUTE)
+        for undo in self._undo:
+            undo()
+        self._installed, self._undo = [], []
+
+    def attach(self, trainer: "transformers.Trainer") -> None:
+        """Adds `lemo.TrainerCallback`, and names the labels of each of the trainer's batches.
+
+        So that blocks with labels are kept first also where the model does not get them: with label
+        smoothing, a loss function of one's own, or a trainer's own loss.
+
+        Args:
+            trainer: one of this handle's model, Transformers' or made on it, such as TRL's.
+
+        Raises:
+            TypeError: it is no trainer.
+            ValueError: it trains another model.
+        """
+        from lemo.models.callback import attach
+
+        self._undo.append(attach(trainer, self))
+
+    def verify(self, batch: Mapping[str, Any], tokens: int = 512) -> None:
+        """Checks keep = 1 against the model's own forward on the beginning of a batch.
+
+        Loss and gradients of the trainable parameters must agree to rounding. Call it once, with
+        the first batch: it finds whatever makes the model compute something else than lemo takes it
+        for. Gradients and random numbers stay as they are.
+
+        Args:
+            batch: what the model is called with: input_ids [B, S], and attention_mask,
+                position_ids and labels [B, S] where there are any.
+            tokens: how many tokens of its first sequence to use.
+
+        Raises:
+            ValueError: they differ; the message says by how much, and in which layer first. Or the
+                batch cannot be used.
+        """
+        verify(self._adapter, self._selector, self._loss, self._states, batch, tokens)
+
+    @contextmanager
+    def labelled(self, mask: Tensor) -> Iterator[None]:
+        """Names the tokens whose prediction the loss counts, for forward passes without `labels`.
+
+            with handle.labelled(completion_mask):
+                logits = model(input_ids).logits
+
+        Args:
+            mask: [B, S] of bool or 0/1, set where `labels` would not be -100. Blocks from which
+                these tokens are predicted are kept before the others.
+
+        Raises:
+            ValueError: not two-dimensional; from the forward pass: not one for each token.
+        """
+        if mask.ndim != 2:
+            raise ValueError(f"mask: expected [batch, tokens], got {list(mask.shape)}")
+        with named_labels.named(self, named_labels.of_tokens(mask != 0)):
+            yield
 
     def set_progress(self, progress: float) -> None:
         """Tells the schedule which share of the training is done, in [0, 1]."""
@@ -147,49 +235,111 @@ class Handle:
         if isinstance(self._scorer, RandomScorer):
             self._scorer.generator.set_state(state["random"])
 
-    def _causal_lm_forward(self, arguments: dict[str, Any]) -> CausalLMOutputWithPast:
-        labels = arguments.get("labels")
-        if labels is None:
-            outputs = self._adapter.decoder(**arguments, return_dict=True)
-            keep = arguments.get("logits_to_keep", 0)
-            columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
-            logits = self._adapter.lm_head(outputs.last_hidden_state[:, columns])
-            return CausalLMOutputWithPast(logits=logits, hidden_states=outputs.hidden_states)
-        if self._adapter.causal_lm.loss_function is not ForCausalLMLoss:
-            raise ValueError(
-                "model.loss_function: expected Transformers' ForCausalLMLoss, which lemo computes "
-                f"in segments, got {self._adapter.causal_lm.loss_function}"
-            )
-        batch, x = self._embed(arguments)
+    # A forward pass
+
+    def _acts_on(self, module: nn.Module, arguments: dict[str, Any]) -> bool:
+        """Whether a call of `module` is a training forward pass."""
+        # A cache means generation. config.use_cache is a default for it and does not count here.
+        cached = arguments.get("use_cache") or any(arguments.get(n) is not None for n in CACHES)
+        if not torch.is_grad_enabled():
+            return False  # nothing to save, and a reference model may be what is asked
+        if module.training and not cached:
+            return True
+        if not self._has_trained:
+            why = "a key-value cache is used" if module.training else "the model is in eval mode"
+            self._say(f"{why}, so the model's own forward runs and nothing is eliminated")
+        return False
+
+    def _loss(self, arguments: dict[str, Any]) -> EliminatedOutput:
+        """The output for a call with labels: nothing of the size of all logits is made."""
+        asked = wants_hidden_states(arguments, self._adapter.config)
         ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
-        targets = next_labels(batch, labels, arguments.get("shift_labels"), ignore_index)
-        x, entries = self._decode(arguments, batch, x, targets != ignore_index)
-        loss = causal_lm_loss(
+        batch, x = self._embed(arguments)
+        targets, lost = next_labels(
+            batch, arguments["labels"], arguments.get("shift_labels"), ignore_index
+        )
+        decoder = self._dense_decoder if asked else self._decoder
+        x, entries = self._decode(decoder, batch, x, targets != ignore_index, asked)
+        loss, counted = causal_lm_loss(
             self._adapter,
             x,
             targets,
-            self._selector.masked_rows(),
+            self._selector.masked_rows(complete=asked),
             self.config.loss_segment,
             arguments.get("num_items_in_batch"),
             ignore_index,
+            lost,
         )
+        if counted:
+            self._has_trained = True
+        elif bool((targets != ignore_index).any()):
+            self._nothing_trained()
+        output = EliminatedOutput(loss=loss)
+        rows = named_labels.of_call(arguments)
+
+        def logits() -> Tensor:
+            with named_labels.named(self, rows):
+                return self._logits(arguments).logits
+
+        output.logits = DeferredLogits(logits, self._adapter.causal_lm.parameters())
         if entries is not None:
             entries.append(batch.unpack(self._adapter.stream_output(x)[1]))
-        return CausalLMOutputWithPast(
-            loss=loss, hidden_states=None if entries is None else tuple(entries)
-        )
+            output.hidden_states = tuple(entries)
+        return output
 
-    def _decoder_forward(self, arguments: dict[str, Any]) -> BaseModelOutputWithPast:
+    def _logits(self, arguments: dict[str, Any]) -> EliminatedOutput:
+        """The output for a call without labels, or with a loss function of somebody's own."""
+        states = self._states(arguments)
+        keep = arguments.get("logits_to_keep", 0)
+        columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
+        logits = self._adapter.lm_head(states.last_hidden_state[:, columns])
+        return EliminatedOutput(logits=logits, hidden_states=states.hidden_states)
+
+    def _custom_loss(self, arguments: dict[str, Any]) -> EliminatedOutput:
+        with named_labels.named(self, named_labels.of_call(arguments)):
+            output = self._logits(arguments)
+        extra = ("num_items_in_batch", "shift_labels", "ignore_index")
+        output.loss = self._adapter.causal_lm.loss_function(
+            logits=output.logits,
+            labels=arguments["labels"],
+            vocab_size=self._adapter.config.vocab_size,
+            **{name: arguments[name] for name in extra if name in arguments},
+        )
+        return output
+
+    def _states(self, arguments: dict[str, Any]) -> BaseModelOutputWithPast:
+        """The decoder's output: in each row what the dense model gives."""
         batch, x = self._embed(arguments)
-        x, entries = self._decode(arguments, batch, x)
-        hidden = batch.unpack(self._adapter.stream_output(x)[1])
+        labelled = None if self.row_labels is None else self._pack_labels(batch)
+        asked = wants_hidden_states(arguments, self._adapter.config)
+        x, entries = self._decode(self._dense_decoder, batch, x, labelled, asked)
+        hidden = self._adapter.stream_output(x)[1]
+        masked = self._selector.masked_rows(complete=True)
+        if masked is not None:
+            self._say(
+                "logits or hidden states were asked for: every row of them is what the dense model "
+                "gives, and gradients come from the rows that are kept"
+                + ("" if labelled is not None else _LABELS_UNKNOWN)
+            )
+            # Rows without a graph in the layers have none behind them either.
+            hidden = torch.where(masked[:, None], hidden.detach(), hidden)
+        hidden = batch.unpack(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
+    def _pack_labels(self, batch: PackedBatch) -> Tensor:
+        if tuple(self.row_labels.shape) != tuple(batch.shape):
+            raise ValueError(
+                f"mask: expected one for each token, [batch, tokens] = {list(batch.shape)}, got "
+                f"{list(self.row_labels.shape)}"
+            )
+        return batch.pack(self.row_labels.to(batch.layout.block_starts.device))
+
     def _embed(self, arguments: dict[str, Any]) -> tuple[PackedBatch, Tensor]:
-        self._check_arguments(arguments)
+        check_arguments(arguments, self._adapter.config)
+        self._adapter.check_parts()
         return self._adapter.embed(
             arguments.get("input_ids"),
             arguments.get("inputs_embeds"),
@@ -200,72 +350,65 @@ class Handle:
 
     def _decode(
         self,
-        arguments: dict[str, Any],
+        decoder: Decoder,
         batch: PackedBatch,
         x: Tensor,
-        labelled: Tensor | None = None,
+        labelled: Tensor | None,
+        with_entries: bool,
     ) -> tuple[Tensor, list[Tensor] | None]:
         """(stream after the last layer, unpacked stream at each layer's entry if asked)."""
-        if not self._flag(arguments, "output_hidden_states"):
-            return self._decoder.run(batch, x, labelled), None
-        entries: list[Tensor] = []
-        x = self._decoder.run(
-            batch, x, labelled, visit_stream=lambda entry: entries.append(batch.unpack(entry))
-        )
+        entries: list[Tensor] | None = [] if with_entries else None
+        visit = None if entries is None else lambda entry: entries.append(batch.unpack(entry))
+        x = decoder.run(batch, x, labelled, visit_stream=visit)
+        self._selector.check_kept()
         return x, entries
 
-    def _flag(self, arguments: dict[str, Any], name: str) -> bool:
-        return bool(arguments.get(name, getattr(self._adapter.config, name, False)))
+    def _nothing_trained(self) -> None:
+        message = (
+            "labels: expected one or more of the batch's to be predicted from a row that counts, "
+            "got none, so nothing is trained{}; more rows have to be kept (keep, thresholds), or "
+            "fewer masked (burn_in)"
+        )
+        if not self._has_trained:
+            raise ValueError(message.format(""))
+        self._say(message.format(" in this step"))
 
-    def _check_arguments(self, arguments: dict[str, Any]) -> None:
-        if self._flag(arguments, "output_attentions"):
-            raise ValueError(
-                "output_attentions: not available while lemo eliminates tokens; its attention "
-                "never holds the weights. Use model.eval(), or handle.remove()"
-            )
-        if arguments.get("cu_seq_lens_q") is not None and arguments.get("position_ids") is None:
-            raise ValueError(
-                "position_ids: expected for packed sequences, got None; cu_seq_lens_q is not read"
-            )
-        mask = arguments.get("attention_mask")
-        if mask is not None and not torch.is_tensor(mask):
-            raise TypeError(
-                f"attention_mask: expected a [batch, tokens] tensor, got {type(mask).__name__}"
-            )
+    def _say(self, message: str) -> None:
+        """A warning, once for each handle."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"lemo: {message}", stacklevel=2)
 
 
-def _replace_forward(
-    module: nn.Module, handle: Handle, implementation: Callable[[Handle, dict[str, Any]], Any]
-) -> tuple[nn.Module, MethodType]:
-    """Puts a forward on the instance that runs `implementation` while elimination is active.
+def _causal_lm_forward(
+    handle: Handle, arguments: dict[str, Any], forward: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    causal_lm = forward.__self__
+    if not handle._acts_on(causal_lm, arguments):
+        return original()
+    if forward.previous is not None:
+        # Somebody's own forward calls the decoder, and may make another loss of it.
+        with named_labels.named(handle, named_labels.of_call(arguments)):
+            return original()
+    if arguments.get("labels") is None:
+        output = handle._logits(arguments)
+    elif causal_lm.loss_function is ForCausalLMLoss:
+        output = handle._loss(arguments)
+    else:
+        output = handle._custom_loss(arguments)
+    return _returned(output, arguments, causal_lm)
 
-    The handle is looked up on the module, not closed over, so that a deep copy of the model runs
-    with its own copy. The signature stays the class's, which trainers inspect.
-    """
-    original = type(module).forward
-    signature = inspect.signature(original)
-    keywords = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
 
-    @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        arguments = dict(signature.bind(self, *args, **kwargs).arguments)
-        arguments.pop("self")
-        for name in keywords:
-            arguments.update(arguments.pop(name, {}))
-        # A cache means generation. config.use_cache is a default for it and does not count here.
-        caches = arguments.get("past_key_values") is not None or arguments.get("use_cache")
-        if not self.training or caches:
-            return original(self, *args, **kwargs)
-        return_dict = arguments.pop("return_dict", None)
-        output = implementation(getattr(self, _ATTRIBUTE), arguments)
-        if return_dict is None:
-            return_dict = self.config.return_dict
-        return output if return_dict else output.to_tuple()
+def _decoder_forward(
+    handle: Handle, arguments: dict[str, Any], forward: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    if not handle._acts_on(forward.__self__, arguments):
+        return original()
+    return _returned(handle._states(arguments), arguments, forward.__self__)
 
-    # Accelerate unwraps by following __wrapped__ down to the innermost function: stop it here.
-    del forward.__wrapped__
-    forward.__signature__ = signature
-    method = MethodType(forward, module)
-    module.forward = method
-    setattr(module, _ATTRIBUTE, handle)
-    return module, method
+
+def _returned(output: ModelOutput, arguments: dict[str, Any], module: nn.Module) -> Any:
+    return_dict = arguments.get("return_dict")
+    if return_dict is None:
+        return_dict = module.config.return_dict
+    return output if return_dict else output.to_tuple()

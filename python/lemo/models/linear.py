@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-__all__ = ["apply_linear", "is_intercepted"]
+from lemo.models.interception import has_own_forward, is_intercepted
+
+__all__ = ["apply_linear"]
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
@@ -56,6 +58,7 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
         or len(active) != 1
         or active[0] in getattr(module, "lora_variant", active)
         or is_intercepted(module)
+        or not has_own_forward(cls)
         or not (_is_plain(base) and _is_frozen(base))
     ):
         return None, None
@@ -68,7 +71,7 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not is_intercepted(module)
+    return type(module) is nn.Linear and has_own_forward(nn.Linear) and not is_intercepted(module)
 
 
 def _is_frozen(module: nn.Linear) -> bool:
@@ -107,14 +110,3 @@ class _Linear(torch.autograd.Function):
             if needs_b:
                 db = (dy.T @ low).mul_(ctx.scaling).to(b.dtype)
         return None if dx is None else dx.to(ctx.x_dtype), None, None, da, db, None, None, None
-
-
-def is_intercepted(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class's forward: hooks, a replaced forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )

@@ -6,8 +6,9 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
-from lemo.models.adapters import Adapter, active_module, is_intercepted
+from lemo.models.adapters import Adapter, active_module
 from lemo.models.batch import PackedBatch
+from lemo.models.interception import is_intercepted
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 
 __all__ = ["IGNORE_INDEX", "causal_lm_loss", "next_labels"]
@@ -21,8 +22,11 @@ def next_labels(
     labels: Tensor,
     shift_labels: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
-    """[T], for every row of `batch` the label that it predicts.
+) -> tuple[Tensor, Tensor | None]:
+    """The label that every row of `batch` predicts, [T], and how many labels padding predicts.
+
+    The number, an int64 scalar on the labels' device, is that of first tokens behind padding on the
+    left; None where nothing is padded. No row of the batch predicts these.
 
     Args:
         batch: what the rows are.
@@ -31,7 +35,7 @@ def next_labels(
         ignore_index: the label behind the last one.
 
     Raises:
-        ValueError: not one label for each token of the batch.
+        ValueError: not one label for each token of the batch, or padding that has labels.
     """
     name, given = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
     if given.numel() != batch.shape[0] * batch.shape[1]:
@@ -40,7 +44,20 @@ def next_labels(
         )
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return batch.pack(shift_labels.to(batch.layout.block_starts.device).reshape(batch.shape))
+    shift_labels = shift_labels.to(batch.layout.block_starts.device).reshape(batch.shape)
+    padding = batch.padding()
+    if padding is None:
+        return batch.pack(shift_labels), None
+    predicted = padding & (shift_labels != ignore_index)
+    wrong, lost = torch.stack(
+        ((predicted & pad(padding, (0, 1), value=True)[:, 1:]).sum(), predicted.sum())
+    )
+    if wrong:
+        raise ValueError(
+            f"{name}: expected {ignore_index} on padding (attention_mask 0), got {int(wrong)} "
+            "labels there, which would count in the model's own loss"
+        )
+    return batch.pack(shift_labels), lost
 
 
 def causal_lm_loss(
@@ -51,11 +68,12 @@ def causal_lm_loss(
     segment_rows: int | None = None,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
-) -> Tensor:
-    """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, fp32 scalar.
+    lost: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, and its labels' number.
 
-    The final norm and the head see only rows that have a label. Padding has no loss, whatever its
-    label says. Where no label is left the loss is 0 (Transformers: nan).
+    The loss is an fp32 scalar. The final norm and the head see only rows that have a label. Where
+    no label is left the loss is 0 (Transformers: nan).
 
     Args:
         adapter: access to the model.
@@ -64,11 +82,15 @@ def causal_lm_loss(
         masked: [T] bool, rows whose own prediction does not count; None: all count.
         segment_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
         num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
-            masked rows drop labels, it shrinks by the same share, so that it stays a mean.
+            labels are lost or masked, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
+        lost: scalar, labels of the batch that are not among `targets`.
     """
     counted = targets != ignore_index
     divisor = num_items_in_batch
+    if divisor is not None and lost is not None:
+        count = counted.sum()
+        divisor = divisor * (count / (count + lost).clamp(min=1))
     if masked is not None:
         kept = counted & ~masked
         if divisor is not None:
@@ -79,14 +101,14 @@ def causal_lm_loss(
     everything = rows.numel() == x.shape[0]
     x, hidden = adapter.stream_output(x, None if everything else rows.to(torch.int32))
     if rows.numel() == 0:
-        return hidden.sum(dtype=torch.float32)
+        return hidden.sum(dtype=torch.float32), 0
     if torch.is_tensor(divisor):
         divisor = divisor.to(x.device)
 
     head = active_module(adapter.lm_head)
     if type(head) is nn.Linear and not is_intercepted(head):
         hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
-        return ops.linear_cross_entropy(
+        loss = ops.linear_cross_entropy(
             hidden,
             weight,
             targets,
@@ -95,10 +117,11 @@ def causal_lm_loss(
             segment_rows=segment_rows,
             divisor=divisor,
         )
+        return loss, rows.numel()
     if segment_rows is None:
         segment_rows = max(1, SEGMENT_BYTES // (4 * adapter.config.vocab_size))
     total = _loss_through_module(adapter.lm_head, hidden, targets, segment_rows)
-    return total / (rows.numel() if divisor is None else divisor)
+    return total / (rows.numel() if divisor is None else divisor), rows.numel()
 
 
 def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:

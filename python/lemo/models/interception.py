@@ -1,0 +1,142 @@
+"""Whether the parts of a model still are what lemo takes them for.
+
+lemo runs attention and rotation of a decoder layer itself, and plain norms, projections and MLPs
+through kernels of its own. What another library or the user put around or in place of these would
+silently not run: so a plain part that was changed runs as the module it is, and a changed layer or
+attention module is refused.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+__all__ = ["check_parts", "has_own_forward", "is_intercepted", "own_module"]
+
+_REMEDY = (
+    "lemo runs the parts of a decoder layer itself, so this would not run. Undo it, or train "
+    "without lemo"
+)
+# Libraries that put a rotation in place of Transformers' that computes the same.
+_SAME_ROTATION = ("transformers", "liger_kernel")
+
+
+def check_parts(decoder: nn.Module, attention_name: str) -> None:
+    """Refuses a decoder whose layers or attention are not Transformers' own any more.
+
+    Args:
+        decoder: the stack of layers.
+        attention_name: the config's attention implementation.
+
+    Raises:
+        ValueError: a layer or an attention module that is of another class, or has hooks or a
+            forward that was replaced; an attention implementation or a rotation that is neither
+            Transformers' nor known to compute the same.
+    """
+    for name, module in _parts(decoder):
+        cls = type(module)
+        if not cls.__module__.startswith("transformers.models."):
+            what = f"a {cls.__module__}.{cls.__name__}"
+        elif not has_own_forward(cls):
+            what = f"one whose forward comes from {_origin(cls.forward)}"
+        elif "forward" in vars(module):
+            what = "one whose forward was replaced"
+        elif _foreign_hooks(module):
+            what = f"one with a hook from {_foreign_hooks(module)[0]}"
+        else:
+            continue
+        raise ValueError(f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}")
+    _check_functions(type(own_module(own_module(decoder.layers[0]).self_attn)), attention_name)
+
+
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, a replaced forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+@functools.cache
+def _is_own(forward: object, cls: type) -> bool:
+    home = Path(sys.modules[cls.__module__].__file__)
+    library = Path(sys.modules[cls.__module__.partition(".")[0]].__file__).parent
+    codes = [getattr(f, "__code__", None) for f in (forward, inspect.unwrap(forward))]
+    if None in codes:
+        return False
+    outer, inner = (Path(code.co_filename) for code in codes)
+    return inner == home and outer.is_relative_to(library)
+
+
+def has_own_forward(cls: type) -> bool:
+    """Whether a class's forward was written with the class, under its library's decorators only."""
+    return _is_own(cls.forward, next(base for base in cls.__mro__ if "forward" in vars(base)))
+
+
+def own_module(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile(module)` returns; others are returned as they are."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for index, layer in enumerate(decoder.layers):
+        yield f"layers.{index}", own_module(layer)
+        yield f"layers.{index}.self_attn", own_module(own_module(layer).self_attn)
+
+
+def _foreign_hooks(module: nn.Module) -> list[str]:
+    """Where hooks come from that are not those by which Transformers records its own outputs."""
+    hooks = (
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+        *module._backward_hooks.values(),
+        *module._backward_pre_hooks.values(),
+    )
+    origins = map(_origin, hooks)
+    return [origin for origin in origins if origin.partition(".")[0] != "transformers"]
+
+
+def _check_functions(attention: type, attention_name: str) -> None:
+    """The functions that an attention class of Transformers looks up when it runs."""
+    home = sys.modules[attention.__module__]
+    function = ALL_ATTENTION_FUNCTIONS.get(attention_name)
+    if attention_name == "eager":
+        function = home.eager_attention_forward
+    # Attention of the hub ("owner/name") computes what Transformers' own computes.
+    known = "/" in attention_name if function is None else False
+    if not known and _origin(function).partition(".")[0] not in ("transformers", "lemo"):
+        raise ValueError(
+            f"attn_implementation: expected one of Transformers' own, got '{attention_name}' from "
+            f"{_origin(function)}, in whose place lemo's attention would run. Load the model with "
+            "attn_implementation='sdpa', or train without lemo"
+        )
+    rotation = getattr(home, "apply_rotary_pos_emb", None)
+    if rotation is not None and _origin(rotation).partition(".")[0] not in _SAME_ROTATION:
+        raise ValueError(
+            f"model: expected the rotation of {attention.__module__}, got one from "
+            f"{_origin(rotation)}; {_REMEDY}"
+        )
+
+
+def _origin(function: object) -> str:
+    """The module that a function was written in, whatever `functools.wraps` made it claim."""
+    function = getattr(function, "__func__", function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(function).__module__}.{type(function).__name__}"
+    return _module_of(code.co_filename) or str(function.__module__)
+
+
+@functools.cache
+def _module_of(file: str) -> str | None:
+    modules = list(sys.modules.items())
+    return next((name for name, m in modules if getattr(m, "__file__", None) == file), None)

@@ -1,0 +1,82 @@
+"""Which rows of a batch predict a label, as far as lemo gets to know it.
+
+A forward pass with `labels` tells. Where the loss is computed outside the model, they may still be
+known: the module that a trainer calls gets them, or the user names them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+
+from lemo.models.loss import IGNORE_INDEX
+
+__all__ = ["named", "of_call", "of_tokens", "watch"]
+
+
+class Named(Protocol):
+    """What can be told of labels: a handle."""
+
+    row_labels: Tensor | None
+
+
+@contextmanager
+def named(target: Named, rows: Tensor | None) -> Iterator[None]:
+    """Names rows for the forward passes inside; None leaves what is known already."""
+    before = target.row_labels
+    target.row_labels = before if rows is None else rows
+    try:
+        yield
+    finally:
+        target.row_labels = before
+
+
+def of_tokens(mask: Tensor) -> Tensor:
+    """[B, S] bool: rows that predict the tokens of a mask [B, S] bool."""
+    return pad(mask, (0, 1))[..., 1:]
+
+
+def of_call(arguments: Mapping[str, Any]) -> Tensor | None:
+    """[B, S] bool: rows that predict a label, by the arguments of a call; None: no labels."""
+    shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
+    ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
+    if shifted is not None:
+        return shifted != ignore_index
+    return None if labels is None else of_tokens(labels != ignore_index)
+
+
+def watch(module: nn.Module, target: Named) -> Callable[[], None]:
+    """Names the labels of every call of a module, whatever its forward; returns what undoes it."""
+    watcher = _Watcher(target)
+    before = module.register_forward_pre_hook(watcher.begin, with_kwargs=True)
+    after = module.register_forward_hook(watcher.end, always_call=True)
+    return partial(_remove, before, after)
+
+
+class _Watcher:
+    """The two hooks of `watch`; a class, because they are copied and pickled with their module."""
+
+    def __init__(self, target: Named) -> None:
+        self._target = target
+        self._before: list[Tensor | None] = []
+
+    @torch.compiler.disable
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._before.append(self._target.row_labels)
+        rows = of_call(kwargs)
+        if rows is not None:
+            self._target.row_labels = rows
+
+    @torch.compiler.disable
+    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._target.row_labels = self._before.pop() if self._before else None
+
+
+def _remove(*hooks: RemovableHandle) -> None:
+    for hook in hooks:
+        hook.remove()

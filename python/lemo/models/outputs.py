@@ -1,0 +1,86 @@
+"""What a training forward returns: the loss, and logits that exist only when they are read."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+__all__ = ["DeferredLogits", "EliminatedOutput"]
+
+
+class DeferredLogits:
+    """Logits [B, S, V] that are computed when `read` is called.
+
+    Args:
+        compute: gives the logits, with a graph where gradients are enabled.
+        parameters: what the logits depend on; they may not change before the logits are read.
+    """
+
+    def __init__(self, compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> None:
+        self._compute = compute
+        self._parameters = list(parameters)
+        self._versions = self._current_versions()
+        self._read: dict[bool, Tensor] = {}
+        self._autocast = _autocast_state()
+
+    def read(self) -> Tensor:
+        """The logits; computed at most once with a graph and once without.
+
+        Raises:
+            RuntimeError: an optimizer step or the like came in between.
+        """
+        with_graph = torch.is_grad_enabled()
+        logits = self._read.get(True, self._read.get(with_graph))
+        if logits is not None:
+            return logits if with_graph else logits.detach()
+        if self._versions != self._current_versions():
+            raise RuntimeError(
+                "logits: expected to be read before the weights change, but they have changed "
+                "since the forward pass; read outputs.logits before optimizer.step()"
+            )
+        device, dtype, enabled = self._autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            logits = self._compute()
+        # Mixed precision hands out fp32.
+        self._read[with_graph] = logits.float() if enabled else logits
+        return self._read[with_graph]
+
+    def _current_versions(self) -> list[int]:
+        return [parameter._version for parameter in self._parameters]
+
+
+class EliminatedOutput(CausalLMOutputWithPast):
+    """The output of a causal LM whose `logits` may be `DeferredLogits`, computed when read.
+
+    An index, a name and the attribute read them; iterating over `items()` or `values()` does not.
+    """
+
+    @property
+    def logits(self) -> Tensor | None:
+        return _read(self.__dict__.get("logits"))
+
+    @logits.setter
+    def logits(self, value: Tensor | DeferredLogits | None) -> None:
+        self.__dict__["logits"] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        if isinstance(key, str):
+            return _read(super().__getitem__(key))
+        names = list(self.keys())[key]
+        return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+def _read(value: Any) -> Any:
+    return value.read() if isinstance(value, DeferredLogits) else value
+
+
+def _autocast_state() -> tuple[str, torch.dtype, bool]:
+    for device in ("cuda", "cpu"):
+        if torch.is_autocast_enabled(device):
+            return device, torch.get_autocast_dtype(device), True
+    return "cpu", torch.bfloat16, False

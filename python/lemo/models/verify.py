@@ -1,0 +1,165 @@
+"""Keep = 1 against the model's own forward, on the beginning of a batch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.models.adapters import Adapter
+from lemo.models.loss import IGNORE_INDEX
+from lemo.selection import Selector
+
+__all__ = ["verify"]
+
+# Largest relative differences of a loss and of all gradients together, by the number of bits that
+# rounding leaves. Rounding alone stays an order below; another computation is an order above.
+_TOLERANCES = {torch.float32: (1e-4, 1e-2), torch.float16: (1e-2, 0.1), torch.bfloat16: (2e-2, 0.2)}
+
+
+def verify(
+    adapter: Adapter,
+    selector: Selector,
+    loss: Callable[[dict[str, Any]], Any],
+    states: Callable[[dict[str, Any]], Any],
+    batch: Mapping[str, Any],
+    tokens: int,
+) -> None:
+    """See `lemo.Handle.verify`.
+
+    Args:
+        adapter: access to the model.
+        selector: told to keep everything.
+        loss: lemo's output with a loss, for the arguments of a call.
+        states: lemo's decoder output, for the arguments of a call.
+        batch, tokens: as of the handle.
+    """
+    model = adapter.causal_lm
+    arguments = _beginning(batch, tokens, next(model.parameters()).device)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError("model: expected trainable parameters, got none; nothing would be trained")
+    with ExitStack() as stack:
+        stack.enter_context(_quiet(model))
+        stack.enter_context(torch.enable_grad())
+        own = _own_forward(model, arguments)
+        expected = _gradients(own.loss, trainable)
+        with selector.keeping_everything():
+            output = loss(arguments)
+            got = _gradients(output.loss, trainable)
+        losses = output.loss.item(), own.loss.item()
+        differences = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-6), _relative(got, expected)
+        tolerances = _TOLERANCES[_dtype(model)]
+        if all(d <= t for d, t in zip(differences, tolerances)):
+            return
+        place = _first_difference(model, selector, states, arguments, tolerances[1])
+    worst = max(expected, key=lambda name: _relative({name: got[name]}, {name: expected[name]}))
+    raise ValueError(
+        f"model: lemo does not compute what the model computes, even with every token kept: loss "
+        f"{losses[0]:.6g}, expected {losses[1]:.6g}; gradients differ by {differences[1]:.2g} of "
+        f"their norm, most in {worst} (allowed: {tolerances[0]:g} and {tolerances[1]:g}). {place} "
+        "Something changed what the model's own code does; undo it, or train without lemo"
+    )
+
+
+def _beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
+    """The first sequence's first tokens, without padding, with labels."""
+    ids = batch.get("input_ids")
+    if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] < 2:
+        got = list(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
+        raise ValueError(f"batch: expected input_ids [batch, tokens] of 2 or more, got {got}")
+    columns = slice(0, tokens)
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    if mask is not None:
+        first = int(mask[0].argmax())
+        columns = slice(first, min(first + tokens, first + int(mask[0].sum())))
+    cut = {"input_ids": ids[:1, columns].to(device)}
+    if positions is not None and mask is None:
+        cut["position_ids"] = positions[:1, columns].to(device)
+    labels = batch.get("labels")
+    labels = cut["input_ids"] if labels is None else labels[:1, columns].to(device)
+    # A prompt has no label; that the two agree can be seen with any.
+    if not bool((labels[:, 1:] != IGNORE_INDEX).any()):
+        labels = cut["input_ids"]
+    return {**cut, "labels": labels, "use_cache": False}
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """No dropout, no checkpointing by Transformers; random numbers go on as if nothing had run."""
+    changed: list[tuple[nn.Module, str, Any]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.training:
+            changed.append((module, "training", True))
+            module.training = False
+        if getattr(module, "gradient_checkpointing", False):
+            changed.append((module, "gradient_checkpointing", True))
+            module.gradient_checkpointing = False
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+def _own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> Any:
+    """The model's output by the forwards that lemo replaced."""
+    installed = [m for m in model.modules() if hasattr(vars(m).get("forward"), "pausing")]
+    with ExitStack() as stack:
+        for module in installed:
+            stack.enter_context(vars(module)["forward"].pausing())
+        return model(**arguments, **more)
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if gradient is None else gradient
+        for (name, p), gradient in zip(parameters.items(), found)
+    }
+
+
+def _relative(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """|got - expected| / |expected|, over all tensors together."""
+    squares = [
+        torch.stack(((g.double() - e.double()).square().sum(), e.double().square().sum()))
+        for g, e in zip(got.values(), expected.values())
+    ]
+    difference, norm = torch.stack(squares).sum(0).sqrt().tolist()
+    return difference / norm if norm else float(difference > 0)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The coarsest dtype that takes part: of autocast, or of the weights."""
+    dtypes = {p.dtype for p in model.parameters()}
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    for dtype in (torch.bfloat16, torch.float16):
+        if dtype in dtypes:
+            return dtype
+    return torch.float32
+
+
+def _first_difference(
+    model: nn.Module,
+    selector: Selector,
+    states: Callable[[dict[str, Any]], Any],
+    arguments: dict[str, Any],
+    tolerance: float,
+) -> str:
+    """Where the hidden states part, in words."""
+    inputs = {name: value for name, value in arguments.items() if name != "labels"}
+    inputs["output_hidden_states"] = True
+    with torch.no_grad():
+        own = _own_forward(model, inputs).hidden_states
+        with selector.keeping_everything():
+            mine = states(inputs).hidden_states
+    for layer, (got, expected) in enumerate(zip(mine, own)):
+        if _relative({"": got}, {"": expected}) > tolerance / 10:
+            where = "the embedding" if layer == 0 else f"layer {layer - 1}"
+            return f"Hidden states differ first behind {where}."
+    return "Hidden states agree; the loss or the gradients differ."
