@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from lemo.models.interception import has_own_forward, is_intercepted
 
-__all__ = ["apply_linear"]
+__all__ = ["apply_linear", "is_plain"]
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
@@ -45,7 +45,7 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
 
 def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, float] | None]:
     """(frozen linear layer, (A, B, scaling) of its LoRA pair or None); (None, None): no such."""
-    if _is_plain(module) and _is_frozen(module):
+    if is_plain(module) and _is_frozen(module):
         return module, None
     cls = type(module)
     if cls.__module__ != "peft.tuners.lora.layer" or cls.__name__ != "Linear":
@@ -59,18 +59,19 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
         or active[0] in getattr(module, "lora_variant", active)
         or is_intercepted(module)
         or not has_own_forward(cls)
-        or not (_is_plain(base) and _is_frozen(base))
+        or not (is_plain(base) and _is_frozen(base))
     ):
         return None, None
     pair = module.lora_A[active[0]], module.lora_B[active[0]]
     drop = module.lora_dropout[active[0]]
     without_dropout = isinstance(drop, nn.Identity) or not drop.training or drop.p == 0
-    if not without_dropout or not all(_is_plain(part) and part.bias is None for part in pair):
+    if not without_dropout or not all(is_plain(part) and part.bias is None for part in pair):
         return None, None
     return base, (pair[0].weight, pair[1].weight, module.scaling[active[0]])
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` is the product of `nn.Linear` and nothing else."""
     return type(module) is nn.Linear and has_own_forward(nn.Linear) and not is_intercepted(module)
 
 

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.models.adapters import Adapter, active_module
 from lemo.models.batch import PackedBatch
-from lemo.models.interception import is_intercepted
+from lemo.models.linear import is_plain
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 
 __all__ = ["IGNORE_INDEX", "causal_lm_loss", "next_labels"]
@@ -106,7 +106,7 @@ def causal_lm_loss(
         divisor = divisor.to(x.device)
 
     head = active_module(adapter.lm_head)
-    if type(head) is nn.Linear and not is_intercepted(head):
+    if is_plain(head):
         hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
         loss = ops.linear_cross_entropy(
             hidden,

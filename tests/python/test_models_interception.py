@@ -1,0 +1,199 @@
+"""What others put around or in place of a model's parts runs, or is refused: never left out."""
+
+import functools
+
+import pytest
+import torch
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.models.llama import modeling_llama
+
+import lemo
+import lemo.nn  # registers attention "lemo"
+from lemo.models.interception import has_own_forward
+from test_models_dense import assert_same_gradients, lora
+from tiny_models import ARCHITECTURES, config_of, make_model, padded_batch
+from tolerances import assert_close_fp32
+
+# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+pytestmark = pytest.mark.cpu_only
+
+EVERYTHING = config_of(keep=1.0, dense_layers=[], block_size=8)
+BATCH = padded_batch([61, 40])
+
+
+def scaled(function):
+    """Makes a library's patch, which claims to be the function that it replaces."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        output = function(*args, **kwargs)
+        return (1.1 * output[0], *output[1:]) if isinstance(output, tuple) else 1.1 * output
+
+    return wrapped
+
+
+class OwnAttention(modeling_llama.LlamaAttention):
+    pass
+
+
+def own_attention(module, query, key, value, attention_mask, **kwargs):
+    return torch.zeros_like(query).transpose(1, 2), None
+
+
+def hook(module, args, output):
+    return output
+
+
+def change_layer_class(model, monkeypatch):
+    forward = scaled(modeling_llama.LlamaDecoderLayer.forward)
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
+
+
+def change_attention_class(model, monkeypatch):
+    forward = scaled(modeling_llama.LlamaAttention.forward)
+    monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
+
+
+def change_attention(model, monkeypatch):
+    layer = model.model.layers[1]
+    layer.self_attn = OwnAttention(model.config, 1)
+
+
+def change_forward_of_a_layer(model, monkeypatch):
+    layer = model.model.layers[2]
+    layer.forward = scaled(layer.forward)
+
+
+def hook_a_layer(model, monkeypatch):
+    model.model.layers[0].register_forward_hook(hook)
+
+
+def hook_attention(model, monkeypatch):
+    model.model.layers[0].self_attn.register_forward_pre_hook(lambda module, args: None)
+
+
+def change_rotation(model, monkeypatch):
+    rotation = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled(rotation))
+
+
+def change_eager_attention(model, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", own_attention)
+
+
+def register_attention(model, monkeypatch):
+    AttentionInterface.register("own", own_attention)
+    model.config._attn_implementation = "own"
+
+
+REFUSED = {
+    change_layer_class: "layers.0 .* whose forward comes from test_models_interception",
+    change_attention_class: "layers.0.self_attn .* whose forward comes from",
+    change_attention: "layers.1.self_attn .* a test_models_interception.OwnAttention",
+    change_forward_of_a_layer: "layers.2 .* whose forward was replaced",
+    hook_a_layer: "layers.0 .* a hook from test_models_interception",
+    hook_attention: "layers.0.self_attn .* a hook from test_models_interception",
+    change_rotation: "the rotation of transformers.models.llama.* got one from test_models_inter",
+    change_eager_attention: "attn_implementation: .* 'eager' from test_models_interception",
+    register_attention: "attn_implementation: expected one of Transformers' own, got 'own' from",
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_would_not_run_is_refused(change, when, monkeypatch):
+    model = make_model("llama")
+    if when == "after":
+        lemo.enable(model, EVERYTHING)
+        model(**BATCH)
+    change(model, monkeypatch)
+    with pytest.raises(ValueError, match=REFUSED[change]):
+        if when == "before":
+            lemo.enable(model, EVERYTHING)
+        else:
+            model(**BATCH)
+
+
+def change_mlp_class(model, monkeypatch):
+    forward = scaled(modeling_llama.LlamaMLP.forward)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+
+
+def change_norm_class(model, monkeypatch):
+    forward = scaled(modeling_llama.LlamaRMSNorm.forward)
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+
+
+def hook_projections(model, monkeypatch):
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
+            layer.register_forward_hook(lambda module, args, output: 1.1 * output)
+
+
+def change_linear_class(model, monkeypatch):
+    monkeypatch.setattr(nn.Linear, "forward", scaled(nn.Linear.forward))
+
+
+@pytest.mark.parametrize(
+    "change", [change_mlp_class, change_norm_class, hook_projections, change_linear_class]
+)
+def test_what_runs_as_a_module_is_honoured(change, monkeypatch):
+    model, dense = lora(make_model("llama")), lora(make_model("llama"))
+    before = make_model("llama")(**BATCH).loss
+    for each in (model, dense):
+        change(each, monkeypatch) if change is hook_projections else None
+    if change is not hook_projections:
+        change(model, monkeypatch)
+    lemo.enable(model, EVERYTHING)
+    loss, expected = model(**BATCH).loss, dense(**BATCH).loss
+    assert abs(expected - before) > 1e-3, "the change changes nothing"
+    assert_close_fp32(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert_same_gradients(model, dense)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "lemo"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_transformers_itself_does_is_none_of_it(architecture, implementation):
+    model = make_model(architecture, attn_implementation=implementation)
+    # Transformers puts hooks on layers to record what it is asked for.
+    model(**BATCH, output_hidden_states=True)
+    lemo.enable(model, EVERYTHING)
+    model(**BATCH).loss.backward()
+
+
+def test_own_forwards():
+    assert has_own_forward(modeling_llama.LlamaDecoderLayer)
+    assert has_own_forward(modeling_llama.LlamaMLP)
+    assert has_own_forward(nn.Linear)
+    assert has_own_forward(OwnAttention), "inherited from where its class was written"
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_by_any_name_means_the_models_own_forward(name):
+    model, dense = make_model("llama"), make_model("llama")
+    handle = lemo.enable(model, config_of(keep=0.5, dense_layers=[], block_size=8))
+    ids = BATCH["input_ids"][:1]
+
+    def logits(each):
+        cache = DynamicCache(config=each.config)
+        each(ids[:, :30], **{name: cache})
+        return each(ids[:, 30:], **{name: cache}).logits
+
+    try:
+        expected = logits(dense)
+    except TypeError:
+        pytest.fail(f"this Transformers does not know {name}")
+    assert torch.equal(logits(model), expected)
+    assert handle.statistics() == []
+
+
+@pytest.mark.parametrize("name", ["is_causal", "head_mask", "softcap"])
+def test_arguments_that_are_not_known_are_refused(name):
+    model = make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    with pytest.raises(ValueError, match=f"^{name}: not known to lemo"):
+        model(**BATCH, **{name: 0.5})
+    assert model(**BATCH, **{name: None}, token_type_ids=BATCH["input_ids"]).loss > 0

@@ -1,0 +1,266 @@
+"""Values that a training forward hands out are the dense model's, whatever is eliminated."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import lemo
+from test_models_dense import assert_same_gradients, lora
+from tiny_models import (
+    ARCHITECTURES,
+    config_of,
+    gradients,
+    make_ids,
+    make_model,
+    packed_batch,
+    padded_batch,
+)
+from tolerances import assert_close_fp32
+
+# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+pytestmark = pytest.mark.cpu_only
+
+BATCH = padded_batch([64, 41])
+INPUTS = {name: BATCH[name] for name in ("input_ids", "attention_mask")}
+PRESENT = BATCH["attention_mask"].bool()
+SETTINGS = {
+    "random": {"keep": 0.5, "scorer": "random", "keep_first": 0},
+    "own sets": {"keep": 0.4, "keep_mlp": 0.6, "select_at": "all"},
+    "all keys": {"keep": 0.5, "visible_keys": "all"},
+    "groups": {"keep": 0.5, "group_size": 20},
+    "threshold": {"policy": "threshold", "thresholds": [0.1] * 3, "burn_in": 3},
+}
+
+
+def config(name="random", **settings):
+    return config_of(**{"dense_layers": [], "block_size": 8} | SETTINGS[name] | settings)
+
+
+def own_loss(logits, batch=BATCH):
+    targets = batch["labels"][:, 1:].flatten()
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_hidden_states_are_the_dense_models(architecture, name):
+    model, dense = make_model(architecture), make_model(architecture)
+    settings = config(name)
+    if name == "threshold" and architecture == "qwen3":
+        settings = config(name, thresholds=[0.4] * 3)  # normalized q, k: larger scores
+    handle = lemo.enable(model, settings)
+    mine, expected = (each(**INPUTS, output_hidden_states=True) for each in (model, dense))
+    assert any(layer.attention_rows < layer.tokens for layer in handle.statistics())
+    assert_close_fp32(mine.logits[PRESENT], expected.logits[PRESENT], "logits")
+    for state, oracle in zip(mine.hidden_states, expected.hidden_states, strict=True):
+        assert_close_fp32(state[PRESENT], oracle[PRESENT], "hidden states")
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
+    """As from the loss inside that sees all keys, over the labels of the kept rows."""
+    model, twin = lora(make_model("llama")), lora(make_model("llama"))
+    handle = lemo.enable(model, config(recompute=recompute))
+    inside = lemo.enable(twin, config(visible_keys="computed"))
+    for each in (handle, inside):
+        each.begin_step(0, 1)
+    with handle.labelled(BATCH["labels"] != -100):
+        loss = own_loss(model(**INPUTS).logits)
+    loss.backward()
+    twin(**BATCH, num_items_in_batch=1).loss.backward()
+    labels = (BATCH["labels"][:, 1:] != -100).sum()
+    targets, _ = lemo.models.loss.next_labels(inside._embed(BATCH)[0], BATCH["labels"])
+    kept = ((targets != -100) & ~inside._selector.masked_rows()).sum()
+    assert 0 < kept < labels
+    # The loss inside divides by its share of the divisor, the one outside by all labels.
+    for parameter in twin.parameters():
+        if parameter.grad is not None:
+            parameter.grad *= kept / (targets != -100).sum() / labels
+    assert_same_gradients(model, twin)
+    assert_close_fp32(loss, own_loss(lora(make_model("llama"))(**INPUTS).logits))
+
+
+def test_it_is_said_once():
+    model = make_model("llama")
+    handle = lemo.enable(model, config())
+    with pytest.warns(UserWarning, match="gradients come from the rows .* nobody named them") as said:
+        for _ in range(3):
+            model(**INPUTS)
+    assert len([w for w in said if "lemo" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="rows that are kept$"), handle.labelled(PRESENT):
+        model(**INPUTS)
+
+
+def test_named_labels_choose_the_blocks():
+    model = make_model("llama")
+    handle = lemo.enable(model, config(keep=0.25, keep_last=0))
+    mask = torch.zeros_like(PRESENT)
+    mask[0, [17, 49]] = True  # predicted by rows 16 and 48: blocks 2 and 6
+    mask[1, 24] = True  # by row 23: block 2 of the second sequence
+    for _ in range(5):
+        with handle.labelled(mask):
+            model(**INPUTS)
+        blocks = set(handle.statistics()[0].attention_blocks.tolist())
+        assert {2, 6, 8 + 2} <= blocks
+    with handle.labelled(mask[:, 1:]), pytest.raises(ValueError, match=r"mask: .*\[2, 64\], got"):
+        model(**INPUTS)
+    with pytest.raises(ValueError, match=r"mask: expected \[batch, tokens\], got \[64\]"):
+        handle.labelled(mask[0]).__enter__()
+
+
+def test_logits_beside_a_loss_are_computed_when_they_are_read():
+    model, dense = lora(make_model("llama")), lora(make_model("llama"))
+    handle = lemo.enable(model, config())
+    outputs = model(**BATCH)
+    assert list(outputs.keys()) == ["loss", "logits"]
+    assert "Deferred" in repr(dict(outputs.items())["logits"]), "they were computed unasked"
+    expected = dense(**BATCH).logits
+    with torch.no_grad():
+        assert not outputs.logits.requires_grad
+        assert_close_fp32(outputs.logits[PRESENT], expected[PRESENT])
+    for logits in (outputs.logits, outputs["logits"], outputs[1], outputs.get("logits")):
+        assert_close_fp32(logits[PRESENT], expected[PRESENT])
+    # A loss of them trains: labels passed, logits read.
+    own_loss(outputs.logits).backward()
+    assert any(gradient.any() for gradient in gradients(model).values())
+    assert handle.statistics()[0].attention_rows < 105
+
+
+def test_logits_of_weights_that_changed_are_refused():
+    model = lora(make_model("llama"))
+    lemo.enable(model, config())
+    outputs = model(**BATCH)
+    outputs.loss.backward()
+    torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="logits: .* read outputs.logits before optimizer.step"):
+        _ = outputs.logits
+
+
+def test_without_gradients_the_model_is_dense():
+    """A reference model may be asked in training mode, as for preference pairs."""
+    model, dense = make_model("llama"), make_model("llama")
+    handle = lemo.enable(model, config())
+    with torch.no_grad():
+        assert torch.equal(model(**BATCH).logits, dense(**BATCH).logits)
+        assert torch.equal(model(**BATCH).loss, dense(**BATCH).loss)
+    assert handle.statistics() == []
+
+
+def test_the_first_draw_gets_every_block_in_turn():
+    """One block of four fits, and the last one is always kept: it may not be the only one ever."""
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25))
+    batch, drawn = packed_batch([64]), set()
+    for _ in range(30):
+        assert model(**batch).loss > 0
+        drawn |= set(handle.statistics()[0].attention_blocks.tolist())
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_labels_win_over_the_block_that_is_always_kept():
+    model, ids = make_model("llama"), make_ids(1, 64)
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25))
+    labels = torch.full_like(ids, -100)
+    labels[0, 20:24] = ids[0, 20:24]
+    for _ in range(5):
+        loss = model(input_ids=ids, labels=labels).loss
+        assert loss > 0
+        assert handle.statistics()[0].attention_blocks.tolist() == [1]
+    loss.backward()
+    assert any(gradient.any() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": 0.0}, "keep: expected more than 0 in some layer, got 0 everywhere"),
+        ({"keep": [0.0] * 3, "keep_mlp": 0.0}, "keep: expected more than 0 in some layer"),
+        (
+            {"policy": "threshold", "thresholds": [9e9] * 3},
+            "thresholds: expected some block to reach one, got none of 14 in the first batch",
+        ),
+        (
+            {"keep": [0.0] * 3, "schedule": [[0.5, 0.5]]},
+            "keep: expected some block to be kept, got none in any layer",
+        ),
+    ],
+)
+def test_training_nothing_is_an_error_in_the_first_step(settings, message):
+    model = make_model("llama")
+    settings = {"dense_layers": [], "block_size": 8, "keep_first": 0} | settings
+    with pytest.raises(ValueError, match=message):
+        lemo.enable(model, config_of(**settings))
+        model(**BATCH)
+
+
+def test_labels_that_are_all_masked_are_an_error_in_the_first_step():
+    model, ids = make_model("llama"), make_ids(1, 64)
+    lemo.enable(model, lemo.LemoConfig(keep=0.1, block_size=8, burn_in=5))
+    labels = torch.full_like(ids, -100)
+    labels[0, -2:] = ids[0, -2:]
+    first = torch.full_like(ids, -100)
+    first[0, 58] = ids[0, 58]  # predicted from the beginning of the only block, burnt in
+    with pytest.raises(ValueError, match="labels: expected one or more .* so nothing is trained"):
+        model(input_ids=ids, labels=first)
+    assert model(input_ids=ids, labels=labels).loss > 0
+    with pytest.warns(UserWarning, match="nothing is trained in this step"):
+        assert model(input_ids=ids, labels=first).loss == 0
+
+
+# Copies, pickles, compilation
+
+
+def test_a_pickled_model_still_eliminates():
+    model = lora(make_model("llama"))
+    lemo.enable(model, config())
+    loaded = pickle.loads(pickle.dumps(model))
+    losses = []
+    for each in (model, copy.deepcopy(model), loaded):
+        handle = each.base_model.model._lemo_handle
+        handle.begin_step(0, 1)
+        losses.append(each(**BATCH).loss)
+        losses[-1].backward()
+        assert handle.statistics()[0].attention_rows < 105
+    assert_same_gradients(loaded, model)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+    handle.remove()
+    assert_close_fp32(loaded(**BATCH).loss, lora(make_model("llama"))(**BATCH).loss)
+
+
+@pytest.mark.parametrize("how", ["enabled first", "compiled first", "run first", "in place", "layers"])
+def test_a_compiled_model_trains_rightly(how):
+    torch.compiler.reset()
+    model, twin = lora(make_model("llama")), lora(make_model("llama"))
+    compile_ = {"backend": "eager"}
+    compiled = model
+    if how == "layers":
+        layers = model.base_model.model.model.layers
+        for index, layer in enumerate(layers):
+            layers[index] = torch.compile(layer, **compile_)
+    elif how in ("compiled first", "run first"):
+        compiled = torch.compile(model, **compile_)
+    if how == "run first":
+        compiled(**BATCH).loss.backward()
+        compiled.zero_grad()
+    handle, expected = lemo.enable(compiled, config()), lemo.enable(twin, config())
+    if how == "enabled first":
+        compiled = torch.compile(model, **compile_)
+    elif how == "in place":
+        model.compile(**compile_)
+    for each in (handle, expected):
+        each.begin_step(0, 1)
+    loss = compiled(**BATCH).loss
+    loss.backward()
+    twin_loss = twin(**BATCH).loss
+    twin_loss.backward()
+    assert torch.equal(loss, twin_loss)
+    mine = {name.replace("_orig_mod.", ""): g for name, g in gradients(compiled).items()}
+    theirs = gradients(twin)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    handle.remove()
+    assert_close_fp32(compiled(**BATCH).loss, lora(make_model("llama"))(**BATCH).loss)
