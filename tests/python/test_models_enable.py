@@ -279,9 +279,7 @@ def test_padding_that_has_labels_is_refused(shifted):
 def test_a_first_token_behind_padding_does_not_count():
     """Padding on the left predicts it, and has no loss; the divisor shrinks with it."""
     batch = padded_batch([61, 40], side="left")
-    batch["labels"] = batch["input_ids"].where(
-        batch["attention_mask"].bool(), torch.tensor(-100)
-    )
+    batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), torch.tensor(-100))
     model = make_model("llama")
     lemo.enable(model, EVERYTHING)
     mean = model(**batch).loss

@@ -45,6 +45,11 @@ def hook(module, args, output):
     return output
 
 
+def change_decoder_class(model, monkeypatch):
+    forward = scaled(modeling_llama.LlamaModel.forward)
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
+
+
 def change_layer_class(model, monkeypatch):
     forward = scaled(modeling_llama.LlamaDecoderLayer.forward)
     monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
@@ -88,6 +93,7 @@ def register_attention(model, monkeypatch):
 
 
 REFUSED = {
+    change_decoder_class: "LlamaModel.forward .* got one from test_models_interception",
     change_layer_class: "layers.0 .* whose forward comes from test_models_interception",
     change_attention_class: "layers.0.self_attn .* whose forward comes from",
     change_attention: "layers.1.self_attn .* a test_models_interception.OwnAttention",
@@ -140,7 +146,7 @@ def change_linear_class(model, monkeypatch):
 )
 def test_what_runs_as_a_module_is_honoured(change, monkeypatch):
     model, dense = lora(make_model("llama")), lora(make_model("llama"))
-    before = make_model("llama")(**BATCH).loss
+    before = lora(make_model("llama"))(**BATCH).loss
     for each in (model, dense):
         change(each, monkeypatch) if change is hook_projections else None
     if change is not hook_projections:

@@ -86,7 +86,9 @@ def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
 def test_it_is_said_once():
     model = make_model("llama")
     handle = lemo.enable(model, config())
-    with pytest.warns(UserWarning, match="gradients come from the rows .* nobody named them") as said:
+    with pytest.warns(
+        UserWarning, match="gradients come from the rows .* nobody named them"
+    ) as said:
         for _ in range(3):
             model(**INPUTS)
     assert len([w for w in said if "lemo" in str(w.message)]) == 1
@@ -231,7 +233,9 @@ def test_a_pickled_model_still_eliminates():
     assert_close_fp32(loaded(**BATCH).loss, lora(make_model("llama"))(**BATCH).loss)
 
 
-@pytest.mark.parametrize("how", ["enabled first", "compiled first", "run first", "in place", "layers"])
+@pytest.mark.parametrize(
+    "how", ["enabled first", "compiled first", "run first", "in place", "layers"]
+)
 def test_a_compiled_model_trains_rightly(how):
     torch.compiler.reset()
     model, twin = lora(make_model("llama")), lora(make_model("llama"))

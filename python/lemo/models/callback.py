@@ -69,9 +69,7 @@ def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
         TypeError, ValueError: see `Handle.attach`.
     """
     if not isinstance(trainer, transformers.Trainer):
-        raise TypeError(
-            f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}"
-        )
+        raise TypeError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}")
     if not any(module is handle.causal_lm for module in trainer.model.modules()):
         raise ValueError(
             f"trainer: expected one of the model that lemo was enabled on, got one of another "

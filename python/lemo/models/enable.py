@@ -34,9 +34,7 @@ _LABELS_UNKNOWN = (
 )
 
 
-def enable(
-    model: "nn.Module | transformers.Trainer", config: LemoConfig | None = None
-) -> "Handle":
+def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None = None) -> "Handle":
     """Makes the training forward pass of `model` eliminate tokens, until `handle.remove()`.
 
     Replaces `forward` on two instances, the causal LM and its decoder; classes stay as they are. It

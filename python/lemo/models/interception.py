@@ -33,10 +33,15 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
         attention_name: the config's attention implementation.
 
     Raises:
-        ValueError: a layer or an attention module that is of another class, or has hooks or a
-            forward that was replaced; an attention implementation or a rotation that is neither
+        ValueError: the decoder's class has a forward that was replaced; a layer or an attention
+            module that is of another class, or has hooks or a forward that was replaced; an attention implementation or a rotation that is neither
             Transformers' nor known to compute the same.
     """
+    if not has_own_forward(type(decoder)):
+        raise ValueError(
+            f"model: expected {type(decoder).__name__}.forward as Transformers defines it, got one "
+            f"from {_origin(type(decoder).forward)}; {_REMEDY}"
+        )
     for name, module in _parts(decoder):
         cls = type(module)
         if not cls.__module__.startswith("transformers.models."):
@@ -49,7 +54,9 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
             what = f"one with a hook from {_foreign_hooks(module)[0]}"
         else:
             continue
-        raise ValueError(f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}")
+        raise ValueError(
+            f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}"
+        )
     _check_functions(type(own_module(own_module(decoder.layers[0]).self_attn)), attention_name)
 
 

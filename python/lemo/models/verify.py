@@ -49,7 +49,10 @@ def verify(
             output = loss(arguments)
             got = _gradients(output.loss, trainable)
         losses = output.loss.item(), own.loss.item()
-        differences = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-6), _relative(got, expected)
+        differences = (
+            abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-6),
+            _relative(got, expected),
+        )
         tolerances = _TOLERANCES[_dtype(model)]
         if all(d <= t for d, t in zip(differences, tolerances)):
             return
@@ -69,6 +72,8 @@ def _beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> d
     if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] < 2:
         got = list(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
         raise ValueError(f"batch: expected input_ids [batch, tokens] of 2 or more, got {got}")
+    if tokens < 2:
+        raise ValueError(f"tokens: expected at least 2, got {tokens}")
     columns = slice(0, tokens)
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     if mask is not None:

@@ -1,0 +1,115 @@
+"""handle.verify: keep = 1 against the model's own forward."""
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+import lemo
+from lemo.models.adapters import Adapter
+from test_models_dense import lora
+from tiny_models import (
+    ARCHITECTURES,
+    config_of,
+    gradients,
+    make_ids,
+    make_model,
+    packed_batch,
+    padded_batch,
+)
+
+# The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
+pytestmark = pytest.mark.cpu_only
+
+HALF = config_of(keep=0.5, dense_layers=[], block_size=8)
+BATCHES = {
+    "plain": {"input_ids": make_ids(2, 60)},
+    "left": padded_batch([61, 40], side="left"),
+    "packed": packed_batch([30, 31]),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_that_is_as_it_should_be(architecture, batch):
+    model = lora(make_model(architecture, attn_implementation="sdpa"))
+    handle = lemo.enable(model, HALF)
+    if (architecture, batch) == ("opt", "packed"):
+        # Transformers' OPT lets packed sequences see each other, lemo does not.
+        with pytest.raises(ValueError, match="Hidden states differ first behind layer 0"):
+            handle.verify(BATCHES[batch], tokens=50)
+    else:
+        handle.verify(BATCHES[batch], tokens=50)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "autocast"])
+@pytest.mark.parametrize("recompute", ["auto", "layer"])
+def test_low_precision_and_recomputation(dtype, recompute):
+    weights = torch.float32 if dtype == "autocast" else dtype
+    model = lora(make_model("llama", dtype=weights), lora_dropout=0.5)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": True})
+    handle = lemo.enable(model, config_of(keep=0.5, block_size=8, recompute=recompute))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+        handle.verify(BATCHES["plain"])
+
+
+def test_it_leaves_no_trace():
+    model, twin = (lora(make_model("llama"), lora_dropout=0.5) for _ in range(2))
+    config = lemo.LemoConfig(keep=0.5, block_size=8)
+    handles = [lemo.enable(each, config) for each in (model, twin)]
+    handles[0].verify(BATCHES["plain"])
+    assert not gradients(model)
+    losses = []
+    for each in (model, twin):
+        torch.manual_seed(5)
+        if each is model:
+            handles[0].verify(BATCHES["plain"])
+        losses.append(each(**padded_batch([61, 40])).loss)
+    assert torch.equal(*losses), "it drew random numbers, or left dropout off"
+    assert handles[0].statistics()[0].attention_rows < 101
+
+
+def test_a_layer_that_differs_is_named(monkeypatch):
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, HALF)
+
+    def scale(adapter, index):
+        return adapter.layer(index).self_attn.scaling * (0.9 if index == 1 else 1.0)
+
+    monkeypatch.setattr(Adapter, "scale", scale)
+    with pytest.raises(ValueError, match=r"loss .* most in .*layers\..* first behind layer 1\."):
+        handle.verify(BATCHES["plain"])
+    # The first loss is the same: gradients tell.
+    assert not gradients(model)
+
+
+def test_another_loss_is_seen(monkeypatch):
+    """A forward that somebody put into the class, and that lemo's takes the place of."""
+    forward = modeling_llama.LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        if output.loss is not None:
+            output.loss = 1.01 * output.loss
+        return output
+
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", scaled)
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, HALF)
+    with pytest.raises(ValueError, match="Hidden states agree; the loss or the gradients differ"):
+        handle.verify(BATCHES["plain"])
+
+
+def test_bad_batches_and_models_are_named():
+    handle = lemo.enable(make_model("llama").requires_grad_(False), HALF)
+    with pytest.raises(ValueError, match="model: expected trainable parameters, got none"):
+        handle.verify(BATCHES["plain"])
+    handle = lemo.enable(lora(make_model("llama")), HALF)
+    for ids, got in (
+        (None, "NoneType"),
+        (make_ids(1, 9)[0], r"\[9\]"),
+        (make_ids(2, 1), r"\[2, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=f"batch: expected input_ids .*, got {got}"):
+            handle.verify({"input_ids": ids})
+    with pytest.raises(ValueError, match="tokens: expected at least 2, got 1"):
+        handle.verify(BATCHES["plain"], tokens=1)
