@@ -241,7 +241,7 @@ def block_tokens(block_size: int | float, longest: int) -> int:
 
 
 def kept_blocks(share: float, blocks: int) -> int:
-    """Blocks that a share of `blocks` keeps: rounded up, but for a rounding error of the product."""
+    """Blocks that a share of `blocks` keeps: rounded up, but for a rounding error."""
     return math.ceil(share * blocks - 1e-9)
 
 

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lemo
-from lemo.models.outputs import DeferredLogits
 from lemo import LemoConfig
 from lemo.layout import Selection
 from lemo.models.adapters import adapter_for
+from lemo.models.outputs import DeferredLogits
 from lemo.selection import Selector
 from tiny_models import (
     ARCHITECTURES,

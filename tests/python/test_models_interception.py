@@ -114,11 +114,9 @@ def test_what_would_not_run_is_refused(change, when, monkeypatch):
         lemo.enable(model, EVERYTHING)
         model(**BATCH)
     change(model, monkeypatch)
+    use = model if when == "after" else lambda **_: lemo.enable(model, EVERYTHING)
     with pytest.raises(ValueError, match=REFUSED[change]):
-        if when == "before":
-            lemo.enable(model, EVERYTHING)
-        else:
-            model(**BATCH)
+        use(**BATCH)
 
 
 def change_mlp_class(model, monkeypatch):

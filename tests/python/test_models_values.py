@@ -86,11 +86,8 @@ def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
 def test_it_is_said_once():
     model = make_model("llama")
     handle = lemo.enable(model, config())
-    with pytest.warns(
-        UserWarning, match="gradients come from the rows .* nobody named them"
-    ) as said:
-        for _ in range(3):
-            model(**INPUTS)
+    with pytest.warns(UserWarning, match="gradients come from .* nobody named them") as said:
+        assert model(**INPUTS) and model(**INPUTS) and model(**INPUTS)
     assert len([w for w in said if "lemo" in str(w.message)]) == 1
     with pytest.warns(UserWarning, match="rows that are kept$"), handle.labelled(PRESENT):
         model(**INPUTS)
@@ -193,9 +190,13 @@ def test_labels_win_over_the_block_that_is_always_kept():
 def test_training_nothing_is_an_error_in_the_first_step(settings, message):
     model = make_model("llama")
     settings = {"dense_layers": [], "block_size": 8, "keep_first": 0} | settings
-    with pytest.raises(ValueError, match=message):
+
+    def train():
         lemo.enable(model, config_of(**settings))
         model(**BATCH)
+
+    with pytest.raises(ValueError, match=message):
+        train()
 
 
 def test_labels_that_are_all_masked_are_an_error_in_the_first_step():

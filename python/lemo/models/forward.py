@@ -15,8 +15,8 @@ from torch import nn
 
 __all__ = ["ReplacedForward", "bind"]
 
-# Called as run(handle, arguments, replaced forward, original), where `original()` does for this call
-# what the module did before.
+# Called as run(handle, arguments, replaced forward, original), where `original()` does what the
+# module did before with this call.
 Implementation = Callable[[Any, dict[str, Any], "ReplacedForward", Callable[[], Any]], Any]
 
 

@@ -34,8 +34,8 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
 
     Raises:
         ValueError: the decoder's class has a forward that was replaced; a layer or an attention
-            module that is of another class, or has hooks or a forward that was replaced; an attention implementation or a rotation that is neither
-            Transformers' nor known to compute the same.
+            module is of another class, or has hooks or a forward that was replaced; an attention
+            implementation or a rotation is neither Transformers' nor known to compute the same.
     """
     if not has_own_forward(type(decoder)):
         raise ValueError(

@@ -72,7 +72,7 @@ class EliminatedOutput(CausalLMOutputWithPast):
         return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return _read(super().get(key, default))
 
 
 def _read(value: Any) -> Any:
