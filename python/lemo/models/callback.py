@@ -47,7 +47,7 @@ class TrainerCallback(transformers.TrainerCallback):
         # The trainer may have wrapped the model since it was enabled.
         if model is not None:
             self._unwatch()
-            self._unwatch = named_labels.watch(model, self._handle)
+            self._unwatch = self._handle.watch(model)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._unwatch()

@@ -123,7 +123,9 @@ class Handle:
         for forward in self._installed:
             setattr(forward.__self__, _ATTRIBUTE, self)
         # Trainers call what they were given, and may replace the forward further inside.
-        self._undo: list[Callable[[], None]] = [named_labels.watch(model, self)]
+        self._watcher = named_labels.Watcher(self)
+        self._undo: list[Callable[[], None]] = []
+        self.watch(model)
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -159,6 +161,18 @@ class Handle:
         from lemo.models.callback import attach
 
         self._undo.append(attach(trainer, self))
+
+    def watch(self, module: nn.Module) -> Callable[[], None]:
+        """Takes the `labels` of every call of `module` for the labels of what runs inside.
+
+        For modules around the model, such as DDP's; `model` itself is watched from the beginning.
+
+        Returns:
+            What ends it; `remove` does, too.
+        """
+        undo = self._watcher.watch(module)
+        self._undo.append(undo)
+        return undo
 
     def verify(self, batch: Mapping[str, Any], tokens: int = 512) -> None:
         """Checks keep = 1 against the model's own forward on the beginning of a batch.

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lemo.models.loss import IGNORE_INDEX
 
-__all__ = ["named", "of_call", "of_tokens", "watch"]
+__all__ = ["Watcher", "named", "of_call", "of_tokens"]
 
 
 class Named(Protocol):
@@ -50,31 +50,35 @@ def of_call(arguments: Mapping[str, Any]) -> Tensor | None:
     return None if labels is None else of_tokens(labels != ignore_index)
 
 
-def watch(module: nn.Module, target: Named) -> Callable[[], None]:
-    """Names the labels of every call of a module, whatever its forward; returns what undoes it."""
-    watcher = _Watcher(target)
-    before = module.register_forward_pre_hook(watcher.begin, with_kwargs=True)
-    after = module.register_forward_hook(watcher.end, always_call=True)
-    return partial(_remove, before, after)
+class Watcher:
+    """Names the labels of every call of the modules that it watches, whatever their forward.
 
-
-class _Watcher:
-    """The two hooks of `watch`; a class, because they are copied and pickled with their module."""
+    Calls nest, and several hooks of one may be on the same module: what was known before comes
+    back when the last of them ends. A class, because hooks are copied and pickled with a module.
+    """
 
     def __init__(self, target: Named) -> None:
         self._target = target
         self._before: list[Tensor | None] = []
 
+    def watch(self, module: nn.Module) -> Callable[[], None]:
+        """Begins with a module; returns what ends it."""
+        hooks = (
+            module.register_forward_pre_hook(self._begin, with_kwargs=True),
+            module.register_forward_hook(self._end, always_call=True),
+        )
+        return partial(_remove, *hooks)
+
     @torch.compiler.disable
-    def begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self._before.append(self._target.row_labels)
         rows = of_call(kwargs)
         if rows is not None:
             self._target.row_labels = rows
 
     @torch.compiler.disable
-    def end(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._target.row_labels = self._before.pop() if self._before else None
+    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self._target.row_labels = self._before.pop()
 
 
 def _remove(*hooks: RemovableHandle) -> None:

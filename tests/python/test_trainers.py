@@ -1,0 +1,270 @@
+"""Trainers that compute the loss outside the model: Transformers' and TRL's, with and without lemo.
+
+Losses are the dense model's at any share that is kept, gradients at keep = 1.
+"""
+
+import datasets
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import lemo
+from lemo.models.enable import Handle
+from tiny_models import VOCABULARY, make_ids, make_model
+
+pytestmark = pytest.mark.cpu_only
+
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %} "
+    "{{ m['content'] }} </s> {% endgeneration %}{% else %}{{ m['content'] }} </s> {% endif %}"
+    "{% endfor %}"
+)
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+ORDERS = ("enabled before", "enabled before, trainer adds PEFT", "enabled after")
+
+
+def tokenizer():
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
+    model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=TEMPLATE,
+    )
+
+
+def words(count, seed):
+    return " ".join(f"w{i - 3}" for i in make_ids(1, count, seed)[0].tolist())
+
+
+def rows(kind):
+    counts = enumerate(range(30, 62, 4))
+    match kind:
+        case "text":
+            found = [{"text": words(count, seed)} for seed, count in counts]
+        case "completion":
+            found = [
+                {"prompt": words(count, seed) + " ", "completion": words(8, seed + 50)}
+                for seed, count in counts
+            ]
+        case "conversation":
+            found = [
+                {
+                    "messages": [
+                        {"role": "user", "content": words(count, seed)},
+                        {"role": "assistant", "content": words(8, seed + 50)},
+                        {"role": "user", "content": words(9, seed + 20)},
+                        {"role": "assistant", "content": words(3, seed + 70)},
+                    ]
+                }
+                for seed, count in counts
+            ]
+        case _:
+            found = [
+                {
+                    "prompt": words(count, seed) + " ",
+                    "chosen": words(8, seed + 50),
+                    "rejected": words(5, seed + 70),
+                }
+                for seed, count in counts
+            ]
+    return datasets.Dataset.from_list(found)
+
+
+def sft(data, **settings):
+    def make(model, peft, common):
+        config = SFTConfig(**{"max_length": 256} | settings, **common)
+        return SFTTrainer(
+            model,
+            args=config,
+            train_dataset=rows(data),
+            processing_class=tokenizer(),
+            peft_config=peft,
+        )
+
+    return make
+
+
+def dpo(model, peft, common):
+    return DPOTrainer(
+        model,
+        args=DPOConfig(max_length=256, **common),
+        train_dataset=rows("preference"),
+        processing_class=tokenizer(),
+        peft_config=peft,
+    )
+
+
+def plain(**settings):
+    def make(model, peft, common):
+        loss = settings.pop("compute_loss_func", None)
+        if peft is not None:
+            model = get_peft_model(model, peft)
+        return Trainer(
+            model,
+            TrainingArguments(**settings, **common),
+            train_dataset=[{"input_ids": ids, "labels": ids} for ids in make_ids(8, 40)],
+            compute_loss_func=loss,
+        )
+
+    return make
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="sum"
+    )
+    return losses / num_items_in_batch
+
+
+TRAINERS = {
+    "SFT": sft("text"),
+    "SFT, completions": sft("completion"),
+    "SFT, assistant only": sft("conversation", assistant_only_loss=True),
+    "SFT, packed": sft("text", packing=True, max_length=128),
+    "SFT, padding-free": sft("text", padding_free=True, max_length=None),
+    "SFT, label smoothing": sft("text", label_smoothing_factor=0.1),
+    "DPO": dpo,
+    "Trainer, label smoothing": lambda *a: plain(label_smoothing_factor=0.1)(*a),
+    "Trainer, own loss": lambda *a: plain(compute_loss_func=own_loss)(*a),
+}
+
+
+def train(name, folder, keep=None, order=ORDERS[0], steps=3):
+    """(losses, norms of gradients) of each step; None: without lemo."""
+    torch.manual_seed(0)
+    model = make_model("llama", attn_implementation="sdpa", max_position_embeddings=512)
+    config = None if keep is None else lemo.LemoConfig(keep=keep, block_size=8)
+    peft = LORA if order == ORDERS[1] else None
+    handle = None
+    if peft is None:
+        torch.manual_seed(1)
+        model = get_peft_model(model, LORA)
+    if config is not None and order != ORDERS[2]:
+        handle = lemo.enable(model, config)
+    common = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+    }
+    common |= {} if name.startswith("Trainer") else {"bf16": False, "gradient_checkpointing": False}
+    torch.manual_seed(1)
+    trainer = TRAINERS[name](model, peft, common)
+    if config is not None and order == ORDERS[2]:
+        handle = lemo.enable(trainer, config)
+    elif handle is not None:
+        trainer.add_callback(lemo.TrainerCallback(handle))
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    if handle is not None:
+        shares = {layer.attention_rows / layer.tokens for layer in handle.statistics()}
+        assert all(share == 1 if keep == 1 else share < 0.7 for share in shares)
+        handle.remove()
+        trainer.args.max_steps = 1
+        assert trainer.train().training_loss > 0, "the trainer works without lemo again"
+    return (torch.tensor([log[key] for log in logs]) for key in ("loss", "grad_norm"))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", TRAINERS)
+def test_losses_and_gradients(name, order, tmp_path):
+    losses, norms = train(name, tmp_path, order=order)
+    everything = train(name, tmp_path, keep=1, order=order)
+    # Trainers log five digits.
+    for mine, theirs in zip(everything, (losses, norms)):
+        assert torch.allclose(mine, theirs, rtol=1e-3)
+    half, half_norms = train(name, tmp_path, keep=0.5, order=order)
+    assert abs(half[0] - losses[0]) <= 1e-4 * losses[0], "the first loss is not the dense model's"
+    if name == "DPO":
+        assert abs(half[0] - torch.log(torch.tensor(2.0))) < 1e-4
+    # Gradients come from the kept rows: smaller, and they train.
+    assert 0 < half_norms[0] < 1.05 * norms[0]
+    assert (half - losses).abs().max() < 0.2 * losses[0]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["SFT, completions", "SFT, assistant only", "DPO"])
+def test_blocks_that_have_labels_are_kept(name, order, tmp_path, monkeypatch):
+    """A quarter of the rows, of which the labels need one or two blocks of each sequence."""
+    seen = []
+    states = Handle._states
+
+    def watched(handle, arguments):
+        output = states(handle, arguments)
+        layer = handle.statistics()[0]
+        rows = handle.row_labels
+        assert rows is not None, "nobody named the labels"
+        mask = arguments.get("attention_mask")
+        packed = rows[mask.bool()] if mask is not None else rows.flatten()
+        needed = set(layer.layout.blocks_with(packed).nonzero()[:, 0].tolist())
+        kept = set(layer.attention_blocks.tolist())
+        seen.append(needed <= kept)
+        return output
+
+    monkeypatch.setattr(Handle, "_states", watched)
+    train(name, tmp_path, keep=0.6, order=order, steps=2)
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.parametrize("name", ["Trainer, label smoothing", "SFT"])
+def test_training_with_half_of_the_rows_learns(name, tmp_path):
+    losses, _ = train(name, tmp_path, keep=0.5, steps=12)
+    assert losses[-3:].mean() < 0.97 * losses[:3].mean()
+
+
+def test_attach_names_labels_that_the_trainer_takes_away(tmp_path, monkeypatch):
+    known = []
+    states = Handle._states
+
+    def watched(handle, arguments):
+        known.append(handle.row_labels is not None)
+        return states(handle, arguments)
+
+    monkeypatch.setattr(Handle, "_states", watched)
+    train("Trainer, label smoothing", tmp_path, keep=0.5, order=ORDERS[2], steps=1)
+    assert known == [True, True]
+
+
+def test_a_trainer_of_another_model_is_refused(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(make_model("llama"), arguments)
+    handle = lemo.enable(make_model("llama"))
+    with pytest.raises(
+        ValueError, match="trainer: expected one of the model that lemo was enabled"
+    ):
+        handle.attach(trainer)
+    with pytest.raises(TypeError, match="trainer: expected a transformers.Trainer, got str"):
+        handle.attach("trainer")
+
+
+def test_labels_are_named_by_masks_of_collators():
+    from lemo.models.callback import rows_of_batch
+
+    ids = make_ids(1, 6)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 0]])
+    expected = torch.tensor([[False, False, True, True, False, False]])
+    for batch in (
+        {"completion_mask": mask},
+        {"assistant_masks": mask},
+        {"labels": ids.where(mask.bool(), torch.tensor(-100))},
+    ):
+        assert torch.equal(rows_of_batch({"input_ids": ids, **batch}), expected)
+    assert rows_of_batch({"input_ids": ids}) is None
+    assert rows_of_batch({"input_ids": ids, "completion_mask": mask[:, 1:]}) is None
