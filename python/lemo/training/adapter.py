@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -11,6 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from lemo.data.reading import first_of, naming
 from lemo.predictors.storage import fingerprint
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+
+_log = logging.getLogger("lemo")
 
 # What PEFT called the file before safetensors.
 _OLD_WEIGHTS = "adapter_model.bin"
@@ -87,6 +90,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         )
     if not any((folder / file).is_file() for file in (ADAPTER_WEIGHTS, _OLD_WEIGHTS)):
         raise FileNotFoundError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}")
+    trained_on = config.base_model_name_or_path
+    if trained_on and trained_on != name:
+        _log.info("adapter: %s was trained on '%s', and is put into '%s'", folder, trained_on, name)
+    # PEFT would say the same, as a Python warning.
+    config.base_model_name_or_path = None
     config.inference_mode = True
     with naming(f"adapter: {folder} does not fit '{name}'"):
         wrapped = get_peft_model(model, config)

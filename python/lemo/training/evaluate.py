@@ -90,8 +90,8 @@ def evaluate(
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
     if isinstance(model, str | Path):
-        tokenizer = tokenizer or load_tokenizer(str(model))
         config = load_config(str(model), supported=ADAPTERS)
+        tokenizer = tokenizer or load_tokenizer(str(model))
         groups, total = _windows(documents, tokenizer, lengths, limit, config.vocab_size)
         model = load_for_evaluation(
             str(model),
