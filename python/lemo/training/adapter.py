@@ -98,15 +98,11 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     config.inference_mode = True
     with naming(f"adapter: {folder} does not fit '{name}'"):
         wrapped = get_peft_model(model, config)
-    with naming(f"adapter: {folder} is damaged, or does not fit '{name}'"):
+    fault = f"adapter: {folder} is damaged, or does not fit '{name}'"
+    with naming(fault):
         outcome = wrapped.load_adapter(str(folder), "default")
-    for kind, names in (
-        ("misses", outcome.missing_keys),
-        ("has too many", outcome.unexpected_keys),
-    ):
-        if names:
-            raise ValueError(
-                f"adapter: {folder} does not fit '{name}', or is damaged: it {kind} weights, "
-                f"{len(names)}: {first_of(names)}"
-            )
+    if outcome.missing_keys:
+        raise ValueError(f"{fault}: it lacks {first_of(outcome.missing_keys)}")
+    if outcome.unexpected_keys:
+        raise ValueError(f"{fault}: no place for {first_of(outcome.unexpected_keys)}")
     return wrapped
