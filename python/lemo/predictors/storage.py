@@ -259,10 +259,13 @@ def _read_description(file: Path) -> dict[str, Any]:
     }  # fmt: skip
     for name, kind in expected.items():
         value = description.get(name)
-        if type(value) is not kind or (kind is int and value < 1):
+        if type(value) is not kind:
             raise ValueError(
-                f"predictor: {file}: field '{name}': expected {kind.__name__}"
-                f"{' >= 1' if kind is int else ''}, got {value!r}"
+                f"predictor: {file}: field '{name}': expected {kind.__name__}, got {value!r}"
+            )
+        if kind is int and value < 1:
+            raise ValueError(
+                f"predictor: {file}: field '{name}': expected at least 1, got {value!r}"
             )
     for kind in KINDS:
         values = description["thresholds"].get(kind)
