@@ -244,7 +244,7 @@ def content_digest(folder: str | Path) -> str:
 def _read_description(file: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"predictor: {file} is not JSON: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"predictor: {file} was not written by 'lemo prepare'")
@@ -297,8 +297,9 @@ def _check_tensors(
             for name in names:
                 if name not in tensors:
                     raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
-                if not torch.isfinite(tensors[name]).all():
-                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite")
+                tensor = tensors[name]
+                if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite floats")
             for net in nets:
                 inputs = hidden
                 for matrix in _MATRICES:
