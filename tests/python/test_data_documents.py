@@ -118,3 +118,81 @@ def test_no_document(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no document"):
         list(read_documents(tmp_path / "d.jsonl"))
+
+
+HALVES = [b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n']
+XZ, GZ = [lzma.compress(half) for half in HALVES], [gzip.compress(half) for half in HALVES]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl.xz", XZ[0] + XZ[1]),
+        ("d.jsonl.xz", XZ[0] + bytes(8) + XZ[1] + bytes(4)),
+        ("d.jsonl.xz", XZ[0] + bytes(3 << 20) + XZ[1]),
+        ("d.jsonl.xz", lzma.compress(b"") + XZ[0] + XZ[1]),
+        ("d.jsonl.gz", GZ[0] + GZ[1]),
+        ("d.jsonl.gz", GZ[0] + bytes(5) + GZ[1]),
+    ],
+)
+def test_every_stream_of_a_compressed_file_is_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    texts = [document.text for document in read_documents(tmp_path / name)]
+    assert texts == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("d.jsonl.xz", XZ[0] + b"garbage"),
+        ("d.jsonl.xz", XZ[0] + b"{}\n"),
+        ("d.jsonl.xz", XZ[0] + bytes(3)),
+        ("d.jsonl.xz", XZ[0] + bytes(3) + XZ[1]),
+        ("d.jsonl.xz", XZ[0] + b"?" + XZ[1][1:]),
+        ("d.jsonl.xz", XZ[0] + XZ[1][:8] + b"????" + XZ[1][12:]),
+        ("d.jsonl.xz", XZ[0] + XZ[1][:30] + b"????" + XZ[1][34:]),
+        ("d.jsonl.xz", XZ[0] + XZ[1][:4]),
+        ("d.jsonl.xz", XZ[0] + XZ[1][:-1]),
+        ("d.jsonl.gz", GZ[0] + b"garbage"),
+        ("d.jsonl.gz", GZ[0] + b"?" + GZ[1][1:]),
+        ("d.jsonl.gz", GZ[0] + GZ[1][:-4]),
+    ],
+)
+def test_damage_behind_the_first_stream_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"d\.jsonl\.[xg]z: damaged after line [23]: "):
+        list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize("line", [b'{"x": ' + b"[" * 100000, b'{"x": ' + b"1" * 5000 + b"}"])
+def test_json_that_python_refuses(tmp_path, line):
+    (tmp_path / "d.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(ValueError, match=r"d\.jsonl:1: not JSON that Python can read"):
+        list(read_documents(tmp_path / "d.jsonl"))
+
+
+def test_datasets_folder_without_rows(tmp_path):
+    datasets.Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="set' holds no document"):
+        list(read_documents(tmp_path / "set"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", b"{}"),
+        ("state.json", b"3"),
+        ("dataset_info.json", b"[]"),
+        ("dataset_info.json", None),
+        ("data-00000-of-00001.arrow", b"garbage"),
+        ("data-00000-of-00001.arrow", None),
+    ],
+)
+def test_damaged_datasets_folder(tmp_path, name, content):
+    datasets.Dataset.from_dict({"text": ["one"]}).save_to_disk(tmp_path / "set")
+    file = tmp_path / "set" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match="documents: '.*set' cannot be read as a dataset: "):
+        list(read_documents(tmp_path / "set"))

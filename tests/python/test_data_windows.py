@@ -109,14 +109,70 @@ def test_uneven_text_still_fills_the_window():
     assert token_windows(reverse, tiny_tokenizer(), 300).batch(0, 40).shape == (40, 300)
 
 
-def test_a_document_whose_length_was_misjudged_is_named():
-    # 600 words of a letter, then runs of spaces that are single tokens.
+def odd_document(spaces: str) -> Document:
+    """600 words of a letter, then runs of spaces that are single tokens: 1213 tokens, not 25600."""
+    return Document("odd", "text", "a b c " * 200 + spaces * 400)
+
+
+def test_a_document_whose_length_was_misjudged_is_left_out(caplog):
     spaces = " " * 64
     tokenizer = merging_tokenizer(False, " ".join([spaces] * 50))
-    text = "a b c " * 200 + spaces * 400
-    assert len(tokenizer(text)["input_ids"]) < 2000
-    with pytest.raises(ValueError, match="'odd' has .* tokens, fewer than 2000, although"):
-        token_windows([Document("odd", "text", text)], tokenizer, 2000).window(0)
+    with pytest.raises(ValueError, match="at least one of 2000 tokens.*all 1 documents are sh"):
+        token_windows([odd_document(spaces)], tokenizer, 2000).window(0)
+    caplog.clear()
+    source = [odd_document(spaces), *documents(3000, 3000)]
+    windows = token_windows(source, tokenizer, 2000)
+    found = windows.batch(0, 20)
+    assert caplog.text.count("'odd' has 1213 tokens, fewer than 2000, although") == 1
+    # The same ones for another process, which has not met the document yet.
+    for index in (19, 3, 11):
+        assert torch.equal(token_windows(source, tokenizer, 2000).window(index), found[index])
+    # Both of the others take its part.
+    text = [tokenizer.decode(ids) for ids in found]
+    shares = [sum(piece in document.text for piece in text) for document in source]
+    assert shares[0] == 0
+    assert min(shares[1:]) >= 6
+
+
+def with_token(text: str):
+    """`merging_tokenizer` with an added token, whose id is the 291st, and a document of `text`."""
+    tokenizer = merging_tokenizer(True)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    return tokenizer, size, [Document("odd", "text", text)]
+
+
+def test_ids_without_an_embedding_are_refused_at_the_start():
+    tokenizer, size, source = with_token(sample_text(300, 0))
+    for cut in (token_windows, first_windows):
+        with pytest.raises(ValueError, match=rf"below {size - 9}, .* but 9 of its tokens are beyo"):
+            cut(source, tokenizer, 32, vocab_size=size - 9)
+        with pytest.raises(ValueError, match=r"below 0, .* tokens are beyond: .* more; the token"):
+            cut(source, tokenizer, 32, vocab_size=0)
+
+
+def test_an_added_token_without_an_embedding_is_refused_where_a_text_has_it():
+    tokenizer, size, source = with_token(sample_text(300, 0))
+    expected = token_windows(source, tokenizer, 32).batch(0, 5)
+    assert torch.equal(token_windows(source, tokenizer, 32, vocab_size=size).batch(0, 5), expected)
+    tokenizer, size, source = with_token("<new> " + sample_text(300, 0))
+    for cut in (token_windows, first_windows):
+        with pytest.raises(ValueError, match=rf"'odd' has the token '<new>' with the id {size}, "):
+            cut(source, tokenizer, 32, vocab_size=size)
+        cut(source, tokenizer, 32, vocab_size=size + 1)
+
+
+def test_a_tokenizer_that_names_no_vocabulary_is_checked_window_by_window():
+    tokenizer = merging_tokenizer(True)
+
+    def plain(text, **arguments):
+        return tokenizer(text, **arguments)
+
+    windows = token_windows(documents(300), plain, 32, vocab_size=20)
+    with pytest.raises(
+        ValueError, match=r"'0' has the id \d+, but the model's embedding ends at 20"
+    ):
+        windows.window(0)
 
 
 def test_short_documents_are_counted():

@@ -305,6 +305,16 @@ def test_wrong_tensors(copy):
     reseal(copy, tensors | {name: tensors[name] * float("nan")})
     with pytest.raises(ValueError, match=f"'{name}' is not finite"):
         predictors.load(copy)
+    reseal(copy, tensors | {name: tensors[name].int()})
+    with pytest.raises(ValueError, match=f"'{name}' is not finite floats"):
+        predictors.load(copy)
+    reseal(copy, tensors | {name: tensors[name][:3].contiguous()})
+    with pytest.raises(ValueError, match=r"expected \[rank, 3\], got"):
+        predictors.load(copy)
+    profile = "layers.0.mlp.profile.knots"
+    reseal(copy, tensors | {profile: tensors[profile][:0]})
+    with pytest.raises(ValueError, match="'layers.0.mlp.profile': expected vectors of one length"):
+        predictors.load(copy)
     (copy / "predictor.safetensors").write_bytes(b"no tensors at all")
     edit(copy, sha256=storage._digest(b"no tensors at all"))
     with pytest.raises(ValueError, match="is not a safetensors file"):
@@ -333,9 +343,10 @@ def test_wrong_description(copy, fields, message):
 
 def test_broken_json(copy):
     file = copy / "predictor.json"
-    file.write_text(file.read_text()[:50])
-    with pytest.raises(ValueError, match=r"predictor\.json is not JSON"):
-        predictors.load(copy)
+    for content in (file.read_text()[:50], "[" * 100000):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=r"predictor\.json is not JSON"):
+            predictors.load(copy)
 
 
 def test_another_model_is_refused(made):

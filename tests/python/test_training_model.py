@@ -1,7 +1,11 @@
 """Context extension, loading models and adapters."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from lemo import _C
@@ -171,6 +175,141 @@ def test_models_that_cannot_be_loaded(tmp_path):
         load_config(str(folder))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return save_tiny_llama(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+def load(folder) -> LlamaForCausalLM:
+    return load_model(str(folder), load_config(str(folder)), torch.float32)
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    save_file(change(weights), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+
+
+HEAD = "lm_head.weight"
+BIAS = "model.layers.0.self_attn.q_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(HEAD), f"the checkpoint lacks {HEAD}"),
+        (
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            "the checkpoint lacks model.layers.1",
+        ),
+        (lambda w: w.update({BIAS: torch.ones(32)}), f"the model has no place for {BIAS}"),
+        (
+            lambda w: w.update({HEAD: torch.ones(9, 32)}),
+            r"lm_head.weight is \[9, 32\], .*\[257, 32\]",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, change, message):
+    change_weights(folder, lambda weights: [change(weights), weights][1])
+    with pytest.raises(
+        ValueError, match=f"the weights of '.*' do not fit its config.json: {message}"
+    ):
+        load(folder)
+
+
+def test_layers_that_the_config_does_not_count_are_named(folder):
+    change_config(folder, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="the model has no place for model.layers.1.*and 6 more"):
+        load(folder)
+
+
+def test_what_is_no_part_of_the_model_is_left_out(folder, caplog):
+    change_weights(folder, lambda weights: weights | {"score.weight": torch.ones(3)})
+    load(folder)
+    assert "are no part of a causal language model and are not used: score.weight" in caplog.text
+
+
+def test_tied_weights_are_not_missing(folder):
+    change_weights(folder, lambda weights: {n: w for n, w in weights.items() if n != HEAD})
+    change_config(folder, tie_word_embeddings=True)
+    model = load(folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", b"[]"),
+        ("pytorch_model.bin", b"hello"),
+        ("pytorch_model.bin", b""),
+    ],
+)
+def test_damaged_weights(folder, name, content):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match="model: the weights of '.*' are damaged"):
+        load(folder)
+
+
+def test_a_shard_that_is_not_there(folder):
+    model = load(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert torch.equal(load(folder).lm_head.weight, model.lm_head.weight)
+    (folder / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(OSError, match="model: '.*' cannot be read: .*model-00002-of-00004"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "none"},
+        {"num_attention_heads": 0},
+        {"hidden_size": "large"},
+        {"vocab_size": -1},
+        {"pad_token_id": 999},
+        {"rope_parameters": {"rope_type": "none"}},
+        {"model_type": "none"},
+    ],
+)
+def test_a_config_that_makes_no_model(folder, fields):
+    change_config(folder, **fields)
+    with pytest.raises(
+        ValueError, match="model: the config.json of '.*' (cannot be used|makes no)"
+    ):
+        load_config(str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "{}"])
+def test_files_of_the_tokenizer_that_are_damaged(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="model: '.*' has no tokenizer that can be loaded: ."):
+        load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_settings_for_generating_are_not_read(folder, content):
+    (folder / "generation_config.json").write_text(content)
+    load(folder)
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="model: '.*' holds an adapter .*; expected a model"):
+        load_config(str(folder))
+
+
 @pytest.mark.parametrize("train_norms", [False, True])
 def test_lora_is_float32_on_every_linear_layer_but_the_head(tmp_path, train_norms):
     folder = save_tiny_llama(tmp_path / "model", layers=1)
@@ -191,9 +330,26 @@ def test_lora_is_float32_on_every_linear_layer_but_the_head(tmp_path, train_norm
     assert model.base_model.model.lm_head.weight.dtype == torch.bfloat16
 
 
-def test_lora_targets_that_are_not_there(tmp_path):
-    folder = save_tiny_llama(tmp_path / "model", layers=1)
-    config = FinetuneConfig(model="m", documents="d", output="o", lora_targets="w_query")
-    model = load_model(str(folder), load_config(str(folder)), torch.float32)
-    with pytest.raises(ValueError, match="lora_targets: .*w_query"):
-        add_lora(model, config)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        ("w_query", "'w_query' is no module of the model; expected some of down_proj, gate_proj"),
+        ("q_proj,w_query", "'w_query' is no module of the model"),
+        ("q_proj,q_pro", "'q_pro' is no module of the model"),
+        ("q_proj,mlp", "'mlp' is a LlamaMLP, which holds other modules"),
+        ("q_proj,norm", "Target module LlamaRMSNorm.* is not supported"),
+    ],
+)
+def test_lora_targets_that_are_not_there(whole, targets, message):
+    config = FinetuneConfig(model="m", documents="d", output="o", lora_targets=targets)
+    with pytest.raises(ValueError, match=f"lora_targets: .*{message}"):
+        add_lora(load(whole), config)
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "self_attn.q_proj,layers.1.mlp.up_proj"])
+def test_lora_targets_by_the_end_of_their_names(whole, targets):
+    config = FinetuneConfig(model="m", documents="d", output="o", lora_targets=targets)
+    names = [
+        name for name, p in add_lora(load(whole), config).named_parameters() if p.requires_grad
+    ]
+    assert len(names) == 2 * (targets.count("q_proj") * 2 + targets.count("up_proj"))

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lemo.data.reading import naming
+from lemo.data.xz import open_xz
+
 SUPPORTED = ".jsonl, .jsonl.xz, .jsonl.gz, .txt or a folder written by datasets.save_to_disk"
 
 
@@ -79,7 +82,7 @@ def _read_text(path: Path) -> Iterator[Document]:
 
 def _open_binary(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
-        return lzma.open(path, "rb")
+        return open_xz(path)
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     return path.open("rb")
@@ -93,8 +96,7 @@ def _read_json_lines(path: Path) -> Iterator[Document]:
                 if line.strip():
                     yield _parse_line(line, f"{path}:{number}", f"{path.name}:{number}")
         except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-            reason = str(error) or "the file is cut short"
-            raise ValueError(f"{path}: damaged after line {number}: {reason}") from None
+            raise ValueError(f"{path}: damaged after line {number}: {error}") from None
 
 
 def _parse_line(line: bytes, place: str, default_id: str) -> Document:
@@ -104,6 +106,8 @@ def _parse_line(line: bytes, place: str, default_id: str) -> Document:
         raise ValueError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not JSON that Python can read: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(
             f"{place}: expected a JSON object with a string 'text', got {type(record).__name__}"
@@ -116,21 +120,29 @@ def _read_dataset(folder: Path) -> Iterator[Document]:
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
-        splits = sorted(p.name for p in folder.iterdir() if (p / "state.json").is_file())
+        splits = sorted(str(p) for p in folder.iterdir() if (p / "state.json").is_file())
         raise ValueError(
             f"documents: '{folder}' holds several splits, name one of them: "
-            + ", ".join(str(folder / split) for split in splits)
+            + (", ".join(splits) or "none is there")
         )
     if not (folder / "state.json").is_file():
         raise ValueError(
             f"documents: expected {SUPPORTED}, got the folder '{folder}' without a state.json"
         )
-    dataset = datasets.load_from_disk(str(folder))
+    damaged = f"documents: '{folder}' cannot be read as a dataset"
+    with naming(damaged):
+        # Of no rows the library writes no file, which it cannot load.
+        if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            return
+        dataset = datasets.load_from_disk(str(folder))
     if "text" not in dataset.column_names:
         raise ValueError(
             f"documents: '{folder}' needs a column 'text', it has {', '.join(dataset.column_names)}"
         )
-    for number, record in enumerate(dataset):
+    rows = iter(dataset)
+    for number in range(len(dataset)):
+        with naming(damaged):
+            record = next(rows)
         yield _document(record, f"{folder}: row {number}", f"{folder.name}:{number}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
+import logging
 import random
 from array import array
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lemo.data.documents import Document
+from lemo.data.vocabulary import Vocabulary
+
+_log = logging.getLogger("lemo")
 
 # Guess of how long a token is, in characters, for a text of which nothing is known.
 _CHARACTERS_PER_TOKEN = 5
@@ -30,6 +34,8 @@ _SPARE_TOKENS = 16
 _SURE_FACTOR, _SAMPLE_TOKENS = 4, 512
 # The additive recurrence of the golden ratio: any prefix of it covers the corpus evenly.
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
+# The same of the plastic number: from a place without a window to the next one to try.
+_PLASTIC_NUMBER = 0.7548776662466927
 
 
 class _Encoder:
@@ -103,12 +109,11 @@ def _tensor(ids: list[int]) -> torch.Tensor:
     return torch.frombuffer(array("q", ids), dtype=torch.int64)
 
 
-def _check_found(found: int, short: int, length: int) -> None:
-    if not found:
-        raise ValueError(
-            f"documents: expected at least one of {length} tokens or more, "
-            f"but all {short} documents are shorter"
-        )
+def _none_found(short: int, length: int) -> ValueError:
+    return ValueError(
+        f"documents: expected at least one of {length} tokens or more, "
+        f"but all {short} documents are shorter"
+    )
 
 
 def _check_length(length: int) -> None:
@@ -117,28 +122,40 @@ def _check_length(length: int) -> None:
 
 
 def first_windows(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, length: int
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    vocab_size: int | None = None,
 ) -> tuple[list[tuple[Document, torch.Tensor]], int]:
     """The first ``length`` tokens of each document that has as many.
+
+    Args:
+        documents: the texts.
+        tokenizer: the model's tokenizer.
+        length: tokens of a window.
+        vocab_size: rows of the model's embedding; None: ids are not compared with it.
 
     Returns:
         Pairs of document and int64 ids [length], in the order of ``documents``; the number of
         documents that are shorter.
 
     Raises:
-        ValueError: no document is long enough.
+        ValueError: no document is long enough, or an id has no embedding.
     """
     _check_length(length)
     encoder = _Encoder(tokenizer)
+    vocabulary = Vocabulary(tokenizer, encoder.prefix, vocab_size)
     count = length - len(encoder.prefix)
     found, short = [], 0
     for document in documents:
         ids = [] if _surely_short(document.text, count) else encoder.head(document.text, count)[0]
         if len(ids) == count:
+            vocabulary.check_ids(ids, document.id)
             found.append((document, _tensor(encoder.prefix + ids)))
         else:
             short += 1
-    _check_found(len(found), short, length)
+    if not found:
+        raise _none_found(short, length)
     return found, short
 
 
@@ -149,21 +166,26 @@ class TokenWindows:
     starts between two words where there is space, and with the tokens that the tokenizer puts in
     front of a text. Documents shorter than a window are left out.
 
+    Of a document that is long by its first tokens no more is tokenized before a window of it is
+    asked for. Where it turns out to be too short then, which a warning says once, other places
+    take those of its windows: still the same ones for the same index, in every process.
+
     Args:
         documents: the texts; kept in memory.
         tokenizer: the model's tokenizer.
         length: tokens of a window.
         seed: moves all places.
+        vocab_size: rows of the model's embedding; None: ids are not compared with it.
 
     Attributes:
         length: tokens of a window.
-        used: number of documents that are long enough.
+        used: number of documents that are long enough, by their first tokens.
         too_short: number of documents left out.
         fingerprint: hexadecimal digest of the documents in use and of ``length``.
 
     Raises:
-        ValueError: ``length`` is below 2, or no document is long enough; from :meth:`window`, a
-            document's first tokens are so unlike the rest that its length was misjudged.
+        ValueError: ``length`` is below 2, no document is long enough, or tokens have no embedding;
+            the last two also from :meth:`window`, where only the tokens themselves show it.
     """
 
     def __init__(
@@ -172,10 +194,14 @@ class TokenWindows:
         tokenizer: PreTrainedTokenizerBase,
         length: int,
         seed: int = 0,
+        vocab_size: int | None = None,
     ):
         _check_length(length)
         self.length = length
         self._encoder = _Encoder(tokenizer)
+        self._vocabulary = Vocabulary(tokenizer, self._encoder.prefix, vocab_size)
+        # Numbers of the documents that proved to be too short.
+        self._misjudged: set[int] = set()
         count = length - len(self._encoder.prefix)
         self._documents: list[Document] = []
         self._characters_per_token: list[float] = []
@@ -185,10 +211,12 @@ class TokenWindows:
             if characters is None:
                 self.too_short += 1
             else:
+                self._vocabulary.check_text(document.text, document.id)
                 self._documents.append(document)
                 self._characters_per_token.append(characters)
         self.used = len(self._documents)
-        _check_found(self.used, self.too_short, length)
+        if not self.used:
+            raise _none_found(self.too_short, length)
         self._ends = list(itertools.accumulate(len(document.text) for document in self._documents))
         self._offset = random.Random(seed).random()
         digest = hashlib.sha256(str(length).encode())
@@ -198,9 +226,24 @@ class TokenWindows:
 
     def window(self, index: int) -> torch.Tensor:
         """Window number ``index`` (from 0): int64 ids [length]."""
-        place = (self._offset + index * _GOLDEN_RATIO) % 1.0 * self._ends[-1]
+        place = (self._offset + index * _GOLDEN_RATIO) % 1.0
+        ids = self._at(place)
+        while ids is None:
+            if len(self._misjudged) == self.used:
+                raise _none_found(self.used + self.too_short, self.length)
+            # What comes next does not depend on which documents are known to be too short.
+            place = (place + _PLASTIC_NUMBER) % 1.0
+            ids = self._at(place)
+        return ids
+
+    def _at(self, share: float) -> torch.Tensor | None:
+        """The window at this share of all characters; None where its document has too few."""
+        place = share * self._ends[-1]
         number = min(bisect.bisect_right(self._ends, place), self.used - 1)
-        text = self._documents[number].text
+        if number in self._misjudged:
+            return None
+        document = self._documents[number]
+        text = document.text
         characters_per_token = self._characters_per_token[number]
         # The place in the document is stretched over the starts that leave room for a window.
         share = 1.0 - (self._ends[number] - place) / len(text)
@@ -209,11 +252,21 @@ class TokenWindows:
         count = self.length - len(self._encoder.prefix)
         ids = self._encoder.window(text, start, count, characters_per_token)
         if len(ids) < count:
-            raise ValueError(
-                f"documents: '{self._documents[number].id}' has {len(ids)} tokens, fewer than "
-                f"{self.length}, although its beginning promised more; leave it out"
-            )
+            self._leave_out(number, len(ids))
+            return None
+        self._vocabulary.check_ids(ids, document.id)
         return _tensor(self._encoder.prefix + ids)
+
+    def _leave_out(self, number: int, tokens: int) -> None:
+        if number not in self._misjudged:
+            self._misjudged.add(number)
+            _log.warning(
+                "documents: '%s' has %d tokens, fewer than %d, although its beginning promised "
+                "more; it is left out",
+                self._documents[number].id,
+                tokens,
+                self.length,
+            )
 
     def batch(self, first: int, count: int) -> torch.Tensor:
         """Windows ``first`` to ``first + count - 1``: int64 ids [count, length]."""
@@ -232,7 +285,11 @@ class TokenWindows:
 
 
 def token_windows(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, length: int, seed: int = 0
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int = 0,
+    vocab_size: int | None = None,
 ) -> TokenWindows:
     """Deterministic windows of ``length`` token ids; see :class:`TokenWindows`."""
-    return TokenWindows(documents, tokenizer, length, seed)
+    return TokenWindows(documents, tokenizer, length, seed, vocab_size)

@@ -430,6 +430,11 @@ def _check_windows(
             raise ValueError(f"{name}: expected at least one window, got none")
         for window in windows:
             tokens += window.ids.numel()
+            if not 0 <= window.ids.min() <= window.ids.max() < identity["vocab_size"]:
+                raise ValueError(
+                    f"{name}: expected ids from 0 to {identity['vocab_size'] - 1}, for which the "
+                    f"model has an embedding, got {window.ids.min()} to {window.ids.max()}"
+                )
             blocks = -(-window.ids.numel() // settings.block_size)
             forced = settings.training.keep_first + settings.training.keep_last
             if blocks < forced + 2:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from lemo.predictors.labels import KINDS
 from lemo.predictors.modules import AttentionPredictor, MlpPredictor
 from lemo.predictors.position import PositionProfile
 
-__all__ = ["PredictorSet", "check_output", "fingerprint", "load", "tensors_of", "write_folder"]
+__all__ = [
+    "PredictorSet",
+    "check_output",
+    "content_digest",
+    "fingerprint",
+    "load",
+    "tensors_of",
+    "write_folder",
+]
 
 FORMAT = "lemo-predictor"
 VERSION = 2
@@ -221,10 +230,21 @@ def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
     return PredictorSet(tensors, description)
 
 
+def content_digest(folder: str | Path) -> str:
+    """Hexadecimal digest of what decides the scores and thresholds of a folder of `lemo prepare`.
+
+    Raises:
+        ValueError, FileNotFoundError: see `load`.
+    """
+    predictors = load(folder)
+    decisive = [predictors.description[name] for name in ("sha256", "block_size", "thresholds")]
+    return _digest(json.dumps(decisive, sort_keys=True).encode())
+
+
 def _read_description(file: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"predictor: {file} is not JSON: {error}") from None
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"predictor: {file} was not written by 'lemo prepare'")
@@ -238,10 +258,14 @@ def _read_description(file: Path) -> dict[str, Any]:
         "thresholds": dict, "model": dict,
     }  # fmt: skip
     for name, kind in expected.items():
-        if not isinstance(description.get(name), kind):
+        value = description.get(name)
+        if type(value) is not kind:
             raise ValueError(
-                f"predictor: {file}: field '{name}': expected {kind.__name__}, "
-                f"got {description.get(name)!r}"
+                f"predictor: {file}: field '{name}': expected {kind.__name__}, got {value!r}"
+            )
+        if kind is int and value < 1:
+            raise ValueError(
+                f"predictor: {file}: field '{name}': expected at least 1, got {value!r}"
             )
     for kind in KINDS:
         values = description["thresholds"].get(kind)
@@ -257,7 +281,7 @@ def _is_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, Sequence)
         and len(values) == count
-        and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        and all(type(v) in (int, float) and math.isfinite(v) for v in values)
     )
 
 
@@ -273,15 +297,25 @@ def _check_tensors(
             for name in names:
                 if name not in tensors:
                     raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
-                if not torch.isfinite(tensors[name]).all():
-                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite")
+                tensor = tensors[name]
+                if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite floats")
             for net in nets:
-                down = tensors[f"{stem}.{net}.down"]
-                if down.dim() != 2 or down.shape[1] != hidden:
-                    raise ValueError(
-                        f"predictor: {file}: tensor '{stem}.{net}.down': expected "
-                        f"[rank, {hidden}], got {list(down.shape)}"
-                    )
+                inputs = hidden
+                for matrix in _MATRICES:
+                    name = f"{stem}.{net}.{matrix}"
+                    shape = tensors[name].shape
+                    if len(shape) != 2 or shape[1] != inputs:
+                        raise ValueError(
+                            f"predictor: {file}: tensor '{name}': expected [rank, {inputs}], "
+                            f"got {list(shape)}"
+                        )
+                    inputs = shape[0]
+            lengths = {tensors[f"{stem}.profile.{name}"].shape for name in _PROFILE}
+            if len(lengths) != 1 or len(lengths.pop()) != 1:
+                raise ValueError(
+                    f"predictor: {file}: tensors '{stem}.profile': expected vectors of one length"
+                )
 
 
 def _check_model(folder: Path, trained: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load as from_safetensors
 
+from lemo.data.reading import naming
 from lemo.files import new_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 
@@ -41,12 +42,15 @@ class Checkpoint:
         folder: where it lies.
         step: optimizer steps that are done.
         data: fingerprint of the training windows.
+        inputs: fingerprints of model, tokenizer and predictor; None: written by a lemo that took
+            none.
         num_processes: processes of the run.
     """
 
     folder: Path
     step: int
     data: str
+    inputs: dict[str, str] | None
     num_processes: int
 
 
@@ -57,6 +61,7 @@ def save_checkpoint(
     optimizer: dict[str, Any],
     random_states: list[dict[str, Any]],
     data: str,
+    inputs: dict[str, str],
     keep: int,
 ) -> None:
     """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
@@ -70,6 +75,7 @@ def save_checkpoint(
         optimizer: state dict of the optimizer, with anything else that steps with it.
         random_states: :func:`random_state` of every process, in order of rank.
         data: fingerprint of the training windows.
+        inputs: fingerprints of model, tokenizer and predictor.
         keep: how many checkpoints stay.
     """
     with new_folder(folder / f"step-{step}") as target:
@@ -81,6 +87,7 @@ def save_checkpoint(
             "format": _FORMAT,
             "step": step,
             "data": data,
+            "inputs": inputs,
             "num_processes": len(random_states),
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
@@ -112,7 +119,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict
         state of the process.
     """
     weights = from_safetensors((checkpoint.folder / ADAPTER_WEIGHTS).read_bytes())
-    outcome = set_peft_model_state_dict(model, weights)
+    with naming(f"checkpoint {checkpoint.folder}: expected the adapter of this run"):
+        outcome = set_peft_model_state_dict(model, weights)
     if outcome.unexpected_keys:
         raise ValueError(
             f"checkpoint {checkpoint.folder}: expected the adapter of this run, got weights it "
@@ -173,7 +181,13 @@ def _verify(folder: Path) -> Checkpoint:
     for name, expected in contents["files"].items():
         if _describe(folder / name) != expected:
             raise ValueError(f"{name} differs from what was written")
-    return Checkpoint(folder, contents["step"], contents["data"], contents["num_processes"])
+    return Checkpoint(
+        folder,
+        contents["step"],
+        contents["data"],
+        contents.get("inputs"),
+        contents["num_processes"],
+    )
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -12,15 +12,19 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
 from lemo.files import write_file
 from lemo.models.adapters import ADAPTERS
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
+from lemo.training.adapter import (
+    base_model_name,
+    find_adapter,
+    load_adapter,
+    trained_config,
+)
 from lemo.training.model import (
-    ADAPTER_CONFIG,
-    MODEL_CONFIG,
     extend_context,
     load_config,
     load_model,
@@ -28,6 +32,15 @@ from lemo.training.model import (
     pick_device,
     pick_dtype,
 )
+
+__all__ = [
+    "base_model_name",
+    "evaluate",
+    "find_adapter",
+    "load_for_evaluation",
+    "window_losses",
+    "write_metrics",
+]
 
 _log = logging.getLogger("lemo")
 
@@ -65,8 +78,9 @@ def evaluate(
         "perplexity", "tail_perplexity" (of the last quarter of the window)}.
 
     Raises:
-        ValueError, FileNotFoundError: what was given cannot be read, or no document is long
-            enough; the message names it.
+        ValueError, FileNotFoundError: what was given cannot be read or does not fit together, or
+            no document is long enough; the message names it.
+        FloatingPointError: a loss is not a number.
     """
     lengths = list(lengths)
     if not lengths:
@@ -76,8 +90,9 @@ def evaluate(
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
     if isinstance(model, str | Path):
+        config = load_config(str(model), supported=ADAPTERS)
         tokenizer = tokenizer or load_tokenizer(str(model))
-        groups, total = _windows(documents, tokenizer, lengths, limit)
+        groups, total = _windows(documents, tokenizer, lengths, limit, config.vocab_size)
         model = load_for_evaluation(
             str(model),
             max(lengths),
@@ -89,7 +104,8 @@ def evaluate(
     else:
         if tokenizer is None:
             raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
-        groups, total = _windows(documents, tokenizer, lengths, limit)
+        vocab_size = model.get_input_embeddings().weight.shape[0]
+        groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
 
     was_training = model.training
     model.eval()
@@ -100,6 +116,11 @@ def evaluate(
                 losses = []
                 for ids in windows:
                     losses.append(window_losses(model, ids))
+                    if losses[-1].isnan().any():
+                        raise FloatingPointError(
+                            f"model: the loss of a window of {length} tokens (kind '{kind}') is "
+                            "nan; expected weights and activations that are finite in the dtype"
+                        )
                     done += 1
                     if progress is not None:
                         progress(done, total)
@@ -107,29 +128,6 @@ def evaluate(
     finally:
         model.train(was_training)
     return results
-
-
-def find_adapter(path: str | Path) -> Path:
-    """The adapter folder at ``path`` itself or in the run folder ``path``."""
-    path = Path(path)
-    for folder in (path, path / "adapter"):
-        if (folder / ADAPTER_CONFIG).is_file():
-            return folder
-    raise FileNotFoundError(
-        f"adapter: expected a PEFT adapter or a run folder, but '{path}' has no {ADAPTER_CONFIG}"
-    )
-
-
-def base_model_name(adapter: str | Path) -> str:
-    """The base model that an adapter names in its configuration."""
-    path = find_adapter(adapter) / ADAPTER_CONFIG
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not name:
-        raise ValueError(f"model: expected a name, because {path} names no base model")
-    return name
 
 
 def load_for_evaluation(
@@ -151,15 +149,12 @@ def load_for_evaluation(
     # Their logits are a plain projection of the last hidden state, which window_losses relies on.
     config = load_config(model, supported=ADAPTERS)
     folder = None if adapter is None else find_adapter(adapter)
-    if folder is not None and (folder / MODEL_CONFIG).is_file():
-        config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
+    if folder is not None:
+        config = trained_config(folder, config, model)
     extend_context(config, length, rope_scaling)
     loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, place))
     if folder is not None:
-        try:
-            loaded = PeftModel.from_pretrained(loaded, folder)
-        except (ValueError, RuntimeError) as error:
-            raise ValueError(f"adapter: {folder} does not fit '{model}': {error}") from error
+        loaded = load_adapter(loaded, folder, model)
     return loaded.to(place)
 
 
@@ -188,13 +183,17 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     limit: int | None,
+    vocab_size: int,
 ) -> tuple[dict[int, dict[str, list[torch.Tensor]]], int]:
-    """Windows by length and kind, and how many there are."""
+    """Windows by length and kind, and how many there are.
+
+    Ids are compared with ``vocab_size``, the rows of the embedding.
+    """
     documents = list(documents)
     groups: dict[int, dict[str, list[torch.Tensor]]] = {}
     total = 0
     for length in lengths:
-        windows, short = first_windows(documents, tokenizer, length)
+        windows, short = first_windows(documents, tokenizer, length, vocab_size)
         if short:
             _log.info(
                 "%d of %d documents are shorter than %d tokens and are left out",

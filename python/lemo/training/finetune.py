@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import PreTrainedTokenizerBase
 
 import lemo
 from lemo.config import LemoConfig, block_tokens
@@ -34,7 +35,7 @@ from lemo.data import (
 )
 from lemo.files import new_folder, write_file
 from lemo.models.adapters import ADAPTERS
-from lemo.training import memory
+from lemo.training import fingerprint, memory
 from lemo.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -177,9 +178,13 @@ class _Run:
                 config.steps,
                 config.learning_rate,
             )
-        self.windows = _windows(config)
+        tokenizer = load_tokenizer(config.model)
+        self.windows = _windows(config, tokenizer, model_config.get_text_config().vocab_size)
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
+        set_seed(config.seed)
         base = load_model(config.model, model_config, dtype)
+        predictor = config.elimination and config.elimination.predictor
+        self.inputs = fingerprint.of_inputs(config.model, base, tokenizer, predictor)
         # The same start of LoRA in all processes, then dropout of their own.
         set_seed(config.seed)
         self.peft_model: PeftModel = add_lora(base, config)
@@ -222,6 +227,14 @@ class _Run:
                 f"documents: expected the ones that {checkpoint.folder} was trained on, but "
                 f"'{self.config.documents}' holds others now"
             )
+        if checkpoint.inputs is None:
+            _log.warning(
+                "%s was written by a lemo that took no fingerprints: model, tokenizer and "
+                "predictor are taken to be those that it was trained with",
+                checkpoint.folder,
+            )
+        else:
+            fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
         state = load_checkpoint(checkpoint, self.peft_model, self.accelerator.process_index)
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
         if self.accelerator.scaler is not None:
@@ -346,6 +359,7 @@ class _Run:
             optimizer,
             states,
             data=self.windows.fingerprint,
+            inputs=self.inputs,
             keep=self.config.keep_checkpoints,
         )
         kept_map = self.kept.map()
@@ -424,12 +438,15 @@ def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig)
                 )
 
 
-def _windows(config: FinetuneConfig) -> TokenWindows:
+def _windows(
+    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+) -> TokenWindows:
     windows = token_windows(
         read_documents(config.documents),
-        load_tokenizer(config.model),
+        tokenizer,
         config.context_length,
         config.seed,
+        vocab_size,
     )
     if windows.too_short:
         _log.info(

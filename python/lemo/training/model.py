@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save as to_safetensors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.training.config import DEVICES, FinetuneConfig
@@ -47,12 +48,16 @@ def load_config(model: str, supported: Iterable[str] | None = None) -> PreTraine
 
     Raises:
         FileNotFoundError: neither a folder with a config.json nor a model that can be reached.
-        ValueError: Transformers does not know the model's type, or it is not `supported`.
+        ValueError: Transformers does not know the model's type, it is not `supported`, or the
+            configuration makes no model.
     """
     if Path(model).exists() and not (Path(model) / "config.json").is_file():
         raise FileNotFoundError(f"model: '{model}' is not a model folder: it has no config.json")
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        raise _is_adapter(model)
     try:
-        config = AutoConfig.from_pretrained(model)
+        with naming(f"model: the config.json of '{model}' cannot be used", OSError):
+            config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise _not_found(model, error) from error
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
@@ -63,32 +68,90 @@ def load_config(model: str, supported: Iterable[str] | None = None) -> PreTraine
         raise ValueError(
             f"model: expected {wanted}, got '{model}' of type {name or config.model_type}"
         )
+    # A model without memory shows what does not fit before anything else takes time.
+    with naming(f"model: the config.json of '{model}' makes no model"), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
     return config
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """Tokenizer of a model folder or hub name; ValueError where the model has none."""
-    reason = "its files are missing"
-    try:
+    with naming(f"model: '{model}' has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(model)
         # Without files Transformers makes an empty tokenizer for some types of models.
         found = set(tokenizer("a", add_special_tokens=False)["input_ids"])
-        if not found <= set(tokenizer.all_special_ids):
-            return tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error)
-    raise ValueError(f"model: '{model}' has no tokenizer that can be loaded: {reason}")
+        if found <= set(tokenizer.all_special_ids):
+            raise ValueError("its files are missing")
+    return tokenizer
 
 
 def load_model(model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model with frozen weights of ``dtype`` on the CPU."""
+    """The causal language model with frozen weights of ``dtype`` on the CPU.
+
+    Raises:
+        ValueError: the weights are damaged, or not those of a model of ``config``: some are
+            missing, have other shapes, or have no place in it.
+        OSError: they cannot be read.
+    """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model: the weights of '{model}' are damaged: {error}") from error
+        with naming(f"model: the weights of '{model}' are damaged or cannot be used", OSError):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
+                # lemo does not generate, so the model's settings for it need not be read.
+                generation_config=GenerationConfig(),
+                output_loading_info=True,
+                # Reported below, in one line.
+                ignore_mismatched_sizes=True,
+            )
     except OSError as error:
         raise _not_found(model, error) from error
+    _check_weights(model, loaded, report)
     return loaded.requires_grad_(False)
+
+
+def _check_weights(model: str, loaded: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raises ValueError unless every weight came from the checkpoint, and all of those were used.
+
+    Args:
+        model: folder or hub name, for the message.
+        loaded: the model.
+        report: Transformers' names of what it did not find, could not use, or found in another
+            shape. Tied weights and buffers that the model computes are not among them.
+    """
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise _is_adapter(model)
+    fault = f"model: the weights of '{model}' do not fit its config.json"
+    if report["mismatched_keys"]:
+        shapes = [
+            f"{name} is {list(found)}, expected {list(expected)}"
+            for name, found, expected in report["mismatched_keys"]
+        ]
+        raise ValueError(f"{fault}: {first_of(shapes)}")
+    missing = report["missing_keys"]
+    if missing:
+        raise ValueError(f"{fault}: the checkpoint lacks {first_of(missing)}")
+    prefix = f"{loaded.base_model_prefix}."
+    modules = {name for part in (loaded, loaded.base_model) for name, _ in part.named_children()}
+    unused = report["unexpected_keys"]
+    wrong = [name for name in unused if name.removeprefix(prefix).partition(".")[0] in modules]
+    if wrong:
+        raise ValueError(f"{fault}: the model has no place for {first_of(wrong)}")
+    if unused:
+        _log.warning(
+            "model: %d weights of '%s' are no part of a causal language model and are not used: %s",
+            len(unused),
+            model,
+            first_of(unused),
+        )
+
+
+def _is_adapter(model: str) -> ValueError:
+    return ValueError(
+        f"model: '{model}' holds an adapter ({ADAPTER_CONFIG}); expected a model: merge the "
+        "adapter into its base model first, or move it into a folder of its own"
+    )
 
 
 def _not_found(model: str, error: OSError) -> OSError:
@@ -192,7 +255,12 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
-    """Wrap ``model`` with trainable float32 LoRA pairs (and norms), as `config` says."""
+    """Wrap ``model`` with trainable float32 LoRA pairs (and norms), as `config` says.
+
+    Raises:
+        ValueError: one of the targets names no module, or one that cannot have a LoRA pair.
+    """
+    _check_targets(model, config.lora_targets or ())
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -201,14 +269,33 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         target_modules="all-linear" if config.lora_targets is None else list(config.lora_targets),
         modules_to_save=_norm_names(model) if config.train_norms else None,
     )
-    try:
+    with naming("lora_targets"):
         wrapped = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ValueError(f"lora_targets: {error}") from error
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def _check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
+    """Raises ValueError unless each target is, as PEFT reads it, the end of a module's name."""
+    modules = dict(model.named_modules())
+    linear = sorted(
+        {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
+    )
+    for target in targets:
+        found = [m for n, m in modules.items() if n == target or n.endswith(f".{target}")]
+        if not found:
+            raise ValueError(
+                f"lora_targets: '{target}' is no module of the model; expected some of "
+                f"{', '.join(linear)}, or nothing for every linear layer but the head"
+            )
+        groups = [m for m in found if next(m.children(), None) is not None]
+        if groups:
+            raise ValueError(
+                f"lora_targets: '{target}' is a {type(groups[0]).__name__}, which holds other "
+                f"modules; expected some of {', '.join(linear)}"
+            )
 
 
 def _norm_names(model: PreTrainedModel) -> list[str]:

@@ -157,12 +157,13 @@ def prepare_from_documents(
     model_config = load_config(config.model)
     extend_context(model_config, max(config.lengths), config.rope_scaling)
     tokenizer = load_tokenizer(config.model)
+    vocab_size = model_config.vocab_size
     report("documents", 0, 1, "")
-    training, held_out = _split(config, tokenizer)
+    training, held_out = _split(config, tokenizer, vocab_size)
     windows = [
         Window("training", ids)
         for length in config.lengths
-        for ids in _cut(training, tokenizer, length, config.windows, config.seed)
+        for ids in _cut(training, tokenizer, length, config.windows, config.seed, vocab_size)
     ]
     kinds = sorted({document.kind for document in held_out})
     tests = [
@@ -175,19 +176,24 @@ def prepare_from_documents(
             length,
             math.ceil(config.held_out_windows / len(kinds)),
             config.seed,
+            vocab_size,
         )
     ]
     report("documents", 1, 1, f"{len(windows)} training windows, {len(tests)} held out")
+    torch.manual_seed(config.seed)
     model = load_model(config.model, model_config, dtype).to(device)
     return prepare(model, windows, tests, output, config.settings(), config.overwrite, report)
 
 
-def _split(config: PrepareConfig, tokenizer: Any) -> tuple[list[Document], list[Document]]:
+def _split(
+    config: PrepareConfig, tokenizer: Any, vocab_size: int
+) -> tuple[list[Document], list[Document]]:
     """(documents to learn from, documents to test on), all long enough for the longest window."""
     length = max(config.lengths)
 
     def long_enough(documents: Any) -> list[Document]:
-        return [document for document, _ in first_windows(documents, tokenizer, length)[0]]
+        found, _ = first_windows(documents, tokenizer, length, vocab_size)
+        return [document for document, _ in found]
 
     documents = long_enough(read_documents(config.documents))
     if config.held_out_documents is not None:
@@ -221,9 +227,14 @@ def _split(config: PrepareConfig, tokenizer: Any) -> tuple[list[Document], list[
 
 
 def _cut(
-    documents: list[Document], tokenizer: Any, length: int, count: int, seed: int
+    documents: list[Document],
+    tokenizer: Any,
+    length: int,
+    count: int,
+    seed: int,
+    vocab_size: int,
 ) -> list[torch.Tensor]:
-    return list(token_windows(documents, tokenizer, length, seed).batch(0, count))
+    return list(token_windows(documents, tokenizer, length, seed, vocab_size).batch(0, count))
 
 
 _SEQUENCES = ("lengths", "dense_layers")

@@ -1,0 +1,108 @@
+"""Adapters in PEFT's format: finding one, and loading all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from lemo.data.reading import first_of, naming
+from lemo.predictors.storage import fingerprint
+from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+
+_log = logging.getLogger("lemo")
+
+# What PEFT called the file before safetensors.
+_OLD_WEIGHTS = "adapter_model.bin"
+
+
+def find_adapter(path: str | Path) -> Path:
+    """The adapter folder at ``path`` itself or in the run folder ``path``."""
+    path = Path(path)
+    for folder in (path, path / "adapter"):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"adapter: expected a PEFT adapter or a run folder, but '{path}' has no {ADAPTER_CONFIG}"
+    )
+
+
+def base_model_name(adapter: str | Path) -> str:
+    """The base model that an adapter names in its configuration."""
+    path = find_adapter(adapter) / ADAPTER_CONFIG
+    with naming(f"adapter: {path} cannot be used"):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+    name = content.get("base_model_name_or_path")
+    if not name or not isinstance(name, str):
+        raise ValueError(f"model: expected a name, because {path} names no base model")
+    return name
+
+
+def trained_config(folder: Path, config: PreTrainedConfig, model: str) -> PreTrainedConfig:
+    """The configuration that the adapter in ``folder`` was trained with; ``config`` if it has none.
+
+    Args:
+        folder: as from :func:`find_adapter`.
+        config: of the model that the adapter is loaded into.
+        model: folder or hub name of that model, for the message.
+
+    Raises:
+        ValueError: it cannot be read, or is that of a model of another shape.
+    """
+    path = folder / MODEL_CONFIG
+    if not path.is_file():
+        return config
+    with naming(f"adapter: {path} cannot be used"):
+        trained = AutoConfig.from_pretrained(path)
+        shape = fingerprint(trained)
+    for name, value in fingerprint(config).items():
+        if shape[name] != value:
+            raise ValueError(
+                f"adapter: {folder} was trained on a model with {name} {shape[name]!r}, but "
+                f"'{model}' has {value!r}"
+            )
+    return trained
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
+    """``model`` with the adapter in ``folder``, frozen.
+
+    Args:
+        model: the base model.
+        folder: as from :func:`find_adapter`.
+        name: folder or hub name of the base model, for messages.
+
+    Raises:
+        FileNotFoundError: the adapter has no weights.
+        ValueError: a file is damaged, or the weights are not exactly those that the adapter needs.
+    """
+    with naming(f"adapter: {folder / ADAPTER_CONFIG} cannot be used"):
+        config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"adapter: expected one that changes the model's modules, such as LoRA, but {folder} "
+            f"is of the kind {config.peft_type.value}, which puts tokens in front of the text"
+        )
+    if not any((folder / file).is_file() for file in (ADAPTER_WEIGHTS, _OLD_WEIGHTS)):
+        raise FileNotFoundError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}")
+    trained_on = config.base_model_name_or_path
+    if trained_on and trained_on != name:
+        _log.info("adapter: %s was trained on '%s', and is put into '%s'", folder, trained_on, name)
+    # PEFT would say the same, as a Python warning.
+    config.base_model_name_or_path = None
+    config.inference_mode = True
+    with naming(f"adapter: {folder} does not fit '{name}'"):
+        wrapped = get_peft_model(model, config)
+    fault = f"adapter: {folder} is damaged, or does not fit '{name}'"
+    with naming(fault):
+        outcome = wrapped.load_adapter(str(folder), "default")
+    if outcome.missing_keys:
+        raise ValueError(f"{fault}: it lacks {first_of(outcome.missing_keys)}")
+    if outcome.unexpected_keys:
+        raise ValueError(f"{fault}: no place for {first_of(outcome.unexpected_keys)}")
+    return wrapped

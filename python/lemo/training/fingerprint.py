@@ -1,0 +1,100 @@
+"""Fingerprints of what a run is made from, so that it is never resumed with something else.
+
+None depends on where the files lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from lemo.predictors.storage import content_digest
+
+# Values of a tensor that are read: all of a small one, of a large one as many from even places.
+_SAMPLE = 1 << 16
+# What config.json says of who wrote it, when and from where, and nothing of the model.
+_NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+
+
+def of_inputs(
+    model: str, weights: nn.Module, tokenizer: PreTrainedTokenizerBase, predictor: str | None
+) -> dict[str, str]:
+    """Hexadecimal digests by name of the input.
+
+    Args:
+        model: folder or hub name.
+        weights: the model that was loaded from there, before anything trains.
+        tokenizer: the model's.
+        predictor: folder of `lemo prepare`, where there is one.
+    """
+    found = {
+        "config.json of the model": of_config(model),
+        "weights of the model": of_weights(weights),
+        "tokenizer": of_tokenizer(tokenizer),
+    }
+    if predictor is not None:
+        found["predictor"] = content_digest(predictor)
+    return found
+
+
+def check_inputs(saved: Mapping[str, str], now: Mapping[str, str], place: Path) -> None:
+    """Raises ValueError, naming what differs from what the checkpoint at ``place`` was made from.
+
+    Args:
+        saved: :func:`of_inputs` of the run that is resumed.
+        now: the same of what there is now.
+        place: the checkpoint, for the message.
+    """
+    changed = [name for name in now if saved.get(name) != now[name]]
+    if changed:
+        raise ValueError(
+            f"resume: expected the inputs that {place} was trained with, but changed since: "
+            f"{', '.join(changed)}; put back what was there, or start another run"
+        )
+
+
+def of_config(model: str) -> str:
+    """Digest of a model's config.json, of its content only."""
+    content, _ = PreTrainedConfig.get_config_dict(model)
+    kept = {name: value for name, value in content.items() if name not in _NOT_OF_THE_MODEL}
+    return _digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def of_weights(model: nn.Module) -> str:
+    """Digest of the names, shapes, dtypes and 65536 values at most of each parameter and buffer.
+
+    A change of a few values of a large tensor can lie between the ones that are read.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        values = flat[:: max(-(-flat.numel() // _SAMPLE), 1)].contiguous().cpu()
+        digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of how a tokenizer turns text into ids.
+
+    That is all of a tokenizer of `tokenizers`; of another one its vocabulary and special tokens.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        known: Any = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map]
+        return _digest(json.dumps(known, sort_keys=True, default=str))
+    known = json.loads(backend.to_str())
+    # How it was asked last, not what it is.
+    del known["truncation"], known["padding"]
+    return _digest(json.dumps(known, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

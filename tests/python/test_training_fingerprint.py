@@ -1,0 +1,213 @@
+"""Inputs that changed, or that do not fit together, before a run goes on with other losses."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lemo import LemoConfig
+from lemo.predictors.prepare import PrepareSettings, Window, prepare
+from lemo.predictors.storage import load as load_predictors
+from lemo.predictors.training import TrainingSettings
+from lemo.training import fingerprint
+from lemo.training.config import FinetuneConfig
+from lemo.training.evaluate import evaluate
+from lemo.training.finetune import finetune
+from lemo.training.prepare import PrepareConfig, prepare_from_documents
+from lemo.training.run_log import read_log
+from tiny import save_tiny_llama, write_documents
+
+# Runs that are compared in fp32.
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(folder / "model")
+    write_documents(folder / "documents.jsonl")
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    windows = [Window("a", torch.arange(64)), Window("a", torch.arange(64, 128))]
+    settings = PrepareSettings(block_size=16, search_rounds=0, training=TrainingSettings(steps=2))
+    prepare(model, windows, windows, folder / "predictor", settings)
+    return folder
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    for name in ("model", "predictor"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    return FinetuneConfig(
+        model=str(tmp_path / "model"),
+        documents=str(inputs / "documents.jsonl"),
+        output=str(tmp_path / "run"),
+        context_length=64,
+        steps=4,
+        warmup_steps=0,
+        lora_rank=2,
+        save_every=2,
+        elimination=LemoConfig(scorer="predictor", predictor=str(tmp_path / "predictor")),
+    )
+
+
+def change_json(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields, indent=1))
+
+
+def change_config(folder: Path) -> None:
+    change_json(folder / "model" / "config.json", rms_norm_eps=1e-3)
+
+
+def change_weight(folder: Path) -> None:
+    file = folder / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def change_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.add_tokens(["the block"])
+    tokenizer.save_pretrained(folder / "model")
+
+
+def change_predictor(folder: Path) -> None:
+    file = folder / "predictor" / "predictor.json"
+    thresholds = json.loads(file.read_text())["thresholds"]
+    thresholds["mlp"][0] += 1
+    change_json(file, thresholds=thresholds)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (change_config, "config.json of the model"),
+        (change_weight, "weights of the model"),
+        (change_tokenizer, "tokenizer"),
+        (change_predictor, "predictor"),
+    ],
+)
+def test_resume_refuses_inputs_that_changed(config, tmp_path, change, name):
+    stop_after_step_2(config)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=rf"^resume: .*step-2 .* changed since: {name}; put back"):
+        finetune(dataclasses.replace(config, resume=True))
+
+
+def stop_after_step_2(config) -> None:
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, stop)
+
+
+def test_resume_does_not_mind_how_the_same_inputs_are_written(config, tmp_path):
+    expected = dataclasses.replace(config, output=config.output + "-whole")
+    finetune(expected)
+    stop_after_step_2(config)
+    model = AutoModelForCausalLM.from_pretrained(config.model)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    model.save_pretrained(config.model, max_shard_size="40KB")
+    change_json(tmp_path / "model" / "config.json", transformers_version="5.0.0")
+    change_json(tmp_path / "predictor" / "predictor.json", comment="mine")
+    finetune(dataclasses.replace(config, resume=True))
+    logs = [read_log(Path(run.output) / "log.jsonl") for run in (config, expected)]
+    assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
+
+
+def test_a_checkpoint_without_fingerprints_is_resumed_with_a_warning(config, caplog):
+    stop_after_step_2(config)
+    state = Path(config.output) / "checkpoints" / "step-2" / "state.json"
+    content = json.loads(state.read_text())
+    del content["inputs"]
+    state.write_text(json.dumps(content))
+    finetune(dataclasses.replace(config, resume=True))
+    assert "step-2 was written by a lemo that took no fingerprints" in caplog.text
+
+
+def test_fingerprints_of_large_tensors_read_a_part_of_each():
+    model = torch.nn.Linear(1000, 1000, dtype=torch.bfloat16)
+    before = fingerprint.of_weights(model)
+    with torch.no_grad():
+        model.weight[-1] += 1
+    assert fingerprint.of_weights(model) != before
+    assert fingerprint.of_weights(model.float()) != before
+
+
+def test_fingerprints_of_tokenizers_do_not_depend_on_their_use(inputs):
+    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
+    before = fingerprint.of_tokenizer(tokenizer)
+    tokenizer(["a b", "a"], padding="max_length", truncation=True, max_length=3)
+    assert fingerprint.of_tokenizer(tokenizer) == before
+
+
+@pytest.mark.parametrize("fields", [{"block_size": 0}, {"num_layers": True}, {"thresholds": []}])
+def test_descriptions_of_predictors_are_checked(config, tmp_path, fields):
+    change_json(tmp_path / "predictor" / "predictor.json", **fields)
+    with pytest.raises(ValueError, match=f"predictor: .*field '{next(iter(fields))}': expected"):
+        load_predictors(tmp_path / "predictor")
+
+
+def with_bos_beyond(folder: Path) -> None:
+    """Its tokenizer puts a token in front of which the model knows nothing."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"] = [
+        dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        | {"id": 257, "content": "<bos>", "special": True}
+    ]
+    special = {"<bos>": {"id": "<bos>", "ids": [257], "tokens": ["<bos>"]}}
+    pieces = [
+        {"SpecialToken": {"id": "<bos>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": pieces,
+        "pair": pieces,
+        "special_tokens": special,
+    }
+    file.write_text(json.dumps(content))
+
+
+def test_every_command_compares_the_vocabulary_with_the_embedding(config, tmp_path):
+    with_bos_beyond(tmp_path / "model")
+    calls = (
+        lambda: finetune(config),
+        lambda: evaluate(config.model, config.documents, [32]),
+        lambda: prepare_from_documents(
+            PrepareConfig(config.model, config.documents, str(tmp_path / "new"), lengths=(64,))
+        ),
+    )
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="tokenizer: expected ids below 257, .* <bos>; the tok"
+        ):
+            call()
+    assert not Path(config.output).exists()
+    assert not (tmp_path / "new").exists()
+
+
+def test_windows_that_are_given_are_compared_with_the_embedding(inputs, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    windows = [Window("a", torch.arange(250, 314))]
+    with pytest.raises(ValueError, match="training: expected ids from 0 to 256, .* 250 to 313"):
+        prepare(model, windows, windows, tmp_path / "new", PrepareSettings(block_size=16))
+
+
+def test_a_loss_that_is_no_number_is_no_perplexity(config, tmp_path):
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(FloatingPointError, match="loss of a window of 32 tokens .* is nan"):
+        evaluate(config.model, config.documents, [32])
