@@ -38,9 +38,12 @@ SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so'
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
 
+OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* nn training_* data_* predictors_* cli_*))
+
 GPU_FOLDER := build/develop/gpu
 
-.PHONY: demo test test-cpp test-python lint bench develop wheel clean help \
+.PHONY: demo test test-cpp test-python test-oldest lint bench develop wheel clean help \
 	gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -60,6 +63,11 @@ test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microb
 
 test-python: $(VENV)/.lemo  ## Python tests, against the installed package
 	$(VENV)/bin/python -m pytest
+
+test-oldest: $(VENV)/.lemo  ## tests of what meets Transformers, with the oldest one that pyproject.toml allows
+	rm -rf build/oldest
+	$(PIP) install -q --target build/oldest "transformers==$(OLDEST_TRANSFORMERS).*"
+	PYTHONPATH=$(CURDIR)/build/oldest $(VENV)/bin/python -m pytest $(OLDEST_TESTS)
 
 bench: build/cpp/.built  ## C++ microbenchmarks
 	build/cpp/lemo_bench
