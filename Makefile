@@ -4,6 +4,9 @@
 # Both work on a fresh machine: they make a virtual environment in .venv (VENV=... for another one, PYTHON=... for the
 # interpreter, TORCH=... for the torch to install there). `make develop` builds in place for the active environment.
 #
+# Both build the CUDA kernels only where a GPU is visible (then for it alone), or where asked: CUDA=1, or CMAKE_ARGS that
+# speak of LEMO_CUDA.
+#
 # On a machine with a GPU, for the active environment (they fail where there is no GPU):
 #
 # make gpu-test       the C++ tests of the CUDA kernels, and the Python suite with --device cuda
@@ -17,6 +20,7 @@ TORCH ?= torch==2.13.0
 # CMake options, for example CMAKE_ARGS="-DLEMO_CUDA=OFF"; a list: "-DLEMO_CUDA_ARCHITECTURES='80-real;90'".
 export CMAKE_ARGS ?=
 PREBUILT ?=
+CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo 1)
 # The C++ tests of these kernels only, for gpu-test and gpu-sanitize: a filter of GoogleTest.
 GPU_FILTER ?= *
 # Where gpu-bench appends its figures, and what it says of the measured tree.
@@ -24,14 +28,22 @@ GPU_FIGURES ?= build/gpu_ops.jsonl
 COMMIT ?= $(shell git rev-parse --short HEAD 2> /dev/null || echo unknown)
 
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+ASKED := $(or $(CUDA),$(findstring LEMO_CUDA,$(CMAKE_ARGS)))
+NVCC := $(shell command -v nvcc)
+# CUTLASS's headers, out of pip's sight: nothing here needs what their package depends on.
+CUTLASS := $(VENV)/cutlass
+CUTLASS_INCLUDE := cutlass/cutlass_library/source/include
 BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" scipy-openblas32
 SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so' -not -path '*__pycache__*' -not -path '*.egg-info*') \
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
 
+OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* nn training_* data_* predictors_* cli_*))
+
 GPU_FOLDER := build/develop/gpu
 
-.PHONY: demo test test-cpp test-python lint bench develop wheel clean help \
+.PHONY: demo test test-cpp test-python test-oldest lint bench develop wheel clean help \
 	gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -52,11 +64,17 @@ test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microb
 test-python: $(VENV)/.lemo  ## Python tests, against the installed package
 	$(VENV)/bin/python -m pytest
 
+test-oldest: $(VENV)/.lemo  ## tests of what meets Transformers, with the oldest one that pyproject.toml allows
+	rm -rf build/oldest
+	$(PIP) install -q --target build/oldest "transformers==$(OLDEST_TRANSFORMERS).*"
+	PYTHONPATH=$(CURDIR)/build/oldest $(VENV)/bin/python -m pytest $(OLDEST_TESTS)
+
 bench: build/cpp/.built  ## C++ microbenchmarks
 	build/cpp/lemo_bench
 
 develop:  ## build in place for the active environment (use with PYTHONPATH=python)
-	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" $(CMAKE_ARGS)
+	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" \
+		$(if $(wildcard $(CUTLASS)),-DLEMO_CUTLASS_INCLUDE="$(abspath $(VENV))/$(CUTLASS_INCLUDE)") $(CMAKE_ARGS)
 	cmake --build build/develop
 	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
 
@@ -78,16 +96,17 @@ gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyT
 	$(GPU_FOLDER)/lemo_gpu_bench
 	PYTHONPATH=python python benchmarks/gpu_ops.py --output $(GPU_FIGURES) --commit $(COMMIT)
 
-wheel: $(VENV)/.tools  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
+wheel: $(VENV)/.tools $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
 	rm -rf dist build/sdist && mkdir -p build/sdist
 	$(VENV)/bin/python setup.py -q sdist -d dist
 	# In a folder of one name, from which the environment has the path that it has from here, so that a
 	# compiler cache knows the files of the package again.
 	tar -xzf dist/lemo-*.tar.gz -C build/sdist
 	ln -s $(abspath $(VENV)) build/sdist/lemo-*/
-	packages=$$(echo build/sdist/lemo-*/$(notdir $(VENV))/lib/python*/site-packages); \
-	CMAKE_ARGS="$(CMAKE_ARGS) -DLEMO_TORCH_DIR=$(CURDIR)/$$packages/torch \
-		-DLEMO_CUTLASS_INCLUDE=$(CURDIR)/$$packages/cutlass_library/source/include" \
+	venv=$$(echo $(CURDIR)/build/sdist/lemo-*/$(notdir $(VENV))); \
+	CMAKE_ARGS="-DLEMO_CUDA_ARCHITECTURES=release $(CMAKE_ARGS) \
+		-DLEMO_TORCH_DIR=$$(echo $$venv/lib/python*/site-packages/torch) \
+		-DLEMO_CUTLASS_INCLUDE=$$venv/$(CUTLASS_INCLUDE)" \
 	$(PIP) wheel -q --no-deps -w dist ./build/sdist/lemo-*
 
 clean:
@@ -98,11 +117,15 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q $(BUILD_TOOLS)
-	if command -v nvcc > /dev/null; then $(PIP) install -q --no-deps nvidia-cutlass==4.2.0.0; fi
 	touch $@
 
-$(VENV)/.lemo: $(VENV)/.tools $(SOURCES)
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) install -q --no-build-isolation '.[test]'
+$(CUTLASS): | $(VENV)/.tools
+	$(PIP) install -q --no-deps --target $@ nvidia-cutlass==4.2.0.0
+
+$(VENV)/.lemo: $(VENV)/.tools $(if $(ASKED),$(if $(NVCC),$(CUTLASS))) $(SOURCES)
+	$(if $(ASKED),,@echo "CUDA kernels are left out: no GPU is visible, and CUDA=1 was not given.")
+	PATH="$(abspath $(VENV))/bin:$$PATH" CMAKE_ARGS="$(if $(ASKED),$(if $(NVCC),-DLEMO_CUTLASS_INCLUDE=$(abspath $(VENV))/$(CUTLASS_INCLUDE)),-DLEMO_CUDA=OFF) $(CMAKE_ARGS)" \
+		$(PIP) install -q --no-build-isolation '.[test]'
 	touch $@
 
 build/cpp/.built: $(VENV)/.tools $(CXX_SOURCES)

@@ -58,8 +58,9 @@ def find_torch() -> Path:
 
 def cuda_build_requirements() -> list[str]:
     """CUTLASS's headers, where there is an nvcc to compile them and none are installed."""
-    disabled = "LEMO_CUDA=OFF" in os.environ.get("CMAKE_ARGS", "")
-    if disabled or shutil.which("nvcc") is None or installed_package("cutlass_library"):
+    options = os.environ.get("CMAKE_ARGS", "")
+    settled = "LEMO_CUDA=OFF" in options or "LEMO_CUTLASS_INCLUDE=" in options
+    if settled or shutil.which("nvcc") is None or installed_package("cutlass_library"):
         return []
     return [CUTLASS]
 

@@ -1,5 +1,7 @@
 #include "lemo/token_select.h"
 
+#include <limits>
+
 #include "torch_tensor.h"
 
 namespace lemo::torch_api {
@@ -26,6 +28,9 @@ Selected token_select(TorchTensor scores, TorchTensor block_starts, TorchTensor 
     const Checker check("token_select");
     const TorchTensor block_scores = to_contiguous(scores);
     const TorchTensor starts = to_contiguous(block_starts), cuts = to_contiguous(cu_blocks);
+    check.typed("scores", view(block_scores), DType::kFloat32, 1);
+    check.dim("scores", view(block_scores), 0, starts.numel() - 1,
+              "the number of blocks of the layout");
     const int64_t num_blocks = scores.numel();
     TorchTensor places = make_empty(scores, {num_blocks, 2}, ScalarType::Int);
     TorchTensor cu_kept = make_empty(scores, {cuts.numel()}, ScalarType::Int);
@@ -39,8 +44,15 @@ Selected token_select(TorchTensor scores, TorchTensor block_starts, TorchTensor 
     check.that(num_kept_blocks >= -1 && num_kept_blocks <= num_blocks, "num_kept_blocks",
                "at most " + std::to_string(num_blocks) + ", or -1",
                std::to_string(num_kept_blocks));
+    // On a GPU only the device knows the rows of the layout; an index of them is an int32.
+    const Tensor ends = view(starts);
+    const int64_t num_rows = ends.device == Device::kCpu
+                                 ? ends.as<const int32_t>()[num_blocks]
+                                 : std::numeric_limits<int32_t>::max();
     check.that(num_kept_rows >= -1, "num_kept_rows", "at least 0, or -1",
                std::to_string(num_kept_rows));
+    check.that(num_kept_rows <= num_rows, "num_kept_rows",
+               "at most " + std::to_string(num_rows) + ", or -1", std::to_string(num_kept_rows));
     const bool known = num_kept_blocks >= 0 && num_kept_rows >= 0;
     const Sizes sizes = known ? Sizes{num_kept_blocks, num_kept_rows} : read_back(counts);
     TorchTensor kept_blocks = make_empty(scores, {sizes.blocks}, ScalarType::Int);

@@ -54,7 +54,13 @@ Tensor view(const TorchTensor& tensor) {
 Tensor view(const OptionalTensor& tensor) { return tensor ? view(*tensor) : Tensor{}; }
 
 TorchTensor to_contiguous(const TorchTensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    if (tensor.is_contiguous()) return tensor;
+    int32_t layout = 0;
+    require_success(aoti_torch_get_layout(tensor.get(), &layout));
+    if (layout != aoti_torch_layout_strided()) {
+        throw Error(ErrorKind::kType, "expected dense tensors, got one of another layout (sparse)");
+    }
+    return torch::stable::contiguous(tensor);
 }
 
 OptionalTensor to_contiguous(const OptionalTensor& tensor) {

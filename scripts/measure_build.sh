@@ -6,8 +6,7 @@
 # the library is. Uses the active environment, like `make develop`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-options=()
-[ $# -eq 0 ] || options+=("-DLEMO_CUDA_ARCHITECTURES=$1")
+options=("-DLEMO_CUDA_ARCHITECTURES=${1:-release}")
 
 rm -rf build/measure
 cmake -S . -B build/measure -G Ninja -DPython3_EXECUTABLE="$(command -v python)" -DLEMO_CUDA=ON \

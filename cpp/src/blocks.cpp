@@ -11,7 +11,8 @@ namespace {
 
 void check_sequences(const Checker& check, const std::vector<int64_t>& seqlens,
                      int64_t block_size) {
-    check.that(block_size >= 1, "block_size", "at least 1", std::to_string(block_size));
+    check.that(block_size >= 1 && block_size <= std::numeric_limits<int32_t>::max(), "block_size",
+               "from 1 to 2147483647", std::to_string(block_size));
     int64_t rows = 0;
     for (const int64_t length : seqlens) {
         check.that(length >= 0, "seqlens", "lengths of at least 0", std::to_string(length));
@@ -70,7 +71,7 @@ int64_t plan_loss_segment(int64_t rows, int64_t vocabulary, int64_t budget_bytes
     check.that(rows >= 0, "rows", "at least 0", std::to_string(rows));
     check.that(vocabulary >= 1, "vocabulary", "at least 1", std::to_string(vocabulary));
     check.that(budget_bytes >= 1, "budget_bytes", "at least 1", std::to_string(budget_bytes));
-    const int64_t fitting = budget_bytes / (vocabulary * static_cast<int64_t>(sizeof(float)));
+    const int64_t fitting = budget_bytes / static_cast<int64_t>(sizeof(float)) / vocabulary;
     return std::clamp<int64_t>(fitting, 1, std::max<int64_t>(rows, 1));
 }
 

@@ -36,13 +36,34 @@ void Checker::that(bool ok, const char* argument, const std::string& expected,
                           ", got " + got);
 }
 
+void Checker::separate(
+    const char* argument, const Tensor& written,
+    std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+    const auto first = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data); };
+    const auto end = [&](const Tensor& t) {
+        return first(t) + static_cast<uintptr_t>(t.num_elements() * size_of(t.dtype));
+    };
+    for (const auto& [other, tensor] : others) {
+        if (!tensor->given() || tensor->is_empty() || written.is_empty()) continue;
+        if (first(written) >= end(*tensor) || first(*tensor) >= end(written)) continue;
+        that(false, argument,
+             std::string("memory of its own, as it is changed in place"),
+             std::string("memory that '") + other + "' shares");
+    }
+}
+
 void Checker::contiguous(const char* argument, const Tensor& tensor, int ndim) const {
     // What is said of a failure is put together only then: ops are checked at every call.
-    if (tensor.ndim == ndim && tensor.device != Device::kOther && tensor.is_contiguous()) return;
+    const bool stored = tensor.data != nullptr || tensor.is_empty();
+    if (tensor.ndim == ndim && tensor.device != Device::kOther && tensor.is_contiguous() &&
+        stored) {
+        return;
+    }
     that(tensor.ndim == ndim, argument, std::to_string(ndim) + " dimension(s)", describe(tensor));
     that(tensor.device != Device::kOther, argument, "a tensor on cpu or cuda", describe(tensor),
          ErrorKind::kUnsupported);
     that(tensor.is_contiguous(), argument, "a contiguous tensor", "strides of another layout");
+    that(stored, argument, "a tensor with memory", describe(tensor) + " whose storage is gone");
 }
 
 void Checker::floating(const char* argument, const Tensor& tensor, int ndim) const {

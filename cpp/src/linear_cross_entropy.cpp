@@ -247,6 +247,7 @@ void check(const LinearCrossEntropyParams& p) {
     const Checker check("linear_cross_entropy");
     check.floating("hidden", p.hidden, 2);
     check.floating("weight", p.weight, 2);
+    check.that(p.hidden.size(1) >= 1, "hidden", "a hidden size of at least 1", describe(p.hidden));
     check.dim("weight", p.weight, 1, p.hidden.size(1), "the hidden size of 'hidden'");
     check.that(p.weight.size(0) >= 1, "weight", "a vocabulary of at least 1", "0");
     if (p.bias) {

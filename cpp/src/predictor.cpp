@@ -272,6 +272,10 @@ void check_maps(const Checker& check, const Tensor& x, const PredictorWeights& w
     check.floating(mid, weights.mid, 2);
     check.floating(up, weights.up, 2);
     check.dim(down, weights.down, 1, x.size(1), "the hidden size of 'x'");
+    for (const auto& [argument, map] : {std::pair{down, &weights.down}, {mid, &weights.mid},
+                                        {up, &weights.up}}) {
+        check.that(map->size(0) >= 1, argument, "at least one row", describe(*map));
+    }
     check.dim(mid, weights.mid, 1, weights.down.size(0),
               (std::string("the rows of '") + down + "'").c_str());
     check.dim(up, weights.up, 1, weights.mid.size(0),
@@ -283,6 +287,7 @@ void check_maps(const Checker& check, const Tensor& x, const PredictorWeights& w
 /// What both directions take.
 void check_arguments(const Checker& check, const PredictorParams& params) {
     check.floating("x", params.x, 2);
+    check.that(params.x.size(1) >= 1, "x", "a hidden size of at least 1", describe(params.x));
     check_maps(check, params.x, params.key, "k_down", "k_mid", "k_up");
     const PredictorWeights& query = params.query;
     if (query.down) {

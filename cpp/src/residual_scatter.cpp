@@ -28,6 +28,8 @@ void check_stream(const Checker& check, const char* stream_name, const Tensor& s
 
 void check(const ResidualScatterParams& params) {
     check_stream(Checker("residual_scatter"), "x", params.x, "y", params.y, params.rows);
+    const Checker check("residual_scatter");
+    check.separate("x", params.x, {{"y", &params.y}, {"rows", &params.rows}});
 }
 
 void check(const ResidualGatherParams& params) {

@@ -46,6 +46,7 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.floating("v", p.v, 3);
     check.same_dtype("k", p.k, "q", p.q);
     check.same_dtype("v", p.v, "q", p.q);
+    check.that(p.q.size(2) >= 1, "q", "a head size of at least 1", describe(p.q));
     check.dim("k", p.k, 2, p.q.size(2), "the head size of 'q'");
     for (int i = 0; i < 3; ++i) check.dim("v", p.v, i, p.k.size(i), "as in 'k'");
     check.that(p.k.size(1) >= 1 && p.q.size(1) >= 1 && p.q.size(1) % p.k.size(1) == 0, "q",

@@ -153,7 +153,9 @@ private:
 void check(const SelectNormParams& params) {
     const Checker check("select_norm");
     check_kind(check, params.kind);
-    check.that(std::isfinite(params.eps) && params.eps >= 0, "eps", "a finite number of at least 0",
+    // As the kernels take it: what fp32 cannot hold is not finite.
+    check.that(std::isfinite(static_cast<float>(params.eps)) && params.eps >= 0, "eps",
+               "a finite number of at least 0",
                std::to_string(params.eps));
     const int64_t num_rows = check_rows(check, "x", params.x, params.rows, params.weight);
     if (params.bias) {
@@ -180,6 +182,13 @@ void check(const SelectNormBackwardParams& params) {
         check.typed(argument, *gradient, DType::kFloat32, 1);
         check.dim(argument, *gradient, 0, params.dx.size(1), "the hidden size of 'dx'");
     }
+    check.separate("dx", params.dx,
+                   {{"dy", &params.dy},
+                    {"x_rows", &params.x_rows},
+                    {"rows", &params.rows},
+                    {"weight", &params.weight},
+                    {"mean", &params.mean},
+                    {"rstd", &params.rstd}});
 }
 
 void select_norm_cpu(const SelectNormParams& params) {

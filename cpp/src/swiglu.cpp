@@ -63,6 +63,8 @@ void check(const SwigluBackwardParams& params) {
     check.floating("gate", params.gate, 2);
     check_same(check, "up", params.up, params.gate);
     check_same(check, "dout", params.dout, params.gate);
+    check.separate("gate", params.gate, {{"up", &params.up}, {"dout", &params.dout}});
+    check.separate("up", params.up, {{"dout", &params.dout}});
 }
 
 void swiglu_cpu(const SwigluParams& params) {

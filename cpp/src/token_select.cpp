@@ -16,11 +16,9 @@ constexpr char kRatio[] = "ratio";
 constexpr char kThreshold[] = "threshold";
 
 /// Rows that the layout covers; -1 where that is only known on the device.
-int64_t rows_covered(const Tensor& block_starts) {
-    if (block_starts.device != Device::kCpu || block_starts.dtype != DType::kInt32 ||
-        block_starts.ndim != 1 || block_starts.size(0) == 0) {
-        return -1;
-    }
+int64_t rows_covered(const Checker& check, const Tensor& block_starts) {
+    check.typed("block_starts", block_starts, DType::kInt32, 1);
+    if (block_starts.device != Device::kCpu || block_starts.size(0) == 0) return -1;
     return block_starts.as<const int32_t>()[block_starts.size(0) - 1];
 }
 
@@ -43,7 +41,7 @@ void check(const TokenSelectParams& params) {
     check.same_device({{"scores", &params.scores},
                        {"block_starts", &params.block_starts},
                        {"cu_blocks", &params.cu_blocks}});
-    check.layout(params.block_starts, params.cu_blocks, rows_covered(params.block_starts));
+    check.layout(params.block_starts, params.cu_blocks, rows_covered(check, params.block_starts));
     check.dim("scores", params.scores, 0, params.block_starts.size(0) - 1,
               "the number of blocks of the layout");
 
@@ -70,7 +68,7 @@ void check(const TokenSelectParams& params) {
 
 void check(const TokenRowsParams& params) {
     const Checker check("token_select");
-    check.layout(params.block_starts, params.cu_blocks, rows_covered(params.block_starts));
+    check.layout(params.block_starts, params.cu_blocks, rows_covered(check, params.block_starts));
     const int64_t blocks = params.block_starts.size(0) - 1;
     check.typed("places", params.places, DType::kInt32, 2);
     check.dim("places", params.places, 0, blocks, "the number of blocks of the layout");

@@ -150,14 +150,20 @@ def register_attention() -> None:
 
 def _padding_mask(
     batch_size: int,
-    q_length: int,
     kv_length: int,
+    q_length: int | None = None,
     q_offset: Tensor | int = 0,
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
+    cache_position: Tensor | None = None,
     **kwargs: object,
 ) -> Tensor | None:
-    """The mask that `_attention_forward` gets: [B, kv_length] of 0/1, or None without padding."""
+    """The mask that `_attention_forward` gets: [B, kv_length] of 0/1, or None without padding.
+
+    Older Transformers tell the places of the queries, `cache_position`, not length and offset.
+    """
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
     if q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
             "past_key_values: attention 'lemo' takes caches that end with the newest token, got "

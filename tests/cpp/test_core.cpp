@@ -20,6 +20,10 @@ TEST(Blocks, RaggedEmptyAndExactSequences) {
     EXPECT_THROW(plan_blocks({1}, 0), Error);
     EXPECT_THROW(plan_blocks({-1}, 2), Error);
     EXPECT_THROW(plan_blocks({int64_t{1} << 31}, int64_t{1} << 31), Error);
+    // Beyond int32 the end of a block would overflow.
+    constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+    EXPECT_THROW(plan_blocks({5}, kLargest - 2), Error);
+    EXPECT_THROW(plan_selection({5}, kLargest - 2, 0.5, 0, 0), Error);
 }
 
 TEST(Blocks, ShiftedGroupsStartHalfAGroupEarly) {
@@ -56,6 +60,7 @@ TEST(Blocks, LossSegmentFitsItsBudget) {
     EXPECT_EQ(plan_loss_segment(1000, 256, 1024 * 10), 10);
     EXPECT_EQ(plan_loss_segment(4, 256, 1 << 30), 4);
     EXPECT_EQ(plan_loss_segment(1000, 1 << 20, 1), 1);
+    EXPECT_EQ(plan_loss_segment(1000, (int64_t{1} << 62) + 1, 1 << 30), 1);
 }
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {

@@ -30,6 +30,20 @@ TEST(ResidualScatter, GatherIsItsAdjoint) {
     EXPECT_EQ(dy, (std::vector<float>{3, 4}));
 }
 
+TEST(ResidualScatter, RefusesMemoryThatOverlaps) {
+    std::vector<float> x(8);
+    const Tensor stream = view(x, {3, 2});
+    Tensor packed = view(x, {2, 2});
+    for (const int offset : {0, 1, 5}) {
+        packed.data = x.data() + offset;
+        EXPECT_THROW(check(ResidualScatterParams{stream, packed, Tensor{}}), Error) << offset;
+    }
+    Tensor behind = view(x, {1, 2});
+    behind.data = x.data() + 6;
+    std::vector<int32_t> rows{1};
+    EXPECT_NO_THROW(check(ResidualScatterParams{stream, behind, view(rows, {1})}));
+}
+
 TEST(ResidualScatter, MessageNamesArgumentExpectedAndGot) {
     std::vector<float> x(6), y(4);
     std::vector<int32_t> rows{2, 1};

@@ -1,8 +1,10 @@
 """setup.py finds the installed torch, inside and outside an isolated build, and says what to do."""
 
 import importlib.util
+import os
 import runpy
 import site
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -48,3 +50,40 @@ def test_an_old_torch_is_named_with_its_version_and_place(packages):
     install_torch(packages, "2.9.1")
     with pytest.raises(SystemExit, match=r"torch 2.9.1 in .*torch is too old.*2.11 or newer"):
         runpy.run_path(str(SETUP))
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpu", "leaves_out"),
+    [
+        ([], False, True),
+        ([], True, False),
+        (["CUDA=1"], False, False),
+        (["CMAKE_ARGS=-DLEMO_CUDA_ARCHITECTURES=90"], False, False),
+    ],
+)
+def test_make_leaves_cuda_out_where_no_gpu_is_visible_and_nobody_asks(
+    settings, gpu, leaves_out, tmp_path
+):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\nexit {0 if gpu else 9}\n")
+    program.chmod(0o755)
+    venv = tmp_path / "venv"
+    commands = subprocess.run(
+        ["make", "-n", f"VENV={venv}", *settings, f"{venv}/.lemo"],
+        cwd=SETUP.parent,
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert ("-DLEMO_CUDA=OFF" in commands) == leaves_out
+    assert ("CUDA kernels are left out" in commands) == leaves_out
+
+
+@pytest.mark.parametrize("options", ["-DLEMO_CUDA=OFF", "-DLEMO_CUTLASS_INCLUDE=/headers", ""])
+def test_cutlass_is_fetched_only_where_it_is_needed(packages, monkeypatch, options):
+    install_torch(packages, "2.13.0+cpu")
+    monkeypatch.setenv("CMAKE_ARGS", options)
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    requirements = runpy.run_path(str(SETUP))["cuda_build_requirements"]()
+    assert requirements == ([] if options else ["nvidia-cutlass==4.2.0.0"])

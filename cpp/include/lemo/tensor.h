@@ -35,8 +35,15 @@ struct Tensor {
         return n;
     }
 
+    bool is_empty() const {
+        for (int i = 0; i < ndim; ++i) {
+            if (size(i) == 0) return true;
+        }
+        return false;
+    }
+
     bool is_contiguous() const {
-        if (num_elements() == 0) return true;
+        if (is_empty()) return true;
         int64_t expected = 1;
         for (int i = ndim - 1; i >= 0; --i) {
             if (size(i) != 1 && stride[static_cast<size_t>(i)] != expected) return false;
@@ -53,6 +60,16 @@ struct Tensor {
 
 inline bool is_float(DType dtype) {
     return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat16;
+}
+
+/// Bytes of an element.
+inline int64_t size_of(DType dtype) {
+    switch (dtype) {
+        case DType::kBFloat16:
+        case DType::kFloat16: return 2;
+        case DType::kInt64: return 8;
+        default: return 4;
+    }
 }
 
 inline const char* name(DType dtype) {

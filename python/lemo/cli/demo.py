@@ -17,7 +17,7 @@ def demo(
         Path, typer.Option(help="Folder for everything; an earlier demo in it is replaced.")
     ] = Path("runs/demo"),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Fine-tuning steps of each method.")
+        int | None, typer.Option(min=1, help="Steps of dense LoRA; lemo gets the same time.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs, no more.")

@@ -1,4 +1,4 @@
-"""The demo from beginning to end: base model, predictors, two fine-tunings, evaluation, report."""
+"""The demo from beginning to end: base model, two fine-tunings, evaluation, report."""
 
 from __future__ import annotations
 
@@ -13,24 +13,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lemo.config import LemoConfig
-from lemo.data import read_documents, token_windows
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
 from lemo.files import write_file
-from lemo.predictors.prepare import PrepareSettings, Window, prepare
-from lemo.predictors.training import TrainingSettings
 from lemo.report import load_run, write_report
 from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate, write_metrics
 from lemo.training.finetune import METRICS_NAME
-from lemo.training.model import extend_context, load_config, load_model, load_tokenizer
 
 MIB = 2**20
 
@@ -42,12 +37,9 @@ class DemoSettings:
     Attributes:
         base: the base model.
         context: tokens of a window after the extension.
-        steps: fine-tuning steps of each method.
-        keep: share of the blocks that lemo keeps.
-        block_size: tokens of a block.
-        dense_layers: layers in which lemo keeps everything.
-        predictor_windows: windows that the predictors are trained on.
-        predictor_steps: training steps of each predictor.
+        steps: fine-tuning steps of dense LoRA; lemo takes as many as fit into the same time.
+        trial_steps: steps of lemo that tell how long one takes.
+        seed: of the base model and of the fine-tunings.
         learning_rate: of the fine-tunings.
         lora_rank: of the fine-tunings.
         held_out: documents of the evaluation.
@@ -57,11 +49,8 @@ class DemoSettings:
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     context: int = 4096
     steps: int = 40
-    keep: float = 0.5
-    block_size: int = 64
-    dense_layers: tuple[int, ...] = (0,)
-    predictor_windows: int = 6
-    predictor_steps: int = 100
+    trial_steps: int = 8
+    seed: int = 0
     learning_rate: float = 2e-3
     lora_rank: int = 16
     held_out: int = 8
@@ -75,10 +64,8 @@ class DemoSettings:
                 vocabulary=384, hidden=32, intermediate=64, layers=3, heads=2, context=64, steps=3
             ),
             context=256,
-            steps=2,
-            block_size=16,
-            predictor_windows=2,
-            predictor_steps=3,
+            steps=4,
+            trial_steps=2,
             lora_rank=4,
             held_out=2,
             corpus_limit=400_000,
@@ -167,7 +154,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     (output / "corpus").mkdir(parents=True, exist_ok=True)
     write_file(marker, json.dumps({"settings": dataclasses.asdict(settings)}, indent=2) + "\n")
     screen = _Screen(console)
-    base = settings.base
+    base = dataclasses.replace(settings.base, seed=settings.seed)
 
     with screen.stage("Documents and tokenizer") as stage:
         # A token is about three characters; held-out documents must fill the long window.
@@ -185,12 +172,9 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
 
         train_base(output / "base", train, tokenizer, base, note_base)
 
-    with screen.stage("Predictors (lemo prepare)") as stage:
-        recall = prepare_predictors(output, train, settings, stage)
-        stage.outcome = f"recall {recall['attention']:.0%} attention, {recall['mlp']:.0%} MLP"
-
     results = []
-    for name, elimination in (("dense", None), ("lemo", lemo_config(output, settings))):
+    # lemo with its defaults: half of the quarters of a window, drawn at random in each step.
+    for name, elimination in (("dense", None), ("lemo", LemoConfig())):
         title = f"Fine-tuning to {settings.context} tokens, {name}"
         with screen.stage(title) as stage:
             config = FinetuneConfig(
@@ -209,9 +193,14 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
                 # Both methods and their figures are about the CPU, also where there is a GPU.
                 device="cpu",
                 elimination=elimination,
+                seed=settings.seed,
             )
+            if results:
+                seconds = sum(results[0].seconds_per_step)
+                steps = steps_in(seconds, config, output, settings, stage)
+                config = dataclasses.replace(config, steps=steps, save_every=steps)
             results.append(run_method(name, config, output / f"{name}.yaml", stage))
-            stage.outcome = f"{results[-1].step_seconds:.2f} s a step"
+            stage.outcome = f"{config.steps} steps of {results[-1].step_seconds:.2f} s"
 
     with screen.stage("Evaluation, dense, on held-out documents") as stage:
         perplexities = evaluate_all(output, held_out, settings, stage)
@@ -228,57 +217,22 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     return page
 
 
-def prepare_predictors(
-    output: Path, documents: Path, settings: DemoSettings, stage: _Stage
-) -> dict[str, float]:
-    """Train the predictors on the base model at the long context, with its positions squeezed.
+def steps_in(
+    seconds: float, config: FinetuneConfig, folder: Path, settings: DemoSettings, stage: _Stage
+) -> int:
+    """Steps of a fine-tuning that take about as long as `seconds`, by a few steps tried before.
 
-    Returns:
-        The share of the blocks kept by the labels that the predictors keep too, on windows that
-        they were not trained on: ``{"attention", "mlp"}``.
+    The schedule of the learning rate needs their number from the start.
     """
-    config = load_config(str(output / "base"))
-    extend_context(config, settings.context, "linear")
-    model = load_model(str(output / "base"), config, torch.float32)
-    windows = token_windows(
-        read_documents(documents), load_tokenizer(str(output / "base")), settings.context, seed=1
+    trial = dataclasses.replace(
+        config,
+        output=str(folder / "trial"),
+        steps=settings.trial_steps,
+        warmup_steps=0,
+        save_every=settings.trial_steps,
     )
-    count = settings.predictor_windows
-    training, held_out = (
-        [Window("python", windows.window(index)) for index in range(first, first + number)]
-        for first, number in ((0, count), (count, max(1, count // 3)))
-    )
-
-    def report(name: str, done: int, total: int, message: str) -> None:
-        stage.update(done, total, f"{name} {message}")
-
-    description = prepare(
-        model,
-        training,
-        held_out,
-        output / "predictor",
-        PrepareSettings(
-            block_size=settings.block_size,
-            training=TrainingSettings(keep=settings.keep, steps=settings.predictor_steps),
-            # The demo keeps a share of the blocks; the thresholds of the budget are enough.
-            search_rounds=0,
-            dense_layers=settings.dense_layers,
-        ),
-        overwrite=True,
-        report=report,
-    )
-    return description["recall"]
-
-
-def lemo_config(output: Path, settings: DemoSettings) -> LemoConfig:
-    """Elimination by the demo's own predictors."""
-    return LemoConfig(
-        block_size=settings.block_size,
-        keep=settings.keep,
-        dense_layers=settings.dense_layers,
-        scorer="predictor",
-        predictor=str(output / "predictor"),
-    )
+    result = run_method("trial", trial, folder / "trial.yaml", stage)
+    return max(1, int(seconds / result.step_seconds))
 
 
 def run_method(name: str, config: FinetuneConfig, config_path: Path, stage: _Stage) -> MethodResult:
@@ -365,8 +319,10 @@ def result_table(
         table.add_row(label, "", *values, ratio)
 
     costs("seconds a step (median)", "{:.2f}", dense.step_seconds, lemo.step_seconds)
+    counts = (len(dense.seconds_per_step), len(lemo.seconds_per_step))
+    costs("steps in the same time", "{:.0f}", *counts)
     totals = (sum(dense.seconds_per_step), sum(lemo.seconds_per_step))
-    costs(f"seconds, all {settings.steps} steps", "{:.0f}", *totals)
+    costs("seconds, all steps", "{:.0f}", *totals)
     memory = (dense.memory_bytes / MIB, lemo.memory_bytes / MIB)
     costs("memory of the training (MiB)", "{:.0f}", *memory)
     costs("token rows taking part", "{:.0%}", dense.kept_share, lemo.kept_share)

@@ -3,12 +3,23 @@
 import re
 from typing import Any
 
+from torch import Tensor
+from torch.autograd import forward_ad
+
 _MESSAGE = re.compile(r"\[lemo:(value|type|unsupported)\] ([^\n]*)")
 _EXCEPTIONS = {"value": ValueError, "type": TypeError, "unsupported": NotImplementedError}
 
 
 def call(op: Any, *args: Any) -> Any:
-    """Runs `op(*args)`; a failed check raises ValueError, TypeError or NotImplementedError."""
+    """Runs `op(*args)`; a failed check raises ValueError, TypeError or NotImplementedError.
+
+    So does a tangent of forward-mode differentiation, which the op would drop.
+    """
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+        raise NotImplementedError(
+            f"{op.__name__}: forward-mode differentiation is not supported: expected tensors "
+            "without tangents"
+        )
     try:
         return op(*args)
     except RuntimeError as error:
@@ -16,3 +27,7 @@ def call(op: Any, *args: Any) -> Any:
         if match is None:
             raise
         raise _EXCEPTIONS[match[1]](match[2]) from None
+
+
+def _has_tangent(value: Any) -> bool:
+    return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

@@ -1,9 +1,12 @@
 """linear_cross_entropy: the loss of a vocabulary projection, segment by segment."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from lemo import _C
+from lemo.ops._autograd import first_order_only
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -34,6 +37,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*grads)
 
 
+@first_order_only("linear_cross_entropy")
 def _backward(ctx, dloss, *_):
     # Scaled out of place, so that a second backward through a retained graph is right as well. A
     # scalar tensor of fp32 does not widen the gradients, nor is it rounded to their dtype.
@@ -104,12 +108,13 @@ def linear_cross_entropy(
         segment_rows: rows of a segment; None: as many as fit their logits into 256 MiB on the CPU
             and 768 MiB on a GPU.
         divisor: what the sum over the labels is divided by, a positive number or a scalar tensor
-            (Transformers' `num_items_in_batch`); None: the number of labels that count.
+            (Transformers' `num_items_in_batch`; on a GPU its value is not checked); None: the
+            number of labels that count.
 
     Returns:
-        [] fp32. Differentiable in hidden, weight and bias. Where no label counts the loss is 0 and
-        so are the gradients (Transformers gives NaN): a batch that is masked as a whole must not
-        destroy a run.
+        [] fp32. Differentiable once in hidden, weight and bias. Where no label counts the loss is
+        0 and so are the gradients (Transformers gives NaN): a batch that is masked as a whole must
+        not destroy a run.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, label or the divisor does not fit.
@@ -118,7 +123,7 @@ def linear_cross_entropy(
     """
     if segment_rows is None:
         segment_rows = _plan_segment(hidden, weight)
-    if not isinstance(divisor, Tensor) and divisor is not None and not divisor > 0:
+    if not isinstance(divisor, Tensor) and divisor is not None and not 0 < divisor < math.inf:
         raise ValueError(
             "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "
             f"None, got {divisor}"
@@ -127,6 +132,11 @@ def linear_cross_entropy(
         raise ValueError(
             "linear_cross_entropy: argument 'divisor': expected one number, got shape "
             f"{list(divisor.shape)}"
+        )
+    if isinstance(divisor, Tensor) and divisor.is_cpu and not 0 <= float(divisor) < math.inf:
+        raise ValueError(
+            "linear_cross_entropy: argument 'divisor': expected a positive number, or 0 where no "
+            f"label counts, got {float(divisor)}"
         )
     grad = torch.is_grad_enabled()
     hidden_grad = grad and hidden.requires_grad

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lemo.layout import BlockLayout
+from lemo.ops._autograd import first_order_only
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -33,7 +33,7 @@ class _Predictor(torch.autograd.Function):
         return call(_ops.predictor, *arguments)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("predictor")
     def backward(ctx, dscores):
         gradients = call(_ops.predictor_backward, dscores, *ctx.saved_tensors)
         weights, wanted = ctx.saved_tensors[1:7], ctx.needs_input_grad[1:7]
@@ -69,7 +69,7 @@ def predictor(
     the last map and the gradients of the weights are fp32.
 
     Returns:
-        [B] fp32. Differentiable in the weights.
+        [B] fp32. Differentiable once in the weights.
 
     Raises:
         ValueError, TypeError: an argument does not fit.

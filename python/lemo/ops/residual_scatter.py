@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lemo.ops._autograd import first_order_only, overwritable
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -27,6 +28,7 @@ class _ResidualScatter(torch.autograd.Function):
         return x
 
     @staticmethod
+    @first_order_only("residual_scatter")
     def backward(ctx, dx):
         dy = None
         if ctx.needs_input_grad[1]:
@@ -39,10 +41,11 @@ def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tenso
 
     The backward pass hands the gradient of the stream on untouched and gathers the gradient of `y`
     from it, so the stream and its gradient stay one buffer each (LeMo: fused residual padding).
+    Differentiable once.
 
     Args:
         x: [T, H] float, contiguous, updated in place. Not a leaf that requires grad.
-        y: [R, H] float; may differ from `x` in dtype.
+        y: [R, H] float, in memory of its own; may differ from `x` in dtype.
         rows: [R] int32, strictly ascending; None adds to every row.
 
     Raises:
@@ -59,14 +62,17 @@ class _StreamGather(torch.autograd.Function):
         return x, call(_ops.residual_scatter_backward, x, rows)
 
     @staticmethod
+    @first_order_only("stream_gather")
     def backward(ctx, dx, dx_rows):
-        dx = dx.contiguous()
+        dx = overwritable(dx, dx_rows)
         call(_ops.residual_scatter, dx, dx_rows, ctx.rows)
         return dx, None
 
 
 def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gathers rows of the residual stream; backward adds into the stream's gradient in place.
+
+    A gradient that autograd shares with others is copied first. Differentiable once.
 
     Args:
         x: [T, H] float, contiguous; passed through (the same storage is returned).

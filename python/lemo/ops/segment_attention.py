@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo.ops._autograd import first_order_only
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -27,6 +27,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions)
 
 
+@first_order_only("segment_attention")
 def _backward(ctx, dout, dlse):
     deterministic = torch.are_deterministic_algorithms_enabled()
     grads = call(
@@ -84,14 +85,14 @@ def segment_attention(
             "portable-small"), for tests.
 
     Returns:
-        [Rq, Hq, D] of q's dtype. Differentiable in q, k and v.
+        [Rq, Hq, D] of q's dtype. Differentiable once in q, k and v.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device, cut or position does not fit.
         NotImplementedError: the device has no kernel for this dtype or head size.
     """
     if scale is None:
-        scale = q.shape[-1] ** -0.5
+        scale = max(q.shape[-1], 1) ** -0.5
     cu_k = cu_q if cu_k is None else cu_k
     arguments = (q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size, kernel)
     return call(_ops.segment_attention, *arguments)[0]
@@ -139,7 +140,7 @@ class _Known(torch.autograd.Function):
         return out.detach()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("segment_attention")
     def backward(ctx, dout):
         grads = call(
             _ops.segment_attention_backward,

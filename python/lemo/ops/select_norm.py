@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo.ops._autograd import first_order_only, overwritable
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -70,7 +70,7 @@ class _SelectNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("select_norm")
     def backward(ctx, dy):
         dx = dy.new_zeros(ctx.stream_shape)
         dweight, dbias = _add_gradient(ctx, dy, dx)
@@ -88,11 +88,11 @@ class _StreamSelectNorm(torch.autograd.Function):
         return x, y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("select_norm")
     def backward(ctx, dx, dy):
         dweight = dbias = None
         if dy is not None:
-            dx = dy.new_zeros(ctx.stream_shape) if dx is None else dx.contiguous()
+            dx = dy.new_zeros(ctx.stream_shape) if dx is None else overwritable(dx, dy)
             dweight, dbias = _add_gradient(ctx, dy, dx)
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
 
@@ -106,7 +106,7 @@ class _SelectNormInto(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("select_norm")
     def backward(ctx, dy):
         return None, *_add_gradient(ctx, dy, ctx.dx), None, None, None, None
 
@@ -134,7 +134,7 @@ def select_norm(
         kind: "rms" (RMSNorm) or "layer" (LayerNorm).
 
     Returns:
-        y [R, H] of x's dtype. Differentiable in `x`, `weight` and `bias`.
+        y [R, H] of x's dtype. Differentiable once in `x`, `weight` and `bias`.
 
     Raises:
         ValueError, TypeError: an argument does not fit.
@@ -154,6 +154,7 @@ def stream_select_norm(
 
     The backward pass adds the gradient of y's rows into the gradient of the stream in place, so a
     layer stores its kept rows only and the stream's gradient stays one buffer (LeMo, section 5.2).
+    A gradient that autograd shares with others is copied first.
 
     Args:
         x: [T, H] float, contiguous; passed through (the same storage is returned). Not a leaf that

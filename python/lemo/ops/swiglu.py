@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lemo.ops._autograd import first_order_only
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -26,7 +26,7 @@ class _Swiglu(torch.autograd.Function):
         return call(_ops.swiglu, gate, up)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("swiglu")
     def backward(ctx, dout):
         gate, up = ctx.saved_tensors
         call(_ops.swiglu_backward, dout, gate, up)
