@@ -18,8 +18,12 @@ SCHEDULES = ("cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
-# Fields that say how to start or how to watch a run; they may differ when it is resumed.
-NOT_COMPARED = ("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints")
+# Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
+# the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
+NOT_COMPARED = (
+    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
+    *("model", "documents", "elimination.predictor"),
+)
 
 
 @dataclass(frozen=True)
