@@ -187,10 +187,10 @@ def _take(file: Path, subject: str, kind: int) -> int:
             break
         os.close(descriptor)  # Its last holder has removed it: the next one is another file.
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.ftruncate(descriptor, 0)
-    os.pwrite(
-        descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0
-    )
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {since}\n"
+    with contextlib.suppress(OSError):  # The lock holds on a full disk, too.
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, holder.encode(), 0)
     return descriptor
 
 

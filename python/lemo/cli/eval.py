@@ -53,7 +53,7 @@ def eval(
 
     from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
-    from lemo.training.run_folder import METRICS_NAME, reading
+    from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 
     options.check_choice("--rope-scaling", rope_scaling, ROPE_SCALINGS)
     options.check_choice("--dtype", dtype, DTYPES)
@@ -61,13 +61,15 @@ def eval(
     screen = options.console()
     options.show_messages(screen)
     run = None if adapter is None or find_adapter(adapter) == adapter else adapter
+    if model is None:
+        model = (run and recorded_model(run)) or base_model_name(adapter)
     with (
         reading(run) as writable,
         Progress(console=screen, disable=not screen.is_terminal) as progress,
     ):
         task = progress.add_task("windows", total=None)
         results = evaluate(
-            model if model is not None else base_model_name(adapter),
+            model,
             documents,
             wanted,
             adapter=adapter,

@@ -151,7 +151,9 @@ def _lost(out: TolerantStream, err: TolerantStream) -> int:
         # It may work again; results that go into a file or a pipe are not mixed with it.
         print(message, file=out if out.isatty() else err)
     if out.error is not None:
-        print(f"lemo: error: standard output: {_reason(out)}; results are lost", file=err)
+        print(
+            f"lemo: error: standard output: {_reason(out)}; not all results were printed", file=err
+        )
     return int(out.error is not None)
 
 

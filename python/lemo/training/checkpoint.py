@@ -33,6 +33,8 @@ CHECKPOINT_FILES = re.compile(
 )
 # Format 1 had no digest of state.json.
 _FORMAT = 2
+# What reading a damaged checkpoint raises.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 _log = logging.getLogger("lemo")
 
@@ -94,8 +96,8 @@ def save_checkpoint(
     steps = checkpoint_folders(folder)
     torn = [old for old in checkpoint_folders(folder, torn=True) if old not in steps]
     # Later steps can only be damaged ones that a resumed run passed over.
-    later = [old for old in steps if _step(old) > step]
-    for old in torn + later + [old for old in steps if _step(old) <= step][keep:]:
+    whole = [old for old in steps if _step(old) <= step and _looks_whole(old)][:keep]
+    for old in [*torn, *(old for old in steps if old not in whole)]:
         try:
             remove_folder(old, CHECKPOINT_FILES)
         except FileExistsError as error:
@@ -109,7 +111,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             return _verify(candidate)
         except KeyError as error:
             reason = f"{STATE_NAME} has no {error}"
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             reason = str(error)
         _log.warning("checkpoint %s is not whole and is ignored: %s", candidate, reason)
     return None
@@ -185,6 +187,15 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path) -> Checkpoint:
+    contents = _contents(folder)
+    for name, expected in contents["files"].items():
+        if _describe(folder / name) != expected:
+            raise ValueError(f"{name} differs from what was written")
+    return Checkpoint(folder, contents["step"], contents["data"], contents["num_processes"])
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What state.json says, after checking that it is whole and belongs to this folder."""
     contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
     if contents["format"] not in (1, _FORMAT):
         raise ValueError(f"{STATE_NAME}: expected format {_FORMAT}, got {contents['format']!r}")
@@ -198,10 +209,16 @@ def _verify(folder: Path) -> Checkpoint:
     }
     for name in sorted(needed - contents["files"].keys()):
         raise ValueError(f"{STATE_NAME} does not name {name}")
-    for name, expected in contents["files"].items():
-        if _describe(folder / name) != expected:
-            raise ValueError(f"{name} differs from what was written")
-    return Checkpoint(folder, contents["step"], contents["data"], contents["num_processes"])
+    return contents
+
+
+def _looks_whole(folder: Path) -> bool:
+    """Whether contents and sizes are right; the digests of large files would take their time."""
+    try:
+        files = _contents(folder)["files"]
+        return all((folder / name).stat().st_size == f["bytes"] for name, f in files.items())
+    except _DAMAGE:
+        return False
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -147,6 +147,13 @@ def write_config(folder: Path, config: FinetuneConfig) -> None:
     write_file(folder / CONFIG_NAME, yaml.safe_dump(settings, sort_keys=False))
 
 
+def recorded_model(folder: Path) -> str | None:
+    """The folder of the model that a run was started with; None where it is not there any more."""
+    config = folder / CONFIG_NAME
+    model = read_yaml(config).get("model") if config.is_file() else None
+    return model if isinstance(model, str) and os.path.exists(model) else None
+
+
 def _absolute(name: str) -> str:
     # What is no path is the name of a model on the hub.
     return os.path.abspath(name) if os.path.exists(name) else name
@@ -180,7 +187,8 @@ def _check_own(folder: Path) -> None:
         for path in _versions(folder, name):
             strangers += foreign(path, own)
     if strangers:
-        names = ", ".join(f"'{path.relative_to(folder)}'" for path in sorted(set(strangers))[:5])
+        outermost = [p for p in sorted(set(strangers)) if not set(p.parents) & set(strangers)]
+        names = ", ".join(f"'{path.relative_to(folder)}'" for path in outermost[:5])
         raise FileExistsError(
             f"overwrite: lemo did not write {names} in '{folder}' and deletes nothing there; move "
             "that away, or choose another output"
