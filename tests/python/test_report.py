@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lemo.cli.report import report
 from lemo.report import load_run, plots, write_report
 from lemo.report.page import summary_table
+from lemo.training.run_log import read_log
 
 # Files of finished runs.
 pytestmark = pytest.mark.cpu_only
@@ -97,6 +98,35 @@ def test_resumed_log_counts_a_step_once_and_a_half_written_last_line_not_at_all(
     run = load_run(folder)
     assert run.steps == [1, 2, 3]
     assert run.series("loss") == [4.0, 3.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("not json", "broken JSON: Expecting value"),
+        ('{"step": 2, "lo\x00ss": 2', "broken JSON: Invalid control character at"),
+        ("[1]", "expected a JSON object, got list"),
+        ('{"loss": 2}', "field 'step': expected an integer, got None"),
+        ('{"step": true, "loss": 2}', "field 'step': expected an integer, got True"),
+        ('{"step": 2, "loss": "x"}', "field 'loss': expected a number, got 'x'"),
+        (
+            '{"step": 2, "loss": 2, "kept": [0.5]}',
+            "field 'kept': expected a list of objects, got [0.5]",
+        ),
+    ],
+)
+def test_a_broken_line_is_named_and_the_others_are_kept(tmp_path, caplog, line, reason):
+    folder = write_run(tmp_path / "run", losses=[4.0, 3.0, 2.0])
+    first, _, third = (folder / "log.jsonl").read_text().splitlines()
+    (folder / "log.jsonl").write_text(f"{first}\n{line}\n{third}\n")
+    run = load_run(folder)
+    assert run.steps == [1, 3]
+    message = f"log.jsonl: 1 broken line is left out: line 2 ({reason})"
+    assert message in caplog.text
+    assert ("broken lines of the log", ["1"]) in summary_table([run])
+    caplog.clear()
+    assert [record["step"] for record in read_log(folder / "log.jsonl")] == [1, 3]
+    assert message in caplog.text
 
 
 def test_steps_that_log_no_layers_kept_everything(tmp_path):
@@ -215,29 +245,9 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
         ("log.jsonl", "", r"log\.jsonl: expected at least one step, got an empty log"),
         (
             "log.jsonl",
-            '{"step": 1, "loss": 2}\nnot json\n',
-            r"log\.jsonl:2: expected a JSON object, got broken JSON",
-        ),
-        ("log.jsonl", "[1]\n", r"log\.jsonl:1: expected a JSON object, got list"),
-        (
-            "log.jsonl",
-            '{"loss": 2}\n',
-            r"log\.jsonl:1: field 'step': expected an integer, got None",
-        ),
-        (
-            "log.jsonl",
-            '{"step": 1, "loss": "x"}\n',
-            r"log\.jsonl:1: field 'loss': expected a number, got 'x'",
-        ),
-        (
-            "log.jsonl",
-            '{"step": 1, "loss": 2, "kept": []}\n{"step": 2, "loss": 2, "kept": [0.5]}\n',
-            r"log\.jsonl:2: field 'kept': expected a list of objects, got \[0\.5\]",
-        ),
-        (
-            "log.jsonl",
-            '{"step": 1, "loss": 2, "kept": {"attention": 1}}\n',
-            r"log\.jsonl:1: field 'kept': expected a list of objects, got {'attention': 1}",
+            "[1]\nnot json\n",
+            r"log\.jsonl: 2 broken lines are left out: line 1 \(expected a JSON object, got list\)"
+            r", line 2 \(broken JSON: .*; expected at least one step",
         ),
         ("kept_map.json", "{", r"kept_map\.json: expected JSON, got "),
         (

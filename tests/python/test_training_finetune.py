@@ -359,7 +359,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch, name)
     finetune(expected)
 
     def full(descriptor):
-        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == f".{name}.tmp":
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.startswith(f".{name}."):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name)
         return fsync(descriptor)
 

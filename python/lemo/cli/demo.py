@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from lemo.cli import options
+from lemo.files import LOCK_NAME, lock
 
 
 def demo(
@@ -30,6 +31,10 @@ def demo(
     settings = DemoSettings.quick() if quick else DemoSettings()
     if steps is not None:
         settings = dataclasses.replace(settings, steps=steps)
-    screen = Console()
+    screen = options.result_console()
     options.show_messages(screen)
-    run_demo(output, settings, screen)
+    folder = Path(os.path.realpath(output))
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--output: expected a folder, but '{output}' is a file")
+    with lock(folder / LOCK_NAME, f"output: '{output}'"):
+        run_demo(output, settings, screen)

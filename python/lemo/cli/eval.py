@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo.cli import options
+from lemo.cli.streams import printable
 
 
 def eval(
@@ -48,24 +49,27 @@ def eval(
     if output is not None:
         options.check_output_file("--json", output)
 
-    from rich.console import Console
     from rich.progress import Progress
 
     from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
-    from lemo.training.finetune import METRICS_NAME
+    from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 
     options.check_choice("--rope-scaling", rope_scaling, ROPE_SCALINGS)
     options.check_choice("--dtype", dtype, DTYPES)
     options.check_choice("--device", device, DEVICES)
     screen = options.console()
     options.show_messages(screen)
-    if adapter is not None:
-        find_adapter(adapter)
-    with Progress(console=screen, disable=not screen.is_terminal) as progress:
+    run = None if adapter is None or find_adapter(adapter) == adapter else adapter
+    if model is None:
+        model = (run and recorded_model(run)) or base_model_name(adapter)
+    with (
+        reading(run) as writable,
+        Progress(console=screen, disable=not screen.is_terminal) as progress,
+    ):
         task = progress.add_task("windows", total=None)
         results = evaluate(
-            model if model is not None else base_model_name(adapter),
+            model,
             documents,
             wanted,
             adapter=adapter,
@@ -75,22 +79,24 @@ def eval(
             limit=limit,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    Console().print(_table(results))
+        if run is not None and writable:
+            write_metrics(run / METRICS_NAME, results)
+    options.result_console().print(_table(results))
     if output is not None:
         write_metrics(output, results)
-    if adapter is not None and find_adapter(adapter) != adapter:
-        write_metrics(adapter / METRICS_NAME, results)
 
 
 def _table(results: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("kind", title="perplexity")
+    table = Table(title="perplexity")
+    # A long name takes several lines; figures are never cut.
+    table.add_column("kind", overflow="fold")
     for column in ("length", "documents", "whole window", "last quarter"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in results:
         table.add_row(
-            row["kind"],
+            printable(row["kind"]),
             str(row["length"]),
             str(row["documents"]),
             f"{row['perplexity']:.3f}",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lemo.cli import options
+from lemo.cli.streams import printable
 
 
 def finetune(
@@ -129,8 +131,9 @@ def finetune(
 
     from lemo.cli.progress import StepProgress
     from lemo.training.config import FinetuneConfig
-    from lemo.training.finetune import ADAPTER_NAME, CHECKPOINTS_NAME, process_state
     from lemo.training.finetune import finetune as run
+    from lemo.training.finetune import process_state
+    from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME
 
     wanted = FinetuneConfig.from_dict(settings)
     screen = options.console(quiet=not process_state(wanted).is_main_process)
@@ -142,13 +145,11 @@ def finetune(
         folder = Path(wanted.output) / CHECKPOINTS_NAME
         if folder.is_dir() and any(folder.iterdir()):
             screen.print(
-                "the steps up to the newest checkpoint are kept; to go on: "
-                f"lemo finetune --output {wanted.output} --resume",
-                highlight=False,
-                soft_wrap=True,
+                "the steps up to the newest checkpoint are kept; to go on: lemo finetune --output "
+                + printable(f"{shlex.quote(wanted.output)} --resume")
             )
         raise
-    screen.print(f"adapter: {result.folder / ADAPTER_NAME}", highlight=False)
+    screen.print(printable(f"adapter: {result.folder / ADAPTER_NAME}"))
 
 
 def collect_settings(

@@ -13,6 +13,7 @@ import typer
 from lemo import __version__
 from lemo.cli import demo, finetune, prepare, report
 from lemo.cli import eval as eval_module
+from lemo.cli.streams import TolerantStream, printable, tolerant_streams
 
 # Errors that a user can cause; anything else is a defect of lemo and is called so. ImportError:
 # something is not installed, such as lemo's compiled ops, and the message says what.
@@ -76,7 +77,7 @@ def describe_error(error: BaseException) -> str:
         text = str(error)
     else:
         text = f"internal error, --debug shows where: {type(error).__name__}: {error}"
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -110,11 +111,21 @@ def _quiet_threads(debug: bool) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
+    A standard stream that is closed or full does not end the work. Results that could not be
+    printed are a failure at its end, progress is not.
+
     Args:
         arguments: the command line without the program's name; None takes it from the process.
     """
     # Without a command the help is what is asked for, not an error.
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with tolerant_streams() as (out, err):
+        code = _run(arguments)
+        code = _lost(out, err) or code
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         with _quiet_threads(debug):
@@ -128,4 +139,23 @@ def main(arguments: list[str] | None = None) -> None:
         code = getattr(error, "exit_code", 1)
     if code == 130:
         print("lemo: interrupted", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
+
+
+def _lost(out: TolerantStream, err: TolerantStream) -> int:
+    """Say what could not be written; 1 where that were results, otherwise 0."""
+    out.flush()
+    err.flush()
+    if err.error is not None:
+        message = f"lemo: warning: standard error: {_reason(err)}; some messages are lost"
+        # It may work again; results that go into a file or a pipe are not mixed with it.
+        print(message, file=out if out.isatty() else err)
+    if out.error is not None:
+        print(
+            f"lemo: error: standard output: {_reason(out)}; not all results were printed", file=err
+        )
+    return int(out.error is not None)
+
+
+def _reason(stream: TolerantStream) -> str:
+    return getattr(stream.error, "strerror", None) or str(stream.error)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,20 +12,39 @@ from typing import Any
 
 from rich.console import Console
 
+from lemo.cli.streams import printable
+from lemo.files import writes_through
+
 
 def console(quiet: bool = False) -> Console:
     """Where progress and messages go: standard error, so that results can be piped."""
-    return Console(stderr=True, soft_wrap=True, quiet=quiet)
+    return _plain_console(sys.stderr, soft_wrap=True, quiet=quiet)
+
+
+def result_console() -> Console:
+    """Where results go: standard output."""
+    return _plain_console(sys.stdout)
+
+
+def _plain_console(file: Any, **settings: Any) -> Console:
+    # Names are names, whatever brackets and colons they hold. With the file Rich knows which
+    # characters it can write.
+    return Console(file=file, markup=False, emoji=False, highlight=False, **settings)
+
+
+def show_own_messages(screen: Console) -> None:
+    """Print lemo's messages on ``screen``."""
+    logger = logging.getLogger("lemo")
+    logger.handlers = [_ScreenHandler(screen)]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def show_messages(screen: Console) -> None:
     """Print lemo's messages on ``screen`` and silence the chatter of the libraries underneath."""
     import transformers
 
-    logger = logging.getLogger("lemo")
-    logger.handlers = [_ScreenHandler(screen)]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    show_own_messages(screen)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -38,7 +59,7 @@ class _ScreenHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         mark = "warning: " if record.levelno >= logging.WARNING else ""
-        self._screen.print(mark + record.getMessage(), markup=False, highlight=False)
+        self._screen.print(printable(mark + record.getMessage()))
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,13 +142,20 @@ def parse_integers(text: str, option: str) -> list[int]:
 
 
 def check_output_file(option: str, path: Path) -> None:
-    """Raise an OSError, naming ``option``, unless a file can be put at ``path``."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"{option}: expected a file in a folder that exists, but '{path.parent}' is none"
-        )
+    """Raise an OSError, naming ``option``, unless a file can be put at ``path``.
+
+    A device, a pipe or a link is as good as a file (see :func:`lemo.files.write_file`).
+    """
     if path.is_dir():
         raise IsADirectoryError(f"{option}: expected a file, but '{path}' is a folder")
+    special = writes_through(path)
+    folder = Path(os.path.realpath(path)).parent
+    if not special and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{option}: expected a file in a folder that exists, but '{folder}' is none"
+        )
+    if not os.access(path if special else folder, os.W_OK):
+        raise PermissionError(f"{option}: '{path}' cannot be written here")
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lemo.cli import options
+from lemo.cli.streams import printable
 
 
 def prepare(
@@ -115,8 +116,6 @@ def prepare(
         "overwrite": overwrite,
     }
 
-    from rich.console import Console
-
     from lemo.training.prepare import PrepareConfig, prepare_from_documents
 
     settings = options.collect_settings(config, options.given(named), assignments or [])
@@ -124,9 +123,9 @@ def prepare(
     options.show_messages(screen)
     with _Progress(screen) as progress:
         description = prepare_from_documents(PrepareConfig.from_dict(settings), progress)
-    result = Console()
+    result = options.result_console()
     result.print(_table(description))
-    result.print(_summary(description, settings["output"]), highlight=False)
+    result.print(printable(_summary(description, settings["output"])), soft_wrap=True)
 
 
 def _layers(text: str) -> list[int]:
@@ -153,7 +152,7 @@ class _Progress:
 
         self._screen = screen
         self._live = Progress(
-            TextColumn("{task.fields[stage]}"),
+            TextColumn("{task.fields[stage]}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -172,10 +171,11 @@ class _Progress:
 
     def __call__(self, stage: str, done: int, total: int, message: str) -> None:
         if stage not in self._tasks:
-            self._tasks[stage] = self._live.add_task(message, total=total, stage=stage)
-        self._live.update(self._tasks[stage], completed=done, total=total, description=message)
+            self._tasks[stage] = self._live.add_task("", total=total, stage=printable(stage))
+        text = printable(message)
+        self._live.update(self._tasks[stage], completed=done, total=total, description=text)
         if not self._screen.is_terminal and done == total:
-            self._screen.print(f"{stage}: {done} of {total}  {message}", markup=False)
+            self._screen.print(printable(f"{stage}: {done} of {total}  {message}"))
 
 
 def _table(description: dict[str, Any]) -> Any:

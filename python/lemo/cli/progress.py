@@ -66,7 +66,7 @@ class StepProgress:
         step, steps = record["step"], record["steps"]
         if not self._screen.is_terminal:
             if step % self._every == 0 or step == steps:
-                self._screen.print(f"step {step}/{steps}  {describe(record)}", highlight=False)
+                self._screen.print(f"step {step}/{steps}  {describe(record)}")
             return
         if self._task is None:
             self._task = self._live.add_task("", total=steps)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from lemo.cli import options
+from lemo.cli.streams import printable
 
 
 def report(
@@ -22,5 +24,6 @@ def report(
     # Matplotlib takes a second to import: only this command pays for it.
     from lemo.report import load_run, write_report
 
+    options.show_own_messages(options.console())
     page = write_report([load_run(run) for run in runs], output or runs[0] / "report")
-    Console().print(f"Report: {page}", soft_wrap=True)
+    options.result_console().print(printable(f"Report: {page}"), soft_wrap=True)

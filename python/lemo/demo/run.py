@@ -18,14 +18,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from lemo.cli.streams import printable
 from lemo.config import LemoConfig
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
-from lemo.files import write_file
+from lemo.files import LOCK_NAME, write_file
 from lemo.report import load_run, write_report
 from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate, write_metrics
-from lemo.training.finetune import METRICS_NAME
+from lemo.training.run_folder import METRICS_NAME
 
 MIB = 2**20
 
@@ -119,7 +120,7 @@ class _Screen:
             stage = _Stage(progress, progress.add_task(title, total=1, note=""))
             yield stage
         seconds = time.perf_counter() - start
-        self.console.print(f"{title}  [dim]{stage.outcome}  {seconds:.0f} s[/dim]")
+        self.console.print(f"{title}  [dim]{stage.outcome}  {seconds:.0f} s[/dim]", markup=True)
 
 
 class _Stage:
@@ -147,7 +148,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
         ChildProcessError: a fine-tuning process failed.
     """
     marker = output / "demo.json"
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not marker.exists())):
+    if output.exists() and not (output.is_dir() and (_is_empty(output) or _is_demo(marker))):
         raise FileExistsError(
             f"output: expected an empty folder or an earlier demo, got '{output}'"
         )
@@ -213,8 +214,19 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     }
     write_file(marker, json.dumps(content, indent=2) + "\n")
     console.print(result_table(settings, results, perplexities))
-    console.print(f"Report: {page}", soft_wrap=True)
+    console.print(printable(f"Report: {page}"), soft_wrap=True, markup=False, highlight=False)
     return page
+
+
+def _is_empty(folder: Path) -> bool:
+    return {entry.name for entry in folder.iterdir()} <= {LOCK_NAME}
+
+
+def _is_demo(marker: Path) -> bool:
+    try:
+        return "settings" in json.loads(marker.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def steps_in(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -33,7 +33,8 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
     """Write the plots (``*.png``) and the page (``index.html``) of some runs into a folder.
 
     The page carries every plot inside itself, in light and dark colours. Each file is replaced in
-    one step, the page last, so that a reader never sees half a report.
+    one step, the page last, so that a reader never sees half a report. Only files of an earlier
+    report are replaced.
 
     Args:
         runs: one run, or several to compare.
@@ -44,17 +45,19 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
 
     Raises:
         ValueError: there is no run.
+        FileExistsError: ``output`` is no folder, or a file of such a name is not of a report.
         OSError: the folder cannot be written.
     """
     if not runs:
         raise ValueError("runs: expected at least one run, got none")
     runs = _named_apart(runs)
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    sections = []
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output: expected a folder, but '{output}' is a file")
+    sections, files = [], {}
     for plot in _plots(runs):
         images = {theme.name: plot.draw(theme) for theme in (plots.LIGHT, plots.DARK)}
-        write_file(output / f"{plot.stem}.png", images["light"])
+        files[output / f"{plot.stem}.png"] = images["light"]
         sections.append(
             {
                 "title": plot.title,
@@ -63,8 +66,30 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
             }
         )
     page = output / "index.html"
-    write_file(page, _template().render(_context(runs, sections)))
+    html = _template().render(_context(runs, sections))
+    # Half of a surrogate pair, as in names that are no UTF-8, has no bytes of its own.
+    files[page] = html.encode("utf-8", "backslashreplace")
+    _check_replaceable(page, files)
+    output.mkdir(parents=True, exist_ok=True)
+    for path, content in files.items():
+        write_file(path, content)
     return page
+
+
+def _check_replaceable(page: Path, files: Iterable[Path]) -> None:
+    """Raise FileExistsError where a file would be replaced that is not of a report."""
+    if _is_report(page):
+        return
+    for path in files:
+        if path.exists() and not _is_report(path):
+            raise FileExistsError(
+                f"output: '{path}' is not of a report of lemo and is not replaced; choose another "
+                "folder"
+            )
+
+
+def _is_report(path: Path) -> bool:
+    return path.is_file() and plots.MARK.encode() in path.read_bytes()
 
 
 def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
@@ -72,6 +97,7 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     rows = [
         ("method", [_method(run) for run in runs]),
         ("steps", [f"{len(run.records)}" for run in runs]),
+        ("broken lines of the log", [f"{run.broken}" if run.broken else ABSENT for run in runs]),
         ("tokens", [f"{run.tokens:,}" if run.tokens else ABSENT for run in runs]),
         ("final loss", [_decimal(run.final_loss, 4) for run in runs]),
         ("seconds a step (median)", [_decimal(run.median("seconds"), 2) for run in runs]),

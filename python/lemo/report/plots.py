@@ -14,6 +14,8 @@ from matplotlib.ticker import MaxNLocator
 
 from lemo.report.run import SUB_BLOCKS, KeptMap, Run
 
+# Stands in every file of a report.
+MARK = "lemo report"
 GIB = 2**30
 WIDTH_INCHES = 6.4
 DOTS_PER_INCH = 160
@@ -64,7 +66,9 @@ def loss(runs: Sequence[Run], theme: Theme) -> bytes:
         window = max(1, len(steps) // 20)
         if window > 1:
             axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
-        axes.plot(steps, _running_mean(values, window), color=color, linewidth=1.8, label=run.name)
+        axes.plot(
+            steps, _running_mean(values, window), color=color, linewidth=1.8, label=_label(run.name)
+        )
         _mark_single(axes, steps, values, color)
     _style(axes, theme, xlabel="step", ylabel="training loss (nats per token)")
     _legend(axes, theme, len(runs))
@@ -80,7 +84,7 @@ def resources(runs: Sequence[Run], theme: Theme) -> bytes:
             (memory, np.array(run.series("peak_memory_bytes")) / GIB),
             (speed, np.array(run.series("tokens_per_second"))),
         ):
-            axes.plot(steps, values, color=color, linewidth=1.6, label=run.name)
+            axes.plot(steps, values, color=color, linewidth=1.6, label=_label(run.name))
             _mark_single(axes, steps, values, color)
     _style(memory, theme, xlabel="", ylabel="peak memory (GiB)")
     _style(speed, theme, xlabel="step", ylabel="tokens / s")
@@ -155,6 +159,14 @@ def _figure(theme: Theme, rows: int, height: float):
     return figure, panels
 
 
+def _label(name: str) -> str:
+    """A name as it is: Matplotlib sets what is between dollars and hides leading underscores."""
+    if len(name) > 60:
+        name = f"{name[:28]}…{name[-28:]}"
+    plain = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
+    return (" " if plain.startswith("_") else "") + plain.replace("$", r"\$")
+
+
 def _heat_height(layers: int) -> float:
     return min(9.0, 1.9 + 2 * max(0.7, 0.16 * layers))
 
@@ -214,6 +226,6 @@ def _png(figure: Figure) -> bytes:
     with matplotlib.rc_context({"font.family": "sans-serif"}):
         # No creation date or version in the file: the same run gives the same bytes.
         figure.savefig(
-            buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None}
+            buffer, format="png", facecolor=figure.get_facecolor(), metadata={"Software": MARK}
         )
     return buffer.getvalue()

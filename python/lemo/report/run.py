@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import statistics
 from pathlib import Path
 
 import yaml
 
+from lemo.training.run_log import describe_broken, parse_log
+
 SUB_BLOCKS = ("attention", "mlp")
+
+_log = logging.getLogger("lemo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Run:
         name: how plots and tables call the run.
         folder: where it lies.
         config: ``config.yaml`` as a dict, empty when there is none.
-        records: one dict a step, ascending by step (see :func:`read_log`).
+        records: one dict a step, ascending by step (see :mod:`lemo.training.run_log`).
+        broken: lines of the log that are no records.
         kept_map: the kept blocks of one document, None when nothing was ever eliminated.
         metrics: rows of the evaluation, dicts with ``kind``, ``length``, ``perplexity`` and
             ``tail_perplexity``.
@@ -51,6 +57,7 @@ class Run:
     folder: Path
     config: dict
     records: list[dict]
+    broken: int
     kept_map: KeptMap | None
     metrics: list[dict]
 
@@ -117,71 +124,40 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
 
     Raises:
         FileNotFoundError: the folder or its log does not exist.
-        ValueError: a file in it is empty or cannot be read; the message names file and line.
+        ValueError: a file in it is empty or cannot be read; the message names it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"run: expected the folder of a run, got '{folder}', which does not exist"
         )
+    records, broken = _read_records(folder / "log.jsonl")
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
         config=_read_config(folder / "config.yaml"),
-        records=read_log(folder / "log.jsonl"),
+        records=records,
+        broken=broken,
         kept_map=_read_kept_map(folder / "kept_map.json"),
         metrics=_read_metrics(folder / "metrics.json"),
     )
 
 
-def read_log(path: Path) -> list[dict]:
-    """The records of a step log, ascending by step.
-
-    A step that stands twice (a run that was resumed from an earlier checkpoint) counts with its
-    last record. A last line without a line end that does not parse is a step being written at this
-    moment and is left out.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no step, or a line is not a JSON object with an integer ``step``, a
-            number ``loss`` and, if any, a list of objects ``kept``.
-    """
+def _read_records(path: Path) -> tuple[list[dict], int]:
+    """The records of a step log, and how many of its lines are none, which a warning names."""
     if not path.is_file():
         raise FileNotFoundError(f"run: expected the step log '{path}', which does not exist")
-    by_step: dict[int, dict] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object, got broken JSON ({error.msg})"
-            ) from error
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}:{number}: expected a JSON object, got {type(record).__name__}"
-            )
-        if not isinstance(record.get("step"), int):
-            raise ValueError(
-                f"{path}:{number}: field 'step': expected an integer, got {record.get('step')!r}"
-            )
-        if not isinstance(record.get("loss"), (int, float)):
-            raise ValueError(
-                f"{path}:{number}: field 'loss': expected a number, got {record.get('loss')!r}"
-            )
-        kept = record.get("kept") or []
-        if not isinstance(kept, list) or not all(isinstance(layer, dict) for layer in kept):
-            raise ValueError(
-                f"{path}:{number}: field 'kept': expected a list of objects, got {kept!r}"
-            )
-        by_step[record["step"]] = record
-    if not by_step:
-        raise ValueError(f"{path}: expected at least one step, got an empty log")
-    return [by_step[step] for step in sorted(by_step)]
+    records, broken = parse_log(path)
+    message = describe_broken(path, broken)
+    if not records:
+        raise ValueError(
+            f"{path}: expected at least one step, got an empty log"
+            if not broken
+            else f"{message}; expected at least one step"
+        )
+    if broken:
+        _log.warning("%s", message)
+    return records, len(broken)
 
 
 def _read_config(path: Path) -> dict:

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run needs to go on with the same losses as if it had not stopped.
 
 A checkpoint is a folder ``step-N`` that appears in one move. ``state.json`` in it is its table of
-contents, with the size and the digest of every file, so that one that was damaged later is noticed
-and never loaded.
+contents, with the size and the digest of every file and of itself, so that one that was damaged or
+renamed later is noticed and never loaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import random
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,19 @@ from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load as from_safetensors
 
 from lemo.data.reading import naming
-from lemo.files import new_folder, write_file
+from lemo.files import new_folder, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 
 STATE_NAME = "state.json"
 OPTIMIZER_NAME = "optimizer.pt"
-_FORMAT = 1
+# Every file of a checkpoint.
+CHECKPOINT_FILES = re.compile(
+    r"adapter_config\.json|adapter_model\.safetensors|optimizer\.pt|random-\d+\.pt|state\.json"
+)
+# Format 1 had no digest of state.json.
+_FORMAT = 2
+# What reading a damaged checkpoint raises.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 _log = logging.getLogger("lemo")
 
@@ -66,7 +72,8 @@ def save_checkpoint(
 ) -> None:
     """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
 
-    What a process that was killed left half-written goes, too.
+    What a process that was killed left half-written goes, too. A folder with anything in it that
+    is no file of a checkpoint stays, and a warning names it.
 
     Args:
         folder: the checkpoints of the run.
@@ -91,23 +98,29 @@ def save_checkpoint(
             "num_processes": len(random_states),
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
+        contents["sha256"] = _own_digest(contents)
         write_file(target / STATE_NAME, json.dumps(contents, indent=2) + "\n")
-    for torn in folder.glob(".step-*"):
-        shutil.rmtree(torn)
+    steps = checkpoint_folders(folder)
+    torn = [old for old in checkpoint_folders(folder, torn=True) if old not in steps]
     # Later steps can only be damaged ones that a resumed run passed over.
-    steps = _folders(folder)
-    later = [old for old in steps if _step(old) > step]
-    for old in later + [old for old in steps if _step(old) <= step][keep:]:
-        shutil.rmtree(old)
+    whole = [old for old in steps if _step(old) <= step and _looks_whole(old)][:keep]
+    for old in [*torn, *(old for old in steps if old not in whole)]:
+        try:
+            remove_folder(old, CHECKPOINT_FILES)
+        except FileExistsError as error:
+            _log.warning("checkpoint %s stays: %s", old, error)
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint; ones that are not whole are named in a warning and left out."""
-    for candidate in _folders(folder):
+    for candidate in checkpoint_folders(folder):
         try:
             return _verify(candidate)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _log.warning("checkpoint %s is not whole and is ignored: %s", candidate, error)
+        except KeyError as error:
+            reason = f"{STATE_NAME} has no {error}"
+        except _DAMAGE as error:
+            reason = str(error)
+        _log.warning("checkpoint %s is not whole and is ignored: %s", candidate, reason)
     return None
 
 
@@ -159,14 +172,21 @@ def _random_name(rank: int) -> str:
     return f"random-{rank}.pt"
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Folders ``step-N``, the highest N first."""
-    found = [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+def checkpoint_folders(folder: Path, torn: bool = False) -> list[Path]:
+    """Folders ``step-N``, the highest N first; with ``torn`` what a killed process left, too."""
+    left = r"|\.step-[0-9]+\.(tmp|old)" if torn else ""
+    found = [p for p in folder.glob("*step-*") if re.fullmatch(r"step-[0-9]+" + left, p.name)]
     return sorted(found, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(re.search("[0-9]+", folder.name)[0])
+
+
+def _own_digest(contents: dict[str, Any]) -> str:
+    """Digest of the contents of state.json, but for the digest itself."""
+    rest = {name: value for name, value in contents.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _describe(file: Path) -> dict[str, Any]:
@@ -175,9 +195,7 @@ def _describe(file: Path) -> dict[str, Any]:
 
 
 def _verify(folder: Path) -> Checkpoint:
-    contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    if contents["format"] != _FORMAT:
-        raise ValueError(f"format {contents['format']}, expected {_FORMAT}")
+    contents = _contents(folder)
     for name, expected in contents["files"].items():
         if _describe(folder / name) != expected:
             raise ValueError(f"{name} differs from what was written")
@@ -188,6 +206,33 @@ def _verify(folder: Path) -> Checkpoint:
         contents.get("inputs"),
         contents["num_processes"],
     )
+
+
+def _contents(folder: Path) -> dict[str, Any]:
+    """What state.json says, after checking that it is whole and belongs to this folder."""
+    contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    if contents["format"] not in (1, _FORMAT):
+        raise ValueError(f"{STATE_NAME}: expected format {_FORMAT}, got {contents['format']!r}")
+    signed = "sha256" in contents or contents["format"] != 1
+    if signed and contents["sha256"] != _own_digest(contents):
+        raise ValueError(f"{STATE_NAME} differs from what was written")
+    if folder.name != f"step-{contents['step']}":
+        raise ValueError(f"expected step {_step(folder)}, as its name says, got {contents['step']}")
+    needed = {ADAPTER_WEIGHTS, OPTIMIZER_NAME} | {
+        _random_name(rank) for rank in range(contents["num_processes"])
+    }
+    for name in sorted(needed - contents["files"].keys()):
+        raise ValueError(f"{STATE_NAME} does not name {name}")
+    return contents
+
+
+def _looks_whole(folder: Path) -> bool:
+    """Whether contents and sizes are right; the digests of large files would take their time."""
+    try:
+        files = _contents(folder)["files"]
+        return all((folder / name).stat().st_size == f["bytes"] for name, f in files.items())
+    except _DAMAGE:
+        return False
 
 
 def _to_bytes(value: Any) -> bytes:

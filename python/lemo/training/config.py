@@ -18,8 +18,12 @@ SCHEDULES = ("cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda")
 
-# Fields that say how to start or how to watch a run; they may differ when it is resumed.
-NOT_COMPARED = ("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints")
+# Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
+# the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
+NOT_COMPARED = (
+    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
+    *("model", "documents", "elimination.predictor"),
+)
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,7 @@ def _choice(options: tuple[str, ...]) -> tuple[str, Callable[[Any], str]]:
 def _text(value: Any) -> str:
     if not isinstance(value, str | Path) or not str(value):
         raise ValueError
+    str(value).encode()  # Libraries underneath write names as UTF-8; not every file name is.
     return str(value)
 
 
@@ -249,7 +254,7 @@ def _elimination(value: Any) -> LemoConfig | None:
         raise ValueError(f"elimination: {error}") from None
 
 
-_TEXT, _FLAG = ("a name or path", _text), ("true or false", _flag)
+_TEXT, _FLAG = ("a name or path in UTF-8", _text), ("true or false", _flag)
 
 # What each field takes: in words, and as a function that converts a value or raises.
 _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
+from accelerate.utils import (
+    DistributedType,
+    broadcast_object_list,
+    gather_object,
+    get_int_from_env,
+    set_seed,
+)
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedTokenizerBase
@@ -39,11 +42,10 @@ from lemo.training import fingerprint, memory
 from lemo.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
-    newest_checkpoint,
     random_state,
     save_checkpoint,
 )
-from lemo.training.config import FinetuneConfig, differences, read_yaml
+from lemo.training.config import FinetuneConfig
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
     MODEL_CONFIG,
@@ -56,15 +58,17 @@ from lemo.training.model import (
     pick_dtype,
     write_adapter,
 )
-from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME, RunLog, read_log
+from lemo.training.run_folder import (
+    ADAPTER_NAME,
+    CHECKPOINTS_NAME,
+    KEPT_MAP_NAME,
+    check_folder,
+    start_folder,
+    write_config,
+    writing,
+)
+from lemo.training.run_log import LOG_NAME, RunLog, read_log
 
-CONFIG_NAME = "config.yaml"
-KEPT_MAP_NAME = "kept_map.json"
-METRICS_NAME = "metrics.json"
-CHECKPOINTS_NAME = "checkpoints"
-ADAPTER_NAME = "adapter"
-_RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME)
-_RUN_FOLDERS = (CHECKPOINTS_NAME, ADAPTER_NAME, TENSORBOARD_NAME)
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 _log = logging.getLogger("lemo")
@@ -103,30 +107,36 @@ def finetune(
 
     Raises:
         FileNotFoundError: model or documents do not exist; nothing to resume.
-        FileExistsError: there is a run in `output` and neither resume nor overwrite is set.
+        FileExistsError: there is a run in `output` and neither resume nor overwrite is set, or
+            something that lemo did not write and that overwriting would remove.
+        BlockingIOError: another process works in `output`.
         ValueError: model, documents and settings do not fit each other, or what is resumed differs.
         FloatingPointError: the loss is not finite any more.
         OSError: the disk is full or not writable; the last checkpoint stays whole.
     """
     folder = Path(config.output)
-    checkpoint = _check_folder(folder, config)
     accelerator = _accelerator(config)
-    # No process changes the folder before every process has looked at it.
-    accelerator.wait_for_everyone()
-    if checkpoint is not None:
-        _check_processes(checkpoint, accelerator)
-        if checkpoint.step == config.steps and (folder / ADAPTER_NAME).is_dir():
-            _log.info("%s: all %d steps are done already", folder, config.steps)
-            return _result(folder, config.steps)
     with ExitStack() as stack:
+        _enter_folder(folder, accelerator, stack)
+        checkpoint = check_folder(folder, config)
+        # No process changes the folder before every process has looked at it.
+        accelerator.wait_for_everyone()
+        if checkpoint is not None:
+            _check_processes(checkpoint, accelerator)
+            if checkpoint.step == config.steps and (folder / ADAPTER_NAME).is_dir():
+                _log.info("%s: all %d steps are done already", folder, config.steps)
+                return _result(folder, config.steps)
         if config.deterministic:
             stack.enter_context(_deterministic())
         run = _Run(config, accelerator)
         first = 0
         if checkpoint is not None:
             first = run.restore(checkpoint)
+            if accelerator.is_main_process:
+                # Model or documents may have been called by another path.
+                write_config(folder, config)
         elif accelerator.is_main_process:
-            _start_folder(folder, config)
+            start_folder(folder, config)
         accelerator.wait_for_everyone()
         run.train(folder, first, progress)
     return _result(folder, config.steps)
@@ -458,28 +468,17 @@ def _windows(
     return windows
 
 
-def _check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
-    """What to resume from, after checking that ``folder`` is what the settings say it is."""
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output: expected a folder, but '{folder}' is a file")
-    exists = any((folder / name).exists() for name in _RUN_FILES + _RUN_FOLDERS)
-    if not config.resume:
-        if exists and not config.overwrite:
-            raise FileExistsError(
-                f"output: there is a run in '{folder}' already; --resume goes on with it, "
-                "--overwrite deletes it"
-            )
-        return None
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
-    saved = FinetuneConfig.from_dict(read_yaml(folder / CONFIG_NAME))
-    changed = differences(saved, config)
-    if changed:
-        raise ValueError(f"resume: the run in '{folder}' has other settings: {'; '.join(changed)}")
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS_NAME)
-    if checkpoint is None:
-        _log.info("%s has no checkpoint yet: starting with the first step", folder)
-    return checkpoint
+def _enter_folder(folder: Path, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Lock the folder in the main process, for all of them; every process raises its error."""
+    errors: list[OSError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            stack.enter_context(writing(folder))
+        except OSError as error:
+            errors[0] = error
+    broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def _check_processes(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
@@ -490,26 +489,12 @@ def _check_processes(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
         )
 
 
-def _start_folder(folder: Path, config: FinetuneConfig) -> None:
-    """An empty run folder with the configuration; what an earlier run left is removed."""
-    for name in itertools.chain(_RUN_FOLDERS, reversed(_RUN_FILES)):
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = config.to_dict()
-    del settings["resume"], settings["overwrite"]
-    write_file(folder / CONFIG_NAME, yaml.safe_dump(settings, sort_keys=False))
-
-
 def _result(folder: Path, steps: int) -> RunResult:
     records = read_log(folder / LOG_NAME)
     return RunResult(
         folder=folder,
         steps=steps,
-        seconds_per_step=[record["seconds"] for record in records],
-        peak_memory_bytes=max((record["peak_memory_bytes"] for record in records), default=0),
+        seconds_per_step=[record["seconds"] for record in records if "seconds" in record],
+        peak_memory_bytes=max((r.get("peak_memory_bytes", 0) for r in records), default=0),
         final_loss=records[-1]["loss"] if records else math.nan,
     )

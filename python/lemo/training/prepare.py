@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
+from lemo.files import lock
 from lemo.predictors.prepare import PrepareSettings, Report, Window, prepare
 from lemo.predictors.storage import check_output
 from lemo.predictors.training import TrainingSettings
@@ -147,10 +149,17 @@ def prepare_from_documents(
         FileNotFoundError: the model or the documents do not exist.
         FileExistsError: `config.output` exists and `config.overwrite` is not set, or holds
             anything else than an earlier preparation.
+        BlockingIOError: another process prepares `config.output`.
         ValueError: documents, model or settings do not fit.
         OSError: the disk is full or cannot be written.
     """
-    output = Path(config.output)
+    # A link stays, the folder that it leads to is written.
+    output = Path(os.path.realpath(config.output))
+    with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
+        return _prepare(config, output, report)
+
+
+def _prepare(config: PrepareConfig, output: Path, report: Report) -> dict[str, Any]:
     check_output(output, config.overwrite)
     device = pick_device(config.device, elimination=True)
     dtype = pick_dtype(config.dtype, device, elimination=True)

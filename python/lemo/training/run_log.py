@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
 
 from lemo.files import write_file
 
@@ -16,18 +15,63 @@ TENSORBOARD_NAME = "tensorboard"
 _SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_bytes", "kept_share")
 
 
+_log = logging.getLogger("lemo")
+
+
 def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The records of ``log.jsonl`` up to ``last_step``; a torn last line is left out."""
-    records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if last_step is None or record["step"] <= last_step:
-                records.append(record)
-    return records
+    """The records of ``log.jsonl`` up to ``last_step``, ascending by step; none without a file.
+
+    A step that stands twice counts with its last record. Lines that are no records are left out and
+    a warning names them; a torn last line is left out without a word.
+    """
+    records, broken = parse_log(path) if path.exists() else ([], {})
+    if broken:
+        _log.warning("%s", describe_broken(path, broken))
+    return [record for record in records if last_step is None or record["step"] <= last_step]
+
+
+def parse_log(path: Path) -> tuple[list[dict[str, Any]], dict[int, str]]:
+    """(records ascending by step, what is wrong with each line that is none, by its number)."""
+    by_step: dict[int, dict[str, Any]] = {}
+    broken: dict[int, str] = {}
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate([*lines, last], start=1):
+        if not line.strip():
+            continue
+        try:
+            record = _record(line)
+        except ValueError as error:
+            # Without an end of line it is a step that is or was being written.
+            if number <= len(lines):
+                broken[number] = str(error)
+        else:
+            by_step[record["step"]] = record
+    return [by_step[step] for step in sorted(by_step)], broken
+
+
+def describe_broken(path: Path, broken: dict[int, str]) -> str:
+    """One line about lines of a log that are left out."""
+    places = [f"line {number} ({reason:.120})" for number, reason in list(broken.items())[:5]]
+    count = f"{len(broken)} broken line{' is' if len(broken) == 1 else 's are'} left out"
+    return f"{path}: {count}: {', '.join(places)}{', ...' if len(broken) > 5 else ''}"
+
+
+def _record(line: str) -> dict[str, Any]:
+    """The record in a line; ValueError says why there is none."""
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {getattr(error, 'msg', error)}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, got {type(record).__name__}")
+    step, loss, kept = record.get("step"), record.get("loss"), record.get("kept") or []
+    if type(step) is not int:
+        raise ValueError(f"field 'step': expected an integer, got {step!r}")
+    if type(loss) not in (int, float):
+        raise ValueError(f"field 'loss': expected a number, got {loss!r}")
+    if not isinstance(kept, list) or not all(isinstance(layer, dict) for layer in kept):
+        raise ValueError(f"field 'kept': expected a list of objects, got {kept!r}")
+    return record
 
 
 class RunLog:
@@ -39,6 +83,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, step: int):
+        # It takes a second to import, and a log can be read without it.
+        from torch.utils.tensorboard import SummaryWriter
+
         path = folder / LOG_NAME
         records = read_log(path, last_step=step)
         write_file(path, "".join(json.dumps(record) + "\n" for record in records))

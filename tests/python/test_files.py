@@ -1,0 +1,185 @@
+"""Writing, locking and removing files: links, devices, other processes, and what is not lemo's."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from lemo import files
+from lemo.files import lock, new_folder, remove_folder, write_file
+
+# The file system.
+pytestmark = pytest.mark.cpu_only
+
+OWN = re.compile(r"a\.txt|b\.txt")
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    target, link = tmp_path / "far" / "target", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to("far/target")
+    write_file(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_pipe_gets_the_content(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()))
+    reader.start()
+    write_file(pipe, "content")
+    reader.join()
+    assert read == [b"content"]
+    assert pipe.is_fifo()
+
+
+def test_a_device_stays_one():
+    before = Path("/dev/null").stat().st_rdev
+    write_file(Path("/dev/null"), "content")
+    assert Path("/dev/null").stat().st_rdev == before != 0
+    with pytest.raises(OSError, match="No space left on device"):
+        write_file(Path("/dev/full"), "content")
+
+
+def test_standard_output_in_a_file_goes_on_where_it_is(tmp_path):
+    """Neither a new file in its place nor one that begins again: both lose what was printed."""
+    script = (
+        "from lemo.files import write_file; from pathlib import Path; print('first', flush=True);"
+        "write_file(Path('/dev/stdout'), 'second\\n'); print('third', flush=True)"
+    )
+    output = tmp_path / "output"
+    with output.open("wb") as file:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", script]
+        subprocess.run(command, stdout=file, check=True, env=environment)
+    assert output.read_text() == "first\nsecond\nthird\n"
+
+
+def test_names_as_long_as_the_system_takes(tmp_path):
+    path = tmp_path / ("ü" * 127)
+    write_file(path, "content")
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["content"]
+
+
+def test_a_temporary_link_of_that_name_leads_nobody_astray(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".a.txt.tmp").symlink_to(victim)
+    write_file(tmp_path / "a.txt", "content")
+    assert victim.read_text() == "precious"
+
+
+def test_a_folder_that_is_replaced_keeps_what_only_it_has(tmp_path):
+    for name, content in (("a.txt", "old"), ("notes", "mine")):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / name).write_text(content)
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "a.txt").write_text("new")
+    assert (tmp_path / "folder" / "a.txt").read_text() == "new"
+    assert (tmp_path / "folder" / "notes").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_only_own_files_are_removed(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("")
+    (folder / ".b.txt.0123abcd.tmp").write_text("")
+    for stranger in ("c.txt", "b.txt"):
+        if stranger == "b.txt":
+            (folder / stranger).symlink_to(tmp_path)
+        else:
+            (folder / stranger).write_text("")
+        with pytest.raises(FileExistsError, match=f"{stranger}' was not written by lemo"):
+            remove_folder(folder, OWN)
+        assert (folder / "a.txt").exists()
+        (folder / stranger).unlink()
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(FileExistsError, match="link' was not written by lemo"):
+        remove_folder(tmp_path / "link", OWN)
+    remove_folder(folder, OWN)
+    assert not folder.exists()
+
+
+def test_a_lock_keeps_others_out_and_leaves_nothing(tmp_path):
+    file = tmp_path / "deep" / "folder" / ".lock"
+    with lock(file, "output: 'x'"):
+        with (
+            pytest.raises(BlockingIOError, match=f"output: 'x' is in use by process {os.getpid()}"),
+            lock(file, "output: 'x'"),
+        ):
+            pass
+        with pytest.raises(BlockingIOError), lock(file, "x", shared=True):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with lock(file, "x", shared=True):
+        with lock(file, "x", shared=True), pytest.raises(BlockingIOError), lock(file, "x"):
+            pass
+        assert file.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_vanishes_with_its_process(tmp_path):
+    script = (
+        "import os, sys; from pathlib import Path; from lemo.files import lock\n"
+        "with lock(Path(sys.argv[1]), 'x'): os.kill(os.getpid(), 9)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script, str(tmp_path / ".lock")]
+    assert subprocess.run(command, env=environment).returncode == -9
+    assert (tmp_path / ".lock").exists()
+    with lock(tmp_path / ".lock", "x"):
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    def no_locks(descriptor, kind):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with lock(tmp_path / ".lock", "output: 'x'"):
+        pass
+    assert "output: 'x': its file system has no locks (No locks available)" in caplog.text
+
+
+def test_a_full_disk_still_locks(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "pwrite", full)
+    with lock(tmp_path / ".lock", "x"), (tmp_path / ".lock").open("w") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (
+            pytest.raises(BlockingIOError, match="x is in use by another process"),
+            lock(tmp_path / ".lock", "x"),
+        ):
+            pass
+
+
+def test_json_is_whole_when_two_write_it(tmp_path):
+    path, content = tmp_path / "r.json", json.dumps(list(range(20_000)))
+    threads = [
+        threading.Thread(target=lambda: [write_file(path, content) for _ in range(10)])
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert json.loads(path.read_text()) == list(range(20_000))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]

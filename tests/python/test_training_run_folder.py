@@ -1,0 +1,336 @@
+"""Run folders: one process at a time, what is lemo's to remove, moved and renamed ones."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lemo import LemoConfig
+from lemo.cli.main import main
+from lemo.training.checkpoint import newest_checkpoint
+from lemo.training.config import FinetuneConfig
+from lemo.training.finetune import finetune
+from lemo.training.prepare import PrepareConfig, prepare_from_documents
+from lemo.training.run_folder import reading, writing
+from lemo.training.run_log import read_log
+from tiny import save_tiny_llama, write_documents
+
+# Files alone.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    with torch.device("cpu"):
+        save_tiny_llama(folder / "model")
+    write_documents(folder / "d.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """The folder of a run of four steps with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    finetune(settings(inputs, folder))
+    return folder
+
+
+def settings(inputs, folder, **changes) -> FinetuneConfig:
+    values = {"context_length": 96, "steps": 4, "save_every": 2, "warmup_steps": 1, "lora_rank": 4}
+    return FinetuneConfig(
+        model=str(inputs / "model"),
+        documents=str(inputs / "d.jsonl"),
+        output=str(folder),
+        **values | {"elimination": LemoConfig(block_size=16)} | changes,
+    )
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, as if it had been stopped after its last checkpoint."""
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    shutil.rmtree(folder / "adapter")
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in read_log(folder / "log.jsonl")]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.mark.parametrize("change", [{"resume": True}, {"overwrite": True}, {}])
+def test_a_folder_in_use_is_refused_by_every_path(inputs, run, change):
+    (run.parent / "link").symlink_to(run)
+    before = snapshot(run)
+    with (
+        writing(run),
+        pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"),
+    ):
+        finetune(settings(inputs, run.parent / "link", **change))
+    assert snapshot(run) == before
+
+
+def test_a_new_folder_is_taken_before_the_model_is_loaded(inputs, tmp_path):
+    folder = tmp_path / "new" / "run"
+    with writing(folder), pytest.raises(BlockingIOError):
+        finetune(dataclasses.replace(settings(inputs, folder), model="absent"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_was_killed_can_be_resumed_but_not_while_it_runs(inputs, run):
+    script = """
+        import sys, time
+        from pathlib import Path
+        from lemo.training.run_folder import writing
+        with writing(Path(sys.argv[1])):
+            print("ready", flush=True)
+            time.sleep(600)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(run)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as process:
+        process.stdout.readline()
+        with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} on"):
+            finetune(settings(inputs, run, resume=True))
+        process.send_signal(signal.SIGKILL)
+    finetune(settings(inputs, run, resume=True))
+    assert (run / "adapter").is_dir()
+    assert not (run / ".lock").exists()
+
+
+def test_every_process_of_a_run_says_that_the_folder_is_in_use(inputs, run, tmp_path):
+    script = """
+        import sys
+        from lemo.cli.main import main
+        main(["finetune", "--output", sys.argv[1], "--resume"])
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with writing(run):
+        outcome = subprocess.run(
+            [*launch, str(tmp_path / "script.py"), str(run)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert outcome.returncode == 1
+    assert f"is in use by process {os.getpid()} on" in outcome.stderr
+
+
+def test_an_adapter_does_not_change_while_it_is_evaluated(inputs, finished):
+    with reading(finished) as writable, reading(finished):
+        assert writable
+        with pytest.raises(BlockingIOError):
+            finetune(settings(inputs, finished, overwrite=True))
+
+
+def test_two_preparations_of_one_folder(inputs, tmp_path):
+    sizes = {"lengths": (64,), "windows": 4, "steps": 2, "search_rounds": 0, "block_size": 8}
+    paths = {"model": str(inputs / "model"), "documents": str(inputs / "d.jsonl")}
+    config = PrepareConfig(**paths, **sizes, output=str(tmp_path / "deep" / "predictor"))
+    second = []
+
+    def report(stage, done, total, message):
+        if stage == "documents" and done == 0:
+            with pytest.raises(BlockingIOError, match="predictor' is in use by process"):
+                prepare_from_documents(config)
+            second.append(True)
+
+    prepare_from_documents(config, report)
+    assert second == [True]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["predictor"]
+    # A link stays one.
+    (tmp_path / "link").symlink_to("deep/predictor")
+    prepare_from_documents(
+        dataclasses.replace(config, output=str(tmp_path / "link"), overwrite=True)
+    )
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["predictor"]
+
+
+@pytest.mark.parametrize(
+    ("stranger", "named"),
+    [
+        ("adapter/README.md", "'adapter/README.md'"),
+        ("checkpoints/step-1/pytorch_model.bin", "'checkpoints/step-1/pytorch_model.bin'"),
+        ("checkpoints/last.ckpt", "'checkpoints/last.ckpt'"),
+        ("tensorboard/notes", "'tensorboard/notes'"),
+    ],
+)
+def test_overwrite_removes_nothing_that_lemo_did_not_write(inputs, run, stranger, named):
+    (run / stranger).parent.mkdir(exist_ok=True)
+    (run / stranger).write_text("mine")
+    before = snapshot(run)
+    with pytest.raises(FileExistsError, match=f"overwrite: lemo did not write {named} in"):
+        finetune(settings(inputs, run, overwrite=True))
+    assert snapshot(run) == before
+    (run / stranger).unlink()
+    finetune(settings(inputs, run, overwrite=True, steps=1))
+    assert len(losses(run)) == 1
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-4", "tensorboard", "log.jsonl"])
+def test_overwrite_does_not_follow_links(inputs, run, name):
+    elsewhere = run.parent / "elsewhere"
+    os.replace(run / name, elsewhere)
+    (run / name).symlink_to(elsewhere)
+    before = snapshot(run.parent)
+    with pytest.raises(FileExistsError, match=f"lemo did not write '{name}'"):
+        finetune(settings(inputs, run, overwrite=True))
+    assert snapshot(run.parent) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["lr: 1e-4\n", "model: m\ndocuments: d\noutput: .\nsteps: 3\n", None]
+)
+def test_overwrite_needs_a_run_of_lemo(inputs, run, content):
+    """A folder of somebody's project, with a configuration and checkpoints of its own."""
+    (run / "config.yaml").unlink()
+    if content is not None:
+        (run / "config.yaml").write_text(content)
+    before = snapshot(run)
+    with pytest.raises(FileExistsError, match="lemo did not write 'checkpoints'"):
+        finetune(settings(inputs, run, overwrite=True))
+    assert snapshot(run) == before
+
+
+def test_old_checkpoints_with_files_of_somebody_stay(inputs, run, caplog):
+    (run / "checkpoints" / "step-2" / "notes").write_text("mine")
+    finetune(settings(inputs, run, resume=True, steps=4, keep_checkpoints=1))
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.rmtree(run / "adapter")
+    finetune(settings(inputs, run, resume=True, steps=4, keep_checkpoints=1))
+    assert (run / "checkpoints" / "step-2" / "notes").read_text() == "mine"
+    assert "step-2 stays: " in caplog.text
+
+
+def test_a_new_adapter_keeps_what_somebody_put_beside_it(inputs, finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    (run / "adapter" / "README.md").write_text("mine")
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    finetune(settings(inputs, run, resume=True))
+    assert (run / "adapter" / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda state: state | {"step": 3}, "state.json differs from what was written"),
+        (lambda state: state | {"data": "0"}, "state.json differs from what was written"),
+        (lambda state: state | {"format": 3}, "state.json: expected format 2, got 3"),
+        (lambda state: {k: v for k, v in state.items() if k != "sha256"}, "has no 'sha256'"),
+        (lambda state: [], "list indices must be integers"),
+        (lambda state: state | {"files": []}, "state.json differs from what was written"),
+    ],
+)
+def test_a_damaged_state_is_noticed(run, caplog, damage, reason):
+    file = run / "checkpoints" / "step-4" / "state.json"
+    file.write_text(json.dumps(damage(json.loads(file.read_text()))))
+    assert newest_checkpoint(run / "checkpoints").step == 2
+    assert "step-4 is not whole and is ignored" in caplog.text
+    assert reason in caplog.text
+
+
+def test_a_renamed_checkpoint_is_passed_over_and_takes_no_place(inputs, run, caplog):
+    expected = losses(run)
+    (run / "checkpoints" / "step-4").rename(run / "checkpoints" / "step-3")
+    finetune(settings(inputs, run, resume=True))
+    assert "step-3 is not whole and is ignored: expected step 3, as its name says, got 4" in (
+        caplog.text
+    )
+    assert losses(run) == expected
+    assert steps(run) == ["step-2", "step-4"]
+
+
+def test_a_checkpoint_of_the_first_format_still_resumes(inputs, run):
+    expected = losses(run)
+    for step in ("step-2", "step-4"):
+        file = run / "checkpoints" / step / "state.json"
+        state = json.loads(file.read_text()) | {"format": 1}
+        del state["sha256"]
+        file.write_text(json.dumps(state))
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    finetune(settings(inputs, run, resume=True))
+    assert losses(run) == expected
+    assert json.loads((run / "checkpoints/step-4/state.json").read_text())["format"] == 2
+
+
+def test_a_moved_run_goes_on_from_another_folder_and_by_other_paths(
+    inputs, tmp_path, monkeypatch, capsys
+):
+    for name in ("model", "d.jsonl"):
+        source = inputs / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    sizes = {"context_length": 96, "steps": 4, "save_every": 2, "warmup_steps": 1, "lora_rank": 4}
+    start = FinetuneConfig(model="model", documents="d.jsonl", output="run", **sizes)
+    finetune(start)
+    expected = losses(tmp_path / "run")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    def again(*arguments: str) -> str:
+        shutil.rmtree("moved/adapter", ignore_errors=True)
+        shutil.rmtree("moved/checkpoints/step-4", ignore_errors=True)
+        with pytest.raises(SystemExit) as exit_:
+            main(["finetune", "--output", "moved", "--resume", *arguments])
+        error = capsys.readouterr().err
+        assert exit_.value.code == (1 if "error" in error else 0), error
+        return error
+
+    assert "resuming moved after step 2" in again()
+    (tmp_path / "link").symlink_to("model")
+    again("--model", str(tmp_path / "link"), "--documents", "../d.jsonl")
+    assert losses(tmp_path / "elsewhere" / "moved") == expected
+    recorded = yaml.safe_load((tmp_path / "elsewhere" / "moved" / "config.yaml").read_text())
+    assert recorded["documents"] == str(tmp_path / "d.jsonl")
+    assert recorded["output"] == str(tmp_path / "elsewhere" / "moved")
+    with pytest.raises(SystemExit) as exit_:
+        main(["eval", "--adapter", "moved", "--documents", "../d.jsonl", "--lengths", "64"])
+    assert not exit_.value.code, capsys.readouterr().err
+    # What is gone is named, with what to do; other documents are noticed by what they hold.
+    (tmp_path / "d.jsonl").rename(tmp_path / "e.jsonl")
+    assert "say with --documents where it is now" in again()
+    again("--documents", "../e.jsonl")
+    write_documents(tmp_path / "f.jsonl", words=121)
+    assert "documents: expected the ones that" in again("--documents", "../f.jsonl")
+
+
+def test_a_checkpoint_of_a_longer_run_is_refused(inputs, run):
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("steps: 4", "steps: 3")
+    )
+    with pytest.raises(ValueError, match="of this run of 3 steps, but .*step-4' is of another run"):
+        finetune(settings(inputs, run, resume=True, steps=3))
+
+
+def test_a_broken_line_of_the_log_drops_no_other(inputs, run, caplog):
+    lines = (run / "log.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:40]
+    (run / "log.jsonl").write_text("\n".join(lines) + "\n")
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    finetune(settings(inputs, run, resume=True))
+    assert [record["step"] for record in read_log(run / "log.jsonl")] == [1, 3, 4]
+    assert "log.jsonl: 1 broken line is left out: line 2 (broken JSON" in caplog.text
