@@ -7,12 +7,14 @@
 Random bf16 weights, LoRA of rank 8 on q, k, v and o in bf16, fused AdamW, batch 1: right for time
 and memory, meaningless for quality. A variant is KEEP-RECOMPUTE[-SCORER]: "1-layer",
 "0.5-selective", "0.5-none-predictor". KEEP holds for attention and MLP of every layer (no layer is
-dense). Scorer "pooled" (the default) scores in the first layer only; "predictor" scores in every
-layer with predictors of the default size, "predictors" also has the MLP choose a set of its own by
-its own predictors. Where every layer has a set of its own, the loss counts nearly every row, with
-"pooled" only those that were kept; "random" chooses in every layer, too, so what predictors cost is
-the difference to it. "computed" draws one set, and computes the other rows as context of the kept
-ones (`visible_keys`). A variant or peer may be bound to one length: "1-none@16384".
+dense). Without a scorer all other settings are lemo's defaults: quarters of the window, drawn at
+random. With one, blocks are of 64 tokens, which are more to score and to gather: "pooled" scores in
+the first layer only; "predictor" scores in every layer with predictors of the default size,
+"predictors" also has the MLP choose a set of its own by its own predictors. Where every layer has a
+set of its own, the loss counts nearly every row, with "pooled" only those that were kept; "random"
+chooses in every layer, too, so what predictors cost is the difference to it. "computed" draws one
+set, and computes the other rows as context of the kept ones (`visible_keys`). A variant or peer may
+be bound to one length: "1-none@16384".
 
 Peers are modes of --peers-script, which is called as SCRIPT MODE TOKENS --layers N --warmup N
 --reps N and prints one JSON object last ("step_ms", "step_ms_range", "peak_gib"). Without one there
@@ -21,7 +23,7 @@ segments.
 
 Every measurement is a process of its own; those of lemo and of the peers take turns. Step time and
 peak memory come from the same steps. For each pair of a variant and a peer at the same length two
-JSON lines are appended to --output.
+JSON lines are appended to --output, or for a variant alone where no peer was measured.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ VARIANTS = (
     "0.5-layer-predictor@65536",
 )
 BLOCK_SIZE = 64
-SCORERS = ("pooled", "random", "predictor", "predictors", "computed")
+DEFAULTS = "defaults"
+SCORERS = (DEFAULTS, "pooled", "random", "predictor", "predictors", "computed")
 SHAPE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -63,6 +66,20 @@ SHAPE = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
 RANK, ALPHA = 8, 16
+# The fields of LemoConfig that shape a figure.
+RECORDED = (
+    "policy",
+    "block_size",
+    "keep_first",
+    "keep_last",
+    "keep",
+    "keep_mlp",
+    "dense_layers",
+    "select_at",
+    "scorer",
+    "visible_keys",
+    "recompute",
+)
 GIB = 2**30
 
 
@@ -104,15 +121,21 @@ def at(name: str) -> tuple[str, int | None]:
 
 def settings_of(variant: str) -> dict:
     """LemoConfig fields of a variant, without the predictor's folder."""
-    keep, recompute, scorer = [*variant.split("-"), "pooled"][:3]
+    keep, recompute, scorer = [*variant.split("-"), DEFAULTS][:3]
     if recompute not in ("none", "layer", "selective") or scorer not in SCORERS:
         raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}]")
     keep = float(keep)
+    if scorer == DEFAULTS:
+        from lemo.config import LemoConfig
+
+        values = LemoConfig(keep=keep, recompute=recompute).to_dict()
+        return {name: values[name] for name in RECORDED}
     return {
         "policy": "ratio",
         # Small blocks are the harder case: more of them to score and to gather.
         "block_size": BLOCK_SIZE,
         "keep_first": 1,
+        "keep_last": 1,
         "keep": keep,
         "keep_mlp": keep if scorer == "predictors" else None,
         "dense_layers": [],
@@ -417,18 +440,22 @@ def records(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> li
             "commit": options.commit,
             "date": datetime.date.today().isoformat(),
         }
-        for other, peer in results:
-            if other["ours"] or other["tokens"] != settings["tokens"]:
-                continue
+        beside = [
+            (other["name"], peer)
+            for other, peer in results
+            if not other["ours"] and other["tokens"] == settings["tokens"]
+        ]
+        for name, peer in beside or [(None, {})]:
             time = {
                 "bench": "finetune step",
                 "shape": shape,
                 "ours": ours["step_ms"],
                 "range": ours["step_ms_range"],
-                "peer": other["name"],
-                "peer_value": peer["step_ms"],
-                "peer_range": peer["step_ms_range"],
-                "ratio": round(ours["step_ms"] / peer["step_ms"], 4),
+                "reps": options.reps,
+                "peer": name,
+                "peer_value": peer.get("step_ms"),
+                "peer_range": peer.get("step_ms_range"),
+                "ratio": _ratio(ours["step_ms"], peer.get("step_ms")),
                 "unit": "ms",
             }
             memory = {
@@ -438,14 +465,18 @@ def records(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> li
                 "range": [ours["peak_gib"]] * 2,
                 "after_forward": ours["after_forward_gib"],
                 "weights": ours["weights_gib"],
-                "peer": other["name"],
-                "peer_value": peer["peak_gib"],
+                "peer": name,
+                "peer_value": peer.get("peak_gib"),
                 "peer_after_forward": peer.get("after_forward_gib"),
-                "ratio": round(ours["peak_gib"] / peer["peak_gib"], 4),
+                "ratio": _ratio(ours["peak_gib"], peer.get("peak_gib")),
                 "unit": "GiB",
             }
             found += [time | common, memory | common]
     return found
+
+
+def _ratio(ours: float, peer: float | None) -> float | None:
+    return None if peer is None else round(ours / peer, 4)
 
 
 def main() -> int:
@@ -467,8 +498,8 @@ def main() -> int:
             print(
                 f"{record['shape']['tokens']:>7} keep {record['shape']['keep']:<4} "
                 f"{record['shape']['recompute']:<10} {record['bench']:<21} {record['ours']:>9} "
-                f"{record['unit']:<4} {record['peer']:<10} {record['peer_value']:>9} "
-                f"ratio {record['ratio']}"
+                f"{record['unit']:<4} {record['peer'] or 'alone':<10} "
+                f"{record['peer_value'] or '':>9} ratio {record['ratio']}"
             )
     return 0 if len(results) == len(plan(options)) else 1
 

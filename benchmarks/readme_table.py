@@ -78,36 +78,55 @@ def gpu_table(results: Path) -> str:
     records = [record for record in map(json.loads, lines) if record["bench"] in GPU_BENCHES]
     if not records:
         return "No fine-tuning step has been recorded yet."
-    latest = records[-1]
     commits = {record["shape"]["tokens"]: record["commit"] for record in records}
     # (tokens, method) -> quantity -> value; a peer stands in several lines of the same run.
     methods: dict[tuple[int, str], dict[str, float]] = {}
+    measured: dict[tuple[int, str], str] = {}
     for record in records:
         shape, quantity = record["shape"], record["bench"]
-        if record["commit"] == commits[shape["tokens"]]:
-            peer = PEERS.get(record["peer"], record["peer"])
-            methods.setdefault((shape["tokens"], peer), {})[quantity] = record["peer_value"]
-            methods.setdefault((shape["tokens"], _variant(shape)), {})[quantity] = record["ours"]
-    table = ["| tokens | method | step, s | peak memory, GiB |", "| ---: | --- | ---: | ---: |"]
-    for (tokens, method), values in sorted(methods.items(), key=_by_length_then_peers_first):
+        tokens = shape["tokens"]
+        if record["commit"] != commits[tokens]:
+            continue
+        values = {_variant(shape): record["ours"]}
+        if record["peer"] is not None:
+            values[PEERS.get(record["peer"], record["peer"])] = record["peer_value"]
+        for method, value in values.items():
+            methods.setdefault((tokens, method), {})[quantity] = value
+            measured[tokens, method] = f"{record['date']}, {record['commit']}, {_card(record)}"
+    table = [
+        "| tokens | method and settings | step, s | peak memory, GiB | measured |",
+        "| ---: | --- | ---: | ---: | --- |",
+    ]
+    for key, values in sorted(methods.items(), key=_by_length_then_peers_first):
         step, memory = (values[bench] for bench in GPU_BENCHES)
-        table.append(f"| {tokens} | {method} | {step / 1e3:.2f} | {memory:.1f} |")
-    measured = ", ".join(f"{tokens}: {commit}" for tokens, commit in sorted(commits.items()))
+        table.append(f"| {key[0]} | {key[1]} | {step / 1e3:.2f} | {memory:.1f} | {measured[key]} |")
+    versions = ", ".join(sorted({r["torch"] for r in records if r["commit"] in commits.values()}))
     return "\n".join(table) + (
         "\n\nThe Llama-3-8B shape, bf16 (weights 15.0 GiB), LoRA rank 8 on q, k, v and o, batch 1; "
-        f"{latest['gpu']}, torch {latest['torch']}, {latest['date']} (tokens: commit: {measured}). "
-        "Random weights: time and memory only. With keep 0.5 every layer leaves out half of the "
-        "blocks; keep 1 computes what dense LoRA computes."
+        f"torch {versions}. Random weights: time and memory only. Keep 0.5: every layer works on "
+        "half of the blocks; keep 1 computes what dense LoRA computes. Beyond 131072 tokens one "
+        "step was measured, and no other method was tried."
     )
 
 
+def _card(record: dict) -> str:
+    return record["gpu"].removeprefix("NVIDIA ")
+
+
 def _variant(shape: dict) -> str:
-    scorer = "" if shape["scorer"] == "pooled" else f", scorer {shape['scorer']}"
-    if shape.get("visible_keys") == "computed":
-        scorer = ", the other tokens computed forward"
+    """A method of lemo with every setting that is not its default."""
+    parts = [f"keep {shape['keep']:g}"]
+    if shape["keep"] < 1:
+        size, scorer = shape.get("block_size", 64), shape["scorer"]
+        share = {0.25: "quarters"}.get(size, f"shares of {size:g}")
+        blocks = share if isinstance(size, float) else f"blocks of {size} tokens"
+        chosen = {"random": "drawn at random"}.get(scorer, f"chosen by scorer {scorer}")
+        parts.append(f"{blocks} {chosen}")
     kept = {"none": "nothing recomputed", "layer": "layers recomputed"}
-    recompute = kept.get(shape["recompute"], "all but attention recomputed")
-    return f"lemo, keep {shape['keep']:g}, {recompute}{scorer}"
+    parts.append(kept.get(shape["recompute"], "all but attention recomputed"))
+    if shape.get("visible_keys") == "computed":
+        parts.append("the other tokens computed forward")
+    return "lemo: " + ", ".join(parts)
 
 
 def _by_length_then_peers_first(item: tuple[tuple[int, str], dict]) -> tuple[int, bool]:

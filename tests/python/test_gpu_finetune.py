@@ -36,6 +36,9 @@ def test_the_defaults_are_valid():
             if settings["scorer"] == "predictor":
                 settings["predictor"] = "folder"
             assert LemoConfig(**settings).dense_layers == ()
+    # Without a scorer nothing but the share and recomputation is set.
+    defaults = LemoConfig(keep=0.25, recompute="none")
+    assert LemoConfig(**gpu_finetune.settings_of("0.25-none")) == defaults
 
 
 def test_scorers_of_variants():
@@ -43,7 +46,8 @@ def test_scorers_of_variants():
         settings = gpu_finetune.settings_of(variant)
         return settings["scorer"], settings["select_at"], settings["keep_mlp"]
 
-    assert chosen("0.5-layer") == ("pooled", "first", None)
+    assert chosen("0.5-layer") == ("random", "first", None)
+    assert chosen("0.5-layer-pooled") == ("pooled", "first", None)
     assert chosen("0.5-layer-random") == ("random", "all", None)
     assert chosen("0.5-layer-predictor") == ("predictor", "all", None)
     assert chosen("0.5-layer-predictors") == ("predictor", "all", 0.5)
@@ -77,6 +81,18 @@ def test_figures_pair_variants_with_the_peers_of_their_length():
         assert record["shape"]["tokens"] == 1024
         assert (record["shape"]["keep"], record["shape"]["recompute"]) == (0.5, "layer")
         assert (record["gpu"], record["commit"]) == ("H200", "abc")
+
+
+def test_a_variant_without_a_peer_has_figures_of_its_own():
+    ours = {
+        "step_ms": 50.0, "step_ms_range": [49.0, 51.0], "peak_gib": 20.0, "weights_gib": 15.0,
+        "after_forward_gib": 18.0, "gpu": "H200", "torch": "2.11",
+    }  # fmt: skip
+    results = [({"name": "0.25-layer", "tokens": 1 << 20, "ours": True}, ours)]
+    time, memory = gpu_finetune.records(options("--reps", "1"), results)
+    assert (time["ours"], time["peer"], time["ratio"], time["reps"]) == (50.0, None, None, 1)
+    assert (memory["ours"], memory["peer"], memory["ratio"]) == (20.0, None, None)
+    assert time["shape"]["scorer"] == "random"
 
 
 def test_random_predictors_can_be_loaded(tmp_path, monkeypatch):

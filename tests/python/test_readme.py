@@ -115,8 +115,9 @@ def test_table_shows_the_latest_measurement_of_each_keep(tmp_path):
 
 def test_gpu_table_shows_each_method_of_the_latest_commit_of_a_length_once(tmp_path):
     def step(tokens, keep, ours, peer, peer_value, commit="b", **shape):
-        shape = {"tokens": tokens, "keep": keep, "scorer": "pooled", "recompute": "layer"} | shape
-        common = {"shape": shape, "gpu": "G", "torch": "2", "commit": commit, "date": "d"}
+        shape = {"tokens": tokens, "keep": keep, "recompute": "layer"} | shape
+        shape = {"scorer": "random", "block_size": 0.25} | shape
+        common = {"shape": shape, "gpu": "NVIDIA G", "torch": "2", "commit": commit, "date": "d"}
         times = {"bench": "finetune step", "ours": ours, "peer": peer, "peer_value": peer_value}
         memory = {"bench": "finetune peak memory", "ours": 1, "peer": peer, "peer_value": 2}
         return [times | common, memory | common]
@@ -125,19 +126,22 @@ def test_gpu_table_shows_each_method_of_the_latest_commit_of_a_length_once(tmp_p
         *step(64, 0.5, 9000.0, "liger", 9999.0, commit="a"),
         *step(64, 0.5, 1000.0, "liger", 4000.0),
         *step(64, 0.5, 1000.0, "s2", 3000.0),
-        *step(32, 1.0, 2500.0, "liger", 2000.0, "a", scorer="predictor", recompute="none"),
+        *step(32, 1.0, 2500.0, "liger", 2000.0, "a", recompute="none"),
+        *step(128, 0.25, 500.0, None, None, block_size=64, scorer="predictor"),
     ]
     results = tmp_path / "gpu.jsonl"
     results.write_text("".join(json.dumps(r) + "\n" for r in records))
     table = readme_table.gpu_table(results)
-    assert "32: a, 64: b" in table
     rows = [line for line in table.splitlines() if line[2:3].isdigit()]
     assert rows == [
-        "| 32 | Liger kernels, checkpointing | 2.00 | 2.0 |",
-        "| 32 | lemo, keep 1, nothing recomputed, scorer predictor | 2.50 | 1.0 |",
-        "| 64 | Liger kernels, checkpointing | 4.00 | 2.0 |",
-        "| 64 | LongLoRA's S2-Attn, checkpointing | 3.00 | 2.0 |",
-        "| 64 | lemo, keep 0.5, layers recomputed | 1.00 | 1.0 |",
+        "| 32 | Liger kernels, checkpointing | 2.00 | 2.0 | d, a, G |",
+        "| 32 | lemo: keep 1, nothing recomputed | 2.50 | 1.0 | d, a, G |",
+        "| 64 | Liger kernels, checkpointing | 4.00 | 2.0 | d, b, G |",
+        "| 64 | LongLoRA's S2-Attn, checkpointing | 3.00 | 2.0 | d, b, G |",
+        "| 64 | lemo: keep 0.5, quarters drawn at random, layers recomputed | 1.00 | 1.0 "
+        "| d, b, G |",
+        "| 128 | lemo: keep 0.25, blocks of 64 tokens chosen by scorer predictor, "
+        "layers recomputed | 0.50 | 1.0 | d, b, G |",
     ]
 
 

@@ -59,6 +59,8 @@ class FinetuneConfig:
         deterministic: bit-equal losses from run to run and across a resumption on a GPU, too (on
             the CPU they are so anyway); torch's switch of that name, which warns where an op has
             no such form. Backward is slower.
+        verify: check before the first step that lemo, with every token kept, computes what the
+            model's own forward computes, on the beginning of the first window.
         seed: of the data order, LoRA's start and dropout.
         save_every: steps between checkpoints (one is always written at the end).
         keep_checkpoints: how many of the newest checkpoints stay.
@@ -93,6 +95,7 @@ class FinetuneConfig:
     device: str = "auto"
     gradient_checkpointing: bool = False
     deterministic: bool = False
+    verify: bool = True
     seed: int = 0
     save_every: int = 50
     keep_checkpoints: int = 2
@@ -280,6 +283,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "device": _choice(DEVICES),
     "gradient_checkpointing": _FLAG,
     "deterministic": _FLAG,
+    "verify": _FLAG,
     "seed": _integer(0),
     "save_every": _integer(1),
     "keep_checkpoints": _integer(1),

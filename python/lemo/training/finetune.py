@@ -259,6 +259,7 @@ class _Run:
     ) -> None:
         """Run the steps after ``first``, with logs and checkpoints, and write the adapter."""
         config, main = self.config, self.accelerator.is_main_process
+        self._verify(first)
         log = RunLog(folder, first) if main else None
         recent: deque[float] = deque(maxlen=20)
         memory.reset_peak(self.accelerator.device)
@@ -284,6 +285,14 @@ class _Run:
             if log is not None:
                 log.close()
         self.accelerator.wait_for_everyone()
+
+    def _verify(self, done: int) -> None:
+        """That lemo computes what the model computes, on the window that comes next."""
+        if self.handle is None or not self.config.verify or done == self.config.steps:
+            return
+        window = self.windows.window(next(self._batches(done))[0])
+        with self.accelerator.autocast():
+            self.handle.verify({"input_ids": window[None]})
 
     def _batches(self, done: int) -> Iterator[range]:
         """The windows of every forward pass in this process, after ``done`` steps."""
