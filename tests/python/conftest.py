@@ -1,5 +1,6 @@
 """Settings that every Python test shares."""
 
+import logging
 import os
 
 import hypothesis
@@ -41,6 +42,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging():
+    """A command sends lemo's messages to its own screen."""
+    logger = logging.getLogger("lemo")
+    state = logger.handlers, logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = state
 
 
 @pytest.fixture

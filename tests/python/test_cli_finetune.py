@@ -1,7 +1,6 @@
 """lemo finetune and lemo eval as a user calls them, and what every mistake says."""
 
 import json
-import logging
 import math
 import signal
 import threading
@@ -39,14 +38,6 @@ def inputs(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / "opt" / name).write_bytes((folder / "model" / name).read_bytes())
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _restore_logging():
-    logger = logging.getLogger("lemo")
-    state = logger.handlers, logger.level, logger.propagate
-    yield
-    logger.handlers, logger.level, logger.propagate = state
 
 
 @pytest.fixture

@@ -134,3 +134,12 @@ def test_a_run_with_brackets_in_its_name(inputs, monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.err.splitlines()[-1] == "adapter: a[/red]$x_{/adapter"
     assert captured.out == "Report: r[/y]/index.html\n"
+
+
+def test_a_stream_that_was_closed_is_no_terminal():
+    file = io.StringIO()
+    file.close()
+    stream = TolerantStream(file)
+    assert not stream.isatty()
+    Console(file=stream).print("lost")
+    assert isinstance(stream.error, ValueError)

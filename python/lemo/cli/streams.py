@@ -43,7 +43,7 @@ class TolerantStream:
                 self._stream.flush()
 
     def isatty(self) -> bool:
-        return self._stream is not None and self._stream.isatty()
+        return not getattr(self._stream, "closed", True) and self._stream.isatty()
 
     def let_go(self) -> None:
         """What cannot be written will never be: the interpreter does not try again at its end."""
