@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils import convert_to_fp32
+from peft import PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 import lemo
@@ -126,6 +128,30 @@ def test_logits_beside_a_loss_are_computed_when_they_are_read():
     own_loss(outputs.logits).backward()
     assert any(gradient.any() for gradient in gradients(model).values())
     assert handle.statistics()[0].attention_rows < 105
+
+
+def test_mixed_precision_of_accelerate_leaves_them_deferred():
+    """It rebuilds the output, with all floats in fp32."""
+    model, dense = lora(make_model("llama")), lora(make_model("llama"))
+    lemo.enable(model, config())
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = convert_to_fp32(model(**BATCH))
+        expected = dense(**BATCH).logits
+    assert "Deferred" in repr(dict(outputs.items())["logits"])
+    assert outputs.logits.dtype == torch.float32
+    error = (outputs.logits - expected)[PRESENT].norm() / expected[PRESENT].norm()
+    assert error < 2e-2
+
+
+def test_labels_are_named_behind_virtual_tokens(recwarn):
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = get_peft_model(make_model("llama"), settings)
+    handle = lemo.enable(model, config(keep=0.25, keep_last=0))
+    mask = torch.zeros_like(PRESENT)
+    mask[:, 20] = True  # behind 5 virtual tokens predicted by row 24: block 3 of both sequences
+    with handle.labelled(mask):
+        model(**INPUTS)
+    assert {3, 9 + 3} <= set(handle.statistics()[0].attention_blocks.tolist())
 
 
 def test_logits_of_weights_that_changed_are_refused():

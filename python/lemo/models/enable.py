@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
@@ -322,7 +323,7 @@ class Handle:
     def _states(self, arguments: dict[str, Any]) -> BaseModelOutputWithPast:
         """The decoder's output: in each row what the dense model gives."""
         batch, x = self._embed(arguments)
-        labelled = None if self.row_labels is None else self._pack_labels(batch)
+        labelled = self._pack_labels(batch, "inputs_embeds" in arguments)
         asked = wants_hidden_states(arguments, self._adapter.config)
         x, entries = self._decode(self._dense_decoder, batch, x, labelled, asked)
         hidden = self._adapter.stream_output(x)[1]
@@ -341,13 +342,20 @@ class Handle:
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
-    def _pack_labels(self, batch: PackedBatch) -> Tensor:
-        if tuple(self.row_labels.shape) != tuple(batch.shape):
+    def _pack_labels(self, batch: PackedBatch, embedded: bool) -> Tensor | None:
+        """[T] bool: rows that predict a label, as far as they are named."""
+        if self.row_labels is None:
+            return None
+        rows = self.row_labels.to(batch.layout.block_starts.device)
+        missing = batch.shape[1] - rows.shape[1]
+        if embedded and missing > 0:
+            rows = pad(rows, (missing, 0))  # PEFT's virtual tokens come before the others
+        if tuple(rows.shape) != tuple(batch.shape):
             raise ValueError(
                 f"mask: expected one for each token, [batch, tokens] = {list(batch.shape)}, got "
-                f"{list(self.row_labels.shape)}"
+                f"{list(rows.shape)}"
             )
-        return batch.pack(self.row_labels.to(batch.layout.block_starts.device))
+        return batch.pack(rows)
 
     def _embed(self, arguments: dict[str, Any]) -> tuple[PackedBatch, Tensor]:
         check_arguments(arguments, self._adapter.config)

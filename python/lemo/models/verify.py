@@ -37,9 +37,11 @@ def verify(
     """
     model = adapter.causal_lm
     arguments = _beginning(batch, tokens, next(model.parameters()).device)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise ValueError("model: expected trainable parameters, got none; nothing would be trained")
+    # What flows to the embedded tokens counts, too: it has passed every layer.
+    embedded = model.get_input_embeddings()(arguments.pop("input_ids")).detach().requires_grad_()
+    arguments["inputs_embeds"] = embedded
+    trainable = {"the embedded tokens": embedded}
+    trainable |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
         stack.enter_context(_quiet(model))
         stack.enter_context(torch.enable_grad())
@@ -119,7 +121,7 @@ def _own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> An
         return model(**arguments, **more)
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if gradient is None else gradient
