@@ -162,3 +162,25 @@ def test_a_step_has_the_same_bits_every_time(keep, recompute):
     assert first.any()
     for _ in range(REPEATS):
         assert torch.equal(results(), first)
+
+
+@pytest.mark.parametrize("name", ["shared set", "own sets", "groups"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_of_a_training_forward_are_the_dense_models(architecture, name):
+    """Whatever is eliminated: those of rows that are not kept, too."""
+    batch = BATCHES["right"]()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    present = batch["attention_mask"].bool()
+    model, plain, oracle = models(architecture)
+    handle = lemo.enable(model, preset(name))
+    value = model(**inputs).logits[present]
+    assert any(layer.attention_rows < layer.tokens for layer in handle.statistics())
+    with torch.no_grad():
+        expected, exact = (each(**inputs, use_cache=False).logits for each in (plain, oracle))
+    assert_close_low_precision(value, expected[present], exact[present], "logits")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_model_in_bf16_is_verified(architecture):
+    model, *_ = models(architecture)
+    lemo.enable(model, config_of(keep=0.5, block_size=8)).verify(BATCHES["right"]())
