@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 import lemo
 import lemo.nn  # registers attention "lemo"
+from lemo.models.capture import capture_sub_blocks
 from lemo.models.interception import has_own_forward
 from test_models_dense import assert_same_gradients, lora
 from tiny_models import ARCHITECTURES, config_of, make_model, padded_batch
@@ -201,3 +202,11 @@ def test_arguments_that_are_not_known_are_refused(name):
     with pytest.raises(ValueError, match=f"^{name}: not known to lemo"):
         model(**BATCH, **{name: 0.5})
     assert model(**BATCH, **{name: None}, token_type_ids=BATCH["input_ids"]).loss > 0
+
+
+def test_labels_of_a_changed_model_are_refused():
+    """What predictors would learn from."""
+    model = make_model("llama")
+    hook_a_layer(model, None)
+    with pytest.raises(ValueError, match="layers.0 .* a hook from test_models_interception"):
+        capture_sub_blocks(model, BATCH, lambda *_: None)

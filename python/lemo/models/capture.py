@@ -35,9 +35,10 @@ def capture_sub_blocks(
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: a mask that is not [B, S] of contiguous ones.
+        ValueError: layers or attention that are not Transformers' own any more; a mask that is not [B, S] of contiguous ones.
     """
     adapter = adapter_for(model)
+    adapter.check_parts()
     packed, x = adapter.embed(
         batch["input_ids"],
         None,
