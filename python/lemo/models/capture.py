@@ -35,7 +35,8 @@ def capture_sub_blocks(
 
     Raises:
         TypeError: an unsupported model.
-        ValueError: layers or attention that are not Transformers' own any more; a mask that is not [B, S] of contiguous ones.
+        ValueError: layers or attention that are not Transformers' own any more; a mask that is not
+            [B, S] of contiguous ones.
     """
     adapter = adapter_for(model)
     adapter.check_parts()
