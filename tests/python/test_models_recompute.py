@@ -354,3 +354,46 @@ def test_bytes_that_a_layer_stores(how, keep):
         "none": dtype * (5 * hidden + 2 * kv_heads * dim + 2 * width + 4 * rank) + 4 * (heads + 2),
     }[how]
     assert (sizes[1] - sizes[0]) / (layers[1] - layers[0]) == rows * stored
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+@pytest.mark.parametrize("visible_keys", ["kept", "computed"])
+def test_second_derivatives_are_refused(recompute, visible_keys):
+    model = make_model("llama")
+    lemo.enable(model, config_of(recompute=recompute, visible_keys=visible_keys, **DEFAULTS))
+    loss = model(**BATCHES["right"]()).loss
+    with pytest.raises(NotImplementedError, match="second derivatives are not supported"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True, allow_unused=True)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_gradients_that_somebody_else_reads_stay_as_they_are(recompute):
+    """The gradient of the stream is written in place; a term of a sum hands out the same tensor."""
+    model = make_model("llama")
+    lemo.enable(model, config_of(keep=1.0, recompute=recompute, dense_layers=[], block_size=8))
+    hidden = model.model(BATCHES["right"]()["input_ids"]).last_hidden_state
+    other = torch.zeros_like(hidden, requires_grad=True)
+    dy = torch.randn(hidden.shape)
+    before = dy.clone()
+    (hidden + other).backward(dy)
+    assert torch.equal(dy, before)
+    assert torch.equal(other.grad, before)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_a_training_step_copies_no_gradient_of_the_stream(recompute):
+    shapes = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            if function is torch.ops.aten.clone.default:
+                shapes.append(tuple(arguments[0].shape))
+            return function(*arguments, **(keywords or {}))
+
+    model, batch = lora(make_model("llama")), BATCHES["right"]()
+    handle = lemo.enable(model, config_of(recompute=recompute, keep=0.5, **DEFAULTS))
+    loss = model(**batch).loss
+    stream = handle.statistics()[0].tokens, model.config.hidden_size
+    with Copies():
+        loss.backward()
+    assert stream not in shapes

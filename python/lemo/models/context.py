@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lemo import ops
 from lemo.layout import Selection
 from lemo.models.adapters import Adapter
 from lemo.models.batch import PackedBatch
 from lemo.models.rows import add_in_chunks, add_rows, gather_rows
+from lemo.ops._autograd import first_order_only
 
 __all__ = ["Context"]
 
@@ -126,7 +126,7 @@ class _Merge(torch.autograd.Function):
         return merged
 
     @staticmethod
-    @once_differentiable
+    @first_order_only('visible_keys="computed"')
     def backward(ctx, dmerged):
         (rows,) = ctx.saved_tensors
         own = gather_rows(dmerged.flatten(1), rows)

@@ -8,10 +8,10 @@ consumers saves it too.
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.ops._autograd import first_order_only
 
 __all__ = ["apply_linear", "is_plain"]
 
@@ -96,7 +96,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("linear")
     def backward(ctx, dy):
         x, low, weight, a, b = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b = ctx.needs_input_grad[:5]

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from lemo import ops
 from lemo.models.context import Context
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
+from lemo.ops._autograd import first_order_only, overwritable
 from lemo.ops.segment_attention import KnownAttention
 
 __all__ = ["Unit", "is_plain_checkpoint", "recomputed"]
@@ -111,12 +111,12 @@ class _Recomputed(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
+    @first_order_only("recompute")
     def backward(ctx, dx):
         unit, needs_x = ctx.unit, ctx.needs_input_grad[1]
         x_rows, *saved = ctx.saved_tensors
         others, kept = saved[: ctx.num_others], saved[ctx.num_others :]
-        dx = dx.contiguous()
+        dx = overwritable(dx)
         gradients = _Gradients(ctx.parameters)
         with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
             leaf, attended, edge = x_rows.detach().requires_grad_(needs_x), None, None
