@@ -21,8 +21,9 @@ RECOMPUTE = ("auto", "none", "layer", "selective")
 class LemoConfig:
     """Settings of token elimination; validated when constructed.
 
-    The defaults are what kept the quality of dense LoRA best (docs/QUALITY.md): half of the tokens
-    take part, in every layer the same ones, in long spans drawn anew for each sequence and step.
+    The defaults are what kept the quality of dense LoRA best where the other tokens are left out
+    (docs/QUALITY.md): half of the tokens take part, in every layer the same ones, in long spans
+    drawn anew for each sequence and step.
 
     Lists may be given for the tuple fields. Fields with one entry for each layer are checked
     against the model by `lemo.enable`.
@@ -30,7 +31,7 @@ class LemoConfig:
     Attributes:
         block_size: the unit that is kept or eliminated: a number of tokens, or a share of the
             longest sequence of a batch, rounded up; with scorer "predictor" a share means the
-            blocks that the predictors were trained for. A quarter of the sequence is best; small
+            blocks that the predictors were trained for. A quarter of the sequence did best; small
             blocks tear texts apart.
         policy: "ratio" keeps the best share of the blocks of each sequence, those that have a label
             before those that have none (prompts, say); "threshold" the blocks that score at least

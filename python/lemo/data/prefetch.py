@@ -11,8 +11,8 @@ import torch
 
 from lemo.data.windows import TokenWindows
 
-# A window of 16384 tokens takes a core some 0.1 s: a small model's step over several of them is
-# shorter than that.
+# A window of 16384 tokens takes a core some 0.05 s (docs/LOG.md, 2026-11-28): a small model's step
+# over eight of them is shorter than that.
 _MOST_THREADS = 8
 
 
