@@ -373,7 +373,7 @@ def test_gradients_that_somebody_else_reads_stay_as_they_are(recompute):
     lemo.enable(model, config_of(keep=1.0, recompute=recompute, dense_layers=[], block_size=8))
     hidden = model.model(BATCHES["right"]()["input_ids"]).last_hidden_state
     other = torch.zeros_like(hidden, requires_grad=True)
-    dy = torch.randn(hidden.shape)
+    dy = torch.randn(hidden.shape).to(hidden.dtype)
     before = dy.clone()
     (hidden + other).backward(dy)
     assert torch.equal(dy, before)

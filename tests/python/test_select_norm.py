@@ -141,16 +141,17 @@ def test_stream_may_change_in_place_and_its_gradient_stays_one_buffer():
         return reference.residual_scatter(x, y.tanh(), rows)
 
     expected = torch.autograd.grad((oracle(oracle(leaf)) * weights).sum(), (leaf, weight))
-    x = leaf.clone()
+    x, incoming = leaf.clone(), []
     for _ in range(2):
         x, y = ops.stream_select_norm(x, weight, None, rows, EPS)
         x = ops.residual_scatter_(x, y.tanh(), rows)
-    incoming = []
-    x.register_hook(lambda dx: incoming.append(dx.data_ptr()))
+        x.register_hook(lambda dx: incoming.append(dx.data_ptr()))
     grads = torch.autograd.grad((x * weights).sum(), (leaf, weight))
     for grad, expected_grad in zip(grads, expected):
         assert_close_fp32(grad, expected_grad)
-    assert incoming == [grads[0].data_ptr()]
+    # The first one may be somebody else's; the ops work on one buffer from there on.
+    assert len(incoming) == 2
+    assert incoming[1] == grads[0].data_ptr()
 
 
 @pytest.mark.parametrize("used", ["x", "y"])

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint, get_device_states, set_device_sta
 from lemo import ops
 from lemo.models.context import Context
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
-from lemo.ops._autograd import first_order_only, overwritable
+from lemo.ops._autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import KnownAttention
 
 __all__ = ["Unit", "is_plain_checkpoint", "recomputed"]
@@ -116,7 +116,7 @@ class _Recomputed(torch.autograd.Function):
         unit, needs_x = ctx.unit, ctx.needs_input_grad[1]
         x_rows, *saved = ctx.saved_tensors
         others, kept = saved[: ctx.num_others], saved[ctx.num_others :]
-        dx = overwritable(dx)
+        dx = overwritable(ctx, dx)
         gradients = _Gradients(ctx.parameters)
         with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
             leaf, attended, edge = x_rows.detach().requires_grad_(needs_x), None, None
@@ -142,7 +142,7 @@ class _Recomputed(torch.autograd.Function):
             del dy, edge
             if d_rows is not None:
                 add_rows(dx, d_rows, unit.key_rows)
-        return None, dx if needs_x else None, *gradients.totals()
+        return None, hand_on(ctx, dx) if needs_x else None, *gradients.totals()
 
 
 def _mlp_backward(

@@ -31,18 +31,36 @@ def first_order_only(op: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
-def overwritable(gradient: Tensor, *others: Tensor) -> Tensor:
+# The attribute that names the node a gradient was made for.
+_RECEIVER = "_lemo_receiver"
+
+
+def is_owned(ctx: Any, gradient: Tensor) -> bool:
+    """Whether nobody but this node reads the memory of a gradient: `hand_on` gave it to it."""
+    return getattr(gradient, _RECEIVER, None) is ctx
+
+
+def overwritable(ctx: Any, gradient: Tensor) -> Tensor:
     """`gradient`, contiguous, in memory that nobody else reads: itself, or a copy of it.
 
-    Autograd hands one tensor to every input of a sum, and to the first node the caller's own.
+    Autograd hands one tensor to every input of a sum, and to the first node the caller's own: those
+    are copied.
 
     Args:
-        gradient: [T, H], as backward got it.
-        others: the other gradients of the same node.
+        ctx: the node whose backward pass runs.
+        gradient: [T, H], as it got it.
     """
-    storage = gradient.untyped_storage()
-    owned = gradient.is_contiguous() and gradient._use_count() == 1
-    # One reference is the tensor's, the other one `storage`.
-    owned = owned and torch._C._storage_Use_Count(storage._cdata) == 2
-    owned = owned and all(storage._cdata != other.untyped_storage()._cdata for other in others)
-    return gradient if owned else gradient.clone(memory_format=torch.contiguous_format)
+    if is_owned(ctx, gradient) and gradient.is_contiguous():
+        return gradient
+    return gradient.clone(memory_format=torch.contiguous_format)
+
+
+def hand_on(ctx: Any, gradient: Tensor) -> Tensor:
+    """Gives the gradient of the node's first tensor to the node before, which may overwrite it.
+
+    Args:
+        ctx: the node whose backward pass runs.
+        gradient: in memory that nobody else reads.
+    """
+    setattr(gradient, _RECEIVER, ctx.next_functions[0][0])
+    return gradient

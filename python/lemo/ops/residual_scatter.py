@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lemo.ops._autograd import first_order_only, overwritable
+from lemo.ops._autograd import first_order_only, hand_on, is_owned, overwritable
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -33,7 +33,7 @@ class _ResidualScatter(torch.autograd.Function):
         dy = None
         if ctx.needs_input_grad[1]:
             dy = call(_ops.residual_scatter_backward, dx, ctx.rows).to(ctx.dtype)
-        return dx, dy, None
+        return hand_on(ctx, dx) if is_owned(ctx, dx) else dx, dy, None
 
 
 def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -64,9 +64,9 @@ class _StreamGather(torch.autograd.Function):
     @staticmethod
     @first_order_only("stream_gather")
     def backward(ctx, dx, dx_rows):
-        dx = overwritable(dx, dx_rows)
+        dx = overwritable(ctx, dx)
         call(_ops.residual_scatter, dx, dx_rows, ctx.rows)
-        return dx, None
+        return hand_on(ctx, dx), None
 
 
 def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lemo.ops._autograd import first_order_only, overwritable
+from lemo.ops._autograd import first_order_only, hand_on, overwritable
 from lemo.ops._call import call
 
 _ops = torch.ops.lemo
@@ -92,8 +92,9 @@ class _StreamSelectNorm(torch.autograd.Function):
     def backward(ctx, dx, dy):
         dweight = dbias = None
         if dy is not None:
-            dx = dy.new_zeros(ctx.stream_shape) if dx is None else overwritable(dx, dy)
+            dx = dy.new_zeros(ctx.stream_shape) if dx is None else overwritable(ctx, dx)
             dweight, dbias = _add_gradient(ctx, dy, dx)
+            dx = hand_on(ctx, dx)
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
 
 
