@@ -19,6 +19,7 @@ PEERS = {
     "gc": "Transformers + PEFT, checkpointing",
     "sac": "Transformers + PEFT, selective checkpointing",
     "liger": "Liger kernels, checkpointing",
+    "liger-tiled": "Liger kernels, tiled MLP, checkpointing",
     "s2": "LongLoRA's S2-Attn, checkpointing",
     "checkpointing": "Transformers + PEFT, checkpointing",
 }
