@@ -13,8 +13,9 @@ the first layer only; "predictor" scores in every layer with predictors of the d
 "predictors" also has the MLP choose a set of its own by its own predictors. Where every layer has a
 set of its own, the loss counts nearly every row, with "pooled" only those that were kept; "random"
 chooses in every layer, too, so what predictors cost is the difference to it. "computed" draws one
-set, and computes the other rows as context of the kept ones (`visible_keys`). A variant or peer may
-be bound to one length: "1-none@16384".
+set, and computes the other rows as context of the kept ones (`visible_keys`). "outside" is the
+defaults with a loss that the model does not compute: a segment of hidden states at a time, under
+checkpointing, as trainers do. A variant or peer may be bound to one length: "1-none@16384".
 
 Peers are modes of --peers-script, which is called as SCRIPT MODE TOKENS --layers N --warmup N
 --reps N and prints one JSON object last ("step_ms", "step_ms_range", "peak_gib"). Without one there
@@ -55,7 +56,8 @@ VARIANTS = (
 )
 BLOCK_SIZE = 64
 DEFAULTS = "defaults"
-SCORERS = (DEFAULTS, "pooled", "random", "predictor", "predictors", "computed")
+OUTSIDE = "outside"
+SCORERS = (DEFAULTS, OUTSIDE, "pooled", "random", "predictor", "predictors", "computed")
 SHAPE = {
     "vocab_size": 128256,
     "hidden_size": 4096,
@@ -125,7 +127,7 @@ def settings_of(variant: str) -> dict:
     if recompute not in ("none", "layer", "selective") or scorer not in SCORERS:
         raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}]")
     keep = float(keep)
-    if scorer == DEFAULTS:
+    if scorer in (DEFAULTS, OUTSIDE):
         from lemo.config import LemoConfig
 
         values = LemoConfig(keep=keep, recompute=recompute).to_dict()
@@ -215,6 +217,9 @@ def make_step(name: str, tokens: int, layers: int, predictor: str | None) -> Cal
 
         def loss_of(ids):
             return model(input_ids=ids, labels=ids).loss
+
+        if name.endswith(f"-{OUTSIDE}"):
+            loss_of = checkpointed_loss(base)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -433,6 +438,7 @@ def records(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> li
             "lora_targets": "q,k,v,o",
             "dtype": "bfloat16",
             **settings_of(settings["name"]),
+            **({"loss": OUTSIDE} if settings["name"].endswith(f"-{OUTSIDE}") else {}),
         }
         common = {
             "gpu": ours["gpu"],

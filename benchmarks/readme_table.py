@@ -127,6 +127,8 @@ def _variant(shape: dict) -> str:
     parts.append(kept.get(shape["recompute"], "all but attention recomputed"))
     if shape.get("visible_keys") == "computed":
         parts.append("the other tokens computed forward")
+    if shape.get("loss") == "outside":
+        parts.append("loss outside the model")
     return "lemo: " + ", ".join(parts)
 
 

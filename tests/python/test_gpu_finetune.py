@@ -47,6 +47,7 @@ def test_scorers_of_variants():
         return settings["scorer"], settings["select_at"], settings["keep_mlp"]
 
     assert chosen("0.5-layer") == ("random", "first", None)
+    assert chosen("0.5-layer-outside") == chosen("0.5-layer")
     assert chosen("0.5-layer-pooled") == ("pooled", "first", None)
     assert chosen("0.5-layer-random") == ("random", "all", None)
     assert chosen("0.5-layer-predictor") == ("predictor", "all", None)
