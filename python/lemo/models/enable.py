@@ -193,6 +193,16 @@ class Handle:
         """
         verify(self._adapter, self._selector, self._loss, self._states, batch, tokens)
 
+    def loss(self, **arguments: Any) -> Tensor:
+        """The loss that a training forward gives, fp32 scalar, in whatever mode the model is.
+
+        With gradients off, too, where the model's own forward runs otherwise.
+
+        Args:
+            arguments: as the model takes them, with `labels`.
+        """
+        return self._loss(arguments).loss
+
     @contextmanager
     def labelled(self, mask: Tensor) -> Iterator[None]:
         """Names the tokens whose prediction the loss counts, for forward passes without `labels`.
@@ -285,7 +295,7 @@ class Handle:
         )
         if counted:
             self._has_trained = True
-        elif bool((targets != ignore_index).any()):
+        elif torch.is_grad_enabled() and bool((targets != ignore_index).any()):
             self._nothing_trained()
         output = EliminatedOutput(loss=loss)
         rows = named_labels.of_call(arguments)
@@ -380,7 +390,8 @@ class Handle:
         entries: list[Tensor] | None = [] if with_entries else None
         visit = None if entries is None else lambda entry: entries.append(batch.unpack(entry))
         x = decoder.run(batch, x, labelled, visit_stream=visit)
-        self._selector.check_kept()
+        if torch.is_grad_enabled():
+            self._selector.check_kept()
         return x, entries
 
     def _nothing_trained(self) -> None:

@@ -388,18 +388,14 @@ class _Preparation:
 @torch.no_grad()
 def elimination_loss(model: nn.Module, windows: Sequence[Window], config: LemoConfig) -> float:
     """Mean loss a token while the model eliminates as `config` says; no dropout, no gradient."""
-    adapter = adapter_for(model)
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with _evaluating(model):
         handle = enable(model, config)
-        # Elimination looks at these two flags only; every module below stays in eval mode.
-        adapter.causal_lm.training = adapter.decoder.training = True
         try:
             for window in windows:
                 ids = window.ids[None].to(device)
-                loss = adapter.causal_lm(input_ids=ids, labels=ids).loss
-                total += loss.item() * (ids.numel() - 1)
+                total += handle.loss(input_ids=ids, labels=ids).item() * (ids.numel() - 1)
                 tokens += ids.numel() - 1
         finally:
             handle.remove()
