@@ -54,17 +54,17 @@ demo: $(VENV)/.lemo  ## install lemo and run the main job on the CPU (a few minu
 
 test: lint test-cpp test-python  ## install lemo and run every test
 
-lint: $(VENV)/.lemo
+lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
 test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microbenchmarks
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
-test-python: $(VENV)/.lemo  ## Python tests, against the installed package
+test-python: $(VENV)/.tests  ## Python tests, against the installed package
 	$(VENV)/bin/python -m pytest
 
-test-oldest: $(VENV)/.lemo  ## tests of what meets Transformers, with the oldest one that pyproject.toml allows
+test-oldest: $(VENV)/.tests  ## tests of what meets Transformers, with the oldest one that pyproject.toml allows
 	rm -rf build/oldest
 	$(PIP) install -q --target build/oldest "transformers==$(OLDEST_TRANSFORMERS).*"
 	PYTHONPATH=$(CURDIR)/build/oldest $(VENV)/bin/python -m pytest $(OLDEST_TESTS)
@@ -125,7 +125,13 @@ $(CUTLASS): | $(VENV)/.tools
 $(VENV)/.lemo: $(VENV)/.tools $(if $(ASKED),$(if $(NVCC),$(CUTLASS))) $(SOURCES)
 	$(if $(ASKED),,@echo "CUDA kernels are left out: no GPU is visible, and CUDA=1 was not given.")
 	PATH="$(abspath $(VENV))/bin:$$PATH" CMAKE_ARGS="$(if $(ASKED),$(if $(NVCC),-DLEMO_CUTLASS_INCLUDE=$(abspath $(VENV))/$(CUTLASS_INCLUDE)),-DLEMO_CUDA=OFF) $(CMAKE_ARGS)" \
-		$(PIP) install -q --no-build-isolation '.[test]'
+		$(PIP) install -q --no-build-isolation .
+	touch $@
+
+# What only the tests need, as the installed package names it.
+$(VENV)/.tests: $(VENV)/.lemo
+	$(PIP) install -q $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
+		print(*(name.split(";")[0].strip() for name in requires("lemo") if "extra ==" in name))')
 	touch $@
 
 build/cpp/.built: $(VENV)/.tools $(CXX_SOURCES)

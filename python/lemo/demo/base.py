@@ -26,7 +26,7 @@ class BaseConfig:
     key_value_heads: int = 1
     context: int = 512
     batch: int = 2
-    steps: int = 600
+    steps: int = 300
     learning_rate: float = 3e-3
     seed: int = 0
 

@@ -336,6 +336,7 @@ class Handle:
         labelled = self._pack_labels(batch, "inputs_embeds" in arguments)
         asked = wants_hidden_states(arguments, self._adapter.config)
         x, entries = self._decode(self._dense_decoder, batch, x, labelled, asked)
+        self._has_trained = True
         hidden = self._adapter.stream_output(x)[1]
         masked = self._selector.masked_rows(complete=True)
         if masked is not None:
