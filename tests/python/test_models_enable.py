@@ -529,4 +529,6 @@ def test_a_loss_function_of_ones_own_gets_the_dense_logits():
     for each in (model, dense):
         each.loss_function = loss_function
     batch = {**packed_batch([30, 20]), "num_items_in_batch": 9, "use_cache": False}
-    assert_close_fp32(model(**batch).loss, dense(**batch).loss)
+    outputs, expected = model(**batch), dense(**batch)
+    assert_close_fp32(outputs.loss, expected.loss)
+    assert_close_fp32(outputs[0], expected[0], "the loss comes first")

@@ -304,10 +304,10 @@ class Handle:
             with named_labels.named(self, rows):
                 return self._logits(arguments).logits
 
-        output.logits = DeferredLogits(logits, self._adapter.causal_lm.parameters())
+        output["logits"] = DeferredLogits(logits, self._adapter.causal_lm.parameters())
         if entries is not None:
             entries.append(batch.unpack(self._adapter.stream_output(x)[1]))
-            output.hidden_states = tuple(entries)
+            output["hidden_states"] = tuple(entries)
         return output
 
     def _logits(self, arguments: dict[str, Any]) -> EliminatedOutput:
@@ -322,13 +322,13 @@ class Handle:
         with named_labels.named(self, named_labels.of_call(arguments)):
             output = self._logits(arguments)
         extra = ("num_items_in_batch", "shift_labels", "ignore_index")
-        output.loss = self._adapter.causal_lm.loss_function(
+        loss = self._adapter.causal_lm.loss_function(
             logits=output.logits,
             labels=arguments["labels"],
             vocab_size=self._adapter.config.vocab_size,
             **{name: arguments[name] for name in extra if name in arguments},
         )
-        return output
+        return EliminatedOutput(loss=loss, logits=output.logits, hidden_states=output.hidden_states)
 
     def _states(self, arguments: dict[str, Any]) -> BaseModelOutputWithPast:
         """The decoder's output: in each row what the dense model gives."""

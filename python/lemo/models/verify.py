@@ -13,8 +13,8 @@ from lemo.selection import Selector
 
 __all__ = ["verify"]
 
-# Largest relative differences of a loss and of all gradients together. Rounding alone stays an order
-# below (docs/LOG.md, "never silently wrong").
+# Largest relative differences of a loss and of all gradients together. Rounding alone stays some
+# seven times below or more (docs/LOG.md, "never silently wrong").
 _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bfloat16: (2e-2, 0.2)}
 
 
