@@ -3,6 +3,8 @@
 Losses are the dense model's at any share that is kept, gradients at keep = 1.
 """
 
+import pickle
+
 import datasets
 import pytest
 import torch
@@ -240,6 +242,16 @@ def test_attach_names_labels_that_the_trainer_takes_away(tmp_path, monkeypatch):
     monkeypatch.setattr(Handle, "_states", watched)
     train("Trainer, label smoothing", tmp_path, keep=0.5, order=ORDERS[2], steps=1)
     assert known == [True, True]
+
+
+def test_a_model_with_a_trainer_can_be_pickled(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(make_model("llama"), arguments)
+    lemo.enable(trainer, lemo.LemoConfig(keep=0.5))
+    loaded = pickle.loads(pickle.dumps(trainer.model))
+    ids = make_ids(1, 40)
+    assert loaded(input_ids=ids, labels=ids).loss > 0
+    assert loaded._lemo_handle.statistics()[0].attention_rows == 20
 
 
 def test_a_trainer_of_another_model_is_refused(tmp_path):

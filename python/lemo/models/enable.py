@@ -126,6 +126,7 @@ class Handle:
         # Trainers call what they were given, and may replace the forward further inside.
         self._watcher = named_labels.Watcher(self)
         self._undo: list[Callable[[], None]] = []
+        self._detach: list[Callable[[], None]] = []
         self.watch(model)
 
     @property
@@ -142,9 +143,13 @@ class Handle:
         for forward in self._installed:
             forward.release()
             delattr(forward.__self__, _ATTRIBUTE)
-        for undo in self._undo:
+        for undo in (*self._undo, *self._detach):
             undo()
-        self._installed, self._undo = [], []
+        self._installed, self._undo, self._detach = [], [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model has no trainer.
+        return vars(self) | {"_detach": []}
 
     def attach(self, trainer: "transformers.Trainer") -> None:
         """Adds `lemo.TrainerCallback`, and names the labels of each of the trainer's batches.
@@ -161,7 +166,7 @@ class Handle:
         """
         from lemo.models.callback import attach
 
-        self._undo.append(attach(trainer, self))
+        self._detach.append(attach(trainer, self))
 
     def watch(self, module: nn.Module) -> Callable[[], None]:
         """Takes the `labels` of every call of `module` for the labels of what runs inside.
