@@ -128,7 +128,7 @@ def settings_of(variant: str) -> dict:
         raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}]")
     keep = float(keep)
     if scorer in (DEFAULTS, OUTSIDE):
-        from lemo.config import LemoConfig
+        from lemo.settings.elimination import LemoConfig
 
         values = LemoConfig(keep=keep, recompute=recompute).to_dict()
         return {name: values[name] for name in RECORDED}

@@ -58,15 +58,15 @@ from torch import Tensor, nn
 
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import token_windows
-from lemo.layout import BlockLayout
-from lemo.models.adapters import adapter_for
+from lemo.models.architectures import architecture_of
 from lemo.models.capture import capture_sub_blocks
-from lemo.predictors.labels import KINDS, FeatureStore, SubBlockData
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import default_rank, make_predictor
 from lemo.predictors.position import PositionProfile
-from lemo.predictors.prepare import PrepareSettings, _Preparation
 from lemo.predictors.storage import PredictorSet, fingerprint
-from lemo.predictors.training import TrainingSettings, _candidates, kept_set_recall
+from lemo.preparation.exact_scores import KINDS, FeatureStore, SubBlockData
+from lemo.preparation.pipeline import PrepareSettings, _Preparation
+from lemo.preparation.training import TrainingSettings, _candidates, kept_set_recall
 from lemo.training.model import (
     extend_context,
     load_config,
@@ -273,7 +273,7 @@ class Features:
         folder: Path,
     ) -> Features:
         """Runs the dense model over the windows."""
-        identity = fingerprint(adapter_for(model).config)
+        identity = fingerprint(architecture_of(model).config)
         device = next(model.parameters()).device
         stores = {
             size: FeatureStore(folder, identity["num_layers"], identity["hidden_size"], size)

@@ -261,7 +261,7 @@ def train(job: dict, options: dict, method: dict) -> dict:
     """What the run's log says; nothing where there is nothing to train."""
     if job["steps"] == 0:
         return {}
-    from lemo.training.config import FinetuneConfig
+    from lemo.settings.finetune import FinetuneConfig
     from lemo.training.finetune import finetune
 
     changed = method.get("settings", {})

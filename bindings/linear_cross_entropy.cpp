@@ -8,7 +8,7 @@ namespace {
 using Results = std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor, TorchTensor>;
 
 Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTensor bias,
-                             TorchTensor labels, int64_t ignore_index, int64_t segment_rows,
+                             TorchTensor labels, int64_t ignore_index, int64_t chunk_rows,
                              bool hidden_grad, bool weight_grad) {
     const TorchTensor rows = to_contiguous(hidden), matrix = to_contiguous(weight);
     const TorchTensor targets = to_contiguous(labels);
@@ -29,7 +29,7 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
     TorchTensor dbias =
         bias_grad ? make_empty(*offsets, {offsets->size(0)}) : make_empty(matrix, {0});
     LinearCrossEntropyParams params{view(rows), view(matrix), view(offsets), view(targets),
-                                    ignore_index, segment_rows, view(loss), view(count),
+                                    ignore_index, chunk_rows, view(loss), view(count),
                                     hidden_grad ? view(dhidden) : Tensor{},
                                     weight_grad ? view(dweight) : Tensor{},
                                     bias_grad ? view(dbias) : Tensor{}};
@@ -51,7 +51,7 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
         "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
-        "int ignore_index, int segment_rows, bool hidden_grad, bool weight_grad) "
+        "int ignore_index, int chunk_rows, bool hidden_grad, bool weight_grad) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -45,7 +45,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("seqlens"), py::arg("block_size"), py::arg("value"), py::arg("keep_first"),
         py::arg("keep_last"),
         "(blocks, rows) that the ratio policy keeps; rows -1 where they depend on the scores.");
-    m.def("plan_loss_segment", &lemo::plan_loss_segment, py::arg("rows"), py::arg("vocabulary"),
+    m.def("plan_loss_chunk", &lemo::plan_loss_chunk, py::arg("rows"), py::arg("vocabulary"),
           py::arg("budget_bytes"),
           "Rows of one loss segment whose fp32 logits take at most budget_bytes.");
     m.def(

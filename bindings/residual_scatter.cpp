@@ -12,16 +12,16 @@ void residual_scatter(TorchTensor x, TorchTensor y, OptionalTensor rows) {
         residual_scatter_cpu, LEMO_CUDA_KERNEL(residual_scatter_cuda));
 }
 
-TorchTensor residual_scatter_backward(TorchTensor dx, OptionalTensor rows) {
+TorchTensor gather_rows(TorchTensor dx, OptionalTensor rows) {
     const TorchTensor stream = to_contiguous(dx);
     const OptionalTensor row_index = to_contiguous(rows);
     const Tensor view_dx = view(stream);
     if (view_dx.ndim != 2) {
-        Checker("residual_scatter_backward").floating("dx", view_dx, 2);
+        Checker("gather_rows").floating("dx", view_dx, 2);
     }
     const int64_t num_rows = rows ? view(row_index).num_elements() : view_dx.size(0);
     TorchTensor dy = make_empty(stream, {num_rows, view_dx.size(1)});
-    run("residual_scatter_backward", stream,
+    run("gather_rows", stream,
         ResidualGatherParams{view_dx, view(row_index), view(dy)}, residual_gather_cpu,
         LEMO_CUDA_KERNEL(residual_gather_cuda));
     return dy;
@@ -31,13 +31,13 @@ TorchTensor residual_scatter_backward(TorchTensor dx, OptionalTensor rows) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def("residual_scatter(Tensor(a!) x, Tensor y, Tensor? rows) -> ()");
-    m.def("residual_scatter_backward(Tensor dx, Tensor? rows) -> Tensor");
+    m.def("gather_rows(Tensor dx, Tensor? rows) -> Tensor");
 }
 
 #define LEMO_REGISTER(key)                                                          \
     STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {                                       \
         m.impl("residual_scatter", TORCH_BOX(&residual_scatter));                   \
-        m.impl("residual_scatter_backward", TORCH_BOX(&residual_scatter_backward)); \
+        m.impl("gather_rows", TORCH_BOX(&gather_rows)); \
     }
 LEMO_REGISTER(CPU)
 LEMO_REGISTER(CUDA)

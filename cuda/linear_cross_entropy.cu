@@ -392,7 +392,7 @@ struct ScratchPlan {
         const int64_t rows = p.hidden.size(0), hidden_size = p.hidden.size(1);
         const int64_t vocabulary = p.weight.size(0);
         const int64_t element = p.hidden.dtype == DType::kFloat32 ? 4 : 2;
-        segment = std::min(p.segment_rows, rows);
+        segment = std::min(p.chunk_rows, rows);
         stride = cuda::round_up(vocabulary, 16 / element);
         logits = take(segment * stride * element);
         losses = take(rows * 4);
@@ -407,7 +407,7 @@ struct ScratchPlan {
     /// a single segment needs none.
     static bool sums_weight_apart(const LinearCrossEntropyParams& p) {
         return p.dweight && p.dweight.dtype != DType::kFloat32 &&
-               p.segment_rows < p.hidden.size(0);
+               p.chunk_rows < p.hidden.size(0);
     }
 
 private:

@@ -95,7 +95,7 @@ void residual_scatter_cuda(const ResidualScatterParams& params, void* stream) {
 
 void residual_gather_cuda(const ResidualGatherParams& params, void* stream) {
     cuda::dispatch_float(params.dx.dtype, [&]<typename T>(T) {
-        launch<T, T, false>(params.dx, params.dy, params.rows, "residual_scatter_backward",
+        launch<T, T, false>(params.dx, params.dy, params.rows, "gather_rows",
                             stream);
     });
 }

@@ -183,7 +183,7 @@ import sys
 import torch
 import lemo.ops
 from lemo import _C
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 
 device = sys.argv[1]
 print("torch", torch.__version__, "lemo", _C.build_info())

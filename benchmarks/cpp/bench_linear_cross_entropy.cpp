@@ -38,7 +38,7 @@ void BM_LinearCrossEntropy(benchmark::State& state) {
     params.labels = {labels.data(), lemo::DType::kInt64, lemo::Device::kCpu, 1, {rows}, {1}};
     params.loss = {&loss, lemo::DType::kFloat32, lemo::Device::kCpu, 0, {}, {}};
     params.count = {&count, lemo::DType::kInt64, lemo::Device::kCpu, 0, {}, {}};
-    params.segment_rows = lemo::plan_loss_segment(rows, vocabulary, int64_t{256} << 20);
+    params.chunk_rows = lemo::plan_loss_chunk(rows, vocabulary, int64_t{256} << 20);
     for (auto _ : state) lemo::linear_cross_entropy_cpu(params);
     state.counters["FLOP/s"] =
         benchmark::Counter(4.0 * static_cast<double>(rows * size * vocabulary),

@@ -23,7 +23,7 @@ void BM_LinearCrossEntropy(benchmark::State& state) {
     params.hidden = hidden.view({rows, size});
     params.weight = weight.view({vocabulary, size});
     params.labels = labels.view({rows});
-    params.segment_rows = 2048;
+    params.chunk_rows = 2048;
     params.loss = loss.view({});
     params.count = count.view({});
     if (gradient) params.dhidden = dhidden.view({rows, size});

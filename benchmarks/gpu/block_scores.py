@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpu.harness import BLOCK, median_ms, record
 from lemo import ops, reference
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 
 # (tokens, query heads, key heads, head size): Llama-3-8B at several lengths.
 SHAPES = ((16384, 32, 8, 128), (65536, 32, 8, 128))

@@ -39,7 +39,7 @@ def check_large_offsets() -> None:
     rows, hidden = 20000, 64
     hidden_states, weight, labels = make_inputs(rows, hidden, VOCABULARY, torch.bfloat16)
     hidden_states.requires_grad_()
-    loss = ops.linear_cross_entropy(hidden_states, weight, labels, segment_rows=rows, divisor=1)
+    loss = ops.linear_cross_entropy(hidden_states, weight, labels, chunk_rows=rows, divisor=1)
     (gradient,) = torch.autograd.grad(loss, hidden_states)
     total = torch.zeros((), device="cuda")
     for part in torch.arange(rows, device="cuda").split(1000):
@@ -148,9 +148,9 @@ def load_liger() -> Callable:
     return loss
 
 
-def of_lemo(segment_rows: int | None) -> Callable:
+def of_lemo(chunk_rows: int | None) -> Callable:
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return ops.linear_cross_entropy(hidden, weight, labels, segment_rows=segment_rows)
+        return ops.linear_cross_entropy(hidden, weight, labels, chunk_rows=chunk_rows)
 
     return loss
 

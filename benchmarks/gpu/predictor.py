@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gpu.harness import BLOCK, HIDDEN, TOKENS, median_ms, record, share
 from lemo import ops, reference
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import default_rank
 
 

@@ -20,7 +20,7 @@ def check() -> None:
             oracle = reference.residual_scatter(x.float(), y.float(), rows).to(dtype)
             result = ops.residual_scatter_(x.clone(), y, rows)
             assert torch.equal(result, oracle), f"residual_scatter {dtype} {hidden}"
-            gathered = torch.ops.lemo.residual_scatter_backward(x, rows)
+            gathered = torch.ops.lemo.gather_rows(x, rows)
             assert torch.equal(gathered, x[rows.long()]), f"gather {dtype} {hidden}"
             everything = torch.randn_like(x)
             result = ops.residual_scatter_(x.clone(), everything)
@@ -42,7 +42,7 @@ def bench(bandwidth: float) -> list[dict]:
         lambda: torch.ops.lemo.residual_scatter(x, y, rows), lambda: x.index_add_(0, index, y)
     )
     gather, index_select = median_ms(
-        lambda: torch.ops.lemo.residual_scatter_backward(x, rows),
+        lambda: torch.ops.lemo.gather_rows(x, rows),
         lambda: torch.index_select(x, 0, index, out=dy),
     )
     shape = {"tokens": TOKENS, "rows": len(rows), "hidden": HIDDEN, "dtype": "bfloat16"}
@@ -50,6 +50,6 @@ def bench(bandwidth: float) -> list[dict]:
     return [
         record("residual_scatter", shape, scatter, "torch index_add_", index_add),
         share("residual_scatter bandwidth", shape, 3 * row_bytes, scatter, bandwidth),
-        record("residual_scatter_backward", shape, gather, "torch index_select", index_select),
-        share("residual_scatter_backward bandwidth", shape, 2 * row_bytes, gather, bandwidth),
+        record("gather_rows", shape, gather, "torch index_select", index_select),
+        share("gather_rows bandwidth", shape, 2 * row_bytes, gather, bandwidth),
     ]

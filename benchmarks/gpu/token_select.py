@@ -4,7 +4,7 @@ import torch
 
 from gpu.harness import BLOCK, TOKENS, median_ms, record
 from lemo import ops, reference
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 
 
 def check() -> None:

@@ -66,8 +66,8 @@ SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_
     return size;
 }
 
-int64_t plan_loss_segment(int64_t rows, int64_t vocabulary, int64_t budget_bytes) {
-    const Checker check("plan_loss_segment");
+int64_t plan_loss_chunk(int64_t rows, int64_t vocabulary, int64_t budget_bytes) {
+    const Checker check("plan_loss_chunk");
     check.that(rows >= 0, "rows", "at least 0", std::to_string(rows));
     check.that(vocabulary >= 1, "vocabulary", "at least 1", std::to_string(vocabulary));
     check.that(budget_bytes >= 1, "budget_bytes", "at least 1", std::to_string(budget_bytes));

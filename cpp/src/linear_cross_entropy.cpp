@@ -74,7 +74,7 @@ public:
     void run() {
         list_rows();
         const int64_t count = static_cast<int64_t>(used_.size());
-        const int64_t segment = std::min(params_.segment_rows, count);
+        const int64_t segment = std::min(params_.chunk_rows, count);
         hidden_.resize(static_cast<size_t>(segment * hidden_size_));
         logits_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(segment * stride_));
         losses_.resize(static_cast<size_t>(segment));
@@ -258,7 +258,7 @@ void check(const LinearCrossEntropyParams& p) {
     check.dim("labels", p.labels, 0, p.hidden.size(0), "the rows of 'hidden'");
     check.same_device(
         {{"hidden", &p.hidden}, {"weight", &p.weight}, {"bias", &p.bias}, {"labels", &p.labels}});
-    check.that(p.segment_rows >= 1, "segment_rows", "at least 1", std::to_string(p.segment_rows));
+    check.that(p.chunk_rows >= 1, "chunk_rows", "at least 1", std::to_string(p.chunk_rows));
     if (p.labels.device != Device::kCpu) return;
     const int64_t* label = p.labels.as<const int64_t>();
     for (int64_t r = 0; r < p.labels.size(0); ++r) {

@@ -33,7 +33,7 @@ void check(const ResidualScatterParams& params) {
 }
 
 void check(const ResidualGatherParams& params) {
-    const Checker check("residual_scatter_backward");
+    const Checker check("gather_rows");
     check_stream(check, "dx", params.dx, "dy", params.dy, params.rows);
     check.same_dtype("dy", params.dy, "dx", params.dx);
 }

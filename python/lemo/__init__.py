@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lemo.config import LemoConfig
     from lemo.models.callback import TrainerCallback
     from lemo.models.enable import Handle, enable
+    from lemo.settings.elimination import LemoConfig
 
 __version__ = "0.1.0"
 
@@ -15,11 +15,11 @@ __all__ = ["Handle", "LemoConfig", "TrainerCallback", "__version__", "enable"]
 # Imported on first use: Transformers takes seconds, and `import lemo` should not.
 _HOMES = {
     "Handle": "lemo.models.enable",
-    "LemoConfig": "lemo.config",
+    "LemoConfig": "lemo.settings.elimination",
     "TrainerCallback": "lemo.models.callback",
     "enable": "lemo.models.enable",
 }
-_MODULES = ("nn", "ops")
+_MODULES = ("attention", "ops")
 
 
 def __getattr__(name: str) -> Any:

@@ -57,10 +57,10 @@ TEST(Blocks, SelectionSizesFollowFromTheLengths) {
 }
 
 TEST(Blocks, LossSegmentFitsItsBudget) {
-    EXPECT_EQ(plan_loss_segment(1000, 256, 1024 * 10), 10);
-    EXPECT_EQ(plan_loss_segment(4, 256, 1 << 30), 4);
-    EXPECT_EQ(plan_loss_segment(1000, 1 << 20, 1), 1);
-    EXPECT_EQ(plan_loss_segment(1000, (int64_t{1} << 62) + 1, 1 << 30), 1);
+    EXPECT_EQ(plan_loss_chunk(1000, 256, 1024 * 10), 10);
+    EXPECT_EQ(plan_loss_chunk(4, 256, 1 << 30), 4);
+    EXPECT_EQ(plan_loss_chunk(1000, 1 << 20, 1), 1);
+    EXPECT_EQ(plan_loss_chunk(1000, (int64_t{1} << 62) + 1, 1 << 30), 1);
 }
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {

@@ -67,7 +67,7 @@ TEST_F(TwoWords, SegmentsDoNotChangeTheResult) {
     linear_cross_entropy_cpu(params);
     const std::vector<float> one_row = dhidden;
     const float one_row_loss = loss[0];
-    params.segment_rows = 3;
+    params.chunk_rows = 3;
     linear_cross_entropy_cpu(params);
     EXPECT_FLOAT_EQ(loss[0], one_row_loss);
     for (size_t i = 0; i < one_row.size(); ++i) EXPECT_FLOAT_EQ(dhidden[i], one_row[i]);

@@ -24,7 +24,7 @@ using testing::widen;
 constexpr int64_t kIgnored = -100;
 
 struct Shape {
-    int64_t rows, hidden, vocabulary, segment_rows;
+    int64_t rows, hidden, vocabulary, chunk_rows;
     bool bias = true;
     bool hidden_grad = true;
     bool weight_grad = true;
@@ -32,7 +32,7 @@ struct Shape {
 
 std::string describe(const Shape& s) {
     return std::to_string(s.rows) + " x " + std::to_string(s.vocabulary) + " x " +
-           std::to_string(s.hidden) + " in segments of " + std::to_string(s.segment_rows);
+           std::to_string(s.hidden) + " in segments of " + std::to_string(s.chunk_rows);
 }
 
 /// Every third label is ignored, and the hidden states of those rows are NaN.
@@ -85,7 +85,7 @@ Results<float, float> run_on_cpu(const Shape& s, const Data<T, B>& data) {
     params.weight = view(weight, {s.vocabulary, s.hidden});
     if (s.bias) params.bias = view(bias, {s.vocabulary});
     params.labels = view(labels, {s.rows});
-    params.segment_rows = s.segment_rows;
+    params.chunk_rows = s.chunk_rows;
     params.loss = view(results.loss, {});
     params.count = view(results.count, {});
     if (s.hidden_grad) params.dhidden = view(results.dhidden, {s.rows, s.hidden});
@@ -106,7 +106,7 @@ public:
         params_.weight = weight_.view({s.vocabulary, s.hidden});
         if (s.bias) params_.bias = bias_.view({s.vocabulary});
         params_.labels = labels_.view({s.rows});
-        params_.segment_rows = s.segment_rows;
+        params_.chunk_rows = s.chunk_rows;
         params_.loss = loss_.view({});
         params_.count = count_.view({});
         if (s.hidden_grad) params_.dhidden = dhidden_.view({s.rows, s.hidden});

@@ -19,7 +19,7 @@ EXPECTED_OPS = {
     "predictor",
     "predictor_backward",
     "residual_scatter",
-    "residual_scatter_backward",
+    "gather_rows",
     "rope",
     "segment_attention",
     "segment_attention_backward",
@@ -48,7 +48,7 @@ EXPECTED_CONFIG_FIELDS = {
     "schedule",
     "mask_loss",
     "burn_in",
-    "loss_segment",
+    "loss_chunk",
     "recompute",
     "seed",
 }
@@ -175,13 +175,13 @@ def test_design_states_the_schemas():
 
 # Which packages of lemo a package may import, besides itself.
 LAYERS = {
-    "ops": {"_C", "layout"},
+    "ops": {"_C", "packing"},
     "reference": set(),
-    "layout": {"_C"},
-    "config": set(),
+    "packing": {"_C", "ops"},
+    "settings": set(),
     "files": set(),
 }
-UPPER = {"cli", "demo", "training", "report", "data"}
+UPPER = {"cli", "demo", "preparation", "training", "report", "data"}
 
 
 @pytest.mark.parametrize("package", sorted(LAYERS))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from devices import kernel_dtypes, on_gpu, working_dtype
 from lemo import ops, reference
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 # The CUDA kernels take head sizes that are multiples of 8 up to 128. Low-precision inputs are exact

@@ -14,7 +14,7 @@ from lemo.data import read_documents
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import python_sources, train_tokenizer, write_corpus
 from lemo.demo.run import DemoSettings, run_demo, run_method
-from lemo.training.config import FinetuneConfig
+from lemo.settings.finetune import FinetuneConfig
 from limits import largest_file
 from tiny import tiny_tokenizer, write_documents
 

@@ -56,15 +56,15 @@ def of_reference(divisor=None):
     vocabulary=st.integers(2, 70),
     ignored=st.sampled_from([0.0, 0.4, 1.0]),
     bias=st.booleans(),
-    segment_rows=st.sampled_from([None, 1, 7, 100]),
+    chunk_rows=st.sampled_from([None, 1, 7, 100]),
     seed=st.integers(0, 99),
 )
 def test_loss_and_gradients_match_the_oracle(
-    rows, hidden, vocabulary, ignored, bias, segment_rows, seed
+    rows, hidden, vocabulary, ignored, bias, chunk_rows, seed
 ):
     torch.manual_seed(seed)
     inputs = make_inputs(rows, hidden, vocabulary, ignored, bias)
-    results = differentiate(of_ops(segment_rows=segment_rows), inputs, torch.float32)
+    results = differentiate(of_ops(chunk_rows=chunk_rows), inputs, torch.float32)
     expected = differentiate(of_reference(), inputs, torch.float64)
     for name, result, right in zip(("loss", "dhidden", "dweight", "dbias"), results, expected):
         assert_close_fp32(result, right, name)
@@ -79,7 +79,7 @@ def test_one_word_costs_nothing():
 def test_several_panels(bias):
     """More words, rows and hidden units than one panel of the kernel, in two ragged segments."""
     inputs = make_inputs(430, 150, 1100, bias=bias)
-    results = differentiate(of_ops(segment_rows=270), inputs, torch.float32)
+    results = differentiate(of_ops(chunk_rows=270), inputs, torch.float32)
     expected = differentiate(of_reference(), inputs, torch.float64)
     for name, result, right in zip(("loss", "dhidden", "dweight", "dbias"), results, expected):
         assert_close_fp32(result, right, name)
@@ -88,7 +88,7 @@ def test_several_panels(bias):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision(dtype):
     inputs = make_inputs(90, 48, 300, dtype=dtype)
-    results = differentiate(of_ops(segment_rows=32), inputs, dtype)
+    results = differentiate(of_ops(chunk_rows=32), inputs, dtype)
     plain = differentiate(of_reference(), inputs, dtype)
     expected = differentiate(of_reference(), inputs, torch.float32)
     assert results[0].dtype == torch.float32
@@ -117,7 +117,7 @@ def test_mixed_dtypes():
 def test_bias_of_another_dtype():
     hidden, weight, bias, labels = make_inputs(20, 16, 50)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias.half())]
-    loss = ops.linear_cross_entropy(*leaves[:2], labels, leaves[2], segment_rows=8)
+    loss = ops.linear_cross_entropy(*leaves[:2], labels, leaves[2], chunk_rows=8)
     loss.backward()
     expected = differentiate(of_reference(), (*leaves, labels), torch.float64)
     for result, right in zip((loss, hidden.grad, weight.grad), expected):
@@ -218,7 +218,7 @@ def test_gradcheck_by_central_differences():
     hidden, weight, bias, labels = make_inputs(5, 3, 7)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     assert torch.autograd.gradcheck(
-        lambda *floats: of_ops(segment_rows=2)(*floats, labels),
+        lambda *floats: of_ops(chunk_rows=2)(*floats, labels),
         leaves,
         eps=1e-2,
         atol=2e-3,
@@ -239,7 +239,7 @@ def test_evaluation_computes_no_gradient(monkeypatch):
     monkeypatch.setattr(module, "call", keep)
     leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
     with torch.no_grad():
-        loss = of_ops(segment_rows=8)(*leaves, inputs[3])
+        loss = of_ops(chunk_rows=8)(*leaves, inputs[3])
     assert [gradient.numel() for gradient in results[0][2:]] == [0, 0, 0]
     assert_close_fp32(loss, of_reference()(*(t.double() for t in leaves), inputs[3]))
 
@@ -247,7 +247,7 @@ def test_evaluation_computes_no_gradient(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_hundred_repeats_are_bit_equal(dtype):
     inputs = make_inputs(50, 24, 130)
-    first, *others = (differentiate(of_ops(segment_rows=16), inputs, dtype) for _ in range(100))
+    first, *others = (differentiate(of_ops(chunk_rows=16), inputs, dtype) for _ in range(100))
     for run in others:
         assert all(torch.equal(a, b) for a, b in zip(run, first))
 
@@ -259,7 +259,7 @@ def test_repeats_are_bit_equal_whatever_the_threads():
     try:
         for count in (1, 2, 2, 3, 1):
             torch.set_num_threads(count)
-            runs.append(differentiate(of_ops(segment_rows=128), inputs, torch.float32))
+            runs.append(differentiate(of_ops(chunk_rows=128), inputs, torch.float32))
     finally:
         torch.set_num_threads(threads)
     for run in runs[1:]:
@@ -286,7 +286,7 @@ def test_repeats_are_bit_equal_whatever_the_threads():
         ({"bias": torch.randn(9, 1)}, ValueError, "'bias': expected 1 dimension"),
         ({"labels": torch.zeros(5).long()}, ValueError, "'labels': expected size 6 in dimension 0"),
         ({"labels": torch.zeros(6).int()}, TypeError, "'labels': expected int64, got int32"),
-        ({"segment_rows": 0}, ValueError, "'segment_rows': expected at least 1, got 0"),
+        ({"chunk_rows": 0}, ValueError, "'chunk_rows': expected at least 1, got 0"),
         ({"divisor": 0}, ValueError, "'divisor': expected a positive number, .* got 0"),
         ({"divisor": torch.ones(2)}, ValueError, r"'divisor': expected one number, got .*\[2\]"),
         (
@@ -344,7 +344,7 @@ def test_the_host_never_waits():
     hidden, weight, bias, labels = make_inputs(30, 16, 50)
     leaves = [tensor.requires_grad_() for tensor in (hidden, weight, bias)]
     with no_synchronisation():
-        ops.linear_cross_entropy(*leaves[:2], labels, bias, segment_rows=8).backward()
+        ops.linear_cross_entropy(*leaves[:2], labels, bias, chunk_rows=8).backward()
     expected = differentiate(of_reference(), (*leaves, labels), torch.float64)
     for leaf, right in zip(leaves, expected[1:]):
         assert_close_fp32(leaf.grad, right)

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 
 import lemo
 from lemo import LemoConfig
-from lemo.layout import Selection
-from lemo.models.adapters import adapter_for
+from lemo.models.architectures import architecture_of
 from lemo.models.outputs import DeferredLogits
-from lemo.selection import Selector
+from lemo.packing.blocks import Selection
+from lemo.selection.selector import Selector
 from tiny_models import (
     ARCHITECTURES,
     as_padded,
@@ -211,9 +211,9 @@ def test_trained_norms(architecture):
     assert_close_fp32(*losses, "loss with the adapter off")
 
 
-@pytest.mark.parametrize("loss_segment", [None, 7])
+@pytest.mark.parametrize("loss_chunk", [None, 7])
 @pytest.mark.parametrize("head", ["lora", "modules_to_save", "untied", "bias"])
-def test_heads(head, loss_segment):
+def test_heads(head, loss_chunk):
     def prepare(model):
         if head == "lora":
             return lora(model, target_modules=[*LINEAR, "lm_head"])
@@ -227,7 +227,7 @@ def test_heads(head, loss_segment):
     model, dense = (
         prepare(make_model("llama", tie_word_embeddings=head == "bias")) for _ in range(2)
     )
-    settings = {**EVERYTHING.to_dict(), "loss_segment": loss_segment}
+    settings = {**EVERYTHING.to_dict(), "loss_chunk": loss_chunk}
     lemo.enable(model, LemoConfig.from_dict(settings))
     assert_same(model, dense, padded_batch([37, 20]))
 
@@ -238,7 +238,7 @@ def test_gradient_checkpointing(architecture):
     model, dense = make_model(architecture), make_model(architecture)
     lemo.enable(model, EVERYTHING)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapter_for(model).layer(
+    architecture_of(model).layer(
         1
     ).gradient_checkpointing = False  # some layers, as every_n_layers does
     assert_same(model, dense, padded_batch([37, 20]))

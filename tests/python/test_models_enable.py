@@ -169,7 +169,7 @@ def test_masked_tokens_have_no_loss():
         # Logits that a user asks for are the dense model's, so inside:
         packed, x = handle._embed(BATCH)
         x, _ = handle._decode(handle._decoder, packed, x, None, False)
-        logits = model.lm_head(packed.unpack(handle._adapter.stream_output(x)[1]))
+        logits = model.lm_head(packed.unpack(handle._adapter.final_norm(x)[1]))
     kept = torch.zeros(101, dtype=torch.bool)
     for layer in statistics:
         starts = layer.layout.block_starts.tolist()

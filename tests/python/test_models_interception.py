@@ -9,7 +9,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.models.llama import modeling_llama
 
 import lemo
-import lemo.nn  # registers attention "lemo"
+import lemo.attention  # registers attention "lemo"
 from lemo.models.capture import capture_sub_blocks
 from lemo.models.interception import has_own_forward
 from test_models_dense import assert_same_gradients, lora

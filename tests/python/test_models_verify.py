@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 import lemo
-from lemo.models.adapters import Adapter
+from lemo.models.architectures import Adapter
 from test_models_dense import lora
 from tiny_models import (
     ARCHITECTURES,

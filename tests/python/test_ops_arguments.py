@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lemo import _C, ops
-from lemo.layout import BlockLayout
 from lemo.ops._call import call
+from lemo.packing.blocks import BlockLayout
 
 _ops = torch.ops.lemo
 LARGEST = 2**63 - 1
@@ -114,7 +114,7 @@ def test_the_largest_numbers_mean_what_they_say():
         ops.segment_attention(q, q, q, cuts, window=LARGEST, group_size=LARGEST),
         ops.segment_attention(q, q, q, cuts, group_size=2**40),
     )
-    assert _C.plan_loss_segment(1000, 2**62 + 1, 2**30) == 1
+    assert _C.plan_loss_chunk(1000, 2**62 + 1, 2**30) == 1
     layout = BlockLayout.from_seqlens([9], 2**31 - 1)
     kept = ops.token_select(torch.rand(1), layout, "ratio", 0.5, LARGEST, LARGEST)
     assert kept.rows.tolist() == list(range(9))

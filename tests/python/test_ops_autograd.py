@@ -7,9 +7,9 @@ from torch.nn.functional import rms_norm
 
 import devices
 from lemo import ops
-from lemo.layout import BlockLayout
-from lemo.ops.segment_attention import KnownAttention
+from lemo.ops.segment_attention import StoredAttention
 from lemo.ops.select_norm import select_norm_into
+from lemo.packing.blocks import BlockLayout
 
 
 def rows() -> torch.Tensor:
@@ -23,7 +23,7 @@ def attend(x: torch.Tensor) -> torch.Tensor:
 
 def attend_known(x: torch.Tensor) -> torch.Tensor:
     heads, cuts = x.view(6, 1, 8), torch.tensor([0, 6]).int()
-    attention = KnownAttention()
+    attention = StoredAttention()
     for q in (heads.detach(), heads):
         out = attention(q, q, q, cuts, cuts, None, None, 1.0, 0, 0)
     return out
@@ -36,17 +36,17 @@ def predict(x: torch.Tensor) -> torch.Tensor:
 
 OPS = {
     "segment_attention": attend,
-    "KnownAttention": attend_known,
+    "StoredAttention": attend_known,
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, torch.ones(7, 8).to(x), torch.zeros(6).long()
     ),
     "select_norm": lambda x: ops.select_norm(x, torch.ones(8), rows=rows()),
-    "stream_select_norm": lambda x: ops.stream_select_norm(x * 1, torch.ones(8))[1],
+    "residual_select_norm": lambda x: ops.residual_select_norm(x * 1, torch.ones(8))[1],
     "select_norm_into": lambda x: select_norm_into(
         x, torch.ones(8), None, None, torch.zeros_like(x), 1e-6, "rms"
     ),
     "residual_scatter_": lambda x: ops.residual_scatter_(x * 1, x[:3] * 2, rows()),
-    "stream_gather": lambda x: ops.stream_gather(x * 1, rows())[1],
+    "residual_gather": lambda x: ops.residual_gather(x * 1, rows())[1],
     "swiglu": lambda x: ops.swiglu(x, x * 2),
     "predictor": predict,
 }
@@ -74,11 +74,11 @@ def test_tangents_are_refused(name):
 
 
 def gathered(x, index):
-    return ops.stream_gather(x, index)
+    return ops.residual_gather(x, index)
 
 
 def normalised(x, index):
-    return ops.stream_select_norm(x, torch.ones(8), rows=index)
+    return ops.residual_select_norm(x, torch.ones(8), rows=index)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import predictors
-from lemo.predictors.prepare import PrepareSettings, Window, prepare
-from lemo.predictors.training import TrainingSettings
+from lemo.preparation.pipeline import PrepareSettings, Window, prepare
+from lemo.preparation.training import TrainingSettings
 from lemo.training.model import extend_context, load_config, load_model
 from tiny import save_tiny_llama, write_documents
 

@@ -5,8 +5,8 @@ import torch
 
 import lemo
 from lemo import predictors
-from lemo.predictors.prepare import PrepareSettings, Window, prepare
-from lemo.predictors.training import TrainingSettings
+from lemo.preparation.pipeline import PrepareSettings, Window, prepare
+from lemo.preparation.training import TrainingSettings
 from tiny_models import VOCABULARY, gradients, make_model
 
 BLOCK, TOKENS, LAYERS = 8, 92, 3
@@ -58,8 +58,8 @@ def test_scores_are_those_of_the_cpu(tmp_path):
     model = make_model("llama", dtype=torch.bfloat16)
     prepare(model, windows(3, 0), windows(2, 1), tmp_path / "predictor", SETTINGS)
     here, there = (predictors.load(tmp_path / "predictor") for _ in range(2))
-    layout = lemo.layout.BlockLayout.from_seqlens([TOKENS, 9], BLOCK)
-    on_cpu = lemo.layout.BlockLayout.from_seqlens([TOKENS, 9], BLOCK, "cpu")
+    layout = lemo.packing.blocks.BlockLayout.from_seqlens([TOKENS, 9], BLOCK)
+    on_cpu = lemo.packing.blocks.BlockLayout.from_seqlens([TOKENS, 9], BLOCK, "cpu")
     x = torch.randn(layout.num_tokens, model.config.hidden_size).bfloat16()
     for kind in ("attention", "mlp"):
         scores = here.scores(2, kind, x, layout)

@@ -50,7 +50,7 @@ def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
 
 
 def test_settings_of_the_readme_are_those_of_its_command():
-    from lemo.training.config import FinetuneConfig
+    from lemo.settings.finetune import FinetuneConfig
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     config = FinetuneConfig.from_dict(yaml.safe_load(text))

@@ -1,4 +1,4 @@
-"""select_norm and stream_select_norm: the ladder of docs/DESIGN.md, section 4."""
+"""select_norm and residual_select_norm: the ladder of docs/DESIGN.md, section 4."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_stream_adds_its_gradient_into_the_stream(kind, share):
         (leaf * weights).sum() + (expected_y * row_weights).sum(), inputs
     )
     before = leaf.clone()
-    x, y = ops.stream_select_norm(before, weight, bias, rows, EPS, kind)
+    x, y = ops.residual_select_norm(before, weight, bias, rows, EPS, kind)
     assert x.data_ptr() == before.data_ptr()
     assert_close_fp32(y, expected_y)
     grads = torch.autograd.grad((x * weights).sum() + (y * row_weights).sum(), inputs)
@@ -143,7 +143,7 @@ def test_stream_may_change_in_place_and_its_gradient_stays_one_buffer():
     expected = torch.autograd.grad((oracle(oracle(leaf)) * weights).sum(), (leaf, weight))
     x, incoming = leaf.clone(), []
     for _ in range(2):
-        x, y = ops.stream_select_norm(x, weight, None, rows, EPS)
+        x, y = ops.residual_select_norm(x, weight, None, rows, EPS)
         x = ops.residual_scatter_(x, y.tanh(), rows)
         x.register_hook(lambda dx: incoming.append(dx.data_ptr()))
     grads = torch.autograd.grad((x * weights).sum(), (leaf, weight))
@@ -160,14 +160,14 @@ def test_only_one_result_of_the_stream_is_used(used):
     leaf = torch.randn(10, 5, requires_grad=True)
     weight, _ = draw_parameters(5, "rms")
     expected_y = reference.select_norm(leaf, rows, weight, None, EPS, "rms")
-    x, y = ops.stream_select_norm(leaf.clone(), weight, None, rows, EPS)
+    x, y = ops.residual_select_norm(leaf.clone(), weight, None, rows, EPS)
     value, expected = (x, leaf) if used == "x" else (y, expected_y)
     (grad,) = torch.autograd.grad(value.square().sum(), leaf)
     (expected_grad,) = torch.autograd.grad(expected.square().sum(), leaf)
     assert_close_fp32(grad, expected_grad)
 
 
-@pytest.mark.parametrize("function", [ops.select_norm, ops.stream_select_norm])
+@pytest.mark.parametrize("function", [ops.select_norm, ops.residual_select_norm])
 def test_gradients_only_where_they_are_wanted(function):
     rows = draw_rows(10, 4)
 
@@ -288,7 +288,7 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
         ({"rows": torch.tensor([1, 2])}, TypeError, "'rows': expected int32, got int64"),
     ],
 )
-@pytest.mark.parametrize("function", [ops.select_norm, ops.stream_select_norm])
+@pytest.mark.parametrize("function", [ops.select_norm, ops.residual_select_norm])
 def test_bad_inputs_name_the_argument(function, change, exception, message):
     arguments = {
         "x": torch.randn(6, 4),

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 
 import lemo
 from lemo import reference
-from lemo.layout import BlockLayout
-from lemo.models.adapters import adapter_for
-from lemo.scorers import (
-    LabelScorer,
+from lemo.models.architectures import architecture_of
+from lemo.packing.blocks import BlockLayout
+from lemo.selection.scorers import (
+    ExactScorer,
     PooledScorer,
     PredictorScorer,
     RandomScorer,
     block_means,
     visible_means,
 )
-from lemo.selection import Selector
+from lemo.selection.selector import Selector
 from tiny_models import HIDDEN, config_of, make_model, padded_batch
 from tolerances import assert_close_fp32
 
@@ -329,7 +329,7 @@ def test_block_means(lengths, block_size, tile):
     starts = layout.block_starts.tolist()
     expected = [x[first:end].mean(0) for first, end in pairwise(starts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.scorers._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers._TILE_ELEMENTS", tile)
         assert_close_fp32(block_means(x, layout), torch.stack(expected))
     assert block_means(x.bfloat16(), layout).dtype == torch.float32
 
@@ -339,7 +339,7 @@ def test_visible_means(lengths, heads, tile):
     layout = BlockLayout.from_seqlens(lengths, 4)
     q, k = (torch.randn(layout.num_blocks, count, 5) for count in heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.scorers._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers._TILE_ELEMENTS", tile)
         scores = visible_means(q, k, layout, 0.3)
     keys = k.repeat_interleave(heads[0] // heads[1], 1)
     products = 0.3 * torch.einsum("mhd,nhd->hmn", q, keys).clamp(min=0).mean(0)
@@ -352,7 +352,7 @@ def test_visible_means(lengths, heads, tile):
 def captured(scorer_type, architecture):
     """Scores of layer 1 by a scorer, and the modules' own tensors to check them against."""
     model = make_model(architecture, dtype=torch.float32)
-    adapter = adapter_for(model)
+    adapter = architecture_of(model)
     batch, x = adapter.embed(*padded_values(), None, 8)
     scorer = scorer_type(adapter)
     with torch.no_grad():
@@ -394,7 +394,7 @@ def test_autocast_does_not_round_pooled_scores():
 # The GPU's block_scores knows no fp32; its own tests compare it there.
 @pytest.mark.cpu_only
 def test_label_scores():
-    layer, batch, x, scores, model = captured(LabelScorer, "llama")
+    layer, batch, x, scores, model = captured(ExactScorer, "llama")
     attention = layer.self_attn
     position = torch.cat([torch.arange(37), torch.arange(20)])
     cos, sin = model.model.rotary_emb(x, position[None])

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from devices import no_synchronisation, on_gpu
 from lemo import _C, LemoConfig, ops, reference
-from lemo.layout import BlockLayout
-from lemo.models.batch import PackedBatch
-from lemo.selection import Selector
+from lemo.packing.batch import PackedBatch
+from lemo.packing.blocks import BlockLayout
+from lemo.selection.selector import Selector
 
 
 def compare(scores, layout, policy, value, keep_first, keep_last):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lemo import LemoConfig
-from lemo.training.config import _FIELDS, FinetuneConfig, differences, read_yaml
+from lemo.settings.finetune import _FIELDS, FinetuneConfig, differences, read_yaml
 
 # Settings alone.
 pytestmark = pytest.mark.cpu_only

@@ -21,8 +21,8 @@ from transformers import AutoTokenizer
 from devices import on_gpu
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
-from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate, load_for_evaluation
 from lemo.training.finetune import finetune, learning_rate
 from lemo.training.model import add_lora, load_config, load_model
@@ -218,7 +218,7 @@ def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, t
     script = f"""
         import json, os, signal, sys
         from lemo import files
-        from lemo.training.config import FinetuneConfig
+        from lemo.settings.finetune import FinetuneConfig
         from lemo.training.finetune import finetune
 
         def die(*_):
@@ -453,7 +453,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(config, tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     script = """
         import json, sys
-        from lemo.training.config import FinetuneConfig
+        from lemo.settings.finetune import FinetuneConfig
         from lemo.training.finetune import finetune
         config = FinetuneConfig.from_dict(json.load(open(sys.argv[1])))
         finetune(config)

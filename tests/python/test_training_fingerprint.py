@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lemo import LemoConfig
-from lemo.predictors.prepare import PrepareSettings, Window, prepare
 from lemo.predictors.storage import load as load_predictors
-from lemo.predictors.training import TrainingSettings
+from lemo.preparation.documents import PrepareConfig, prepare_from_documents
+from lemo.preparation.pipeline import PrepareSettings, Window, prepare
+from lemo.preparation.training import TrainingSettings
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint
-from lemo.training.config import FinetuneConfig
 from lemo.training.evaluate import evaluate
 from lemo.training.finetune import finetune
-from lemo.training.prepare import PrepareConfig, prepare_from_documents
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
 

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from lemo import _C
 from lemo.ops import supports_device
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training import model as module
-from lemo.training.config import FinetuneConfig
 from lemo.training.model import (
     add_lora,
     extend_context,

@@ -16,10 +16,10 @@ import yaml
 
 from lemo import LemoConfig
 from lemo.cli.main import main
+from lemo.preparation.documents import PrepareConfig, prepare_from_documents
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training.checkpoint import newest_checkpoint
-from lemo.training.config import FinetuneConfig
 from lemo.training.finetune import finetune
-from lemo.training.prepare import PrepareConfig, prepare_from_documents
 from lemo.training.run_folder import reading, writing
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents

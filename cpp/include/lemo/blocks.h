@@ -97,6 +97,6 @@ SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_
                              int64_t keep_first, int64_t keep_last);
 
 /// Rows of one loss segment, so that its fp32 logits take at most `budget_bytes` (at least 1 row).
-int64_t plan_loss_segment(int64_t rows, int64_t vocabulary, int64_t budget_bytes);
+int64_t plan_loss_chunk(int64_t rows, int64_t vocabulary, int64_t budget_bytes);
 
 }  // namespace lemo

@@ -20,7 +20,7 @@ struct LinearCrossEntropyParams {
     int64_t ignore_index = -100;
     // Rows whose logits are held at a time: on the CPU used rows, in fp32; on a GPU all rows, in
     // the dtype of hidden.
-    int64_t segment_rows = 1;
+    int64_t chunk_rows = 1;
     Tensor loss;   // [] fp32, written
     Tensor count;  // [] int64, labels used, written
     // [R, H] of hidden's dtype, written; rows of ignored labels are 0; absent: not computed

@@ -51,7 +51,7 @@ def eval(
 
     from rich.progress import Progress
 
-    from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS
+    from lemo.settings.finetune import DEVICES, DTYPES, ROPE_SCALINGS
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
     from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 

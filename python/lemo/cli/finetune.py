@@ -130,7 +130,7 @@ def finetune(
     settings = collect_settings(config, given, set_ or [], dense)
 
     from lemo.cli.progress import StepProgress
-    from lemo.training.config import FinetuneConfig
+    from lemo.settings.finetune import FinetuneConfig
     from lemo.training.finetune import finetune as run
     from lemo.training.finetune import process_state
     from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME

@@ -78,10 +78,10 @@ def collect_settings(
         assignments: "name=value" strings.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`lemo.training.config.read_yaml` and
+        ValueError, FileNotFoundError: see :func:`lemo.settings.finetune.read_yaml` and
             :func:`apply_assignments`.
     """
-    from lemo.training.config import read_yaml
+    from lemo.settings.finetune import read_yaml
 
     settings = {} if config is None else read_yaml(config)
     for name, value in given.items():

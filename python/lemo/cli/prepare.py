@@ -116,7 +116,7 @@ def prepare(
         "overwrite": overwrite,
     }
 
-    from lemo.training.prepare import PrepareConfig, prepare_from_documents
+    from lemo.preparation.documents import PrepareConfig, prepare_from_documents
 
     settings = options.collect_settings(config, options.given(named), assignments or [])
     screen = options.console()

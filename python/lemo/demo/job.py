@@ -11,8 +11,8 @@ import json
 import sys
 from typing import Any
 
+from lemo.settings.finetune import FinetuneConfig, read_yaml
 from lemo.training import memory
-from lemo.training.config import FinetuneConfig, read_yaml
 from lemo.training.finetune import finetune, process_state
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

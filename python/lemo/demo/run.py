@@ -19,12 +19,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lemo.cli.streams import printable
-from lemo.config import LemoConfig
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
 from lemo.files import LOCK_NAME, write_file
 from lemo.report import load_run, write_report
-from lemo.training.config import FinetuneConfig
+from lemo.settings.elimination import LemoConfig
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training.evaluate import evaluate, write_metrics
 from lemo.training.run_folder import METRICS_NAME
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lemo import ops
-from lemo.layout import BlockLayout, Selection
-from lemo.models.adapters import adapter_for
+from lemo.models.architectures import architecture_of
+from lemo.packing.blocks import BlockLayout, Selection
 
 __all__ = ["Visit", "capture_sub_blocks"]
 
@@ -38,9 +38,9 @@ def capture_sub_blocks(
         ValueError: layers or attention that are not Transformers' own any more; a mask that is not
             [B, S] of contiguous ones.
     """
-    adapter = adapter_for(model)
-    adapter.check_parts()
-    packed, x = adapter.embed(
+    architecture = architecture_of(model)
+    architecture.check_parts()
+    packed, x = architecture.embed(
         batch["input_ids"],
         None,
         batch.get("attention_mask"),
@@ -48,25 +48,25 @@ def capture_sub_blocks(
         block_size,
     )
     everything = Selection.everything(packed.layout)
-    for index in range(adapter.num_layers):
-        xs = adapter.normalize(x, adapter.attention_norm(index))
-        q, k = adapter.rotated(index, xs, packed)
-        tensors = {"q": q, "k": k, "scale": adapter.scale(index)}
+    for index in range(architecture.num_layers):
+        xs = architecture.normalize(x, architecture.attention_norm(index))
+        q, k = architecture.rotated(index, xs, packed)
+        tensors = {"q": q, "k": k, "scale": architecture.scale(index)}
         visit(index, "attention", xs, tensors, packed.layout)
-        v = adapter.values(index, xs)
+        v = architecture.values(index, xs)
         del tensors, xs
         heads = ops.segment_attention(
             q.to(v.dtype),
             k.to(v.dtype),
             v,
             everything.cu_rows,
-            scale=adapter.scale(index),
-            window=adapter.window(index),
+            scale=architecture.scale(index),
+            window=architecture.window(index),
         )
         del q, k, v
-        x = x + adapter.attention_output(index, heads)
+        x = x + architecture.attention_output(index, heads)
         del heads
 
-        xs = adapter.normalize(x, adapter.mlp_norm(index))
-        visit(index, "mlp", xs, {"activation": adapter.activation(index, xs)}, packed.layout)
-        x = x + adapter.mlp(index, xs)
+        xs = architecture.normalize(x, architecture.mlp_norm(index))
+        visit(index, "mlp", xs, {"activation": architecture.activation(index, xs)}, packed.layout)
+        x = x + architecture.mlp(index, xs)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
-from lemo.layout import Selection
-from lemo.models.adapters import Adapter
-from lemo.models.batch import PackedBatch
-from lemo.models.context import Context
+from lemo.models.architectures import Architecture
+from lemo.models.left_out import Context
 from lemo.models.recompute import Unit, is_plain_checkpoint, recomputed
-from lemo.scorers import Scorer
-from lemo.selection import Selector
+from lemo.packing.batch import PackedBatch
+from lemo.packing.blocks import Selection
+from lemo.selection.scorers import Scorer
+from lemo.selection.selector import Selector
 
 __all__ = ["Decoder"]
 
@@ -27,7 +27,7 @@ class Decoder:
     """Runs the layers of an adapted model with token elimination.
 
     Args:
-        adapter: access to the model.
+        architecture: access to the model.
         selector: decides what each sub-block keeps.
         scorer: where block scores come from.
         visible_keys: as in `LemoConfig`.
@@ -37,14 +37,14 @@ class Decoder:
 
     def __init__(
         self,
-        adapter: Adapter,
+        architecture: Architecture,
         selector: Selector,
         scorer: Scorer,
         visible_keys: str = "kept",
         group_size: int = 0,
         recompute: str = "auto",
     ) -> None:
-        self.adapter = adapter
+        self.architecture = architecture
         self.selector = selector
         self._scorer = scorer
         self._visible_keys = visible_keys
@@ -56,7 +56,7 @@ class Decoder:
         batch: PackedBatch,
         x: Tensor,
         labelled: Tensor | None = None,
-        visit_stream: Callable[[Tensor], None] | None = None,
+        visit_residual: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Adds all layers to the residual stream [T, H] in place and returns it.
 
@@ -64,13 +64,13 @@ class Decoder:
             batch: what the rows are.
             x: the embedded tokens; overwritten.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
-            visit_stream: gets a differentiable copy of the stream at the entry of every layer.
+            visit_residual: gets a differentiable copy of the stream at the entry of every layer.
         """
         self.selector.begin(batch.layout, labelled)
-        for index in range(self.adapter.num_layers):
-            if visit_stream is not None:
-                x, entry = ops.stream_gather(x)
-                visit_stream(entry)
+        for index in range(self.architecture.num_layers):
+            if visit_residual is not None:
+                x, entry = ops.residual_gather(x)
+                visit_residual(entry)
             x = self._layer(index, batch, x)
         return x
 
@@ -94,11 +94,15 @@ class Decoder:
         return self._mlp(index, batch, x, mlp, how)
 
     def _select(self, index: int, kind: str, batch: PackedBatch, x: Tensor) -> Selection:
-        adapter = self.adapter
-        norm = adapter.attention_norm(index) if kind == "attention" else adapter.mlp_norm(index)
+        architecture = self.architecture
+        norm = (
+            architecture.attention_norm(index)
+            if kind == "attention"
+            else architecture.mlp_norm(index)
+        )
 
         def score() -> Tensor:
-            return self._scorer(index, kind, adapter.normalize(x.detach(), norm), batch)
+            return self._scorer(index, kind, architecture.normalize(x.detach(), norm), batch)
 
         return self.selector.select(index, kind, score)
 
@@ -118,11 +122,11 @@ class Decoder:
             else None
             for kept in (attention, mlp)
         )
-        return Context(self.adapter, index, batch, attention, mlp, self._group_size)
+        return Context(self.architecture, index, batch, attention, mlp, self._group_size)
 
     def _how(self, index: int) -> str | Callable:
         """How a layer is computed again in backward: a mode of lemo, or a function of the user."""
-        layer = self.adapter.layer(index)
+        layer = self.architecture.layer(index)
         if not (layer.training and torch.is_grad_enabled()):
             return "none"
         mode: str | Callable = self._recompute
@@ -146,14 +150,14 @@ class Decoder:
         mlp: Selection | None,
     ) -> Tensor:
         """One or both sub-blocks on the stream, computed again in backward."""
-        adapter = self.adapter
+        architecture = self.architecture
         attend = of_rows = None
         context = self._context(index, batch, attention, mlp)
         written = attention if mlp is None else mlp
         read = written
         if attention is not None:
             read = self._keys(attention)
-            norm = adapter.attention_norm(index)
+            norm = architecture.attention_norm(index)
             attend = partial(
                 self._attend, index, batch, attention, read, norm=norm, context=context
             )
@@ -165,10 +169,10 @@ class Decoder:
             written.rows,
             read.rows,
             context,
-            adapter.mlp_width,
+            architecture.mlp_width,
             mode == "selective",
         )
-        parameters = [p for p in adapter.layer(index).parameters() if p.requires_grad]
+        parameters = [p for p in architecture.layer(index).parameters() if p.requires_grad]
         return recomputed(x, unit, parameters)
 
     @staticmethod
@@ -176,7 +180,7 @@ class Decoder:
         checkpoint: Callable, function: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor | None
     ) -> Tensor:
         """x[rows] += function(x[rows]); backward recomputes `function` from the gathered rows."""
-        x, x_rows = ops.stream_gather(x, rows)
+        x, x_rows = ops.residual_gather(x, rows)
         return ops.residual_scatter_(x, checkpoint(function, x_rows), rows)
 
     def _attention(
@@ -189,7 +193,7 @@ class Decoder:
     ) -> Tensor:
         if how in ("layer", "selective"):
             return self._recomputed(index, batch, x, how, selection, None)
-        norm = self.adapter.attention_norm(index)
+        norm = self.architecture.attention_norm(index)
         keys = self._keys(selection)
         context = self._context(index, batch, selection, None)
         others = context.begin(x)
@@ -197,10 +201,10 @@ class Decoder:
             self._attend, index, batch, selection, keys, context=context, others=others
         )
         if how == "none":
-            x, xs = self.adapter.stream_norm(x, norm, keys.rows)
+            x, xs = self.architecture.residual_norm(x, norm, keys.rows)
             y = attend(xs)
         else:
-            x, x_rows = ops.stream_gather(x, keys.rows)
+            x, x_rows = ops.residual_gather(x, keys.rows)
             y = how(partial(attend, norm=norm), x_rows)
         x = ops.residual_scatter_(x, y, selection.rows)
         context.finish(x)
@@ -212,8 +216,10 @@ class Decoder:
         if how in ("layer", "selective"):
             return self._recomputed(index, batch, x, how, None, selection)
         if how == "none":
-            x, xs = self.adapter.stream_norm(x, self.adapter.mlp_norm(index), selection.rows)
-            x = ops.residual_scatter_(x, self.adapter.mlp(index, xs), selection.rows)
+            x, xs = self.architecture.residual_norm(
+                x, self.architecture.mlp_norm(index), selection.rows
+            )
+            x = ops.residual_scatter_(x, self.architecture.mlp(index, xs), selection.rows)
         else:
             x = self._checkpointed(how, partial(self._mlp_of_rows, index), x, selection.rows)
         self._context(index, batch, None, selection).finish(x)
@@ -235,7 +241,7 @@ class Decoder:
             selection,
             selection,
             x_rows,
-            norm=self.adapter.attention_norm(index),
+            norm=self.architecture.attention_norm(index),
             context=context,
             others=others,
         )
@@ -249,8 +255,8 @@ class Decoder:
         into: tuple[Tensor, Tensor | None] | None = None,
     ) -> Tensor:
         """What the MLP adds to gathered rows; `values` and `into` as for `_attend`."""
-        normalized = self.adapter.normalize(x_rows, self.adapter.mlp_norm(index), into)
-        return self.adapter.mlp(index, normalized, values)
+        normalized = self.architecture.normalize(x_rows, self.architecture.mlp_norm(index), into)
+        return self.architecture.mlp(index, normalized, values)
 
     def _attend(
         self,
@@ -275,16 +281,16 @@ class Decoder:
             norm: normalizes `xs` first; None: `xs` is normalized already.
             attention: takes the place of `ops.segment_attention`.
             values: False where only gradients of the result count.
-            into: where the norm may put the gradient of `xs`; see `Adapter.normalize`.
+            into: where the norm may put the gradient of `xs`; see `Architecture.normalize`.
             context: merges keys and values of the rows that are not kept, `others`, with these.
         """
-        adapter, shared = self.adapter, keys is selection
+        architecture, shared = self.architecture, keys is selection
         if norm is not None:
-            xs = adapter.normalize(xs, norm, into)
+            xs = architecture.normalize(xs, norm, into)
         xq = xs if shared else xs.index_select(0, selection.rows)
-        q = batch.rotate(adapter.queries(index, xq), selection)
-        k = batch.rotate(adapter.keys(index, xs), keys)
-        v = adapter.values(index, xs)
+        q = batch.rotate(architecture.queries(index, xq), selection)
+        k = batch.rotate(architecture.keys(index, xs), keys)
+        v = architecture.values(index, xs)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         q, k = q.to(v.dtype), k.to(v.dtype)
         k_rows, k_positions = keys.cu_rows, selection.positions if shared else batch.positions
@@ -299,8 +305,8 @@ class Decoder:
             k_rows,
             selection.positions,
             k_positions,
-            scale=adapter.scale(index),
-            window=adapter.window(index),
+            scale=architecture.scale(index),
+            window=architecture.window(index),
             group_size=self._group_size,
         )
-        return adapter.attention_output(index, heads, values)
+        return architecture.attention_output(index, heads, values)

@@ -12,18 +12,18 @@ from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
-from lemo.config import LemoConfig
 from lemo.models import labels as named_labels
-from lemo.models.adapters import Adapter, adapter_for
+from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import CACHES, check_arguments, wants_hidden_states
-from lemo.models.batch import PackedBatch
 from lemo.models.decoder import Decoder
 from lemo.models.forward import ReplacedForward
 from lemo.models.loss import IGNORE_INDEX, causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.verify import verify
-from lemo.scorers import PredictorScorer, RandomScorer, make_scorer
-from lemo.selection import LayerStatistics, Selector
+from lemo.packing.batch import PackedBatch
+from lemo.selection.scorers import PredictorScorer, RandomScorer, make_scorer
+from lemo.selection.selector import LayerStatistics, Selector
+from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Handle", "enable"]
 
@@ -71,18 +71,18 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
         handle = enable(model.model, config)
         handle.attach(model)
         return handle
-    adapter = adapter_for(model)
-    for module in (adapter.causal_lm, adapter.decoder):
+    architecture = architecture_of(model)
+    for module in (architecture.causal_lm, architecture.decoder):
         if hasattr(module, _ATTRIBUTE):
             raise ValueError("model: lemo is already enabled on it; call handle.remove() first")
         prepared = hasattr(module, "_original_forward")  # by Accelerate
-        if prepared or (module is adapter.decoder and "forward" in vars(module)):
+        if prepared or (module is architecture.decoder and "forward" in vars(module)):
             raise ValueError(
                 f"model: expected {type(module).__name__} with the forward of its class, got one "
                 "replaced on the instance; call lemo.enable before Accelerator.prepare and the like"
             )
-    adapter.check_supported()
-    return Handle(adapter, config, model)
+    architecture.check_supported()
+    return Handle(architecture, config, model)
 
 
 class Handle:
@@ -96,17 +96,17 @@ class Handle:
             nothing is known.
     """
 
-    def __init__(self, adapter: Adapter, config: LemoConfig, model: nn.Module) -> None:
+    def __init__(self, architecture: Architecture, config: LemoConfig, model: nn.Module) -> None:
         self.config = config
         self.row_labels: Tensor | None = None
-        self._adapter = adapter
-        self._scorer = make_scorer(config, adapter)
+        self._architecture = architecture
+        self._scorer = make_scorer(config, architecture)
         thresholds, self.block_size = None, config.block_size
         if isinstance(self._scorer, PredictorScorer):
             thresholds = self._scorer.predictors.thresholds
             self.block_size = self._scorer.predictors.block_size
-        self._selector = Selector(config, adapter.num_layers, thresholds)
-        parts = adapter, self._selector, self._scorer
+        self._selector = Selector(config, architecture.num_layers, thresholds)
+        parts = architecture, self._selector, self._scorer
         self._decoder = Decoder(
             *parts,
             visible_keys=config.visible_keys,
@@ -118,8 +118,8 @@ class Handle:
         self._has_trained = False
         self._said: set[str] = set()
         self._installed = [
-            ReplacedForward(adapter.causal_lm, self, _causal_lm_forward),
-            ReplacedForward(adapter.decoder, self, _decoder_forward),
+            ReplacedForward(architecture.causal_lm, self, _causal_lm_forward),
+            ReplacedForward(architecture.decoder, self, _decoder_forward),
         ]
         for forward in self._installed:
             setattr(forward.__self__, _ATTRIBUTE, self)
@@ -132,7 +132,7 @@ class Handle:
     @property
     def causal_lm(self) -> nn.Module:
         """The model whose forward is replaced, without what wraps it."""
-        return self._adapter.causal_lm
+        return self._architecture.causal_lm
 
     def remove(self) -> None:
         """Gives the model its own forward back; does nothing when called again.
@@ -196,7 +196,7 @@ class Handle:
             ValueError: they differ; the message says by how much, and in which layer first. Or the
                 batch cannot be used.
         """
-        verify(self._adapter, self._selector, self._loss, self._states, batch, tokens)
+        verify(self._architecture, self._selector, self._loss, self._states, batch, tokens)
 
     def loss(self, **arguments: Any) -> Tensor:
         """The loss that a training forward gives, fp32 scalar, in whatever mode the model is.
@@ -280,7 +280,7 @@ class Handle:
 
     def _loss(self, arguments: dict[str, Any]) -> EliminatedOutput:
         """The output for a call with labels: nothing of the size of all logits is made."""
-        asked = wants_hidden_states(arguments, self._adapter.config)
+        asked = wants_hidden_states(arguments, self._architecture.config)
         ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
         batch, x = self._embed(arguments)
         targets, lost = next_labels(
@@ -289,11 +289,11 @@ class Handle:
         decoder = self._dense_decoder if asked else self._decoder
         x, entries = self._decode(decoder, batch, x, targets != ignore_index, asked)
         loss, counted = causal_lm_loss(
-            self._adapter,
+            self._architecture,
             x,
             targets,
             self._selector.masked_rows(complete=asked),
-            self.config.loss_segment,
+            self.config.loss_chunk,
             arguments.get("num_items_in_batch"),
             ignore_index,
             lost,
@@ -309,9 +309,9 @@ class Handle:
             with named_labels.named(self, rows):
                 return self._logits(arguments).logits
 
-        output["logits"] = DeferredLogits(logits, self._adapter.causal_lm.parameters())
+        output["logits"] = DeferredLogits(logits, self._architecture.causal_lm.parameters())
         if entries is not None:
-            entries.append(batch.unpack(self._adapter.stream_output(x)[1]))
+            entries.append(batch.unpack(self._architecture.final_norm(x)[1]))
             output["hidden_states"] = tuple(entries)
         return output
 
@@ -320,17 +320,17 @@ class Handle:
         states = self._states(arguments)
         keep = arguments.get("logits_to_keep", 0)
         columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
-        logits = self._adapter.lm_head(states.last_hidden_state[:, columns])
+        logits = self._architecture.lm_head(states.last_hidden_state[:, columns])
         return EliminatedOutput(logits=logits, hidden_states=states.hidden_states)
 
     def _custom_loss(self, arguments: dict[str, Any]) -> EliminatedOutput:
         with named_labels.named(self, named_labels.of_call(arguments)):
             output = self._logits(arguments)
         extra = ("num_items_in_batch", "shift_labels", "ignore_index")
-        loss = self._adapter.causal_lm.loss_function(
+        loss = self._architecture.causal_lm.loss_function(
             logits=output.logits,
             labels=arguments["labels"],
-            vocab_size=self._adapter.config.vocab_size,
+            vocab_size=self._architecture.config.vocab_size,
             **{name: arguments[name] for name in extra if name in arguments},
         )
         return EliminatedOutput(loss=loss, logits=output.logits, hidden_states=output.hidden_states)
@@ -339,10 +339,10 @@ class Handle:
         """The decoder's output: in each row what the dense model gives."""
         batch, x = self._embed(arguments)
         labelled = self._pack_labels(batch, "inputs_embeds" in arguments)
-        asked = wants_hidden_states(arguments, self._adapter.config)
+        asked = wants_hidden_states(arguments, self._architecture.config)
         x, entries = self._decode(self._dense_decoder, batch, x, labelled, asked)
         self._has_trained = True
-        hidden = self._adapter.stream_output(x)[1]
+        hidden = self._architecture.final_norm(x)[1]
         masked = self._selector.masked_rows(complete=True)
         if masked is not None:
             self._say(
@@ -374,9 +374,9 @@ class Handle:
         return batch.pack(rows)
 
     def _embed(self, arguments: dict[str, Any]) -> tuple[PackedBatch, Tensor]:
-        check_arguments(arguments, self._adapter.config)
-        self._adapter.check_parts()
-        return self._adapter.embed(
+        check_arguments(arguments, self._architecture.config)
+        self._architecture.check_parts()
+        return self._architecture.embed(
             arguments.get("input_ids"),
             arguments.get("inputs_embeds"),
             arguments.get("attention_mask"),
@@ -395,7 +395,7 @@ class Handle:
         """(stream after the last layer, unpacked stream at each layer's entry if asked)."""
         entries: list[Tensor] | None = [] if with_entries else None
         visit = None if entries is None else lambda entry: entries.append(batch.unpack(entry))
-        x = decoder.run(batch, x, labelled, visit_stream=visit)
+        x = decoder.run(batch, x, labelled, visit_residual=visit)
         if torch.is_grad_enabled():
             self._selector.check_kept()
         return x, entries

@@ -6,10 +6,10 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
-from lemo.models.adapters import Adapter, active_module
-from lemo.models.batch import PackedBatch
+from lemo.models.architectures import Architecture, active_module
 from lemo.models.linear import is_plain
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
+from lemo.packing.batch import PackedBatch
 
 __all__ = ["IGNORE_INDEX", "causal_lm_loss", "next_labels"]
 
@@ -61,11 +61,11 @@ def next_labels(
 
 
 def causal_lm_loss(
-    adapter: Adapter,
+    architecture: Architecture,
     x: Tensor,
     targets: Tensor,
     masked: Tensor | None = None,
-    segment_rows: int | None = None,
+    chunk_rows: int | None = None,
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     lost: Tensor | None = None,
@@ -76,11 +76,11 @@ def causal_lm_loss(
     no label is left the loss is 0 (Transformers: nan).
 
     Args:
-        adapter: access to the model.
+        architecture: access to the model.
         x: [T, H], the residual stream after the last layer.
         targets: [T], from `next_labels`.
         masked: [T] bool, rows whose own prediction does not count; None: all count.
-        segment_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
+        chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
         num_items_in_batch: divisor over several micro-batches; None: the labels used here. Where
             labels are lost or masked, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
@@ -99,13 +99,13 @@ def causal_lm_loss(
     rows = counted.nonzero()[:, 0]
     targets = targets[rows]
     everything = rows.numel() == x.shape[0]
-    x, hidden = adapter.stream_output(x, None if everything else rows.to(torch.int32))
+    x, hidden = architecture.final_norm(x, None if everything else rows.to(torch.int32))
     if rows.numel() == 0:
         return hidden.sum(dtype=torch.float32), 0
     if torch.is_tensor(divisor):
         divisor = divisor.to(x.device)
 
-    head = active_module(adapter.lm_head)
+    head = active_module(architecture.lm_head)
     if is_plain(head):
         hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
         loss = ops.linear_cross_entropy(
@@ -114,13 +114,13 @@ def causal_lm_loss(
             targets,
             bias=bias,
             ignore_index=ignore_index,
-            segment_rows=segment_rows,
+            chunk_rows=chunk_rows,
             divisor=divisor,
         )
         return loss, rows.numel()
-    if segment_rows is None:
-        segment_rows = max(1, SEGMENT_BYTES // (4 * adapter.config.vocab_size))
-    total = _loss_through_module(adapter.lm_head, hidden, targets, segment_rows)
+    if chunk_rows is None:
+        chunk_rows = max(1, SEGMENT_BYTES // (4 * architecture.config.vocab_size))
+    total = _loss_through_module(architecture.lm_head, hidden, targets, chunk_rows)
     return total / (rows.numel() if divisor is None else divisor), rows.numel()
 
 
@@ -134,7 +134,7 @@ def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None
 
 
 def _loss_through_module(
-    head: nn.Module, hidden: Tensor, targets: Tensor, segment_rows: int
+    head: nn.Module, hidden: Tensor, targets: Tensor, chunk_rows: int
 ) -> Tensor:
     """Sum of cross entropies for a head that is not a plain linear layer, such as one with LoRA."""
 
@@ -143,6 +143,6 @@ def _loss_through_module(
 
     losses = [
         checkpoint(segment_loss, rows, labels, use_reentrant=False)
-        for rows, labels in zip(hidden.split(segment_rows), targets.split(segment_rows))
+        for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
     ]
     return torch.stack(losses).sum()

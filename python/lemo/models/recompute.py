@@ -21,10 +21,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
 
 from lemo import ops
-from lemo.models.context import Context
+from lemo.models.left_out import Context
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.ops._autograd import first_order_only, hand_on, overwritable
-from lemo.ops.segment_attention import KnownAttention
+from lemo.ops.segment_attention import StoredAttention
 
 __all__ = ["Unit", "is_plain_checkpoint", "recomputed"]
 
@@ -98,7 +98,7 @@ class _Recomputed(torch.autograd.Function):
         with ctx.surroundings.autocast():
             x_rows = gather_rows(x, unit.rows if unit.attend is None else unit.key_rows)
             if unit.attend is not None:
-                attention = KnownAttention() if unit.selective else ops.segment_attention
+                attention = StoredAttention() if unit.selective else ops.segment_attention
                 y = unit.attend(x_rows, attention=attention, others=others)
                 add_rows(x, y, unit.rows)
                 kept = attention.result if unit.selective else ()
@@ -121,7 +121,7 @@ class _Recomputed(torch.autograd.Function):
         with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
             leaf, attended, edge = x_rows.detach().requires_grad_(needs_x), None, None
             if unit.attend is not None:
-                attention = KnownAttention(*kept) if unit.selective else ops.segment_attention
+                attention = StoredAttention(*kept) if unit.selective else ops.segment_attention
                 y = unit.attend(
                     leaf,
                     attention=attention,

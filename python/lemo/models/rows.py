@@ -40,7 +40,7 @@ def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> T
         return x[rows]
     if rows is None and view:
         return x
-    return call(torch.ops.lemo.residual_scatter_backward, x, rows)
+    return call(torch.ops.lemo.gather_rows, x, rows)
 
 
 def add_rows(x: Tensor, y: Tensor, rows: Tensor | slice | None) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.models.adapters import Adapter
+from lemo.models.architectures import Architecture
 from lemo.models.loss import IGNORE_INDEX
-from lemo.selection import Selector
+from lemo.selection.selector import Selector
 
 __all__ = ["verify"]
 
@@ -19,7 +19,7 @@ _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bf
 
 
 def verify(
-    adapter: Adapter,
+    architecture: Architecture,
     selector: Selector,
     loss: Callable[[dict[str, Any]], Any],
     states: Callable[[dict[str, Any]], Any],
@@ -29,13 +29,13 @@ def verify(
     """See `lemo.Handle.verify`.
 
     Args:
-        adapter: access to the model.
+        architecture: access to the model.
         selector: told to keep everything.
         loss: lemo's output with a loss, for the arguments of a call.
         states: lemo's decoder output, for the arguments of a call.
         batch, tokens: as of the handle.
     """
-    model = adapter.causal_lm
+    model = architecture.causal_lm
     arguments = _beginning(batch, tokens, next(model.parameters()).device)
     # What flows to the embedded tokens counts, too: it has passed every layer.
     embedded = model.get_input_embeddings()(arguments.pop("input_ids")).detach().requires_grad_()

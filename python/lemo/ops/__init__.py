@@ -5,10 +5,10 @@ from lemo.ops._device import supports_device
 from lemo.ops.block_scores import block_scores
 from lemo.ops.linear_cross_entropy import linear_cross_entropy
 from lemo.ops.predictor import predictor
-from lemo.ops.residual_scatter import residual_scatter_, stream_gather
+from lemo.ops.residual_scatter import residual_gather, residual_scatter_
 from lemo.ops.rope import rope
 from lemo.ops.segment_attention import segment_attention
-from lemo.ops.select_norm import select_norm, stream_select_norm
+from lemo.ops.select_norm import residual_select_norm, select_norm
 from lemo.ops.swiglu import swiglu
 from lemo.ops.token_select import left_out, token_select
 
@@ -17,12 +17,12 @@ __all__ = [
     "left_out",
     "linear_cross_entropy",
     "predictor",
+    "residual_gather",
     "residual_scatter_",
+    "residual_select_norm",
     "rope",
     "segment_attention",
     "select_norm",
-    "stream_gather",
-    "stream_select_norm",
     "supports_device",
     "swiglu",
     "token_select",

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lemo.layout import BlockLayout
 from lemo.ops._call import call
+from lemo.packing.blocks import BlockLayout
 
 _ops = torch.ops.lemo
 

@@ -12,13 +12,13 @@ from lemo.ops._call import call
 _ops = torch.ops.lemo
 
 SEGMENT_BYTES = 256 * 2**20
-"""What the fp32 logits of a segment take at most on the CPU, unless `segment_rows` is given."""
+"""What the fp32 logits of a segment take at most on the CPU, unless `chunk_rows` is given."""
 
 _CUDA_SEGMENT_BYTES = 768 * 2**20
 
 
 @torch.library.register_fake("lemo::linear_cross_entropy")
-def _(hidden, weight, bias, labels, ignore_index, segment_rows, hidden_grad, weight_grad):
+def _(hidden, weight, bias, labels, ignore_index, chunk_rows, hidden_grad, weight_grad):
     has_dbias = weight_grad and bias is not None
     return (
         hidden.new_empty((), dtype=torch.float32),
@@ -69,10 +69,10 @@ def _plan_segment(hidden: Tensor, weight: Tensor) -> int:
     """Rows of a segment where the caller names none."""
     rows, vocabulary = hidden.shape[0], max(weight.shape[0], 1)
     if hidden.device.type == "cpu":
-        return _C.plan_loss_segment(rows, vocabulary, SEGMENT_BYTES)
+        return _C.plan_loss_chunk(rows, vocabulary, SEGMENT_BYTES)
     # Logits have the dtype of hidden; the planner counts four bytes each.
     budget = _CUDA_SEGMENT_BYTES * 4 // hidden.dtype.itemsize
-    segment = _C.plan_loss_segment(rows, vocabulary, budget)
+    segment = _C.plan_loss_chunk(rows, vocabulary, budget)
     # Tiles of the product for dhidden, 128 rows high, then fill the SMs in (nearly) whole waves,
     # which just a few rows more would not.
     return segment if segment >= rows else 1 << (segment.bit_length() - 1)
@@ -84,12 +84,12 @@ def linear_cross_entropy(
     labels: Tensor,
     bias: Tensor | None = None,
     ignore_index: int = -100,
-    segment_rows: int | None = None,
+    chunk_rows: int | None = None,
     divisor: float | Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of `hidden @ weight.T + bias`; the logits never exist all at once.
 
-    The loss and its gradients are computed in the forward pass from the logits of `segment_rows`
+    The loss and its gradients are computed in the forward pass from the logits of `chunk_rows`
     rows at a time (LeMo, section 5.3: segmented loss), which is about all the memory that is taken
     beyond inputs and gradients. On the CPU logits are fp32 and rows with ignored labels cost
     nothing. On a GPU logits have the dtype of `hidden` (as PyTorch's own would), sums are fp32, and
@@ -105,7 +105,7 @@ def linear_cross_entropy(
             raises on the CPU; on a GPU it makes the loss NaN.
         bias: [V] float, may differ from `hidden` in dtype.
         ignore_index: label of rows that do not count.
-        segment_rows: rows of a segment; None: as many as fit their logits into 256 MiB on the CPU
+        chunk_rows: rows of a segment; None: as many as fit their logits into 256 MiB on the CPU
             and 768 MiB on a GPU.
         divisor: what the sum over the labels is divided by, a positive number or a scalar tensor
             (Transformers' `num_items_in_batch`; on a GPU its value is not checked); None: the
@@ -121,8 +121,8 @@ def linear_cross_entropy(
         NotImplementedError: on a GPU, `weight` has another dtype than `hidden`, or there is no
             cuBLAS.
     """
-    if segment_rows is None:
-        segment_rows = _plan_segment(hidden, weight)
+    if chunk_rows is None:
+        chunk_rows = _plan_segment(hidden, weight)
     if not isinstance(divisor, Tensor) and divisor is not None and not 0 < divisor < math.inf:
         raise ValueError(
             "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "
@@ -141,7 +141,7 @@ def linear_cross_entropy(
     grad = torch.is_grad_enabled()
     hidden_grad = grad and hidden.requires_grad
     weight_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    arguments = (hidden, weight, bias, labels, ignore_index, segment_rows)
+    arguments = (hidden, weight, bias, labels, ignore_index, chunk_rows)
     total, count, *_ = call(_ops.linear_cross_entropy, *arguments, hidden_grad, weight_grad)
     if divisor is None:
         divisor = count

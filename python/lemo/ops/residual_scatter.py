@@ -14,7 +14,7 @@ def _(x, y, rows):
     return None
 
 
-@torch.library.register_fake("lemo::residual_scatter_backward")
+@torch.library.register_fake("lemo::gather_rows")
 def _(dx, rows):
     return dx.new_empty((dx.shape[0] if rows is None else rows.shape[0], dx.shape[1]))
 
@@ -32,7 +32,7 @@ class _ResidualScatter(torch.autograd.Function):
     def backward(ctx, dx):
         dy = None
         if ctx.needs_input_grad[1]:
-            dy = call(_ops.residual_scatter_backward, dx, ctx.rows).to(ctx.dtype)
+            dy = call(_ops.gather_rows, dx, ctx.rows).to(ctx.dtype)
         return hand_on(ctx, dx) if is_owned(ctx, dx) else dx, dy, None
 
 
@@ -54,22 +54,22 @@ def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tenso
     return _ResidualScatter.apply(x, y, rows)
 
 
-class _StreamGather(torch.autograd.Function):
+class _ResidualGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows):
         ctx.rows = rows
         ctx.mark_dirty(x)
-        return x, call(_ops.residual_scatter_backward, x, rows)
+        return x, call(_ops.gather_rows, x, rows)
 
     @staticmethod
-    @first_order_only("stream_gather")
+    @first_order_only("residual_gather")
     def backward(ctx, dx, dx_rows):
         dx = overwritable(ctx, dx)
         call(_ops.residual_scatter, dx, dx_rows, ctx.rows)
         return hand_on(ctx, dx), None
 
 
-def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def residual_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Gathers rows of the residual stream; backward adds into the stream's gradient in place.
 
     A gradient that autograd shares with others is copied first. Differentiable once.
@@ -81,4 +81,4 @@ def stream_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor
     Returns:
         (x, x_rows [R, H]).
     """
-    return _StreamGather.apply(x, rows)
+    return _ResidualGather.apply(x, rows)

@@ -98,7 +98,7 @@ def segment_attention(
     return call(_ops.segment_attention, *arguments)[0]
 
 
-class KnownAttention:
+class StoredAttention:
     """`segment_attention` that keeps its result, or that is given it, so that it runs only once.
 
     Without a result a call computes and keeps it; it must not need a gradient. With one a call

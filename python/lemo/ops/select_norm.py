@@ -77,7 +77,7 @@ class _SelectNorm(torch.autograd.Function):
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
 
 
-class _StreamSelectNorm(torch.autograd.Function):
+class _ResidualSelectNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, rows, eps, kind, needs_grad):
         y, x_rows, mean, rstd = call(_ops.select_norm, x, rows, weight, bias, eps, kind, needs_grad)
@@ -143,7 +143,7 @@ def select_norm(
     return _SelectNorm.apply(x, weight, bias, rows, eps, kind, _needs_grad(x, weight, bias))
 
 
-def stream_select_norm(
+def residual_select_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -168,7 +168,7 @@ def stream_select_norm(
     Raises:
         ValueError, TypeError: an argument does not fit.
     """
-    return _StreamSelectNorm.apply(x, weight, bias, rows, eps, kind, _needs_grad(x, weight, bias))
+    return _ResidualSelectNorm.apply(x, weight, bias, rows, eps, kind, _needs_grad(x, weight, bias))
 
 
 def select_norm_into(

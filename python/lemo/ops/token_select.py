@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from lemo import _C
-from lemo.layout import BlockLayout, Selection
 from lemo.ops._call import call
+from lemo.packing.blocks import BlockLayout, Selection
 
 _ops = torch.ops.lemo
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lemo.layout import BlockLayout
 from lemo.ops import predictor
+from lemo.packing.blocks import BlockLayout
 
 __all__ = ["AttentionPredictor", "LowRankNet", "MlpPredictor", "default_rank", "make_predictor"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 
 __all__ = ["PositionProfile", "free_blocks", "query_blocks"]
 

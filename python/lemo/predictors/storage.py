@@ -14,11 +14,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lemo.files import write_file
-from lemo.layout import BlockLayout
 from lemo.ops import predictor
-from lemo.predictors.labels import KINDS
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import AttentionPredictor, MlpPredictor
 from lemo.predictors.position import PositionProfile
+from lemo.preparation.exact_scores import KINDS
 
 __all__ = [
     "PredictorSet",

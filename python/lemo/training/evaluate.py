@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
 from lemo.files import write_file
-from lemo.models.adapters import ADAPTERS
+from lemo.models.architectures import ARCHITECTURES
 from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
 from lemo.training.adapter import (
     base_model_name,
@@ -68,7 +68,7 @@ def evaluate(
             it was trained with is applied.
         tokenizer: the model's tokenizer; needed with a model object.
         rope_scaling: how a bare `model` is extended where a length exceeds its context.
-        dtype: of weights and products; see :class:`lemo.training.config.FinetuneConfig`.
+        dtype: of weights and products; see :class:`lemo.settings.finetune.FinetuneConfig`.
         limit: at most this many documents of each kind, the first ones that are long enough.
         progress: called with (windows done, windows in all).
         device: "cpu", "cuda", or "auto": a CUDA GPU where there is one.
@@ -90,7 +90,7 @@ def evaluate(
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
     if isinstance(model, str | Path):
-        config = load_config(str(model), supported=ADAPTERS)
+        config = load_config(str(model), supported=ARCHITECTURES)
         tokenizer = tokenizer or load_tokenizer(str(model))
         groups, total = _windows(documents, tokenizer, lengths, limit, config.vocab_size)
         model = load_for_evaluation(
@@ -147,7 +147,7 @@ def load_for_evaluation(
     """
     place = pick_device(device, elimination=False)
     # Their logits are a plain projection of the last hidden state, which window_losses relies on.
-    config = load_config(model, supported=ADAPTERS)
+    config = load_config(model, supported=ARCHITECTURES)
     folder = None if adapter is None else find_adapter(adapter)
     if folder is not None:
         config = trained_config(folder, config, model)

@@ -28,7 +28,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedTokenizerBase
 
 import lemo
-from lemo.config import LemoConfig, block_tokens
 from lemo.data import (
     TokenWindows,
     prefetched,
@@ -37,7 +36,10 @@ from lemo.data import (
     tokenizing_threads,
 )
 from lemo.files import new_folder, write_file
-from lemo.models.adapters import ADAPTERS
+from lemo.models.architectures import ARCHITECTURES
+from lemo.packing.blocks import block_tokens
+from lemo.settings.elimination import LemoConfig
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory
 from lemo.training.checkpoint import (
     Checkpoint,
@@ -45,7 +47,6 @@ from lemo.training.checkpoint import (
     random_state,
     save_checkpoint,
 )
-from lemo.training.config import FinetuneConfig
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
     MODEL_CONFIG,
@@ -177,7 +178,7 @@ class _Run:
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
-        supported = None if config.elimination is None else ADAPTERS
+        supported = None if config.elimination is None else ARCHITECTURES
         model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
         if config.warmup_steps > config.steps:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lemo.selection import LayerStatistics
+    from lemo.selection.selector import LayerStatistics
 
 
 class KeptRows:

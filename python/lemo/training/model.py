@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
-from lemo.training.config import DEVICES, FinetuneConfig
+from lemo.settings.finetune import DEVICES, FinetuneConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 from lemo.files import LOCK_NAME, foreign, lock, remove_folder, write_file
+from lemo.settings.finetune import FinetuneConfig, differences, read_yaml
 from lemo.training.checkpoint import (
     CHECKPOINT_FILES,
     Checkpoint,
     checkpoint_folders,
     newest_checkpoint,
 )
-from lemo.training.config import FinetuneConfig, differences, read_yaml
 from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME
 
 CONFIG_NAME = "config.yaml"

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.layout import Selection
-from lemo.models.adapters import Adapter
-from lemo.models.batch import PackedBatch
+from lemo.models.architectures import Architecture
 from lemo.models.rows import add_in_chunks, add_rows, gather_rows
 from lemo.ops._autograd import first_order_only
+from lemo.packing.batch import PackedBatch
+from lemo.packing.blocks import Selection
 
 __all__ = ["Context"]
 
@@ -31,7 +31,7 @@ class Context:
 
     def __init__(
         self,
-        adapter: Adapter,
+        architecture: Architecture,
         index: int,
         batch: PackedBatch,
         attention: Selection | None,
@@ -41,14 +41,14 @@ class Context:
         """Names the rows.
 
         Args:
-            adapter: access to the model.
+            architecture: access to the model.
             index: the layer.
             batch: what the rows are.
             attention, mlp: the rows that each sub-block leaves out and that are to be computed;
                 None: no rows.
             group_size: tokens of a shifted attention group; 0: no groups.
         """
-        self._adapter, self._index, self._batch = adapter, index, batch
+        self._architecture, self._index, self._batch = architecture, index, batch
         self._attention, self._mlp = attention, mlp
         self._group_size = group_size
         self._queries: Tensor | None = None
@@ -58,12 +58,14 @@ class Context:
         """Keys and values, [T - R, Hk, D] each, of rows that attention does not keep, if any."""
         if self._attention is None:
             return ()
-        adapter, index, rest = self._adapter, self._index, self._attention
+        architecture, index, rest = self._architecture, self._index, self._attention
         with _without_graph(x):
-            xs = adapter.normalize(gather_rows(x, rest.rows), adapter.attention_norm(index))
-            v = adapter.values(index, xs)
-            k = self._batch.rotate(adapter.keys(index, xs), rest).to(v.dtype)
-            self._queries = self._batch.rotate(adapter.queries(index, xs), rest).to(v.dtype)
+            xs = architecture.normalize(
+                gather_rows(x, rest.rows), architecture.attention_norm(index)
+            )
+            v = architecture.values(index, xs)
+            k = self._batch.rotate(architecture.keys(index, xs), rest).to(v.dtype)
+            self._queries = self._batch.rotate(architecture.queries(index, xs), rest).to(v.dtype)
         return k, v
 
     def merge(
@@ -90,10 +92,10 @@ class Context:
             if self._attention is not None:
                 self._attend(x)
             if self._mlp is not None:
-                add_in_chunks(x, self._transform, self._mlp.rows, self._adapter.mlp_width)
+                add_in_chunks(x, self._transform, self._mlp.rows, self._architecture.mlp_width)
 
     def _attend(self, x: Tensor) -> None:
-        adapter, index, rest = self._adapter, self._index, self._attention
+        architecture, index, rest = self._architecture, self._index, self._attention
         heads = ops.segment_attention(
             self._queries,
             *self._merged,
@@ -101,16 +103,16 @@ class Context:
             rest.layout.cu_seqlens,
             rest.positions,
             self._batch.positions,
-            scale=adapter.scale(index),
-            window=adapter.window(index),
+            scale=architecture.scale(index),
+            window=architecture.window(index),
             group_size=self._group_size,
         )
         self._queries, self._merged = None, ()
-        add_rows(x, adapter.attention_output(index, heads), rest.rows)
+        add_rows(x, architecture.attention_output(index, heads), rest.rows)
 
     def _transform(self, x_rows: Tensor) -> Tensor:
-        normalized = self._adapter.normalize(x_rows, self._adapter.mlp_norm(self._index))
-        return self._adapter.mlp(self._index, normalized)
+        normalized = self._architecture.normalize(x_rows, self._architecture.mlp_norm(self._index))
+        return self._architecture.mlp(self._index, normalized)
 
 
 class _Merge(torch.autograd.Function):

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from lemo import reference
-from lemo.layout import BlockLayout
-from lemo.predictors.labels import (
+from lemo.packing.blocks import BlockLayout
+from lemo.predictors.modules import make_predictor
+from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
+from lemo.preparation.exact_scores import (
     FeatureStore,
     SubBlockData,
     means_over_blocks,
     mlp_labels,
 )
-from lemo.predictors.modules import make_predictor
-from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
-from lemo.predictors.training import (
+from lemo.preparation.training import (
     ElasticSize,
     TrainingSettings,
     fit,

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.config import block_tokens
-from lemo.layout import BlockLayout, Selection
+from lemo.packing.blocks import BlockLayout, Selection, block_tokens
 
 __all__ = ["PackedBatch"]
 

@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lemo import ops
-from lemo.models.batch import PackedBatch, shape_of
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
 from lemo.ops.select_norm import select_norm_into
+from lemo.packing.batch import PackedBatch, shape_of
 
-__all__ = ["ADAPTERS", "Adapter", "adapter_for"]
+__all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
 
 
-class Adapter:
+class Architecture:
     """Uniform access to the parts of a Llama-like causal LM (RMSNorm, rotary, gated MLP).
 
     Submodules are looked up at every call, so whatever wraps them later (LoRA, modules_to_save) is
@@ -133,15 +133,15 @@ class Adapter:
         """The norm in front of a layer's MLP, [rows, H] -> [rows, H]."""
         return getattr(self.layer(index), self.mlp_norm_name)
 
-    def stream_norm(
+    def residual_norm(
         self, x: Tensor, norm: nn.Module, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(stream, norm(x[rows])): fused where the module is the plain norm of the architecture."""
         plain = self._plain_norm(norm, x.dtype)
         if plain is None:
-            x, x_rows = ops.stream_gather(x, rows)
+            x, x_rows = ops.residual_gather(x, rows)
             return x, norm(x_rows)
-        return ops.stream_select_norm(x, *plain[:2], rows=rows, eps=plain[2], kind=self.norm_kind)
+        return ops.residual_select_norm(x, *plain[:2], rows=rows, eps=plain[2], kind=self.norm_kind)
 
     def normalize(
         self, x: Tensor, norm: nn.Module, into: tuple[Tensor, Tensor | None] | None = None
@@ -236,9 +236,9 @@ class Adapter:
 
     # Output
 
-    def stream_output(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def final_norm(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(stream, what the head reads of x[rows]): the final norm."""
-        return self.stream_norm(x, getattr(self.decoder, self.final_norm_name), rows)
+        return self.residual_norm(x, getattr(self.decoder, self.final_norm_name), rows)
 
     @contextmanager
     def without_dropout(self, index: int) -> Iterator[None]:
@@ -257,21 +257,21 @@ class Adapter:
                 module.training = True
 
 
-class MistralAdapter(Adapter):
+class MistralArchitecture(Architecture):
     """Every layer has the window of the config."""
 
     def window(self, index: int) -> int:
         return self.config.sliding_window or 0
 
 
-class Qwen2Adapter(Adapter):
+class Qwen2Architecture(Architecture):
     """The window is a layer's own: `layer_types` of the config."""
 
     def window(self, index: int) -> int:
         return self.layer(index).self_attn.sliding_window or 0
 
 
-class Qwen3Adapter(Qwen2Adapter):
+class Qwen3Architecture(Qwen2Architecture):
     """Queries and keys are normalized head by head before they are rotated."""
 
     def queries(self, index: int, x: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class Qwen3Adapter(Qwen2Adapter):
         return self.layer(index).self_attn.k_norm(super().keys(index, x))
 
 
-class OPTAdapter(Adapter):
+class OPTArchitecture(Architecture):
     """LayerNorm, learned positions, biases, an MLP without a gate, dropout after each sub-block."""
 
     decoder_path = "model.decoder"
@@ -338,11 +338,11 @@ class OPTAdapter(Adapter):
         layer = self.layer(index)
         return layer.activation_fn(apply_linear(layer.fc1, x))
 
-    def stream_output(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def final_norm(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.decoder.final_layer_norm is None:
-            x, hidden = ops.stream_gather(x, rows)
+            x, hidden = ops.residual_gather(x, rows)
         else:
-            x, hidden = super().stream_output(x, rows)
+            x, hidden = super().final_norm(x, rows)
         project_out = self.decoder.project_out
         return x, hidden if project_out is None else project_out(hidden)
 
@@ -351,17 +351,17 @@ class OPTAdapter(Adapter):
         return dropout(y, p=layer.dropout, training=layer.training)
 
 
-ADAPTERS: dict[str, type[Adapter]] = {
-    "LlamaForCausalLM": Adapter,
-    "MistralForCausalLM": MistralAdapter,
-    "Qwen2ForCausalLM": Qwen2Adapter,
-    "Qwen3ForCausalLM": Qwen3Adapter,
-    "OPTForCausalLM": OPTAdapter,
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "LlamaForCausalLM": Architecture,
+    "MistralForCausalLM": MistralArchitecture,
+    "Qwen2ForCausalLM": Qwen2Architecture,
+    "Qwen3ForCausalLM": Qwen3Architecture,
+    "OPTForCausalLM": OPTArchitecture,
 }
 
 
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of the causal LM inside `model`, which PEFT, Accelerate or DDP may have wrapped.
+def architecture_of(model: nn.Module) -> Architecture:
+    """The architecture of the causal LM inside `model`, which PEFT and others may have wrapped.
 
     Raises:
         TypeError: `model` is no torch module, or holds no supported causal LM.
@@ -369,10 +369,10 @@ def adapter_for(model: nn.Module) -> Adapter:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and type(module).__name__ in ADAPTERS:
-            return ADAPTERS[type(module).__name__](module)
+        if isinstance(module, PreTrainedModel) and type(module).__name__ in ARCHITECTURES:
+            return ARCHITECTURES[type(module).__name__](module)
     raise TypeError(
-        f"model: expected one of {', '.join(ADAPTERS)} (possibly wrapped by PEFT), "
+        f"model: expected one of {', '.join(ARCHITECTURES)} (possibly wrapped by PEFT), "
         f"got {type(model).__name__}"
     )
 

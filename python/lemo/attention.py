@@ -2,7 +2,7 @@
 
 Importing this module registers "lemo" with Transformers, so that
 
-    import lemo.nn
+    import lemo.attention
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="lemo")
 
 runs dense causal attention, with padding, packed sequences, caches that grow and sliding windows,
@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from lemo import ops
-from lemo.models.batch import PackedBatch
+from lemo.packing.batch import PackedBatch
 
 __all__ = ["SegmentAttention", "register_attention", "rotary_tables"]
 

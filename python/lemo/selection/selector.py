@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lemo import ops
-from lemo.config import LemoConfig, block_tokens, kept_blocks
-from lemo.layout import BlockLayout, Selection
+from lemo.packing.blocks import BlockLayout, Selection, block_tokens, kept_blocks
+from lemo.settings.elimination import LemoConfig
 
 __all__ = ["LayerStatistics", "Selection", "Selector"]
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import lemo
 from lemo import predictors, reference
 from lemo.cli.main import main
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
-from lemo.predictors.prepare import PrepareSettings, Window, elimination_loss, prepare
-from lemo.predictors.training import TrainingSettings
+from lemo.preparation.pipeline import PrepareSettings, Window, elimination_loss, prepare
+from lemo.preparation.training import TrainingSettings
 from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 from tiny_models import VOCABULARY, make_model

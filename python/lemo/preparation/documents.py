@@ -15,10 +15,10 @@ import torch
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import lock
-from lemo.predictors.prepare import PrepareSettings, Report, Window, prepare
 from lemo.predictors.storage import check_output
-from lemo.predictors.training import TrainingSettings
-from lemo.training.config import DEVICES, DTYPES, ROPE_SCALINGS, check_keys
+from lemo.preparation.pipeline import PrepareSettings, Report, Window, prepare
+from lemo.preparation.training import TrainingSettings
+from lemo.settings.finetune import DEVICES, DTYPES, ROPE_SCALINGS, check_keys
 from lemo.training.model import (
     extend_context,
     load_config,
@@ -123,7 +123,7 @@ class PrepareConfig:
         return cls(**values)
 
     def settings(self) -> PrepareSettings:
-        """The part that `lemo.predictors.prepare` takes."""
+        """The part that `lemo.preparation.pipeline` takes."""
         training = {f.name for f in dataclasses.fields(TrainingSettings)} & set(vars(self))
         own = {f.name for f in dataclasses.fields(PrepareSettings)} & set(vars(self))
         return PrepareSettings(

@@ -1,5 +1,6 @@
 """How packed tokens are cut into sequences and blocks, and which rows a sub-block keeps."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -94,3 +95,15 @@ class Selection:
     @property
     def num_rows(self) -> int:
         return self.layout.num_tokens if self.rows is None else self.rows.numel()
+
+
+def block_tokens(block_size: int | float, longest: int) -> int:
+    """Tokens of a block, or a share of `longest`, as in `LemoConfig.block_size`; at least 1."""
+    if isinstance(block_size, float):
+        return max(math.ceil(block_size * longest - 1e-9), 1)
+    return block_size
+
+
+def kept_blocks(share: float, blocks: int) -> int:
+    """Blocks that a share of `blocks` keeps: rounded up, but for a rounding error."""
+    return math.ceil(share * blocks - 1e-9)

@@ -74,7 +74,7 @@ class LemoConfig:
             below 1, rounded up. Nothing with `visible_keys` "computed", where no text is missing,
             nor where `mask_loss` masks nothing: False, or True beside dense layers, which keep
             every token.
-        loss_segment: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
+        loss_chunk: rows of a loss segment; None: chosen so that its logits take at most 256 MiB
             (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.
         recompute: what backward computes a second time instead of storing it: "none"; "layer": all
             of every layer but its gathered rows, the MLP a chunk of rows at a time; "selective":
@@ -103,7 +103,7 @@ class LemoConfig:
     schedule: tuple[tuple[float, float], ...] = ()
     mask_loss: bool | float = True
     burn_in: int | float = 0.0
-    loss_segment: int | None = None
+    loss_chunk: int | None = None
     recompute: str = "auto"
     seed: int = 0
 
@@ -138,8 +138,8 @@ class LemoConfig:
         _check_int("seed", self.seed, minimum=0)
         if self.group_size is not None:
             _check_int("group_size", self.group_size, minimum=2)
-        if self.loss_segment is not None:
-            _check_int("loss_segment", self.loss_segment, minimum=1)
+        if self.loss_chunk is not None:
+            _check_int("loss_chunk", self.loss_chunk, minimum=1)
         if not isinstance(self.mask_loss, bool):
             if not _is_number(self.mask_loss):
                 raise TypeError(f"mask_loss: expected a bool or a share, got {self.mask_loss!r}")
@@ -232,18 +232,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def block_tokens(block_size: int | float, longest: int) -> int:
-    """Tokens of a block, or a share of `longest`, as in `LemoConfig.block_size`; at least 1."""
-    if isinstance(block_size, float):
-        return max(math.ceil(block_size * longest - 1e-9), 1)
-    return block_size
-
-
-def kept_blocks(share: float, blocks: int) -> int:
-    """Blocks that a share of `blocks` keeps: rounded up, but for a rounding error."""
-    return math.ceil(share * blocks - 1e-9)
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:

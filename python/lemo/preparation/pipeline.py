@@ -10,23 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.config import LemoConfig
-from lemo.layout import BlockLayout
-from lemo.models.adapters import adapter_for
+from lemo.models.architectures import architecture_of
 from lemo.models.capture import capture_sub_blocks
 from lemo.models.enable import enable
-from lemo.predictors.labels import KINDS, FeatureStore, SubBlockData
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import default_rank, make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
 from lemo.predictors.storage import check_output, fingerprint, tensors_of, write_folder
-from lemo.predictors.thresholds import (
+from lemo.preparation.exact_scores import KINDS, FeatureStore, SubBlockData
+from lemo.preparation.thresholds import (
     LayerScores,
     SearchResult,
     mean_thresholds,
     search,
     thresholds_for_budget,
 )
-from lemo.predictors.training import TrainingSettings, fit, kept_set_recall
+from lemo.preparation.training import TrainingSettings, fit, kept_set_recall
+from lemo.settings.elimination import LemoConfig
 
 __all__ = ["PrepareSettings", "Window", "prepare"]
 
@@ -123,8 +123,8 @@ def prepare(
     settings = PrepareSettings() if settings is None else settings
     output = Path(output)
     check_output(output, overwrite)
-    adapter = adapter_for(model)
-    identity = fingerprint(adapter.config)
+    architecture = architecture_of(model)
+    identity = fingerprint(architecture.config)
     _eliminating(identity["num_layers"], settings.dense_layers)
     _check_windows(training, held_out, identity, settings)
     # A fixed name: what a killed run left behind, maybe gigabytes, goes with the next run.

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.layout import BlockLayout
 from lemo.ops import block_scores
+from lemo.packing.blocks import BlockLayout
 
 __all__ = [
     "KINDS",

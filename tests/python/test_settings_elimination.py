@@ -30,7 +30,7 @@ FULL = {
     "schedule": [[0.0, 0.25], [0.85, 1.0]],
     "mask_loss": False,
     "burn_in": 16,
-    "loss_segment": 4096,
+    "loss_chunk": 4096,
     "recompute": "selective",
     "seed": 7,
 }
@@ -54,7 +54,7 @@ def test_defaults():
     )
     assert (config.dense_layers, config.select_at, config.scorer) == ((), "first", "random")
     assert (config.keep_first, config.keep_last, config.visible_keys) == (0, 1, "kept")
-    assert (config.schedule, config.mask_loss, config.loss_segment) == ((), True, None)
+    assert (config.schedule, config.mask_loss, config.loss_chunk) == ((), True, None)
 
 
 @pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field"])
@@ -116,7 +116,7 @@ def test_configs_are_frozen():
         ({"burn_in": 1.0}, ValueError, r"burn_in: expected .* a share in \[0, 1\), got 1.0"),
         ({"burn_in": 8, "block_size": 8}, ValueError, "burn_in: .* a block of 8, got 8"),
         ({"burn_in": None}, TypeError, "burn_in: expected an int, got None"),
-        ({"loss_segment": 0}, ValueError, "loss_segment: expected at least 1, got 0"),
+        ({"loss_chunk": 0}, ValueError, "loss_chunk: expected at least 1, got 0"),
         ({"seed": -1}, ValueError, "seed: expected at least 0, got -1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""lemo.nn: the drop-in module, and "lemo" as an attention implementation of Transformers."""
+"""lemo.attention: the drop-in module, and "lemo" as an attention implementation of Transformers."""
 
 import pytest
 import torch
@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertConfig, BertModel, StaticCache
 
-import lemo.nn
+import lemo.attention
 from devices import working_dtype
 from lemo import reference
-from lemo.models.batch import PackedBatch
+from lemo.packing.batch import PackedBatch
 from tiny_models import (
     ARCHITECTURES,
     all_of,
@@ -38,13 +38,13 @@ fp32 = pytest.mark.cpu_only
 )
 def test_segment_attention(lengths, heads, rotate, window, group_size):
     torch.manual_seed(0)
-    module = lemo.nn.SegmentAttention(
+    module = lemo.attention.SegmentAttention(
         24, *heads, head_dim=8, bias=True, window=window, group_size=group_size
     )
     x = torch.randn(sum(lengths), 24, requires_grad=True)
     cu = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     positions = torch.cat([2 * torch.arange(n) for n in lengths]).to(torch.int32)  # with gaps
-    rotary = lemo.nn.rotary_tables(positions, 8) if rotate else None
+    rotary = lemo.attention.rotary_tables(positions, 8) if rotate else None
     out = module(x, cu, positions, rotary)
     grad = torch.randn_like(out)
     out.backward(grad)
@@ -83,10 +83,10 @@ def rotated(heads, positions, theta=10000.0):
 @pytest.mark.parametrize("settings", [{}, {"window": 5}, {"group_size": 8}, {"num_kv_heads": 1}])
 def test_segment_attention_in_bf16(settings):
     head_dim, hidden = 64, 48
-    module = lemo.nn.SegmentAttention(hidden, 4, head_dim=head_dim, **settings).bfloat16()
+    module = lemo.attention.SegmentAttention(hidden, 4, head_dim=head_dim, **settings).bfloat16()
     cu = torch.tensor([0, 20, 21, 57], dtype=torch.int32)
     positions = torch.cat([2 * torch.arange(n) for n in (20, 1, 36)]).int()  # with gaps
-    rotary = lemo.nn.rotary_tables(positions, head_dim)
+    rotary = lemo.attention.rotary_tables(positions, head_dim)
     x, dy = torch.randn(2, 57, hidden, dtype=torch.bfloat16)
 
     def oracle(dtype):
@@ -114,7 +114,7 @@ def test_segment_attention_in_bf16(settings):
 
 
 def test_positions_default_to_the_index_in_the_sequence():
-    module = lemo.nn.SegmentAttention(128, 2).to(working_dtype())
+    module = lemo.attention.SegmentAttention(128, 2).to(working_dtype())
     x = torch.randn(9, 128, dtype=working_dtype())
     cu = torch.tensor([0, 5, 9], dtype=torch.int32)
     positions = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3], dtype=torch.int32)
@@ -123,9 +123,9 @@ def test_positions_default_to_the_index_in_the_sequence():
 
 @fp32
 def test_segment_attention_under_autocast():
-    module = lemo.nn.SegmentAttention(16, 2)
+    module = lemo.attention.SegmentAttention(16, 2)
     x, cu = torch.randn(9, 16), torch.tensor([0, 9], dtype=torch.int32)
-    rotary = lemo.nn.rotary_tables(torch.arange(9), 8)
+    rotary = lemo.attention.rotary_tables(torch.arange(9), 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = module(x, cu, rotary=rotary)
     assert out.dtype == torch.bfloat16
@@ -136,15 +136,15 @@ def test_segment_attention_names_bad_arguments():
     with pytest.raises(
         ValueError, match="num_kv_heads: expected a divisor of num_heads = 4, got 3"
     ):
-        lemo.nn.SegmentAttention(16, 4, 3)
+        lemo.attention.SegmentAttention(16, 4, 3)
     with pytest.raises(ValueError, match="num_heads: expected a divisor of hidden_size = 16"):
-        lemo.nn.SegmentAttention(16, 3)
+        lemo.attention.SegmentAttention(16, 3)
     with pytest.raises(ValueError, match="num_kv_heads: expected at least 1, got 0"):
-        lemo.nn.SegmentAttention(16, 4, 0)
+        lemo.attention.SegmentAttention(16, 4, 0)
     with pytest.raises(ValueError, match="window: expected at least 0, got -1"):
-        lemo.nn.SegmentAttention(16, 4, window=-1)
+        lemo.attention.SegmentAttention(16, 4, window=-1)
     with pytest.raises(ValueError, match="head_dim: expected an even size, got 3"):
-        lemo.nn.rotary_tables(torch.arange(4), 3)
+        lemo.attention.rotary_tables(torch.arange(4), 3)
 
 
 # attn_implementation="lemo"

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lemo.layout import BlockLayout
-from lemo.predictors.labels import SubBlockData
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import AttentionPredictor, LowRankNet, MlpPredictor
 from lemo.predictors.position import PositionProfile, free_blocks
+from lemo.preparation.exact_scores import SubBlockData
 
 __all__ = ["ElasticSize", "FitResult", "TrainingSettings", "fit", "kept_set_recall", "ranking_loss"]
 

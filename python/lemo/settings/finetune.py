@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lemo.config import LemoConfig
+from lemo.settings.elimination import LemoConfig
 
 ROPE_SCALINGS = ("linear", "yarn", "dynamic", "none")
 SCHEDULES = ("cosine", "constant")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lemo.predictors.thresholds import (
+from lemo.preparation.thresholds import (
     LayerScores,
     mean_thresholds,
     search,

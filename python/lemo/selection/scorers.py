@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.config import LemoConfig
-from lemo.layout import BlockLayout
+from lemo.packing.blocks import BlockLayout
+from lemo.settings.elimination import LemoConfig
 
 if TYPE_CHECKING:
-    from lemo.models.adapters import Adapter
-    from lemo.models.batch import PackedBatch
+    from lemo.models.architectures import Architecture
+    from lemo.packing.batch import PackedBatch
     from lemo.predictors import PredictorSet
 
 __all__ = [
-    "LabelScorer",
+    "ExactScorer",
     "PooledScorer",
     "PredictorScorer",
     "RandomScorer",
@@ -56,37 +56,39 @@ class PooledScorer:
     of max(q . k, 0), not rotated; the MLP by the magnitude of the block mean's activation.
     """
 
-    def __init__(self, adapter: "Adapter") -> None:
-        self._adapter = adapter
+    def __init__(self, architecture: "Architecture") -> None:
+        self._architecture = architecture
 
     def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
         means = block_means(x, batch.layout).to(x.dtype)
-        with self._adapter.without_dropout(layer):
+        with self._architecture.without_dropout(layer):
             if kind == "mlp":
-                return self._adapter.activation(layer, means).abs().mean(-1, dtype=torch.float32)
-            queries = self._adapter.queries(layer, means)
-            keys = self._adapter.keys(layer, means)
-        return visible_means(queries, keys, batch.layout, self._adapter.scale(layer))
+                return (
+                    self._architecture.activation(layer, means).abs().mean(-1, dtype=torch.float32)
+                )
+            queries = self._architecture.queries(layer, means)
+            keys = self._architecture.keys(layer, means)
+        return visible_means(queries, keys, batch.layout, self._architecture.scale(layer))
 
 
-class LabelScorer:
+class ExactScorer:
     """The exact scores that predictors learn from; costs about an attention forward pass a layer.
 
     Attention: `lemo.ops.block_scores` of the model's rotated queries and keys. The MLP: the mean
     over the block's tokens of the mean magnitude of the activation.
     """
 
-    def __init__(self, adapter: "Adapter") -> None:
-        self._adapter = adapter
+    def __init__(self, architecture: "Architecture") -> None:
+        self._architecture = architecture
 
     def __call__(self, layer: int, kind: str, x: Tensor, batch: "PackedBatch") -> Tensor:
-        with self._adapter.without_dropout(layer):
+        with self._architecture.without_dropout(layer):
             if kind == "mlp":
-                activation = self._adapter.activation(layer, x)
+                activation = self._architecture.activation(layer, x)
                 magnitudes = activation.abs().mean(-1, keepdim=True, dtype=torch.float32)
                 return block_means(magnitudes, batch.layout)[:, 0]
-            queries, keys = self._adapter.rotated(layer, x, batch)
-        return ops.block_scores(queries, keys, batch.layout, scale=self._adapter.scale(layer))
+            queries, keys = self._architecture.rotated(layer, x, batch)
+        return ops.block_scores(queries, keys, batch.layout, scale=self._architecture.scale(layer))
 
 
 class RandomScorer:
@@ -127,19 +129,19 @@ class PredictorScorer:
         return self.predictors.scores(layer, kind, x, batch.layout)
 
 
-def make_scorer(config: LemoConfig, adapter: "Adapter") -> Scorer:
-    """The scorer that `config` names, for the model behind `adapter`."""
+def make_scorer(config: LemoConfig, architecture: "Architecture") -> Scorer:
+    """The scorer that `config` names, for the model behind `architecture`."""
     match config.scorer:
         case "pooled":
-            return PooledScorer(adapter)
+            return PooledScorer(architecture)
         case "label":
-            return LabelScorer(adapter)
+            return ExactScorer(architecture)
         case "random":
             return RandomScorer(config.seed)
         case _:
             from lemo import predictors
 
-            loaded = predictors.load(config.predictor, model_config=adapter.config)
+            loaded = predictors.load(config.predictor, model_config=architecture.config)
             return PredictorScorer(loaded, config.block_size)
 
 

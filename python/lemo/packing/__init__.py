@@ -1,0 +1,1 @@
+"""Packed batches: sequences, their blocks, and the rows that are kept."""

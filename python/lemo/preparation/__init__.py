@@ -1,0 +1,1 @@
+"""What `lemo prepare` runs: exact scores, training of the predictors, thresholds, one folder."""

@@ -1,0 +1,1 @@
+"""Which blocks every sub-block keeps: policies, scores, statistics."""

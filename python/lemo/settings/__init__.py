@@ -1,0 +1,1 @@
+"""Settings: one class for each command and for elimination, validated when constructed."""
