@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lemo.models import labels as named_labels
 from lemo.models.enable import Handle
-from lemo.models.loss import IGNORE_INDEX
 
 __all__ = ["TrainerCallback", "attach"]
 
@@ -21,7 +20,7 @@ _MASKS = ("completion_mask", "assistant_masks")
 class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
 
-    Drives `LemoConfig.schedule`, makes random blocks depend on the step, so that a training that is
+    Drives `keep_schedule`, makes random blocks depend on the step, so that a training that is
     resumed from a checkpoint keeps what one without interruption keeps, and names the labels that
     the trainer's model gets, whatever the trainer made of its forward.
 
@@ -81,7 +80,7 @@ def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
 
     @functools.wraps(compute_loss)
     def with_labels(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with named_labels.named(handle, rows_of_batch(inputs)):
+        with handle.naming(rows_of_batch(inputs)):
             return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = with_labels
@@ -100,7 +99,7 @@ def rows_of_batch(inputs: dict[str, Any]) -> Tensor | None:
     if not torch.is_tensor(ids):
         return None
     labels = inputs.get("labels")
-    masks = [] if labels is None else [labels != IGNORE_INDEX]
+    masks = [] if labels is None else [labels != named_labels.IGNORE_INDEX]
     masks += [inputs[name] != 0 for name in _MASKS if torch.is_tensor(inputs.get(name))]
     fitting = [mask for mask in masks if mask.shape == ids.shape]
     return named_labels.of_tokens(fitting[0]) if fitting else None
