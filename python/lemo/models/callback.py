@@ -2,19 +2,33 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from lemo.models import labels as named_labels
-from lemo.models.enable import Handle
 
 __all__ = ["TrainerCallback", "attach"]
 
 # What collators call the tokens that a loss counts, where they give no `labels`.
 _MASKS = ("completion_mask", "assistant_masks")
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """What a trainer steers: a `lemo.Handle`."""
+
+    @property
+    def causal_lm(self) -> nn.Module: ...
+
+    def begin_step(self, step: int, steps: int) -> None: ...
+
+    def watch(self, module: nn.Module) -> Callable[[], None]: ...
+
+    def naming(self, rows: Tensor | None) -> AbstractContextManager[None]: ...
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -34,8 +48,8 @@ class TrainerCallback(transformers.TrainerCallback):
         TypeError: it is none.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        if not isinstance(handle, Handle):
+    def __init__(self, handle: Steered) -> None:
+        if not isinstance(handle, Steered):
             raise TypeError(
                 f"handle: expected what lemo.enable returns, got {type(handle).__name__}"
             )
@@ -61,7 +75,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._handle.begin_step(state.global_step, state.max_steps)
 
 
-def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
+def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]:
     """Adds the callback and names the labels of every batch; returns what undoes it.
 
     Raises:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
+from lemo.models.callback import attach
 from lemo.models.replaced_forward import ReplacedForward
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
@@ -142,8 +143,6 @@ class Handle:
             TypeError: it is no trainer.
             ValueError: it trains another model.
         """
-        from lemo.models.callback import attach
-
         self._detach.append(attach(trainer, self))
 
     def watch(self, module: nn.Module) -> Callable[[], None]:
