@@ -161,8 +161,8 @@ class Handle:
         """Checks keep = 1 against the model's own forward on the beginning of a batch.
 
         Loss and gradients of the trainable parameters must agree to rounding. Call it once, with
-        the first batch: it finds whatever makes the model compute something else than lemo takes it
-        for. Gradients and random numbers stay as they are.
+        the first batch: it finds differences between the model and what lemo assumes of it.
+        Gradients and random numbers stay as they are.
 
         Args:
             batch: what the model is called with: input_ids [B, S], and attention_mask,

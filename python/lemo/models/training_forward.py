@@ -1,8 +1,7 @@
 """The training forward pass with elimination: losses, and logits and hidden states when asked for.
 
-Where only a loss is asked for, left-out rows are what they are for the method: absent. Where logits
-or hidden states are, each of their rows is what the dense model gives: a second decoder computes
-the left-out rows, too, without a graph.
+For a loss alone, left-out rows are not computed. For logits or hidden states a second decoder also
+computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
 import warnings

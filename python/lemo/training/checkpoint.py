@@ -112,7 +112,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; ones that are not whole are named in a warning and left out."""
+    """The newest whole checkpoint; incomplete ones are named in a warning and skipped."""
     for candidate in checkpoint_folders(folder):
         try:
             return _verify(candidate)

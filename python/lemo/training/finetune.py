@@ -77,7 +77,7 @@ _log = logging.getLogger("lemo")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has left.
+    """The result of a run.
 
     Attributes:
         folder: the run folder; the adapter is in ``folder / "adapter"``.
@@ -103,7 +103,7 @@ def finetune(
 
     Args:
         config: everything about the run.
-        progress: gets the record of each step (see docs/DESIGN.md, section 5), with "steps" and
+        progress: gets the record of each step (see docs/design/runs.md), with "steps" and
             "seconds_left" added; called in the main process only.
 
     Raises:
@@ -171,8 +171,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
 class _Run:
     """Model, data and optimizer of a run in this process.
 
-    Everything that can be wrong with model, documents and settings shows here, before anything is
-    written to disk.
+    Errors in model, documents and settings are raised here, before anything is written to disk.
     """
 
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
@@ -286,7 +285,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _verify(self, done: int) -> None:
-        """That lemo computes what the model computes, on the window that comes next."""
+        """Checks, on the next window, that lemo computes what the model computes."""
         if self.handle is None or not self.config.verify or done == self.config.steps:
             return
         window = self.windows.window(next(self._batches(done))[0])
@@ -421,7 +420,7 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
 
 
 def _leave_casts_to_autocast(model: PeftModel) -> None:
-    """Keeps PEFT from copying every input of an adapter into the adapter's fp32 first."""
+    """Prevents PEFT from casting every adapter input to fp32."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
