@@ -10,12 +10,7 @@ from lemo import reference
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
-from lemo.preparation.exact_scores import (
-    FeatureStore,
-    SubBlockData,
-    means_over_blocks,
-    mlp_labels,
-)
+from lemo.preparation.exact_scores import FeatureStore, SubBlockData
 from lemo.preparation.training import (
     ElasticSize,
     TrainingSettings,
@@ -23,6 +18,7 @@ from lemo.preparation.training import (
     kept_set_recall,
     ranking_loss,
 )
+from lemo.selection.scorers.exact import mlp_token_scores, token_means
 
 HIDDEN, BLOCK = 24, 8
 
@@ -48,7 +44,7 @@ def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
         tokens = torch.relu(x.bfloat16().float() @ direction)
         place = trend * torch.linspace(0, 1, layout.num_blocks)
         data.x.append(x.bfloat16())
-        data.labels.append(means_over_blocks(tokens, layout) + place)
+        data.labels.append(token_means(tokens, layout) + place)
         data.layouts.append(layout)
         if kind == "mlp":
             data.token_labels.append(tokens)
@@ -335,11 +331,11 @@ def test_a_training_shorter_than_the_interval_still_shrinks_to_the_target():
     assert result.hidden_units == (32, 16)
 
 
-def test_mlp_labels_are_means_over_blocks():
+def test_scores_of_mlps_are_token_means():
     layout = BlockLayout.from_seqlens([2 * BLOCK + 3], BLOCK)
     activation = torch.randn(layout.num_tokens, 5, generator=generator())
     expected = [activation[a : a + BLOCK].abs().mean() for a in (0, BLOCK, 2 * BLOCK)]
-    labels = means_over_blocks(mlp_labels(activation), layout)
+    labels = token_means(mlp_token_scores(activation), layout)
     torch.testing.assert_close(labels, torch.stack(expected))
 
 
@@ -367,7 +363,7 @@ def test_feature_store_gives_back_what_was_added(tmp_path):
             assert torch.equal(attention.x[i], x)
             torch.testing.assert_close(attention.labels[i], labels, rtol=2e-5, atol=1e-6)
             assert torch.equal(mlp.x[i], x)
-            expected = means_over_blocks(mlp_labels(activation), mlp.layouts[i])
+            expected = token_means(mlp_token_scores(activation), mlp.layouts[i])
             torch.testing.assert_close(mlp.labels[i], expected)
         assert attention.token_labels == []
         assert mlp.subset([1]).token_labels[0].numel() == windows[1]

@@ -21,8 +21,9 @@ from lemo.models.loss import IGNORE_INDEX, causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.verify import verify
 from lemo.packing.batch import PackedBatch
-from lemo.selection.scorers import PredictorScorer, RandomScorer, make_scorer
-from lemo.selection.selector import LayerStatistics, Selector
+from lemo.selection.scorers import make_scorer
+from lemo.selection.selector import Selector
+from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Handle", "enable"]
@@ -101,11 +102,8 @@ class Handle:
         self.row_labels: Tensor | None = None
         self._architecture = architecture
         self._scorer = make_scorer(config, architecture)
-        thresholds, self.block_size = None, config.block_size
-        if isinstance(self._scorer, PredictorScorer):
-            thresholds = self._scorer.predictors.thresholds
-            self.block_size = self._scorer.predictors.block_size
-        self._selector = Selector(config, architecture.num_layers, thresholds)
+        self.block_size = self._scorer.block_size or config.block_size
+        self._selector = Selector(config, architecture.num_layers, self._scorer.thresholds)
         parts = architecture, self._selector, self._scorer
         self._decoder = Decoder(
             *parts,
@@ -243,25 +241,11 @@ class Handle:
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
-        if isinstance(self._scorer, RandomScorer):
-            self._scorer.begin_step(step)
+        self._scorer.begin_step(step)
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._selector.statistics()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on exactly as this one would."""
-        state: dict[str, Any] = {"progress": self._selector.progress}
-        if isinstance(self._scorer, RandomScorer):
-            state["random"] = self._scorer.generator.get_state()
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` gave."""
-        self.set_progress(state["progress"])
-        if isinstance(self._scorer, RandomScorer):
-            self._scorer.generator.set_state(state["random"])
 
     # A forward pass
 

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from lemo.ops import predictor
 from lemo.packing.blocks import BlockLayout
 
-__all__ = ["AttentionPredictor", "LowRankNet", "MlpPredictor", "default_rank", "make_predictor"]
+__all__ = [
+    "KINDS",
+    "AttentionPredictor",
+    "LowRankNet",
+    "MlpPredictor",
+    "default_rank",
+    "make_predictor",
+]
+
+# The sub-blocks of a layer, in their order.
+KINDS = ("attention", "mlp")
 
 # The last map starts small, so that training starts from "the content says nothing" and not from
 # noise that it has to unlearn; on a 14-layer model this raised the recall of the attention's

@@ -16,9 +16,8 @@ from torch import Tensor
 from lemo.files import write_file
 from lemo.ops import predictor
 from lemo.packing.blocks import BlockLayout
-from lemo.predictors.modules import AttentionPredictor, MlpPredictor
+from lemo.predictors.modules import KINDS, AttentionPredictor, MlpPredictor
 from lemo.predictors.position import PositionProfile
-from lemo.preparation.exact_scores import KINDS
 
 __all__ = [
     "PredictorSet",

@@ -18,48 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lemo.ops import block_scores
 from lemo.packing.blocks import BlockLayout
+from lemo.predictors.modules import KINDS
+from lemo.selection.scorers.exact import attention_scores, mlp_token_scores, token_means
 
-__all__ = [
-    "KINDS",
-    "FeatureStore",
-    "SubBlockData",
-    "attention_labels",
-    "means_over_blocks",
-    "mlp_labels",
-]
-
-KINDS = ("attention", "mlp")
-
-
-def attention_labels(q: Tensor, k: Tensor, layout: BlockLayout, scale: float) -> Tensor:
-    """Informativeness of the blocks for attention, [B] fp32.
-
-    Args:
-        q: [T, Hq, D] rotated queries of the dense model.
-        k: [T, Hk, D] rotated keys; Hq is a multiple of Hk.
-        layout: how the T tokens are cut.
-        scale: the model's attention scale.
-    """
-    return block_scores(q, k, layout, scale)
-
-
-def mlp_labels(activation: Tensor) -> Tensor:
-    """Informativeness of tokens for the MLP, [T] fp32: mean of |activation|.
-
-    A block's is the mean over its tokens (`means_over_blocks`).
-
-    Args:
-        activation: [T, F] intermediate activation, `act(gate) * up` or `act(fc1)`.
-    """
-    magnitude = torch.linalg.vector_norm(activation, ord=1, dim=-1, dtype=torch.float32)
-    return magnitude / activation.shape[-1]
-
-
-def means_over_blocks(values: Tensor, layout: BlockLayout) -> Tensor:
-    """Means [B] over the blocks of `layout` of the values [T] of its tokens."""
-    return torch.segment_reduce(values, "mean", lengths=layout.block_starts.diff().long())
+__all__ = ["FeatureStore", "SubBlockData"]
 
 
 @dataclass(frozen=True)
@@ -135,7 +98,7 @@ class FeatureStore:
         labels = labels.detach().float()
         if kind == "mlp":
             self._token_labels[layer].append(labels.cpu())
-            labels = means_over_blocks(labels, layout)
+            labels = token_means(labels, layout)
         self._labels[layer, kind].append(labels.cpu())
         rows = x.detach().to("cpu", torch.bfloat16).contiguous()
         # Ordinary writes, not stores through a mapping: a full disk must raise, not kill the
@@ -160,9 +123,9 @@ class FeatureStore:
             layer: int, kind: str, x: Tensor, tensors: dict[str, Any], layout: BlockLayout
         ) -> None:
             if kind == "attention":
-                labels = attention_labels(tensors["q"], tensors["k"], layout, tensors["scale"])
+                labels = attention_scores(tensors["q"], tensors["k"], layout, tensors["scale"])
             else:
-                labels = mlp_labels(tensors["activation"])
+                labels = mlp_token_scores(tensors["activation"])
             self.add(layer, kind, x, labels, layout)
 
         return visit

@@ -14,10 +14,10 @@ from lemo.models.architectures import architecture_of
 from lemo.models.capture import capture_sub_blocks
 from lemo.models.enable import enable
 from lemo.packing.blocks import BlockLayout
-from lemo.predictors.modules import default_rank, make_predictor
+from lemo.predictors.modules import KINDS, default_rank, make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
 from lemo.predictors.storage import check_output, fingerprint, tensors_of, write_folder
-from lemo.preparation.exact_scores import KINDS, FeatureStore, SubBlockData
+from lemo.preparation.exact_scores import FeatureStore, SubBlockData
 from lemo.preparation.thresholds import (
     LayerScores,
     SearchResult,
