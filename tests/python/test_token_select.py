@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from devices import no_synchronisation, on_gpu
 from lemo import _C, LemoConfig, ops, reference
+from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.selector import Selector
@@ -240,8 +241,8 @@ def test_a_selection_never_waits_for_the_gpu():
     scores = torch.rand(layout.num_blocks)
     with no_synchronisation():
         # A new batch, two layers that score for themselves, and what attention and loss need.
-        batch = PackedBatch((1, 1030), None, None, 64, scores.device)
-        batch.set_rotary(*torch.randn(2, 1, 1030, 8).unbind())
+        packed = PackedBatch((1, 1030), None, None, scores.device)
+        batch = Batch.of(packed, 64, torch.randn(2, 1, 1030, 8).unbind(), scores.device)
         selector = Selector(LemoConfig(keep=0.5, select_at="all", dense_layers=()), 2)
         selector.begin(batch.layout)
         for layer in range(2):
