@@ -1,8 +1,8 @@
 """The predictors of block scores: low-rank linear maps with ReLU between them (LeMo, section 4.2).
 
-A predictor sees what its sub-block sees, the normalised residual stream, and answers with one score
-for each block, before any key, query or activation exists. Both modules compute through
-`lemo.ops.predictor`: the op that runs in fine-tuning is the op that is trained.
+A predictor reads the input of its sub-block, the normalised residual, and gives each block a score,
+before any query, key or activation is computed. Both modules compute through `lemo.ops.predictor`:
+the operator that runs in fine-tuning is the operator that is trained.
 """
 
 import math
@@ -19,6 +19,7 @@ __all__ = [
     "AttentionPredictor",
     "LowRankNet",
     "MlpPredictor",
+    "Predictor",
     "default_rank",
     "make_predictor",
 ]
@@ -99,9 +100,12 @@ class MlpPredictor(nn.Module):
         yield "key", self.key
 
 
+Predictor = AttentionPredictor | MlpPredictor
+
+
 def make_predictor(
     kind: str, hidden_size: int, rank: int, generator: torch.Generator
-) -> AttentionPredictor | MlpPredictor:
+) -> Predictor:
     """The predictor of a sub-block; `kind` is "attention" or "mlp"."""
     make = {"attention": AttentionPredictor, "mlp": MlpPredictor}[kind]
     return make(hidden_size, rank, generator)

@@ -45,32 +45,33 @@ class Policies:
             ValueError: a list without one entry for each layer, a layer that does not exist, a
                 layer that eliminates before any layer has chosen a set, or nothing kept anywhere.
         """
-        self._config = config
+        self._layerwise = layerwise = config.layerwise
         self._num_layers = num_layers
-        self.dense_layers = frozenset(_indices("dense_layers", config.dense_layers, num_layers))
-        keep_mlp = config.keep if config.keep_mlp is None else config.keep_mlp
+        self.dense_layers = frozenset(_indices("dense_layers", layerwise.dense_layers, num_layers))
+        keep = config.keep if layerwise.keep is None else layerwise.keep
+        keep_mlp = keep if layerwise.keep_mlp is None else layerwise.keep_mlp
         self._keep = {
-            "attention": _per_layer("keep", config.keep, num_layers),
+            "attention": _per_layer("keep", keep, num_layers),
             "mlp": _per_layer("keep_mlp", keep_mlp, num_layers),
         }
         self._thresholds: dict[str, list[float]] = {}
-        if config.policy == "threshold":
+        if layerwise.policy == "threshold":
             self._thresholds = self._resolve_thresholds(folder_thresholds or {})
             self.mlp_shares = "mlp" not in self._thresholds
         else:
-            self.mlp_shares = config.keep_mlp is None
+            self.mlp_shares = layerwise.keep_mlp is None
         self.sources = self._resolve_sources()
         self._check_keeps_something()
 
     def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
-        attention, mlp = self._config.thresholds, self._config.mlp_thresholds
+        attention, mlp = self._layerwise.thresholds, self._layerwise.mlp_thresholds
         if attention is None:
             attention = folder.get("attention")
             mlp = folder.get("mlp") if mlp is None else mlp
         if attention is None:
             raise ValueError(
-                "thresholds: policy 'threshold' needs one for each layer, got None, and the "
-                "predictor folder has none either"
+                "layerwise.thresholds: policy 'threshold' needs one for each layer, got null, and "
+                "the predictor folder has none either"
             )
         thresholds = {"attention": _per_layer("thresholds", tuple(attention), self._num_layers)}
         if mlp is not None:
@@ -78,7 +79,7 @@ class Policies:
         return thresholds
 
     def _resolve_sources(self) -> list[int | None]:
-        select_at = self._config.select_at
+        select_at = self._layerwise.select_at
         eliminating = [i for i in range(self._num_layers) if i not in self.dense_layers]
         match select_at:
             case "first":
@@ -94,16 +95,16 @@ class Policies:
         for layer in eliminating:
             if sources[layer] is None:
                 raise ValueError(
-                    f"select_at: layer {layer} is not dense, so expected a layer <= {layer} that "
-                    f"chooses a set, got {list(select_at)}"
+                    f"layerwise.select_at: layer {layer} is not dense, so expected a layer <= "
+                    f"{layer} that chooses a set, got {list(select_at)}"
                 )
         return sources
 
     def _check_keeps_something(self) -> None:
-        """By the settings; `Selector.check_kept` does by what a forward pass has kept."""
+        """Checks the settings; `Selector.check_kept` checks what a forward pass has kept."""
         shares = [share for kind in self._keep.values() for share in kind]
-        shares += [keep for _, keep in self._config.schedule]
-        if self._config.policy == "ratio" and not self.dense_layers and not any(shares):
+        shares += [keep for _, keep in self._layerwise.keep_schedule]
+        if self._layerwise.policy == "ratio" and not self.dense_layers and not any(shares):
             raise ValueError(
                 "keep: expected more than 0 in some layer, got 0 everywhere, so nothing would be "
                 "trained"
@@ -114,7 +115,7 @@ class Policies:
         if layer in self.dense_layers:
             return None
         keep = self._scheduled_keep(progress)
-        if keep is None and self._config.policy == "threshold":
+        if keep is None and self._layerwise.policy == "threshold":
             # Scores of different layers are on different scales: the layer that scored decides.
             return Rule("threshold", self._thresholds[kind][self.sources[layer]])
         if keep is None:
@@ -129,7 +130,7 @@ class Policies:
         )
 
     def _scheduled_keep(self, progress: float) -> float | None:
-        due = [keep for begin, keep in self._config.schedule if progress >= begin]
+        due = [keep for begin, keep in self._layerwise.keep_schedule if progress >= begin]
         return due[-1] if due else None
 
 
@@ -137,7 +138,7 @@ def _per_layer(name: str, value: float | tuple[float, ...], num_layers: int) -> 
     values = list(value) if isinstance(value, tuple) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(
-            f"{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
+            f"layerwise.{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
         )
     return values
 
@@ -146,6 +147,7 @@ def _indices(name: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
     for layer in layers:
         if not -num_layers <= layer < num_layers:
             raise ValueError(
-                f"{name}: expected layers between {-num_layers} and {num_layers - 1}, got {layer}"
+                f"layerwise.{name}: expected layers between {-num_layers} and {num_layers - 1}, "
+                f"got {layer}"
             )
     return {layer % num_layers for layer in layers}

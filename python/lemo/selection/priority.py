@@ -21,7 +21,7 @@ def always_kept(
             there to train every block in turn, which fixed blocks must not prevent.
 
     Returns:
-        Their indices, and whether some sequence has none for want of room.
+        Their indices, and whether some sequence has none, because the share has no room.
     """
     blocks: list[int] = []
     crowded, first = False, 0

@@ -67,7 +67,7 @@ class Selector:
             self._keeps_everything = False
 
     def set_progress(self, progress: float) -> None:
-        """Share of the training that is done, in [0, 1]; decides where `keep` is scheduled."""
+        """Share of the training that is done, in [0, 1]; for `keep_schedule`."""
         if isinstance(progress, bool) or not isinstance(progress, Real):
             raise TypeError(f"progress: expected a number, got {progress!r}")
         if not 0.0 <= progress <= 1.0:
@@ -144,13 +144,13 @@ class Selector:
     # After a forward pass
 
     def check_kept(self) -> None:
-        """Raises ValueError after a pass that trains nothing, or, the first, only fixed blocks."""
+        """Raises ValueError if a pass kept nothing, or the first pass only what is always kept."""
         now, config = self._pass, self.config
         if not any(selection.num_rows for selection in now.selections):
             raise ValueError(
                 "keep: expected some block to be kept, got none in any layer, so nothing is trained"
             )
-        if config.policy != "threshold" or self._reached_threshold:
+        if config.layerwise.policy != "threshold" or self._reached_threshold:
             return
         counts, everything = now.layout.block_counts, now.layout.num_blocks
         fixed = sum(min(config.keep_first + config.keep_last, count) for count in counts)

@@ -1,4 +1,8 @@
-"""Block scores: how informative every block is for a sub-block (LeMo, section 4)."""
+"""Block scores: how informative every block is for a sub-block (LeMo, section 4).
+
+A block is informative for attention if later tokens attend to it much, and for the MLP if its
+activation is large.
+"""
 
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
 from lemo.selection.scorers.exact import ExactScorer
@@ -31,7 +35,7 @@ def make_scorer(config: LemoConfig, model: ScoredModel) -> Scorer:
             return RandomScorer(config.seed)
         case "pooled":
             return PooledScorer(model)
-        case "label":
+        case "exact":
             return ExactScorer(model)
         case "predictor":
             return PredictorScorer.from_folder(config.predictor, model.config, config.block_size)

@@ -1,4 +1,4 @@
-"""Random scores: every block has the same chance, in each step anew."""
+"""Random scores: every block is equally likely to be kept, independently in each step."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ _STEP_STRIDE = 0x9E3779B97F4A7C15
 
 
 class RandomScorer(Scorer):
-    """Uniform scores, a fresh draw at every call, other ones in every process of a training.
+    """Uniform random scores. Every call draws new ones, and so does each process of a training.
 
     Args:
         seed: of the draws.
