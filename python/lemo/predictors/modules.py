@@ -103,9 +103,7 @@ class MlpPredictor(nn.Module):
 Predictor = AttentionPredictor | MlpPredictor
 
 
-def make_predictor(
-    kind: str, hidden_size: int, rank: int, generator: torch.Generator
-) -> Predictor:
+def make_predictor(kind: str, hidden_size: int, rank: int, generator: torch.Generator) -> Predictor:
     """The predictor of a sub-block; `kind` is "attention" or "mlp"."""
     make = {"attention": AttentionPredictor, "mlp": MlpPredictor}[kind]
     return make(hidden_size, rank, generator)

@@ -38,7 +38,7 @@ def free_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionProfile:
-    """Mean and deviation of exact scores, piecewise linear in the log of the number of query blocks.
+    """Mean and deviation of exact scores, piecewise linear in the log of the query blocks.
 
     Attributes:
         knots: [P] fp32, numbers of query blocks, ascending from 1. Beyond the last one the profile

@@ -157,9 +157,7 @@ def _describe(
 ) -> dict[str, Any]:
     """predictor.json without the thresholds."""
     num_layers = shape["num_layers"]
-    layers = [
-        {kind: trained[layer, kind].figures for kind in KINDS} for layer in range(num_layers)
-    ]
+    layers = [{kind: trained[layer, kind].figures for kind in KINDS} for layer in range(num_layers)]
     parameters = sum(each.figures["parameters"] for each in trained.values())
     model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     size = torch.bfloat16.itemsize * parameters

@@ -107,9 +107,7 @@ def _size_to_reach(predictor: Predictor, settings: PredictorSettings) -> float |
     return settings.prune_to
 
 
-def _windows_of_steps(
-    count: int, per_step: int, generator: torch.Generator
-) -> Iterator[list[int]]:
+def _windows_of_steps(count: int, per_step: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Indices of the windows of each step: every window once, in random order, then again."""
     order: list[int] = []
     while True:

@@ -138,7 +138,8 @@ def _per_layer(name: str, value: float | tuple[float, ...], num_layers: int) -> 
     values = list(value) if isinstance(value, tuple) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(
-            f"layerwise.{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
+            f"layerwise.{name}: expected {num_layers} entries, one for each layer, "
+            f"got {len(values)}"
         )
     return values
 
