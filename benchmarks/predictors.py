@@ -25,8 +25,8 @@ and, where ``--experiments`` names them,
     rank-loss0, rank-loss1    weight of the ranking loss
     all-in            many windows, three times the steps, 8 windows a step
 
-The inputs and labels of all windows are made once and go to the disk below ``--work`` (tokens x
-layers x 2 x hidden size x 2 bytes; gone at the end); labels for more sizes of blocks cost no
+The inputs and exact scores of all windows are made once and go to the disk below ``--work``
+(tokens x layers x 2 x hidden size x 2 bytes; gone at the end); scores for more block sizes cost no
 further space. The model's context is extended to ``--long-length`` for all of it, as ``lemo
 prepare`` does for windows of both lengths. ``--jobs`` processes train, a layer at a time.
 """
@@ -61,12 +61,12 @@ from lemo.data.windows import token_windows
 from lemo.models.architectures import architecture_of
 from lemo.models.capture import capture_sub_blocks
 from lemo.packing.blocks import BlockLayout
-from lemo.predictors.modules import default_rank, make_predictor
+from lemo.predictors.modules import KINDS, default_rank, make_predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.storage import PredictorSet, fingerprint
-from lemo.preparation.exact_scores import KINDS, FeatureStore, SubBlockData
-from lemo.preparation.pipeline import _Preparation
-from lemo.preparation.training import _candidates, kept_set_recall
+from lemo.preparation.exact_scores import FeatureStore, SubBlockData
+from lemo.preparation.predictor import train_predictor
+from lemo.preparation.ranking import Budget, kept_set_recall
 from lemo.settings.preparation import PredictorSettings
 from lemo.training.model import (
     extend_context,
@@ -127,7 +127,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.chosen = {name: known[name] for name in names}
     for name, experiment in options.chosen.items():
         size, length = experiment.training.block_size, experiment.test_length
-        if _candidates(-(-length // size), options.keep, 1, 1)[1] < 1:
+        if Budget(options.keep, 1, 1).candidates(-(-length // size))[1] < 1:
             parser.error(f"{name}: nothing to choose in {length} tokens of blocks of {size}")
     options.jobs = options.jobs or (8 if _device(options).type == "cuda" else 1)
     return options
@@ -204,7 +204,7 @@ def experiments_of(options: argparse.Namespace, rank: int) -> dict[str, Experime
     }
 
 
-# --- windows, their inputs and labels
+# --- windows, their inputs and exact scores
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _long_ones(documents: list[Document], length: int) -> list[Document]:
 
 @dataclass
 class Features:
-    """Inputs of all sub-blocks for all windows, and labels for several sizes of blocks.
+    """Inputs of all sub-blocks for all windows, and exact scores for several sizes of blocks.
 
     Attributes:
         samples: what each window is for.
@@ -282,7 +282,7 @@ class Features:
         }
         for ids in windows:
             cuts = [BlockLayout.from_seqlens([ids.numel()], size, device) for size in stores]
-            visits = [store.visitor() for store in stores.values()]
+            visits = [store.visit for store in stores.values()]
 
             def visit(layer: int, kind: str, x: Tensor, tensors: Any, layout: BlockLayout) -> None:
                 # The first store writes the rows; the others read the same files.
@@ -335,32 +335,31 @@ def train_layer(
         dense_layers=(),
         seed=seed,
     )
-    # Of the model the training of predictors needs the device only.
-    preparation = _Preparation(
-        nn.Linear(1, 1, device=device),
-        {"num_layers": store.num_layers, "hidden_size": store.hidden_size},
-        settings,
-        file.parent,
-        lambda *progress: None,
-    )
     chosen = features.training(training)
     held_out = {length: features.held_out(length) for length in test_lengths}
     tensors, profiles, parameters, data = {}, {}, 0, {}
     for index, kind in enumerate(KINDS):
         data[kind] = store.read(layer, kind)
-        stored, row, _ = preparation._train(
+        # As lemo prepare seeds the predictor of this sub-block.
+        number = layer * len(KINDS) + index
+        trained = train_predictor(
             0,
             kind,
-            data[kind].subset([*chosen, *held_out[test_lengths[0]]]),
-            len(chosen),
+            data[kind].subset(chosen),
+            data[kind].subset(held_out[test_lengths[0]]),
             ["all"] * len(held_out[test_lengths[0]]),
-            layer * len(KINDS) + index,
+            settings,
+            torch.Generator("cpu").manual_seed(seed * 1_000_003 + number),
+            torch.device(device),
         )
-        tensors |= stored
+        tensors |= trained.tensors
         profiles[kind] = PositionProfile(
-            *(stored[f"layers.0.{kind}.profile.{name}"] for name in ("knots", "mean", "deviation"))
+            *(
+                trained.tensors[f"layers.0.{kind}.profile.{name}"]
+                for name in ("knots", "mean", "deviation")
+            )
         )
-        parameters += row["parameters"]
+        parameters += trained.figures["parameters"]
     description = {
         "block_size": training.block_size,
         "num_layers": 1,
@@ -370,7 +369,7 @@ def train_layer(
     predictors = PredictorSet(tensors, description)
     tests = {
         length: {
-            kind: measure(preparation, predictors, profiles[kind], kind, data[kind], places)
+            kind: measure(settings, device, predictors, profiles[kind], kind, data[kind], places)
             for kind in KINDS
         }
         for length, places in held_out.items()
@@ -386,7 +385,8 @@ def train_layer(
 
 
 def measure(
-    preparation: _Preparation,
+    settings: PredictorSettings,
+    device: str,
     predictors: PredictorSet,
     profile: PositionProfile,
     kind: str,
@@ -395,17 +395,16 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Means over the windows at `places`, for each kind of document."""
     sums: dict[str, dict[str, list[float]]] = {"recall": {}, "place_alone": {}, "captured": {}}
-    training, device = preparation.settings.training, preparation.device
-    budget = training.keep, training.keep_first, training.keep_last
+    budget = Budget.of(settings)
     for place, group in places.items():
-        layout, labels = data.layouts[place], data.labels[place]
+        layout, exact = data.layouts[place], data.scores[place]
         there = BlockLayout.from_seqlens(layout.seqlens, layout.block_size, device)
         scores = predictors.scores(0, kind, data.x[place].to(device), there).cpu()
-        alone = profile.restore(torch.zeros_like(labels), layout)
+        alone = profile.restore(torch.zeros_like(exact), layout)
         found = {
-            "recall": kept_set_recall(scores, labels, layout, *budget),
-            "place_alone": kept_set_recall(alone, labels, layout, *budget),
-            "captured": [captured(scores, labels, *budget)],
+            "recall": kept_set_recall(scores, exact, layout, budget),
+            "place_alone": kept_set_recall(alone, exact, layout, budget),
+            "captured": [captured(scores, exact, budget)],
         }
         for name, values in found.items():
             sums[name].setdefault(group, []).extend(values)
@@ -415,13 +414,13 @@ def measure(
     }
 
 
-def captured(scores: Tensor, labels: Tensor, keep: float, keep_first: int, keep_last: int) -> float:
+def captured(scores: Tensor, exact: Tensor, budget: Budget) -> float:
     """Share of the most that the kept ones of a sequence's free blocks can add up to."""
-    free, count = _candidates(labels.numel(), keep, keep_first, keep_last)
+    free, count = budget.candidates(exact.numel())
     if count == 0:
         return 1.0
-    kept = labels[free][scores[free].topk(count).indices]
-    return (kept.sum() / labels[free].topk(count).values.sum()).item()
+    kept = exact[free][scores[free].topk(count).indices]
+    return (kept.sum() / exact[free].topk(count).values.sum()).item()
 
 
 @functools.lru_cache(maxsize=1)
@@ -580,7 +579,7 @@ def main() -> None:
         file = folder / "features.pickle"
         file.write_bytes(pickle.dumps(features))
         gib = sum(entry.stat().st_size for entry in folder.iterdir()) / 2**30
-        _say(start, f"made their inputs and labels, {gib:.1f} GiB")
+        _say(start, f"made their inputs and exact scores, {gib:.1f} GiB")
         layers = next(iter(features.stores.values())).num_layers
         results = run_units(options, pool, file, layers)
     _say(start, "trained and tested")

@@ -11,7 +11,7 @@ def check() -> None:
     for seqlens in ([TOKENS], [5000, 0, 129, 64], [30, 700] * 200):
         layout = BlockLayout.from_seqlens(seqlens, BLOCK, "cuda")
         scores = torch.randint(-500, 500, (layout.num_blocks,), device="cuda") / 100
-        for policy, value in (("ratio", 0.5), ("ratio", 0.31), ("threshold", 1.0)):
+        for policy, value in (("ratio", 0.5, 1, 1), ("ratio", 0.31), ("threshold", 1.0)):
             for ends in ((1, 1), (0, 0)):
                 arguments = (policy, value, *ends)
                 selection = ops.token_select(scores, layout, *arguments)
@@ -41,10 +41,10 @@ def bench_tokens(tokens: int) -> list[dict]:
     scores = torch.rand(layout.num_blocks, device="cuda")
     num_kept = layout.num_blocks // 2
     rows = by_topk(scores, num_kept)[1]
-    assert torch.equal(ops.token_select(scores, layout, "ratio", 0.5).rows, rows)
+    assert torch.equal(ops.token_select(scores, layout, "ratio", 0.5, 1, 1).rows, rows)
     ours, threshold, peer = median_ms(
-        lambda: ops.token_select(scores, layout, "ratio", 0.5),
-        lambda: ops.token_select(scores, layout, "threshold", 0.5),
+        lambda: ops.token_select(scores, layout, "ratio", 0.5, 1, 1),
+        lambda: ops.token_select(scores, layout, "threshold", 0.5, 1, 1),
         lambda: by_topk(scores, num_kept),
     )
     shape = {"tokens": tokens, "block": BLOCK, "kept": 0.5}

@@ -17,8 +17,7 @@ from lemo.models.callback import attach
 from lemo.models.replaced_forward import ReplacedForward
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
-from lemo.selection.scorers import RandomScorer
-from lemo.selection.selector import LayerStatistics
+from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Handle", "enable"]
@@ -232,9 +231,7 @@ class Handle:
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
-        scorer = self._forward.scorer
-        if isinstance(scorer, RandomScorer):
-            scorer.begin_step(step)
+        self._forward.scorer.begin_step(step)
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""

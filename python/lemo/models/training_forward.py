@@ -19,7 +19,7 @@ from lemo.models.decoder import Decoder
 from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.packing.batch import PackedBatch
-from lemo.selection.scorers import PredictorScorer, make_scorer
+from lemo.selection.scorers import make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
 
@@ -48,11 +48,8 @@ class TrainingForward:
         self.row_labels: Tensor | None = None
         self.has_trained = False
         self.scorer = make_scorer(config, architecture)
-        thresholds, self.block_size = None, config.block_size
-        if isinstance(self.scorer, PredictorScorer):
-            thresholds = self.scorer.predictors.thresholds
-            self.block_size = self.scorer.predictors.block_size
-        self.selector = Selector(config, architecture.num_layers, thresholds)
+        self.block_size = self.scorer.block_size or config.block_size
+        self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         parts = architecture, self.selector, self.scorer

@@ -246,9 +246,9 @@ class _Run:
         else:
             fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
         state = load_checkpoint(checkpoint, self.peft_model, self.accelerator.process_index)
-        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["optimizer"]["scaler"])
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         _log.info("resuming %s after step %d", self.config.output, checkpoint.step)
         return checkpoint.step
 
@@ -305,9 +305,8 @@ class _Run:
         """One optimizer step on the next batches; returns its log record."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        share_done = (step - 1) / config.steps
         if self.handle is not None:
-            self.handle.set_progress(share_done)
+            self.handle.begin_step(step - 1, config.steps)
         rate = learning_rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -356,7 +355,7 @@ class _Run:
             "peak_memory_bytes": memory.peak_bytes(accelerator.device),
             "kept_share": self.kept.share(),
             "kept": self.kept.by_layer(),
-            "progress": share_done,
+            "progress": (step - 1) / config.steps,
         }
 
     def _save(self, folder: Path, step: int) -> None:
