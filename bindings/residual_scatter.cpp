@@ -21,9 +21,8 @@ TorchTensor gather_rows(TorchTensor dx, OptionalTensor rows) {
     }
     const int64_t num_rows = rows ? view(row_index).num_elements() : view_dx.size(0);
     TorchTensor dy = make_empty(stream, {num_rows, view_dx.size(1)});
-    run("gather_rows", stream,
-        ResidualGatherParams{view_dx, view(row_index), view(dy)}, residual_gather_cpu,
-        LEMO_CUDA_KERNEL(residual_gather_cuda));
+    run("gather_rows", stream, ResidualGatherParams{view_dx, view(row_index), view(dy)},
+        residual_gather_cpu, LEMO_CUDA_KERNEL(residual_gather_cuda));
     return dy;
 }
 
@@ -34,10 +33,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def("gather_rows(Tensor dx, Tensor? rows) -> Tensor");
 }
 
-#define LEMO_REGISTER(key)                                                          \
-    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {                                       \
-        m.impl("residual_scatter", TORCH_BOX(&residual_scatter));                   \
-        m.impl("gather_rows", TORCH_BOX(&gather_rows)); \
+#define LEMO_REGISTER(key)                                        \
+    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {                     \
+        m.impl("residual_scatter", TORCH_BOX(&residual_scatter)); \
+        m.impl("gather_rows", TORCH_BOX(&gather_rows));           \
     }
 LEMO_REGISTER(CPU)
 LEMO_REGISTER(CUDA)

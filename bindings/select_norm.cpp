@@ -29,9 +29,11 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> select_norm(
     return {y, x_rows, mean, rstd};
 }
 
-std::tuple<TorchTensor, TorchTensor> select_norm_backward(
-    TorchTensor dy, TorchTensor x_rows, OptionalTensor rows, TorchTensor weight, TorchTensor mean,
-    TorchTensor rstd, std::string_view kind, TorchTensor dx, bool weight_grad) {
+std::tuple<TorchTensor, TorchTensor> select_norm_backward(TorchTensor dy, TorchTensor x_rows,
+                                                          OptionalTensor rows, TorchTensor weight,
+                                                          TorchTensor mean, TorchTensor rstd,
+                                                          std::string_view kind, TorchTensor dx,
+                                                          bool weight_grad) {
     const TorchTensor packed = to_contiguous(dy), saved = to_contiguous(x_rows);
     const TorchTensor scale = to_contiguous(weight);
     const OptionalTensor row_index = to_contiguous(rows);
@@ -41,10 +43,9 @@ std::tuple<TorchTensor, TorchTensor> select_norm_backward(
     TorchTensor dweight = make_empty(dx, {weight_grad ? hidden : 0}, ScalarType::Float);
     TorchTensor dbias = make_empty(dx, {bias_grad ? hidden : 0}, ScalarType::Float);
     run("select_norm_backward", dx,
-        SelectNormBackwardParams{view(packed), view(saved), view(row_index), view(scale),
-                                 view(mean), view(rstd), kind, view(dx),
-                                 weight_grad ? view(dweight) : Tensor{},
-                                 bias_grad ? view(dbias) : Tensor{}},
+        SelectNormBackwardParams{
+            view(packed), view(saved), view(row_index), view(scale), view(mean), view(rstd), kind,
+            view(dx), weight_grad ? view(dweight) : Tensor{}, bias_grad ? view(dbias) : Tensor{}},
         select_norm_backward_cpu, LEMO_CUDA_KERNEL(select_norm_backward_cuda));
     return {dweight, dbias};
 }

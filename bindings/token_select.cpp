@@ -16,8 +16,8 @@ struct Sizes {
 /// The one read-back of the op: the host waits for the counts, which size what follows. Only where
 /// the caller does not know them.
 Sizes read_back(const TorchTensor& counts) {
-    const TorchTensor on_host = torch::stable::to(
-        counts, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const TorchTensor on_host =
+        torch::stable::to(counts, torch::stable::Device(torch::headeronly::DeviceType::CPU));
     const auto* count = static_cast<const int64_t*>(on_host.data_ptr());
     return {count[0], count[1]};
 }
@@ -46,9 +46,8 @@ Selected token_select(TorchTensor scores, TorchTensor block_starts, TorchTensor 
                std::to_string(num_kept_blocks));
     // On a GPU only the device knows the rows of the layout; an index of them is an int32.
     const Tensor ends = view(starts);
-    const int64_t num_rows = ends.device == Device::kCpu
-                                 ? ends.as<const int32_t>()[num_blocks]
-                                 : std::numeric_limits<int32_t>::max();
+    const int64_t num_rows = ends.device == Device::kCpu ? ends.as<const int32_t>()[num_blocks]
+                                                         : std::numeric_limits<int32_t>::max();
     check.that(num_kept_rows >= -1, "num_kept_rows", "at least 0, or -1",
                std::to_string(num_kept_rows));
     check.that(num_kept_rows <= num_rows, "num_kept_rows",

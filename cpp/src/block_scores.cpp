@@ -119,9 +119,8 @@ private:
         const int64_t group = heads_ / key_heads_;
         for (int64_t h = 0; h < heads_; ++h) {
             cpu::gemm(cpu::Trans::kNo, cpu::Trans::kYes, num_queries, num_keys, head_dim_, 1.0f,
-                      queries + h * head_dim_, heads_ * head_dim_,
-                      keys + h / group * head_dim_, key_heads_ * head_dim_, 0.0f, product_.data(),
-                      num_keys);
+                      queries + h * head_dim_, heads_ * head_dim_, keys + h / group * head_dim_,
+                      key_heads_ * head_dim_, 0.0f, product_.data(), num_keys);
             accumulate_positive(product_.data(), num_queries * num_keys, h == 0, sum_.data());
         }
     }

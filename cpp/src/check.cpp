@@ -36,9 +36,8 @@ void Checker::that(bool ok, const char* argument, const std::string& expected,
                           ", got " + got);
 }
 
-void Checker::separate(
-    const char* argument, const Tensor& written,
-    std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+void Checker::separate(const char* argument, const Tensor& written,
+                       std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
     const auto first = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data); };
     const auto end = [&](const Tensor& t) {
         return first(t) + static_cast<uintptr_t>(t.num_elements() * size_of(t.dtype));
@@ -46,8 +45,7 @@ void Checker::separate(
     for (const auto& [other, tensor] : others) {
         if (!tensor->given() || tensor->is_empty() || written.is_empty()) continue;
         if (first(written) >= end(*tensor) || first(*tensor) >= end(written)) continue;
-        that(false, argument,
-             std::string("memory of its own, as it is changed in place"),
+        that(false, argument, std::string("memory of its own, as it is changed in place"),
              std::string("memory that '") + other + "' shares");
     }
 }

@@ -63,11 +63,8 @@ void add_row(float* to, const float* from, int64_t n) { add_rows(to, from, 1, n,
 class SegmentedLoss {
 public:
     explicit SegmentedLoss(const LinearCrossEntropyParams& params)
-        : params_(params),
-          rows_(params.hidden.size(0)),
-          hidden_size_(params.hidden.size(1)),
-          vocabulary_(params.weight.size(0)),
-          stride_(vocabulary_ + kRowPadding),
+        : params_(params), rows_(params.hidden.size(0)), hidden_size_(params.hidden.size(1)),
+          vocabulary_(params.weight.size(0)), stride_(vocabulary_ + kRowPadding),
           label_(params.labels.as<const int64_t>()),
           scratch_(static_cast<size_t>(cpu::max_threads())) {}
 
@@ -230,9 +227,9 @@ private:
     const LinearCrossEntropyParams& params_;
     const int64_t rows_, hidden_size_, vocabulary_, stride_;
     const int64_t* label_;
-    std::vector<int64_t> used_;   // rows whose label counts
-    std::vector<float> hidden_;   // [segment, H]
-    std::vector<float> losses_;   // [segment]
+    std::vector<int64_t> used_;  // rows whose label counts
+    std::vector<float> hidden_;  // [segment, H]
+    std::vector<float> losses_;  // [segment]
     // [segment, stride_]: logits, then their gradients. Large: left uninitialised.
     std::unique_ptr<float[]> logits_;
     std::vector<float> dweight_buffer_, dbias_buffer_;

@@ -272,16 +272,15 @@ void check_maps(const Checker& check, const Tensor& x, const PredictorWeights& w
     check.floating(mid, weights.mid, 2);
     check.floating(up, weights.up, 2);
     check.dim(down, weights.down, 1, x.size(1), "the hidden size of 'x'");
-    for (const auto& [argument, map] : {std::pair{down, &weights.down}, {mid, &weights.mid},
-                                        {up, &weights.up}}) {
+    for (const auto& [argument, map] :
+         {std::pair{down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}}) {
         check.that(map->size(0) >= 1, argument, "at least one row", describe(*map));
     }
     check.dim(mid, weights.mid, 1, weights.down.size(0),
               (std::string("the rows of '") + down + "'").c_str());
     check.dim(up, weights.up, 1, weights.mid.size(0),
               (std::string("the rows of '") + mid + "'").c_str());
-    check.same_device(
-        {{"x", &x}, {down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}});
+    check.same_device({{"x", &x}, {down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}});
 }
 
 /// What both directions take.

@@ -71,10 +71,8 @@ void check(const RopeParams& params) {
     }
     check.same_dtype("sin", params.sin, "cos", params.cos);
     check.dim("sin", params.sin, 0, params.cos.size(0), "the rows of 'cos'");
-    check.same_device({{"x", &params.x},
-                       {"cos", &params.cos},
-                       {"sin", &params.sin},
-                       {"rows", &params.rows}});
+    check.same_device(
+        {{"x", &params.x}, {"cos", &params.cos}, {"sin", &params.sin}, {"rows", &params.rows}});
     if (params.rows) {
         check_rows(check, params.rows, params.cos.size(0));
         check.dim("rows", params.rows, 0, params.x.size(0), "the rows of 'x'");

@@ -53,8 +53,13 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
                "a number of heads that is a multiple of the " + std::to_string(p.k.size(1)) +
                    " heads of 'k'",
                std::to_string(p.q.size(1)));
-    check.same_device({{"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"cu_q", &p.cu_q}, {"cu_k", &p.cu_k},
-                       {"q_positions", &p.q_positions}, {"k_positions", &p.k_positions}});
+    check.same_device({{"q", &p.q},
+                       {"k", &p.k},
+                       {"v", &p.v},
+                       {"cu_q", &p.cu_q},
+                       {"cu_k", &p.cu_k},
+                       {"q_positions", &p.q_positions},
+                       {"k_positions", &p.k_positions}});
     check.cuts("cu_q", p.cu_q, p.q.size(0), /*strict=*/false);
     check.cuts("cu_k", p.cu_k, p.k.size(0), /*strict=*/false);
     check.dim("cu_k", p.cu_k, 0, p.cu_q.size(0), "as 'cu_q'");
@@ -151,8 +156,7 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
         const int64_t head = kv_head * plan.heads_per_kv + i % plan.heads_per_kv;
         const int64_t row = rows.first + i / plan.heads_per_kv;
         // A row that saw no key has top -inf, and so lse -inf, and out 0.
-        lse[head * plan.num_queries + row] =
-            cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
+        lse[head * plan.num_queries + row] = cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
         const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < d; ++c) out[i * d + c] *= factor;
     }

@@ -155,8 +155,7 @@ void check(const SelectNormParams& params) {
     check_kind(check, params.kind);
     // As the kernels take it: what fp32 cannot hold is not finite.
     check.that(std::isfinite(static_cast<float>(params.eps)) && params.eps >= 0, "eps",
-               "a finite number of at least 0",
-               std::to_string(params.eps));
+               "a finite number of at least 0", std::to_string(params.eps));
     const int64_t num_rows = check_rows(check, "x", params.x, params.rows, params.weight);
     if (params.bias) {
         check.that(params.kind == kLayer, "bias", "None for kind 'rms'", describe(params.bias));

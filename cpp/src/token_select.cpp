@@ -26,10 +26,9 @@ int64_t rows_covered(const Checker& check, const Tensor& block_starts) {
 void take_best(const float* score, int64_t first, int64_t end, int64_t num_taken, char* kept) {
     std::vector<int64_t> order(static_cast<size_t>(end - first));
     std::iota(order.begin(), order.end(), first);
-    std::nth_element(order.begin(), order.begin() + num_taken, order.end(),
-                     [&](int64_t a, int64_t b) {
-                         return score[a] != score[b] ? score[a] > score[b] : a < b;
-                     });
+    std::nth_element(
+        order.begin(), order.begin() + num_taken, order.end(),
+        [&](int64_t a, int64_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
     for (int64_t i = 0; i < num_taken; ++i) kept[order[static_cast<size_t>(i)]] = 1;
 }
 

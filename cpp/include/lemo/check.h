@@ -49,14 +49,12 @@ public:
                     const Tensor& other) const;
 
     /// All given tensors lie on the device of the first one.
-    void same_device(
-        std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
+    void same_device(std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
 
     /// `written`, which the op changes in place, shares no memory with the others; of contiguous
     /// tensors.
-    void separate(
-        const char* argument, const Tensor& written,
-        std::initializer_list<std::pair<const char*, const Tensor*>> others) const;
+    void separate(const char* argument, const Tensor& written,
+                  std::initializer_list<std::pair<const char*, const Tensor*>> others) const;
 
     /// Row indices are within [0, num_rows) and strictly ascending. Reads CPU tensors' data.
     void ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const;
