@@ -6,24 +6,25 @@ namespace lemo::torch_api {
 namespace {
 
 /// [R, H]: checked before results of that size are allocated.
-std::pair<int64_t, int64_t> packed_shape(const char* op, const char* argument, const Tensor& stream,
-                                         const Tensor& rows) {
-    Checker(op).floating(argument, stream, 2);
-    return {rows ? rows.num_elements() : stream.size(0), stream.size(1)};
+std::pair<int64_t, int64_t> packed_shape(const char* op, const char* argument,
+                                         const Tensor& residual, const Tensor& rows) {
+    Checker(op).floating(argument, residual, 2);
+    return {rows ? rows.num_elements() : residual.size(0), residual.size(1)};
 }
 
 std::tuple<TorchTensor, TorchTensor, TorchTensor, TorchTensor> select_norm(
     TorchTensor x, OptionalTensor rows, TorchTensor weight, OptionalTensor bias, double eps,
     std::string_view kind, bool save_rows) {
-    const TorchTensor stream = to_contiguous(x), scale = to_contiguous(weight);
+    const TorchTensor residual = to_contiguous(x), scale = to_contiguous(weight);
     const OptionalTensor row_index = to_contiguous(rows), shift = to_contiguous(bias);
-    const auto [num_rows, hidden] = packed_shape("select_norm", "x", view(stream), view(row_index));
-    TorchTensor y = make_empty(stream, {num_rows, hidden});
-    TorchTensor x_rows = make_empty(stream, {save_rows ? num_rows : 0, hidden});
-    TorchTensor mean = make_empty(stream, {kind == "layer" ? num_rows : 0}, ScalarType::Float);
-    TorchTensor rstd = make_empty(stream, {num_rows}, ScalarType::Float);
-    run("select_norm", stream,
-        SelectNormParams{view(stream), view(row_index), view(scale), view(shift), eps, kind,
+    const auto [num_rows, hidden] =
+        packed_shape("select_norm", "x", view(residual), view(row_index));
+    TorchTensor y = make_empty(residual, {num_rows, hidden});
+    TorchTensor x_rows = make_empty(residual, {save_rows ? num_rows : 0, hidden});
+    TorchTensor mean = make_empty(residual, {kind == "layer" ? num_rows : 0}, ScalarType::Float);
+    TorchTensor rstd = make_empty(residual, {num_rows}, ScalarType::Float);
+    run("select_norm", residual,
+        SelectNormParams{view(residual), view(row_index), view(scale), view(shift), eps, kind,
                          view(y), save_rows ? view(x_rows) : Tensor{}, view(mean), view(rstd)},
         select_norm_cpu, LEMO_CUDA_KERNEL(select_norm_cuda));
     return {y, x_rows, mean, rstd};
