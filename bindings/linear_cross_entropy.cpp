@@ -21,15 +21,21 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
 
     TorchTensor loss = make_empty(rows, {}, ScalarType::Float);
     TorchTensor count = make_empty(rows, {}, ScalarType::Long);
-    TorchTensor dhidden = hidden_grad ? make_empty(rows, {rows.size(0), rows.size(1)})
-                                      : make_empty(rows, {0});
+    TorchTensor dhidden =
+        hidden_grad ? make_empty(rows, {rows.size(0), rows.size(1)}) : make_empty(rows, {0});
     const bool bias_grad = weight_grad && offsets;
     TorchTensor dweight = weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)})
                                       : make_empty(matrix, {0});
     TorchTensor dbias =
         bias_grad ? make_empty(*offsets, {offsets->size(0)}) : make_empty(matrix, {0});
-    LinearCrossEntropyParams params{view(rows), view(matrix), view(offsets), view(targets),
-                                    ignore_index, chunk_rows, view(loss), view(count),
+    LinearCrossEntropyParams params{view(rows),
+                                    view(matrix),
+                                    view(offsets),
+                                    view(targets),
+                                    ignore_index,
+                                    chunk_rows,
+                                    view(loss),
+                                    view(count),
                                     hidden_grad ? view(dhidden) : Tensor{},
                                     weight_grad ? view(dweight) : Tensor{},
                                     bias_grad ? view(dbias) : Tensor{}};

@@ -41,8 +41,8 @@ TorchTensor predictor(TorchTensor x, TorchTensor k_down, TorchTensor k_mid, Torc
     const int64_t num_blocks = std::max<int64_t>(view(block_starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(x, {num_blocks}, ScalarType::Float);
     PredictorParams params = arguments.params(view(scores));
-    const OptionalTensor scratch = make_scratch(
-        x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
+    const OptionalTensor scratch =
+        make_scratch(x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
     params.scratch = view(scratch);
     run("predictor", x, params, predictor_cpu, LEMO_CUDA_KERNEL(predictor_cuda));
     return scores;
@@ -75,8 +75,8 @@ predictor_backward(TorchTensor dscores, TorchTensor x, TorchTensor k_down, Torch
                                    {view(dk_down), view(dk_mid), view(dk_up)},
                                    {view(dq_down), view(dq_mid), view(dq_up)},
                                    Tensor{}};
-    const OptionalTensor scratch = make_scratch(
-        x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
+    const OptionalTensor scratch =
+        make_scratch(x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
     params.scratch = view(scratch);
     run("predictor_backward", x, params, predictor_backward_cpu,
         LEMO_CUDA_KERNEL(predictor_backward_cuda));

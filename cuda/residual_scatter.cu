@@ -93,9 +93,9 @@ void residual_scatter_cuda(const ResidualScatterParams& params, void* stream) {
     });
 }
 
-void residual_gather_cuda(const ResidualGatherParams& params, void* stream) {
+void gather_rows_cuda(const GatherRowsParams& params, void* stream) {
     cuda::dispatch_float(params.dx.dtype, [&]<typename T>(T) {
-        launch<T, T, false>(params.dx, params.dy, params.rows, "gather_rows",
+        launch<T, T, false>(params.x, params.y, params.rows, "gather_rows",
                             stream);
     });
 }

@@ -1,4 +1,4 @@
-// block_scores: how much later queries ask of each block of keys; the labels of the predictors.
+// block_scores: exact scores, how much the queries of later blocks need the keys of each block.
 #pragma once
 
 #include <algorithm>

@@ -15,7 +15,7 @@ struct PredictorWeights {
 /// k_n and q_m are the means of f over the tokens of a block. With a query predictor score[n] =
 /// k_n . mean of q_m over the blocks m >= n of the sequence; without one E = 1 and score[n] = k_n.
 struct PredictorParams {
-    Tensor x;                // [T, H] float
+    Tensor x;  // [T, H] float
     PredictorWeights key;
     PredictorWeights query;  // all three absent, or of the key's E
     Tensor block_starts;     // [B+1] int32

@@ -30,10 +30,10 @@ struct SegmentAttentionParams {
 struct SegmentAttentionBackwardParams {
     SegmentAttentionParams forward;
     bool deterministic = true;  // bit-equal repeats; the CPU always is
-    Tensor dout;  // [Rq, Hq, D] of q's dtype
-    Tensor dq;    // as q, written
-    Tensor dk;    // as k, written
-    Tensor dv;    // as v, written
+    Tensor dout;                // [Rq, Hq, D] of q's dtype
+    Tensor dq;                  // as q, written
+    Tensor dk;                  // as k, written
+    Tensor dv;                  // as v, written
 };
 
 void check(const SegmentAttentionParams& params);
