@@ -216,9 +216,7 @@ def first_seed(method, context):
 
 
 def test_sentences_follow_from_the_runs():
-    missing = [
-        sentence for sentence in (*recommendations(), *sentences()) if sentence not in PAGE
-    ]
+    missing = [sentence for sentence in (*recommendations(), *sentences()) if sentence not in PAGE]
     assert not missing, "\n".join(missing)
 
 
