@@ -212,21 +212,21 @@ def _attention_forward(
         )
     # Sequences restart where position_ids do, as in a training batch without mask and cache.
     packed = position_ids if attention_mask is None and q_length == kv_length else None
-    keys = PackedBatch((batch, kv_length), attention_mask, packed, kv_length, key.device)
+    keys = PackedBatch((batch, kv_length), attention_mask, packed, key.device)
     queries = keys
     if q_length < kv_length:
         # With a cache the queries are the last columns.
         q_mask = None if attention_mask is None else attention_mask[:, -q_length:]
-        queries = PackedBatch((batch, q_length), q_mask, None, q_length, key.device)
-    q_lengths = queries.layout.cu_seqlens.diff()
-    cached = keys.layout.cu_seqlens.diff() - q_lengths
+        queries = PackedBatch((batch, q_length), q_mask, None, key.device)
+    q_lengths = queries.cu_seqlens.diff()
+    cached = keys.cu_seqlens.diff() - q_lengths
     q_positions = queries.positions + cached.repeat_interleave(q_lengths)
     out = ops.segment_attention(
         queries.pack(query.transpose(1, 2)),
         keys.pack(key.transpose(1, 2)),
         keys.pack(value.transpose(1, 2)),
-        queries.layout.cu_seqlens,
-        keys.layout.cu_seqlens,
+        queries.cu_seqlens,
+        keys.cu_seqlens,
         q_positions,
         keys.positions,
         scale=scaling,

@@ -9,6 +9,7 @@ from transformers import BertConfig, BertModel, StaticCache
 import lemo.attention
 from devices import working_dtype
 from lemo import reference
+from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
 from tiny_models import (
     ARCHITECTURES,
@@ -249,8 +250,8 @@ def test_pack_and_unpack(lengths, left):
     tokens = max(lengths)
     columns, ends = torch.arange(tokens), torch.tensor(lengths)[:, None]
     mask = columns >= tokens - ends if left else columns < ends
-    batch = PackedBatch(tuple(mask.shape), mask.long(), None, 4, torch.get_default_device())
-    assert batch.layout.seqlens == tuple(lengths)
+    batch = PackedBatch(tuple(mask.shape), mask.long(), None, torch.get_default_device())
+    assert batch.seqlens == tuple(lengths)
     values = torch.randn(*mask.shape, 3)
     assert torch.equal(batch.pack(values), values[mask])
     assert torch.equal(batch.unpack(batch.pack(values)), values * mask[..., None])
@@ -264,7 +265,9 @@ def test_pack_and_unpack(lengths, left):
 )
 def test_blocks_that_are_a_share_of_the_longest_sequence(lengths, share, size):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    batch = PackedBatch(tuple(mask.shape), mask.long(), None, share, torch.get_default_device())
+    device = torch.get_default_device()
+    packed = PackedBatch(tuple(mask.shape), mask.long(), None, device)
+    batch = Batch.of(packed, share, None, device)
     assert batch.layout.block_size == size
     assert batch.layout.num_blocks == sum(-(-length // size) for length in lengths)
 
@@ -274,6 +277,6 @@ def test_positions_that_restart_cut_sequences(rows):
     tokens = max(map(sum, rows))
     rows = [[*row, tokens - sum(row)] if sum(row) < tokens else row for row in rows]
     ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
-    batch = PackedBatch(tuple(ids.shape), None, ids, 4, torch.get_default_device())
-    assert batch.layout.seqlens == tuple(length for row in rows for length in row)
+    batch = PackedBatch(tuple(ids.shape), None, ids, torch.get_default_device())
+    assert batch.seqlens == tuple(length for row in rows for length in row)
     assert batch.positions.tolist() == ids.flatten().tolist()

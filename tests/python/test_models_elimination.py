@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lemo
+from internals import run_decoder
 from test_models_dense import assert_same_gradients, lora
 from tiny_models import (
     ARCHITECTURES,
@@ -291,8 +292,7 @@ def test_rows_that_are_not_kept_pass_through_unchanged():
     model = make_model("llama")
     handle = lemo.enable(model, preset("own sets"))
     # Hidden states that a user asks for are the dense model's, so inside:
-    packed, x = handle._embed(padded_batch([64]))
-    _, states = handle._decode(handle._decoder, packed, x, None, True)
+    _, _, states = run_decoder(handle, padded_batch([64]))
     layout = handle.statistics()[0].layout
     for layer in handle.statistics()[:-1]:
         kept = torch.zeros(layout.num_blocks, dtype=torch.bool)

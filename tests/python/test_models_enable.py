@@ -13,6 +13,9 @@ from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, LlamaModel, Trainer, TrainingArguments
 
 import lemo
+from internals import run_decoder
+from lemo.models.architectures import architecture_of
+from lemo.models.arguments import ForwardArguments
 from tiny_models import (
     ARCHITECTURES,
     HIDDEN,
@@ -122,23 +125,22 @@ def test_schedule():
         handle.set_progress(1.5)
 
 
-def test_random_scores_go_on_from_a_saved_state():
+def test_random_scores_of_a_step_are_drawn_again():
     def losses(handle, model, count):
         return [model(**BATCH).loss.item() for _ in range(count)]
 
     config = config_of(keep=0.3, dense_layers=[], block_size=8, scorer="random", seed=3)
     model = make_model("llama")
     handle = lemo.enable(model, config)
-    handle.set_progress(0.25)
+    handle.begin_step(0, 4)
     first = losses(handle, model, 2)
-    state = copy.deepcopy(handle.state_dict())
-    rest = losses(handle, model, 3)
-    assert len({*first, *rest}) > 1, "the draw is not fresh"
+    handle.begin_step(1, 4)
+    second = losses(handle, model, 3)
+    assert len({*first, *second}) > 1, "the draw is not fresh"
     resumed = make_model("llama")
     other = lemo.enable(resumed, config)
-    other.load_state_dict(state)
-    assert other.state_dict()["progress"] == 0.25
-    assert losses(other, resumed, 3) == rest
+    other.begin_step(1, 4)
+    assert losses(other, resumed, 3) == second
 
 
 def test_a_deep_copy_is_a_model_of_its_own():
@@ -167,9 +169,8 @@ def test_masked_tokens_have_no_loss():
         losses[mask] = model(**BATCH).loss
         statistics = handle.statistics()
         # Logits that a user asks for are the dense model's, so inside:
-        packed, x = handle._embed(BATCH)
-        x, _ = handle._decode(handle._decoder, packed, x, None, False)
-        logits = model.lm_head(packed.unpack(handle._adapter.final_norm(x)[1]))
+        batch, residual, _ = run_decoder(handle, BATCH)
+        logits = model.lm_head(batch.packed.unpack(model.model.norm(residual)))
     kept = torch.zeros(101, dtype=torch.bool)
     for layer in statistics:
         starts = layer.layout.block_starts.tolist()
@@ -317,8 +318,9 @@ def test_dropout_of_lora_is_active_in_training_but_not_while_scoring():
     drop = model.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"]
     assert drop.training
     state = torch.get_rng_state()
-    scorer = handle._scorer
-    batch, x = handle._adapter.embed(BATCH["input_ids"], None, None, None, 8)
+    scorer = handle._forward.scorer
+    ids = ForwardArguments(input_ids=BATCH["input_ids"])
+    batch, x = architecture_of(model).embed(ids, 8)
     scores = [scorer(1, kind, x, batch) for kind in ("attention", "mlp") for _ in range(2)]
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[2], scores[3])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lemo
 from devices import on_gpu
 from lemo.models import rows
-from lemo.models.recompute import is_plain_checkpoint
+from lemo.models.execution import is_plain_checkpoint
 from lemo.models.rows import chunk_rows
 from test_models_dense import LINEAR, lora
 from test_models_elimination import BATCHES, saved_bytes

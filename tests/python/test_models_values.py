@@ -10,6 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 import lemo
+from lemo.models.arguments import ForwardArguments
 from test_models_dense import assert_same_gradients, lora
 from tiny_models import (
     ARCHITECTURES,
@@ -74,8 +75,9 @@ def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
     loss.backward()
     twin(**BATCH, num_items_in_batch=1).loss.backward()
     labels = (BATCH["labels"][:, 1:] != -100).sum()
-    targets, _ = lemo.models.loss.next_labels(inside._embed(BATCH)[0], BATCH["labels"])
-    kept = ((targets != -100) & ~inside._selector.masked_rows()).sum()
+    batch, _ = inside._forward._embed(ForwardArguments.of(BATCH))
+    targets, _ = lemo.models.loss.next_labels(batch.packed, BATCH["labels"])
+    kept = ((targets != -100) & ~inside._forward.selector.masked_rows()).sum()
     assert 0 < kept < labels
     # The loss inside divides by its share of the divisor, the one outside by all labels.
     for parameter in twin.parameters():

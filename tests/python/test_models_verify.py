@@ -5,7 +5,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 import lemo
-from lemo.models.architectures import Adapter
+from lemo.models.architectures import Architecture
 from test_models_dense import lora
 from tiny_models import (
     ARCHITECTURES,
@@ -75,7 +75,7 @@ def test_a_layer_that_differs_is_named(monkeypatch):
     def scale(adapter, index):
         return adapter.layer(index).self_attn.scaling * (0.9 if index == 1 else 1.0)
 
-    monkeypatch.setattr(Adapter, "scale", scale)
+    monkeypatch.setattr(Architecture, "scale", scale)
     with pytest.raises(ValueError, match=r"loss .* most in .*layers\..* first behind layer 1\."):
         handle.verify(BATCHES["plain"])
     # The first loss is the same: gradients tell.

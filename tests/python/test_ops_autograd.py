@@ -7,7 +7,7 @@ from torch.nn.functional import rms_norm
 
 import devices
 from lemo import ops
-from lemo.ops.segment_attention import StoredAttention
+from lemo.ops.segment_attention import SavedAttention
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.blocks import BlockLayout
 
@@ -23,7 +23,7 @@ def attend(x: torch.Tensor) -> torch.Tensor:
 
 def attend_known(x: torch.Tensor) -> torch.Tensor:
     heads, cuts = x.view(6, 1, 8), torch.tensor([0, 6]).int()
-    attention = StoredAttention()
+    attention = SavedAttention()
     for q in (heads.detach(), heads):
         out = attention(q, q, q, cuts, cuts, None, None, 1.0, 0, 0)
     return out
@@ -36,7 +36,7 @@ def predict(x: torch.Tensor) -> torch.Tensor:
 
 OPS = {
     "segment_attention": attend,
-    "StoredAttention": attend_known,
+    "SavedAttention": attend_known,
     "linear_cross_entropy": lambda x: ops.linear_cross_entropy(
         x, torch.ones(7, 8).to(x), torch.zeros(6).long()
     ),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo import ops, reference
+from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
 from tolerances import assert_close_fp32, assert_close_low_precision
 
@@ -75,11 +76,12 @@ def test_turns_pairs_by_position_times_frequency():
 
 
 def test_a_batch_rotates_kept_rows_by_their_own_tables():
-    batch = PackedBatch((1, 40), None, None, 8, torch.get_default_device())
+    device = torch.get_default_device()
+    packed = PackedBatch((1, 40), None, None, device)
     heads = torch.randn(40, 2, 6)
-    assert batch.rotate(heads) is heads
+    assert Batch.of(packed, 8, None, device).rotate(heads) is heads
     cos, sin = torch.randn(2, 1, 40, 6).unbind()
-    batch.set_rotary(cos, sin)
+    batch = Batch.of(packed, 8, (cos, sin), device)
     kept = ops.token_select(torch.rand(5), batch.layout, "ratio", 0.5)
     rows = kept.rows.long()
     assert torch.equal(batch.rotate(heads[rows], kept), batch.rotate(heads)[rows])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import lemo
 from lemo import reference
 from lemo.models.architectures import architecture_of
+from lemo.models.arguments import ForwardArguments
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.scorers import (
     ExactScorer,
@@ -352,17 +353,15 @@ def test_visible_means(lengths, heads, tile):
 def captured(scorer_type, architecture):
     """Scores of layer 1 by a scorer, and the modules' own tensors to check them against."""
     model = make_model(architecture, dtype=torch.float32)
-    adapter = architecture_of(model)
-    batch, x = adapter.embed(*padded_values(), None, 8)
-    scorer = scorer_type(adapter)
+    architecture = architecture_of(model)
+    given = padded_batch([37, 20])
+    names = "input_ids", "attention_mask"
+    arguments = ForwardArguments(**{name: given[name] for name in names})
+    batch, x = architecture.embed(arguments, 8)
+    scorer = scorer_type(architecture)
     with torch.no_grad():
         scores = {kind: scorer(1, kind, x, batch) for kind in ("attention", "mlp")}
     return model.model.layers[1], batch, x, scores, model
-
-
-def padded_values():
-    batch = padded_batch([37, 20])
-    return batch["input_ids"], None, batch["attention_mask"]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,26 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from lemo import ops
+from lemo.models.arguments import ForwardArguments
+from lemo.models.batch import Batch
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "GradientTarget", "architecture_of"]
+
+
+class GradientTarget(NamedTuple):
+    """Where backward may add the gradient of gathered rows itself: `gradient[rows]`.
+
+    Attributes:
+        gradient: [T, H], of the residual or a slice of it.
+        rows: [R] int32; None: R == T, all of them.
+    """
+
+    gradient: Tensor
+    rows: Tensor | None
 
 
 class Architecture:
@@ -87,41 +101,42 @@ class Architecture:
 
     # Embedding
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        block_size: int | float,
-    ) -> tuple[PackedBatch, Tensor]:
-        """The packed batch and its residual stream [T, H], a fresh tensor that may be overwritten.
+    def embed(self, arguments: ForwardArguments, block_size: int | float) -> tuple[Batch, Tensor]:
+        """The packed batch and its residual [T, H], a fresh tensor that may be overwritten.
 
         Positions default to what the architecture itself uses for this mask.
+
+        Args:
+            arguments: those of a call.
+            block_size: tokens of a block, or a share of the longest sequence.
         """
-        shape = shape_of(input_ids, inputs_embeds)
-        if inputs_embeds is None:
-            inputs_embeds = self.decoder.embed_tokens(input_ids)
-        device = inputs_embeds.device
-        batch = PackedBatch(shape, attention_mask, position_ids, block_size, device)
-        hidden = self._add_positions(inputs_embeds, attention_mask, position_ids, batch)
-        packed = batch.pack(hidden)
+        shape = shape_of(arguments.input_ids, arguments.inputs_embeds)
+        embedded = arguments.inputs_embeds
+        if embedded is None:
+            embedded = self.decoder.embed_tokens(arguments.input_ids)
+        mask, position_ids = arguments.attention_mask, arguments.position_ids
+        packed = PackedBatch(shape, mask, position_ids, embedded.device)
+        rotary = self._rotary(embedded, position_ids)
+        batch = Batch.of(packed, block_size, rotary, embedded.device)
+        residual = packed.pack(self._add_positions(embedded, mask, position_ids))
         # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
-        if not batch.is_padded:
-            packed = packed.clone(memory_format=torch.contiguous_format)
-        return batch, packed
+        if not packed.is_padded:
+            residual = residual.clone(memory_format=torch.contiguous_format)
+        return batch, residual
+
+    def _rotary(
+        self, embedded: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """(cos, sin), [B or 1, S, D] each."""
+        if position_ids is None:
+            position_ids = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        return self.decoder.rotary_emb(embedded, position_ids)
 
     def _add_positions(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        batch: PackedBatch,
+        self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
-        if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        batch.set_rotary(*self.decoder.rotary_emb(inputs_embeds, position_ids))
-        return inputs_embeds
+        """The embedded tokens [B, S, H], with learned positions where there are any."""
+        return embedded
 
     # Norms
 
@@ -134,30 +149,38 @@ class Architecture:
         return getattr(self.layer(index), self.mlp_norm_name)
 
     def residual_norm(
-        self, x: Tensor, norm: nn.Module, rows: Tensor | None = None
+        self, residual: Tensor, norm: nn.Module, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(stream, norm(x[rows])): fused where the module is the plain norm of the architecture."""
-        plain = self._plain_norm(norm, x.dtype)
+        """(residual, norm(residual[rows])): fused where the norm is the architecture's plain one.
+
+        Args:
+            residual: [T, H].
+            norm: [R, H] -> [R, H].
+            rows: [R] int32; None: all.
+        """
+        plain = self._plain_norm(norm, residual.dtype)
         if plain is None:
-            x, x_rows = ops.residual_gather(x, rows)
-            return x, norm(x_rows)
-        return ops.residual_select_norm(x, *plain[:2], rows=rows, eps=plain[2], kind=self.norm_kind)
+            residual, x = ops.residual_gather(residual, rows)
+            return residual, norm(x)
+        weight, bias, eps = plain
+        return ops.residual_select_norm(
+            residual, weight, bias, rows=rows, eps=eps, kind=self.norm_kind
+        )
 
-    def normalize(
-        self, x: Tensor, norm: nn.Module, into: tuple[Tensor, Tensor | None] | None = None
-    ) -> Tensor:
-        """norm(x) of a tensor that is not the residual stream.
+    def normalize(self, x: Tensor, norm: nn.Module, target: GradientTarget | None = None) -> Tensor:
+        """norm(x) of gathered rows.
 
-        With `into` = (dx, rows) backward may add the gradient of `x` into dx[rows] in place instead
-        of giving it to `x`; it does where the norm is the plain one.
+        With a target, backward may add the gradient of `x` there instead of giving it to `x`; it
+        does where the norm is the plain one.
         """
         plain = self._plain_norm(norm, x.dtype)
         if plain is None:
             return norm(x)
-        if into is not None and x.requires_grad:
-            dx, rows = into
-            return select_norm_into(x, *plain[:2], rows, dx, plain[2], self.norm_kind)
-        return ops.select_norm(x, *plain[:2], eps=plain[2], kind=self.norm_kind)
+        weight, bias, eps = plain
+        if target is not None and x.requires_grad:
+            gradient, rows = target
+            return select_norm_into(x, weight, bias, rows, gradient, eps, self.norm_kind)
+        return ops.select_norm(x, weight, bias, eps=eps, kind=self.norm_kind)
 
     def _plain_norm(
         self, norm: nn.Module, dtype: torch.dtype
@@ -200,12 +223,12 @@ class Architecture:
         projected = apply_linear(getattr(attention, name), x)
         return projected.unflatten(-1, (-1, attention.head_dim))
 
-    def rotated(self, index: int, x: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def rotated(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Queries and keys of every row of the batch, as attention multiplies them."""
         return batch.rotate(self.queries(index, x)), batch.rotate(self.keys(index, x))
 
     def attention_output(self, index: int, heads: Tensor, values: bool = True) -> Tensor:
-        """What attention adds to the stream, [rows, H], from its heads [rows, Hq, D].
+        """What attention adds to the residual, [rows, H], from its heads [rows, Hq, D].
 
         Without `values` only gradients of the result count.
         """
@@ -220,7 +243,7 @@ class Architecture:
         return self.config.intermediate_size
 
     def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        """What the MLP adds to the stream, [rows, H]; `values` as for `attention_output`."""
+        """What the MLP adds to the residual, [rows, H]; `values` as for `attention_output`."""
         mlp = self.layer(index).mlp
         if not _is_transformers(mlp, "MLP") or is_intercepted(mlp):
             return mlp(x)
@@ -236,9 +259,9 @@ class Architecture:
 
     # Output
 
-    def final_norm(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(stream, what the head reads of x[rows]): the final norm."""
-        return self.residual_norm(x, getattr(self.decoder, self.final_norm_name), rows)
+    def final_norm(self, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(residual, what the head reads of residual[rows])."""
+        return self.residual_norm(residual, getattr(self.decoder, self.final_norm_name), rows)
 
     @contextmanager
     def without_dropout(self, index: int) -> Iterator[None]:
@@ -307,21 +330,22 @@ class OPTArchitecture(Architecture):
     def _attention_dropout(self, attention: nn.Module) -> float:
         return attention.dropout
 
+    def _rotary(
+        self, embedded: Tensor, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        return None
+
     def _add_positions(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        batch: PackedBatch,
+        self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
     ) -> Tensor:
         decoder = self.decoder
         if attention_mask is None:
-            attention_mask = torch.ones(batch.shape, device=inputs_embeds.device)
+            attention_mask = torch.ones(embedded.shape[:2], device=embedded.device)
         # With position_ids None the embedding counts the ones of the mask itself.
         positions = decoder.embed_positions(attention_mask, 0, position_ids=position_ids)
         if decoder.project_in is not None:
-            inputs_embeds = decoder.project_in(inputs_embeds)
-        return inputs_embeds + positions.to(inputs_embeds.device)
+            embedded = decoder.project_in(embedded)
+        return embedded + positions.to(embedded.device)
 
     def attention_output(self, index: int, heads: Tensor, values: bool = True) -> Tensor:
         return self._drop(index, super().attention_output(index, heads, values))
@@ -338,13 +362,13 @@ class OPTArchitecture(Architecture):
         layer = self.layer(index)
         return layer.activation_fn(apply_linear(layer.fc1, x))
 
-    def final_norm(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def final_norm(self, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if self.decoder.final_layer_norm is None:
-            x, hidden = ops.residual_gather(x, rows)
+            residual, hidden = ops.residual_gather(residual, rows)
         else:
-            x, hidden = super().final_norm(x, rows)
+            residual, hidden = super().final_norm(residual, rows)
         project_out = self.decoder.project_out
-        return x, hidden if project_out is None else project_out(hidden)
+        return residual, hidden if project_out is None else project_out(hidden)
 
     def _drop(self, index: int, y: Tensor) -> Tensor:
         layer = self.layer(index)

@@ -2,15 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
 from torch import Tensor, nn
 
 from lemo.models import labels as named_labels
-from lemo.models.enable import Handle
-from lemo.models.loss import IGNORE_INDEX
 
 __all__ = ["TrainerCallback", "attach"]
 
@@ -18,10 +17,24 @@ __all__ = ["TrainerCallback", "attach"]
 _MASKS = ("completion_mask", "assistant_masks")
 
 
+@runtime_checkable
+class Steered(Protocol):
+    """What a trainer steers: a `lemo.Handle`."""
+
+    @property
+    def causal_lm(self) -> nn.Module: ...
+
+    def begin_step(self, step: int, steps: int) -> None: ...
+
+    def watch(self, module: nn.Module) -> Callable[[], None]: ...
+
+    def naming(self, rows: Tensor | None) -> AbstractContextManager[None]: ...
+
+
 class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
 
-    Drives `LemoConfig.schedule`, makes random blocks depend on the step, so that a training that is
+    Drives `keep_schedule`, makes random blocks depend on the step, so that a training that is
     resumed from a checkpoint keeps what one without interruption keeps, and names the labels that
     the trainer's model gets, whatever the trainer made of its forward.
 
@@ -35,8 +48,8 @@ class TrainerCallback(transformers.TrainerCallback):
         TypeError: it is none.
     """
 
-    def __init__(self, handle: Handle) -> None:
-        if not isinstance(handle, Handle):
+    def __init__(self, handle: Steered) -> None:
+        if not isinstance(handle, Steered):
             raise TypeError(
                 f"handle: expected what lemo.enable returns, got {type(handle).__name__}"
             )
@@ -62,7 +75,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._handle.begin_step(state.global_step, state.max_steps)
 
 
-def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
+def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]:
     """Adds the callback and names the labels of every batch; returns what undoes it.
 
     Raises:
@@ -81,7 +94,7 @@ def attach(trainer: transformers.Trainer, handle: Handle) -> Callable[[], None]:
 
     @functools.wraps(compute_loss)
     def with_labels(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with named_labels.named(handle, rows_of_batch(inputs)):
+        with handle.naming(rows_of_batch(inputs)):
             return compute_loss(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = with_labels
@@ -100,7 +113,7 @@ def rows_of_batch(inputs: dict[str, Any]) -> Tensor | None:
     if not torch.is_tensor(ids):
         return None
     labels = inputs.get("labels")
-    masks = [] if labels is None else [labels != IGNORE_INDEX]
+    masks = [] if labels is None else [labels != named_labels.IGNORE_INDEX]
     masks += [inputs[name] != 0 for name in _MASKS if torch.is_tensor(inputs.get(name))]
     fitting = [mask for mask in masks if mask.shape == ids.shape]
     return named_labels.of_tokens(fitting[0]) if fitting else None

@@ -1,4 +1,4 @@
-"""The tensors of every sub-block of the dense model, for labels and for training predictors."""
+"""The tensors of every sub-block of the dense model, for exact scores and for predictors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo import ops
 from lemo.models.architectures import architecture_of
+from lemo.models.arguments import ForwardArguments
+from lemo.models.sub_blocks import MLP, Attention
 from lemo.packing.blocks import BlockLayout, Selection
 
 __all__ = ["Visit", "capture_sub_blocks"]
@@ -40,33 +41,22 @@ def capture_sub_blocks(
     """
     architecture = architecture_of(model)
     architecture.check_parts()
-    packed, x = architecture.embed(
-        batch["input_ids"],
-        None,
-        batch.get("attention_mask"),
-        batch.get("position_ids"),
-        block_size,
-    )
-    everything = Selection.everything(packed.layout)
+    given = {name: batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+    blocked, residual = architecture.embed(ForwardArguments(**given), block_size)
+    everything = Selection.everything(blocked.layout)
     for index in range(architecture.num_layers):
-        xs = architecture.normalize(x, architecture.attention_norm(index))
-        q, k = architecture.rotated(index, xs, packed)
-        tensors = {"q": q, "k": k, "scale": architecture.scale(index)}
-        visit(index, "attention", xs, tensors, packed.layout)
-        v = architecture.values(index, xs)
-        del tensors, xs
-        heads = ops.segment_attention(
-            q.to(v.dtype),
-            k.to(v.dtype),
-            v,
-            everything.cu_rows,
-            scale=architecture.scale(index),
-            window=architecture.window(index),
-        )
-        del q, k, v
-        x = x + architecture.attention_output(index, heads)
+        attention = Attention(architecture, index, blocked, everything)
+        x = attention.normalize(residual)
+        heads = attention.project(x)
+        tensors = {"q": heads.q, "k": heads.k, "scale": architecture.scale(index)}
+        visit(index, "attention", x, tensors, blocked.layout)
+        del tensors, x
+        residual = residual + attention.output(attention.attend(heads))
         del heads
 
-        xs = architecture.normalize(x, architecture.mlp_norm(index))
-        visit(index, "mlp", xs, {"activation": architecture.activation(index, xs)}, packed.layout)
-        x = x + architecture.mlp(index, xs)
+        mlp = MLP(architecture, index, everything)
+        x = mlp.normalize(residual)
+        activation = architecture.activation(index, x)
+        visit(index, "mlp", x, {"activation": activation}, blocked.layout)
+        del activation
+        residual = residual + mlp.output(x)

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
-from lemo.models.loss import IGNORE_INDEX
+__all__ = ["IGNORE_INDEX", "Watcher", "named", "of_call", "of_labels", "of_tokens"]
 
-__all__ = ["Watcher", "named", "of_call", "of_tokens"]
+# The label that ForCausalLMLoss does not count where no other one is named.
+IGNORE_INDEX = -100
 
 
 class Named(Protocol):
-    """What can be told of labels: a handle."""
+    """What can be told of labels: a `TrainingForward`."""
 
     row_labels: Tensor | None
 
@@ -41,13 +42,25 @@ def of_tokens(mask: Tensor) -> Tensor:
     return pad(mask, (0, 1))[..., 1:]
 
 
-def of_call(arguments: Mapping[str, Any]) -> Tensor | None:
-    """[B, S] bool: rows that predict a label, by the arguments of a call; None: no labels."""
-    shifted, labels = arguments.get("shift_labels"), arguments.get("labels")
-    ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
-    if shifted is not None:
-        return shifted != ignore_index
+def of_labels(
+    labels: Tensor | None, shift_labels: Tensor | None, ignore_index: int
+) -> Tensor | None:
+    """[B, S] bool: rows that predict a label; None: no labels are given.
+
+    Args:
+        labels: [B, S], not shifted.
+        shift_labels: [B, S], shifted already; `labels` are not read then.
+        ignore_index: the label that does not count.
+    """
+    if shift_labels is not None:
+        return shift_labels != ignore_index
     return None if labels is None else of_tokens(labels != ignore_index)
+
+
+def of_call(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The same by the arguments of a call."""
+    ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
+    return of_labels(arguments.get("labels"), arguments.get("shift_labels"), ignore_index)
 
 
 class Watcher:

@@ -1,4 +1,4 @@
-"""The loss of a causal LM in segments: the logits of a whole sequence never exist."""
+"""The loss of a causal LM in chunks of rows: the logits of a whole sequence never exist."""
 
 import torch
 from torch import Tensor, nn
@@ -7,14 +7,12 @@ from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
 from lemo.models.architectures import Architecture, active_module
+from lemo.models.labels import IGNORE_INDEX
 from lemo.models.linear import is_plain
-from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
+from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
-__all__ = ["IGNORE_INDEX", "causal_lm_loss", "next_labels"]
-
-# The label that ForCausalLMLoss leaves out where no other one is named.
-IGNORE_INDEX = -100
+__all__ = ["causal_lm_loss", "next_labels"]
 
 
 def next_labels(
@@ -44,7 +42,7 @@ def next_labels(
         )
     if shift_labels is None:
         shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.to(batch.layout.block_starts.device).reshape(batch.shape)
+    shift_labels = shift_labels.to(batch.cu_seqlens.device).reshape(batch.shape)
     padding = batch.padding()
     if padding is None:
         return batch.pack(shift_labels), None
@@ -62,7 +60,7 @@ def next_labels(
 
 def causal_lm_loss(
     architecture: Architecture,
-    x: Tensor,
+    residual: Tensor,
     targets: Tensor,
     masked: Tensor | None = None,
     chunk_rows: int | None = None,
@@ -77,7 +75,7 @@ def causal_lm_loss(
 
     Args:
         architecture: access to the model.
-        x: [T, H], the residual stream after the last layer.
+        residual: [T, H], after the last layer.
         targets: [T], from `next_labels`.
         masked: [T] bool, rows whose own prediction does not count; None: all count.
         chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
@@ -98,12 +96,13 @@ def causal_lm_loss(
         counted = kept
     rows = counted.nonzero()[:, 0]
     targets = targets[rows]
-    everything = rows.numel() == x.shape[0]
-    x, hidden = architecture.final_norm(x, None if everything else rows.to(torch.int32))
+    everything = rows.numel() == residual.shape[0]
+    index = None if everything else rows.to(torch.int32)
+    residual, hidden = architecture.final_norm(residual, index)
     if rows.numel() == 0:
         return hidden.sum(dtype=torch.float32), 0
     if torch.is_tensor(divisor):
-        divisor = divisor.to(x.device)
+        divisor = divisor.to(residual.device)
 
     head = active_module(architecture.lm_head)
     if is_plain(head):
@@ -119,7 +118,7 @@ def causal_lm_loss(
         )
         return loss, rows.numel()
     if chunk_rows is None:
-        chunk_rows = max(1, SEGMENT_BYTES // (4 * architecture.config.vocab_size))
+        chunk_rows = max(1, CHUNK_BYTES // (4 * architecture.config.vocab_size))
     total = _loss_through_module(architecture.lm_head, hidden, targets, chunk_rows)
     return total / (rows.numel() if divisor is None else divisor), rows.numel()
 
@@ -138,11 +137,11 @@ def _loss_through_module(
 ) -> Tensor:
     """Sum of cross entropies for a head that is not a plain linear layer, such as one with LoRA."""
 
-    def segment_loss(rows: Tensor, labels: Tensor) -> Tensor:
+    def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(head(rows).float(), labels, reduction="sum")
 
     losses = [
-        checkpoint(segment_loss, rows, labels, use_reentrant=False)
+        checkpoint(chunk_loss, rows, labels, use_reentrant=False)
         for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
     ]
     return torch.stack(losses).sum()

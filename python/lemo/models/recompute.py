@@ -1,182 +1,151 @@
-"""Layers that store their gathered rows only, and are computed a second time in backward.
+"""Units that store their gathered rows only, and are computed a second time in backward.
 
-A unit is attention, the MLP, or both on one kept set. Forward leaves the rows that it read (and,
-"selective", the attention's output); backward computes attention again with a graph, then the MLP
-a chunk of rows at a time, each chunk forward and at once backward. So a layer is computed twice,
-never three times, and the MLP's activations exist for one chunk of rows only, in both passes.
+Forward leaves the rows that it read (and, "selective", the attention's output); backward computes
+attention again with a graph, then the MLP a chunk of rows at a time, each chunk forward and at once
+backward. So a layer is computed twice, never three times, and the MLP's activations exist for one
+chunk of rows only, in both passes.
 
-The unit works on the residual stream in place, and backward adds into the stream's gradient in
-place (docs/DESIGN.md, section 3, "The gradient stream").
+The unit works on the residual in place, and backward adds into the residual's gradient in place
+(docs/design/models.md).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
-from torch.utils.checkpoint import checkpoint, get_device_states, set_device_states
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lemo import ops
-from lemo.models.left_out import Context
+from lemo.models.architectures import GradientTarget
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
+from lemo.models.sub_blocks import MLP
+from lemo.models.unit import Unit
 from lemo.ops._autograd import first_order_only, hand_on, overwritable
-from lemo.ops.segment_attention import StoredAttention
+from lemo.ops.segment_attention import SavedAttention
 
-__all__ = ["Unit", "is_plain_checkpoint", "recomputed"]
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is computed again as one piece.
-
-    Attributes:
-        attend: attend(x_rows, attention=..., values=..., into=...): what attention adds to `rows`,
-            from the rows `key_rows` of the stream; None: no attention. `attention` takes the place
-            of `ops.segment_attention`; without `values` only gradients of the result count; with
-            `into` = (dx, key_rows) backward may add the gradient of x_rows to these rows of dx
-            itself and give none to x_rows; `others` are keys and values of rows that are not kept.
-        mlp: mlp(x_rows, values=..., into=...): what the MLP adds to `rows`, row by row; None: no
-            MLP.
-        rows: [R] int32 rows that the unit changes; None: all.
-        key_rows: rows that attention reads; with an MLP in the unit these are `rows`.
-        context: computes the rows that are not kept, in forward, if they are computed.
-        width: features of the MLP's widest activation.
-        selective: keep attention's output and logarithms, so that it runs forward once only.
-    """
-
-    attend: Callable[..., Tensor] | None
-    mlp: Callable[..., Tensor] | None
-    rows: Tensor | None
-    key_rows: Tensor | None
-    context: Context
-    width: int
-    selective: bool = False
+__all__ = ["recomputed"]
 
 
-def recomputed(x: Tensor, unit: Unit, parameters: Sequence[Tensor]) -> Tensor:
-    """Adds a unit to the residual stream [T, H] in place and returns it.
+def recomputed(
+    residual: Tensor, unit: Unit, parameters: Sequence[Tensor], selective: bool = False
+) -> Tensor:
+    """Adds a unit to the residual [T, H] in place and returns it.
 
     Bit-equal to running the unit with a graph where the MLP fits one chunk, otherwise equal up to
     the rounding of products of fewer rows; bit-equal from run to run. Random numbers and autocast
     are in backward what they were in forward.
 
     Args:
-        x: the stream; not a leaf that requires grad.
+        residual: not a leaf that requires grad.
         unit: what to compute.
         parameters: trainable parameters that the unit may use. They are arguments of the autograd
             node, so hooks on the accumulation of gradients (of DDP and the like) see them.
+        selective: store attention's output and logarithms, so that it runs forward once only.
     """
-    return _Recomputed.apply(unit, x, *parameters)
-
-
-def is_plain_checkpoint(function: Any) -> bool:
-    """Whether Transformers' checkpoint function is torch's own, with nothing of the user's in it.
-
-    Offloading and selective checkpointing bring functions or contexts of their own.
-    """
-    return (
-        isinstance(function, partial)
-        and function.func is checkpoint
-        and not function.args
-        and function.keywords.keys() <= {"use_reentrant", "preserve_rng_state"}
-    )
+    return _Recomputed.apply(unit, selective, residual, *parameters)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, x, *parameters):
-        ctx.unit, ctx.parameters = unit, parameters
-        ctx.mark_dirty(x)
-        kept: tuple[Tensor, ...] = ()
+    def forward(ctx, unit, selective, residual, *parameters):
+        ctx.unit, ctx.selective, ctx.parameters = unit, selective, parameters
+        ctx.mark_dirty(residual)
+        saved: tuple[Tensor, ...] = ()
         # Before the random numbers that backward draws again.
-        others = unit.context.begin(x)
-        ctx.surroundings = _Surroundings(x)
+        left_out = unit.left_out.begin(residual)
+        ctx.surroundings = _Surroundings(residual)
         with ctx.surroundings.autocast():
-            x_rows = gather_rows(x, unit.rows if unit.attend is None else unit.key_rows)
-            if unit.attend is not None:
-                attention = StoredAttention() if unit.selective else ops.segment_attention
-                y = unit.attend(x_rows, attention=attention, others=others)
-                add_rows(x, y, unit.rows)
-                kept = attention.result if unit.selective else ()
+            rows = gather_rows(residual, unit.read_rows)
+            if unit.attention is not None:
+                attention = SavedAttention() if selective else ops.segment_attention
+                y = unit.attend(unit.attention.normalize(rows), left_out, attention)
+                add_rows(residual, y, unit.kept_rows)
+                saved = attention.result if selective else ()
                 del y
             if unit.mlp is not None:
-                add_in_chunks(x, unit.mlp, unit.rows, unit.width)
-        unit.context.finish(x)
-        ctx.num_others = len(others)
-        ctx.save_for_backward(x_rows, *others, *kept)
-        return x
+                add_in_chunks(residual, unit.mlp, unit.kept_rows, unit.mlp.width)
+        unit.left_out.finish(residual)
+        ctx.num_left_out = len(left_out)
+        ctx.save_for_backward(rows, *left_out, *saved)
+        return residual
 
     @staticmethod
     @first_order_only("recompute")
-    def backward(ctx, dx):
-        unit, needs_x = ctx.unit, ctx.needs_input_grad[1]
-        x_rows, *saved = ctx.saved_tensors
-        others, kept = saved[: ctx.num_others], saved[ctx.num_others :]
-        dx = overwritable(ctx, dx)
+    def backward(ctx, dresidual):
+        unit, needs_residual = ctx.unit, ctx.needs_input_grad[2]
+        rows, *saved = ctx.saved_tensors
+        left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
+        dresidual = overwritable(ctx, dresidual)
         gradients = _Gradients(ctx.parameters)
         with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
-            leaf, attended, edge = x_rows.detach().requires_grad_(needs_x), None, None
-            if unit.attend is not None:
-                attention = StoredAttention(*kept) if unit.selective else ops.segment_attention
-                y = unit.attend(
-                    leaf,
-                    attention=attention,
-                    values=unit.mlp is not None,
-                    into=(dx, unit.key_rows),
-                    others=others,
-                )
+            leaf, attended, edge = rows.detach().requires_grad_(needs_residual), None, None
+            if unit.attention is not None:
+                attention = SavedAttention(*saved) if ctx.selective else ops.segment_attention
+                target = GradientTarget(dresidual, unit.read_rows)
+                x = unit.attention.normalize(leaf, target)
+                y = unit.attend(x, left_out, attention, values=unit.mlp is not None)
                 edge = get_gradient_edge(y) if y.requires_grad else None
                 attended, dtype = y.detach(), y.dtype
-                del y, attention
+                del x, y, attention
             if unit.mlp is not None:
-                wanted = needs_x or edge is not None
-                _mlp_backward(unit, x_rows, attended, dx, wanted, gradients)
+                wanted = needs_residual or edge is not None
+                kept_rows = unit.kept_rows
+                _mlp_backward(unit.mlp, kept_rows, rows, attended, dresidual, wanted, gradients)
             del attended
         if edge is not None:
-            dy = gather_rows(dx, unit.rows, view=True).to(dtype)
-            d_rows = gradients.add(edge, leaf if needs_x else None, dy)
+            dy = gather_rows(dresidual, unit.kept_rows, view=True).to(dtype)
+            drows = gradients.add(edge, leaf if needs_residual else None, dy)
             del dy, edge
-            if d_rows is not None:
-                add_rows(dx, d_rows, unit.key_rows)
-        return None, hand_on(ctx, dx) if needs_x else None, *gradients.totals()
+            if drows is not None:
+                add_rows(dresidual, drows, unit.read_rows)
+        dresidual = hand_on(ctx, dresidual) if needs_residual else None
+        return None, None, dresidual, *gradients.totals()
 
 
 def _mlp_backward(
-    unit: Unit,
-    x_rows: Tensor,
+    mlp: MLP,
+    kept_rows: Tensor | None,
+    rows: Tensor,
     attended: Tensor | None,
-    dx: Tensor,
+    dresidual: Tensor,
     wanted: bool,
     gradients: "_Gradients",
 ) -> None:
-    """Adds the MLP's gradient to `unit.rows` of `dx`, if `wanted`, and those of its parameters.
+    """Adds the MLP's gradient to the kept rows of `dresidual`, if `wanted`.
 
     Args:
-        x_rows: [R, H], rows of the stream at the unit's entry.
+        mlp: the sub-block.
+        kept_rows: [R] int32; None: all.
+        rows: [R, H], the kept rows of the residual at the unit's entry.
         attended: [R, H], what attention added to them; None: nothing.
+        dresidual: [T, H], the residual's gradient.
+        wanted: whether the gradient is wanted.
+        gradients: gets those of the parameters.
     """
     first = 0
-    for chunk in chunks_of(dx, unit.rows, unit.width):
+    for chunk in chunks_of(dresidual, kept_rows, mlp.width):
         part = slice(first, first + _length(chunk))
         first = part.stop
-        rows = x_rows[part]
+        chunk_rows = rows[part]
         if attended is not None:
-            # Rounded as the stream was.
-            rows = (rows + attended[part]).to(x_rows.dtype)
-        leaf = rows.detach().requires_grad_(wanted)
-        into = (dx[chunk], None) if isinstance(chunk, slice) else (dx, chunk)
-        y = unit.mlp(leaf, values=False, into=into)
+            # Rounded as the residual was.
+            chunk_rows = (chunk_rows + attended[part]).to(rows.dtype)
+        leaf = chunk_rows.detach().requires_grad_(wanted)
+        if isinstance(chunk, slice):
+            target = GradientTarget(dresidual[chunk], None)
+        else:
+            target = GradientTarget(dresidual, chunk)
+        y = mlp(leaf, values=False, target=target)
         if not y.requires_grad:
             continue
-        dy = gather_rows(dx, chunk, view=True).to(y.dtype)
-        d_rows = gradients.add(get_gradient_edge(y), leaf if wanted else None, dy)
+        dy = gather_rows(dresidual, chunk, view=True).to(y.dtype)
+        drows = gradients.add(get_gradient_edge(y), leaf if wanted else None, dy)
         del y, dy, leaf
-        if d_rows is not None:
-            add_rows(dx, d_rows, chunk)
+        if drows is not None:
+            add_rows(dresidual, drows, chunk)
 
 
 class _Gradients:
@@ -192,13 +161,13 @@ class _Gradients:
         if not inputs:
             return None
         gradients = list(torch.autograd.grad(edge, inputs, dy, allow_unused=True))
-        d_leaf = None if leaf is None else gradients.pop(0)
+        dleaf = None if leaf is None else gradients.pop(0)
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             total = self._sums[index]
             self._sums[index] = gradient if total is None else total.float() + gradient
-        return d_leaf
+        return dleaf
 
     def totals(self) -> list[Tensor | None]:
         return [

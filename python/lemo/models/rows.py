@@ -1,4 +1,4 @@
-"""Rows of the residual stream outside autograd: gathered, added to, and cut into chunks."""
+"""Rows of the residual outside autograd: gathered, added to, and cut into chunks."""
 
 from collections.abc import Callable, Iterator
 
@@ -24,9 +24,9 @@ def chunk_rows(rows: int, width: int) -> int:
     return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
 
-def chunks_of(x: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
-    """Rows of the stream `x` in chunks: parts of the row index, or slices where `rows` is None."""
-    count = x.shape[0] if rows is None else rows.shape[0]
+def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
+    """Rows of the residual in chunks: parts of the row index, or slices where `rows` is None."""
+    count = residual.shape[0] if rows is None else rows.shape[0]
     step = chunk_rows(count, width)
     # No row at all is a chunk, too: its parameters get gradients of zero, as without recomputation.
     for first in range(0, max(count, 1), step):
@@ -35,7 +35,7 @@ def chunks_of(x: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | s
 
 
 def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:
-    """Rows of the stream as a tensor of their own; with `view`, its own memory where it can be."""
+    """x[rows] as a tensor of its own; with `view`, in the memory of `x` where it can be."""
     if isinstance(rows, slice):
         return x[rows]
     if rows is None and view:

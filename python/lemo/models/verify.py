@@ -1,6 +1,6 @@
 """Keep = 1 against the model's own forward, on the beginning of a batch."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.architectures import Architecture
-from lemo.models.loss import IGNORE_INDEX
-from lemo.selection.selector import Selector
+from lemo.models.arguments import ForwardArguments
+from lemo.models.labels import IGNORE_INDEX
+from lemo.models.training_forward import TrainingForward
 
 __all__ = ["verify"]
 
@@ -19,20 +20,13 @@ _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bf
 
 
 def verify(
-    architecture: Architecture,
-    selector: Selector,
-    loss: Callable[[dict[str, Any]], Any],
-    states: Callable[[dict[str, Any]], Any],
-    batch: Mapping[str, Any],
-    tokens: int,
+    architecture: Architecture, forward: TrainingForward, batch: Mapping[str, Any], tokens: int
 ) -> None:
     """See `lemo.Handle.verify`.
 
     Args:
         architecture: access to the model.
-        selector: told to keep everything.
-        loss: lemo's output with a loss, for the arguments of a call.
-        states: lemo's decoder output, for the arguments of a call.
+        forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle.
     """
     model = architecture.causal_lm
@@ -47,8 +41,8 @@ def verify(
         stack.enter_context(torch.enable_grad())
         own = _own_forward(model, arguments)
         expected = _gradients(own.loss, trainable)
-        with selector.keeping_everything():
-            output = loss(arguments)
+        with forward.selector.keeping_everything():
+            output = forward.loss(ForwardArguments.of(arguments))
             got = _gradients(output.loss, trainable)
         losses = output.loss.item(), own.loss.item()
         differences = (
@@ -58,7 +52,7 @@ def verify(
         tolerances = _TOLERANCES[_dtype(model)]
         if all(d <= t for d, t in zip(differences, tolerances)):
             return
-        place = _first_difference(model, selector, states, arguments, tolerances[1])
+        place = _first_difference(model, forward, arguments, tolerances[1])
     worst = max(expected, key=lambda name: _relative({name: got[name]}, {name: expected[name]}))
     raise ValueError(
         f"model: lemo does not compute what the model computes, even with every token kept: loss "
@@ -152,19 +146,15 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _first_difference(
-    model: nn.Module,
-    selector: Selector,
-    states: Callable[[dict[str, Any]], Any],
-    arguments: dict[str, Any],
-    tolerance: float,
+    model: nn.Module, forward: TrainingForward, arguments: dict[str, Any], tolerance: float
 ) -> str:
     """Where the hidden states part, in words."""
     inputs = {name: value for name, value in arguments.items() if name != "labels"}
     inputs["output_hidden_states"] = True
     with torch.no_grad():
         own = _own_forward(model, inputs).hidden_states
-        with selector.keeping_everything():
-            mine = states(inputs).hidden_states
+        with forward.selector.keeping_everything():
+            mine = forward.states(ForwardArguments.of(inputs)).hidden_states
     for layer, (got, expected) in enumerate(zip(mine, own)):
         if _relative({"": got}, {"": expected}) > tolerance / 10:
             where = "the embedding" if layer == 0 else f"layer {layer - 1}"

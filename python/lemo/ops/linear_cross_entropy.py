@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the loss of a vocabulary projection, segment by segment."""
+"""linear_cross_entropy: the loss of a vocabulary projection, a chunk of rows at a time."""
 
 import math
 
@@ -11,10 +11,10 @@ from lemo.ops._call import call
 
 _ops = torch.ops.lemo
 
-SEGMENT_BYTES = 256 * 2**20
-"""What the fp32 logits of a segment take at most on the CPU, unless `chunk_rows` is given."""
+CHUNK_BYTES = 256 * 2**20
+"""What the fp32 logits of a chunk take at most on the CPU, unless `chunk_rows` is given."""
 
-_CUDA_SEGMENT_BYTES = 768 * 2**20
+_CUDA_CHUNK_BYTES = 768 * 2**20
 
 
 @torch.library.register_fake("lemo::linear_cross_entropy")
@@ -65,17 +65,17 @@ torch.library.register_autograd(
 )
 
 
-def _plan_segment(hidden: Tensor, weight: Tensor) -> int:
-    """Rows of a segment where the caller names none."""
+def _plan_chunk(hidden: Tensor, weight: Tensor) -> int:
+    """Rows of a chunk where the caller names none."""
     rows, vocabulary = hidden.shape[0], max(weight.shape[0], 1)
     if hidden.device.type == "cpu":
-        return _C.plan_loss_chunk(rows, vocabulary, SEGMENT_BYTES)
+        return _C.plan_loss_chunk(rows, vocabulary, CHUNK_BYTES)
     # Logits have the dtype of hidden; the planner counts four bytes each.
-    budget = _CUDA_SEGMENT_BYTES * 4 // hidden.dtype.itemsize
-    segment = _C.plan_loss_chunk(rows, vocabulary, budget)
+    budget = _CUDA_CHUNK_BYTES * 4 // hidden.dtype.itemsize
+    chunk = _C.plan_loss_chunk(rows, vocabulary, budget)
     # Tiles of the product for dhidden, 128 rows high, then fill the SMs in (nearly) whole waves,
     # which just a few rows more would not.
-    return segment if segment >= rows else 1 << (segment.bit_length() - 1)
+    return chunk if chunk >= rows else 1 << (chunk.bit_length() - 1)
 
 
 def linear_cross_entropy(
@@ -94,9 +94,9 @@ def linear_cross_entropy(
     beyond inputs and gradients. On the CPU logits are fp32 and rows with ignored labels cost
     nothing. On a GPU logits have the dtype of `hidden` (as PyTorch's own would), sums are fp32, and
     rows with ignored labels cost as much as others, since nothing is read back: pick the rows
-    first where many are ignored. Gradients of weight and bias are summed over the segments in fp32
+    first where many are ignored. Gradients of weight and bias are summed over the chunks in fp32
     and rounded once; on a GPU that takes V * H * 4 bytes while it runs, unless weight is fp32 or
-    one segment holds all rows.
+    one chunk holds all rows.
 
     Args:
         hidden: [R, H] float.
@@ -105,7 +105,7 @@ def linear_cross_entropy(
             raises on the CPU; on a GPU it makes the loss NaN.
         bias: [V] float, may differ from `hidden` in dtype.
         ignore_index: label of rows that do not count.
-        chunk_rows: rows of a segment; None: as many as fit their logits into 256 MiB on the CPU
+        chunk_rows: rows of a chunk; None: as many as fit their logits into 256 MiB on the CPU
             and 768 MiB on a GPU.
         divisor: what the sum over the labels is divided by, a positive number or a scalar tensor
             (Transformers' `num_items_in_batch`; on a GPU its value is not checked); None: the
@@ -122,7 +122,7 @@ def linear_cross_entropy(
             cuBLAS.
     """
     if chunk_rows is None:
-        chunk_rows = _plan_segment(hidden, weight)
+        chunk_rows = _plan_chunk(hidden, weight)
     if not isinstance(divisor, Tensor) and divisor is not None and not 0 < divisor < math.inf:
         raise ValueError(
             "linear_cross_entropy: argument 'divisor': expected a positive number, a tensor or "

@@ -1,4 +1,4 @@
-"""residual_scatter: x[rows] += y on the residual stream, and the stream's gather."""
+"""residual_scatter: x[rows] += y on the residual; gather_rows: x[rows]."""
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ class _ResidualScatter(torch.autograd.Function):
 
 
 def residual_scatter_(x: Tensor, y: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Adds `y` to `rows` of the residual stream in place and returns the stream.
+    """Adds `y` to `rows` of the residual in place and returns the residual.
 
-    The backward pass hands the gradient of the stream on untouched and gathers the gradient of `y`
-    from it, so the stream and its gradient stay one buffer each (LeMo: fused residual padding).
+    The backward pass hands the residual's gradient on untouched and gathers the gradient of `y`
+    from it, so the residual and its gradient stay one buffer each (LeMo: fused residual padding).
     Differentiable once.
 
     Args:
@@ -70,7 +70,7 @@ class _ResidualGather(torch.autograd.Function):
 
 
 def residual_gather(x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Gathers rows of the residual stream; backward adds into the stream's gradient in place.
+    """Gathers rows of the residual; backward adds into the residual's gradient in place.
 
     A gradient that autograd shares with others is copied first. Differentiable once.
 

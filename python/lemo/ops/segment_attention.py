@@ -98,7 +98,7 @@ def segment_attention(
     return call(_ops.segment_attention, *arguments)[0]
 
 
-class StoredAttention:
+class SavedAttention:
     """`segment_attention` that keeps its result, or that is given it, so that it runs only once.
 
     Without a result a call computes and keeps it; it must not need a gradient. With one a call
@@ -127,12 +127,12 @@ class StoredAttention:
         """As `segment_attention`; shapes and errors are the same."""
         arguments = (cu_q, cu_k, q_positions, k_positions, scale, window, group_size)
         if self.result:
-            return _Known.apply(q, k, v, *self.result, *arguments)
+            return _Saved.apply(q, k, v, *self.result, *arguments)
         self.result = call(_ops.segment_attention, q, k, v, *arguments)
         return self.result[0]
 
 
-class _Known(torch.autograd.Function):
+class _Saved(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions, *settings):
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k, q_positions, k_positions)

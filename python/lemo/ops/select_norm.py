@@ -1,4 +1,4 @@
-"""select_norm: RMSNorm or LayerNorm of selected rows, alone or on the gradient stream."""
+"""select_norm: RMSNorm or LayerNorm of selected rows, alone or on the residual."""
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ def _(dy, x_rows, rows, weight, mean, rstd, kind, dx, weight_grad):
 def _save(ctx, x, x_rows, rows, weight, bias, mean, rstd, kind):
     ctx.save_for_backward(x_rows, rows, weight, mean, rstd)
     ctx.kind = kind
-    ctx.stream_shape = x.shape
+    ctx.residual_shape = x.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _add_gradient(ctx, dy, dx):
-    """Adds the gradient of the stream into `dx`; returns those of weight and bias, if wanted."""
+    """Adds the gradient of the residual into `dx`; returns those of weight and bias, if wanted."""
     x_rows, rows, weight, mean, rstd = ctx.saved_tensors
     _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
     dweight, dbias = call(
@@ -72,7 +72,7 @@ class _SelectNorm(torch.autograd.Function):
     @staticmethod
     @first_order_only("select_norm")
     def backward(ctx, dy):
-        dx = dy.new_zeros(ctx.stream_shape)
+        dx = dy.new_zeros(ctx.residual_shape)
         dweight, dbias = _add_gradient(ctx, dy, dx)
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
 
@@ -92,7 +92,7 @@ class _ResidualSelectNorm(torch.autograd.Function):
     def backward(ctx, dx, dy):
         dweight = dbias = None
         if dy is not None:
-            dx = dy.new_zeros(ctx.stream_shape) if dx is None else overwritable(ctx, dx)
+            dx = dy.new_zeros(ctx.residual_shape) if dx is None else overwritable(ctx, dx)
             dweight, dbias = _add_gradient(ctx, dy, dx)
             dx = hand_on(ctx, dx)
         return dx if ctx.needs_input_grad[0] else None, dweight, dbias, None, None, None, None
@@ -151,10 +151,11 @@ def residual_select_norm(
     eps: float = 1e-6,
     kind: str = "rms",
 ) -> tuple[Tensor, Tensor]:
-    """As `select_norm`, on the residual stream: passes `x` on and gives `(x, y)`.
+    """As `select_norm`, on the residual: passes `x` on and gives `(x, y)`.
 
-    The backward pass adds the gradient of y's rows into the gradient of the stream in place, so a
-    layer stores its kept rows only and the stream's gradient stays one buffer (LeMo, section 5.2).
+    The backward pass adds the gradient of y's rows into the residual's gradient in place, so a
+    layer stores its kept rows only, and the residual's gradient stays one buffer (LeMo, section
+    5.2).
     A gradient that autograd shares with others is copied first.
 
     Args:
@@ -180,7 +181,7 @@ def select_norm_into(
     eps: float,
     kind: str,
 ) -> Tensor:
-    """The norm of gathered rows of a stream, for a backward pass that computes it once more.
+    """The norm of gathered rows of a residual, for a backward pass that computes it once more.
 
     Backward adds the gradient of `x_rows` into `dx[rows]` in place, once, and gives none to
     `x_rows` itself. The result requires a gradient only where `x_rows` or a parameter does.
@@ -188,8 +189,8 @@ def select_norm_into(
     Args:
         x_rows: [R, H] float, all of its rows are normalised.
         weight, bias, eps, kind: as for `select_norm`.
-        rows: [R] int32, where the rows lie in the stream; None: R == T, all of them.
-        dx: [T, H] of x_rows' dtype, the gradient of the stream.
+        rows: [R] int32, where the rows lie in the residual; None: R == T, all of them.
+        dx: [T, H] of x_rows' dtype, the gradient of the residual.
 
     Returns:
         y [R, H].

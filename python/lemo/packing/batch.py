@@ -1,23 +1,22 @@
 """Packed batches: a padded [B, S] batch as one list of T tokens, and back."""
 
-from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lemo import ops
-from lemo.packing.blocks import BlockLayout, Selection, block_tokens
+from lemo.packing.blocks import index_tensors
 
-__all__ = ["PackedBatch"]
+__all__ = ["PackedBatch", "shape_of"]
 
 
 class PackedBatch:
     """The tokens of a batch that are not padding, sequence after sequence.
 
     Attributes:
-        layout: how the T packed tokens are cut into sequences and blocks.
         shape: (B, S) of the batch as the model got it.
-        rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+        seqlens: tokens of each of the N sequences; they sum to T.
+        cu_seqlens: [N+1] int32, first row of every sequence; the last entry is T.
     """
 
     def __init__(
@@ -25,7 +24,6 @@ class PackedBatch:
         shape: tuple[int, int],
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        block_size: int | float,
         device: torch.device,
     ) -> None:
         """Finds the sequences of a batch.
@@ -35,14 +33,12 @@ class PackedBatch:
             attention_mask: [B, S] of 0/1, ones contiguous in every row; or None.
             position_ids: [B or 1, S]; without a mask, a step other than +1 starts a new sequence
                 (the rule of Transformers). Not read when there is a mask, as in Transformers.
-            block_size: tokens of a block, or a share of the longest sequence.
             device: where the tokens are.
 
         Raises:
             ValueError: a mask that is not [B, S], has gaps, or keeps no token at all.
         """
         self.shape = shape
-        self.rotary: tuple[Tensor, Tensor] | None = None
         self._token_rows: Tensor | None = None
         if attention_mask is not None:
             seqlens = self._remove_padding(attention_mask.to(device))
@@ -50,8 +46,8 @@ class PackedBatch:
             seqlens = _packed_lengths(position_ids.to(device).expand(shape))
         else:
             seqlens = [shape[1]] * shape[0]
-        size = block_tokens(block_size, max(seqlens, default=1))
-        self.layout = BlockLayout.from_seqlens(seqlens, size, device)
+        self.seqlens = tuple(seqlens)
+        [self.cu_seqlens] = index_tensors(device, list(accumulate(seqlens, initial=0)))
         self._positions: Tensor | None = None
 
     def _remove_padding(self, mask: Tensor) -> list[int]:
@@ -60,9 +56,9 @@ class PackedBatch:
                 f"attention_mask: expected [batch, tokens] = {list(self.shape)} of 0/1, got shape "
                 f"{list(mask.shape)}; prepared masks of other shapes are not supported"
             )
-        kept = mask != 0
-        on_device = kept.sum(1)
-        starts = kept[:, :1].sum(1) + (kept[:, 1:] & ~kept[:, :-1]).sum(1)
+        tokens = mask != 0
+        on_device = tokens.sum(1)
+        starts = tokens[:, :1].sum(1) + (tokens[:, 1:] & ~tokens[:, :-1]).sum(1)
         # The one read-back of a padded batch: lengths and the number of runs of ones.
         lengths, starts = torch.stack((on_device, starts)).tolist()
         if max(starts) > 1:
@@ -72,14 +68,19 @@ class PackedBatch:
             )
         if sum(lengths) == 0:
             raise ValueError("attention_mask: expected at least one token, got only zeros")
-        if sum(lengths) < kept.numel():
+        if sum(lengths) < tokens.numel():
             # What nonzero() would give, which waits for its size to be read back once more.
-            rows = torch.arange(kept.shape[0], device=kept.device)
-            firsts = rows * kept.shape[1] + kept.int().argmax(1)
+            rows = torch.arange(tokens.shape[0], device=tokens.device)
+            firsts = rows * tokens.shape[1] + tokens.int().argmax(1)
             shifts = firsts - (on_device.cumsum(0) - on_device)
-            tokens = torch.arange(sum(lengths), device=kept.device)
-            self._token_rows = tokens + shifts.repeat_interleave(on_device, output_size=len(tokens))
+            packed = torch.arange(sum(lengths), device=tokens.device)
+            self._token_rows = packed + shifts.repeat_interleave(on_device, output_size=len(packed))
         return lengths
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of all sequences."""
+        return sum(self.seqlens)
 
     @property
     def is_padded(self) -> bool:
@@ -107,25 +108,13 @@ class PackedBatch:
             values = padded.index_copy(0, self._token_rows, values)
         return values.reshape(*self.shape, *values.shape[1:])
 
-    def set_rotary(self, cos: Tensor, sin: Tensor) -> None:
-        """Takes the model's tables, [B or 1, S, D], for the positions the model was given."""
-        self.rotary = tuple(self.pack(table.expand(*self.shape, -1)) for table in (cos, sin))
-
-    def rotate(self, x: Tensor, selection: Selection | None = None) -> Tensor:
-        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row)."""
-        if self.rotary is None:
-            return x
-        return ops.rope(x, *self.rotary, None if selection is None else selection.rows)
-
     @property
     def positions(self) -> Tensor:
         """[T] int32, the position of every token in its own sequence."""
         if self._positions is None:
-            cu_seqlens = self.layout.cu_seqlens
-            rows = torch.arange(self.layout.num_tokens, dtype=torch.int32, device=cu_seqlens.device)
-            firsts = torch.repeat_interleave(
-                cu_seqlens[:-1], cu_seqlens.diff(), output_size=self.layout.num_tokens
-            )
+            cu_seqlens, tokens = self.cu_seqlens, self.num_tokens
+            rows = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens.device)
+            firsts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=tokens)
             self._positions = rows - firsts
         return self._positions
 
@@ -139,7 +128,7 @@ def _packed_lengths(position_ids: Tensor) -> list[int]:
     return [end - first for first, end in zip(firsts, [*firsts[1:], batch * tokens])]
 
 
-def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence[int]:
+def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     """(B, S) of a batch given as ids or embeddings; exactly one of the two must be given."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
@@ -149,4 +138,5 @@ def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Sequence
     ):
         if given is not None and given.ndim != len(dims):
             raise ValueError(f"{name}: expected [{', '.join(dims)}], got {list(given.shape)}")
-    return tuple((inputs_embeds if input_ids is None else input_ids).shape[:2])
+    given = inputs_embeds if input_ids is None else input_ids
+    return given.shape[0], given.shape[1]

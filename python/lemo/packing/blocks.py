@@ -38,23 +38,16 @@ class BlockLayout:
         """
         starts, cuts = _C.plan_blocks(list(seqlens), block_size)
         rows = [starts[block] for block in cuts]
-        values = torch.tensor([*starts, *cuts, *rows], dtype=torch.int32, device="cpu")
-        place = torch.empty(0, device=device).device  # None: torch's default
-        if place.type == "cuda":
-            # One copy that does not make the host wait for what the GPU has to do before.
-            values = values.pin_memory()
-        values = values.to(place, non_blocking=True)
-        parts = values.split([len(starts), len(cuts), len(rows)])
-        # Tensors of their own: kernels may load them in wider units than their place in `values`.
-        block_starts, cu_blocks, cu_seqlens = (part.clone() for part in parts)
-        return cls(tuple(seqlens), block_size, block_starts, cu_blocks, cu_seqlens)
+        return cls(tuple(seqlens), block_size, *index_tensors(device, starts, cuts, rows))
 
     @property
     def num_tokens(self) -> int:
+        """T, the tokens of all sequences."""
         return sum(self.seqlens)
 
     @property
     def num_blocks(self) -> int:
+        """B, the blocks of all sequences."""
         return self.block_starts.numel() - 1
 
     @property
@@ -66,6 +59,22 @@ class BlockLayout:
         """[B] bool, the blocks of which one row or more is set in `rows`, [T] bool."""
         before = pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
         return before.index_select(0, self.block_starts).diff() > 0
+
+
+def index_tensors(device: torch.device | str | None, *values: list[int]) -> list[Tensor]:
+    """int32 tensors of some numbers, by one copy for which the host does not wait.
+
+    Args:
+        device: where they go; None: torch's default device.
+        values: the numbers of each tensor.
+    """
+    joined = torch.tensor([n for part in values for n in part], dtype=torch.int32, device="cpu")
+    place = torch.empty(0, device=device).device
+    if place.type == "cuda":
+        joined = joined.pin_memory()
+    parts = joined.to(place, non_blocking=True).split([len(part) for part in values])
+    # Tensors of their own: kernels may load them in wider units than their place in `joined`.
+    return [part.clone() for part in parts]
 
 
 @dataclass(frozen=True)
@@ -90,10 +99,12 @@ class Selection:
 
     @classmethod
     def everything(cls, layout: BlockLayout) -> "Selection":
+        """All rows of a layout."""
         return cls(layout, None, None, layout.cu_seqlens, None)
 
     @property
     def num_rows(self) -> int:
+        """R, the rows that are kept."""
         return self.layout.num_tokens if self.rows is None else self.rows.numel()
 
 

@@ -250,8 +250,6 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["optimizer"]["scaler"])
-        if self.handle is not None:
-            self.handle.load_state_dict(state["random"]["lemo"])
         _log.info("resuming %s after step %d", self.config.output, checkpoint.step)
         return checkpoint.step
 
@@ -363,10 +361,7 @@ class _Run:
         }
 
     def _save(self, folder: Path, step: int) -> None:
-        state = random_state()
-        if self.handle is not None:
-            state["lemo"] = self.handle.state_dict()
-        states = gather_object([state])
+        states = gather_object([random_state()])
         if not self.accelerator.is_main_process:
             return
         optimizer = {"optimizer": self.optimizer.state_dict()}

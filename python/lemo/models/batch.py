@@ -1,0 +1,60 @@
+"""A batch on its way through the layers: packed, cut into blocks, with its rotary tables."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+from lemo.packing.batch import PackedBatch
+from lemo.packing.blocks import BlockLayout, Selection, block_tokens
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the layers know of the T rows of the residual.
+
+    Attributes:
+        packed: the sequences, and the way back to [B, S].
+        layout: how they are cut into blocks.
+        rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+    """
+
+    packed: PackedBatch
+    layout: BlockLayout
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        packed: PackedBatch,
+        block_size: int | float,
+        rotary: tuple[Tensor, Tensor] | None,
+        device: torch.device,
+    ) -> "Batch":
+        """Cuts a packed batch into blocks.
+
+        Args:
+            packed: the batch.
+            block_size: tokens of a block, or a share of the longest sequence.
+            rotary: the model's (cos, sin), [B or 1, S, D] each, or None.
+            device: where the tokens are.
+        """
+        size = block_tokens(block_size, max(packed.seqlens, default=1))
+        if rotary is not None:
+            cos, sin = (packed.pack(table.expand(*packed.shape, -1)) for table in rotary)
+            rotary = cos, sin
+        return cls(packed, BlockLayout.from_seqlens(packed.seqlens, size, device), rotary)
+
+    @property
+    def positions(self) -> Tensor:
+        """[T] int32, the position of every row in its own sequence."""
+        return self.packed.positions
+
+    def rotate(self, x: Tensor, selection: Selection | None = None) -> Tensor:
+        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row)."""
+        if self.rotary is None:
+            return x
+        return ops.rope(x, *self.rotary, None if selection is None else selection.rows)

@@ -1,0 +1,203 @@
+"""The training forward pass with elimination: losses, and logits and hidden states when asked for.
+
+Where only a loss is asked for, left-out rows are what they are for the method: absent. Where logits
+or hidden states are, each of their rows is what the dense model gives: a second decoder computes
+the left-out rows, too, without a graph.
+"""
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lemo.models import labels as named_labels
+from lemo.models.architectures import Architecture
+from lemo.models.arguments import ForwardArguments
+from lemo.models.batch import Batch
+from lemo.models.decoder import Decoder
+from lemo.models.loss import causal_lm_loss, next_labels
+from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.packing.batch import PackedBatch
+from lemo.selection.scorers import PredictorScorer, make_scorer
+from lemo.selection.selector import Selector
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["TrainingForward"]
+
+_LABELS_UNKNOWN = (
+    ", chosen without regard to labels, because nobody named them: pass `labels` to the model, or "
+    "use handle.labelled(mask) or handle.attach(trainer)"
+)
+
+
+class TrainingForward:
+    """What the model computes in place of its own forward.
+
+    Attributes:
+        block_size: tokens of a block, or their share of a batch's longest sequence: that of the
+            config, or that of the predictors where it leaves the choice to them.
+        scorer: where block scores come from.
+        selector: what each sub-block keeps.
+        row_labels: [B, S] bool, rows that predict a label, in the pass that runs; None: nothing is
+            known.
+        has_trained: whether a pass has trained something.
+    """
+
+    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+        self.row_labels: Tensor | None = None
+        self.has_trained = False
+        self.scorer = make_scorer(config, architecture)
+        thresholds, self.block_size = None, config.block_size
+        if isinstance(self.scorer, PredictorScorer):
+            thresholds = self.scorer.predictors.thresholds
+            self.block_size = self.scorer.predictors.block_size
+        self.selector = Selector(config, architecture.num_layers, thresholds)
+        self._architecture = architecture
+        self._loss_chunk = config.loss_chunk
+        parts = architecture, self.selector, self.scorer
+        self._decoder = Decoder(
+            *parts,
+            visible_keys=config.visible_keys,
+            group_size=config.group_size or 0,
+            recompute=config.recompute,
+        )
+        # Each row of it is what the dense model gives; gradients come from the kept rows.
+        self._dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
+        self._said: set[str] = set()
+
+    def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+        """The output for a call with labels: nothing of the size of all logits is made."""
+        architecture, ignored = self._architecture, arguments.ignored_label
+        asked = arguments.wants_hidden_states(architecture.config)
+        batch, residual = self._embed(arguments)
+        targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
+        decoder = self._dense_decoder if asked else self._decoder
+        residual, entries = self._decode(decoder, batch, residual, targets != ignored, asked)
+        loss, counted = causal_lm_loss(
+            architecture,
+            residual,
+            targets,
+            self.selector.masked_rows(complete=asked),
+            self._loss_chunk,
+            arguments.num_items_in_batch,
+            ignored,
+            lost,
+        )
+        if counted:
+            self.has_trained = True
+        elif torch.is_grad_enabled() and bool((targets != ignored).any()):
+            self._nothing_trained()
+        output = EliminatedOutput(loss=loss)
+        rows = arguments.labelled_rows()
+
+        def logits() -> Tensor:
+            with named_labels.named(self, rows):
+                return self.logits(arguments).logits
+
+        output["logits"] = DeferredLogits(logits, architecture.causal_lm.parameters())
+        if entries is not None:
+            entries.append(batch.packed.unpack(architecture.final_norm(residual)[1]))
+            output["hidden_states"] = tuple(entries)
+        return output
+
+    def logits(self, arguments: ForwardArguments) -> EliminatedOutput:
+        """The output for a call without labels."""
+        states = self.states(arguments)
+        keep = arguments.logits_to_keep
+        columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
+        logits = self._architecture.lm_head(states.last_hidden_state[:, columns])
+        return EliminatedOutput(logits=logits, hidden_states=states.hidden_states)
+
+    def custom_loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+        """The output for a call with labels of a model that has a loss function of its own."""
+        with named_labels.named(self, arguments.labelled_rows()):
+            output = self.logits(arguments)
+        extra = ("num_items_in_batch", "shift_labels", "ignore_index")
+        given = {name: getattr(arguments, name) for name in extra}
+        loss = self._architecture.causal_lm.loss_function(
+            logits=output.logits,
+            labels=arguments.labels,
+            vocab_size=self._architecture.config.vocab_size,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        return EliminatedOutput(loss=loss, logits=output.logits, hidden_states=output.hidden_states)
+
+    def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
+        """The decoder's output: in each row what the dense model gives."""
+        batch, residual = self._embed(arguments)
+        labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
+        asked = arguments.wants_hidden_states(self._architecture.config)
+        residual, entries = self._decode(self._dense_decoder, batch, residual, labelled, asked)
+        self.has_trained = True
+        hidden = self._architecture.final_norm(residual)[1]
+        masked = self.selector.masked_rows(complete=True)
+        if masked is not None:
+            self.say(
+                "logits or hidden states were asked for: every row of them is what the dense model "
+                "gives, and gradients come from the rows that are kept"
+                + ("" if labelled is not None else _LABELS_UNKNOWN)
+            )
+            # Rows without a graph in the layers have none behind them either.
+            hidden = torch.where(masked[:, None], hidden.detach(), hidden)
+        hidden = batch.packed.unpack(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            hidden_states=None if entries is None else (*entries, hidden),
+        )
+
+    def say(self, message: str) -> None:
+        """A warning, once for each model."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"lemo: {message}", stacklevel=2)
+
+    def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
+        arguments.check(self._architecture.config)
+        self._architecture.check_parts()
+        return self._architecture.embed(arguments, self.block_size)
+
+    def _decode(
+        self,
+        decoder: Decoder,
+        batch: Batch,
+        residual: Tensor,
+        labelled: Tensor | None,
+        with_entries: bool,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """(residual after the last layer, unpacked residual at each layer's entry if asked)."""
+        entries: list[Tensor] = []
+
+        def visit(entry: Tensor) -> None:
+            entries.append(batch.packed.unpack(entry))
+
+        residual = decoder.run(batch, residual, labelled, visit if with_entries else None)
+        if torch.is_grad_enabled():
+            self.selector.check_kept()
+        return residual, entries if with_entries else None
+
+    def _pack_labels(self, packed: PackedBatch, embedded: bool) -> Tensor | None:
+        """[T] bool: rows that predict a label, as far as they are named."""
+        if self.row_labels is None:
+            return None
+        rows = self.row_labels.to(packed.cu_seqlens.device)
+        missing = packed.shape[1] - rows.shape[1]
+        if embedded and missing > 0:
+            rows = pad(rows, (missing, 0))  # PEFT's virtual tokens come before the others
+        if tuple(rows.shape) != tuple(packed.shape):
+            raise ValueError(
+                f"mask: expected one for each token, [batch, tokens] = {list(packed.shape)}, got "
+                f"{list(rows.shape)}"
+            )
+        return packed.pack(rows)
+
+    def _nothing_trained(self) -> None:
+        message = (
+            "labels: expected one or more of the batch's to be predicted from a row that counts, "
+            "got none, so nothing is trained{}; more rows have to be kept (keep, thresholds), or "
+            "fewer masked (burn_in)"
+        )
+        if not self.has_trained:
+            raise ValueError(message.format(""))
+        self.say(message.format(" in this step"))

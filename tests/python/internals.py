@@ -1,0 +1,15 @@
+"""What a training forward computes inside, which no output shows."""
+
+from torch import Tensor
+
+from lemo.models.arguments import ForwardArguments
+from lemo.models.batch import Batch
+
+
+def run_decoder(handle, arguments) -> tuple[Batch, Tensor, list[Tensor]]:
+    """(batch, final residual [T, H], unpacked residual at each layer's entry), rows left out
+    as they are: untouched by the layers that leave them out."""
+    forward = handle._forward
+    batch, residual = forward._embed(ForwardArguments.of(arguments))
+    residual, entries = forward._decode(forward._decoder, batch, residual, None, True)
+    return batch, residual, entries
