@@ -110,6 +110,17 @@ def test_every_page_is_one_of_the_sites():
     assert listed == here | rooted
 
 
+def test_the_reference_has_every_public_name():
+    """Functions of lemo.ops have the names of their modules, so the page lists them one by one."""
+    import lemo
+    import lemo.ops
+
+    for module, page in ((lemo, "index"), (lemo.ops, "ops")):
+        shown = re.findall(r"^::: (\S+)$", text_of(ROOT / f"docs/api/{page}.md"), re.MULTILINE)
+        assert all(resolves(name) for name in shown)
+        assert {name.split(".")[-1] for name in shown} == set(module.__all__) - {"__version__"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target, anchor in re.findall(
