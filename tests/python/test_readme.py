@@ -184,9 +184,9 @@ def test_files_and_commands_of_the_readme_exist():
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {command for command, _ in COMMANDS} <= commands
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"^make (\w+)", SHELL, re.MULTILINE))
+    named = set(re.findall(r"^make ([\w-]+)", SHELL, re.MULTILINE))
     assert named
-    assert named | set(re.findall(r"`make (\w+)", README)) <= targets
+    assert named | set(re.findall(r"`make ([\w-]+)", README)) <= targets
 
 
 def test_options_of_the_readme_exist():
