@@ -42,7 +42,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
-from itertools import pairwise, zip_longest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +75,8 @@ SCORERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 RANK, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj"]
 # The fields of LemoConfig that stand in a record: what shapes a figure.
-RECORDED = ("block_size", "keep_first", "keep_last", "keep", "scorer", "visible_keys", "recompute")
-RECORDED_LAYERWISE = ("policy", "keep_mlp", "dense_layers", "select_at")
+RECORDED = ("policy", "block_size", "keep_first", "keep_last", "keep", "keep_mlp", "dense_layers")
+RECORDED += ("select_at", "scorer", "visible_keys", "recompute")
 # The allocator of all measurements: segments that grow, so that sizes that change waste nothing.
 ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 GIB = 2**30
@@ -132,13 +132,11 @@ def config_of(variant: str, predictor: str | None):
 
 
 def recorded(variant: str) -> dict[str, Any]:
-    """What a record's shape says of a variant."""
+    """What a record's shape says of a variant, in one group of fields."""
     values = config_of(variant, "folder").to_dict()
-    return (
-        {name: values["layerwise"][name] for name in RECORDED_LAYERWISE}
-        | {name: values[name] for name in RECORDED}
-        | ({"loss": OUTSIDE} if is_outside(variant) else {})
-    )
+    values |= values.pop("layerwise") | {"keep": values["keep"]}
+    shape = {name: values[name] for name in RECORDED}
+    return shape | ({"loss": OUTSIDE} if is_outside(variant) else {})
 
 
 def is_outside(variant: str) -> bool:
@@ -228,7 +226,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
 
 
 def profile(settings: dict) -> None:
-    """Where one step's time goes on the GPU, and where the GPU waited for the host."""
+    """Shows where one step's time goes, kernel by kernel."""
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
@@ -240,17 +238,6 @@ def profile(settings: dict) -> None:
         step()
         torch.cuda.synchronize()
     print(found.key_averages().table(sort_by="self_device_time_total", row_limit=32))
-    kernels = sorted(
-        (e for e in found.events() if e.device_type.name == "CUDA" and not e.is_user_annotation),
-        key=lambda e: e.time_range.start,
-    )
-    waits, end = [], kernels[0].time_range.start
-    for before, kernel in pairwise(kernels):
-        end = max(end, before.time_range.end)
-        waits.append((kernel.time_range.start - end, before.name, kernel.name))
-    print("longest waits for the host:")
-    for length, before, after in sorted(waits, reverse=True)[:12]:
-        print(f"{length / 1e3:9.3f} ms  after {before[:48]}  before {after[:48]}")
 
 
 # --- all measurements: the process that drives them
@@ -313,10 +300,10 @@ def run_all(options: argparse.Namespace, predictor: str | None) -> list[tuple[di
         if settings["ours"] or options.peers_script is None:
             result = measure(__file__, settings | {"predictor": predictor}, ENVIRONMENT)
         else:
-            given = [(f"--{name}", settings[name]) for name in ("layers", "warmup", "reps")]
-            words = [word for pair in given for word in pair]
-            command = [options.peers_script, settings["name"], settings["tokens"], *words]
-            result = last_object([sys.executable, *command])
+            command = [sys.executable, options.peers_script, settings["name"], settings["tokens"]]
+            for name in ("layers", "warmup", "reps"):
+                command += [f"--{name}", settings[name]]
+            result = last_object(command)
         who = "lemo" if settings["ours"] else "peer"
         print(f"{settings['tokens']:>7} {who} {settings['name']:<28} {result or 'failed'}")
         if result is not None:

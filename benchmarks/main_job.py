@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import platform
-import random
 import resource
 import sys
 import tempfile
@@ -42,10 +41,7 @@ ROWS = 1024
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, records.RESULTS / "cpu.jsonl")
-    documents = {"type": records.existing, "required": True}
-    parser.add_argument("--model", **documents, help="folder of a causal LM")
-    parser.add_argument("--train", **documents, help="documents, {id, kind, text} a line")
-    parser.add_argument("--eval", **documents, help="held-out documents, the same format")
+    records.add_documents(parser)
     parser.add_argument("--context", type=int, default=8192, help="tokens of a window")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps, warm-up included")
     parser.add_argument("--warmup", type=int, default=2, help="first steps, not timed")
@@ -84,38 +80,19 @@ def make_windows(options: argparse.Namespace) -> dict[str, Any]:
     """Windows of token ids: {"train": one a step, "eval": {kind: one a document}}."""
     from transformers import AutoTokenizer
 
-    from lemo.data import read_documents
+    from lemo.data import first_windows, read_documents, token_windows
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    generator = random.Random(options.seed)
-
-    def tokens_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
     documents = list(read_documents(options.train))
-    train: list[list[int]] = []
-    while len(train) < options.steps:
-        found = len(train)
-        for document in generator.sample(documents, len(documents)):
-            tokens = tokens_of(document.text) if len(train) < options.steps else []
-            if len(tokens) >= options.context:
-                start = generator.randrange(len(tokens) - options.context + 1)
-                train.append(tokens[start : start + options.context])
-        if len(train) == found:
-            raise SystemExit(
-                f"--train: no document of {options.context} tokens in '{options.train}'"
-            )
-    held_out: dict[str, list[list[int]]] = {}
+    train = token_windows(documents, tokenizer, options.context, options.seed)
+    by_kind: dict[str, list] = {}
     for document in read_documents(options.eval):
-        windows = held_out.setdefault(document.kind, [])
-        if len(windows) < options.eval_documents:
-            tokens = tokens_of(document.text)
-            if len(tokens) >= options.context:
-                windows.append(tokens[: options.context])
-    held_out = {kind: windows for kind, windows in held_out.items() if windows}
-    if not held_out:
-        raise SystemExit(f"--eval: no document of {options.context} tokens in '{options.eval}'")
-    return {"train": train, "eval": held_out}
+        by_kind.setdefault(document.kind, []).append(document)
+    held_out = {}
+    for kind, of_kind in by_kind.items():
+        found, _ = first_windows(of_kind, tokenizer, options.context)
+        held_out[kind] = [ids.tolist() for _, ids in found[: options.eval_documents]]
+    return {"train": train.batch(0, options.steps).tolist(), "eval": held_out}
 
 
 # --- one method: the process that trains

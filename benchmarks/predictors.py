@@ -2,34 +2,15 @@
 
     python benchmarks/predictors.py --model MODEL --train TRAIN.jsonl.xz --eval EVAL.jsonl.xz
 
-Measured: for the predictors of each experiment how much of the kept set of held-out documents
-(--keep) they find, mean over layers, attention and MLP, each kind of document separately; what the
-place of a block finds alone; the share of the greatest possible sum of exact scores that the kept
-blocks have ("captured"); parameters and bytes. Against: the experiment "base", from which the
-others differ in one thing each. Takes about three minutes an experiment for a model of 28M
-parameters on an H200.
-
-    base              the last size of --blocks
-    block64, ...      the other sizes of --blocks
-    windows           --many-windows instead of --windows
-    half-rank, double-rank
-    elastic           pruned to --prune-to of the hidden units while it trains
-    elastic-attention attention's pruned to .4 of them, the MLP's not
-    one-kind          trained on the first kind of documents only, tested on all
-    longer            the predictors of base, tested on windows of --long-length
-    long              trained and tested on windows of --long-length
-    long-block2048    the same with blocks of --long-block tokens
-
-and, where --experiments names them,
-
-    mixed             trained on windows of both lengths, tested on long ones
-    more-steps        three times the steps
-    batch16           16 windows a step instead of 4
-    rank-loss0, rank-loss1    weight of the ranking loss
-    all-in            many windows, three times the steps, 8 windows a step
+Measured: for the predictors of each experiment, what share of the kept set of held-out documents
+they find ("recall"), mean over layers, attention and MLP, each kind of document separately; what
+the place of a block finds alone; what share of the greatest possible sum of exact scores the kept
+blocks have ("captured"); parameters and bytes. Against: the experiment "base" of `predictors.yaml`,
+from which the others differ in one thing each. Takes about three minutes an experiment for a model
+of 28M parameters on an H200.
 
 Every experiment is one call of `lemo.preparation.pipeline.prepare` in a process of its own, --jobs
-at a time. The model's context is extended to --long-length for all of them. The inputs of all
+at a time. The model's context is extended to --context for all of them. The inputs of all
 sub-blocks go to the disk below --work (tokens x layers x 2 x hidden size x 2 bytes for an
 experiment; gone at its end). One JSON line is appended for each experiment.
 """
@@ -37,10 +18,8 @@ experiment; gone at its end). One JSON line is appended for each experiment.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -48,120 +27,45 @@ from pathlib import Path
 from typing import Any
 
 from common import records
+from common.methods import read_methods
 from common.processes import measure_all, run_script
 
 KINDS = ("attention", "mlp")
-OPTIONAL = ("mixed", "more-steps", "batch16", "rank-loss0", "rank-loss1", "all-in")
 # To judge whether a document is long enough takes as long as to cut a window from it: those with
 # fewer characters a token are left out, and windows of n tokens come from 2^19 / n documents.
 CHARACTERS_PER_TOKEN, TOKENS_OF_ALL = 6, 2**19
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    from lemo.predictors.modules import default_rank
+    from lemo.training.model import load_config
+
     parser = records.parser(__doc__, records.RESULTS / "predictors.jsonl")
-    documents = {"type": records.existing, "required": True}
-    parser.add_argument("--model", **documents, help="folder of a causal LM")
-    parser.add_argument("--train", **documents, help="documents to train on")
-    parser.add_argument("--eval", **documents, help="held-out documents")
-    parser.add_argument("--experiments", nargs="+", help="names, see above (default: the first)")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a window")
-    parser.add_argument("--long-length", type=int, default=32768)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 256, 512])
-    parser.add_argument("--long-block", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=32, help="training windows")
-    parser.add_argument("--many-windows", type=int, default=96)
-    parser.add_argument("--long-windows", type=int, default=8)
-    parser.add_argument("--held-out", type=int, default=16, help="windows to test on")
-    parser.add_argument("--long-held-out", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=150, help="of each predictor")
-    parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--rank", type=int, help="hidden units (default: hidden size / 16)")
-    parser.add_argument("--prune-to", type=float, default=0.6)
+    records.add_documents(parser)
+    parser.add_argument("--experiments", nargs="+", help="names in --file (default: all)")
+    parser.add_argument(
+        "--file", type=records.existing, default=Path(__file__).with_suffix(".yaml")
+    )
+    parser.add_argument("--context", type=int, default=32768, help="tokens of a long window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--jobs", type=int, default=1, help="experiments at a time")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each of them")
     parser.add_argument("--work", type=Path, default=Path("runs/predictors"))
     options = parser.parse_args(arguments)
-    known = experiments_of(options, options.rank or rank_of(options.model))
-    names = options.experiments or [name for name in known if name not in OPTIONAL]
-    for name in names:
-        if name not in known:
-            parser.error(f"--experiments: expected {', '.join(known)}, got '{name}'")
-    options.chosen = {name: known[name] for name in names}
-    return options
-
-
-def rank_of(model: Path) -> int:
-    """Hidden units of the model's predictors by default."""
-    from lemo.predictors.modules import default_rank
-    from lemo.training.model import load_config
-
-    return default_rank(load_config(str(model)).hidden_size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """How predictors are trained, and the length of the windows that they are tested on.
-
-    Attributes:
-        windows: number of training windows of each length.
-        test_length, held_out: tokens and number of the held-out windows.
-        one_kind: train on windows of the first kind of documents only.
-        settings: of `PredictorSettings`.
-    """
-
-    windows: dict[int, int]
-    test_length: int
-    held_out: int
-    settings: dict[str, Any]
-    one_kind: bool = False
-
-
-def experiments_of(options: argparse.Namespace, rank: int) -> dict[str, Experiment]:
-    """All experiments by name."""
-    short, long = {options.length: options.windows}, {options.long_length: options.long_windows}
-    base = Experiment(
-        windows=short,
-        test_length=options.length,
-        held_out=options.held_out,
-        settings={
-            "block_size": options.blocks[-1],
-            "rank": rank,
-            "keep": options.keep,
-            "steps": options.steps,
-            "seed": options.seed,
-        },
-    )
-    on_long = {"test_length": options.long_length, "held_out": options.long_held_out}
-
-    def changed(settings: dict[str, Any] | None = None, **changes: Any) -> Experiment:
-        settings = base.settings | (settings or {})
-        return dataclasses.replace(base, settings=settings, **changes)
-
-    many = {options.length: options.many_windows}
-    more_steps = {"steps": 3 * options.steps}
-    return {
-        **{f"block{size}": changed({"block_size": size}) for size in options.blocks[:-1]},
-        "base": base,
-        "windows": changed(windows=many),
-        "half-rank": changed({"rank": max(rank // 2, 1)}),
-        "double-rank": changed({"rank": 2 * rank}),
-        "elastic": changed({"prune_to": options.prune_to}),
-        "elastic-attention": changed({"prune_to": 0.4, "prune_mlp_to": 1.0}),
-        "one-kind": changed(one_kind=True),
-        "longer": changed(**on_long),
-        "long": changed(windows=long, **on_long),
-        f"long-block{options.long_block}": changed(
-            {"block_size": options.long_block}, windows=long, **on_long
-        ),
-        "mixed": changed(windows=short | long, **on_long),
-        "more-steps": changed(more_steps),
-        "batch16": changed({"windows_per_step": 16}),
-        "rank-loss0": changed({"rank_weight": 0.0}),
-        "rank-loss1": changed({"rank_weight": 1.0}),
-        "all-in": changed(more_steps | {"windows_per_step": 8}, windows=many),
+    rank = default_rank(load_config(str(options.model)).hidden_size)
+    sizes = {"context": options.context, "rank": rank}
+    try:
+        (base,) = read_methods(options.file, ["base"], sizes, "--file").values()
+        found = read_methods(options.file, options.experiments, sizes, "--experiments")
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    base["settings"]["seed"] = options.seed
+    options.chosen = {
+        name: base | each | {"settings": base["settings"] | each.get("settings", {})}
+        for name, each in found.items()
     }
+    return options
 
 
 # --- one experiment: a process of its own
@@ -201,25 +105,22 @@ def worker(job: dict[str, Any]) -> Callable[[str], dict]:
 
         from lemo import predictors
         from lemo.data import read_documents
-        from lemo.preparation.pipeline import PredictorSettings, prepare
+        from lemo.preparation.pipeline import prepare
+        from lemo.settings.preparation import PredictorSettings
         from lemo.training.model import load_tokenizer
 
         start = time.perf_counter()
         torch.set_num_threads(job["threads"])
         tokenizer = load_tokenizer(job["model"])
         kinds = sorted({document.kind for document in read_documents(job["train"])})
-        learned = kinds[:1] if job["one_kind"] else kinds
-        # Lengths are names in JSON.
-        windows = {int(length): count for length, count in job["windows"].items()}
         seed = job["settings"]["seed"]
-        training = [
-            window
-            for length, count in windows.items()
-            for window in cut_windows(job["train"], learned, tokenizer, length, count, seed)
-        ]
-        held_out = cut_windows(
-            job["eval"], kinds, tokenizer, job["test_length"], job["held_out"], seed
-        )
+
+        def cut(path: str, of: list[str], count: int, length: int) -> list:
+            return cut_windows(path, of, tokenizer, length, count, seed)
+
+        learned = kinds[:1] if job["one_kind"] else kinds
+        training = [w for windows in job["windows"] for w in cut(job["train"], learned, *windows)]
+        held_out = cut(job["eval"], kinds, *job["held_out"])
         model = load(job["model"], job["context"], job["device"])
         settings = PredictorSettings(**job["settings"], search_rounds=0, disk_gib=2.0**20)
         with tempfile.TemporaryDirectory(dir=job["work"]) as folder:
@@ -294,9 +195,9 @@ def row_of(job: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
         "settings": {
             "model": Path(job["model"]).name,
             "context": job["context"],
-            "windows": job["windows"],
+            "windows": {str(tokens): count for count, tokens in job["windows"]},
             "one_kind": job["one_kind"],
-            "test_length": job["test_length"],
+            "test_length": job["held_out"][1],
             **job["settings"],
         },
         "recall": {
@@ -358,16 +259,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
-    common = {
-        **{name: str(getattr(options, name)) for name in ("model", "train", "eval", "work")},
-        "context": options.long_length,
-        "device": options.device,
-        "threads": options.threads,
-    }
-    jobs = [
-        (common | {"name": name} | dataclasses.asdict(experiment), None)
-        for name, experiment in options.chosen.items()
-    ]
+    common = {name: str(getattr(options, name)) for name in ("model", "train", "eval", "work")}
+    common |= {name: getattr(options, name) for name in ("context", "device", "threads")}
+    jobs = [(common | each | {"name": name}, None) for name, each in options.chosen.items()]
     rows: list[dict[str, Any]] = []
     for row in measure_all(__file__, jobs, [{}] * options.jobs):
         if row is None:
@@ -379,8 +273,6 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(row)
     if rows:
         print(table(rows))
-    if len(rows) < len(jobs):
-        print("some experiments failed; see above", file=sys.stderr)
     return 0 if len(rows) == len(jobs) else 1
 
 

@@ -26,28 +26,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import yaml
-
 from common import records
+from common.methods import read_methods
 from common.processes import measure_all, run_script
 from quality_table import protocol_of, table
 
-SETTINGS = ("elimination", "settings", "predictor")
+SETTINGS = ("elimination", "settings")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, records.RESULTS / "quality.jsonl")
-    documents = {"type": records.existing, "required": True}
-    parser.add_argument("--model", **documents, help="folder of a causal LM")
-    parser.add_argument("--train", **documents, help="documents to train on")
-    parser.add_argument("--eval", **documents, help="held-out documents")
+    records.add_documents(parser)
     parser.add_argument("--methods", nargs="+", help="names in --file (default: all)")
     parser.add_argument(
         "--file", type=records.existing, default=Path(__file__).with_suffix(".yaml")
@@ -72,39 +66,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.equal == ["time", "steps"]:
         parser.error("--equal: expected 'steps' first, which says how long the steps are")
-    known = yaml.safe_load(options.file.read_text(encoding="utf-8"))
-    options.methods = options.methods or list(known)
-    for name in options.methods:
-        if name not in known:
-            parser.error(f"--methods: expected names of {options.file}, got '{name}'")
-    options.known = {name: method_of(name, known[name], options) for name in options.methods}
+    sizes = {"context": options.context, "batch": options.batch}
+    try:
+        found = read_methods(options.file, options.methods, sizes, "--methods")
+        options.known = {name: check(name, each, options) for name, each in found.items()}
+    except argparse.ArgumentTypeError as error:
+        parser.error(str(error))
+    options.methods = list(options.known)
     return options
 
 
-def method_of(name: str, method: dict | None, options: argparse.Namespace) -> dict:
-    """A method with its entries as numbers: "context/4" tokens, "batch*2" windows."""
-    method = dict(method or {})
-    unknown = set(method) - set(SETTINGS) - {"steps", "about"}
+def check(name: str, method: dict, options: argparse.Namespace) -> dict:
+    """A method with all of its parts; ArgumentTypeError where it has another or lacks one."""
+    unknown = set(method) - {*SETTINGS, "steps", "about"}
     if unknown:
-        raise SystemExit(f"{name}: expected {', '.join(SETTINGS)} or steps, got {sorted(unknown)}")
-    elimination = _numbers(method.get("elimination"), {"context": options.context})
+        expected = ", ".join((*SETTINGS, "about or steps"))
+        raise argparse.ArgumentTypeError(f"{name}: expected {expected}, got {sorted(unknown)}")
+    elimination = method.get("elimination")
     if elimination is not None and elimination.get("scorer") == "predictor":
         if options.predictors is None:
-            raise SystemExit(f"--predictors: expected a folder, because '{name}' uses one")
+            raise argparse.ArgumentTypeError(
+                f"--predictors: expected a folder, because '{name}' uses one"
+            )
         elimination["predictor"] = str(options.predictors)
-    settings = _numbers(method.get("settings", {}), {"batch": options.batch})
-    return method | {"elimination": elimination, "settings": settings}
-
-
-def _numbers(value: object, sizes: dict[str, int]) -> object:
-    """What "context/4" or "batch*2" means, in groups of settings as well; other values stay."""
-    if isinstance(value, dict):
-        return {key: _numbers(inner, sizes) for key, inner in value.items()}
-    words = re.fullmatch(r"(\w+)([*/])(\d+)", value) if isinstance(value, str) else None
-    if words is None or words[1] not in sizes:
-        return value
-    size, factor = sizes[words[1]], int(words[3])
-    return size * factor if words[2] == "*" else math.ceil(size / factor)
+    return method | {"elimination": elimination, "settings": method.get("settings", {})}
 
 
 def plant_copies(options: argparse.Namespace) -> Path:

@@ -19,6 +19,7 @@ __all__ = [
     "BUILD",
     "REPOSITORY",
     "RESULTS",
+    "add_documents",
     "append",
     "commit_of_tree",
     "existing",
@@ -52,6 +53,16 @@ def parser(description: str | None, output: Path) -> argparse.ArgumentParser:
         "--commit", default=commit_of_tree(), help="commit of the measured tree (%(default)s)"
     )
     return made
+
+
+def add_documents(parser: argparse.ArgumentParser) -> None:
+    """Adds --model, --train and --eval."""
+    for name, what in (
+        ("model", "folder of a causal LM"),
+        ("train", "documents to train on, {id, kind, text} a line"),
+        ("eval", "held-out documents, the same format"),
+    ):
+        parser.add_argument(f"--{name}", type=existing, required=True, help=what)
 
 
 def existing(path: str) -> Path:
@@ -104,14 +115,13 @@ def figure(
     **more: Any,
 ) -> dict[str, Any]:
     """A record of one quantity beside a peer's, without its provenance."""
-    beside = peer_value is not None
     return {
         "bench": bench,
         "shape": shape,
         "ours": round(ours, digits),
         "peer": peer,
-        "peer_value": round(peer_value, digits) if beside else None,
-        "ratio": round(ours / peer_value, 4) if beside else None,
+        "peer_value": None if peer_value is None else round(peer_value, digits),
+        "ratio": round(ours / peer_value, 4) if peer_value else None,
         "unit": unit,
         **more,
     }
