@@ -1,8 +1,11 @@
-"""Table and plots of docs/QUALITY.md: ``python benchmarks/quality_plots.py``."""
+"""Write the tables and plots of docs/QUALITY.md: `python benchmarks/quality_page.py`.
+
+Shown are the rows of benchmarks/results/quality.jsonl whose method is in `SHOWN`
+and whose protocol is in `PROTOCOLS`. Takes a few seconds.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import matplotlib
@@ -10,13 +13,12 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from quality import protocol_of, share_of, table_of
+from common import records
+from quality_table import protocol_of, share_of, table_of
 from readme_table import replace_block
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks/results/quality.jsonl"
-PAGE = REPOSITORY / "docs/QUALITY.md"
-IMAGES = REPOSITORY / "docs/images"
+PAGE = records.REPOSITORY / "docs/QUALITY.md"
+IMAGES = records.REPOSITORY / "docs/images"
 PARTS = {"book": "books", "book_tail": "books, last quarter", "tex": "TeX"} | {
     "tex_tail": "TeX, last quarter"
 }
@@ -53,31 +55,19 @@ PROTOCOLS = (
 )
 
 
-def of_protocol(rows: list[dict], context: int, steps: int, rate: float) -> list[dict]:
-    return [
-        row
-        for row in rows
-        if (row["shape"]["context"], row["protocol_steps"]) == (context, steps)
-        and row["shape"]["learning_rate"] == rate
-    ]
-
-
 def block_size_plot(rows: list[dict], path: Path) -> None:
     """Perplexity against the length of the spans, half of the tokens in every layer."""
-    rows = of_protocol(rows, 16384, 100, 1e-3)
+    rows = [row for row in rows if protocol_of(row) == (16384, 100, 8, 1e-3, False, "steps")]
     dense = next(row for row in rows if row["method"] == "dense")
+    ends = {"keep_first": 0, "keep_last": 0}
+    plain = {"keep": 0.5, "dense_layers": [], "scorer": "random"} | ends
     sizes: dict[int, list[dict]] = {}
     for row in rows:
-        elimination = row["settings"].get("elimination") or {}
-        plain = {"keep": 0.5, "dense_layers": [], "scorer": "random"} | {
-            "keep_first": 0,
-            "keep_last": 0,
-        }
-        others = {
-            key: value for key, value in elimination.items() if key not in ("block_size", "seed")
-        }
-        if others == plain and "settings" not in row["settings"]:
-            sizes.setdefault(elimination.get("block_size", 64), []).append(row)
+        elimination = dict(row["settings"].get("elimination") or {})
+        size = elimination.pop("block_size", 64)
+        elimination.pop("seed", None)
+        if elimination == plain and "settings" not in row["settings"]:
+            sizes.setdefault(size, []).append(row)
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     for part, label in PARTS.items():
         values = [share_of(sizes[size], [dense], part) for size in sorted(sizes)]
@@ -172,8 +162,7 @@ def updated(text: str, rows: list[dict]) -> str:
 
 
 def read_rows() -> list[dict]:
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    return rows
+    return records.read(records.RESULTS / "quality.jsonl")
 
 
 def main() -> None:
