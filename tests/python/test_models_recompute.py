@@ -378,7 +378,7 @@ def test_second_derivatives_are_refused(recompute, visible_keys):
 
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
 def test_gradients_that_somebody_else_reads_stay_as_they_are(recompute):
-    """The gradient of the residual is written in place; a term of a sum hands out the same tensor."""
+    """The gradient of the residual is written in place; a term of a sum hands out the same one."""
     model = make_model("llama")
     lemo.enable(model, config_of(keep=1.0, recompute=recompute, dense_layers=[], block_size=8))
     hidden = model.model(BATCHES["right"]()["input_ids"]).last_hidden_state
