@@ -39,14 +39,8 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
                                     hidden_grad ? view(dhidden) : Tensor{},
                                     weight_grad ? view(dweight) : Tensor{},
                                     bias_grad ? view(dbias) : Tensor{}};
-    OptionalTensor scratch;  // torch's allocator hands it out again, in the order of the stream
-    int64_t (*const scratch_bytes)(const LinearCrossEntropyParams&) =
-        LEMO_CUDA_KERNEL(linear_cross_entropy_scratch_bytes);
-    if (params.hidden.device == Device::kCuda && scratch_bytes != nullptr) {
-        lemo::check(params);
-        scratch = make_empty(rows, {scratch_bytes(params)}, ScalarType::Byte);
-        params.scratch = scratch->data_ptr();
-    }
+    const OptionalTensor scratch =
+        make_scratch(rows, params, LEMO_CUDA_KERNEL(linear_cross_entropy_scratch_bytes));
     run("linear_cross_entropy", rows, params, linear_cross_entropy_cpu,
         LEMO_CUDA_KERNEL(linear_cross_entropy_cuda));
     return {loss, count, dhidden, dweight, dbias};

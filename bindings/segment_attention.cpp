@@ -57,7 +57,6 @@ std::tuple<TorchTensor, TorchTensor> segment_attention(TorchTensor q, TorchTenso
     arguments.params.lse = view(lse);
     const OptionalTensor scratch = make_scratch(arguments.q, arguments.params,
                                                 LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
-    arguments.params.scratch = view(scratch);
     run("segment_attention", arguments.q, arguments.params, segment_attention_cpu,
         LEMO_CUDA_KERNEL(segment_attention_cuda));
     return {out, lse};
@@ -83,7 +82,6 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
                                           view(dq),         view(dk),      view(dv)};
     const OptionalTensor scratch =
         make_scratch(arguments.q, params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
-    params.forward.scratch = view(scratch);
     run("segment_attention_backward", arguments.q, params, segment_attention_backward_cpu,
         LEMO_CUDA_KERNEL(segment_attention_backward_cuda));
     return {dq, dk, dv};

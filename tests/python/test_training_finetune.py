@@ -29,7 +29,7 @@ from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
 
 PYTHON_FOLDER = Path(module.__file__).parents[2]
-# Random scores draw from a generator of their own, which has to come back after a resumption.
+# Random scores have to be drawn as without interruption after a resumption.
 ELIMINATION = LemoConfig(
     block_size=16,
     scorer="random",
