@@ -99,7 +99,7 @@ def reference_loss(model, batch, kept, config):
         window = getattr(layer.self_attn, "sliding_window", None)
         if causal_lm.config.model_type == "mistral":
             window = WINDOW
-        seen = visible(sequence[among], position[among], window, config.group_size, heads)
+        seen = visible(sequence[among], position[among], window, config.layerwise.group_size, heads)
         mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
         rotary = {} if opt else {"position_embeddings": (cos[:, among], sin[:, among])}
         if rows.numel():  # Transformers' attention cannot take an empty sequence
