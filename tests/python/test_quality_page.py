@@ -1,6 +1,5 @@
 """docs/QUALITY.md: its sentences and its caption follow from the recorded runs."""
 
-import argparse
 import json
 import re
 import statistics
@@ -9,16 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-import quality
-import quality_plots
-from history import current_elimination
+import quality_page
+from common.methods import in_numbers
 from lemo import LemoConfig
+from lemo.settings.elimination import LayerwiseConfig
+from quality_table import protocol_of, share_of
 
 # The figures of a page.
 pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = quality_plots.read_rows()
+ROWS = quality_page.read_rows()
 METHODS = yaml.safe_load((ROOT / "benchmarks/quality.yaml").read_text(encoding="utf-8"))
 WINDOWS = {16384: 8, 32768: 4, 65536: 2}
 PROTOTYPES = {("computed16-0.3", 32768, 160), ("computed8-0.5", 16384, 400)}
@@ -35,7 +35,7 @@ PAGE = words("docs/QUALITY.md")
 
 def runs(method, context=16384, steps=160, rate=2e-3, copies=False, equal="steps"):
     protocol = (context, steps, WINDOWS[context], rate, copies, equal)
-    found = [row for row in ROWS if quality.protocol_of(row) == protocol]
+    found = [row for row in ROWS if protocol_of(row) == protocol]
     found = [row for row in found if row["method"] == method]
     assert found, f"no run of {method} {protocol}"
     return found
@@ -46,7 +46,7 @@ def behind(method, context=16384, steps=160, kinds=None, **protocol):
     rows = runs(method, context, steps, **protocol)
     dense = runs("dense", context, steps, **{**protocol, "equal": "steps"})
     kinds = kinds or list(rows[0]["perplexity"])
-    return [100 * (quality.share_of(rows, dense, kind) - 1) for kind in kinds]
+    return [100 * (share_of(rows, dense, kind) - 1) for kind in kinds]
 
 
 def span(*values, digits=1):
@@ -191,7 +191,7 @@ def sentences():
 def first_seed(method, context):
     dense = runs("dense", context)
     alone = [row for row in runs(method, context) if (row["seed"], row["runs_at_a_time"]) == (0, 1)]
-    return [100 * (quality.share_of(alone, dense, kind) - 1) for kind in alone[0]["perplexity"]]
+    return [100 * (share_of(alone, dense, kind) - 1) for kind in alone[0]["perplexity"]]
 
 
 def test_sentences_follow_from_the_runs():
@@ -233,9 +233,9 @@ def test_retrieval_by_depth_is_that_of_the_runs():
 
 
 def shown_runs():
-    for protocol in quality_plots.PROTOCOLS:
+    for protocol in quality_page.PROTOCOLS:
         for row in ROWS:
-            if quality.protocol_of(row) == protocol and row["method"] in quality_plots.SHOWN:
+            if protocol_of(row) == protocol and row["method"] in quality_page.SHOWN:
                 yield protocol, row
 
 
@@ -266,6 +266,26 @@ def test_the_caption_names_what_runs_do_not_have_in_common():
     }
 
 
+# Names that settings had when some of the rows were measured, and have now.
+RENAMED = {"schedule": "keep_schedule", "loss_segment": "loss_chunk"}
+
+
+def current_elimination(recorded):
+    """The elimination of a row in the names and groups of today's `LemoConfig`.
+
+    Until 2026-11-28 all fields were in one group, and the scorer "exact" was called "label".
+    """
+    values = {RENAMED.get(name, name): value for name, value in recorded.items()}
+    names = {*LayerwiseConfig.model_fields} - {"keep"}
+    layerwise = dict(values.pop("layerwise", {}))
+    layerwise |= {name: values.pop(name) for name in names & {*values}}
+    if isinstance(values.get("keep"), list):
+        layerwise["keep"] = values.pop("keep")
+    if values.get("scorer") == "label":
+        values["scorer"] = "exact"
+    return values | ({"layerwise": layerwise} if layerwise else {})
+
+
 def groups_of(elimination):
     return current_elimination(elimination).get("layerwise", {}).get("group_size")
 
@@ -283,17 +303,16 @@ def test_every_shown_run_has_the_settings_of_its_method():
         first_round = rate == 1e-3
         # The caption says what "drop4096" is.
         name = {"drop4096": "long-spans-0.5"}.get(row["method"], row["method"])
-        options = argparse.Namespace(context=context, batch=batch, predictors=None)
-        method = quality.method_of(name, METHODS[name], options)
+        method = in_numbers(METHODS[name], {"context": context, "batch": batch})
         ran = row["settings"]
         place = (row["method"], protocol)
         defaults = FIRST_ROUND if first_round else {}
-        expected = what_counts(method["elimination"], {})
+        expected = what_counts(method.get("elimination"), {})
         assert what_counts(ran.get("elimination"), defaults) == expected, place
         # Two exceptions stand in the caption.
         prototype = (name, context, steps) in PROTOTYPES
         if not prototype and (name, first_round) != ("dense", True):
-            assert ran.get("settings", {}) == method["settings"], place
+            assert ran.get("settings", {}) == method.get("settings", {}), place
 
 
 def test_a_changed_figure_is_noticed(monkeypatch):
