@@ -74,7 +74,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def cut_windows(path: str, kinds: list[str], tokenizer: Any, length: int, count: int, seed: int):
     """Windows of the kinds in turn, so that the first ones are a fair sample of any size."""
     from lemo.data import read_documents, token_windows
-    from lemo.preparation.pipeline import Window
+    from lemo.preparation.windows import Window
 
     documents = list(read_documents(path))
     share = math.ceil(count / len(kinds))
