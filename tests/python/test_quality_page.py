@@ -7,11 +7,11 @@ import statistics
 from pathlib import Path
 
 import pytest
+import quality_plots
 import yaml
+from history import current_elimination
 
 import quality
-import quality_plots
-from history import current_elimination
 from lemo import LemoConfig
 
 # The figures of a page.
