@@ -1,4 +1,4 @@
-"""Recomputed layers give what stored ones give, and store what docs/design/recomputation.md says."""
+"""Recomputed layers give what stored ones give (docs/design/recomputation.md)."""
 
 import math
 import sys
