@@ -36,8 +36,8 @@ BENCHMARK(BM_ResidualScatter)->Args({65536, 4096})->UseManualTime();
 void BM_GatherRows(benchmark::State& state) {
     const HalfKept data(state);
     const lemo::GatherRowsParams params{data.x.view({data.tokens, data.hidden}),
-                                            data.rows.view({data.tokens / 2}),
-                                            data.y.view({data.tokens / 2, data.hidden})};
+                                        data.rows.view({data.tokens / 2}),
+                                        data.y.view({data.tokens / 2, data.hidden})};
     lemo::bench::measure(state, [&](void* stream) { gather_rows_cuda(params, stream); });
     state.SetBytesProcessed(state.iterations() * data.tokens / 2 * data.hidden * 2 * 2);
 }

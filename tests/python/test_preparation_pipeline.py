@@ -274,6 +274,13 @@ def test_unfit_windows_and_settings_are_named(made, tmp_path):
     assert not output.exists()
 
 
+def test_a_folder_whose_target_has_its_earlier_name_loads(made, copy):
+    edit(copy, target="label")
+    loaded = predictors.load(copy)
+    assert loaded.description == predictors.load(made[1]).description
+    assert loaded.description["target"] == "exact"
+
+
 def test_absent_folder_and_files(copy, tmp_path):
     with pytest.raises(FileNotFoundError, match="predictor: expected a folder written by 'lemo"):
         predictors.load(tmp_path / "nowhere")
