@@ -36,7 +36,7 @@ class _Streams(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         data = b""
         while not data:
             source = b""
