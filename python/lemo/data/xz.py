@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import lzma
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
 _MAGIC = b"\xfd7zXZ\x00"
