@@ -39,13 +39,18 @@ SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so'
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
 
+# What clang-format and clang-tidy look at; the latter has no headers of CUDA.
+FORMATTED := $(shell find cpp bindings cuda tests/cpp tests/cuda benchmarks/cpp benchmarks/cuda \
+	-name '*.h' -o -name '*.cpp' -o -name '*.cu')
+LINTED := $(wildcard cpp/src/*.cpp bindings/*.cpp)
+
 OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 DOCS_TOOLS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* nn training_* data_* predictors_* cli_*))
 
 GPU_FOLDER := build/develop/gpu
 
-.PHONY: demo test docs test-cpp test-python test-oldest lint bench develop wheel clean help \
+.PHONY: demo test docs test-cpp test-python test-oldest lint format bench develop wheel clean help \
 	gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -59,9 +64,18 @@ test: lint test-cpp test-python  ## install lemo and run every test
 docs: $(VENV)/.docs  ## build the documentation's site into build/site
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
-lint: $(VENV)/.tests
+lint: $(VENV)/.tests build/lint/compile_commands.json  ## formatters, types, and linters of Python and C++
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+	printf '%s\n' $(LINTED) | xargs -P $(shell nproc) -n 4 $(VENV)/bin/clang-tidy -p build/lint --quiet \
+		--extra-arg=-idirafter$$(c++ -print-file-name=include)
+
+format: $(VENV)/.tests  ## format the sources of Python, C++ and CUDA
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microbenchmarks
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error
@@ -136,13 +150,19 @@ $(VENV)/.lemo: $(VENV)/.tools $(if $(ASKED),$(if $(NVCC),$(CUTLASS))) $(SOURCES)
 # What only the tests need, as the installed package names it.
 $(VENV)/.tests: $(VENV)/.lemo
 	$(PIP) install -q $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
-		print(*(name.split(";")[0].strip() for name in requires("lemo") if name.endswith("extra == \"test\"")))')
+		print(*(name.split(";")[0].strip() for name in requires("lemo") if name.endswith(("extra == \"test\"", "extra == \"lint\""))))')
 	touch $@
 
 # Needs neither torch nor a compiler: the reference is read from the sources.
 $(VENV)/.docs: pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(DOCS_TOOLS)
+	touch $@
+
+# Only configured: how clang-tidy has to read each file. Its search for omp.h ends at the compiler's.
+build/lint/compile_commands.json: $(VENV)/.tools CMakeLists.txt $(wildcard cmake/*) $(LINTED)
+	$(VENV)/bin/cmake -S . -B build/lint -G Ninja -DLEMO_CUDA=OFF \
+		-DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(VENV)/bin/ninja" -DPython3_EXECUTABLE="$(CURDIR)/$(VENV)/bin/python"
 	touch $@
 
 build/cpp/.built: $(VENV)/.tools $(CXX_SOURCES)

@@ -1,6 +1,7 @@
 #include "lemo/block_scores.h"
 
 #include "convert.h"
+#include "lemo/blocks.h"
 #include "random_values.h"
 #include "timing.h"
 

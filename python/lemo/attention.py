@@ -164,6 +164,7 @@ def _padding_mask(
     """
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
+    assert q_length is not None
     if q_offset + q_length != kv_offset + kv_length:
         raise ValueError(
             "past_key_values: attention 'lemo' takes caches that end with the newest token, got "

@@ -75,7 +75,10 @@ def predictor(x, k_down, k_mid, k_up, q_down, q_mid, q_up, block_starts, cu_bloc
 def token_select(scores, block_starts, cu_blocks, policy, value, keep_first, keep_last):
     """(rows, positions, cu_rows, kept_blocks) of the blocks that a policy keeps, int32."""
     cuts, starts = cu_blocks.tolist(), block_starts.tolist()
-    rows, positions, cu_rows, kept_blocks = [], [], [0], []
+    rows: list[int] = []
+    positions: list[int] = []
+    kept_blocks: list[int] = []
+    cu_rows = [0]
     for first, end in pairwise(cuts):
         count = end - first
         forced = {b for b in range(count) if b < keep_first or b >= count - keep_last}

@@ -7,6 +7,7 @@
 
 #include "compare.h"
 #include "device_views.h"
+#include "lemo/blocks.h"
 #include "lemo/check.h"
 
 namespace lemo {

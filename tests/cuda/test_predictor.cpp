@@ -101,8 +101,7 @@ void matches_cpu(const Shape& shape) {
                         shape.queries ? host(query) : PredictorWeights{},
                         view(starts, {blocks + 1}),
                         view(cuts, {sequences + 1}),
-                        view(expected, {blocks}),
-                        Tensor{}};
+                        view(expected, {blocks})};
     predictor_cpu(cpu);
     const auto host_gradients = [](Net<T>& net) {
         return PredictorWeights{net.down.host_gradient(), net.mid.host_gradient(),

@@ -78,6 +78,19 @@ def imported_modules(path: Path) -> set[str]:
     return found
 
 
+def loaded_modules(name: str) -> set[str]:
+    """Modules that an import of module `name` loads: those that it imports, and the packages around
+    them that are not around itself."""
+    found = set()
+    for module in imported_modules(modules()[name]):
+        parts = module.split(".")
+        around = {".".join(parts[:end]) for end in range(1, len(parts))}
+        found |= {module} | {
+            package for package in around if not f"{name}.".startswith(package + ".")
+        }
+    return found - {"lemo._C"}
+
+
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
     """Nodes of a cycle, its first one repeated at the end; [] where there is none."""
     done: set[str] = set()

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the ladder of docs/DESIGN.md, section 4."""
+"""linear_cross_entropy: what an operator has to pass, docs/design/testing.md."""
 
 import contextlib
 import importlib

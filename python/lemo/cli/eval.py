@@ -61,7 +61,7 @@ def eval(
     screen = options.console()
     options.show_messages(screen)
     run = None if adapter is None or find_adapter(adapter) == adapter else adapter
-    if model is None:
+    if model is None and adapter is not None:
         model = (run and recorded_model(run)) or base_model_name(adapter)
     with (
         reading(run) as writable,

@@ -83,7 +83,7 @@ def with_settings(
                 ),
             ),
         ]
-        run.__signature__ = inspect.Signature(parameters)
+        vars(run)["__signature__"] = inspect.Signature(parameters)
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return run
 

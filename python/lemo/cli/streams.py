@@ -43,12 +43,12 @@ class TolerantStream:
                 self._stream.flush()
 
     def isatty(self) -> bool:
-        return not getattr(self._stream, "closed", True) and self._stream.isatty()
+        return self._stream is not None and not self._stream.closed and self._stream.isatty()
 
     def let_go(self) -> None:
         """What cannot be written will never be: the interpreter does not try again at its end."""
         self.flush()
-        if self.error is not None:
+        if self.error is not None and self._stream is not None:
             with contextlib.suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from lemo.data.reading import naming
 from lemo.data.xz import open_xz
@@ -84,7 +84,7 @@ def _open_binary(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
         return open_xz(path)
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(BinaryIO, gzip.open(path, "rb"))
     return path.open("rb")
 
 

@@ -16,9 +16,10 @@ def naming(place: str, *passing: type[Exception]) -> Iterator[None]:
     Exceptions. What is not the file's fault passes: memory that is not there, something that is
     not installed, and errors that are `passing`.
     """
+    passing = (MemoryError, ImportError, *passing)
     try:
         yield
-    except (MemoryError, ImportError, *passing):
+    except passing:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import lzma
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 _CHUNK = 1 << 20
 _MAGIC = b"\xfd7zXZ\x00"
@@ -36,7 +36,7 @@ class _Streams(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         data = b""
         while not data:
             source = b""

@@ -12,10 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lemo.cli.streams import printable
@@ -127,7 +128,7 @@ class _Screen:
 
 
 class _Stage:
-    def __init__(self, progress: Progress, task: int):
+    def __init__(self, progress: Progress, task: TaskID):
         self._progress, self._task = progress, task
         self.outcome = ""
 
@@ -176,7 +177,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
 
         train_base(output / "base", train, tokenizer, base, note_base)
 
-    results = []
+    results: list[MethodResult] = []
     # lemo with its defaults: half of the quarters of a window, drawn at random in each step.
     for name, elimination in (("dense", None), ("lemo", LemoConfig())):
         title = f"Fine-tuning to {settings.context} tokens, {name}"
@@ -257,12 +258,14 @@ def run_method(name: str, config: FinetuneConfig, config_path: Path, stage: _Sta
     """
     write_file(config_path, yaml.safe_dump(config.to_dict(), sort_keys=False))
     command = [sys.executable, "-m", "lemo.demo.job", str(config_path)]
-    baseline, records = 0, []
+    baseline = 0
+    records: list[dict[str, Any]] = []
     with (
         # A file, not a pipe: nobody reads it while the process runs.
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
     ):
+        assert process.stdout is not None
         for line in process.stdout:
             record = json.loads(line)
             if "step" not in record:

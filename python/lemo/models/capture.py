@@ -41,8 +41,12 @@ def capture_sub_blocks(
     """
     architecture = architecture_of(model)
     architecture.check_parts()
-    given = {name: batch.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-    blocked, residual = architecture.embed(ForwardArguments(**given), block_size)
+    arguments = ForwardArguments(
+        input_ids=batch.get("input_ids"),
+        attention_mask=batch.get("attention_mask"),
+        position_ids=batch.get("position_ids"),
+    )
+    blocked, residual = architecture.embed(arguments, block_size)
     everything = Selection.everything(blocked.layout)
     for index in range(architecture.num_layers):
         attention = Attention(architecture, index, blocked, everything)

@@ -92,6 +92,7 @@ class Checkpointed:
 def _of_rows(unit: Unit, left_out: tuple[Tensor, ...], rows: Tensor) -> Tensor:
     """What a unit adds to the kept rows, from gathered rows of the residual."""
     if unit.attention is None:
+        assert unit.mlp is not None
         return unit.mlp(rows)
     attended = unit.attend(unit.attention.normalize(rows), left_out)
     return attended if unit.mlp is None else attended + unit.mlp(rows + attended)

@@ -83,14 +83,14 @@ class Watcher:
         return partial(_remove, *hooks)
 
     @torch.compiler.disable
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before.append(self._target.row_labels)
         rows = of_call(kwargs)
         if rows is not None:
             self._target.row_labels = rows
 
     @torch.compiler.disable
-    def _end(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._target.row_labels = self._before.pop()
 
 

@@ -7,6 +7,7 @@ rows only. (Backward for some tokens of a whole forward pass is TokenTune's idea
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class LeftOutRows:
             kept: the kept rows.
             left_out: what `begin` returned.
         """
+        assert self._attention is not None
         rows = kept.rows, self._attention.kept.rows
         k, v = (_Merge.apply(*pair, *rows) for pair in zip((heads.k, heads.v), left_out))
         if self._heads is not None:
@@ -66,22 +68,25 @@ class LeftOutRows:
             return
         with _without_graph(residual):
             if self._attention is not None:
-                self._attend(residual, self._attention)
+                assert self._heads is not None
+                self._attend(residual, self._attention, self._heads)
             if self._mlp is not None:
                 add_in_chunks(residual, self._mlp, self._mlp.kept.rows, self._mlp.width)
 
-    def _attend(self, residual: Tensor, attention: Attention) -> None:
+    def _attend(self, residual: Tensor, attention: Attention, heads: Heads) -> None:
         everything = Selection.everything(attention.kept.layout)
-        heads = attention.attend(self._heads, everything)
+        y = attention.attend(heads, everything)
         self._heads = None
-        add_rows(residual, attention.output(heads), attention.kept.rows)
+        add_rows(residual, attention.output(y), attention.kept.rows)
 
 
 class _Merge(torch.autograd.Function):
     """Kept and left-out rows in one tensor; the latter have no gradient. Saves an index only."""
 
     @staticmethod
-    def forward(ctx, kept, left_out, kept_rows, left_out_rows):
+    def forward(
+        ctx: Any, kept: Tensor, left_out: Tensor, kept_rows: Tensor, left_out_rows: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(kept_rows)
         # Added to zeros: torch's index_copy_ sorts the rows where it has to be deterministic.
         merged = kept.new_zeros(kept.shape[0] + left_out.shape[0], *kept.shape[1:])
@@ -91,7 +96,7 @@ class _Merge(torch.autograd.Function):
 
     @staticmethod
     @first_order_only('visible_keys="computed"')
-    def backward(ctx, dmerged):
+    def backward(ctx: Any, dmerged: Tensor) -> tuple[Tensor, None, None, None]:
         (kept_rows,) = ctx.saved_tensors
         dkept = gather_rows(dmerged.flatten(1), kept_rows)
         return dkept.unflatten(1, dmerged.shape[1:]), None, None, None

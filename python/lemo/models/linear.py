@@ -6,6 +6,8 @@ result in place, computes in the dtype of the input and saves the input once, wh
 consumers saves it too.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -81,7 +83,17 @@ def _is_frozen(module: nn.Linear) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling, values, dtype):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scaling: float,
+        values: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.x_dtype, ctx.scaling = x.dtype, scaling
         # All operands are in the dtype of autocast from here on, so it finds nothing to cast.
         x = x.to(dtype)
@@ -97,7 +109,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("linear")
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, a, b = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b = ctx.needs_input_grad[:5]
         dx = (dy @ weight) if needs_x else None

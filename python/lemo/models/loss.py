@@ -17,7 +17,7 @@ __all__ = ["causal_lm_loss", "next_labels"]
 
 def next_labels(
     batch: PackedBatch,
-    labels: Tensor,
+    labels: Tensor | None,
     shift_labels: Tensor | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> tuple[Tensor, Tensor | None]:
@@ -28,7 +28,7 @@ def next_labels(
 
     Args:
         batch: what the rows are.
-        labels: [B, S]; the token at t is predicted from t - 1.
+        labels: [B, S]; the token at t is predicted from t - 1. None where `shift_labels` are given.
         shift_labels: [B, S], labels that are shifted already; `labels` are not read then.
         ignore_index: the label behind the last one.
 

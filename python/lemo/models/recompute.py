@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -50,7 +50,9 @@ def recomputed(
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, unit, selective, residual, *parameters):
+    def forward(
+        ctx: Any, unit: Unit, selective: bool, residual: Tensor, *parameters: nn.Parameter
+    ) -> Tensor:
         ctx.unit, ctx.selective, ctx.parameters = unit, selective, parameters
         ctx.mark_dirty(residual)
         saved: tuple[Tensor, ...] = ()
@@ -63,7 +65,7 @@ class _Recomputed(torch.autograd.Function):
                 attention = SavedAttention() if selective else ops.segment_attention
                 y = unit.attend(unit.attention.normalize(rows), left_out, attention)
                 add_rows(residual, y, unit.kept_rows)
-                saved = attention.result if selective else ()
+                saved = attention.result if isinstance(attention, SavedAttention) else ()
                 del y
             if unit.mlp is not None:
                 add_in_chunks(residual, unit.mlp, unit.kept_rows, unit.mlp.width)
@@ -74,7 +76,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @first_order_only("recompute")
-    def backward(ctx, dresidual):
+    def backward(ctx: Any, dresidual: Tensor) -> tuple[Tensor | None, ...]:
         unit, needs_residual = ctx.unit, ctx.needs_input_grad[2]
         rows, *saved = ctx.saved_tensors
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
@@ -101,8 +103,8 @@ class _Recomputed(torch.autograd.Function):
             del dy, edge
             if drows is not None:
                 add_rows(dresidual, drows, unit.read_rows)
-        dresidual = hand_on(ctx, dresidual) if needs_residual else None
-        return None, None, dresidual, *gradients.totals()
+        passed_on = hand_on(ctx, dresidual) if needs_residual else None
+        return None, None, passed_on, *gradients.totals()
 
 
 def _mlp_backward(

@@ -48,7 +48,7 @@ class ReplacedForward:
 
             # Accelerate unwraps by following __wrapped__ down to the innermost: stop it here.
             del forward.__wrapped__
-            forward.__signature__ = inspect.signature(original)
+            vars(forward)["__signature__"] = inspect.signature(original)
             self._function = forward
         return self._function
 

@@ -1,7 +1,7 @@
 """The two sub-blocks of a layer, attention and MLP, on the rows that they keep.
 
 A sub-block reads rows of the residual, normalizes them, and gives what it adds to the rows that it
-keeps (docs/DESIGN.md). How its activations are treated for backward is another matter: see
+keeps (docs/design/models.md). How its activations are treated for backward is another matter: see
 `lemo.models.execution`.
 """
 
@@ -72,7 +72,8 @@ class Attention:
     def project(self, x: Tensor) -> Heads:
         """Queries of the kept rows, keys and values of the key rows, from normalized rows."""
         architecture, index = self._architecture, self._index
-        x_kept = x if self.keys is self.kept else x.index_select(0, self.kept.rows)
+        rows = None if self.keys is self.kept else self.kept.rows
+        x_kept = x if rows is None else x.index_select(0, rows)
         q = self._batch.rotate(architecture.queries(index, x_kept), self.kept)
         k = self._batch.rotate(architecture.keys(index, x), self.keys)
         v = architecture.values(index, x)

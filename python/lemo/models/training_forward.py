@@ -90,7 +90,9 @@ class TrainingForward:
 
         def logits() -> Tensor:
             with named_labels.named(self, rows):
-                return self.logits(arguments).logits
+                computed = self.logits(arguments).logits
+            assert computed is not None
+            return computed
 
         output["logits"] = DeferredLogits(logits, architecture.causal_lm.parameters())
         if entries is not None:

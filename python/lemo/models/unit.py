@@ -29,7 +29,8 @@ class Unit:
     @property
     def kept_rows(self) -> Tensor | None:
         """[R] int32, the rows of the residual that the unit changes; None: all."""
-        sub_block = self.attention if self.mlp is None else self.mlp
+        sub_block = self.mlp or self.attention
+        assert sub_block is not None
         return sub_block.kept.rows
 
     @property
@@ -53,6 +54,7 @@ class Unit:
             values: False where only gradients of the result count.
         """
         sub_block, keys = self.attention, None
+        assert sub_block is not None
         heads = sub_block.project(x)
         if left_out:
             heads = self.left_out.merge(heads, sub_block.kept, left_out)

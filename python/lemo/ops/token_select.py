@@ -88,6 +88,7 @@ def left_out(selection: Selection) -> Selection:
         selection: some blocks of its layout, not None for everything.
     """
     layout, kept_blocks = selection.layout, selection.kept_blocks
+    assert kept_blocks is not None
     scores = torch.ones(layout.num_blocks, device=kept_blocks.device)
     scores.index_fill_(0, kept_blocks.long(), 0.0)
     sizes = layout.num_blocks - kept_blocks.numel(), layout.num_tokens - selection.num_rows

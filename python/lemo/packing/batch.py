@@ -138,5 +138,5 @@ def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[in
     ):
         if given is not None and given.ndim != len(dims):
             raise ValueError(f"{name}: expected [{', '.join(dims)}], got {list(given.shape)}")
-    given = inputs_embeds if input_ids is None else input_ids
-    return given.shape[0], given.shape[1]
+    batch, tokens = next(t.shape[:2] for t in (input_ids, inputs_embeds) if t is not None)
+    return batch, tokens

@@ -1,6 +1,7 @@
 """How packed tokens are cut into sequences and blocks, and which rows a sub-block keeps."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class BlockLayout:
 
     @classmethod
     def from_seqlens(
-        cls, seqlens: list[int], block_size: int, device: torch.device | str | None = None
+        cls, seqlens: Sequence[int], block_size: int, device: torch.device | str | None = None
     ) -> "BlockLayout":
         """Cuts sequences into blocks, on torch's default device unless `device` names one.
 

@@ -209,7 +209,8 @@ def _words(annotation: Any, metadata: Any = ()) -> str:
 
 
 def _limits(metadata: Any) -> str:
-    low = high = None
+    low: tuple[str, str, Any] | None = None
+    high: tuple[str, str, Any] | None = None
     for entry in _flat(metadata):
         if isinstance(entry, annotated_types.Ge):
             low = (">=", "[", entry.ge)
@@ -221,10 +222,8 @@ def _limits(metadata: Any) -> str:
             high = ("<", ")", entry.lt)
     if low and high:
         return f" in {low[1]}{low[2]:g}, {high[2]:g}{high[1]}"
-    if low or high:
-        sign, _, value = low or high
-        return f" {sign} {value:g}"
-    return ""
+    one_sided = low or high
+    return f" {one_sided[0]} {one_sided[2]:g}" if one_sided else ""
 
 
 def _flat(metadata: Any) -> Iterator[Any]:

@@ -69,9 +69,9 @@ def _default(field: FieldInfo) -> str:
     if group_of(field) is not None:
         return "the defaults of the group"
     value = list(field.default) if isinstance(field.default, tuple) else field.default
-    word = {None: "null", True: "true", False: "false"}
-    known = value is None or isinstance(value, bool)
-    return f"`{word[value] if known else value}`"
+    if value is None or isinstance(value, bool):
+        return f"`{str(value).lower() if value is not None else 'null'}`"
+    return f"`{value}`"
 
 
 if __name__ == "__main__":

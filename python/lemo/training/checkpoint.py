@@ -144,7 +144,9 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict
 
 def random_state() -> dict[str, Any]:
     """State of the generators of torch (CPU and current GPU), Python and numpy."""
-    _, keys, position, has_gauss, cached = numpy.random.get_state()
+    # The array of numbers is typed as a part of the name.
+    state: Any = numpy.random.get_state()
+    _, keys, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
@@ -177,7 +179,9 @@ def checkpoint_folders(folder: Path, torn: bool = False) -> list[Path]:
 
 
 def _step(folder: Path) -> int:
-    return int(re.search("[0-9]+", folder.name)[0])
+    number = re.search("[0-9]+", folder.name)
+    assert number is not None
+    return int(number[0])
 
 
 def _own_digest(contents: dict[str, Any]) -> str:

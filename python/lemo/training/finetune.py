@@ -193,7 +193,7 @@ class _Run:
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype)
-        predictor = config.elimination and config.elimination.predictor
+        predictor = config.elimination.predictor if config.elimination else None
         self.inputs = fingerprint.of_inputs(config.model, base, tokenizer, predictor)
         # The same start of LoRA in all processes, then dropout of their own.
         set_seed(config.seed)
@@ -269,7 +269,7 @@ class _Run:
             for step in range(first + 1, config.steps + 1):
                 record = self._step(step, batches)
                 recent.append(record["seconds"])
-                if main:
+                if log is not None:
                     log.write(record)
                     left = (config.steps - step) * sum(recent) / len(recent)
                     if progress is not None:
@@ -392,15 +392,17 @@ def _deterministic() -> Iterator[None]:
     """torch's deterministic algorithms; afterwards its settings are as they were."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    # A module whose attributes are defined when it runs.
+    deterministic: Any = torch.utils.deterministic
+    fill = deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Nothing is read before it is written; filling every new tensor would only cost time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        deterministic.fill_uninitialized_memory = fill
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:

@@ -65,13 +65,15 @@ def reading(folder: Path | None) -> Iterator[bool]:
     Several processes may evaluate the adapter at once. None stands for no run.
     """
     with contextlib.ExitStack() as stack:
-        writable = folder is not None
-        if writable and not os.access(folder, os.W_OK):
+        if folder is None:
+            yield False
+            return
+        writable = os.access(folder, os.W_OK)
+        if not writable:
             _log.warning(
                 "adapter: '%s' cannot be written, so it does not get %s", folder, METRICS_NAME
             )
-            writable = False
-        if writable:
+        else:
             place = Path(os.path.realpath(folder))
             stack.enter_context(lock(place / LOCK_NAME, f"adapter: '{folder}'", shared=True))
         yield writable
