@@ -243,36 +243,6 @@ def profile(settings: dict) -> None:
 # --- all measurements: the process that drives them
 
 
-def write_predictors(folder: Path, layers: int, shrink: int) -> str:
-    """A folder as `lemo prepare` writes it, with random weights of the default size."""
-    import torch
-
-    from common.models import llama_config
-    from lemo.predictors import modules, storage
-    from lemo.predictors.position import PositionProfile
-
-    config = llama_config(BLOCK_SIZE, layers, shrink)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer in range(layers):
-        for kind, places in (("attention", 21), ("mlp", 1)):
-            knots = torch.exp2(torch.arange(places) / 2)
-            place = PositionProfile(knots, torch.zeros(places), torch.ones(places))
-            rank = modules.default_rank(config.hidden_size)
-            module = modules.make_predictor(kind, config.hidden_size, rank, generator)
-            tensors |= storage.tensors_of(layer, kind, module, place)
-    folder.mkdir()
-    description = {
-        "model": storage.fingerprint(config),
-        "block_size": BLOCK_SIZE,
-        "num_layers": layers,
-        "hidden_size": config.hidden_size,
-        "thresholds": {kind: [0.0] * layers for kind in ("attention", "mlp")},
-    }
-    storage.write_folder(folder, tensors, description)
-    return str(folder)
-
-
 def plan(options: argparse.Namespace) -> list[dict]:
     """All measurements: of each length, variants and peers taking turns."""
     found = []
@@ -361,13 +331,14 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
 
 
 def main() -> int:
+    from common.models import llama_config, write_random_predictors
+
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         predictor = None
         if any("predictor" in name for name in [*options.variants, options.profile or ""]):
-            predictor = write_predictors(
-                Path(folder) / "predictors", options.layers, options.shrink
-            )
+            config = llama_config(BLOCK_SIZE, options.layers, options.shrink)
+            predictor = write_random_predictors(Path(folder) / "predictors", config, BLOCK_SIZE)
         if options.profile is not None:
             place = {"name": options.profile, "tokens": options.tokens[0], "predictor": predictor}
             profile(common_settings(options) | place)

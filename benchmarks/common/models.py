@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-__all__ = ["LLAMA_3_8B", "llama_config", "random_llama", "with_lora"]
+__all__ = ["LLAMA_3_8B", "llama_config", "random_llama", "with_lora", "write_random_predictors"]
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -44,3 +46,30 @@ def with_lora(model: PreTrainedModel, rank: int, targets: str | list[str]) -> Pe
     # PEFT's default keeps fp32 adapters and casts every projection's input to fp32: slower for
     # every method.
     return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) -> str:
+    """A new folder as `lemo prepare` writes it for such a model, with random predictors of the
+    default size; its path."""
+    from lemo.predictors import modules, storage
+    from lemo.predictors.position import PositionProfile
+
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(layers):
+        for kind, places in (("attention", 21), ("mlp", 1)):
+            knots = torch.exp2(torch.arange(places) / 2)
+            profile = PositionProfile(knots, torch.zeros(places), torch.ones(places))
+            module = modules.make_predictor(kind, hidden, modules.default_rank(hidden), generator)
+            tensors |= storage.tensors_of(layer, kind, module, profile)
+    folder.mkdir()
+    description = {
+        "model": storage.fingerprint(config),
+        "block_size": block_size,
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "thresholds": {kind: [0.0] * layers for kind in ("attention", "mlp")},
+    }
+    storage.write_folder(folder, tensors, description)
+    return str(folder)

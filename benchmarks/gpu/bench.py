@@ -24,7 +24,8 @@ Functions = Mapping[str, Callable[[], Any]]
 
 def error(value: Tensor, truth: Tensor) -> float:
     """Relative error in the Euclidean norm."""
-    return ((value.double() - truth.double()).norm() / truth.double().norm()).item()
+    truth = truth.float()
+    return ((value.float() - truth).norm() / truth.norm()).item()
 
 
 @dataclass(frozen=True)

@@ -111,16 +111,16 @@ def rows(b: Bench):
     both, first = bare_products(hidden.detach(), weight, labels, chunk)
     peers = {f"two torch.mm, {chunk} rows": both, name: theirs}
     yield from b.compare(NAME, shape, ours, peers, **OFTEN)
+    forward, evaluation = of_lemo(None), {f"torch.mm, {chunk} rows": first}
     with torch.no_grad():
-        evaluation = {f"torch.mm, {chunk} rows": first}
-        forward = of_lemo(None)
-        yield from b.compare(
+        found = b.compare(
             f"{NAME} evaluation",
             shape,
             lambda: forward(hidden, weight, labels),
             evaluation,
             **OFTEN,
         )
+    yield from found
     del both, first, peers, evaluation
     # All logits at once, 16.8 GB, and the gradients that the second product takes.
     whole, _ = bare_products(hidden.detach(), weight, labels, tokens)

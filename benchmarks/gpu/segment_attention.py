@@ -116,29 +116,18 @@ def rows_of(b: Bench, lengths: list[int], size: int):
         for name, (peer_forward, peer_backward) in peers.items():
             b.agree(f"segment_attention, {name}", [out], [peer_forward()[0][0].transpose(0, 1)])
             b.agree(f"segment_attention_backward, {name}", backward(), peer_backward())
+    forwards = {name: pair[0] for name, pair in peers.items()}
     with torch.no_grad():
-        yield from b.compare(
-            "segment_attention",
-            shape,
-            forward,
-            {name: pair[0] for name, pair in peers.items()},
-            tera=2 * tera,
-            **often,
-        )
-    yield from b.compare(
-        "segment_attention_backward",
-        shape,
-        backward,
-        {name: pair[1] for name, pair in peers.items()},
-        tera=5 * tera,
-        **often,
-    )
+        found = b.compare("segment_attention", shape, forward, forwards, tera=2 * tera, **often)
+    yield from found
+    name = "segment_attention_backward"
+    backwards = {peer: pair[1] for peer, pair in peers.items()}
+    yield from b.compare(name, shape, backward, backwards, tera=5 * tera, **often)
 
     def deterministic():
         torch.use_deterministic_algorithms(True)
         backward()
         torch.use_deterministic_algorithms(False)
 
-    name = "segment_attention_backward"
     any_order = {f"{name} in any order": backward}
     yield from b.compare(f"{name} deterministic", shape, deterministic, any_order, **often)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import gpu_finetune
+from common.models import llama_config, write_random_predictors
 from lemo import LemoConfig, predictors
 
 
@@ -106,7 +107,8 @@ def test_a_variant_without_a_peer_has_figures_of_its_own():
 
 
 def test_random_predictors_can_be_loaded(tmp_path):
-    folder = gpu_finetune.write_predictors(tmp_path / "predictors", layers=2, shrink=32)
+    config = llama_config(tokens=64, layers=2, shrink=32)
+    folder = write_random_predictors(tmp_path / "predictors", config, block_size=64)
     loaded = predictors.load(folder)
     assert (loaded.num_layers, loaded.hidden_size, loaded.block_size) == (2, 128, 64)
 
