@@ -1,4 +1,4 @@
-"""block_scores: the ladder of docs/DESIGN.md, section 4. It is not differentiable."""
+"""block_scores: what an operator has to pass, docs/design/testing.md. It is not differentiable."""
 
 import dataclasses
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import yaml
 
+from source_tree import ROOT, tracked_files
+
 # Text.
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ROOT / "docs/figures"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
@@ -22,17 +23,7 @@ CURRENT = [page for page in PAGES if page.name not in ("LOG.md", "CHANGELOG.md")
 SOURCES = (".py", ".h", ".cpp", ".cu", ".sh", ".md")
 
 
-def listing() -> list[str]:
-    return subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
-
-
-FILES = [name for name in listing() if (ROOT / name).is_file()]
+FILES = [str(path.relative_to(ROOT)) for path in tracked_files()]
 FOLDERS = {str(parent) for name in FILES for parent in Path(name).parents}
 TOP = {name.split("/")[0] for name in FILES if "/" in name}
 

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: the ladder of docs/DESIGN.md, section 4."""
+"""linear_cross_entropy: what an operator has to pass, docs/design/testing.md."""
 
 import contextlib
 import importlib
@@ -359,3 +359,23 @@ def test_gradient_that_was_not_asked_for(missing):
     )
     with pytest.raises(ValueError, match=f"argument '{missing}_grad': expected True"):
         loss.backward()
+
+
+@pytest.mark.gpu_only
+def test_a_chunk_of_more_than_2_to_the_31_logits():
+    rows, hidden, vocabulary = 20000, 64, 128256
+    states, weight, _, labels = make_inputs(
+        rows, hidden, vocabulary, ignored=0.0, bias=False, dtype=torch.bfloat16
+    )
+    states.requires_grad_()
+    loss = ops.linear_cross_entropy(states, weight, labels, chunk_rows=rows, divisor=1)
+    (gradient,) = torch.autograd.grad(loss, states)
+    total = torch.zeros(())
+    for part in torch.arange(rows).split(1000):
+        leaf = states[part].detach().float().requires_grad_()
+        right, _ = reference.linear_cross_entropy(leaf, weight.float(), None, labels[part], IGNORED)
+        (truth,) = torch.autograd.grad(right, leaf)
+        apart = (gradient[part].float() - truth).norm() / truth.norm()
+        assert apart < 1e-2, f"rows from {part[0].item()}"
+        total += right.detach()
+    assert abs(loss.detach() - total) < 1e-4 * total

@@ -1,4 +1,4 @@
-"""Recomputed layers give what stored ones give, and store what docs/DESIGN.md says."""
+"""Recomputed layers give what stored ones give (docs/design/recomputation.md)."""
 
 import math
 import sys
@@ -339,7 +339,7 @@ def test_which_functions_are_plain():
 @pytest.mark.parametrize("keep", [1.0, 0.25])
 @pytest.mark.parametrize("how", ["none", "layer", "selective"])
 def test_bytes_that_a_layer_stores(how, keep):
-    """The table of docs/DESIGN.md, section 5, for bf16 and LoRA of rank r on q, k, v and o."""
+    """The table of docs/design/recomputation.md, for bf16 and LoRA of rank r on q, k, v and o."""
     tokens, heads, kv_heads, dim, width, rank, dtype = 256, 4, 2, 64, 384, 8, 2
     hidden, layers = heads * dim, (2, 5)
     sizes = []

@@ -1,4 +1,4 @@
-"""predictor: the ladder of docs/DESIGN.md, section 4."""
+"""predictor: what an operator has to pass, docs/design/testing.md."""
 
 import dataclasses
 

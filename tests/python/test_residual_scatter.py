@@ -1,4 +1,4 @@
-"""residual_scatter: the ladder of docs/DESIGN.md, section 4."""
+"""residual_scatter: what an operator has to pass, docs/design/testing.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""rope: the ladder of docs/DESIGN.md, section 4."""
+"""rope: what an operator has to pass, docs/design/testing.md."""
 
 import pytest
 import torch

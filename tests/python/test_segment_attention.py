@@ -1,4 +1,4 @@
-"""segment_attention: the ladder of docs/DESIGN.md, section 4."""
+"""segment_attention: what an operator has to pass, docs/design/testing.md."""
 
 import itertools
 

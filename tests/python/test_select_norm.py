@@ -1,4 +1,4 @@
-"""select_norm and residual_select_norm: the ladder of docs/DESIGN.md, section 4."""
+"""select_norm and residual_select_norm: what an operator has to pass, docs/design/testing.md."""
 
 import pytest
 import torch

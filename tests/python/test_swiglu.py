@@ -1,4 +1,4 @@
-"""swiglu: the ladder of docs/DESIGN.md, section 4."""
+"""swiglu: what an operator has to pass, docs/design/testing.md."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""token_select: what an operator has to pass (docs/design/testing.md), and one read-back."""
+"""token_select: what an operator has to pass, docs/design/testing.md. Without a gradient."""
 
 import dataclasses
 

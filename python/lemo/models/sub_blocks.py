@@ -1,7 +1,7 @@
 """The two sub-blocks of a layer, attention and MLP, on the rows that they keep.
 
 A sub-block reads rows of the residual, normalizes them, and gives what it adds to the rows that it
-keeps (docs/DESIGN.md). How its activations are treated for backward is another matter: see
+keeps (docs/design/models.md). How its activations are treated for backward is another matter: see
 `lemo.models.execution`.
 """
 
