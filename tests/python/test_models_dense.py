@@ -36,12 +36,12 @@ def rows(request, monkeypatch):
     if request.param == "row index":
 
         def select(self, layer, kind, score):
-            layout = self._layout
+            layout = self._pass.layout
             index = torch.arange(layout.num_tokens, dtype=torch.int32)
             positions = torch.cat([torch.arange(n) for n in layout.seqlens]).to(torch.int32)
             blocks = torch.arange(layout.num_blocks, dtype=torch.int32)
             chosen = Selection(layout, index, positions, layout.cu_seqlens, blocks)
-            self._selected[kind].append(chosen)
+            self._pass.selected[kind].append(chosen)
             return chosen
 
         monkeypatch.setattr(Selector, "select", select)
