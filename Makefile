@@ -1,6 +1,6 @@
 # make demo   sets everything up and runs the main job on the CPU
 # make test   sets everything up and runs every test
-# make docs   builds the documentation's site into build/site
+# make docs   builds the documentation's site into build/docs
 #
 # Both work on a fresh machine: they make a virtual environment in .venv (VENV=... for another one, PYTHON=... for the
 # interpreter, TORCH=... for the torch to install there). `make develop` builds in place for the active environment.
@@ -46,7 +46,7 @@ LINTED := $(wildcard cpp/src/*.cpp bindings/*.cpp)
 
 OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 DOCS_TOOLS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
-OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* nn training_* data_* predictors_* cli_*))
+OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* attention training_* data_* predictors_* preparation_* cli_*))
 
 GPU_FOLDER := build/develop/gpu
 
@@ -61,7 +61,7 @@ demo: $(VENV)/.lemo  ## install lemo and run the main job on the CPU (a few minu
 
 test: lint test-cpp test-python  ## install lemo and run every test
 
-docs: $(VENV)/.docs  ## build the documentation's site into build/site
+docs: $(VENV)/.docs  ## build the documentation's site into build/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 lint: $(VENV)/.tests build/lint/compile_commands.json  ## formatters, types, and linters of Python and C++
