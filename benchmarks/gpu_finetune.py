@@ -70,17 +70,14 @@ SHAPE = {
 RANK, ALPHA = 8, 16
 # The fields of LemoConfig that shape a figure.
 RECORDED = (
-    "policy",
     "block_size",
     "keep_first",
     "keep_last",
     "keep",
-    "keep_mlp",
-    "dense_layers",
-    "select_at",
     "scorer",
     "visible_keys",
     "recompute",
+    "layerwise",
 )
 GIB = 2**30
 
@@ -133,18 +130,18 @@ def settings_of(variant: str) -> dict:
         values = LemoConfig(keep=keep, recompute=recompute).to_dict()
         return {name: values[name] for name in RECORDED}
     return {
-        "policy": "ratio",
         # Small blocks are the harder case: more of them to score and to gather.
         "block_size": BLOCK_SIZE,
         "keep_first": 1,
         "keep_last": 1,
         "keep": keep,
-        "keep_mlp": keep if scorer == "predictors" else None,
-        "dense_layers": [],
-        "select_at": "first" if scorer in ("pooled", "computed") else "all",
         "scorer": "random" if scorer == "computed" else scorer.removesuffix("s"),
         "visible_keys": "computed" if scorer == "computed" else "kept",
         "recompute": recompute,
+        "layerwise": {
+            "keep_mlp": keep if scorer == "predictors" else None,
+            "select_at": "first" if scorer in ("pooled", "computed") else "all",
+        },
     }
 
 

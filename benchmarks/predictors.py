@@ -65,8 +65,9 @@ from lemo.predictors.modules import default_rank, make_predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.storage import PredictorSet, fingerprint
 from lemo.preparation.exact_scores import KINDS, FeatureStore, SubBlockData
-from lemo.preparation.pipeline import PrepareSettings, _Preparation
-from lemo.preparation.training import TrainingSettings, _candidates, kept_set_recall
+from lemo.preparation.pipeline import _Preparation
+from lemo.preparation.training import _candidates, kept_set_recall
+from lemo.settings.preparation import PredictorSettings
 from lemo.training.model import (
     extend_context,
     load_config,
@@ -140,10 +141,10 @@ class Training:
     """What makes a set of predictors; experiments with equal ones share it.
 
     Attributes:
-        block_size, rank: as in `PrepareSettings`.
+        block_size, rank: as in `PredictorSettings`.
         windows: pairs of a length and the number of training windows of that length.
         one_kind: only windows of the first kind of documents.
-        settings: pairs of a name and a value of `TrainingSettings`.
+        settings: pairs of a name and a value of `PredictorSettings`.
     """
 
     block_size: int
@@ -326,10 +327,10 @@ def train_layer(
     start = time.perf_counter()
     features = _features(file)
     store = features.stores[training.block_size]
-    settings = PrepareSettings(
+    settings = PredictorSettings(
         block_size=training.block_size,
         rank=training.rank,
-        training=TrainingSettings(**dict(training.settings)),
+        **dict(training.settings),
         search_rounds=0,
         dense_layers=(),
         seed=seed,

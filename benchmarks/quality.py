@@ -116,7 +116,9 @@ def method_of(name: str, method: dict | None, options: argparse.Namespace) -> di
 
 
 def _number(value: object, sizes: dict[str, int]) -> object:
-    """What "context/4" or "batch*2" means; other values as they are."""
+    """What "context/4" or "batch*2" means, also inside of a group; other values as they are."""
+    if isinstance(value, dict):
+        return {key: _number(entry, sizes) for key, entry in value.items()}
     words = re.fullmatch(r"(\w+)([*/])(\d+)", value) if isinstance(value, str) else None
     if words is None or words[1] not in sizes:
         return value

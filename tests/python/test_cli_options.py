@@ -1,14 +1,19 @@
 """Settings on the command line, and the lines that progress prints."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 from lemo.cli import options
 from lemo.cli.finetune import collect_settings
+from lemo.cli.from_settings import Given, with_settings
 from lemo.cli.options import apply_assignments, check_choice, parse_integers
 from lemo.cli.progress import StepProgress, describe, duration
+from lemo.settings.preparation import PrepareConfig
 
 # The command line.
 pytestmark = pytest.mark.cpu_only
@@ -42,9 +47,8 @@ def test_command_line_over_file_over_defaults(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "steps: 1\nseed: 1\nelimination: {keep: 0.25, block_size: 8}\n"
     )
-    settings = collect_settings(
-        tmp_path / "c.yaml", {"steps": 2}, ["elimination.keep=0.75"], dense=False
-    )
+    given = Given(tmp_path / "c.yaml", {"steps": 2}, ["elimination.keep=0.75"])
+    settings = collect_settings(given, dense=False)
     assert settings == {"steps": 2, "seed": 1, "elimination": {"keep": 0.75, "block_size": 8}}
 
 
@@ -66,24 +70,48 @@ def test_set_over_options_over_file(tmp_path):
 
 def test_dense_turns_elimination_off(tmp_path):
     (tmp_path / "c.yaml").write_text("elimination: {keep: 0.25}\n")
-    assert collect_settings(tmp_path / "c.yaml", {}, [], dense=True) == {"elimination": None}
+    given = Given(tmp_path / "c.yaml", {}, [])
+    assert collect_settings(given, dense=True) == {"elimination": None}
     with pytest.raises(ValueError, match="--dense: expected no setting of elimination"):
-        collect_settings(None, {}, ["elimination.keep=1"], dense=True)
+        collect_settings(Given(None, {}, ["elimination.keep=1"]), dense=True)
     with pytest.raises(ValueError, match="beside it, got 'elimination.predictor'"):
-        collect_settings(None, {"elimination.predictor": "p"}, [], dense=True)
+        collect_settings(Given(None, {"elimination.predictor": "p"}, []), dense=True)
 
 
 def test_integers():
-    assert parse_integers("64, 4096,8K,1k", "--lengths") == [64, 4096, 8192, 1024]
-    for text in ("", "4,", "-1", "0", "1.5", "k", "4M"):
-        with pytest.raises(ValueError, match="--lengths: expected integers such as"):
+    assert parse_integers("64, 4096,8K,1k,-1", "--lengths") == [64, 4096, 8192, 1024, -1]
+    for text in ("", "4,", "1.5", "k", "4M"):
+        with pytest.raises(ValueError, match="--lengths: expected integers with commas"):
             parse_integers(text, "--lengths")
 
 
 def test_choices():
-    check_choice("--dtype", "auto", ("auto", "float32"))
+    kind = Literal["auto", "float32"]
+    check_choice("--dtype", "auto", kind)
     with pytest.raises(ValueError, match="--dtype: expected one of auto, float32, got 'int8'"):
-        check_choice("--dtype", "int8", ("auto", "float32"))
+        check_choice("--dtype", "int8", kind)
+
+
+def test_options_are_those_of_the_settings():
+    seen = []
+
+    @with_settings(PrepareConfig, ["model", "lengths", "keep", "overwrite"], "x=1")
+    def command(given: Given, twice: bool = False) -> None:
+        """Says something."""
+        seen.append((given, twice))
+
+    app = typer.Typer()
+    app.command()(command)
+    run = CliRunner().invoke
+    arguments = ["--model", "m", "--lengths", "4K,-3", "--overwrite", "--set", "a=1", "--twice"]
+    assert run(app, arguments).exit_code == 0
+    options = {"model": "m", "lengths": [4096, -3], "overwrite": True}
+    assert seen == [(Given(None, options, ["a=1"]), True)]
+    text = run(app, ["--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    assert PrepareConfig.model_fields["keep"].description.rstrip(".") in text
+    assert "0.5" in text
+    assert "--seed" not in text
+    assert run(app, ["--keep", "half"]).exit_code == 2
 
 
 def test_output_files(tmp_path):

@@ -35,7 +35,7 @@ def test_the_defaults_are_valid():
             settings = gpu_finetune.settings_of(gpu_finetune.at(variant)[0])
             if settings["scorer"] == "predictor":
                 settings["predictor"] = "folder"
-            assert LemoConfig(**settings).dense_layers == ()
+            assert LemoConfig(**settings).layerwise.dense_layers == ()
     # Without a scorer nothing but the share and recomputation is set.
     defaults = LemoConfig(keep=0.25, recompute="none")
     assert LemoConfig(**gpu_finetune.settings_of("0.25-none")) == defaults
@@ -44,7 +44,8 @@ def test_the_defaults_are_valid():
 def test_scorers_of_variants():
     def chosen(variant):
         settings = gpu_finetune.settings_of(variant)
-        return settings["scorer"], settings["select_at"], settings["keep_mlp"]
+        layerwise = settings["layerwise"]
+        return settings["scorer"], layerwise["select_at"], layerwise["keep_mlp"]
 
     assert chosen("0.5-layer") == ("random", "first", None)
     assert chosen("0.5-layer-outside") == chosen("0.5-layer")

@@ -4,7 +4,6 @@ The reference runs Transformers' own layers (eager attention with a prepared mas
 of a plain residual stream, one `index_add` a sub-block. It shares no code with lemo.
 """
 
-import dataclasses
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -202,7 +201,9 @@ def test_loss_and_gradients(architecture, name):
     batch = BATCHES[batches[list(SETTINGS).index(name) % len(batches)]]()
     config = preset(name)
     if name == "threshold" and architecture == "qwen3":
-        config = dataclasses.replace(config, thresholds=[0.4] * 3)  # normalized q, k: larger scores
+        config = config.replace(
+            layerwise=config.layerwise.replace(thresholds=[0.4] * 3)
+        )  # normalized q, k: larger scores
     check(make_model(architecture), make_model(architecture), batch, config)
 
 
@@ -309,7 +310,7 @@ def test_rows_that_are_not_kept_pass_through_unchanged():
 def test_with_computed_keys_every_row_is_what_the_dense_model_computes(architecture, recompute):
     model, batch = make_model(architecture), padded_batch([61, 45])
     dense = model(**batch, output_hidden_states=True).hidden_states
-    lemo.enable(model, dataclasses.replace(preset("computed keys"), recompute=recompute))
+    lemo.enable(model, preset("computed keys").replace(recompute=recompute))
     states = model(**batch, output_hidden_states=True).hidden_states
     tokens = batch["attention_mask"].bool()
     for layer, (mine, oracle) in enumerate(zip(states, dense, strict=True)):

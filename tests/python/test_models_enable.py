@@ -108,7 +108,9 @@ def test_statistics():
 
 def test_schedule():
     model = make_model("llama")
-    config = config_of(keep=0.5, dense_layers=[0], block_size=8, schedule=[[0.5, 0.25], [0.9, 1]])
+    config = config_of(
+        keep=0.5, dense_layers=[0], block_size=8, keep_schedule=[[0.5, 0.25], [0.9, 1]]
+    )
     handle = lemo.enable(model, config)
 
     def kept_blocks(progress):
@@ -401,7 +403,7 @@ def test_the_trainer_of_transformers(tmp_path):
 def test_a_resumed_trainer_keeps_what_one_without_interruption_keeps(tmp_path):
     schedule = [[0.0, 0.25], [0.5, 0.5]]
     config = config_of(
-        **{"dense_layers": [], "block_size": 4, "scorer": "random"}, schedule=schedule
+        **{"dense_layers": [], "block_size": 4, "scorer": "random"}, keep_schedule=schedule
     )
     rows = [{"input_ids": row, "labels": row} for row in make_ids(8, 64)]
 

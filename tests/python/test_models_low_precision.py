@@ -5,8 +5,6 @@ model of Transformers, with keep < 1 the eager reference of test_models_eliminat
 sets that lemo chose.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -83,7 +81,7 @@ def test_keep_1_is_the_dense_model(architecture, batch, adapted):
 def test_autocast(architecture, keep):
     batch = BATCHES["right"]()
     model, plain, oracle = models(architecture, torch.float32)
-    config = dataclasses.replace(EVERYTHING, keep=keep)
+    config = EVERYTHING.replace(keep=keep)
     handle = lemo.enable(model, config)
 
     def half(forward):
@@ -122,11 +120,12 @@ def test_keep_below_1_is_the_eager_reference(architecture, name):
     number, batches = list(SETTINGS).index(name), list(BATCHES)
     batch = BATCHES[batches[number % len(batches)]]()
     recompute = RECOMPUTE[(number + ARCHITECTURES.index(architecture)) % len(RECOMPUTE)]
-    config = dataclasses.replace(preset(name), recompute=recompute)
+    config = preset(name).replace(recompute=recompute)
     model, plain, oracle = models(architecture)
     if name == "threshold":
         # Whatever the scale of the scores: attention keeps the two ends, the MLP everything.
-        config = dataclasses.replace(config, thresholds=[1e9] * 3, mlp_thresholds=[-1e9] * 3)
+        at = {"thresholds": [1e9] * 3, "mlp_thresholds": [-1e9] * 3}
+        config = config.replace(layerwise=config.layerwise.replace(**at))
     handle = lemo.enable(model, config)
     value = step(model, lambda model: model(**batch).loss)
     assert any(layer.attention_rows < layer.tokens for layer in handle.statistics())

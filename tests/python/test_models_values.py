@@ -210,7 +210,7 @@ def test_labels_win_over_the_block_that_is_always_kept():
             "thresholds: expected some block to reach one, got none of 14 in the first batch",
         ),
         (
-            {"keep": [0.0] * 3, "schedule": [[0.5, 0.5]]},
+            {"keep": [0.0] * 3, "keep_schedule": [[0.5, 0.5]]},
             "keep: expected some block to be kept, got none in any layer",
         ),
     ],

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import predictors
-from lemo.preparation.pipeline import PrepareSettings, Window, prepare
-from lemo.preparation.training import TrainingSettings
+from lemo.preparation.pipeline import Window, prepare
+from lemo.settings.preparation import PredictorSettings
 from lemo.training.model import extend_context, load_config, load_model
 from tiny import save_tiny_llama, write_documents
 
@@ -89,8 +89,8 @@ def test_base_is_what_prepare_measures(inputs, monkeypatch, tmp_path):
         held_out: [Window(s.kind, i) for s, i in zip(samples, ids) if s.held_out == held_out]
         for held_out in (False, True)
     }
-    training = TrainingSettings(keep=0.5, steps=6)
-    settings = PrepareSettings(
+    training = PredictorSettings(keep=0.5, steps=6)
+    settings = PredictorSettings(
         block_size=16, training=training, dense_layers=(), search_rounds=0, seed=0
     )
     description = prepare(model, windows[False], windows[True], tmp_path / "folder", settings)

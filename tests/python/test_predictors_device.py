@@ -5,16 +5,19 @@ import torch
 
 import lemo
 from lemo import predictors
-from lemo.preparation.pipeline import PrepareSettings, Window, prepare
-from lemo.preparation.training import TrainingSettings
+from lemo.preparation.pipeline import Window, prepare
+from lemo.settings.preparation import PredictorSettings
 from tiny_models import VOCABULARY, gradients, make_model
 
 BLOCK, TOKENS, LAYERS = 8, 92, 3
-SETTINGS = PrepareSettings(
+SETTINGS = PredictorSettings(
     block_size=BLOCK,
     dense_layers=(0,),
     search_windows=1,
-    training=TrainingSettings(keep=0.5, steps=6, windows_per_step=2, prune_every=2),
+    keep=0.5,
+    steps=6,
+    windows_per_step=2,
+    prune_every=2,
 )
 
 
@@ -35,11 +38,9 @@ def test_prepare_then_eliminate(tmp_path, policy):
 
     config = lemo.LemoConfig(
         block_size=BLOCK,
-        policy=policy,
         scorer="predictor",
         predictor=str(tmp_path / "predictor"),
-        dense_layers=(0,),
-        select_at="all",
+        layerwise={"policy": policy, "dense_layers": (0,), "select_at": "all"},
     )
     handle = lemo.enable(model, config)
     ids = torch.stack([window.ids for window in windows(2, 2)]).to(torch.get_default_device())

@@ -14,18 +14,21 @@ from lemo import predictors, reference
 from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
-from lemo.preparation.pipeline import PrepareSettings, Window, elimination_loss, prepare
-from lemo.preparation.training import TrainingSettings
+from lemo.preparation.pipeline import Window, elimination_loss, prepare
+from lemo.settings.preparation import PredictorSettings
 from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 from tiny_models import VOCABULARY, make_model
 
 BLOCK = 4
-SETTINGS = PrepareSettings(
+SETTINGS = PredictorSettings(
     block_size=BLOCK,
     dense_layers=(0,),
     search_windows=1,
-    training=TrainingSettings(keep=0.5, steps=6, windows_per_step=2, prune_every=2),
+    keep=0.5,
+    steps=6,
+    windows_per_step=2,
+    prune_every=2,
 )
 
 # A folder and its files; test_predictors_device.py prepares a model on the device of the suite.
@@ -142,12 +145,10 @@ def test_a_model_eliminates_with_the_folder(made):
     model, folder, description = made
     config = lemo.LemoConfig(
         block_size=BLOCK,
-        policy="threshold",
         scorer="predictor",
         predictor=str(folder),
-        dense_layers=(0,),
-        select_at="all",
         mask_loss=False,
+        layerwise={"policy": "threshold", "dense_layers": (0,), "select_at": "all"},
     )
     loss = elimination_loss(model, windows(2, 1)[:1], config)
     # The folder's own thresholds are those that the search ended with.
@@ -157,7 +158,7 @@ def test_a_model_eliminates_with_the_folder(made):
         dense = model(input_ids=ids, labels=ids).loss.item()
     assert abs(loss - dense) > 1e-3
     low = {"thresholds": [-1e9] * 3, "mlp_thresholds": [-1e9] * 3}
-    everything = lemo.LemoConfig.from_dict(config.to_dict() | low)
+    everything = config.replace(layerwise=config.layerwise.replace(**low))
     assert elimination_loss(model, windows(2, 1)[:1], everything) == pytest.approx(dense, rel=1e-5)
     assert all(module.training for module in model.modules())
     assert "forward" not in vars(model)
@@ -171,11 +172,12 @@ def test_equal_runs_give_equal_files(made, tmp_path):
 
 
 def test_content_target_leaves_the_place_out(tmp_path):
-    settings = PrepareSettings(
+    settings = PredictorSettings(
         block_size=BLOCK,
         target="content",
         search_rounds=0,
-        training=TrainingSettings(steps=2, windows_per_step=2),
+        steps=2,
+        windows_per_step=2,
     )
     description = prepare(make_model("opt"), windows(3, 0), windows(2, 1), tmp_path / "p", settings)
     tensors = load_file(tmp_path / "p" / "predictor.safetensors")
@@ -255,18 +257,18 @@ def test_unfit_windows_and_settings_are_named(made, tmp_path):
         prepare(model, good, [], output, SETTINGS)
     with pytest.raises(ValueError, match="training: expected windows of at least 3 blocks"):
         prepare(model, windows(1, 0, tokens=2 * BLOCK), good, output, SETTINGS)
-    deep, stages = PrepareSettings(block_size=BLOCK, dense_layers=(3,)), []
+    deep, stages = PredictorSettings(block_size=BLOCK, dense_layers=(3,)), []
     with pytest.raises(ValueError, match="dense_layers: expected layers of a model with 3, got 3"):
         prepare(model, good, good, output, deep, report=lambda *stage: stages.append(stage))
     # Found before any work, not at its end.
     assert stages == []
-    small = PrepareSettings(block_size=BLOCK, store_bytes=1000, dense_layers=(0,))
-    with pytest.raises(ValueError, match="store_bytes: 184 tokens of this model take"):
+    small = PredictorSettings(block_size=BLOCK, disk_gib=1e-6, dense_layers=(0,))
+    with pytest.raises(ValueError, match="disk_gib: 184 tokens of this model take"):
         prepare(model, good, good, output, small)
-    with pytest.raises(ValueError, match="target: expected one of label, content"):
-        PrepareSettings(target="labels")
-    with pytest.raises(ValueError, match="rank: expected at least 1"):
-        PrepareSettings(rank=0)
+    with pytest.raises(ValueError, match="target: expected one of exact, content"):
+        PredictorSettings(target="labels")
+    with pytest.raises(ValueError, match="rank: expected an integer >= 1 or null, got 0"):
+        PredictorSettings(rank=0)
     assert not output.exists()
 
 
@@ -409,7 +411,7 @@ def test_command_writes_a_folder_that_loads(sources, tmp_path, capsys):
     assert "of the model's bytes" in printed
     assert "threshold search: loss" in printed
     loaded = predictors.load(output)
-    training = loaded.description["settings"]["training"]
+    training = loaded.description["settings"]
     assert (training["steps"], training["keep"], training["prune_every"]) == (3, 0.4, 1)
     assert loaded.description["lengths"] == [64, 96]
     assert loaded.description["windows"] == {"training": 4, "held_out": 4}
@@ -430,7 +432,7 @@ def test_one_long_document_is_cut_in_two(sources, tmp_path):
     [
         (["--lengths", "64"], "output: expected a value, got none"),
         (["--output", "o", "--lengths", "none"], "--lengths: expected integers"),
-        (["--output", "o", "--keep", "1.5"], "keep: expected a share between 0 and 1"),
+        (["--output", "o", "--keep", "1.5"], "keep: expected a number in (0, 1)"),
         (["--output", "o", "--lengths", "99999"], "documents: expected at least one of 99999"),
         (["--output", "o", "--documents", "absent.jsonl"], "absent.jsonl"),
         (["--output", "o", "--model", "absent/model"], "absent/model"),

@@ -18,11 +18,11 @@ from lemo.preparation.exact_scores import (
 )
 from lemo.preparation.training import (
     ElasticSize,
-    TrainingSettings,
     fit,
     kept_set_recall,
     ranking_loss,
 )
+from lemo.settings.preparation import PredictorSettings
 
 HIDDEN, BLOCK = 24, 8
 
@@ -100,7 +100,7 @@ def test_module_computes_the_reference(kind):
 
 
 def test_planted_structure_is_learnt():
-    settings = TrainingSettings(keep=0.5, steps=120, windows_per_step=4, learning_rate=3e-2)
+    settings = PredictorSettings(keep=0.5, steps=120, windows_per_step=4, learning_rate=3e-2)
     for kind in ("attention", "mlp"):
         module, profile, result = run_fit(kind, settings)
         test = planted(kind, windows=16, seed=1)
@@ -111,14 +111,14 @@ def test_planted_structure_is_learnt():
 
 
 def test_place_explains_what_content_does_not():
-    settings = TrainingSettings(keep=0.5, steps=100, windows_per_step=4, learning_rate=3e-2)
+    settings = PredictorSettings(keep=0.5, steps=100, windows_per_step=4, learning_rate=3e-2)
     module, profile, _ = run_fit("attention", settings, trend=3.0)
     test = planted("attention", windows=16, seed=1, trend=3.0)
     assert mean_recall(module, profile, test, 0.5) >= 0.9
 
 
 def test_training_is_deterministic():
-    settings = TrainingSettings(steps=12, prune_every=4, prune_to=0.5)
+    settings = PredictorSettings(steps=12, prune_every=4, prune_to=0.5)
     first, _, a = run_fit("attention", settings)
     second, _, b = run_fit("attention", settings)
     third, _, _ = run_fit("attention", settings, seed=1)
@@ -311,7 +311,7 @@ def test_a_net_never_loses_its_last_unit():
 
 
 def test_fit_prunes_to_the_target_and_still_learns():
-    settings = TrainingSettings(
+    settings = PredictorSettings(
         steps=120, windows_per_step=4, learning_rate=3e-2, prune_every=20, prune_to=0.5
     )
     module, profile, result = run_fit("attention", settings)
@@ -322,7 +322,7 @@ def test_fit_prunes_to_the_target_and_still_learns():
 
 @pytest.mark.parametrize(("kind", "units"), [("attention", (32, 16)), ("mlp", (16, 12))])
 def test_the_predictors_of_mlps_shrink_to_their_own_share(kind, units):
-    settings = TrainingSettings(
+    settings = PredictorSettings(
         steps=6, windows_per_step=1, prune_every=2, prune_to=0.5, prune_mlp_to=0.75
     )
     _, _, result = run_fit(kind, settings)
@@ -330,7 +330,7 @@ def test_the_predictors_of_mlps_shrink_to_their_own_share(kind, units):
 
 
 def test_a_training_shorter_than_the_interval_still_shrinks_to_the_target():
-    settings = TrainingSettings(steps=6, windows_per_step=1, prune_every=50, prune_to=0.5)
+    settings = PredictorSettings(steps=6, windows_per_step=1, prune_every=50, prune_to=0.5)
     _, _, result = run_fit("attention", settings)
     assert result.hidden_units == (32, 16)
 
@@ -404,7 +404,7 @@ def test_feature_store_refuses_what_is_not_finite(tmp_path):
 )
 def test_bad_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected"):
-        TrainingSettings(**{name: value})
+        PredictorSettings(**{name: value})
 
 
 def test_an_mlp_whose_tokens_are_all_alike_trains_without_nan():
@@ -413,6 +413,6 @@ def test_an_mlp_whose_tokens_are_all_alike_trains_without_nan():
     data = SubBlockData(data.x, [torch.ones_like(y) for y in data.labels], data.layouts, alike)
     profile = profile_of(data, flat=True)
     module = make_predictor("mlp", HIDDEN, 8, generator())
-    result = fit(module, data, profile, TrainingSettings(steps=2, windows_per_step=1), generator())
+    result = fit(module, data, profile, PredictorSettings(steps=2, windows_per_step=1), generator())
     assert all(math.isfinite(loss) for loss in result.losses)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())

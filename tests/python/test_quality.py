@@ -23,8 +23,8 @@ pytestmark = pytest.mark.cpu_only
 
 LENGTH = 512
 METHODS = """
-dense: {elimination: {keep: 1.0, dense_layers: []}}
-half: {elimination: {keep: 0.5, block_size: context/4, dense_layers: [], scorer: random}}
+dense: {elimination: {keep: 1.0}}
+half: {elimination: {keep: 0.5, block_size: context/4, scorer: random}}
 before: {steps: 0}
 """
 

@@ -11,6 +11,7 @@ import yaml
 
 import quality
 import quality_plots
+from history import current_elimination
 from lemo import LemoConfig
 
 # The figures of a page.
@@ -265,11 +266,15 @@ def test_the_caption_names_what_runs_do_not_have_in_common():
     }
 
 
+def groups_of(elimination):
+    return current_elimination(elimination).get("layerwise", {}).get("group_size")
+
+
 def what_counts(elimination, defaults):
     """Of the settings of an elimination, as one value."""
     if not elimination or elimination.get("keep") == 1:
-        return elimination and elimination.get("group_size")
-    return LemoConfig(**defaults | elimination)
+        return elimination and groups_of(elimination)
+    return LemoConfig(**current_elimination(defaults | elimination))
 
 
 def test_every_shown_run_has_the_settings_of_its_method():

@@ -125,7 +125,7 @@ def test_a_threshold_does_not_look_at_labels():
     config, labelled = config_of(**thresholds), labels_of(40)
     assert run(config, labelled=labelled)[0] == run(config)[0]
     # A schedule cuts by ratio.
-    config = config_of(**thresholds, schedule=[(0.0, 0.3)])
+    config = config_of(**thresholds, keep_schedule=[(0.0, 0.3)])
     assert run(config, labelled=labelled)[0] != run(config)[0]
 
 
@@ -211,7 +211,7 @@ def test_the_schedule_replaces_shares_and_thresholds():
         policy="threshold",
         thresholds=[0.5] * 4,
         dense_layers=[0],
-        schedule=[[0.5, 0.25], [0.9, 1.0]],
+        keep_schedule=[[0.5, 0.25], [0.9, 1.0]],
     )
     assert run(config, progress=0.4)[0][1, "mlp"] == cut(1, "attention", "threshold", 0.5)
     assert run(config, progress=0.5)[0][2, "mlp"] == cut(1, "attention", "ratio", 0.25)

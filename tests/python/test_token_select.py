@@ -241,7 +241,7 @@ def test_a_selection_never_waits_for_the_gpu():
         # A new batch, two layers that score for themselves, and what attention and loss need.
         batch = PackedBatch((1, 1030), None, None, 64, scores.device)
         batch.set_rotary(*torch.randn(2, 1, 1030, 8).unbind())
-        selector = Selector(LemoConfig(keep=0.5, select_at="all", dense_layers=()), 2)
+        selector = Selector(LemoConfig(keep=0.5, layerwise={"select_at": "all"}), 2)
         selector.begin(batch.layout)
         for layer in range(2):
             kept = selector.select(layer, "attention", lambda: scores)

@@ -1,6 +1,5 @@
 """Whole runs on a tiny Llama: losses, logs, resuming after a kill, and the adapter they leave."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -32,7 +31,9 @@ from tiny import save_tiny_llama, write_documents
 PYTHON_FOLDER = Path(module.__file__).parents[2]
 # Random scores draw from a generator of their own, which has to come back after a resumption.
 ELIMINATION = LemoConfig(
-    block_size=16, dense_layers=[0], scorer="random", select_at="all", schedule=[[0.7, 1.0]]
+    block_size=16,
+    scorer="random",
+    layerwise={"dense_layers": [0], "select_at": "all", "keep_schedule": [[0.7, 1.0]]},
 )
 
 
@@ -90,7 +91,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ("device", "elimination"), [("cpu", None), ("auto", ELIMINATION), ("cpu", ELIMINATION)]
 )
 def test_a_run_stays_on_the_cpu_of_a_machine_with_a_gpu(config, monkeypatch, device, elimination):
-    config = dataclasses.replace(config, device=device, elimination=elimination)
+    config = config.replace(device=device, elimination=elimination)
     try:
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -105,8 +106,8 @@ def test_a_run_stays_on_the_cpu_of_a_machine_with_a_gpu(config, monkeypatch, dev
 
 @on_cpu
 def test_losses_are_those_of_a_plain_loop_of_transformers_and_peft(config):
-    config = dataclasses.replace(
-        config, batch_size=2, gradient_accumulation=2, lora_dropout=0.0, rope_scaling="none"
+    config = config.replace(
+        batch_size=2, gradient_accumulation=2, lora_dropout=0.0, rope_scaling="none"
     )
     finetune(config)
 
@@ -140,7 +141,7 @@ def test_learning_rate():
     assert [rates[4], rates[7]] == pytest.approx([0.75, 0.25])
     assert 0.0 < rates[9] < 0.1
     assert rates[2:] == sorted(rates[2:], reverse=True)
-    constant = dataclasses.replace(config, schedule="constant", warmup_steps=0)
+    constant = config.replace(lr_schedule="constant", warmup_steps=0)
     assert {learning_rate(step, constant) for step in range(1, 11)} == {1.0}
 
 
@@ -167,7 +168,7 @@ def test_run_folder(config):
 
 
 def test_run_with_elimination(config):
-    config = dataclasses.replace(config, elimination=ELIMINATION, gradient_accumulation=2)
+    config = config.replace(elimination=ELIMINATION, gradient_accumulation=2)
     finetune(config)
     records = read_log(Path(config.output) / "log.jsonl")
     # 6 blocks of 16 tokens, of which layer 1 keeps 3 until progress 0.7 (step 6 of 6 at 5/6).
@@ -186,7 +187,7 @@ def test_deterministic_holds_during_the_run_only(config):
     seen = []
     for deterministic in (False, True):
         finetune(
-            dataclasses.replace(config, steps=1, deterministic=deterministic, overwrite=True),
+            config.replace(steps=1, deterministic=deterministic, overwrite=True),
             lambda record: seen.append(torch.are_deterministic_algorithms_enabled()),
         )
         assert not torch.are_deterministic_algorithms_enabled()
@@ -196,11 +197,9 @@ def test_deterministic_holds_during_the_run_only(config):
 
 @on_cpu
 def test_keep_1_trains_like_dense_lora(config):
-    config = dataclasses.replace(config, lora_dropout=0.0, train_norms=True)
+    config = config.replace(lora_dropout=0.0, train_norms=True)
     finetune(config)
-    everything = dataclasses.replace(
-        config, output=config.output + "-1", elimination=LemoConfig(keep=1.0, dense_layers=[])
-    )
+    everything = config.replace(output=config.output + "-1", elimination=LemoConfig(keep=1.0))
     finetune(everything)
     assert losses(everything.output) == pytest.approx(losses(config.output), rel=1e-5)
 
@@ -211,9 +210,9 @@ def test_keep_1_trains_like_dense_lora(config):
     ids=["dense", "lemo"],
 )
 def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, tmp_path):
-    config = dataclasses.replace(config, elimination=elimination, save_every=2)
+    config = config.replace(elimination=elimination, save_every=2)
     finetune(config)
-    killed = dataclasses.replace(config, output=str(tmp_path / "killed"), resume=False)
+    killed = config.replace(output=str(tmp_path / "killed"), resume=False)
     (tmp_path / "settings.json").write_text(json.dumps(killed.to_dict()))
     script = f"""
         import json, os, signal, sys
@@ -244,7 +243,7 @@ def test_resume_after_kill_9_gives_the_same_losses(config, elimination, place, t
     assert not (tmp_path / "killed" / "adapter").exists()
     assert len(losses(killed.output)) == (5 if place == "after step 5" else 4)
 
-    finetune(dataclasses.replace(killed, resume=True))
+    finetune(killed.replace(resume=True))
     assert losses(killed.output) == losses(config.output)
     one, other = (
         load_file(Path(run.output) / "adapter" / "adapter_model.safetensors")
@@ -265,7 +264,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, damage, caplog):
             file.truncate(100)
     else:
         (newest / ("random-0.pt" if damage == "missing" else "state.json")).unlink()
-    finetune(dataclasses.replace(config, resume=True))
+    finetune(config.replace(resume=True))
     assert "step-6 is not whole and is ignored" in caplog.text
     assert losses(config.output) == expected
 
@@ -275,7 +274,7 @@ def test_a_damaged_checkpoint_is_passed_over(config, damage, caplog):
 )
 def test_blocks_that_leave_no_choice_are_named(config, caplog, block_size, blocks):
     elimination = LemoConfig(block_size=block_size)
-    finetune(dataclasses.replace(config, steps=1, warmup_steps=0, elimination=elimination))
+    finetune(config.replace(steps=1, warmup_steps=0, elimination=elimination))
     tokens = block_size if block_size > 1 else 39
     warned = f"a window of 96 tokens has {blocks} blocks of {tokens}, which leaves little"
     assert (warned in caplog.text) == (blocks is not None)
@@ -288,7 +287,7 @@ def test_blocks_that_leave_no_choice_are_named(config, caplog, block_size, block
 )
 def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_size, kept):
     elimination = LemoConfig(keep=keep, block_size=block_size)
-    finetune(dataclasses.replace(config, steps=1, warmup_steps=0, elimination=elimination))
+    finetune(config.replace(steps=1, warmup_steps=0, elimination=elimination))
     warned = f"elimination.keep: {keep:g} of 4 blocks is rounded up to {kept or 0:g} of the tokens"
     assert (warned in caplog.text) == (kept is not None)
     assert ("rounded up" in caplog.text) == (kept is not None)
@@ -296,7 +295,7 @@ def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_si
 
 @pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
 def test_a_warmup_longer_than_the_run_is_named(config, caplog, warmup, warned):
-    finetune(dataclasses.replace(config, steps=1, warmup_steps=warmup))
+    finetune(config.replace(steps=1, warmup_steps=warmup))
     assert (f"warmup_steps: {warmup} steps of warm-up in a run of 1 end" in caplog.text) == warned
 
 
@@ -304,7 +303,7 @@ def test_resuming_a_run_that_is_done_says_so(config, caplog):
     finetune(config)
     before = snapshot(Path(config.output))
     caplog.set_level("INFO", "lemo")
-    result = finetune(dataclasses.replace(config, resume=True))
+    result = finetune(config.replace(resume=True))
     assert "all 6 steps are done already" in caplog.text
     assert result.final_loss == losses(config.output)[-1]
     assert snapshot(Path(config.output)) == before
@@ -316,7 +315,7 @@ def test_resume_before_the_first_checkpoint_starts_again(config):
     for step in ("step-3", "step-6"):
         for file in (Path(config.output) / "checkpoints" / step).iterdir():
             file.unlink()
-    finetune(dataclasses.replace(config, resume=True))
+    finetune(config.replace(resume=True))
     assert losses(config.output) == expected
 
 
@@ -326,22 +325,22 @@ def test_a_run_is_not_overwritten_by_accident(config):
     with pytest.raises(FileExistsError, match="there is a run in .* --resume .* --overwrite"):
         finetune(config)
     with pytest.raises(ValueError, match="documents: expected at least one of 5000 tokens"):
-        finetune(dataclasses.replace(config, overwrite=True, context_length=5000))
+        finetune(config.replace(overwrite=True, context_length=5000))
     assert snapshot(Path(config.output)) == before
     (Path(config.output) / "notes.txt").write_text("mine")
-    finetune(dataclasses.replace(config, overwrite=True, steps=1))
+    finetune(config.replace(overwrite=True, steps=1))
     assert len(losses(config.output)) == 1
     assert (Path(config.output) / "notes.txt").read_text() == "mine"
 
 
 def test_resume_refuses_what_would_change_the_losses(config, inputs, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run in .* to resume"):
-        finetune(dataclasses.replace(config, resume=True))
+        finetune(config.replace(resume=True))
     documents = tmp_path / "documents.jsonl"
     documents.write_bytes((inputs / "documents.jsonl").read_bytes())
-    config = dataclasses.replace(config, documents=str(documents))
+    config = config.replace(documents=str(documents))
     finetune(config)
-    changed = dataclasses.replace(config, resume=True, learning_rate=1.0, steps=7)
+    changed = config.replace(resume=True, learning_rate=1.0, steps=7)
     with pytest.raises(ValueError, match=r"steps was 6, now 7; learning_rate was 0\.005, now 1"):
         finetune(changed)
     (Path(config.output) / "adapter" / "adapter_config.json").unlink()
@@ -350,12 +349,12 @@ def test_resume_refuses_what_would_change_the_losses(config, inputs, tmp_path):
     (Path(config.output) / "adapter").rmdir()
     write_documents(documents, words=121)
     with pytest.raises(ValueError, match="documents: expected the ones that .* was trained on"):
-        finetune(dataclasses.replace(config, resume=True))
+        finetune(config.replace(resume=True))
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "state.json", "log.jsonl"])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch, name):
-    expected = dataclasses.replace(config, output=config.output + "-whole")
+    expected = config.replace(output=config.output + "-whole")
     finetune(expected)
 
     def full(descriptor):
@@ -379,12 +378,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(config, monkeypatch, name)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step-3"]
     assert not (folder / "adapter").exists()
     monkeypatch.undo()
-    finetune(dataclasses.replace(config, resume=True))
+    finetune(config.replace(resume=True))
     assert losses(config.output) == losses(expected.output)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):
-    config = dataclasses.replace(config, learning_rate=1e30, warmup_steps=0, max_grad_norm=0)
+    config = config.replace(learning_rate=1e30, warmup_steps=0, max_grad_norm=0)
     with pytest.raises(FloatingPointError, match="step 2: the loss is .* learning_rate"):
         finetune(config)
     assert len(losses(config.output)) == 1
@@ -392,7 +391,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(config):
 
 @on_cpu
 def test_the_adapter_loads_without_lemo(config, tmp_path):
-    config = dataclasses.replace(config, train_norms=True, rope_scaling="yarn")
+    config = config.replace(train_norms=True, rope_scaling="yarn")
     finetune(config)
     adapter = Path(config.output) / "adapter"
     ids = torch.arange(96)[None]
@@ -422,7 +421,7 @@ def test_the_adapter_loads_without_lemo(config, tmp_path):
 
 
 def test_training_lowers_the_perplexity_that_evaluate_finds(config):
-    config = dataclasses.replace(config, steps=12, learning_rate=2e-2)
+    config = config.replace(steps=12, learning_rate=2e-2)
     finetune(config)
     lengths = [48, 96]
     before = evaluate(config.model, config.documents, lengths, rope_scaling="linear")
@@ -434,10 +433,10 @@ def test_training_lowers_the_perplexity_that_evaluate_finds(config):
 
 @pytest.mark.parametrize("elimination", [None, ELIMINATION], ids=["dense", "lemo"])
 def test_bfloat16_and_gradient_checkpointing(config, elimination):
-    config = dataclasses.replace(config, elimination=elimination, lora_dropout=0.0)
+    config = config.replace(elimination=elimination, lora_dropout=0.0)
     finetune(config)
-    lean = dataclasses.replace(
-        config, output=config.output + "-lean", dtype="bfloat16", gradient_checkpointing=True
+    lean = config.replace(
+        output=config.output + "-lean", dtype="bfloat16", gradient_checkpointing=True
     )
     finetune(lean)
     assert losses(lean.output) == pytest.approx(losses(config.output), abs=0.02)
@@ -447,8 +446,8 @@ def test_bfloat16_and_gradient_checkpointing(config, elimination):
 
 @on_cpu
 def test_two_processes_train_like_one_with_twice_the_batch(config, tmp_path):
-    config = dataclasses.replace(config, lora_dropout=0.0, steps=4, save_every=2)
-    finetune(dataclasses.replace(config, batch_size=2))
+    config = config.replace(lora_dropout=0.0, steps=4, save_every=2)
+    finetune(config.replace(batch_size=2))
     settings = config.to_dict() | {"output": str(tmp_path / "two")}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     script = """

@@ -1,6 +1,5 @@
 """Inputs that changed, or that do not fit together, before a run goes on with other losses."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo import LemoConfig
 from lemo.predictors.storage import load as load_predictors
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
-from lemo.preparation.pipeline import PrepareSettings, Window, prepare
-from lemo.preparation.training import TrainingSettings
+from lemo.preparation.pipeline import Window, prepare
 from lemo.settings.finetune import FinetuneConfig
+from lemo.settings.preparation import PredictorSettings
 from lemo.training import fingerprint
 from lemo.training.evaluate import evaluate
 from lemo.training.finetune import finetune
@@ -33,7 +32,7 @@ def inputs(tmp_path_factory):
     write_documents(folder / "documents.jsonl")
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     windows = [Window("a", torch.arange(64)), Window("a", torch.arange(64, 128))]
-    settings = PrepareSettings(block_size=16, search_rounds=0, training=TrainingSettings(steps=2))
+    settings = PredictorSettings(block_size=16, search_rounds=0, steps=2)
     prepare(model, windows, windows, folder / "predictor", settings)
     return folder
 
@@ -96,7 +95,7 @@ def test_resume_refuses_inputs_that_changed(config, tmp_path, change, name):
     stop_after_step_2(config)
     change(tmp_path)
     with pytest.raises(ValueError, match=rf"^resume: .*step-2 .* changed since: {name}; put back"):
-        finetune(dataclasses.replace(config, resume=True))
+        finetune(config.replace(resume=True))
 
 
 def stop_after_step_2(config) -> None:
@@ -109,7 +108,7 @@ def stop_after_step_2(config) -> None:
 
 
 def test_resume_does_not_mind_how_the_same_inputs_are_written(config, tmp_path):
-    expected = dataclasses.replace(config, output=config.output + "-whole")
+    expected = config.replace(output=config.output + "-whole")
     finetune(expected)
     stop_after_step_2(config)
     model = AutoModelForCausalLM.from_pretrained(config.model)
@@ -117,7 +116,7 @@ def test_resume_does_not_mind_how_the_same_inputs_are_written(config, tmp_path):
     model.save_pretrained(config.model, max_shard_size="40KB")
     change_json(tmp_path / "model" / "config.json", transformers_version="5.0.0")
     change_json(tmp_path / "predictor" / "predictor.json", comment="mine")
-    finetune(dataclasses.replace(config, resume=True))
+    finetune(config.replace(resume=True))
     logs = [read_log(Path(run.output) / "log.jsonl") for run in (config, expected)]
     assert [r["loss"] for r in logs[0]] == [r["loss"] for r in logs[1]]
 
@@ -128,7 +127,7 @@ def test_a_checkpoint_without_fingerprints_is_resumed_with_a_warning(config, cap
     content = json.loads(state.read_text())
     del content["inputs"], content["sha256"]
     state.write_text(json.dumps(content | {"format": 1}))
-    finetune(dataclasses.replace(config, resume=True))
+    finetune(config.replace(resume=True))
     assert "step-2 was written by a lemo that took no fingerprints" in caplog.text
 
 
@@ -201,7 +200,7 @@ def test_windows_that_are_given_are_compared_with_the_embedding(inputs, tmp_path
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")
     windows = [Window("a", torch.arange(250, 314))]
     with pytest.raises(ValueError, match="training: expected ids from 0 to 256, .* 250 to 313"):
-        prepare(model, windows, windows, tmp_path / "new", PrepareSettings(block_size=16))
+        prepare(model, windows, windows, tmp_path / "new", PredictorSettings(block_size=16))
 
 
 def test_a_loss_that_is_no_number_is_no_perplexity(config, tmp_path):

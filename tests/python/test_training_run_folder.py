@@ -1,6 +1,5 @@
 """Run folders: one process at a time, what is lemo's to remove, moved and renamed ones."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -94,7 +93,7 @@ def test_a_folder_in_use_is_refused_by_every_path(inputs, run, change):
 def test_a_new_folder_is_taken_before_the_model_is_loaded(inputs, tmp_path):
     folder = tmp_path / "new" / "run"
     with writing(folder), pytest.raises(BlockingIOError):
-        finetune(dataclasses.replace(settings(inputs, folder), model="absent"))
+        finetune(settings(inputs, folder).replace(model="absent"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -162,9 +161,7 @@ def test_two_preparations_of_one_folder(inputs, tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["predictor"]
     # A link stays one.
     (tmp_path / "link").symlink_to("deep/predictor")
-    prepare_from_documents(
-        dataclasses.replace(config, output=str(tmp_path / "link"), overwrite=True)
-    )
+    prepare_from_documents(config.replace(output=str(tmp_path / "link"), overwrite=True))
     assert (tmp_path / "link").is_symlink()
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["predictor"]
 

@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from devices import working_dtype
 from lemo import LemoConfig
+from lemo.settings.elimination import LayerwiseConfig
 
 VOCABULARY = 61
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "opt")
@@ -72,7 +73,16 @@ def config_of(**settings) -> LemoConfig:
     """A LemoConfig whose sets depend on the content: blocks chosen by their scores between two
     that are kept, dense layers at both ends. Settings that are given win."""
     fixed = {"block_size": 64, "dense_layers": (0, 1, -1), "scorer": "pooled", "keep_first": 1}
-    return LemoConfig(**fixed | settings)
+    return flat_config(**fixed | settings)
+
+
+def flat_config(**settings) -> LemoConfig:
+    """A LemoConfig from settings of both groups; a `keep` that is a list is the layers' own."""
+    names = {*LayerwiseConfig.model_fields} - {"keep"}
+    layerwise = {name: settings.pop(name) for name in names & {*settings}}
+    if isinstance(settings.get("keep"), list | tuple):
+        layerwise["keep"] = settings.pop("keep")
+    return LemoConfig(**settings, layerwise=layerwise)
 
 
 def make_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

@@ -51,13 +51,13 @@ def eval(
 
     from rich.progress import Progress
 
-    from lemo.settings.finetune import DEVICES, DTYPES, ROPE_SCALINGS
+    from lemo.settings.finetune import Device, Dtype, RopeScaling
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
     from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 
-    options.check_choice("--rope-scaling", rope_scaling, ROPE_SCALINGS)
-    options.check_choice("--dtype", dtype, DTYPES)
-    options.check_choice("--device", device, DEVICES)
+    options.check_choice("--rope-scaling", rope_scaling, RopeScaling)
+    options.check_choice("--dtype", dtype, Dtype)
+    options.check_choice("--device", device, Device)
     screen = options.console()
     options.show_messages(screen)
     run = None if adapter is None or find_adapter(adapter) == adapter else adapter

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
@@ -62,11 +62,6 @@ class _ScreenHandler(logging.Handler):
         self._screen.print(printable(mark + record.getMessage()))
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that stand on the command line: those that are not None."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def collect_settings(
     config: Path | None, given: Mapping[str, Any], assignments: Iterable[str]
 ) -> dict[str, Any]:
@@ -78,10 +73,10 @@ def collect_settings(
         assignments: "name=value" strings.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`lemo.settings.finetune.read_yaml` and
+        ValueError, FileNotFoundError: see :func:`lemo.settings.base.read_yaml` and
             :func:`apply_assignments`.
     """
-    from lemo.settings.finetune import read_yaml
+    from lemo.settings.base import read_yaml
 
     settings = {} if config is None else read_yaml(config)
     for name, value in given.items():
@@ -125,19 +120,21 @@ def _assign(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
 
 
 def parse_integers(text: str, option: str) -> list[int]:
-    """ "4096,8192" -> [4096, 8192]; "4K" counts 1024s.
+    """ "4096,8K,-1" -> [4096, 8192, -1]; "K" counts 1024s.
 
     Raises:
-        ValueError: something is not a positive integer; the message names ``option``.
+        ValueError: something is not an integer; the message names ``option``.
     """
     numbers = []
     for part in text.split(","):
         word = part.strip().lower()
-        factor = 1024 if word.endswith("k") else 1
         digits = word.removesuffix("k")
-        if not digits.isdecimal() or int(digits) == 0:
-            raise ValueError(f"{option}: expected integers such as 4096,8K, got '{text}'")
-        numbers.append(int(digits) * factor)
+        try:
+            numbers.append(int(digits) * (1024 if word != digits else 1))
+        except ValueError:
+            raise ValueError(
+                f"{option}: expected integers with commas, such as 4096,8K, got '{text}'"
+            ) from None
     return numbers
 
 
@@ -158,8 +155,8 @@ def check_output_file(option: str, path: Path) -> None:
         raise PermissionError(f"{option}: '{path}' cannot be written here")
 
 
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    """Raise ValueError, naming ``option``, unless ``value`` is one of ``choices``."""
-    choices = list(choices)
+def check_choice(option: str, value: str, kind: Any) -> None:
+    """Raise ValueError, naming ``option``, unless ``value`` is one of a Literal's."""
+    choices = get_args(kind)
     if value not in choices:
         raise ValueError(f"{option}: expected one of {', '.join(choices)}, got '{value}'")

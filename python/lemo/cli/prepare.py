@@ -2,123 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from lemo.cli import options
+from lemo.cli.from_settings import Given, with_settings
 from lemo.cli.streams import printable
+from lemo.settings.preparation import PrepareConfig
+
+# The settings that have an option; the others are for --set and --config.
+_OPTIONS = (
+    *("model", "documents", "output", "held_out_documents", "lengths", "windows"),
+    *("held_out_windows", "keep", "block_size", "rank", "target", "steps", "prune_to"),
+    *("dense_layers", "search_rounds", "rope_scaling", "dtype", "device", "seed", "overwrite"),
+)
 
 
-def prepare(
-    config: Annotated[
-        Path | None, typer.Option(help="YAML file of settings; options override it.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model folder or hub name.")] = None,
-    documents: Annotated[
-        str | None,
-        typer.Option(help=".jsonl, .jsonl.xz, .jsonl.gz, .txt or a datasets folder."),
-    ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder to write.")] = None,
-    held_out_documents: Annotated[
-        str | None,
-        typer.Option(help="Documents to test on.", show_default="a tenth of the documents"),
-    ] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Window lengths, such as 4096,8K.", show_default="4096")
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option(help="Training windows of each length.", show_default="64")
-    ] = None,
-    held_out_windows: Annotated[
-        int | None, typer.Option(help="Test windows of each length.", show_default="8")
-    ] = None,
-    keep: Annotated[
-        float | None, typer.Option(help="Share of blocks to keep.", show_default="0.5")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(help="Tokens of a block.", show_default="1024")
-    ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Hidden units of a predictor.", show_default="hidden size / 16"),
-    ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="label, or content: without what a block's place explains.", show_default="label"
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of each predictor.", show_default="300")
-    ] = None,
-    prune_to: Annotated[
-        float | None,
-        typer.Option(help="Share of hidden units to shrink to.", show_default="dead units only"),
-    ] = None,
-    dense_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Layers that keep everything in the threshold search.", show_default="none"
-        ),
-    ] = None,
-    search_rounds: Annotated[
-        int | None, typer.Option(help="Rounds of the threshold search.", show_default="1")
-    ] = None,
-    rope_scaling: Annotated[
-        str | None, typer.Option(help="linear, yarn, dynamic or none.", show_default="linear")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="auto, float32, bfloat16 or float16.", show_default="auto"),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu or cuda.", show_default="auto"),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(show_default="0")] = None,
-    overwrite: Annotated[
-        bool | None, typer.Option("--overwrite", help="Replace the output folder.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="Any setting, over options and file: windows=32."
-        ),
-    ] = None,
-) -> None:
+@with_settings(PrepareConfig, _OPTIONS, "learning_rate=1e-3")
+def prepare(given: Given) -> None:
     """Train the predictors of all layers on a frozen model and find their thresholds.
 
     Settings come from --set, then from the other options, then from --config, then from the
     defaults.
     """
-    named = {
-        "model": model,
-        "documents": documents,
-        "output": output,
-        "held_out_documents": held_out_documents,
-        "lengths": None if lengths is None else options.parse_integers(lengths, "--lengths"),
-        "windows": windows,
-        "held_out_windows": held_out_windows,
-        "keep": keep,
-        "block_size": block_size,
-        "rank": rank,
-        "target": target,
-        "steps": steps,
-        "prune_to": prune_to,
-        "dense_layers": None if dense_layers is None else _layers(dense_layers),
-        "search_rounds": search_rounds,
-        "rope_scaling": rope_scaling,
-        "dtype": dtype,
-        "device": device,
-        "seed": seed,
-        "overwrite": overwrite,
-    }
+    settings = given.collected()
 
-    from lemo.preparation.documents import PrepareConfig, prepare_from_documents
+    from lemo.preparation.documents import prepare_from_documents
 
-    settings = options.collect_settings(config, options.given(named), assignments or [])
     screen = options.console()
     options.show_messages(screen)
     with _Progress(screen) as progress:
@@ -126,16 +35,6 @@ def prepare(
     result = options.result_console()
     result.print(_table(description))
     result.print(printable(_summary(description, settings["output"])), soft_wrap=True)
-
-
-def _layers(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    try:
-        return [int(word) for word in words]
-    except ValueError:
-        raise ValueError(
-            f"--dense-layers: expected integers such as 0,1,-1, got '{text}'"
-        ) from None
 
 
 class _Progress:
@@ -181,7 +80,7 @@ class _Progress:
 def _table(description: dict[str, Any]) -> Any:
     from rich.table import Table
 
-    keep = description["settings"]["training"]["keep"]
+    keep = description["settings"]["keep"]
     table = Table("layer", title=f"recall of the kept set at keep {keep:g}, held-out documents")
     columns = ("attention", "(place alone)", "MLP", "threshold", "MLP's", "parameters")
     for column in columns:

@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-from lemo.settings.finetune import FinetuneConfig, read_yaml
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training import memory
 from lemo.training.finetune import finetune, process_state
 
@@ -21,7 +21,7 @@ _MAPPED_BYTES = 1 << 20
 
 def main(config_path: str) -> None:
     _map_large_tensors()
-    config = FinetuneConfig.from_dict(read_yaml(config_path))
+    config = FinetuneConfig.from_yaml(config_path)
     device = process_state(config).device
     # What the imported libraries take is no property of a method: the caller subtracts it.
     memory.reset_peak(device)

@@ -202,7 +202,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
             if results:
                 seconds = sum(results[0].seconds_per_step)
                 steps = steps_in(seconds, config, output, settings, stage)
-                config = dataclasses.replace(config, steps=steps, save_every=steps)
+                config = config.replace(steps=steps, save_every=steps)
             results.append(run_method(name, config, output / f"{name}.yaml", stage))
             stage.outcome = f"{config.steps} steps of {results[-1].step_seconds:.2f} s"
 
@@ -239,8 +239,7 @@ def steps_in(
 
     The schedule of the learning rate needs their number from the start.
     """
-    trial = dataclasses.replace(
-        config,
+    trial = config.replace(
         output=str(folder / "trial"),
         steps=settings.trial_steps,
         warmup_steps=0,

@@ -60,7 +60,7 @@ class TrainingForward:
         self._decoder = Decoder(
             *parts,
             visible_keys=config.visible_keys,
-            group_size=config.group_size or 0,
+            group_size=config.layerwise.group_size or 0,
             recompute=config.recompute,
         )
         # Each row of it is what the dense model gives; gradients come from the kept rows.

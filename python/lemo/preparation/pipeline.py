@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,11 @@ from lemo.preparation.thresholds import (
     search,
     thresholds_for_budget,
 )
-from lemo.preparation.training import TrainingSettings, fit, kept_set_recall
-from lemo.settings.elimination import LemoConfig
+from lemo.preparation.training import fit, kept_set_recall
+from lemo.settings.elimination import LayerwiseConfig, LemoConfig
+from lemo.settings.preparation import PredictorSettings
 
-__all__ = ["PrepareSettings", "Window", "prepare"]
-
-TARGETS = ("label", "content")
+__all__ = ["Window", "prepare"]
 
 Report = Callable[[str, int, int, str], None]
 
@@ -48,51 +47,12 @@ class Window:
     ids: Tensor
 
 
-@dataclass(frozen=True)
-class PrepareSettings:
-    """What `prepare` does; the defaults are those of the command.
-
-    Attributes:
-        block_size: tokens of a block.
-        rank: hidden units of a net's layers; None: a sixteenth of the hidden size, at least 8.
-        target: "label": scores predict the labels as they are, the place of a block included;
-            "content": what its content adds to that (see `lemo.predictors.position`).
-        training: of the predictors; its `keep` is also the budget of the thresholds.
-        search_rounds: rounds of the threshold search at most; 0 leaves the thresholds of the
-            budget.
-        search_windows: held-out windows of an evaluation of the loss in that search.
-        dense_layers: layers that keep everything in that search; negative ones count from the end.
-        store_bytes: bytes that inputs of sub-blocks may take on disk while `prepare` runs.
-        seed: of initial weights and orders.
-    """
-
-    block_size: int = 1024
-    rank: int | None = None
-    target: str = "label"
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    search_rounds: int = 1
-    search_windows: int = 2
-    dense_layers: tuple[int, ...] = ()
-    store_bytes: int = 16 << 30
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        minima = {"block_size": 1, "search_rounds": 0, "search_windows": 1, "seed": 0}
-        for name, minimum in (minima | {"store_bytes": 1}).items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name}: expected at least {minimum}, got {getattr(self, name)}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {self.rank}")
-        if self.target not in TARGETS:
-            raise ValueError(f"target: expected one of {', '.join(TARGETS)}, got {self.target!r}")
-
-
 def prepare(
     model: nn.Module,
     training: Sequence[Window],
     held_out: Sequence[Window],
     output: str | Path,
-    settings: PrepareSettings | None = None,
+    settings: PredictorSettings | None = None,
     overwrite: bool = False,
     report: Report = lambda stage, done, total, message: None,
 ) -> dict[str, Any]:
@@ -101,7 +61,7 @@ def prepare(
     Memory holds the model, its activations for one window, and the inputs of one sub-block for all
     windows, which the system may page out (they are mapped from disk). The disk holds, next to
     `output` and gone at the end, tokens x layers x 2 x hidden size x 2 bytes, at most
-    `settings.store_bytes`. Equal arguments give equal files on the same machine.
+    `settings.disk_gib`. Equal arguments give equal files on the same machine.
 
     Args:
         model: a frozen causal LM in its dtype and on its device; left as it was.
@@ -120,7 +80,7 @@ def prepare(
         ValueError: a setting or the windows do not fit the model; the labels are not finite.
         OSError: the disk is full or cannot be written.
     """
-    settings = PrepareSettings() if settings is None else settings
+    settings = PredictorSettings() if settings is None else settings
     output = Path(output)
     check_output(output, overwrite)
     architecture = architecture_of(model)
@@ -149,7 +109,7 @@ class _Preparation:
         self,
         model: nn.Module,
         identity: dict[str, Any],
-        settings: PrepareSettings,
+        settings: PredictorSettings,
         work: Path,
         report: Report,
     ):
@@ -211,22 +171,22 @@ class _Preparation:
         done: int,
     ) -> tuple[dict[str, Tensor], dict[str, Any], LayerScores]:
         """One predictor: (its stored tensors, its row of the description, its held-out scores)."""
-        settings, training = self.settings, self.settings.training
+        settings = self.settings
         generator = torch.Generator("cpu").manual_seed(settings.seed * 1_000_003 + done)
-        profile = _profile(data.subset(range(num_training)), training, flat=kind == "mlp")
+        profile = _profile(data.subset(range(num_training)), settings, flat=kind == "mlp")
         if settings.target == "content":
             data = _standardised(data, profile)
-            profile = _profile(data.subset(range(num_training)), training, flat=True)
+            profile = _profile(data.subset(range(num_training)), settings, flat=True)
         rank = settings.rank or default_rank(self.hidden_size)
         module = make_predictor(kind, self.hidden_size, rank, generator).to(self.device)
         name = f"layer {layer} {kind}"
-        total = len(self.sub_blocks) * training.steps
-        base, steps = done * training.steps, iter(range(1, training.steps + 1))
+        total = len(self.sub_blocks) * settings.steps
+        base, steps = done * settings.steps, iter(range(1, settings.steps + 1))
         result = fit(
             module,
             data.subset(range(num_training)),
             profile,
-            training,
+            settings,
             generator,
             lambda loss: self.report("predictors", base + next(steps), total, f"{name} {loss:.3f}"),
         )
@@ -246,12 +206,12 @@ class _Preparation:
                 name: [net.down.shape[0], net.mid.shape[0]] for name, net in module.nets()
             },
             "hidden_units_before_pruning": result.hidden_units[0],
-            "recall": _mean_recall(predicted, held_out, training),
+            "recall": _mean_recall(predicted, held_out, settings),
             "recall_by_kind": {
                 group: _mean_recall(
                     [p for p, k in zip(predicted, held_out_kinds) if k == group],
                     held_out.subset(i for i, k in enumerate(held_out_kinds) if k == group),
-                    training,
+                    settings,
                 )
                 for group in sorted(set(held_out_kinds))
             },
@@ -261,11 +221,11 @@ class _Preparation:
                     for layout in held_out.layouts
                 ],
                 held_out,
-                training,
+                settings,
             ),
         }
         free = [
-            p[free_blocks(lay, training.keep_first, training.keep_last)]
+            p[free_blocks(lay, settings.keep_first, settings.keep_last)]
             for p, lay in zip(predicted, held_out.layouts)
         ]
         forced = sum(p.numel() for p in predicted) - sum(f.numel() for f in free)
@@ -305,7 +265,11 @@ class _Preparation:
             "model_bytes": model_bytes,
             "share_of_model": size / model_bytes,
             "layers": layers,
-            "settings": asdict(self.settings) | {"dense_layers": list(self.settings.dense_layers)},
+            "settings": {
+                name: value
+                for name, value in self.settings.to_dict().items()
+                if name in PredictorSettings.model_fields
+            },
         }
 
     def _add_thresholds(
@@ -315,7 +279,7 @@ class _Preparation:
         scores: dict[str, list[LayerScores]],
         held_out: Sequence[Window],
     ) -> None:
-        keep = self.settings.training.keep
+        keep = self.settings.keep
         counted = _eliminating(self.num_layers, self.settings.dense_layers)
 
         def thresholds(offsets: list[float]) -> dict[str, list[float]]:
@@ -363,17 +327,19 @@ class _Preparation:
             at = thresholds(offsets)
             config = LemoConfig(
                 block_size=self.settings.block_size,
-                policy="threshold",
-                thresholds=at["attention"],
-                mlp_thresholds=at["mlp"],
-                dense_layers=self.settings.dense_layers,
-                select_at="all",
                 scorer="predictor",
                 predictor=str(self.result),
-                keep_first=self.settings.training.keep_first,
-                keep_last=self.settings.training.keep_last,
+                keep_first=self.settings.keep_first,
+                keep_last=self.settings.keep_last,
                 # Every threshold is judged by the same tokens.
                 mask_loss=False,
+                layerwise=LayerwiseConfig(
+                    policy="threshold",
+                    thresholds=at["attention"],
+                    mlp_thresholds=at["mlp"],
+                    dense_layers=self.settings.dense_layers,
+                    select_at="all",
+                ),
             )
             loss = elimination_loss(self.model, windows, config)
             done += 1
@@ -418,7 +384,7 @@ def _check_windows(
     training: Sequence[Window],
     held_out: Sequence[Window],
     identity: dict[str, Any],
-    settings: PrepareSettings,
+    settings: PredictorSettings,
 ) -> None:
     tokens = 0
     for name, windows in (("training", training), ("held_out", held_out)):
@@ -432,7 +398,7 @@ def _check_windows(
                     f"model has an embedding, got {window.ids.min()} to {window.ids.max()}"
                 )
             blocks = -(-window.ids.numel() // settings.block_size)
-            forced = settings.training.keep_first + settings.training.keep_last
+            forced = settings.keep_first + settings.keep_last
             if blocks < forced + 2:
                 raise ValueError(
                     f"{name}: expected windows of at least {forced + 2} blocks of "
@@ -440,11 +406,11 @@ def _check_windows(
                     f"{window.ids.numel()} tokens"
                 )
     needed = tokens * FeatureStore.bytes_of_token(identity["num_layers"], identity["hidden_size"])
-    if needed > settings.store_bytes:
+    if needed > settings.disk_gib * 2**30:
         raise ValueError(
-            f"store_bytes: {tokens} tokens of this model take {needed / 2**30:.1f} GiB on disk "
-            f"while lemo prepares, the limit is {settings.store_bytes / 2**30:.1f} GiB; give "
-            "fewer or shorter windows, or a higher limit"
+            f"disk_gib: {tokens} tokens of this model take {needed / 2**30:.1f} GiB on disk while "
+            f"lemo prepares, the limit is {settings.disk_gib:g}; give fewer or shorter windows, or "
+            "a higher limit"
         )
 
 
@@ -459,8 +425,8 @@ def _eliminating(num_layers: int, dense_layers: Sequence[int]) -> list[int]:
     return [layer for layer in range(num_layers) if layer not in dense]
 
 
-def _profile(data: SubBlockData, training: TrainingSettings, flat: bool) -> PositionProfile:
-    free = [free_blocks(layout, training.keep_first, training.keep_last) for layout in data.layouts]
+def _profile(data: SubBlockData, settings: PredictorSettings, flat: bool) -> PositionProfile:
+    free = [free_blocks(layout, settings.keep_first, settings.keep_last) for layout in data.layouts]
     return PositionProfile.fit(
         torch.cat([labels[chosen] for labels, chosen in zip(data.labels, free)]),
         torch.cat([query_blocks(layout)[chosen] for layout, chosen in zip(data.layouts, free)]),
@@ -483,13 +449,13 @@ def _standardised(data: SubBlockData, profile: PositionProfile) -> SubBlockData:
 
 
 def _mean_recall(
-    predicted: Sequence[Tensor], data: SubBlockData, training: TrainingSettings
+    predicted: Sequence[Tensor], data: SubBlockData, settings: PredictorSettings
 ) -> float:
     recalls = [
         value
         for guess, labels, layout in zip(predicted, data.labels, data.layouts)
         for value in kept_set_recall(
-            guess, labels, layout, training.keep, training.keep_first, training.keep_last
+            guess, labels, layout, settings.keep, settings.keep_first, settings.keep_last
         )
     ]
     # Without a choice (everything or nothing beyond the forced blocks is kept) the sets agree.

@@ -12,8 +12,9 @@ from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import AttentionPredictor, LowRankNet, MlpPredictor
 from lemo.predictors.position import PositionProfile, free_blocks
 from lemo.preparation.exact_scores import SubBlockData
+from lemo.settings.preparation import PredictorSettings
 
-__all__ = ["ElasticSize", "FitResult", "TrainingSettings", "fit", "kept_set_recall", "ranking_loss"]
+__all__ = ["ElasticSize", "FitResult", "fit", "kept_set_recall", "ranking_loss"]
 
 Predictor = AttentionPredictor | MlpPredictor
 
@@ -38,71 +39,6 @@ _RESIDENT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """How a predictor is trained.
-
-    Attributes:
-        keep: share of blocks whose boundary the ranking loss serves.
-        keep_first, keep_last: blocks of a sequence that are kept in any case and take no part in
-            the ranking.
-        steps: of a predictor, each on `windows_per_step` windows; for attention a step of the
-            optimizer, for the MLP one for every 2048 tokens.
-        windows_per_step: windows packed into one step.
-        learning_rate: peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to
-            zero.
-        weight_decay: of AdamW.
-        rank_weight: weight of the ranking loss against the value regression, for attention.
-        prune_every: steps between two prunings; 0 never prunes.
-        prune_zero_share: a hidden unit that is zero for at least this share of the tokens is
-            pruned.
-        prune_to: share of the hidden units to shrink to, least missed first, or None for dead units
-            only.
-        prune_mlp_to: the same for the MLP's predictors, which need their size more than
-            attention's do; None: `prune_to`. 1.0 leaves them all but dead units.
-    """
-
-    keep: float = 0.5
-    keep_first: int = 0
-    keep_last: int = 1
-    steps: int = 300
-    windows_per_step: int = 4
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.01
-    rank_weight: float = 0.2
-    prune_every: int = 50
-    prune_zero_share: float = 0.99
-    prune_to: float | None = None
-    prune_mlp_to: float | None = None
-
-    def __post_init__(self) -> None:
-        _require("keep", self.keep, 0 < self.keep < 1, "a share between 0 and 1, both excluded")
-        for name in ("keep_first", "keep_last", "prune_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
-        for name in ("steps", "windows_per_step"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "a number >= 1")
-        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "a number > 0")
-        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
-        _require("rank_weight", self.rank_weight, self.rank_weight >= 0, "a number >= 0")
-        share = self.prune_zero_share
-        _require("prune_zero_share", share, 0 < share <= 1, "a share in (0, 1]")
-        for name in ("prune_to", "prune_mlp_to"):
-            target = getattr(self, name)
-            _require(name, target, target is None or 0 < target <= 1, "a share in (0, 1] or None")
-
-    @property
-    def prunings(self) -> list[int]:
-        """Steps after which units are pruned; the last two thirds are for recovery."""
-        if self.prune_every == 0:
-            return []
-        last = max(self.steps // 3, 1)
-        prunings = list(range(self.prune_every, last + 1, self.prune_every))
-        if not prunings and not (self.prune_to is None and self.prune_mlp_to is None):
-            # Too short for an interval; the size that was asked for is reached all the same.
-            prunings = [last]
-        return prunings
-
-
-@dataclass(frozen=True)
 class FitResult:
     """What became of a predictor.
 
@@ -113,11 +49,6 @@ class FitResult:
 
     losses: list[float]
     hidden_units: tuple[int, int]
-
-
-def _require(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _candidates(blocks: int, keep: float, keep_first: int, keep_last: int) -> tuple[slice, int]:
@@ -343,7 +274,7 @@ def fit(
     predictor: Predictor,
     data: SubBlockData,
     profile: PositionProfile,
-    settings: TrainingSettings,
+    settings: PredictorSettings,
     generator: torch.Generator,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> FitResult:
@@ -359,7 +290,7 @@ def fit(
         data: windows of one sub-block.
         profile: mean and deviation of the labels; `profile.restore(predictor(x, layout), layout)`
             are the scores.
-        settings: see `TrainingSettings`.
+        settings: see `PredictorSettings`.
         generator: order of the windows and tokens.
         on_step: called with the loss after every step.
     """
@@ -409,7 +340,7 @@ def _block_losses(
     predictor: Predictor,
     data: SubBlockData,
     profile: PositionProfile,
-    settings: TrainingSettings,
+    settings: PredictorSettings,
 ) -> Losses:
     device = predictor.key.down.device
     unit = profile.deviation.mean()

@@ -207,7 +207,7 @@ def _method(run: Run) -> str:
     elimination = run.config.get("elimination")
     if not elimination:
         return "dense LoRA"
-    if elimination.get("policy") == "threshold":
+    if elimination.get("layerwise", elimination).get("policy") == "threshold":
         return f"lemo, thresholds, {elimination.get('scorer')} scores"
     return f"lemo, keep {elimination.get('keep')}, {elimination.get('scorer')} scores"
 

@@ -134,7 +134,7 @@ def make_scorer(config: LemoConfig, architecture: "Architecture") -> Scorer:
     match config.scorer:
         case "pooled":
             return PooledScorer(architecture)
-        case "label":
+        case "exact":
             return ExactScorer(architecture)
         case "random":
             return RandomScorer(config.seed)

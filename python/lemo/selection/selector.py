@@ -65,16 +65,20 @@ class Selector:
         self.config = config
         self.num_layers = num_layers
         self.progress = 0.0
-        self._dense = set(_resolve("dense_layers", config.dense_layers, num_layers))
-        self._keep = {"attention": _per_layer("keep", config.keep, num_layers)}
+        self._dense = set(
+            _resolve("layerwise.dense_layers", config.layerwise.dense_layers, num_layers)
+        )
+        layerwise = config.layerwise
+        keep = config.keep if layerwise.keep is None else layerwise.keep
+        self._keep = {"attention": _per_layer("layerwise.keep", keep, num_layers)}
         self._thresholds: dict[str, list[float]] = {}
-        if config.policy == "threshold":
+        if layerwise.policy == "threshold":
             self._thresholds = self._resolve_thresholds(folder_thresholds or {})
             self.mlp_shares = "mlp" not in self._thresholds
         else:
-            self.mlp_shares = config.keep_mlp is None
-        keep_mlp = config.keep if config.keep_mlp is None else config.keep_mlp
-        self._keep["mlp"] = _per_layer("keep_mlp", keep_mlp, num_layers)
+            self.mlp_shares = layerwise.keep_mlp is None
+        keep_mlp = keep if layerwise.keep_mlp is None else layerwise.keep_mlp
+        self._keep["mlp"] = _per_layer("layerwise.keep_mlp", keep_mlp, num_layers)
         self._source = self._resolve_sources()
         self._keeps_everything = False
         self._layout: BlockLayout | None = None
@@ -89,39 +93,41 @@ class Selector:
     def _check_keeps_something(self) -> None:
         """By the settings; `check_kept` does by what a pass has kept."""
         shares = [share for kind in self._keep.values() for share in kind]
-        shares += [keep for _, keep in self.config.schedule]
-        if self.config.policy == "ratio" and not self._dense and not any(shares):
+        shares += [keep for _, keep in self.config.layerwise.keep_schedule]
+        if self.config.layerwise.policy == "ratio" and not self._dense and not any(shares):
             raise ValueError(
                 "keep: expected more than 0 in some layer, got 0 everywhere, so nothing would be "
                 "trained"
             )
 
     def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
-        config = self.config
-        attention, mlp = config.thresholds, config.mlp_thresholds
+        layerwise = self.config.layerwise
+        attention, mlp = layerwise.thresholds, layerwise.mlp_thresholds
         if attention is None:
             attention = folder.get("attention")
             mlp = folder.get("mlp") if mlp is None else mlp
         if attention is None:
             raise ValueError(
-                "thresholds: policy 'threshold' needs one for each layer, got None, and the "
-                "predictor folder has none either"
+                "layerwise.thresholds: policy 'threshold' needs one for each layer, got null, "
+                "and the predictor folder has none either"
             )
-        thresholds = {"attention": _per_layer("thresholds", tuple(attention), self.num_layers)}
+        thresholds = {
+            "attention": _per_layer("layerwise.thresholds", tuple(attention), self.num_layers)
+        }
         if mlp is not None:
-            thresholds["mlp"] = _per_layer("mlp_thresholds", tuple(mlp), self.num_layers)
+            thresholds["mlp"] = _per_layer("layerwise.mlp_thresholds", tuple(mlp), self.num_layers)
         return thresholds
 
     def _resolve_sources(self) -> list[int | None]:
         """For every layer, the layer whose scores it uses."""
         eliminating = [layer for layer in range(self.num_layers) if layer not in self._dense]
-        match self.config.select_at:
+        match self.config.layerwise.select_at:
             case "first":
                 choosing = eliminating[:1]
             case "all":
                 choosing = eliminating
             case layers:
-                choosing = sorted(set(_resolve("select_at", layers, self.num_layers)))
+                choosing = sorted(set(_resolve("layerwise.select_at", layers, self.num_layers)))
         sources: list[int | None] = []
         for layer in range(self.num_layers):
             earlier = [source for source in choosing if source <= layer]
@@ -129,8 +135,8 @@ class Selector:
         for layer in eliminating:
             if sources[layer] is None:
                 raise ValueError(
-                    f"select_at: layer {layer} is not dense, so expected a layer <= {layer} that "
-                    f"chooses a set, got {list(self.config.select_at)}"
+                    f"layerwise.select_at: layer {layer} is not dense, so expected a layer <= "
+                    f"{layer} that chooses a set, got {list(self.config.layerwise.select_at)}"
                 )
         return sources
 
@@ -184,7 +190,11 @@ class Selector:
         return selection
 
     def _scheduled_keep(self) -> float | None:
-        due = [keep for progress, keep in self.config.schedule if self.progress >= progress]
+        due = [
+            keep
+            for progress, keep in self.config.layerwise.keep_schedule
+            if self.progress >= progress
+        ]
         return due[-1] if due else None
 
     def _rule(self, layer: int, kind: str) -> tuple[str, float] | None:
@@ -192,7 +202,7 @@ class Selector:
         if layer in self._dense or self._keeps_everything:
             return None
         keep = self._scheduled_keep()
-        if keep is None and self.config.policy == "threshold":
+        if keep is None and self.config.layerwise.policy == "threshold":
             # Scores of different layers are on different scales, so the layer that scored cuts.
             return "threshold", self._thresholds[kind][self._source[layer]]
         if keep is None:
@@ -284,7 +294,7 @@ class Selector:
             raise ValueError(
                 "keep: expected some block to be kept, got none in any layer, so nothing is trained"
             )
-        if self.config.policy != "threshold" or self._reached_threshold:
+        if self.config.layerwise.policy != "threshold" or self._reached_threshold:
             return
         ends, everything = self.config.keep_first + self.config.keep_last, self._layout.num_blocks
         fixed = sum(min(ends, count) for count in self._layout.block_counts)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lemo.data import Document, first_windows, read_documents
 from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
-from lemo.ops.linear_cross_entropy import SEGMENT_BYTES
+from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.training.adapter import (
     base_model_name,
     find_adapter,
@@ -168,7 +168,7 @@ def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torc
     ids = ids.to(causal_lm.device)
     hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = causal_lm.get_output_embeddings()
-    rows = max(SEGMENT_BYTES // (4 * causal_lm.config.vocab_size), 1)
+    rows = max(CHUNK_BYTES // (4 * causal_lm.config.vocab_size), 1)
     segments = zip(hidden.split(rows), ids[1:].split(rows), strict=True)
     return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in segments])
 

@@ -161,7 +161,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
     """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule."""
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    if config.schedule == "constant":
+    if config.lr_schedule == "constant":
         return config.learning_rate
     # One step more than there are, so that the last one still learns.
     share = (step - config.warmup_steps) / (config.steps - config.warmup_steps + 1)
@@ -439,8 +439,9 @@ def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig)
             block_size,
             -(-length // 4),
         )
-    for name, keep in (("keep", elimination.keep), ("keep_mlp", elimination.keep_mlp)):
-        if elimination.policy == "ratio" and isinstance(keep, float):
+    layerwise = elimination.layerwise
+    for name, keep in (("keep", elimination.keep), ("layerwise.keep_mlp", layerwise.keep_mlp)):
+        if layerwise.policy == "ratio" and isinstance(keep, float):
             kept = math.ceil(keep * blocks - 1e-9) / blocks
             if kept - keep > 0.05:
                 _log.warning(

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
-from lemo.settings.finetune import DEVICES, FinetuneConfig
+from lemo.settings.finetune import Device, FinetuneConfig
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -173,8 +173,9 @@ def pick_device(name: str, elimination: bool) -> torch.device:
     Raises:
         ValueError: not one of these names, or "cuda" where it cannot be had.
     """
-    if name not in DEVICES:
-        raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {name!r}")
+    known = get_args(Device)
+    if name not in known:
+        raise ValueError(f"device: expected one of {', '.join(known)}, got {name!r}")
     if name == "cpu":
         return torch.device("cpu")
     found = torch.cuda.is_available()

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from lemo.files import LOCK_NAME, foreign, lock, remove_folder, write_file
-from lemo.settings.finetune import FinetuneConfig, differences, read_yaml
+from lemo.settings.base import read_yaml
+from lemo.settings.finetune import FinetuneConfig, differences
 from lemo.training.checkpoint import (
     CHECKPOINT_FILES,
     Checkpoint,
@@ -96,7 +97,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         return None
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
-    saved = FinetuneConfig.from_dict(read_yaml(folder / CONFIG_NAME))
+    saved = FinetuneConfig.from_yaml(folder / CONFIG_NAME)
     changed = differences(saved, config)
     if changed:
         raise ValueError(f"resume: the run in '{folder}' has other settings: {'; '.join(changed)}")

@@ -1,13 +1,13 @@
 """FinetuneConfig: defaults, round trips, and the message for every field that does not fit."""
 
-import dataclasses
 import re
 
 import pytest
 import yaml
 
 from lemo import LemoConfig
-from lemo.settings.finetune import _FIELDS, FinetuneConfig, differences, read_yaml
+from lemo.settings.base import read_yaml
+from lemo.settings.finetune import FinetuneConfig, differences
 
 # Settings alone.
 pytestmark = pytest.mark.cpu_only
@@ -15,12 +15,9 @@ pytestmark = pytest.mark.cpu_only
 NEEDED = {"model": "m", "documents": "d.jsonl", "output": "run"}
 
 
-def test_every_field_is_checked():
-    fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
-    assert fields == set(_FIELDS) | {"elimination"}
-
-
-@pytest.mark.parametrize("elimination", [LemoConfig(keep=0.25, schedule=[[0.8, 1.0]]), None])
+@pytest.mark.parametrize(
+    "elimination", [LemoConfig(keep=0.25, layerwise={"keep_schedule": [[0.8, 1.0]]}), None]
+)
 def test_round_trip_through_yaml(elimination):
     config = FinetuneConfig(**NEEDED, lora_targets="q_proj, v_proj", elimination=elimination)
     text = yaml.safe_dump(config.to_dict())
@@ -49,17 +46,17 @@ def test_a_float_that_yaml_takes_for_a_string():
         ("warmup_steps", -1, "an integer >= 0"),
         ("learning_rate", "fast", "a number >= 0"),
         ("learning_rate", float("nan"), "a number >= 0"),
-        ("lora_dropout", 1.0, "a number >= 0 and < 1"),
+        ("lora_dropout", 1.0, "a number in [0, 1)"),
         ("max_grad_norm", -1, "a number >= 0"),
         ("rope_scaling", "longrope", "one of linear, yarn, dynamic, none"),
-        ("schedule", "linear", "one of cosine, constant"),
+        ("lr_schedule", "linear", "one of cosine, constant"),
         ("dtype", "int8", "one of auto, float32, bfloat16, float16"),
         ("device", "gpu", "one of auto, cpu, cuda"),
         ("train_norms", "yes", "true or false"),
-        ("model", "", "a name or path in UTF-8"),
-        ("output", "run\udcff", "a name or path in UTF-8"),
-        ("lora_targets", [], "a list of module names"),
-        ("lora_targets", [1], "a list of module names"),
+        ("model", "", "a text in UTF-8"),
+        ("output", "run\udcff", "a text in UTF-8"),
+        ("lora_targets", [], "a list of texts in UTF-8 or null"),
+        ("lora_targets", [1], "a list of texts in UTF-8 or null"),
     ],
 )
 def test_a_bad_value_is_named(name, value, expected):
@@ -73,10 +70,10 @@ def test_a_bad_value_is_named(name, value, expected):
     [
         ({"stepz": 3}, "unknown setting 'stepz'; did you mean steps"),
         ({"zzz": 3}, "unknown setting 'zzz'; known: model, documents"),
-        ({"elimination": {"kep": 0.5}}, "elimination: .*'kep'.*'keep'"),
-        ({"elimination": {"keep": 2}}, "elimination: keep: expected"),
-        ({"elimination": 0.5}, "elimination: expected a mapping .* got 0.5"),
-        ({"model": None}, "model: expected a value"),
+        ({"elimination": {"kep": 0.5}}, "elimination: unknown setting 'kep'; did you mean keep"),
+        ({"elimination": {"keep": 2}}, r"elimination\.keep: expected"),
+        ({"elimination": 0.5}, "elimination: expected a group of settings or null, got 0.5"),
+        ({"model": None}, "model: expected a text in UTF-8, got None"),
         ({"resume": True, "overwrite": True}, "resume, overwrite: expected at most one"),
     ],
 )
@@ -87,17 +84,15 @@ def test_settings_that_do_not_fit(values, message):
 
 def test_differences_name_what_decides_the_losses_only():
     config = FinetuneConfig(**NEEDED, elimination=LemoConfig(keep=0.5))
-    watched = dataclasses.replace(config, resume=True, log_every=5, save_every=7, output="x")
+    watched = config.replace(resume=True, log_every=5, save_every=7, output="x")
     assert differences(config, watched) == []
-    other = dataclasses.replace(config, steps=7, elimination=LemoConfig(keep=0.25))
+    other = config.replace(steps=7, elimination=LemoConfig(keep=0.25))
     assert differences(config, other) == [
         "steps was 100, now 7",
         "elimination.keep was 0.5, now 0.25",
     ]
-    assert differences(config, dataclasses.replace(config, device="cpu")) == [
-        "device was 'auto', now 'cpu'"
-    ]
-    dense = dataclasses.replace(config, elimination=None)
+    assert differences(config, config.replace(device="cpu")) == ["device was 'auto', now 'cpu'"]
+    dense = config.replace(elimination=None)
     assert "elimination was 'on', now 'off'" in differences(config, dense)
 
 

@@ -1,0 +1,242 @@
+"""The one way in which settings are declared, checked, read and written.
+
+A settings class names its fields with their types, limits, defaults and one description each. From
+these come the checks, the messages, the options of the command line and the tables of the docs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union
+
+import annotated_types
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic.fields import FieldInfo
+
+__all__ = [
+    "Flag",
+    "Integer",
+    "Number",
+    "Settings",
+    "Share",
+    "Text",
+    "expected",
+    "fields_of",
+    "read_yaml",
+]
+
+
+def _number(value: Any) -> Any:
+    # YAML 1.1 reads 2e-4 as a string: it wants a dot in every float.
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _text(value: Any) -> Any:
+    value = str(value) if isinstance(value, Path) else value
+    if isinstance(value, str):
+        value.encode()  # Libraries underneath write names as UTF-8; not every file name is.
+    return value
+
+
+Integer = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Flag = Annotated[bool, Strict()]
+Text = Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_text)]
+
+
+class Settings(BaseModel):
+    """Settings of one subject: frozen, validated when constructed, from keywords.
+
+    Raises:
+        ValueError: a value does not fit ("name: expected <what>, got <value>"), is missing, or has
+            a name that is not known (the message lists close ones).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_message(type(self), error, values)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values (lists, numbers, strings), fit for JSON and YAML."""
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Absent fields take their defaults."""
+        if not isinstance(values, Mapping):
+            raise ValueError(f"values: expected a mapping of settings, got {values!r}")
+        return cls(**{str(name): value for name, value in values.items()})
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Reads a YAML file; FileNotFoundError, or ValueError naming the file."""
+        values = read_yaml(path)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def replace(self, **changes: Any) -> Self:
+        """These settings with some values changed, validated again."""
+        values = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**values | changes)
+
+
+def fields_of(cls: type[Settings], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(name, field) of all fields; those of nested groups with dots in their names."""
+    for name, field in cls.model_fields.items():
+        yield f"{prefix}{name}", field
+        group = group_of(field)
+        if group is not None:
+            yield from fields_of(group, f"{prefix}{name}.")
+
+
+def group_of(field: FieldInfo) -> type[Settings] | None:
+    """The settings class of a nested group; None: the field is a value."""
+    for member in (field.annotation, *typing.get_args(field.annotation)):
+        if isinstance(member, type) and issubclass(member, Settings):
+            return member
+    return None
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words: "an integer >= 1", "one of kept, all", "a list of ..."."""
+    return _words(field.annotation, field.metadata)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; empty files are empty mappings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not YAML (the message names the line), or not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config: expected a YAML file, but '{path}' does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ValueError(f"{place}: not YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return value.to_dict()
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _message(cls: type[Settings], error: ValidationError, values: Mapping[str, Any]) -> str:
+    """One line for the first thing that is wrong."""
+    first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    name = str(first["loc"][0])
+    if first["type"] == "extra_forbidden":
+        return _unknown(cls, name)
+    if first["type"] == "missing":
+        return f"{name}: expected a value, got none"
+    field = cls.model_fields[name]
+    group = group_of(field)
+    value = values.get(name, field.default)
+    if first["type"] == "value_error" and group is not None and isinstance(value, Mapping):
+        inner = first["msg"].removeprefix("Value error, ")
+        # What the group says of one of its fields gets the group's name in front.
+        dot = inner.partition(":")[0].partition(",")[0] in dict(fields_of(group))
+        return f"{name}.{inner}" if dot else f"{name}: {inner}"
+    return f"{name}: expected {expected(field)}, got {value!r}"
+
+
+def _unknown(cls: type[Settings], name: str) -> str:
+    known = [path for path, _ in fields_of(cls)]
+    last = {path.rpartition(".")[2]: path for path in reversed(known)}
+    close = [name] if name in last else difflib.get_close_matches(name, last, n=3, cutoff=0.5)
+    if close:
+        return f"unknown setting '{name}'; did you mean {' or '.join(last[c] for c in close)}?"
+    return f"unknown setting '{name}'; known: {', '.join(cls.model_fields)}"
+
+
+def _words(annotation: Any, metadata: Any = ()) -> str:
+    origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        annotation, *inner = typing.get_args(annotation)
+        return _words(annotation, [*inner, *metadata])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(member) for member in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        choices = typing.get_args(annotation)
+        one = "one of " if len(choices) > 1 else ""
+        return one + ", ".join(repr(c) if one == "" else str(c) for c in choices)
+    if origin is tuple:
+        members = typing.get_args(annotation)
+        if members[-1] is Ellipsis:
+            return f"a list of {_plural(_words(members[0]))}"
+        return f"[{', '.join(_words(member) for member in members)}]"
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        return "a group of settings"
+    limits = _limits(metadata)
+    if annotation is bool:
+        return "true or false"
+    if annotation is int:
+        return "an integer" + limits
+    if annotation is float:
+        return "a number" + limits
+    return "a text in UTF-8"
+
+
+def _limits(metadata: Any) -> str:
+    low = high = None
+    for entry in _flat(metadata):
+        if isinstance(entry, annotated_types.Ge):
+            low = (">=", "[", entry.ge)
+        elif isinstance(entry, annotated_types.Gt):
+            low = (">", "(", entry.gt)
+        elif isinstance(entry, annotated_types.Le):
+            high = ("<=", "]", entry.le)
+        elif isinstance(entry, annotated_types.Lt):
+            high = ("<", ")", entry.lt)
+    if low and high:
+        return f" in {low[1]}{low[2]:g}, {high[2]:g}{high[1]}"
+    if low or high:
+        sign, _, value = low or high
+        return f" {sign} {value:g}"
+    return ""
+
+
+def _flat(metadata: Any) -> Iterator[Any]:
+    for entry in metadata:
+        if isinstance(entry, FieldInfo):
+            yield from entry.metadata
+        else:
+            yield entry
+
+
+def _plural(words: str) -> str:
+    for one, many in (("an integer", "integers"), ("a number", "numbers"), ("a text", "texts")):
+        if words.startswith(one):
+            return many + words.removeprefix(one)
+    return words
