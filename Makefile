@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the main job on the CPU
 # make test   sets everything up and runs every test
+# make docs   builds the documentation's site into build/site
 #
 # Both work on a fresh machine: they make a virtual environment in .venv (VENV=... for another one, PYTHON=... for the
 # interpreter, TORCH=... for the torch to install there). `make develop` builds in place for the active environment.
@@ -39,11 +40,12 @@ SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so'
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
 
 OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+DOCS_TOOLS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
 OLDEST_TESTS := $(wildcard $(patsubst %,tests/python/test_%.py,models_* nn training_* data_* predictors_* cli_*))
 
 GPU_FOLDER := build/develop/gpu
 
-.PHONY: demo test test-cpp test-python test-oldest lint bench develop wheel clean help \
+.PHONY: demo test docs test-cpp test-python test-oldest lint bench develop wheel clean help \
 	gpu-build gpu-test gpu-sanitize gpu-bench
 
 help:  ## list the targets
@@ -53,6 +55,9 @@ demo: $(VENV)/.lemo  ## install lemo and run the main job on the CPU (a few minu
 	$(VENV)/bin/lemo demo --output runs/demo
 
 test: lint test-cpp test-python  ## install lemo and run every test
+
+docs: $(VENV)/.docs  ## build the documentation's site into build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 lint: $(VENV)/.tests
 	$(VENV)/bin/ruff check .
@@ -131,7 +136,13 @@ $(VENV)/.lemo: $(VENV)/.tools $(if $(ASKED),$(if $(NVCC),$(CUTLASS))) $(SOURCES)
 # What only the tests need, as the installed package names it.
 $(VENV)/.tests: $(VENV)/.lemo
 	$(PIP) install -q $$($(VENV)/bin/python -c 'from importlib.metadata import requires; \
-		print(*(name.split(";")[0].strip() for name in requires("lemo") if "extra ==" in name))')
+		print(*(name.split(";")[0].strip() for name in requires("lemo") if name.endswith("extra == \"test\"")))')
+	touch $@
+
+# Needs neither torch nor a compiler: the reference is read from the sources.
+$(VENV)/.docs: pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q $(DOCS_TOOLS)
 	touch $@
 
 build/cpp/.built: $(VENV)/.tools $(CXX_SOURCES)

@@ -1,6 +1,8 @@
-"""Write the figures of README.md from benchmarks/results: ``python benchmarks/readme_table.py``.
+"""Write the figures of README.md from benchmarks/results: `python benchmarks/readme_table.py`.
 
-The blocks between the markers are replaced; a test checks that they are up to date.
+Rows: quantities of the main job, and methods of fine-tuning steps on a GPU; columns: methods, and
+time and memory. The blocks between the markers are replaced; a test checks that they are up to
+date. Takes a second.
 """
 
 from __future__ import annotations
@@ -8,10 +10,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks/results/cpu.jsonl"
-GPU_RESULTS = REPOSITORY / "benchmarks/results/h200_finetune.jsonl"
-README = REPOSITORY / "README.md"
+from common import records
+from common.records import markdown
+
+RESULTS = records.RESULTS / "cpu.jsonl"
+GPU_RESULTS = records.RESULTS / "h200_finetune.jsonl"
+README = records.REPOSITORY / "README.md"
 BEGIN, END = "<!-- {}: begin -->", "<!-- {}: end -->"
 GPU_BENCHES = ("finetune step", "finetune peak memory")
 PEERS = {
@@ -28,34 +32,25 @@ PARTS = {"whole": "whole window", "tail": "last quarter"}
 
 def main_job_table(results: Path) -> str:
     """The latest measurement of the main job as Markdown, from a file of JSON lines."""
-    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    records = [
-        record for record in map(json.loads, lines) if record["bench"].startswith("main_job.")
-    ]
-    if not records:
+    found = records.read(results, "main_job.")
+    if not found:
         return "The main job has not been recorded yet."
-    latest = records[-1]
+    latest = found[-1]
     by_keep: dict[float, dict[str, dict]] = {}
-    for record in records:
+    for record in found:
         if _setting(record) == _setting(latest):
             by_keep.setdefault(record["shape"]["keep"], {})[record["bench"]] = record
-    shape = latest["shape"]
-    columns = [by_keep[keep] for keep in sorted(by_keep)]
-    rows = [
-        ["", "before", "dense LoRA", *(f"lemo, keep {keep:g}" for keep in sorted(by_keep))],
-        ["---", *["---:"] * (2 + len(columns))],
-    ]
+    shape, keeps = latest["shape"], sorted(by_keep)
+    rows = []
     # Each column is paired with a peer of its own run; the dense column shows the first one.
-    for bench in columns[0]:
-        peer = columns[0][bench]
+    for bench, peer in by_keep[keeps[0]].items():
         digits = 3 if peer["unit"] == "perplexity" else 2
-        cells = [
-            f"{_value(column[bench], 'ours')} ({column[bench]['ratio']:.{digits}f}x)"
-            for column in columns
-        ]
+        ours = [by_keep[keep][bench] for keep in keeps]
+        cells = [f"{_value(each, 'ours')} ({each['ratio']:.{digits}f}x)" for each in ours]
         before = f"{peer['before']:.2f}" if "before" in peer else ""
         rows.append([_label(bench), before, _value(peer, "peer_value"), *cells])
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    head = ["", "before", "dense LoRA", *(f"lemo, keep {keep:g}" for keep in keeps)]
+    table = markdown(head, ["---", *["---:"] * (len(head) - 1)], rows)
     elimination = ", ".join(
         f"`{name}={value!r}`"
         for name, value in shape.items()
@@ -75,43 +70,39 @@ def main_job_table(results: Path) -> str:
 
 def gpu_table(results: Path) -> str:
     """Fine-tuning steps on a GPU as Markdown: of each length those of the latest commit."""
-    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    records = [record for record in map(json.loads, lines) if record["bench"] in GPU_BENCHES]
-    if not records:
+    found = [record for record in records.read(results) if record["bench"] in GPU_BENCHES]
+    if not found:
         return "No fine-tuning step has been recorded yet."
-    commits = {record["shape"]["tokens"]: record["commit"] for record in records}
+    commits = {record["shape"]["tokens"]: record["commit"] for record in found}
     # (tokens, method) -> quantity -> value; a peer stands in several lines of the same run.
     methods: dict[tuple[int, str], dict[str, float]] = {}
     measured: dict[tuple[int, str], str] = {}
-    for record in records:
-        shape, quantity = record["shape"], record["bench"]
-        tokens = shape["tokens"]
+    for record in found:
+        tokens = record["shape"]["tokens"]
         if record["commit"] != commits[tokens]:
             continue
-        values = {_variant(shape): record["ours"]}
+        values = {_variant(record["shape"]): record["ours"]}
         if record["peer"] is not None:
             values[PEERS.get(record["peer"], record["peer"])] = record["peer_value"]
+        card = record["gpu"].removeprefix("NVIDIA ")
         for method, value in values.items():
-            methods.setdefault((tokens, method), {})[quantity] = value
-            measured[tokens, method] = f"{record['date']}, {record['commit']}, {_card(record)}"
-    table = [
-        "| tokens | method and settings | step, s | peak memory, GiB | measured |",
-        "| ---: | --- | ---: | ---: | --- |",
-    ]
-    for key, values in sorted(methods.items(), key=_by_length_then_peers_first):
-        step, memory = (values[bench] for bench in GPU_BENCHES)
-        table.append(f"| {key[0]} | {key[1]} | {step / 1e3:.2f} | {memory:.1f} | {measured[key]} |")
-    versions = ", ".join(sorted({r["torch"] for r in records if r["commit"] in commits.values()}))
-    return "\n".join(table) + (
-        "\n\nThe Llama-3-8B shape, bf16 (weights 15.0 GiB), LoRA rank 8 on q, k, v and o, batch 1; "
+            methods.setdefault((tokens, method), {})[record["bench"]] = value
+            measured[tokens, method] = f"{record['date']}, {record['commit']}, {card}"
+    rows = []
+    # By length, and of each the peers first.
+    for key in sorted(methods, key=lambda key: (key[0], key[1].startswith("lemo"))):
+        step, memory = (methods[key][bench] for bench in GPU_BENCHES)
+        rows.append([f"{key[0]}", key[1], f"{step / 1e3:.2f}", f"{memory:.1f}", measured[key]])
+    head = ["tokens", "method and settings", "step, s", "peak memory, GiB", "measured"]
+    table = markdown(head, ["---:", "---", "---:", "---:", "---"], rows)
+    versions = ", ".join(sorted({r["torch"] for r in found if r["commit"] in commits.values()}))
+    return (
+        f"{table}\n\n"
+        "The Llama-3-8B shape, bf16 (weights 15.0 GiB), LoRA rank 8 on q, k, v and o, batch 1; "
         f"torch {versions}. Random weights: time and memory only. Keep 0.5: every layer works on "
         "half of the blocks; keep 1 computes what dense LoRA computes. Beyond 131072 tokens one "
         "step was measured, and no other method was tried."
     )
-
-
-def _card(record: dict) -> str:
-    return record["gpu"].removeprefix("NVIDIA ")
 
 
 def _variant(shape: dict) -> str:
@@ -130,11 +121,6 @@ def _variant(shape: dict) -> str:
     if shape.get("loss") == "outside":
         parts.append("loss outside the model")
     return "lemo: " + ", ".join(parts)
-
-
-def _by_length_then_peers_first(item: tuple[tuple[int, str], dict]) -> tuple[int, bool]:
-    tokens, method = item[0]
-    return tokens, method.startswith("lemo")
 
 
 def replace_block(text: str, block: str, name: str = "figures") -> str:

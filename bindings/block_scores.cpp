@@ -14,15 +14,9 @@ TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
     const int64_t num_blocks = std::max<int64_t>(view(starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(queries, {num_blocks}, ScalarType::Float);
     BlockScoresParams params{view(queries), view(keys),   view(starts), view(cuts),
-                             scale,         view(scores), Tensor{},     kernel};
-    OptionalTensor scratch;  // lives until the kernels are in the stream
-    if (params.q.device == Device::kCuda) {
-        const int64_t tokens = params.q.ndim > 0 ? params.q.size(0) : 0;
-        const int64_t num_cuts = params.cu_blocks.num_elements();
-        const BlockScoresCut cut(tokens, num_blocks, num_cuts - 1);
-        scratch = make_empty(queries, {cut.scratch()}, ScalarType::Float);
-        params.scratch = view(scratch);
-    }
+                             scale,         view(scores), nullptr,      kernel};
+    const OptionalTensor scratch =
+        make_scratch(queries, params, LEMO_CUDA_KERNEL(block_scores_scratch_bytes));
     run("block_scores", queries, params, block_scores_cpu, LEMO_CUDA_KERNEL(block_scores_cuda));
     return scores;
 }

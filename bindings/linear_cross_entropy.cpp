@@ -21,26 +21,26 @@ Results linear_cross_entropy(TorchTensor hidden, TorchTensor weight, OptionalTen
 
     TorchTensor loss = make_empty(rows, {}, ScalarType::Float);
     TorchTensor count = make_empty(rows, {}, ScalarType::Long);
-    TorchTensor dhidden = hidden_grad ? make_empty(rows, {rows.size(0), rows.size(1)})
-                                      : make_empty(rows, {0});
+    TorchTensor dhidden =
+        hidden_grad ? make_empty(rows, {rows.size(0), rows.size(1)}) : make_empty(rows, {0});
     const bool bias_grad = weight_grad && offsets;
     TorchTensor dweight = weight_grad ? make_empty(matrix, {matrix.size(0), matrix.size(1)})
                                       : make_empty(matrix, {0});
     TorchTensor dbias =
         bias_grad ? make_empty(*offsets, {offsets->size(0)}) : make_empty(matrix, {0});
-    LinearCrossEntropyParams params{view(rows), view(matrix), view(offsets), view(targets),
-                                    ignore_index, chunk_rows, view(loss), view(count),
+    LinearCrossEntropyParams params{view(rows),
+                                    view(matrix),
+                                    view(offsets),
+                                    view(targets),
+                                    ignore_index,
+                                    chunk_rows,
+                                    view(loss),
+                                    view(count),
                                     hidden_grad ? view(dhidden) : Tensor{},
                                     weight_grad ? view(dweight) : Tensor{},
                                     bias_grad ? view(dbias) : Tensor{}};
-    OptionalTensor scratch;  // torch's allocator hands it out again, in the order of the stream
-    int64_t (*const scratch_bytes)(const LinearCrossEntropyParams&) =
-        LEMO_CUDA_KERNEL(linear_cross_entropy_scratch_bytes);
-    if (params.hidden.device == Device::kCuda && scratch_bytes != nullptr) {
-        lemo::check(params);
-        scratch = make_empty(rows, {scratch_bytes(params)}, ScalarType::Byte);
-        params.scratch = scratch->data_ptr();
-    }
+    const OptionalTensor scratch =
+        make_scratch(rows, params, LEMO_CUDA_KERNEL(linear_cross_entropy_scratch_bytes));
     run("linear_cross_entropy", rows, params, linear_cross_entropy_cpu,
         LEMO_CUDA_KERNEL(linear_cross_entropy_cuda));
     return {loss, count, dhidden, dweight, dbias};

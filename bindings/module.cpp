@@ -1,4 +1,4 @@
-// lemo._C: host objects (block plans, loss segments, what this build supports). Never tensors.
+// lemo._C: host objects (block plans, loss chunks, what this build supports). Never tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -47,7 +47,7 @@ PYBIND11_MODULE(_C, m) {
         "(blocks, rows) that the ratio policy keeps; rows -1 where they depend on the scores.");
     m.def("plan_loss_chunk", &lemo::plan_loss_chunk, py::arg("rows"), py::arg("vocabulary"),
           py::arg("budget_bytes"),
-          "Rows of one loss segment whose fp32 logits take at most budget_bytes.");
+          "Rows of one loss chunk whose fp32 logits take at most budget_bytes.");
     m.def(
         "build_info",
         [] {

@@ -29,8 +29,7 @@ struct Arguments {
                 {view(q_down), view(q_mid), view(q_up)},
                 view(block_starts),
                 view(cu_blocks),
-                scores,
-                Tensor{}};
+                scores};
     }
 };
 
@@ -41,9 +40,8 @@ TorchTensor predictor(TorchTensor x, TorchTensor k_down, TorchTensor k_mid, Torc
     const int64_t num_blocks = std::max<int64_t>(view(block_starts).num_elements() - 1, 0);
     TorchTensor scores = make_empty(x, {num_blocks}, ScalarType::Float);
     PredictorParams params = arguments.params(view(scores));
-    const OptionalTensor scratch = make_scratch(
-        x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
-    params.scratch = view(scratch);
+    const OptionalTensor scratch =
+        make_scratch(x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
     run("predictor", x, params, predictor_cpu, LEMO_CUDA_KERNEL(predictor_cuda));
     return scores;
 }
@@ -73,11 +71,9 @@ predictor_backward(TorchTensor dscores, TorchTensor x, TorchTensor k_down, Torch
     PredictorBackwardParams params{view(dscore),
                                    arguments.params(Tensor{}),
                                    {view(dk_down), view(dk_mid), view(dk_up)},
-                                   {view(dq_down), view(dq_mid), view(dq_up)},
-                                   Tensor{}};
-    const OptionalTensor scratch = make_scratch(
-        x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
-    params.scratch = view(scratch);
+                                   {view(dq_down), view(dq_mid), view(dq_up)}};
+    const OptionalTensor scratch =
+        make_scratch(x, params, LEMO_CUDA_KERNEL(predictor_scratch_bytes));
     run("predictor_backward", x, params, predictor_backward_cpu,
         LEMO_CUDA_KERNEL(predictor_backward_cuda));
     return {dk_down, dk_mid, dk_up, dq_down, dq_mid, dq_up};

@@ -11,18 +11,22 @@ struct Arguments {
               const TorchTensor& cu_q, const TorchTensor& cu_k, const OptionalTensor& q_positions,
               const OptionalTensor& k_positions, double scale, int64_t window, int64_t group_size,
               std::string_view kernel)
-        : q(to_aligned(q)),
-          k(to_aligned(k)),
-          v(to_aligned(v)),
-          cu_q(to_contiguous(cu_q)),
-          cu_k(to_contiguous(cu_k)),
-          q_positions(to_contiguous(q_positions)),
-          k_positions(to_contiguous(k_positions)),
-          params{view(this->q),           view(this->k),           view(this->v),
-                 view(this->cu_q),        view(this->cu_k),        view(this->q_positions),
-                 view(this->k_positions), static_cast<float>(scale), window,
-                 group_size,              kernel,                  {},
-                 {},                      {}} {}
+        : q(to_aligned(q)), k(to_aligned(k)), v(to_aligned(v)), cu_q(to_contiguous(cu_q)),
+          cu_k(to_contiguous(cu_k)), q_positions(to_contiguous(q_positions)),
+          k_positions(to_contiguous(k_positions)), params{view(this->q),
+                                                          view(this->k),
+                                                          view(this->v),
+                                                          view(this->cu_q),
+                                                          view(this->cu_k),
+                                                          view(this->q_positions),
+                                                          view(this->k_positions),
+                                                          static_cast<float>(scale),
+                                                          window,
+                                                          group_size,
+                                                          kernel,
+                                                          {},
+                                                          {},
+                                                          {}} {}
 
     TorchTensor q, k, v, cu_q, cu_k;
     OptionalTensor q_positions, k_positions;
@@ -38,10 +42,12 @@ TorchTensor make_like(const TorchTensor& tensor) {
     return make_empty(tensor, {tensor.size(0), tensor.size(1), tensor.size(2)});
 }
 
-std::tuple<TorchTensor, TorchTensor> segment_attention(
-    TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor cu_q, TorchTensor cu_k,
-    OptionalTensor q_positions, OptionalTensor k_positions, double scale, int64_t window,
-    int64_t group_size, std::string_view kernel) {
+std::tuple<TorchTensor, TorchTensor> segment_attention(TorchTensor q, TorchTensor k, TorchTensor v,
+                                                       TorchTensor cu_q, TorchTensor cu_k,
+                                                       OptionalTensor q_positions,
+                                                       OptionalTensor k_positions, double scale,
+                                                       int64_t window, int64_t group_size,
+                                                       std::string_view kernel) {
     Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size,
                         kernel);
     check_heads("segment_attention", "q", arguments.params.q);
@@ -49,9 +55,8 @@ std::tuple<TorchTensor, TorchTensor> segment_attention(
     TorchTensor lse = make_empty(arguments.q, {q.size(1), q.size(0)}, ScalarType::Float);
     arguments.params.out = view(out);
     arguments.params.lse = view(lse);
-    const OptionalTensor scratch = make_scratch(
-        arguments.q, arguments.params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
-    arguments.params.scratch = view(scratch);
+    const OptionalTensor scratch = make_scratch(arguments.q, arguments.params,
+                                                LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
     run("segment_attention", arguments.q, arguments.params, segment_attention_cpu,
         LEMO_CUDA_KERNEL(segment_attention_cuda));
     return {out, lse};
@@ -60,8 +65,7 @@ std::tuple<TorchTensor, TorchTensor> segment_attention(
 std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
     TorchTensor dout, TorchTensor q, TorchTensor k, TorchTensor v, TorchTensor out, TorchTensor lse,
     TorchTensor cu_q, TorchTensor cu_k, OptionalTensor q_positions, OptionalTensor k_positions,
-    double scale, int64_t window, int64_t group_size, bool deterministic,
-    std::string_view kernel) {
+    double scale, int64_t window, int64_t group_size, bool deterministic, std::string_view kernel) {
     Arguments arguments(q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size,
                         kernel);
     check_heads("segment_attention_backward", "q", arguments.params.q);
@@ -76,9 +80,8 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> segment_attention_backward(
     arguments.params.lse = view(saved_lse);
     SegmentAttentionBackwardParams params{arguments.params, deterministic, view(gradient),
                                           view(dq),         view(dk),      view(dv)};
-    const OptionalTensor scratch = make_scratch(
-        arguments.q, params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
-    params.forward.scratch = view(scratch);
+    const OptionalTensor scratch =
+        make_scratch(arguments.q, params, LEMO_CUDA_KERNEL(segment_attention_scratch_bytes));
     run("segment_attention_backward", arguments.q, params, segment_attention_backward_cpu,
         LEMO_CUDA_KERNEL(segment_attention_backward_cuda));
     return {dq, dk, dv};

@@ -16,8 +16,8 @@ struct Sizes {
 /// The one read-back of the op: the host waits for the counts, which size what follows. Only where
 /// the caller does not know them.
 Sizes read_back(const TorchTensor& counts) {
-    const TorchTensor on_host = torch::stable::to(
-        counts, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const TorchTensor on_host =
+        torch::stable::to(counts, torch::stable::Device(torch::headeronly::DeviceType::CPU));
     const auto* count = static_cast<const int64_t*>(on_host.data_ptr());
     return {count[0], count[1]};
 }
@@ -41,18 +41,18 @@ Selected token_select(TorchTensor scores, TorchTensor block_starts, TorchTensor 
                           keep_last, view(places), view(cu_kept), view(cu_rows), view(counts)},
         token_select_cpu, LEMO_CUDA_KERNEL(token_select_cuda));
 
-    check.that(num_kept_blocks >= -1 && num_kept_blocks <= num_blocks, "num_kept_blocks",
-               "at most " + std::to_string(num_blocks) + ", or -1",
-               std::to_string(num_kept_blocks));
+    const auto at_most = [](int64_t most) { return "at most " + std::to_string(most) + ", or -1"; };
+    check.that(
+        num_kept_blocks >= -1 && num_kept_blocks <= num_blocks, "num_kept_blocks",
+        [&] { return at_most(num_blocks); }, num_kept_blocks);
     // On a GPU only the device knows the rows of the layout; an index of them is an int32.
     const Tensor ends = view(starts);
-    const int64_t num_rows = ends.device == Device::kCpu
-                                 ? ends.as<const int32_t>()[num_blocks]
-                                 : std::numeric_limits<int32_t>::max();
-    check.that(num_kept_rows >= -1, "num_kept_rows", "at least 0, or -1",
-               std::to_string(num_kept_rows));
-    check.that(num_kept_rows <= num_rows, "num_kept_rows",
-               "at most " + std::to_string(num_rows) + ", or -1", std::to_string(num_kept_rows));
+    const int64_t num_rows = ends.device == Device::kCpu ? ends.as<const int32_t>()[num_blocks]
+                                                         : std::numeric_limits<int32_t>::max();
+    check.that(num_kept_rows >= -1, "num_kept_rows", "at least 0, or -1", num_kept_rows);
+    check.that(
+        num_kept_rows <= num_rows, "num_kept_rows", [&] { return at_most(num_rows); },
+        num_kept_rows);
     const bool known = num_kept_blocks >= 0 && num_kept_rows >= 0;
     const Sizes sizes = known ? Sizes{num_kept_blocks, num_kept_rows} : read_back(counts);
     TorchTensor kept_blocks = make_empty(scores, {sizes.blocks}, ScalarType::Int);

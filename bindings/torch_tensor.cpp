@@ -74,7 +74,7 @@ TorchTensor to_aligned(const TorchTensor& tensor) {
 }
 
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,
-                  ScalarType dtype) {
+                       ScalarType dtype) {
     const std::vector<int64_t> sizes(shape);
     return torch::stable::new_empty(like, sizes, dtype);
 }
@@ -84,7 +84,7 @@ TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> s
 }
 
 TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape,
-                  ScalarType dtype) {
+                       ScalarType dtype) {
     const std::vector<int64_t> sizes(shape);
     return torch::stable::new_zeros(like, sizes, dtype);
 }
@@ -105,8 +105,9 @@ void* current_cuda_stream(const TorchTensor& on) {
         return reinterpret_cast<GetStream>(symbol);
     }();
     if (get_stream == nullptr) {
-        throw Error(ErrorKind::kUnsupported, "this torch gives no CUDA stream: expected a torch "
-                                             "built with CUDA whose libtorch_cuda.so is loaded");
+        throw Error(ErrorKind::kUnsupported,
+                    "this torch gives no CUDA stream: expected a torch "
+                    "built with CUDA whose libtorch_cuda.so is loaded");
     }
     void* stream = nullptr;
     require_success(get_stream(device_index(on), &stream));
@@ -114,9 +115,9 @@ void* current_cuda_stream(const TorchTensor& on) {
 }
 
 void raise_unsupported_device(const char* op, const TorchTensor& on, bool has_cuda) {
-    throw Error(ErrorKind::kUnsupported,
-                std::string(op) + ": no kernel for " + describe(view(on)) +
-                    "; supported devices of this build: cpu" + (has_cuda ? ", cuda" : ""));
+    throw Error(ErrorKind::kUnsupported, std::string(op) + ": no kernel for " + describe(view(on)) +
+                                             "; supported devices of this build: cpu" +
+                                             (has_cuda ? ", cuda" : ""));
 }
 
 }  // namespace lemo::torch_api

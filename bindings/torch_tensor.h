@@ -68,16 +68,19 @@ void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu
     }
 }
 
-/// Scratch of the CUDA kernels, from torch's allocator; none on the CPU. Checks `params` first.
-/// `bytes` tells how much; nullptr where the library is built without CUDA.
+/// Gives `params` the scratch of the CUDA kernels, from torch's allocator; none on the CPU. Checks
+/// `params` first. `bytes` tells how much; nullptr where the library is built without CUDA. The
+/// result owns the memory: it lives until the kernels are in the stream.
 template <typename Params>
-OptionalTensor make_scratch(const TorchTensor& on, const Params& params,
+OptionalTensor make_scratch(const TorchTensor& on, Params& params,
                             std::type_identity_t<int64_t (*)(const Params&)> bytes) {
     if (bytes == nullptr || view(on).device != Device::kCuda) return std::nullopt;
     check(params);
     // What is needed may depend on the GPU, and the tensor's need not be the current one.
     const torch::stable::accelerator::DeviceGuard guard(device_index(on));
-    return make_empty(on, {bytes(params) / static_cast<int64_t>(sizeof(int32_t))}, ScalarType::Int);
+    TorchTensor scratch = make_empty(on, {bytes(params)}, ScalarType::Byte);
+    params.scratch = scratch.data_ptr();
+    return scratch;
 }
 
 }  // namespace lemo::torch_api

@@ -26,7 +26,10 @@ void BM_BlockScores(benchmark::State& state) {
 
     const auto dtype = sizeof(T) == 4 ? lemo::DType::kFloat32 : lemo::DType::kBFloat16;
     const auto rows = [&](std::vector<T>& values, int64_t num_heads) {
-        return lemo::Tensor{values.data(), dtype, lemo::Device::kCpu, 3,
+        return lemo::Tensor{values.data(),
+                            dtype,
+                            lemo::Device::kCpu,
+                            3,
                             {tokens, num_heads, kHeadDim},
                             {num_heads * kHeadDim, kHeadDim, 1}};
     };

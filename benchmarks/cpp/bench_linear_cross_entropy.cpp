@@ -19,8 +19,8 @@ std::vector<BFloat16> fill(int64_t size) {
 }
 
 lemo::Tensor matrix(std::vector<BFloat16>& values, int64_t rows, int64_t columns) {
-    return {values.data(), lemo::DType::kBFloat16, lemo::Device::kCpu, 2,
-            {rows, columns}, {columns, 1}};
+    return {values.data(), lemo::DType::kBFloat16, lemo::Device::kCpu, 2, {rows, columns},
+            {columns, 1}};
 }
 
 // The loss of the main job's model, weights frozen: loss and gradient of the hidden states.

@@ -14,8 +14,10 @@ struct Attention {
           cuts{0, static_cast<int32_t>(blocks)} {
         std::mt19937 generator(0);
         std::normal_distribution<float> normal;
-        for (auto [values, size] : {std::pair{&x, tokens * hidden}, {&down, rank * hidden},
-                                    {&mid, rank * rank}, {&up, 64 * rank}}) {
+        for (auto [values, size] : {std::pair{&x, tokens * hidden},
+                                    {&down, rank * hidden},
+                                    {&mid, rank * rank},
+                                    {&up, 64 * rank}}) {
             values->resize(static_cast<size_t>(size));
             for (float& value : *values) value = normal(generator);
         }
@@ -27,7 +29,7 @@ struct Attention {
     }
 
     static lemo::Tensor matrix(std::vector<float>& values, int64_t rows, int64_t columns) {
-        return {values.data(), lemo::DType::kFloat32, lemo::Device::kCpu, 2,
+        return {values.data(),   lemo::DType::kFloat32, lemo::Device::kCpu, 2,
                 {rows, columns}, {columns, 1}};
     }
 

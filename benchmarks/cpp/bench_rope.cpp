@@ -20,12 +20,16 @@ void BM_Rope(benchmark::State& state) {
     for (size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<int32_t>(i / 64 * 128 + i % 64);
     const auto bf16 = lemo::DType::kBFloat16;
     const auto packed = [&](std::vector<BFloat16>& values) {
-        return lemo::Tensor{values.data(), bf16, lemo::Device::kCpu, 3, {kept, heads, kHeadSize},
+        return lemo::Tensor{values.data(),
+                            bf16,
+                            lemo::Device::kCpu,
+                            3,
+                            {kept, heads, kHeadSize},
                             {heads * kHeadSize, kHeadSize, 1}};
     };
     const auto table = [&](std::vector<BFloat16>& values) {
-        return lemo::Tensor{values.data(), bf16, lemo::Device::kCpu, 2, {tokens, kHeadSize},
-                            {kHeadSize, 1}};
+        return lemo::Tensor{values.data(),       bf16,          lemo::Device::kCpu, 2,
+                            {tokens, kHeadSize}, {kHeadSize, 1}};
     };
     const lemo::Tensor index{rows.data(), lemo::DType::kInt32, lemo::Device::kCpu, 1, {kept}, {1}};
     const lemo::RopeParams params{packed(x), table(cos), table(sin), index, false, packed(y)};

@@ -34,9 +34,16 @@ struct HalfKept {
 
     lemo::SelectNormParams forward() {
         const auto fp32 = lemo::DType::kFloat32;
-        return {matrix(x),      line(rows, lemo::DType::kInt32), line(weight, fp32), {},
-                1e-6,           "rms",                           matrix(y),
-                matrix(x_rows), line(mean, fp32),                line(rstd, fp32)};
+        return {matrix(x),
+                line(rows, lemo::DType::kInt32),
+                line(weight, fp32),
+                {},
+                1e-6,
+                "rms",
+                matrix(y),
+                matrix(x_rows),
+                line(mean, fp32),
+                line(rstd, fp32)};
     }
 
     lemo::SelectNormBackwardParams backward(bool weight_grad) {

@@ -19,10 +19,10 @@ void BM_BlockScores(benchmark::State& state, const char* kernel) {
     const auto fill = [&](const DeviceArray<BFloat16>& to, int64_t row) {
         const auto part = lemo::testing::random_values<BFloat16>(64 * row, 1);
         for (int64_t block = 0; block < blocks; ++block) {
-            lemo::testing::require(cudaMemcpy(to.data() + block * 64 * row, part.data(),
-                                              part.size() * sizeof(BFloat16),
-                                              cudaMemcpyHostToDevice),
-                                   "upload");
+            lemo::testing::require(
+                cudaMemcpy(to.data() + block * 64 * row, part.data(),
+                           part.size() * sizeof(BFloat16), cudaMemcpyHostToDevice),
+                "upload");
         }
     };
     const DeviceArray<BFloat16> q(static_cast<size_t>(tokens * heads * head_dim));
@@ -30,17 +30,17 @@ void BM_BlockScores(benchmark::State& state, const char* kernel) {
     fill(q, heads * head_dim);
     fill(k, key_heads * head_dim);
     const DeviceArray<int32_t> starts(plan.block_starts), cuts(plan.cu_blocks);
-    const lemo::BlockScoresCut cut(tokens, blocks, 1);
     const DeviceArray<float> scores(static_cast<size_t>(blocks));
-    const DeviceArray<float> scratch(static_cast<size_t>(cut.scratch()));
-    const lemo::BlockScoresParams params{q.view({tokens, heads, head_dim}),
-                                         k.view({tokens, key_heads, head_dim}),
-                                         starts.view({blocks + 1}),
-                                         cuts.view({2}),
-                                         0.125,
-                                         scores.view({blocks}),
-                                         scratch.view({cut.scratch()}),
-                                         kernel};
+    lemo::BlockScoresParams params{q.view({tokens, heads, head_dim}),
+                                   k.view({tokens, key_heads, head_dim}),
+                                   starts.view({blocks + 1}),
+                                   cuts.view({2}),
+                                   0.125,
+                                   scores.view({blocks}),
+                                   nullptr,
+                                   kernel};
+    const lemo::testing::Scratch scratch(block_scores_scratch_bytes(params));
+    params.scratch = scratch.data();
     lemo::bench::measure(state, [&](void* stream) { block_scores_cuda(params, stream); });
     const double flops = static_cast<double>(tokens * tokens * heads * head_dim);  // causal half
     state.counters["FLOP/s"] = benchmark::Counter(
@@ -50,7 +50,7 @@ void with_shapes(benchmark::internal::Benchmark* bench) {
     bench->Args({65536, 32, 8, 128})->Args({16384, 32, 8, 128})->Args({4096, 32, 8, 128});
     bench->Args({16384, 32, 8, 64})->UseManualTime();
 }
-BENCHMARK_CAPTURE(BM_BlockScores, auto, "auto")->Apply(with_shapes);
+BENCHMARK_CAPTURE(BM_BlockScores, auto, "auto") -> Apply(with_shapes);
 BENCHMARK_CAPTURE(BM_BlockScores, portable, "portable")->Apply(with_shapes);
 
 }  // namespace

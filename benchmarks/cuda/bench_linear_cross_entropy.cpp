@@ -27,14 +27,12 @@ void BM_LinearCrossEntropy(benchmark::State& state) {
     params.loss = loss.view({});
     params.count = count.view({});
     if (gradient) params.dhidden = dhidden.view({rows, size});
-    const DeviceArray<unsigned char> scratch(
-        static_cast<size_t>(linear_cross_entropy_scratch_bytes(params)));
+    const lemo::testing::Scratch scratch(linear_cross_entropy_scratch_bytes(params));
     params.scratch = scratch.data();
-    lemo::bench::measure(state,
-                         [&](void* stream) { linear_cross_entropy_cuda(params, stream); });
-    state.counters["FLOP/s"] = benchmark::Counter(
-        (gradient ? 4.0 : 2.0) * static_cast<double>(rows * size * vocabulary),
-        benchmark::Counter::kIsIterationInvariantRate);
+    lemo::bench::measure(state, [&](void* stream) { linear_cross_entropy_cuda(params, stream); });
+    state.counters["FLOP/s"] =
+        benchmark::Counter((gradient ? 4.0 : 2.0) * static_cast<double>(rows * size * vocabulary),
+                           benchmark::Counter::kIsIterationInvariantRate);
 }
 BENCHMARK(BM_LinearCrossEntropy)
     ->Args({16384, 4096, 128256, 1})

@@ -40,20 +40,15 @@ void BM_Predictor(benchmark::State& state) {
                                  attention ? query.weights() : lemo::PredictorWeights{},
                                  starts.view({blocks + 1}),
                                  cuts.view({2}),
-                                 scores.view({blocks}),
-                                 lemo::Tensor{}};
-    const int64_t size = predictor_scratch_bytes(params) / 4;
-    const DeviceArray<float> scratch(static_cast<size_t>(size));
-    params.scratch = scratch.view({size});
+                                 scores.view({blocks})};
+    const lemo::testing::Scratch scratch(predictor_scratch_bytes(params));
+    params.scratch = scratch.data();
     lemo::bench::measure(state, [&](void* stream) { predictor_cuda(params, stream); });
     const double flops = 2.0 * static_cast<double>(tokens * rank) *
                          static_cast<double>(hidden + rank) * (attention ? 2 : 1);
     state.counters["FLOP/s"] = benchmark::Counter(
         flops, benchmark::Counter::kIsIterationInvariantRate, benchmark::Counter::kIs1000);
 }
-BENCHMARK(BM_Predictor)
-    ->Args({65536, 4096, 256, 1})
-    ->Args({65536, 4096, 256, 0})
-    ->UseManualTime();
+BENCHMARK(BM_Predictor)->Args({65536, 4096, 256, 1})->Args({65536, 4096, 256, 0})->UseManualTime();
 
 }  // namespace

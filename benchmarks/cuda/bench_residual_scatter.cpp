@@ -33,14 +33,14 @@ void BM_ResidualScatter(benchmark::State& state) {
 }
 BENCHMARK(BM_ResidualScatter)->Args({65536, 4096})->UseManualTime();
 
-void BM_ResidualGather(benchmark::State& state) {
+void BM_GatherRows(benchmark::State& state) {
     const HalfKept data(state);
-    const lemo::ResidualGatherParams params{data.x.view({data.tokens, data.hidden}),
-                                            data.rows.view({data.tokens / 2}),
-                                            data.y.view({data.tokens / 2, data.hidden})};
-    lemo::bench::measure(state, [&](void* stream) { residual_gather_cuda(params, stream); });
+    const lemo::GatherRowsParams params{data.x.view({data.tokens, data.hidden}),
+                                        data.rows.view({data.tokens / 2}),
+                                        data.y.view({data.tokens / 2, data.hidden})};
+    lemo::bench::measure(state, [&](void* stream) { gather_rows_cuda(params, stream); });
     state.SetBytesProcessed(state.iterations() * data.tokens / 2 * data.hidden * 2 * 2);
 }
-BENCHMARK(BM_ResidualGather)->Args({65536, 4096})->UseManualTime();
+BENCHMARK(BM_GatherRows)->Args({65536, 4096})->UseManualTime();
 
 }  // namespace

@@ -16,8 +16,8 @@ struct Sequence {
     explicit Sequence(const benchmark::State& state)
         : tokens(state.range(0)), heads(state.range(1)), kv_heads(state.range(2)),
           head_dim(state.range(3)), q(random(heads, 1)), k(random(kv_heads, 2)),
-          v(random(kv_heads, 3)), dout(random(heads, 4)), out(q.size()), dq(q.size()),
-          dk(k.size()), dv(v.size()), lse(heads * tokens),
+          v(random(kv_heads, 3)), dout(random(heads, 4)), out(q.size()), dq(q.size()), dk(k.size()),
+          dv(v.size()), lse(heads * tokens),
           cu(std::vector<int32_t>{0, static_cast<int32_t>(tokens)}) {}
 
     std::vector<BFloat16> random(int64_t num_heads, uint32_t seed) const {
@@ -50,9 +50,9 @@ struct Sequence {
     // `products` of tokens x tokens x head_dim, half of them behind the diagonal.
     void report(benchmark::State& state, int products) const {
         const double pairs = static_cast<double>(tokens) * static_cast<double>(tokens) / 2;
-        state.counters["FLOPS"] = benchmark::Counter(
-            2.0 * products * pairs * static_cast<double>(heads * head_dim),
-            benchmark::Counter::kIsIterationInvariantRate);
+        state.counters["FLOPS"] =
+            benchmark::Counter(2.0 * products * pairs * static_cast<double>(heads * head_dim),
+                               benchmark::Counter::kIsIterationInvariantRate);
     }
 
     int64_t tokens, heads, kv_heads, head_dim;
@@ -61,16 +61,11 @@ struct Sequence {
     DeviceArray<int32_t> cu;
 };
 
-template <typename Params>
-DeviceArray<int32_t> make_scratch(const Params& params) {
-    return DeviceArray<int32_t>(segment_attention_scratch_bytes(params) / sizeof(int32_t));
-}
-
 void BM_SegmentAttention(benchmark::State& state) {
     const Sequence data(state);
     lemo::SegmentAttentionParams params = data.forward();
-    const DeviceArray<int32_t> scratch = make_scratch(params);
-    params.scratch = scratch.view({scratch.size()});
+    const lemo::testing::Scratch scratch(segment_attention_scratch_bytes(params));
+    params.scratch = scratch.data();
     lemo::bench::measure(state, [&](void* stream) { segment_attention_cuda(params, stream); });
     data.report(state, 2);
 }
@@ -82,15 +77,18 @@ BENCHMARK(BM_SegmentAttention)
 void BM_SegmentAttentionBackward(benchmark::State& state) {
     const Sequence data(state);
     lemo::SegmentAttentionParams forward = data.forward();
-    const DeviceArray<int32_t> scratch = make_scratch(forward);
-    forward.scratch = scratch.view({scratch.size()});
+    const lemo::testing::Scratch scratch(segment_attention_scratch_bytes(forward));
+    forward.scratch = scratch.data();
     segment_attention_cuda(forward, nullptr);
 
-    lemo::SegmentAttentionBackwardParams params{
-        forward,                 state.range(4) != 0,   data.of_queries(data.dout),
-        data.of_queries(data.dq), data.of_keys(data.dk), data.of_keys(data.dv)};
-    const DeviceArray<int32_t> backward_scratch = make_scratch(params);
-    params.forward.scratch = backward_scratch.view({backward_scratch.size()});
+    lemo::SegmentAttentionBackwardParams params{forward,
+                                                state.range(4) != 0,
+                                                data.of_queries(data.dout),
+                                                data.of_queries(data.dq),
+                                                data.of_keys(data.dk),
+                                                data.of_keys(data.dv)};
+    const lemo::testing::Scratch backward_scratch(segment_attention_scratch_bytes(params));
+    params.scratch = backward_scratch.data();
     lemo::bench::measure(state,
                          [&](void* stream) { segment_attention_backward_cuda(params, stream); });
     data.report(state, 5);

@@ -58,12 +58,9 @@ void BM_SelectNormBackward(benchmark::State& state) {
         Tensor{}};
     lemo::bench::measure(state, [&](void* stream) { select_norm_backward_cuda(params, stream); });
     // Reads dy, x[rows] and dx[rows], writes dx[rows]; the weight's gradient reads dy and x[rows].
-    state.SetBytesProcessed(state.iterations() * data.kept * data.hidden *
-                            (weight_grad ? 6 : 4) * 2);
+    state.SetBytesProcessed(state.iterations() * data.kept * data.hidden * (weight_grad ? 6 : 4) *
+                            2);
 }
-BENCHMARK(BM_SelectNormBackward)
-    ->Args({65536, 4096, 0})
-    ->Args({65536, 4096, 1})
-    ->UseManualTime();
+BENCHMARK(BM_SelectNormBackward)->Args({65536, 4096, 0})->Args({65536, 4096, 1})->UseManualTime();
 
 }  // namespace

@@ -30,9 +30,9 @@ void BM_TokenSelect(benchmark::State& state) {
                                          cu_kept.view({sequences + 1}),
                                          cu_rows.view({sequences + 1}),
                                          counts.view({2})};
-    const lemo::TokenRowsParams list{select.block_starts, select.cu_blocks,
-                                     select.places,       select.cu_kept,
-                                     select.cu_rows,      kept.view({num_kept}),
+    const lemo::TokenRowsParams list{select.block_starts,   select.cu_blocks,
+                                     select.places,         select.cu_kept,
+                                     select.cu_rows,        kept.view({num_kept}),
                                      rows.view({num_rows}), positions.view({num_rows})};
     lemo::bench::measure(state, [&](void* stream) {
         token_select_cuda(select, stream);
@@ -40,10 +40,6 @@ void BM_TokenSelect(benchmark::State& state) {
     });
     state.SetItemsProcessed(state.iterations() * state.range(0));
 }
-BENCHMARK(BM_TokenSelect)
-    ->Args({65536, 1})
-    ->Args({65536, 16})
-    ->Args({1 << 20, 1})
-    ->UseManualTime();
+BENCHMARK(BM_TokenSelect)->Args({65536, 1})->Args({65536, 16})->Args({1 << 20, 1})->UseManualTime();
 
 }  // namespace

@@ -1,1 +1,1 @@
-"""One module for each op family: `check()` and `bench(bandwidth)`; `gpu_ops.py` runs them."""
+"""One module for each operator: `rows(b)` measures it beside others with a `Bench`."""

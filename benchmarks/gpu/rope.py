@@ -1,78 +1,58 @@
-"""rope on CUDA, beside the formula in PyTorch, and Liger's kernel where it is installed."""
+"""rope of a layer's queries and keys, half of the blocks kept, beside torch's formula and Liger."""
 
 import torch
+from torch import Tensor
 
-from gpu.harness import TOKENS, half_of_the_blocks, median_ms, record, share
-from lemo import ops, reference
+import lemo.ops  # noqa: F401  registers torch.ops.lemo
+from gpu.bench import HEAD_SIZE, HEADS, KV_HEADS, TOKENS, Bench
 
-HEADS, KV_HEADS, HEAD_SIZE = 32, 8, 128
-
-
-def liger() -> type[torch.autograd.Function] | None:
-    try:
-        from liger_kernel.ops.rope import LigerRopeFunction
-    except ImportError:
-        return None
-    return LigerRopeFunction
+try:
+    from liger_kernel.ops.rope import LigerRopeFunction as Liger
+except ImportError:
+    Liger = None
 
 
-def make_tables(tokens: int, head_size: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    exponents = torch.arange(0, head_size, 2, device="cuda") / head_size
-    angles = torch.arange(tokens, device="cuda")[:, None] * 500000.0**-exponents
+def make_tables(b: Bench, tokens: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, [tokens, HEAD_SIZE] bf16."""
+    exponents = torch.arange(0, HEAD_SIZE, 2, device=b.device) / HEAD_SIZE
+    angles = torch.arange(tokens, device=b.device)[:, None] * 500000.0**-exponents
     angles = torch.cat((angles, angles), -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos().bfloat16(), angles.sin().bfloat16()
 
 
-def check() -> None:
-    for dtype, bound in ((torch.float32, 2e-5), (torch.bfloat16, 4e-3), (torch.float16, 5e-4)):
-        for head_size in (HEAD_SIZE, 64, 80, 6):
-            cos, sin = make_tables(4096, head_size, dtype)
-            rows = half_of_the_blocks(4096)[:-3]
-            shape = (len(rows), KV_HEADS, head_size)
-            x = torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True)
-            dy = torch.randn_like(x)
-            wide = x.detach().float().requires_grad_()
-            oracle = reference.rope(wide, cos.float(), sin.float(), rows, False)
-            result = ops.rope(x, cos, sin, rows)
-            (grad,) = torch.autograd.grad(result, x, dy)
-            (expected,) = torch.autograd.grad(oracle, wide, dy.float())
-            for value, truth in ((result, oracle), (grad, expected)):
-                error = ((value.float() - truth).norm() / truth.norm()).item()
-                assert error <= bound, f"rope {dtype} {head_size}: {error:.1e}"
-
-
-def by_formula(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def by_formula(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = x.chunk(2, -1)
     return x * cos + torch.cat((-right, left), -1) * sin
 
 
-def bench(bandwidth: float) -> list[dict]:
-    """Queries and keys of a layer, half of the blocks kept."""
-    rows = half_of_the_blocks(TOKENS)
-    cos, sin = make_tables(TOKENS, HEAD_SIZE, torch.bfloat16)
-    q, k = (
-        torch.randn(len(rows), heads, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
-        for heads in (HEADS, KV_HEADS)
-    )
+def rows(b: Bench):
+    tokens = b.size(TOKENS)
+    kept = b.half_of_the_blocks(tokens)
+    cos, sin = make_tables(b, tokens)
+    q, k = (b.randn(len(kept), heads, HEAD_SIZE) for heads in (HEADS, KV_HEADS))
+    rotate = torch.ops.lemo.rope
     # The peers take tables of the kept rows; gathering them is not timed.
-    kept = tuple(table.index_select(0, rows)[:, None] for table in (cos, sin))
-    peers = {"torch formula": lambda: (by_formula(q, *kept), by_formula(k, *kept))}
-    if liger() is not None:
+    tables = [table.index_select(0, kept)[:, None] for table in (cos, sin)]
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return rotate(q, cos, sin, kept, False), rotate(k, cos, sin, kept, False)
+
+    def formula() -> tuple[Tensor, Tensor]:
+        return by_formula(q, *tables), by_formula(k, *tables)
+
+    b.agree("rope", ours(), formula())
+    peers = {"torch formula": formula}
+    if Liger is not None and b.device == "cuda":
         # [batch, heads, tokens, size], over the storage [batch, tokens, heads, size]; in place.
-        views = tuple(x[None].transpose(1, 2) for x in (q.clone(), k.clone()))
-        tables = tuple(table[:, 0][None] for table in kept)
-        peers["Liger LigerRopeFunction"] = lambda: liger().apply(*views, *tables)
-    shape = {"rows": len(rows), "heads": HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
-    shape["dtype"] = "bfloat16"
-    results = []
-    for name, peer in peers.items():
-        ours, theirs = median_ms(
-            lambda: (
-                torch.ops.lemo.rope(q, cos, sin, rows, False),
-                torch.ops.lemo.rope(k, cos, sin, rows, False),
-            ),
-            peer,
-        )
-        results.append(record("rope of q and k", shape, ours, name, theirs))
-    moved = 2 * (q.numel() + k.numel()) * 2
-    return [*results, share("rope bandwidth", shape, moved, ours, bandwidth)]
+        views = [x[None].transpose(1, 2) for x in (q.clone(), k.clone())]
+        shared = [table[:, 0][None] for table in tables]
+        peers["Liger LigerRopeFunction"] = lambda: Liger.apply(*views, *shared)
+    shape = {"rows": len(kept), "heads": HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
+    yield from b.compare(
+        "rope of q and k",
+        shape | {"dtype": "bfloat16"},
+        ours,
+        peers,
+        moved=2 * (q.numel() + k.numel()) * 2,
+        bandwidth="rope bandwidth",
+    )

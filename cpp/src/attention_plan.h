@@ -18,10 +18,10 @@ public:
     AttentionPlan(const SegmentAttentionParams& params, int64_t stacked_rows);
 
     int64_t num_queries, num_keys, num_heads, num_kv_heads, heads_per_kv, head_size;
-    int64_t max_stacked_rows;  // of any tile
-    std::vector<Range> tiles;            // packed query rows
-    std::vector<Range> sequence_tiles;   // of each sequence
-    std::vector<Range> sequence_keys;    // packed key rows of each sequence
+    int64_t max_stacked_rows;           // of any tile
+    std::vector<Range> tiles;           // packed query rows
+    std::vector<Range> sequence_tiles;  // of each sequence
+    std::vector<Range> sequence_keys;   // packed key rows of each sequence
 
     /// Packed key rows that query row `row` sees with `head`.
     const Range& visible(int64_t head, int64_t row) const {

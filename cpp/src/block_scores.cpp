@@ -119,9 +119,8 @@ private:
         const int64_t group = heads_ / key_heads_;
         for (int64_t h = 0; h < heads_; ++h) {
             cpu::gemm(cpu::Trans::kNo, cpu::Trans::kYes, num_queries, num_keys, head_dim_, 1.0f,
-                      queries + h * head_dim_, heads_ * head_dim_,
-                      keys + h / group * head_dim_, key_heads_ * head_dim_, 0.0f, product_.data(),
-                      num_keys);
+                      queries + h * head_dim_, heads_ * head_dim_, keys + h / group * head_dim_,
+                      key_heads_ * head_dim_, 0.0f, product_.data(), num_keys);
             accumulate_positive(product_.data(), num_queries * num_keys, h == 0, sum_.data());
         }
     }
@@ -160,19 +159,19 @@ void check(const BlockScoresParams& params) {
                        {"block_starts", &params.block_starts},
                        {"cu_blocks", &params.cu_blocks}});
     check.dim("k", params.k, 0, params.q.size(0), "the rows of 'q'");
-    check.that(params.q.size(2) >= 1, "q", "a head size of at least 1", describe(params.q));
+    check.that(params.q.size(2) >= 1, "q", "a head size of at least 1", params.q);
     check.dim("k", params.k, 2, params.q.size(2), "the head size of 'q'");
-    check.that(params.k.size(1) >= 1, "k", "at least one head", describe(params.k));
-    check.that(params.q.size(1) >= 1 && params.q.size(1) % params.k.size(1) == 0, "q",
-               "a multiple of the " + std::to_string(params.k.size(1)) + " head(s) of 'k'",
-               std::to_string(params.q.size(1)) + " head(s)");
+    check.that(params.k.size(1) >= 1, "k", "at least one head", params.k);
+    if (params.q.size(1) < 1 || params.q.size(1) % params.k.size(1) != 0) {
+        check.fail("q", "a multiple of the " + std::to_string(params.k.size(1)) + " head(s) of 'k'",
+                   std::to_string(params.q.size(1)) + " head(s)");
+    }
     check.layout(params.block_starts, params.cu_blocks, params.q.size(0));
     // As the kernels take it: neither infinite nor 0 in fp32.
     const auto scale = static_cast<float>(params.scale);
-    check.that(std::isfinite(scale) && scale > 0, "scale", "a finite number above 0",
-               std::to_string(params.scale));
+    check.that(std::isfinite(scale) && scale > 0, "scale", "a finite number above 0", params.scale);
     check.that(params.q.device != Device::kCpu || params.kernel == "auto", "kernel",
-               "'auto' on the CPU", "'" + std::string(params.kernel) + "'");
+               "'auto' on the CPU", [&] { return quoted(params.kernel); });
     check.typed("scores", params.scores, DType::kFloat32, 1);
     check.dim("scores", params.scores, 0, params.block_starts.size(0) - 1, "the number of blocks");
 }

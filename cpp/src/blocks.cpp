@@ -12,10 +12,10 @@ namespace {
 void check_sequences(const Checker& check, const std::vector<int64_t>& seqlens,
                      int64_t block_size) {
     check.that(block_size >= 1 && block_size <= std::numeric_limits<int32_t>::max(), "block_size",
-               "from 1 to 2147483647", std::to_string(block_size));
+               "from 1 to 2147483647", block_size);
     int64_t rows = 0;
     for (const int64_t length : seqlens) {
-        check.that(length >= 0, "seqlens", "lengths of at least 0", std::to_string(length));
+        check.that(length >= 0, "seqlens", "lengths of at least 0", length);
         check.that(length <= std::numeric_limits<int32_t>::max() - rows, "seqlens",
                    "at most 2147483647 tokens in all", "more");
         rows += length;
@@ -43,9 +43,9 @@ SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_
                              int64_t keep_first, int64_t keep_last) {
     const Checker check("plan_selection");
     check_sequences(check, seqlens, block_size);
-    check.that(value >= 0 && value <= 1, "value", "a share between 0 and 1", std::to_string(value));
-    check.that(keep_first >= 0, "keep_first", "at least 0", std::to_string(keep_first));
-    check.that(keep_last >= 0, "keep_last", "at least 0", std::to_string(keep_last));
+    check.that(value >= 0 && value <= 1, "value", "a share between 0 and 1", value);
+    check.that(keep_first >= 0, "keep_first", "at least 0", keep_first);
+    check.that(keep_last >= 0, "keep_last", "at least 0", keep_last);
 
     SelectionSize size{0, 0};
     bool known = true;
@@ -68,9 +68,9 @@ SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_
 
 int64_t plan_loss_chunk(int64_t rows, int64_t vocabulary, int64_t budget_bytes) {
     const Checker check("plan_loss_chunk");
-    check.that(rows >= 0, "rows", "at least 0", std::to_string(rows));
-    check.that(vocabulary >= 1, "vocabulary", "at least 1", std::to_string(vocabulary));
-    check.that(budget_bytes >= 1, "budget_bytes", "at least 1", std::to_string(budget_bytes));
+    check.that(rows >= 0, "rows", "at least 0", rows);
+    check.that(vocabulary >= 1, "vocabulary", "at least 1", vocabulary);
+    check.that(budget_bytes >= 1, "budget_bytes", "at least 1", budget_bytes);
     const int64_t fitting = budget_bytes / static_cast<int64_t>(sizeof(float)) / vocabulary;
     return std::clamp<int64_t>(fitting, 1, std::max<int64_t>(rows, 1));
 }

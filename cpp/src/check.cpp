@@ -19,6 +19,8 @@ const char* prefix(ErrorKind kind) {
 Error::Error(ErrorKind kind, const std::string& message)
     : std::runtime_error(prefix(kind) + message), kind_(kind) {}
 
+std::string quoted(std::string_view text) { return std::string("'").append(text).append("'"); }
+
 std::string describe(const Tensor& tensor) {
     if (!tensor) return "nothing";
     std::string text = std::string(name(tensor.dtype)) + " [";
@@ -29,16 +31,14 @@ std::string describe(const Tensor& tensor) {
     return text + "] on " + name(tensor.device);
 }
 
-void Checker::that(bool ok, const char* argument, const std::string& expected,
-                   const std::string& got, ErrorKind kind) const {
-    if (ok) return;
+void Checker::fail(const char* argument, const std::string& expected, const std::string& got,
+                   ErrorKind kind) const {
     throw Error(kind, std::string(op_) + ": argument '" + argument + "': expected " + expected +
                           ", got " + got);
 }
 
-void Checker::separate(
-    const char* argument, const Tensor& written,
-    std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
+void Checker::separate(const char* argument, const Tensor& written,
+                       std::initializer_list<std::pair<const char*, const Tensor*>> others) const {
     const auto first = [](const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data); };
     const auto end = [&](const Tensor& t) {
         return first(t) + static_cast<uintptr_t>(t.num_elements() * size_of(t.dtype));
@@ -46,44 +46,37 @@ void Checker::separate(
     for (const auto& [other, tensor] : others) {
         if (!tensor->given() || tensor->is_empty() || written.is_empty()) continue;
         if (first(written) >= end(*tensor) || first(*tensor) >= end(written)) continue;
-        that(false, argument,
-             std::string("memory of its own, as it is changed in place"),
+        fail(argument, "memory of its own, as it is changed in place",
              std::string("memory that '") + other + "' shares");
     }
 }
 
 void Checker::contiguous(const char* argument, const Tensor& tensor, int ndim) const {
-    // What is said of a failure is put together only then: ops are checked at every call.
-    const bool stored = tensor.data != nullptr || tensor.is_empty();
-    if (tensor.ndim == ndim && tensor.device != Device::kOther && tensor.is_contiguous() &&
-        stored) {
-        return;
+    if (tensor.ndim != ndim) {
+        fail(argument, std::to_string(ndim) + " dimension(s)", describe(tensor));
     }
-    that(tensor.ndim == ndim, argument, std::to_string(ndim) + " dimension(s)", describe(tensor));
-    that(tensor.device != Device::kOther, argument, "a tensor on cpu or cuda", describe(tensor),
+    that(tensor.device != Device::kOther, argument, "a tensor on cpu or cuda", tensor,
          ErrorKind::kUnsupported);
     that(tensor.is_contiguous(), argument, "a contiguous tensor", "strides of another layout");
-    that(stored, argument, "a tensor with memory", describe(tensor) + " whose storage is gone");
+    if (tensor.data == nullptr && !tensor.is_empty()) {
+        fail(argument, "a tensor with memory", describe(tensor) + " whose storage is gone");
+    }
 }
 
 void Checker::floating(const char* argument, const Tensor& tensor, int ndim) const {
-    if (!is_float(tensor.dtype)) {
-        that(false, argument, "float32, bfloat16 or float16", describe(tensor), ErrorKind::kType);
-    }
+    that(is_float(tensor.dtype), argument, "float32, bfloat16 or float16", tensor,
+         ErrorKind::kType);
     contiguous(argument, tensor, ndim);
 }
 
 void Checker::typed(const char* argument, const Tensor& tensor, DType dtype, int ndim) const {
-    if (tensor.dtype != dtype) {
-        that(false, argument, name(dtype), describe(tensor), ErrorKind::kType);
-    }
+    that(tensor.dtype == dtype, argument, name(dtype), tensor, ErrorKind::kType);
     contiguous(argument, tensor, ndim);
 }
 
-void Checker::dim(const char* argument, const Tensor& tensor, int dim, int64_t expected,
-                  const char* meaning) const {
-    if (tensor.size(dim) == expected) return;
-    that(false, argument,
+void Checker::fail_dim(const char* argument, const Tensor& tensor, int dim, int64_t expected,
+                       const std::string& meaning) const {
+    fail(argument,
          "size " + std::to_string(expected) + " in dimension " + std::to_string(dim) + " (" +
              meaning + ")",
          describe(tensor));
@@ -92,8 +85,7 @@ void Checker::dim(const char* argument, const Tensor& tensor, int dim, int64_t e
 void Checker::same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,
                          const Tensor& other) const {
     if (tensor.dtype == other.dtype) return;
-    that(false, argument,
-         std::string("the dtype of '") + other_argument + "' (" + name(other.dtype) + ")",
+    fail(argument, std::string("the dtype of '") + other_argument + "' (" + name(other.dtype) + ")",
          name(tensor.dtype), ErrorKind::kType);
 }
 
@@ -102,7 +94,7 @@ void Checker::same_device(
     const auto& [first_name, first] = *arguments.begin();
     for (const auto& [argument, tensor] : arguments) {
         if (!tensor->given() || tensor->device == first->device) continue;
-        that(false, argument,
+        fail(argument,
              std::string("the device of '") + first_name + "' (" + name(first->device) + ")",
              name(tensor->device));
     }
@@ -113,10 +105,11 @@ void Checker::ascending_rows(const char* argument, const Tensor& rows, int64_t n
     const int32_t* row = rows.as<const int32_t>();
     int64_t previous = -1;
     for (int64_t i = 0; i < rows.size(0); ++i) {
-        that(row[i] > previous && row[i] < num_rows, argument,
-             "strictly ascending rows below " + std::to_string(num_rows),
-             std::to_string(row[i]) + " after " + std::to_string(previous) + " at index " +
-                 std::to_string(i));
+        if (row[i] <= previous || row[i] >= num_rows) {
+            fail(argument, "strictly ascending rows below " + std::to_string(num_rows),
+                 std::to_string(row[i]) + " after " + std::to_string(previous) + " at index " +
+                     std::to_string(i));
+        }
         previous = row[i];
     }
 }
@@ -128,14 +121,15 @@ void Checker::cuts(const char* argument, const Tensor& cuts, int64_t end, bool s
 
     const int32_t* cut = cuts.as<const int32_t>();
     const int64_t n = cuts.size(0);
-    that(cut[0] == 0, argument, "a first entry of 0", std::to_string(cut[0]));
+    that(cut[0] == 0, argument, "a first entry of 0", cut[0]);
     for (int64_t i = 1; i < n; ++i) {
-        that(strict ? cut[i] > cut[i - 1] : cut[i] >= cut[i - 1], argument,
-             strict ? "ascending entries" : "entries that do not descend",
+        if (cut[i] > cut[i - 1] || (!strict && cut[i] == cut[i - 1])) continue;
+        fail(argument, strict ? "ascending entries" : "entries that do not descend",
              std::to_string(cut[i]) + " after " + std::to_string(cut[i - 1]));
     }
-    that(cut[n - 1] == end, argument, "a last entry of " + std::to_string(end),
-         std::to_string(cut[n - 1]));
+    if (cut[n - 1] != end) {
+        fail(argument, "a last entry of " + std::to_string(end), std::to_string(cut[n - 1]));
+    }
 }
 
 void Checker::layout(const Tensor& block_starts, const Tensor& cu_blocks,

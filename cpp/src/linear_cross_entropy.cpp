@@ -60,29 +60,26 @@ void add_rows(float* sums, const float* from, int64_t rows, int64_t stride, int6
 
 void add_row(float* to, const float* from, int64_t n) { add_rows(to, from, 1, n, n); }
 
-class SegmentedLoss {
+class ChunkedLoss {
 public:
-    explicit SegmentedLoss(const LinearCrossEntropyParams& params)
-        : params_(params),
-          rows_(params.hidden.size(0)),
-          hidden_size_(params.hidden.size(1)),
-          vocabulary_(params.weight.size(0)),
-          stride_(vocabulary_ + kRowPadding),
+    explicit ChunkedLoss(const LinearCrossEntropyParams& params)
+        : params_(params), rows_(params.hidden.size(0)), hidden_size_(params.hidden.size(1)),
+          vocabulary_(params.weight.size(0)), stride_(vocabulary_ + kRowPadding),
           label_(params.labels.as<const int64_t>()),
           scratch_(static_cast<size_t>(cpu::max_threads())) {}
 
     void run() {
         list_rows();
         const int64_t count = static_cast<int64_t>(used_.size());
-        const int64_t segment = std::min(params_.chunk_rows, count);
-        hidden_.resize(static_cast<size_t>(segment * hidden_size_));
-        logits_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(segment * stride_));
-        losses_.resize(static_cast<size_t>(segment));
+        const int64_t chunk = std::min(params_.chunk_rows, count);
+        hidden_.resize(static_cast<size_t>(chunk * hidden_size_));
+        logits_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(chunk * stride_));
+        losses_.resize(static_cast<size_t>(chunk));
         start_weight_gradients();
 
         double loss = 0.0;
-        for (int64_t first = 0; first < count; first += segment) {
-            const int64_t end = std::min(first + segment, count);
+        for (int64_t first = 0; first < count; first += chunk) {
+            const int64_t end = std::min(first + chunk, count);
             const int64_t* used = used_.data() + first;
             load_hidden(used, end - first);
             compute_logits(end - first);
@@ -100,7 +97,7 @@ public:
     }
 
 private:
-    /// The rows whose label counts; the gradient of the others is 0 and they cost nothing more.
+    /// The rows whose label counts; the gradient of every other row is 0.
     void list_rows() {
         for (int64_t r = 0; r < rows_; ++r) {
             if (label_[r] != params_.ignore_index) used_.push_back(r);
@@ -193,7 +190,7 @@ private:
         });
     }
 
-    /// Sums over segments are fp32; a gradient that is stored in fp32 is its own accumulator.
+    /// Sums over chunks are fp32; a gradient that is stored in fp32 is its own accumulator.
     void start_weight_gradients() {
         const auto start = [](const Tensor& gradient, std::vector<float>& buffer) -> float* {
             if (!gradient) return nullptr;
@@ -230,10 +227,10 @@ private:
     const LinearCrossEntropyParams& params_;
     const int64_t rows_, hidden_size_, vocabulary_, stride_;
     const int64_t* label_;
-    std::vector<int64_t> used_;   // rows whose label counts
-    std::vector<float> hidden_;   // [segment, H]
-    std::vector<float> losses_;   // [segment]
-    // [segment, stride_]: logits, then their gradients. Large: left uninitialised.
+    std::vector<int64_t> used_;  // rows whose label counts
+    std::vector<float> hidden_;  // [chunk, H]
+    std::vector<float> losses_;  // [chunk]
+    // [chunk, stride_]: logits, then their gradients. Large: left uninitialised.
     std::unique_ptr<float[]> logits_;
     std::vector<float> dweight_buffer_, dbias_buffer_;
     float* dweight_ = nullptr;
@@ -247,7 +244,7 @@ void check(const LinearCrossEntropyParams& p) {
     const Checker check("linear_cross_entropy");
     check.floating("hidden", p.hidden, 2);
     check.floating("weight", p.weight, 2);
-    check.that(p.hidden.size(1) >= 1, "hidden", "a hidden size of at least 1", describe(p.hidden));
+    check.that(p.hidden.size(1) >= 1, "hidden", "a hidden size of at least 1", p.hidden);
     check.dim("weight", p.weight, 1, p.hidden.size(1), "the hidden size of 'hidden'");
     check.that(p.weight.size(0) >= 1, "weight", "a vocabulary of at least 1", "0");
     if (p.bias) {
@@ -258,20 +255,18 @@ void check(const LinearCrossEntropyParams& p) {
     check.dim("labels", p.labels, 0, p.hidden.size(0), "the rows of 'hidden'");
     check.same_device(
         {{"hidden", &p.hidden}, {"weight", &p.weight}, {"bias", &p.bias}, {"labels", &p.labels}});
-    check.that(p.chunk_rows >= 1, "chunk_rows", "at least 1", std::to_string(p.chunk_rows));
+    check.that(p.chunk_rows >= 1, "chunk_rows", "at least 1", p.chunk_rows);
     if (p.labels.device != Device::kCpu) return;
     const int64_t* label = p.labels.as<const int64_t>();
     for (int64_t r = 0; r < p.labels.size(0); ++r) {
-        check.that(label[r] == p.ignore_index || (label[r] >= 0 && label[r] < p.weight.size(0)),
-                   "labels",
+        if (label[r] == p.ignore_index || (label[r] >= 0 && label[r] < p.weight.size(0))) continue;
+        check.fail("labels",
                    "labels in [0, " + std::to_string(p.weight.size(0)) + ") or ignore_index " +
                        std::to_string(p.ignore_index),
                    std::to_string(label[r]) + " at index " + std::to_string(r));
     }
 }
 
-void linear_cross_entropy_cpu(const LinearCrossEntropyParams& params) {
-    SegmentedLoss(params).run();
-}
+void linear_cross_entropy_cpu(const LinearCrossEntropyParams& params) { ChunkedLoss(params).run(); }
 
 }  // namespace lemo

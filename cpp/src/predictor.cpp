@@ -272,22 +272,21 @@ void check_maps(const Checker& check, const Tensor& x, const PredictorWeights& w
     check.floating(mid, weights.mid, 2);
     check.floating(up, weights.up, 2);
     check.dim(down, weights.down, 1, x.size(1), "the hidden size of 'x'");
-    for (const auto& [argument, map] : {std::pair{down, &weights.down}, {mid, &weights.mid},
-                                        {up, &weights.up}}) {
-        check.that(map->size(0) >= 1, argument, "at least one row", describe(*map));
+    for (const auto& [argument, map] :
+         {std::pair{down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}}) {
+        check.that(map->size(0) >= 1, argument, "at least one row", *map);
     }
     check.dim(mid, weights.mid, 1, weights.down.size(0),
-              (std::string("the rows of '") + down + "'").c_str());
+              [&] { return std::string("the rows of '") + down + "'"; });
     check.dim(up, weights.up, 1, weights.mid.size(0),
-              (std::string("the rows of '") + mid + "'").c_str());
-    check.same_device(
-        {{"x", &x}, {down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}});
+              [&] { return std::string("the rows of '") + mid + "'"; });
+    check.same_device({{"x", &x}, {down, &weights.down}, {mid, &weights.mid}, {up, &weights.up}});
 }
 
 /// What both directions take.
 void check_arguments(const Checker& check, const PredictorParams& params) {
     check.floating("x", params.x, 2);
-    check.that(params.x.size(1) >= 1, "x", "a hidden size of at least 1", describe(params.x));
+    check.that(params.x.size(1) >= 1, "x", "a hidden size of at least 1", params.x);
     check_maps(check, params.x, params.key, "k_down", "k_mid", "k_up");
     const PredictorWeights& query = params.query;
     if (query.down) {
@@ -296,8 +295,8 @@ void check_arguments(const Checker& check, const PredictorParams& params) {
         check_maps(check, params.x, query, "q_down", "q_mid", "q_up");
         check.dim("q_up", query.up, 0, params.key.up.size(0), "the rows of 'k_up'");
     } else {
-        check.that(!query.mid, "q_mid", "None, as 'q_down' is", describe(query.mid));
-        check.that(!query.up, "q_up", "None, as 'q_down' is", describe(query.up));
+        check.that(!query.mid, "q_mid", "None, as 'q_down' is", query.mid);
+        check.that(!query.up, "q_up", "None, as 'q_down' is", query.up);
         check.dim("k_up", params.key.up, 0, 1, "one score, as there is no query predictor");
     }
     check.same_device({{"x", &params.x},
@@ -366,7 +365,7 @@ void predictor_backward_cpu(const PredictorBackwardParams& params) {
                             add_scaled(mean_query, dscore[block], width,
                                        dkeys.data() + block * width);
                         });
-    // score[n] = k_n . sum of q_m / (blocks from n on): q_m gathers what the blocks up to m ask.
+    // score[n] = k_n . sum of q_m / (blocks from n on), m >= n: dq_m sums over the blocks n <= m.
     const std::vector<float> keys = key.embed(means[0], problem.blocks);
     for (int64_t n = 0; n < problem.sequences; ++n) {
         const float* before = nullptr;

@@ -54,7 +54,7 @@ void check_rows(const Checker& check, const Tensor& rows, int64_t num_tables) {
     const int32_t* row = rows.as<const int32_t>();
     for (int64_t r = 0; r < rows.size(0); ++r) {
         if (row[r] >= 0 && row[r] < num_tables) continue;
-        check.that(false, "rows", "rows of the tables, below " + std::to_string(num_tables),
+        check.fail("rows", "rows of the tables, below " + std::to_string(num_tables),
                    std::to_string(row[r]) + " at index " + std::to_string(r));
     }
 }
@@ -64,17 +64,15 @@ void check_rows(const Checker& check, const Tensor& rows, int64_t num_tables) {
 void check(const RopeParams& params) {
     const Checker check("rope");
     check.floating("x", params.x, 3);
-    check.that(params.x.size(2) % 2 == 0, "x", "an even head size", describe(params.x));
+    check.that(params.x.size(2) % 2 == 0, "x", "an even head size", params.x);
     for (const auto& [argument, table] : {std::pair{"cos", &params.cos}, {"sin", &params.sin}}) {
         check.floating(argument, *table, 2);
         check.dim(argument, *table, 1, params.x.size(2), "the head size of 'x'");
     }
     check.same_dtype("sin", params.sin, "cos", params.cos);
     check.dim("sin", params.sin, 0, params.cos.size(0), "the rows of 'cos'");
-    check.same_device({{"x", &params.x},
-                       {"cos", &params.cos},
-                       {"sin", &params.sin},
-                       {"rows", &params.rows}});
+    check.same_device(
+        {{"x", &params.x}, {"cos", &params.cos}, {"sin", &params.sin}, {"rows", &params.rows}});
     if (params.rows) {
         check_rows(check, params.rows, params.cos.size(0));
         check.dim("rows", params.rows, 0, params.x.size(0), "the rows of 'x'");

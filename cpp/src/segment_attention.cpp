@@ -31,10 +31,11 @@ void check_positions(const Checker& check, const char* argument, const Tensor& p
     for (int64_t n = 0; n + 1 < cuts.size(0); ++n) {
         int64_t previous = -1;
         for (int64_t row = cut[n]; row < cut[n + 1]; ++row) {
-            check.that(position[row] > previous, argument,
-                       "strictly ascending positions, from 0 on, in each sequence",
-                       std::to_string(position[row]) + " after " + std::to_string(previous) +
-                           " at index " + std::to_string(row));
+            if (position[row] <= previous) {
+                check.fail(argument, "strictly ascending positions, from 0 on, in each sequence",
+                           std::to_string(position[row]) + " after " + std::to_string(previous) +
+                               " at index " + std::to_string(row));
+            }
             previous = position[row];
         }
     }
@@ -46,15 +47,22 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.floating("v", p.v, 3);
     check.same_dtype("k", p.k, "q", p.q);
     check.same_dtype("v", p.v, "q", p.q);
-    check.that(p.q.size(2) >= 1, "q", "a head size of at least 1", describe(p.q));
+    check.that(p.q.size(2) >= 1, "q", "a head size of at least 1", p.q);
     check.dim("k", p.k, 2, p.q.size(2), "the head size of 'q'");
     for (int i = 0; i < 3; ++i) check.dim("v", p.v, i, p.k.size(i), "as in 'k'");
-    check.that(p.k.size(1) >= 1 && p.q.size(1) >= 1 && p.q.size(1) % p.k.size(1) == 0, "q",
-               "a number of heads that is a multiple of the " + std::to_string(p.k.size(1)) +
-                   " heads of 'k'",
-               std::to_string(p.q.size(1)));
-    check.same_device({{"q", &p.q}, {"k", &p.k}, {"v", &p.v}, {"cu_q", &p.cu_q}, {"cu_k", &p.cu_k},
-                       {"q_positions", &p.q_positions}, {"k_positions", &p.k_positions}});
+    if (p.k.size(1) < 1 || p.q.size(1) < 1 || p.q.size(1) % p.k.size(1) != 0) {
+        check.fail("q",
+                   "a number of heads that is a multiple of the " + std::to_string(p.k.size(1)) +
+                       " heads of 'k'",
+                   std::to_string(p.q.size(1)));
+    }
+    check.same_device({{"q", &p.q},
+                       {"k", &p.k},
+                       {"v", &p.v},
+                       {"cu_q", &p.cu_q},
+                       {"cu_k", &p.cu_k},
+                       {"q_positions", &p.q_positions},
+                       {"k_positions", &p.k_positions}});
     check.cuts("cu_q", p.cu_q, p.q.size(0), /*strict=*/false);
     check.cuts("cu_k", p.cu_k, p.k.size(0), /*strict=*/false);
     check.dim("cu_k", p.cu_k, 0, p.cu_q.size(0), "as 'cu_q'");
@@ -65,11 +73,11 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
         check_positions(check, "q_positions", p.q_positions, p.cu_q, p.q.size(0));
         check_positions(check, "k_positions", p.k_positions, p.cu_k, p.k.size(0));
     }
-    check.that(std::isfinite(p.scale), "scale", "a finite number", std::to_string(p.scale));
-    check.that(p.window >= 0, "window", "at least 0", std::to_string(p.window));
-    check.that(p.group_size >= 0, "group_size", "at least 0", std::to_string(p.group_size));
+    check.that(std::isfinite(p.scale), "scale", "a finite number", p.scale);
+    check.that(p.window >= 0, "window", "at least 0", p.window);
+    check.that(p.group_size >= 0, "group_size", "at least 0", p.group_size);
     check.that(p.q.device != Device::kCpu || p.kernel == "auto", "kernel", "'auto' on the CPU",
-               "'" + std::string(p.kernel) + "'");
+               [&] { return quoted(p.kernel); });
 }
 
 void check_like(const Checker& check, const char* argument, const Tensor& tensor,
@@ -77,9 +85,9 @@ void check_like(const Checker& check, const char* argument, const Tensor& tensor
     check.floating(argument, tensor, other.ndim);
     check.same_dtype(argument, tensor, other_argument, other);
     check.same_device({{other_argument, &other}, {argument, &tensor}});
-    const std::string meaning = std::string("as in '") + other_argument + "'";
     for (int i = 0; i < other.ndim; ++i) {
-        check.dim(argument, tensor, i, other.size(i), meaning.c_str());
+        check.dim(argument, tensor, i, other.size(i),
+                  [&] { return std::string("as in '") + other_argument + "'"; });
     }
 }
 
@@ -151,8 +159,7 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
         const int64_t head = kv_head * plan.heads_per_kv + i % plan.heads_per_kv;
         const int64_t row = rows.first + i / plan.heads_per_kv;
         // A row that saw no key has top -inf, and so lse -inf, and out 0.
-        lse[head * plan.num_queries + row] =
-            cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
+        lse[head * plan.num_queries + row] = cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
         const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
         for (int64_t c = 0; c < d; ++c) out[i * d + c] *= factor;
     }

@@ -52,17 +52,12 @@ template <typename T>
 class Backward {
 public:
     explicit Backward(const SegmentAttentionBackwardParams& params)
-        : params_(params),
-          forward_(params.forward),
-          plan_(params.forward, kStackedRows),
-          d_(plan_.head_size),
-          group_width_(plan_.heads_per_kv * d_),
-          q_stride_(plan_.num_heads * d_),
-          kv_stride_(plan_.num_kv_heads * d_),
+        : params_(params), forward_(params.forward), plan_(params.forward, kStackedRows),
+          d_(plan_.head_size), group_width_(plan_.heads_per_kv * d_),
+          q_stride_(plan_.num_heads * d_), kv_stride_(plan_.num_kv_heads * d_),
           stack_rows_(plan_.num_queries * plan_.heads_per_kv),
           log2_sum_(static_cast<size_t>(plan_.num_kv_heads * stack_rows_)),
-          delta_(log2_sum_.size()),
-          dq_(log2_sum_.size() * static_cast<size_t>(d_)),
+          delta_(log2_sum_.size()), dq_(log2_sum_.size() * static_cast<size_t>(d_)),
           keys_(plan_.tiles.size() * static_cast<size_t>(plan_.num_kv_heads)),
           turns_(keys_.size()) {}
 
@@ -211,10 +206,10 @@ private:
     const SegmentAttentionParams& forward_;
     const cpu::AttentionPlan plan_;
     const int64_t d_, group_width_, q_stride_, kv_stride_, stack_rows_;
-    std::vector<float> log2_sum_;  // [num_kv_heads, stack_rows_], log2 of the row sums
-    std::vector<float> delta_;     // [num_kv_heads, stack_rows_]
-    std::vector<float> dq_;        // [num_kv_heads, stack_rows_, d_], without the scale
-    std::vector<Range> keys_;      // of each query tile and kv head
+    std::vector<float> log2_sum_;              // [num_kv_heads, stack_rows_], log2 of the row sums
+    std::vector<float> delta_;                 // [num_kv_heads, stack_rows_]
+    std::vector<float> dq_;                    // [num_kv_heads, stack_rows_, d_], without the scale
+    std::vector<Range> keys_;                  // of each query tile and kv head
     std::vector<std::atomic<int64_t>> turns_;  // key tiles added to each query tile's dQ so far
 };
 

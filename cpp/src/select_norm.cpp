@@ -27,30 +27,30 @@ constexpr int64_t kMaxRanges = 64;
 
 void check_kind(const Checker& check, std::string_view kind) {
     check.that(kind == kRms || kind == kLayer, "kind", "'rms' or 'layer'",
-               std::string("'").append(kind).append("'"));
+               [&] { return quoted(kind); });
 }
 
-/// The shapes that both directions share; `stream` is x or dx. Returns the number of rows.
-int64_t check_rows(const Checker& check, const char* stream_name, const Tensor& stream,
+/// The shapes that both directions share; `residual` is x or dx. Returns the number of rows.
+int64_t check_rows(const Checker& check, const char* residual_name, const Tensor& residual,
                    const Tensor& rows, const Tensor& weight) {
-    check.floating(stream_name, stream, 2);
-    check.that(stream.size(1) >= 1, stream_name, "a hidden size of at least 1", describe(stream));
+    check.floating(residual_name, residual, 2);
+    check.that(residual.size(1) >= 1, residual_name, "a hidden size of at least 1", residual);
     check.floating("weight", weight, 1);
-    check.dim("weight", weight, 0, stream.size(1), "the hidden size of the stream");
-    check.same_device({{stream_name, &stream}, {"rows", &rows}, {"weight", &weight}});
-    if (!rows) return stream.size(0);
+    check.dim("weight", weight, 0, residual.size(1), "the hidden size of the residual");
+    check.same_device({{residual_name, &residual}, {"rows", &rows}, {"weight", &weight}});
+    if (!rows) return residual.size(0);
     check.typed("rows", rows, DType::kInt32, 1);
-    check.ascending_rows("rows", rows, stream.size(0));
+    check.ascending_rows("rows", rows, residual.size(0));
     return rows.size(0);
 }
 
 void check_packed(const Checker& check, const char* argument, const Tensor& packed,
-                  const char* stream_name, const Tensor& stream, int64_t num_rows) {
+                  const char* residual_name, const Tensor& residual, int64_t num_rows) {
     check.floating(argument, packed, 2);
-    check.same_dtype(argument, packed, stream_name, stream);
-    check.same_device({{stream_name, &stream}, {argument, &packed}});
+    check.same_dtype(argument, packed, residual_name, residual);
+    check.same_device({{residual_name, &residual}, {argument, &packed}});
     check.dim(argument, packed, 0, num_rows, "the number of selected rows");
-    check.dim(argument, packed, 1, stream.size(1), "the hidden size of the stream");
+    check.dim(argument, packed, 1, residual.size(1), "the hidden size of the residual");
 }
 
 void check_statistics(const Checker& check, std::string_view kind, const Tensor& mean,
@@ -155,11 +155,10 @@ void check(const SelectNormParams& params) {
     check_kind(check, params.kind);
     // As the kernels take it: what fp32 cannot hold is not finite.
     check.that(std::isfinite(static_cast<float>(params.eps)) && params.eps >= 0, "eps",
-               "a finite number of at least 0",
-               std::to_string(params.eps));
+               "a finite number of at least 0", params.eps);
     const int64_t num_rows = check_rows(check, "x", params.x, params.rows, params.weight);
     if (params.bias) {
-        check.that(params.kind == kLayer, "bias", "None for kind 'rms'", describe(params.bias));
+        check.that(params.kind == kLayer, "bias", "None for kind 'rms'", params.bias);
         check.floating("bias", params.bias, 1);
         check.dim("bias", params.bias, 0, params.x.size(1), "the hidden size of 'x'");
         check.same_device({{"x", &params.x}, {"bias", &params.bias}});

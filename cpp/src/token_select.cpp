@@ -26,10 +26,9 @@ int64_t rows_covered(const Checker& check, const Tensor& block_starts) {
 void take_best(const float* score, int64_t first, int64_t end, int64_t num_taken, char* kept) {
     std::vector<int64_t> order(static_cast<size_t>(end - first));
     std::iota(order.begin(), order.end(), first);
-    std::nth_element(order.begin(), order.begin() + num_taken, order.end(),
-                     [&](int64_t a, int64_t b) {
-                         return score[a] != score[b] ? score[a] > score[b] : a < b;
-                     });
+    std::nth_element(
+        order.begin(), order.begin() + num_taken, order.end(),
+        [&](int64_t a, int64_t b) { return score[a] != score[b] ? score[a] > score[b] : a < b; });
     for (int64_t i = 0; i < num_taken; ++i) kept[order[static_cast<size_t>(i)]] = 1;
 }
 
@@ -47,22 +46,22 @@ void check(const TokenSelectParams& params) {
 
     const bool is_ratio = params.policy == kRatio;
     check.that(is_ratio || params.policy == kThreshold, "policy", "'ratio' or 'threshold'",
-               std::string("'").append(params.policy).append("'"));
+               [&] { return quoted(params.policy); });
     if (is_ratio) {
         check.that(params.value >= 0 && params.value <= 1, "value", "a share between 0 and 1",
-                   std::to_string(params.value));
+                   params.value);
     } else {
         check.that(!std::isnan(params.value), "value", "a threshold that is a number", "nan");
     }
-    check.that(params.keep_first >= 0, "keep_first", "at least 0",
-               std::to_string(params.keep_first));
-    check.that(params.keep_last >= 0, "keep_last", "at least 0", std::to_string(params.keep_last));
+    check.that(params.keep_first >= 0, "keep_first", "at least 0", params.keep_first);
+    check.that(params.keep_last >= 0, "keep_last", "at least 0", params.keep_last);
 
     if (params.scores.device != Device::kCpu) return;
     const float* score = params.scores.as<const float>();
     for (int64_t b = 0; b < params.scores.size(0); ++b) {
-        check.that(!std::isnan(score[b]), "scores", "numbers",
-                   "nan for block " + std::to_string(b));
+        if (std::isnan(score[b])) {
+            check.fail("scores", "numbers", "nan for block " + std::to_string(b));
+        }
     }
 }
 
@@ -95,12 +94,14 @@ void check(const TokenRowsParams& params) {
     const int64_t last = params.cu_blocks.size(0) - 1;
     const int64_t num_kept = params.cu_kept.as<const int32_t>()[last];
     const int64_t num_rows = params.cu_rows.as<const int32_t>()[last];
-    check.that(params.kept_blocks.size(0) == num_kept, "num_kept_blocks",
-               std::to_string(num_kept) + ", what the policy keeps",
-               std::to_string(params.kept_blocks.size(0)));
-    check.that(params.rows.size(0) == num_rows, "num_kept_rows",
-               std::to_string(num_rows) + ", the rows of the kept blocks",
-               std::to_string(params.rows.size(0)));
+    if (params.kept_blocks.size(0) != num_kept) {
+        check.fail("num_kept_blocks", std::to_string(num_kept) + ", what the policy keeps",
+                   std::to_string(params.kept_blocks.size(0)));
+    }
+    if (params.rows.size(0) != num_rows) {
+        check.fail("num_kept_rows", std::to_string(num_rows) + ", the rows of the kept blocks",
+                   std::to_string(params.rows.size(0)));
+    }
 }
 
 void token_select_cpu(const TokenSelectParams& params) {

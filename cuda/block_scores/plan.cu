@@ -2,7 +2,7 @@
 
 #include "common/launch.h"
 
-namespace lemo::block_scores {
+namespace lemo::cuda::block_scores {
 namespace {
 
 constexpr int kPlanThreads = 256;
@@ -13,7 +13,7 @@ constexpr int kMeanBlocks = 32, kMeanShares = 16;
 
 /// Items of a group of tiles of keys: those of its first tile's first part up to its last tile's
 /// last. Where a tile does not have the part, the item is passed over.
-__device__ int num_items(const Workspace& work, int group, int num_tiles, int step) {
+__device__ int num_items(const ScoresScratch& work, int group, int num_tiles, int step) {
     const KeyTile first = work.key_tiles[group * kTileGroup];
     const KeyTile last = work.key_tiles[min((group + 1) * kTileGroup, num_tiles) - 1];
     const int parts = (last.end_query_tile - 1) / step - first.first_query_tile / step + 1;
@@ -21,10 +21,11 @@ __device__ int num_items(const Workspace& work, int group, int num_tiles, int st
 }
 
 /// One thread block.
-__global__ void __launch_bounds__(kPlanThreads) plan_kernel(Arguments args) {
+__global__ void
+__launch_bounds__(kPlanThreads) scores_plan_kernel(ScoresArguments args) {
     __shared__ int32_t staged[kStagedStarts];
     __shared__ int num_key_tiles, num_query_tiles;
-    const Workspace& work = args.workspace;
+    const ScoresScratch& work = args.scratch;
     const int thread = static_cast<int>(threadIdx.x);
     const int32_t* starts = args.block_starts;
     if (args.num_blocks < kStagedStarts) {
@@ -34,12 +35,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(Arguments args) {
     }
     // Two warps, so that one does not wait for the other.
     if (thread == 0) {
-        num_key_tiles = cuda::cut_tiles(starts, args.cu_blocks, args.num_sequences, kKeyRows,
+        num_key_tiles = cut_tiles(starts, args.cu_blocks, args.num_sequences, kKeyRows,
                                         work.key_first);
         *work.num_key_tiles = num_key_tiles;
         *work.next_item = 0;
     } else if (thread == 32) {
-        num_query_tiles = cuda::cut_tiles(starts, args.cu_blocks, args.num_sequences, kQueryRows,
+        num_query_tiles = cut_tiles(starts, args.cu_blocks, args.num_sequences, kQueryRows,
                                           work.query_first);
     }
     __syncthreads();
@@ -48,10 +49,10 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(Arguments args) {
     for (int t = thread; t < num_key_tiles; t += kPlanThreads) {
         KeyTile tile{work.key_first[t], work.key_first[t + 1], 0, 0};
         const int sequence =
-            cuda::count_up_to(args.cu_blocks, args.num_sequences + 1, tile.first_block) - 1;
+            count_up_to(args.cu_blocks, args.num_sequences + 1, tile.first_block) - 1;
         const int end = args.cu_blocks[sequence + 1];
         const auto tile_of = [&](int block) {
-            return cuda::count_up_to(work.query_first, num_query_tiles, block) - 1;
+            return count_up_to(work.query_first, num_query_tiles, block) - 1;
         };
         tile.first_query_tile = tile_of(tile.first_block);
         tile.end_query_tile = tile_of(end - 1) + 1;
@@ -81,7 +82,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(Arguments args) {
 }
 
 __global__ void __launch_bounds__(kMeanBlocks * kMeanShares)
-mean_kernel(Workspace work, int num_blocks, float scale, float* __restrict__ scores) {
+scores_mean_kernel(ScoresScratch work, int num_blocks, float scale, float* __restrict__ scores) {
     __shared__ float sums[kMeanShares][kMeanBlocks];
     const int lane = static_cast<int>(threadIdx.x), share = static_cast<int>(threadIdx.y);
     const int n = static_cast<int>(blockIdx.x) * kMeanBlocks + lane;
@@ -99,16 +100,16 @@ mean_kernel(Workspace work, int num_blocks, float scale, float* __restrict__ sco
 
 }  // namespace
 
-void launch_plan(const Arguments& args, cudaStream_t stream) {
-    plan_kernel<<<1, kPlanThreads, 0, stream>>>(args);
-    cuda::check_launch("block_scores");
+void launch_plan(const ScoresArguments& args, cudaStream_t stream) {
+    scores_plan_kernel<<<1, kPlanThreads, 0, stream>>>(args);
+    check_launch("block_scores");
 }
 
-void launch_mean(const Arguments& args, float scale, float* scores, cudaStream_t stream) {
+void launch_mean(const ScoresArguments& args, float scale, float* scores, cudaStream_t stream) {
     const auto grid = static_cast<unsigned>(ceil_div(args.num_blocks, kMeanBlocks));
-    mean_kernel<<<grid, dim3(kMeanBlocks, kMeanShares), 0, stream>>>(
-        args.workspace, args.num_blocks, scale, scores);
-    cuda::check_launch("block_scores");
+    scores_mean_kernel<<<grid, dim3(kMeanBlocks, kMeanShares), 0, stream>>>(
+        args.scratch, args.num_blocks, scale, scores);
+    check_launch("block_scores");
 }
 
-}  // namespace lemo::block_scores
+}  // namespace lemo::cuda::block_scores

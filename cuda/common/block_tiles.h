@@ -25,18 +25,4 @@ __device__ inline int cut_tiles(const int32_t* block_starts, const int32_t* cu_b
     return tiles;
 }
 
-/// Number of entries of the ascending `values` [count] that are at most `value`.
-__device__ inline int count_up_to(const int32_t* values, int count, int value) {
-    int low = 0, high = count;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (values[middle] <= value) {
-            low = middle + 1;
-        } else {
-            high = middle;
-        }
-    }
-    return low;
-}
-
 }  // namespace lemo::cuda

@@ -33,8 +33,7 @@ struct Cublas {
     Status (*set_workspace)(Handle, void*, size_t);
     Status (*gemm)(Handle, int op_a, int op_b, int m, int n, int k, const void* alpha,
                    const void* a, int a_type, int lda, const void* b, int b_type, int ldb,
-                   const void* beta, void* c, int c_type, int ldc, int compute_type,
-                   int algorithm);
+                   const void* beta, void* c, int c_type, int ldc, int compute_type, int algorithm);
     const char* (*status_string)(Status);
     bool loaded = false;
 };
@@ -68,8 +67,9 @@ const Cublas& cublas_for(const char* op) {
     static const Cublas cublas = load_cublas();
     if (!cublas.loaded) {
         throw Error(ErrorKind::kUnsupported,
-                    std::string(op) + ": no cuBLAS found: expected libcublas.so.13 or "
-                                      "libcublas.so.12, loaded by torch or on the loader's path");
+                    std::string(op) +
+                        ": no cuBLAS found: expected libcublas.so.13 or "
+                        "libcublas.so.12, loaded by torch or on the loader's path");
     }
     return cublas;
 }
@@ -147,9 +147,9 @@ cudaDataType_t to_cuda(DType dtype) {
 
 int to_int(const char* op, const char* what, int64_t value) {
     if (value < 0 || value > std::numeric_limits<int>::max()) {
-        throw Error(ErrorKind::kUnsupported, std::string(op) + ": a matrix product by cuBLAS: " +
-                                                 what + ": expected less than 2^31, got " +
-                                                 std::to_string(value));
+        throw Error(ErrorKind::kUnsupported,
+                    std::string(op) + ": a matrix product by cuBLAS: " + what +
+                        ": expected less than 2^31, got " + std::to_string(value));
     }
     return static_cast<int>(value);
 }
@@ -167,8 +167,8 @@ int leading_dimension(const char* op, const char* what, int64_t stride, int64_t 
 
 }  // namespace
 
-void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float alpha,
-          GemmOperand a, GemmOperand b, float beta, void* c, DType c_dtype, int64_t c_stride,
+void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float alpha, GemmOperand a,
+          GemmOperand b, float beta, void* c, DType c_dtype, int64_t c_stride,
           GemmWorkspace workspace) {
     if (!is_supported(a.dtype, b.dtype, c_dtype)) {
         throw Error(ErrorKind::kUnsupported,
@@ -201,9 +201,9 @@ void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float a
     require_success(op, cublas, "cublasSetStream",
                     cublas.set_stream(handle, static_cast<cudaStream_t>(stream)));
     if (workspace.data != nullptr) {
-        require_success(op, cublas, "cublasSetWorkspace",
-                        cublas.set_workspace(handle, workspace.data,
-                                             static_cast<size_t>(workspace.bytes)));
+        require_success(
+            op, cublas, "cublasSetWorkspace",
+            cublas.set_workspace(handle, workspace.data, static_cast<size_t>(workspace.bytes)));
     }
     // cuBLAS is column-major: it sees the transpose of every stored matrix, so it is asked for
     // C^T [n, m] = B^T A^T. What is stored as B [k, n] looks to it like the B^T it needs.
@@ -212,9 +212,8 @@ void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float a
     };
     require_success(op, cublas, "cublasGemmEx",
                     cublas.gemm(handle, operation(b), operation(a), columns, rows, depth, &alpha,
-                                b.data, to_cuda(b.dtype), ldb, a.data, to_cuda(a.dtype), lda,
-                                &beta, c, to_cuda(c_dtype), ldc, kComputeFloat32,
-                                kDefaultAlgorithm));
+                                b.data, to_cuda(b.dtype), ldb, a.data, to_cuda(a.dtype), lda, &beta,
+                                c, to_cuda(c_dtype), ldc, kComputeFloat32, kDefaultAlgorithm));
 }
 
 }  // namespace lemo::cuda

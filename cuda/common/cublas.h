@@ -36,8 +36,8 @@ inline constexpr int64_t kGemmWorkspaceBytes = int64_t{32} << 20;
 /// none at all (libcublas.so.13 or .12, in the process or on the loader's path) throws Error of
 /// kind kUnsupported on behalf of `op`. Never synchronises with the host once the thread's handle
 /// exists; that is made at the first call.
-void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float alpha,
-          GemmOperand a, GemmOperand b, float beta, void* c, DType c_dtype, int64_t c_stride,
+void gemm(const char* op, void* stream, int64_t m, int64_t n, int64_t k, float alpha, GemmOperand a,
+          GemmOperand b, float beta, void* c, DType c_dtype, int64_t c_stride,
           GemmWorkspace workspace = {});
 
 }  // namespace lemo::cuda

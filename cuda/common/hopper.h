@@ -1,5 +1,6 @@
 // Instructions of compute capability 9.0: barriers in shared memory, bulk and tensor copies that
-// complete on them, and products by whole warpgroups (wgmma) through CuTe's atoms.
+// complete on them, and the mma of whole warpgroups (wgmma) through CuTe's atoms. Also what limits
+// a kernel that specialises its warps: registers, named barriers and shared memory.
 //
 // Only files that are compiled for sm_90a include this.
 #pragma once
@@ -7,7 +8,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-// Products of 8, 16, 24, ... columns, not of powers of two only.
+// An mma of 8, 16, 24, ... columns, not of powers of two only.
 #define CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED
 #include <cute/algorithm/gemm.hpp>
 #include <cute/arch/mma_sm90_gmma.hpp>
@@ -20,6 +21,30 @@
 
 namespace lemo::cuda {
 
+inline constexpr int kWarpgroupThreads = 128;
+
+// --- what a thread block has ---------------------------------------------------------------------
+
+/// Registers of a thread in the producer warpgroup and in each of the consumer warpgroups, as the
+/// warpgroups set them once they know their roles.
+template <int kProducer_, int kConsumer_, int kConsumers>
+struct RegisterBudget {
+    static constexpr int kProducer = kProducer_, kConsumer = kConsumer_;
+    static_assert(kProducer % 8 == 0 && kConsumer % 8 == 0,
+                  "setmaxnreg takes registers in steps of eight");
+    static_assert(kProducer >= 24 && kConsumer <= 240, "setmaxnreg takes 24 to 240 registers");
+    static_assert((kProducer + kConsumers * kConsumer) * kWarpgroupThreads <= 65536,
+                  "all warpgroups together have the 65536 registers of a multiprocessor");
+};
+
+/// The most shared memory of a thread block.
+inline constexpr int kMaxSharedBytes = 227 * 1024;
+
+/// Named barriers of a thread block; number 0 is __syncthreads().
+inline constexpr int kNamedBarriers = 16;
+
+// --- barriers ------------------------------------------------------------------------------------
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -30,7 +55,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 ///
 /// Who reads or writes a buffer by loads and stores of its own arrives for itself: every lane's are
 /// then ordered by its own arrival, whatever __syncwarp orders, and racecheck, which credits an
-/// arrival to the lane that makes it, can follow. Where only products read, one lane of a warp
+/// arrival to the lane that makes it, can follow. Where only an mma reads, one lane of a warp
 /// arrives for all.
 class Barrier {
 public:
@@ -46,7 +71,7 @@ public:
                      : "memory");
     }
 
-    /// One arrival for the whole warp, behind the products that it waited for.
+    /// One arrival for the whole warp, behind the mmas that it waited for.
     __device__ __forceinline__ void arrive_warp() {
         __syncwarp();
         if (threadIdx.x % 32 == 0) arrive();
@@ -54,10 +79,10 @@ public:
 
     /// Arrives, and announces bytes that copies will bring.
     __device__ __forceinline__ void arrive_expecting(int bytes) {
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                         shared_address(&state_)),
-                     "r"(bytes)
-                     : "memory");
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&state_)),
+            "r"(bytes)
+            : "memory");
     }
 
     __device__ __forceinline__ void wait(uint32_t parity) {
@@ -105,7 +130,7 @@ struct RingPosition {
     }
 };
 
-/// A barrier among `threads` threads of a thread block, by number (1 to 15; 0 is __syncthreads).
+/// A barrier among `threads` threads of a thread block, by number (below kNamedBarriers).
 __device__ __forceinline__ void sync_named(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -187,52 +212,51 @@ __device__ __forceinline__ void store_matrices_transposed(void* row, uint32_t a,
                  : "memory");
 }
 
-// --- products of warpgroups ----------------------------------------------------------------------
-
-inline constexpr int kWarpgroupThreads = 128;
+// --- mma of warpgroups ---------------------------------------------------------------------------
 
 /// A tile of rows in shared memory as copy_box leaves it: columns of 64 elements one after the
-/// other, each of swizzled rows of 128 bytes. As an operand whose products run along the rows.
+/// other, each of swizzled rows of 128 bytes. As an operand whose dot products run along the rows.
 template <typename Element, int kRows, int kColumns>
-using SwizzledRows = decltype(cute::tile_to_shape(
-    cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
-    cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
+using SwizzledRows =
+    decltype(cute::tile_to_shape(cute::SM90::GMMA::Layout_K_SW128_Atom<Element>{},
+                                 cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>{}));
 
-/// The same memory as [columns, rows]: an operand whose products run along the columns.
+/// The same memory as [columns, rows]: an operand whose dot products run along the columns.
 template <typename Element, int kRows, int kColumns>
 using SwizzledColumns = decltype(cute::tile_to_shape(
     cute::SM90::GMMA::Layout_MN_SW128_Atom<Element>{},
     cute::Shape<cute::Int<kColumns>, cute::Int<kRows>>{}, cute::Step<cute::_2, cute::_1>{}));
 
-/// Starts sums (+)= a b^T, in the background; `a` and `b` are fragments of `mma`, `a` in shared
-/// memory or in registers. Neither may change before `wait_products` says that they have been read.
-template <bool kAccumulate, typename TiledMma, typename A, typename B, typename Sums>
-__device__ __forceinline__ void start_product(TiledMma& mma, const A& a, const B& b, Sums& sums) {
+/// Starts accumulators (+)= a b^T, in the background; `a` and `b` are fragments of `mma`, `a` in
+/// shared memory or in registers. Neither may change before `wait_mmas` says that they were read.
+template <bool kAccumulate, typename TiledMma, typename A, typename B, typename Accumulators>
+__device__ __forceinline__ void start_mma(TiledMma& mma, const A& a, const B& b,
+                                          Accumulators& accumulators) {
     constexpr bool kRegisters =
         !cute::is_base_of<cute::SM90::GMMA::DescriptorIterator, typename TiledMma::FrgTypeA>::value;
     if constexpr (kRegisters) cute::warpgroup_fence_operand(const_cast<A&>(a));
-    cute::warpgroup_fence_operand(sums);
+    cute::warpgroup_fence_operand(accumulators);
     cute::warpgroup_arrive();
     mma.accumulate_ =
         kAccumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero;
     CUTE_UNROLL
     for (int step = 0; step < cute::size<2>(a); ++step) {
-        cute::gemm(mma, a(cute::_, cute::_, step), b(cute::_, cute::_, step), sums);
+        cute::gemm(mma, a(cute::_, cute::_, step), b(cute::_, cute::_, step), accumulators);
         mma.accumulate_ = cute::SM90::GMMA::ScaleOut::One;
     }
     cute::warpgroup_commit_batch();
-    cute::warpgroup_fence_operand(sums);
+    cute::warpgroup_fence_operand(accumulators);
     if constexpr (kRegisters) cute::warpgroup_fence_operand(const_cast<A&>(a));
 }
 
-/// Waits until all but the last `pending` products of this warpgroup are done.
+/// Waits until all but the last `pending` mmas of this warpgroup are done.
 template <int pending>
-__device__ __forceinline__ void wait_products() {
+__device__ __forceinline__ void wait_mmas() {
     cute::warpgroup_wait<pending>();
 }
 
-/// Sums of a product as the left operand, in registers, of another one: a warpgroup holds both in
-/// the same order. `rounded` are the sums of [64, kColumns], rounded to the element type.
+/// Accumulators of one mma as the left operand, in registers, of another one: a warpgroup holds
+/// both in the same order. `rounded` are those of [64, kColumns], rounded to the element type.
 template <int kColumns, typename Rounded>
 __device__ __forceinline__ auto as_register_operand(Rounded& rounded) {
     using namespace cute;

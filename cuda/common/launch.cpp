@@ -30,10 +30,9 @@ const Gpu& current_gpu(const char* op) {
     const auto known = gpus.find(device);
     if (known != gpus.end()) return known->second;
     const auto ask = [&](cudaDeviceAttr which) { return attribute(op, which, device); };
-    const Gpu gpu{10 * ask(cudaDevAttrComputeCapabilityMajor) +
-                      ask(cudaDevAttrComputeCapabilityMinor),
-                  ask(cudaDevAttrMultiProcessorCount),
-                  ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    const Gpu gpu{
+        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor),
+        ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
     return gpus.emplace(device, gpu).first->second;
 }
 

@@ -9,9 +9,12 @@ namespace lemo::cuda {
 /// of one column of pieces, from a multiple of eight on, fall into different banks.
 template <int kRowBytes>
 __device__ __forceinline__ int swizzled(int row, int piece) {
-    static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 || kRowBytes == 512);
+    static_assert(kRowBytes == 64 || kRowBytes == 128 || kRowBytes == 256 || kRowBytes == 512,
+                  "a swizzle is known for rows of these sizes only");
     using Swizzle = cute::Swizzle<kRowBytes == 64 ? 2 : 3, 4,
-                                  kRowBytes == 512 ? 5 : kRowBytes == 256 ? 4 : 3>;
+                                  kRowBytes == 512   ? 5
+                                  : kRowBytes == 256 ? 4
+                                                     : 3>;
     return Swizzle::apply(row * kRowBytes + piece * 16);
 }
 

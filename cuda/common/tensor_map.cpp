@@ -48,9 +48,9 @@ CUtensorMap make_tensor_map(const char* op, const Tensor& tensor, int box_rows) 
                      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) {
-        throw Error(ErrorKind::kUnsupported,
-                    std::string(op) + ": CUDA failed: cuTensorMapEncodeTiled returned " +
-                        std::to_string(static_cast<int>(status)));
+        throw Error(ErrorKind::kUnsupported, std::string(op) +
+                                                 ": CUDA failed: cuTensorMapEncodeTiled returned " +
+                                                 std::to_string(static_cast<int>(status)));
     }
     return map;
 }

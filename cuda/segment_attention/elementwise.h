@@ -1,12 +1,12 @@
-// What all attention kernels share: the shape of a tile, and what is done to registers between two
-// products.
+// What the kernels of both tiers share: the shape of a tile, and rounding of registers between two
+// mmas.
 #pragma once
 
 #include <cute/tensor.hpp>
 
 #include <cutlass/numeric_conversion.h>
 
-namespace lemo::cuda {
+namespace lemo::cuda::segment_attention {
 
 template <int kRows, int kColumns>
 using TileShape = cute::Shape<cute::Int<kRows>, cute::Int<kColumns>>;
@@ -33,10 +33,4 @@ __device__ __forceinline__ uint32_t round_pair(float first, float second) {
     return reinterpret_cast<const uint32_t&>(rounded);
 }
 
-__device__ __forceinline__ float exp2_approx(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-}  // namespace lemo::cuda
+}  // namespace lemo::cuda::segment_attention

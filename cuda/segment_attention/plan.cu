@@ -7,11 +7,10 @@
 #include "common/launch.h"
 #include "common/vector.h"
 
-namespace lemo::cuda {
+namespace lemo::cuda::segment_attention {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kAlignment = 256;
 
 /// Query row = position, keys likewise and of the same sequences: the plain causal order.
 bool is_causal_by_row(const SegmentAttentionParams& p) {
@@ -23,12 +22,9 @@ bool is_causal_by_row(const SegmentAttentionParams& p) {
 
 int num_shifts(const SegmentAttentionParams& p) { return p.group_size > 0 ? 2 : 1; }
 
-int64_t cuts_bytes(const SegmentAttentionParams& p) {
-    return round_up(p.cu_q.size(0) * static_cast<int64_t>(sizeof(int32_t)), kAlignment);
-}
-
 /// Cumulative numbers of tiles; one thread block, since batches hold few sequences.
-__global__ void __launch_bounds__(kThreads)
+__global__ void
+__launch_bounds__(kThreads)
 count_tiles_kernel(const int32_t* __restrict__ cu_q, const int32_t* __restrict__ cu_k,
                    int num_sequences, int q_tile_rows, int k_tile_rows,
                    int32_t* __restrict__ cu_q_tiles, int32_t* __restrict__ cu_k_tiles) {
@@ -58,21 +54,6 @@ count_tiles_kernel(const int32_t* __restrict__ cu_q, const int32_t* __restrict__
     }
 }
 
-/// First of `count` ascending positions that is at least `position`.
-__device__ int lower_bound(const int32_t* positions, int count, int64_t position) {
-    int first = 0;
-    while (count > 0) {
-        const int half = count / 2;
-        if (positions[first + half] < position) {
-            first += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return first;
-}
-
 /// The keys that each query sees, as rows of its sequence.
 __global__ void __launch_bounds__(kThreads)
 visible_keys_kernel(const int32_t* __restrict__ cu_q, const int32_t* __restrict__ cu_k,
@@ -81,18 +62,16 @@ visible_keys_kernel(const int32_t* __restrict__ cu_q, const int32_t* __restrict_
                     int64_t window, int64_t group_size, int2* __restrict__ visible) {
     const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     if (row >= num_queries) return;
-    int sequence = 0;
-    for (int above = num_sequences; above - sequence > 1;) {
-        const int middle = (sequence + above) / 2;
-        (cu_q[middle] <= row ? sequence : above) = middle;
-    }
+    const int sequence = part_of(cu_q, num_sequences, row);
     const int64_t position = q_positions ? q_positions[row] : row - cu_q[sequence];
     const int k_first = cu_k[sequence];
     const int num_k = cu_k[sequence + 1] - k_first;
     const int64_t shift = blockIdx.y == 0 ? 0 : group_size / 2;
     const Range seen = visible_positions(position, window, group_size, shift);
     const auto to_row = [&](int64_t limit) {
-        if (k_positions != nullptr) return lower_bound(k_positions + k_first, num_k, limit);
+        if (k_positions != nullptr) {
+            return partition_point(num_k, [&](int i) { return k_positions[k_first + i] < limit; });
+        }
         return static_cast<int>(limit < num_k ? limit : num_k);
     };
     visible[int64_t{blockIdx.y} * num_queries + row] =
@@ -101,14 +80,15 @@ visible_keys_kernel(const int32_t* __restrict__ cu_q, const int32_t* __restrict_
 
 }  // namespace
 
-int64_t plan_bytes(const SegmentAttentionParams& params) {
+PlanScratch::PlanScratch(const SegmentAttentionParams& params, Arena& arena) {
+    cu_q_tiles = arena.take<int32_t>(params.cu_q.size(0));
+    cu_k_tiles = arena.take<int32_t>(params.cu_k.size(0));
     const int64_t ranges = is_causal_by_row(params) ? 0 : num_shifts(params) * params.q.size(0);
-    return 2 * cuts_bytes(params) +
-           round_up(ranges * static_cast<int64_t>(sizeof(int2)), kAlignment);
+    visible = arena.take<int2>(ranges);
 }
 
 AttentionPlan make_plan(const SegmentAttentionParams& params, int q_tile_rows, int k_tile_rows,
-                        void* scratch, cudaStream_t stream) {
+                        const PlanScratch& scratch, cudaStream_t stream) {
     const int64_t num_sequences = params.cu_q.size(0) - 1;
     AttentionPlan plan{};
     plan.cu_q = params.cu_q.as<const int32_t>();
@@ -121,30 +101,27 @@ AttentionPlan make_plan(const SegmentAttentionParams& params, int q_tile_rows, i
     plan.max_k_tiles =
         static_cast<int>(max_tiles(params.k.size(0), num_sequences, k_tile_rows));
 
-    auto* bytes = static_cast<std::byte*>(scratch);
     if (num_sequences > 1) {
-        auto* cu_q_tiles = reinterpret_cast<int32_t*>(bytes);
-        auto* cu_k_tiles = reinterpret_cast<int32_t*>(bytes + cuts_bytes(params));
         count_tiles_kernel<<<1, kThreads, 0, stream>>>(plan.cu_q, plan.cu_k, plan.num_sequences,
-                                                       q_tile_rows, k_tile_rows, cu_q_tiles,
-                                                       cu_k_tiles);
+                                                       q_tile_rows, k_tile_rows,
+                                                       scratch.cu_q_tiles, scratch.cu_k_tiles);
         check_launch("segment_attention");
-        plan.cu_q_tiles = cu_q_tiles;
-        plan.cu_k_tiles = cu_k_tiles;
+        plan.cu_q_tiles = scratch.cu_q_tiles;
+        plan.cu_k_tiles = scratch.cu_k_tiles;
     }
     if (!is_causal_by_row(params) && plan.num_queries > 0) {
-        auto* visible = reinterpret_cast<int2*>(bytes + 2 * cuts_bytes(params));
         const dim3 grid(static_cast<unsigned>(ceil_div(plan.num_queries, kThreads)),
                         static_cast<unsigned>(plan.num_shifts));
         visible_keys_kernel<<<grid, kThreads, 0, stream>>>(
             plan.cu_q, plan.cu_k,
             params.q_positions ? params.q_positions.as<const int32_t>() : nullptr,
             params.k_positions ? params.k_positions.as<const int32_t>() : nullptr,
-            plan.num_sequences, plan.num_queries, params.window, params.group_size, visible);
+            plan.num_sequences, plan.num_queries, params.window, params.group_size,
+            scratch.visible);
         check_launch("segment_attention");
-        plan.visible = visible;
+        plan.visible = scratch.visible;
     }
     return plan;
 }
 
-}  // namespace lemo::cuda
+}  // namespace lemo::cuda::segment_attention

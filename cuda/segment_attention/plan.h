@@ -6,10 +6,12 @@
 
 #include <cstdint>
 
+#include "common/arena.h"
+#include "common/search.h"
 #include "lemo/blocks.h"
 #include "lemo/segment_attention.h"
 
-namespace lemo::cuda {
+namespace lemo::cuda::segment_attention {
 
 /// Sequences of an attention call and the scratch that describes them; passed to kernels by value.
 struct AttentionPlan {
@@ -44,12 +46,7 @@ __device__ __forceinline__ bool find_tile(const AttentionPlan& plan, const int32
     int first_tile = 0;
     if (cu_tiles != nullptr) {
         if (tile >= cu_tiles[plan.num_sequences]) return false;
-        // The last sequence whose first tile is not beyond `tile`; empty ones share it and lose.
-        int above = plan.num_sequences;
-        while (above - sequence > 1) {
-            const int middle = (sequence + above) / 2;
-            (cu_tiles[middle] <= tile ? sequence : above) = middle;
-        }
+        sequence = part_of(cu_tiles, plan.num_sequences, tile);
         first_tile = cu_tiles[sequence];
     }
     found.sequence = sequence;
@@ -74,7 +71,7 @@ public:
         ranges_ += (shifted ? int64_t{plan.num_queries} : 0) + tile.q_first;
     }
 
-    /// Rows past the end of the sequence answer like its last one.
+    /// Rows past the end of the sequence see what its last one sees.
     __device__ int2 operator()(int query) const {
         query = min(query, num_q_ - 1);
         return ranges_ != nullptr ? __ldg(ranges_ + query) : make_int2(0, min(query + 1, num_k_));
@@ -83,45 +80,36 @@ public:
     /// The first query whose range ends beyond key `key`; num_q where none does.
     __device__ int first_query_past(int key) const {
         if (ranges_ == nullptr) return key < num_k_ ? min(key, num_q_) : num_q_;
-        return partition_point([&](int query) { return ranges_[query].y <= key; });
+        return partition_point(num_q_, [&](int query) { return ranges_[query].y <= key; });
     }
 
     /// One past the last query whose range begins before key `key`.
     __device__ int last_query_before(int key) const {
         if (ranges_ == nullptr) return num_q_;
-        return partition_point([&](int query) { return ranges_[query].x < key; });
+        return partition_point(num_q_, [&](int query) { return ranges_[query].x < key; });
     }
 
 private:
-    template <typename Predicate>
-    __device__ int partition_point(Predicate&& holds) const {
-        int first = 0;
-        for (int count = num_q_; count > 0;) {
-            const int half = count / 2;
-            if (holds(first + half)) {
-                first += half + 1;
-                count -= half + 1;
-            } else {
-                count = half;
-            }
-        }
-        return first;
-    }
-
     const int2* ranges_;
     int num_q_, num_k_;
 };
 
-/// Bytes of scratch that `make_plan` needs.
-int64_t plan_bytes(const SegmentAttentionParams& params);
+/// Scratch of a plan.
+struct PlanScratch {
+    int32_t* cu_q_tiles;
+    int32_t* cu_k_tiles;
+    int2* visible;
 
-/// Fills the plan for tiles of these many rows into scratch of `plan_bytes` bytes.
+    PlanScratch(const SegmentAttentionParams& params, Arena& arena);
+};
+
+/// The plan for tiles of so many rows; kernels on `stream` fill its scratch.
 AttentionPlan make_plan(const SegmentAttentionParams& params, int q_tile_rows, int k_tile_rows,
-                        void* scratch, cudaStream_t stream);
+                        const PlanScratch& scratch, cudaStream_t stream);
 
 /// The most tiles that `num_rows` rows in `num_sequences` sequences can be cut into.
 constexpr int64_t max_tiles(int64_t num_rows, int64_t num_sequences, int64_t tile_rows) {
     return num_rows / tile_rows + num_sequences;
 }
 
-}  // namespace lemo::cuda
+}  // namespace lemo::cuda::segment_attention

@@ -3,7 +3,7 @@
 
 #include "segment_attention/plan.h"
 
-namespace lemo::cuda {
+namespace lemo::cuda::segment_attention {
 
 /// A query tile of one head.
 struct QueryStep {
@@ -22,8 +22,8 @@ public:
         shifted_ = plain_;
         if (plan.num_shifts == 2) {
             shifted_head_ = num_heads / 2;
-            shifted_ = tiles(VisibleKeys(plan, keys, num_heads - 1, num_heads), keys, block_m,
-                             block_n);
+            shifted_ =
+                tiles(VisibleKeys(plan, keys, num_heads - 1, num_heads), keys, block_m, block_n);
         }
         lowest_ = min(plain_.x, shifted_.x);
     }
@@ -66,4 +66,4 @@ private:
     int lowest_;
 };
 
-}  // namespace lemo::cuda
+}  // namespace lemo::cuda::segment_attention

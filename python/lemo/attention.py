@@ -48,7 +48,7 @@ class SegmentAttention(nn.Module):
         attention = SegmentAttention(hidden_size=512, num_heads=8, num_kv_heads=2)
         layout = BlockLayout.from_seqlens([1000, 24], block_size=64)
         y = attention(x, layout.cu_seqlens)                                     # everything
-        kept = ops.token_select(scores, layout, "ratio", 0.5)
+        kept = ops.token_select(scores, layout, "ratio", 0.5, 0, 1)
         ys = attention(x[kept.rows], kept.cu_rows, kept.positions)              # kept rows
 
     Args:

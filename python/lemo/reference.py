@@ -1,6 +1,6 @@
 """Eager oracle of every op: plain PyTorch, written from the mathematics, slow and obvious.
 
-Every function takes the arguments of the torch op of the same name (docs/DESIGN.md, section 3),
+Every function takes the arguments of the torch op of the same name (docs/design/operators.md),
 computes in the dtype of its inputs (pass fp64 for an exact gradient, fp32 for the oracle of a bf16
 kernel) and is differentiable by autograd where the op is. Nothing here calls lemo's kernels, and
 lemo never calls anything here outside its tests.

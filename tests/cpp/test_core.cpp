@@ -29,7 +29,7 @@ TEST(Blocks, RaggedEmptyAndExactSequences) {
 TEST(Blocks, ShiftedGroupsStartHalfAGroupEarly) {
     EXPECT_EQ(group_shift(0, 4, 8), 0);
     EXPECT_EQ(group_shift(2, 4, 8), 4);
-    EXPECT_EQ(group_first(3, 8, 4), 0);   // the first shifted group is half as long
+    EXPECT_EQ(group_first(3, 8, 4), 0);  // the first shifted group is half as long
     EXPECT_EQ(group_first(4, 8, 4), 4);
     EXPECT_EQ(group_first(11, 8, 4), 4);
     EXPECT_EQ(group_first(11, 8, 0), 8);
@@ -42,7 +42,7 @@ TEST(Blocks, SelectionSizesFollowFromTheLengths) {
         return std::pair{size.blocks, size.rows};
     };
     using Size = std::pair<int64_t, int64_t>;
-    EXPECT_EQ(size({16, 8}, 0.5, 0, 0), Size(3, 12));  // no ragged block
+    EXPECT_EQ(size({16, 8}, 0.5, 0, 0), Size(3, 12));                // no ragged block
     EXPECT_EQ(size({18, 0, 3}, 0.5, 1, 1), Size(4, 2 * 4 + 2 + 3));  // ragged blocks are forced
     EXPECT_EQ(size({18}, 0.5, 1, 0), Size(3, -1));
     EXPECT_EQ(size({18}, 0.0, 2, 0), Size(2, 8));   // the ragged block is never taken

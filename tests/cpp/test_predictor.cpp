@@ -20,12 +20,9 @@ struct Case {
     PredictorParams params(bool has_queries) {
         PredictorWeights query{};
         if (has_queries) query = {view(down, {1, 1}), view(mid, {1, 1}), view(query_up, {1, 1})};
-        return {view(x, {4, 1}),
-                {view(down, {1, 1}), view(mid, {1, 1}), view(key_up, {1, 1})},
-                query,
-                view(starts, {4}),
-                view(cuts, {3}),
-                view(scores, {3})};
+        return {view(x, {4, 1}), {view(down, {1, 1}), view(mid, {1, 1}), view(key_up, {1, 1})},
+                query,           view(starts, {4}),
+                view(cuts, {3}), view(scores, {3})};
     }
 };
 
@@ -52,10 +49,11 @@ TEST(Predictor, BackwardOfEveryMap) {
     std::vector<float> dscores{1, 0, 2}, ddown(1), dmid(1), dup(1);
     PredictorParams forward = data.params(false);
     forward.scores = Tensor{};
-    const PredictorBackwardParams params{view(dscores, {3}), forward,
-                                         {view(ddown, {1, 1}), view(dmid, {1, 1}),
-                                          view(dup, {1, 1})},
-                                         PredictorWeights{}};
+    const PredictorBackwardParams params{
+        view(dscores, {3}),
+        forward,
+        {view(ddown, {1, 1}), view(dmid, {1, 1}), view(dup, {1, 1})},
+        PredictorWeights{}};
     check(params);
     predictor_backward_cpu(params);
     EXPECT_EQ(dup[0], 1 * 1 + 2 * 4);

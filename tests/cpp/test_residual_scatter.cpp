@@ -24,9 +24,9 @@ TEST(ResidualScatter, GatherIsItsAdjoint) {
     std::vector<float> dx{1, 2, 3, 4, 5, 6};
     std::vector<int32_t> rows{1};
     std::vector<float> dy(2);
-    const ResidualGatherParams params{view(dx, {3, 2}), view(rows, {1}), view(dy, {1, 2})};
+    const GatherRowsParams params{view(dx, {3, 2}), view(rows, {1}), view(dy, {1, 2})};
     check(params);
-    residual_gather_cpu(params);
+    gather_rows_cpu(params);
     EXPECT_EQ(dy, (std::vector<float>{3, 4}));
 }
 

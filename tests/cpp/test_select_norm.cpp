@@ -15,9 +15,9 @@ using testing::view;
 TEST(SelectNorm, RmsOfSelectedRows) {
     std::vector<float> x{3, 4, 9, 9, 1, 7}, weight{2, 10}, y(4), kept(4), mean, rstd(2);
     std::vector<int32_t> rows{0, 2};
-    const SelectNormParams params{view(x, {3, 2}),    view(rows, {2}), view(weight, {2}), Tensor{},
-                                  0.0,                "rms",           view(y, {2, 2}),
-                                  view(kept, {2, 2}), view(mean, {0}), view(rstd, {2})};
+    const SelectNormParams params{
+        view(x, {3, 2}), view(rows, {2}), view(weight, {2}),  Tensor{},        0.0,
+        "rms",           view(y, {2, 2}), view(kept, {2, 2}), view(mean, {0}), view(rstd, {2})};
     check(params);
     select_norm_cpu(params);
     EXPECT_EQ(kept, (std::vector<float>{3, 4, 1, 7}));
@@ -28,10 +28,9 @@ TEST(SelectNorm, RmsOfSelectedRows) {
 
 TEST(SelectNorm, LayerNormSubtractsTheMean) {
     std::vector<float> x{1, 5}, weight{1, 2}, bias{10, 20}, y(2), mean(1), rstd(1);
-    const SelectNormParams params{view(x, {1, 2}),  Tensor{},        view(weight, {2}),
-                                  view(bias, {2}),  0.0,             "layer",
-                                  view(y, {1, 2}),  Tensor{},        view(mean, {1}),
-                                  view(rstd, {1})};
+    const SelectNormParams params{
+        view(x, {1, 2}), Tensor{},        view(weight, {2}), view(bias, {2}), 0.0,
+        "layer",         view(y, {1, 2}), Tensor{},          view(mean, {1}), view(rstd, {1})};
     check(params);
     select_norm_cpu(params);
     EXPECT_FLOAT_EQ(mean[0], 3);
@@ -47,10 +46,9 @@ TEST(SelectNorm, BackwardAddsIntoTheSelectedRows) {
     std::vector<float> dy{2, 0}, x{1, -1}, weight{1, 3}, mean, rstd{rstd_value}, dx{5, 5, 5, 5};
     std::vector<float> dweight(2);
     std::vector<int32_t> rows{1};
-    const SelectNormBackwardParams params{view(dy, {1, 2}),   view(x, {1, 2}), view(rows, {1}),
-                                          view(weight, {2}),  view(mean, {0}), view(rstd, {1}),
-                                          "rms",              view(dx, {2, 2}),
-                                          view(dweight, {2}), Tensor{}};
+    const SelectNormBackwardParams params{
+        view(dy, {1, 2}), view(x, {1, 2}), view(rows, {1}),  view(weight, {2}),  view(mean, {0}),
+        view(rstd, {1}),  "rms",           view(dx, {2, 2}), view(dweight, {2}), Tensor{}};
     check(params);
     select_norm_backward_cpu(params);
     EXPECT_EQ(dx[0], 5);

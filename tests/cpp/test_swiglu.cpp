@@ -64,9 +64,9 @@ TEST(Swiglu, MessageNamesArgumentExpectedAndGot) {
                      "[lemo:type] swiglu: argument 'up': expected the dtype of 'gate' (float32), "
                      "got float16");
     }
-    EXPECT_THROW(check(SwigluBackwardParams{view(y, {3, 2}), view(gate, {2, 3}),
-                                            view(gate, {2, 3})}),
-                 Error);
+    EXPECT_THROW(
+        check(SwigluBackwardParams{view(y, {3, 2}), view(gate, {2, 3}), view(gate, {2, 3})}),
+        Error);
 }
 
 }  // namespace

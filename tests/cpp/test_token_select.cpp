@@ -46,10 +46,10 @@ Chosen choose(std::vector<float> scores, std::string_view policy, double value, 
 
     std::vector<int32_t> kept(static_cast<size_t>(counts[0]));
     std::vector<int32_t> rows(static_cast<size_t>(counts[1])), positions(rows);
-    const TokenRowsParams rows_params{
-        params.block_starts, params.cu_blocks, params.places,         params.cu_kept,
-        params.cu_rows,      view(kept, {counts[0]}), view(rows, {counts[1]}),
-        view(positions, {counts[1]})};
+    const TokenRowsParams rows_params{params.block_starts,     params.cu_blocks,
+                                      params.places,           params.cu_kept,
+                                      params.cu_rows,          view(kept, {counts[0]}),
+                                      view(rows, {counts[1]}), view(positions, {counts[1]})};
     check(rows_params);
     token_rows_cpu(rows_params);
     return {kept, cu_rows};
@@ -83,10 +83,14 @@ TEST(TokenSelect, RowsAndPositionsOfKeptBlocks) {
     std::vector<int32_t> places{-1, -1, 0, 0, -1, -1, -1, -1, 1, 2, 0, 0};
     std::vector<int32_t> cu_kept{0, 2, 2, 3}, cu_rows{0, 3, 3, 4};
     std::vector<int32_t> kept(3), rows(4), positions(4);
-    TokenRowsParams params{view(layout.block_starts, {7}), view(layout.cu_blocks, {4}),
-                           view(places, {6, 2}),           view(cu_kept, {4}),
-                           view(cu_rows, {4}),             view(kept, {3}),
-                           view(rows, {4}),                view(positions, {4})};
+    TokenRowsParams params{view(layout.block_starts, {7}),
+                           view(layout.cu_blocks, {4}),
+                           view(places, {6, 2}),
+                           view(cu_kept, {4}),
+                           view(cu_rows, {4}),
+                           view(kept, {3}),
+                           view(rows, {4}),
+                           view(positions, {4})};
     check(params);
     token_rows_cpu(params);
     EXPECT_EQ(kept, (Blocks{1, 4, 5}));

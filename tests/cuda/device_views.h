@@ -40,8 +40,7 @@ public:
 
     void upload(const std::vector<T>& values) {
         if (values.size() != n_) throw std::runtime_error("upload of another size");
-        require(cudaMemcpy(data_, values.data(), n_ * sizeof(T), cudaMemcpyHostToDevice),
-                "upload");
+        require(cudaMemcpy(data_, values.data(), n_ * sizeof(T), cudaMemcpyHostToDevice), "upload");
     }
 
     /// Waits for the GPU first.
@@ -53,9 +52,7 @@ public:
         return values;
     }
 
-    void fill_zero() const {
-        require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset");
-    }
+    void fill_zero() const { require(cudaMemset(data_, 0, n_ * sizeof(T)), "cudaMemset"); }
 
     int64_t size() const { return static_cast<int64_t>(n_); }
     T* data() const { return static_cast<T*>(data_); }
@@ -72,6 +69,16 @@ public:
 private:
     void* data_ = nullptr;
     size_t n_ = 0;
+};
+
+/// Scratch of a call: as many bytes as a `x_scratch_bytes` says.
+class Scratch {
+public:
+    explicit Scratch(int64_t bytes) : bytes_(static_cast<size_t>(bytes)) {}
+    void* data() const { return bytes_.data(); }
+
+private:
+    DeviceArray<unsigned char> bytes_;
 };
 
 }  // namespace lemo::testing

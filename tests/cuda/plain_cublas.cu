@@ -28,7 +28,8 @@ struct Matrix {
 };
 
 /// One warp for each element of C [m, n]; all matrices by columns.
-__global__ void __launch_bounds__(kWarps * 32)
+__global__ void
+__launch_bounds__(kWarps * 32)
 multiply(long long m, long long n, long long k, float alpha, Matrix a, Matrix b, float beta,
          Matrix c, void* out) {
     const long long element = static_cast<long long>(blockIdx.x) * kWarps + threadIdx.x / 32;

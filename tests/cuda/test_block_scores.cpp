@@ -54,20 +54,20 @@ void matches_cpu(const Shape& shape) {
                       view(starts, {blocks + 1}), view(cuts, {sequences + 1}), 0.3,
                       view(expected, {blocks})});
 
-    const BlockScoresCut cut(tokens, blocks, sequences);
     const DeviceArray<T> device_q(q), device_k(k);
     const DeviceArray<int32_t> device_starts(starts), device_cuts(cuts);
     const DeviceArray<float> scores(expected.size());
-    const DeviceArray<float> scratch(static_cast<size_t>(cut.scratch()));
     for (const char* kernel : kernels()) {
-        const BlockScoresParams params{device_q.view({tokens, shape.heads, shape.head_dim}),
-                                       device_k.view({tokens, shape.key_heads, shape.head_dim}),
-                                       device_starts.view({blocks + 1}),
-                                       device_cuts.view({sequences + 1}),
-                                       0.3,
-                                       scores.view({blocks}),
-                                       scratch.view({cut.scratch()}),
-                                       kernel};
+        BlockScoresParams params{device_q.view({tokens, shape.heads, shape.head_dim}),
+                                 device_k.view({tokens, shape.key_heads, shape.head_dim}),
+                                 device_starts.view({blocks + 1}),
+                                 device_cuts.view({sequences + 1}),
+                                 0.3,
+                                 scores.view({blocks}),
+                                 nullptr,
+                                 kernel};
+        const testing::Scratch scratch(block_scores_scratch_bytes(params));
+        params.scratch = scratch.data();
         const std::string what = describe(shape) + ", " + kernel;
         check(params);
         block_scores_cuda(params, nullptr);
@@ -121,11 +121,11 @@ TYPED_TEST(BlockScoresCuda, MatchesCpuWhereRingsGoRound) {
 
 TEST(BlockScoresCuda, UnknownKernelsAreNamed) {
     const DeviceArray<cpu::BFloat16> q(8);
-    const DeviceArray<float> scores(1), scratch(64);
+    const DeviceArray<float> scores(1);
     const DeviceArray<int32_t> starts({0, 1}), cuts({0, 1});
     try {
         block_scores_cuda({q.view({1, 1, 8}), q.view({1, 1, 8}), starts.view({2}), cuts.view({2}),
-                           1.0, scores.view({1}), scratch.view({64}), "fast"},
+                           1.0, scores.view({1}), nullptr, "fast"},
                           nullptr);
         FAIL() << "'fast' passed";
     } catch (const Error& error) {
@@ -134,11 +134,11 @@ TEST(BlockScoresCuda, UnknownKernelsAreNamed) {
 }
 
 TEST(BlockScoresCuda, UnsupportedInputsAreNamed) {
-    const DeviceArray<float> q(12), scores(1), scratch(64);
+    const DeviceArray<float> q(12), scores(1);
     const DeviceArray<int32_t> starts({0, 1}), cuts({0, 1});
     try {
         block_scores_cuda({q.view({1, 1, 12}), q.view({1, 1, 12}), starts.view({2}), cuts.view({2}),
-                           1.0, scores.view({1}), scratch.view({64})},
+                           1.0, scores.view({1})},
                           nullptr);
         FAIL() << "float32 passed";
     } catch (const Error& error) {

@@ -42,8 +42,7 @@ struct Data {
         : hidden(random_values<T>(shape.rows * shape.hidden, 1)),
           weight(random_values<T>(shape.vocabulary * shape.hidden, 2,
                                   1.0f / std::sqrt(static_cast<float>(shape.hidden)))),
-          bias(random_values<B>(shape.vocabulary, 3)),
-          labels(static_cast<size_t>(shape.rows)) {
+          bias(random_values<B>(shape.vocabulary, 3)), labels(static_cast<size_t>(shape.rows)) {
         for (int64_t r = 0; r < shape.rows; ++r) {
             const bool last_word = r % 5 == 1;
             const int64_t word = last_word ? shape.vocabulary - 1 : r * 7919 % shape.vocabulary;
@@ -64,8 +63,7 @@ struct Data {
 template <typename T, typename B>
 struct Results {
     explicit Results(const Shape& s)
-        : loss(1), count(1),
-          dhidden(static_cast<size_t>(s.hidden_grad ? s.rows * s.hidden : 0)),
+        : loss(1), count(1), dhidden(static_cast<size_t>(s.hidden_grad ? s.rows * s.hidden : 0)),
           dweight(static_cast<size_t>(s.weight_grad ? s.vocabulary * s.hidden : 0)),
           dbias(static_cast<size_t>(s.weight_grad && s.bias ? s.vocabulary : 0)) {}
 
@@ -113,7 +111,7 @@ public:
         if (s.weight_grad) params_.dweight = dweight_.view({s.vocabulary, s.hidden});
         if (s.weight_grad && s.bias) params_.dbias = dbias_.view({s.vocabulary});
         check(params_);
-        scratch_.emplace(static_cast<size_t>(linear_cross_entropy_scratch_bytes(params_)));
+        scratch_.emplace(linear_cross_entropy_scratch_bytes(params_));
         params_.scratch = scratch_->data();
     }
 
@@ -137,7 +135,7 @@ private:
     DeviceArray<int64_t> count_;
     DeviceArray<T> dhidden_, dweight_;
     DeviceArray<B> dbias_;
-    std::optional<DeviceArray<unsigned char>> scratch_;
+    std::optional<testing::Scratch> scratch_;
     LinearCrossEntropyParams params_;
 };
 

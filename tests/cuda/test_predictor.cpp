@@ -119,12 +119,10 @@ void matches_cpu(const Shape& shape) {
                            shape.queries ? device(query) : PredictorWeights{},
                            device_starts.view({blocks + 1}),
                            device_cuts.view({sequences + 1}),
-                           scores.view({blocks}),
-                           Tensor{}};
+                           scores.view({blocks})};
     check(params);
-    const int64_t size = predictor_scratch_bytes(params) / 4;
-    const DeviceArray<float> scratch(static_cast<size_t>(size));
-    params.scratch = scratch.view({size});
+    const testing::Scratch scratch(predictor_scratch_bytes(params));
+    params.scratch = scratch.data();
     predictor_cuda(params, nullptr);
     const auto first = scores.download();
     expect_near<T>(scores, expected, false, describe(shape));
@@ -136,12 +134,10 @@ void matches_cpu(const Shape& shape) {
                                 net.up.device_gradient()};
     };
     PredictorBackwardParams backward{device_dscores.view({blocks}), params, gradients(key),
-                                     shape.queries ? gradients(query) : PredictorWeights{},
-                                     Tensor{}};
+                                     shape.queries ? gradients(query) : PredictorWeights{}};
     check(backward);
-    const int64_t backward_size = predictor_scratch_bytes(backward) / 4;
-    const DeviceArray<float> backward_scratch(static_cast<size_t>(backward_size));
-    backward.scratch = backward_scratch.view({backward_size});
+    const testing::Scratch backward_scratch(predictor_scratch_bytes(backward));
+    backward.scratch = backward_scratch.data();
     predictor_backward_cuda(backward, nullptr);
     const auto expect_gradients = [&](Net<T>& net, const std::string& name) {
         for (Matrix<T>* matrix : {&net.down, &net.mid, &net.up}) {

@@ -62,16 +62,15 @@ TYPED_TEST(ResidualScatterCuda, GatherCopiesRows) {
         auto rows = random_rows(tokens, kept, 5);
         auto dx_oracle = widen(dx);
         std::vector<float> dy_oracle(static_cast<size_t>(kept * hidden));
-        residual_gather_cpu({view(dx_oracle, {tokens, hidden}), view(rows, {kept}),
-                             view(dy_oracle, {kept, hidden})});
+        gather_rows_cpu({view(dx_oracle, {tokens, hidden}), view(rows, {kept}),
+                         view(dy_oracle, {kept, hidden})});
 
         const DeviceArray<TypeParam> device_dx(dx), device_dy(dy_oracle.size());
         const DeviceArray<int32_t> device_rows(rows);
-        const ResidualGatherParams params{device_dx.view({tokens, hidden}),
-                                          device_rows.view({kept}),
-                                          device_dy.view({kept, hidden})};
+        const GatherRowsParams params{device_dx.view({tokens, hidden}), device_rows.view({kept}),
+                                      device_dy.view({kept, hidden})};
         check(params);
-        residual_gather_cuda(params, nullptr);
+        gather_rows_cuda(params, nullptr);
         EXPECT_EQ(widen(device_dy.download()), dy_oracle);
     }
 }

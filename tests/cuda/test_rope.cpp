@@ -54,9 +54,9 @@ void rotates_as_cpu(Shape shape, int64_t num_tables, bool transposed) {
     check(params);
     rope_cuda(params, nullptr);
     const auto result = y.download();
-    expect_close(result, y_oracle,
-                 std::to_string(rows) + " x " + std::to_string(heads) + " x " +
-                     std::to_string(head_size));
+    expect_close(
+        result, y_oracle,
+        std::to_string(rows) + " x " + std::to_string(heads) + " x " + std::to_string(head_size));
     params.y = again.view({rows, heads, head_size});
     rope_cuda(params, nullptr);
     expect_same_bits(again.download(), result);
@@ -89,8 +89,8 @@ TEST(RopeCuda, TablesOffA16ByteAddress) {
     const DeviceArray<float> device_x(x), device_values(values), device_sin(sin), y(x.size());
     Tensor shifted = device_sin.view({rows, size});
     shifted.data = device_values.data() + 1;
-    rope_cuda({device_x.view({rows, heads, size}), shifted, device_sin.view({rows, size}),
-               Tensor{}, false, y.view({rows, heads, size})},
+    rope_cuda({device_x.view({rows, heads, size}), shifted, device_sin.view({rows, size}), Tensor{},
+               false, y.view({rows, heads, size})},
               nullptr);
     expect_close(y.download(), y_oracle);
 }

@@ -84,10 +84,9 @@ public:
         params.lse = view(results.lse, {case_.heads, queries_.size()});
         check(params);
         segment_attention_cpu(params);
-        segment_attention_backward_cpu({params, true, view(dout, query_shape()),
-                                        view(results.dq, query_shape()),
-                                        view(results.dk, key_shape()),
-                                        view(results.dv, key_shape())});
+        segment_attention_backward_cpu(
+            {params, true, view(dout, query_shape()), view(results.dq, query_shape()),
+             view(results.dk, key_shape()), view(results.dv, key_shape())});
         return results;
     }
 
@@ -110,16 +109,19 @@ public:
         params.out = out.view(query_shape());
         params.lse = lse.view({case_.heads, queries_.size()});
         check(params);
-        const DeviceArray<int32_t> scratch = make_scratch(params);
-        params.scratch = scratch.view({scratch.size()});
+        const testing::Scratch scratch(segment_attention_scratch_bytes(params));
+        params.scratch = scratch.data();
         segment_attention_cuda(params, nullptr);
 
-        SegmentAttentionBackwardParams backward{
-            params,           deterministic,       dout.view(query_shape()), dq.view(query_shape()),
-            dk.view(key_shape()), dv.view(key_shape())};
+        SegmentAttentionBackwardParams backward{params,
+                                                deterministic,
+                                                dout.view(query_shape()),
+                                                dq.view(query_shape()),
+                                                dk.view(key_shape()),
+                                                dv.view(key_shape())};
         check(backward);
-        const DeviceArray<int32_t> backward_scratch = make_scratch(backward);
-        backward.forward.scratch = backward_scratch.view({backward_scratch.size()});
+        const testing::Scratch backward_scratch(segment_attention_scratch_bytes(backward));
+        backward.scratch = backward_scratch.data();
         segment_attention_backward_cuda(backward, nullptr);
         return {out.download(), dq.download(), dk.download(), dv.download(), lse.download()};
     }
@@ -132,11 +134,6 @@ private:
         params.group_size = case_.group_size;
         params.kernel = kernel;
         return params;
-    }
-
-    template <typename Params>
-    static DeviceArray<int32_t> make_scratch(const Params& params) {
-        return DeviceArray<int32_t>(segment_attention_scratch_bytes(params) / sizeof(int32_t));
     }
 
     std::vector<int64_t> query_shape() const {
@@ -212,11 +209,11 @@ TYPED_TEST(SegmentAttentionCuda, MatchesCpu) { expect_cpu_results<TypeParam>(cas
 TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
     // Three tiles of keys and a rest, each seen by several heads; both head sizes; other keys; more
     // tiles of queries than the thread blocks that stay on the GPU.
-    expect_cpu_results<TypeParam>({{"three tiles", {390}, 2, 1, 64, 1, 1, false},
-                                   {"two sequences", {150, 130}, 2, 1, 128, 1, 1, false},
-                                   {"other keys", {140}, 2, 2, 128, 0.8, 0.8, true, 0, 64},
-                                   {"more tiles", std::vector<int64_t>(14, 10), 24, 6, 64, 1, 1,
-                                    false}});
+    expect_cpu_results<TypeParam>(
+        {{"three tiles", {390}, 2, 1, 64, 1, 1, false},
+         {"two sequences", {150, 130}, 2, 1, 128, 1, 1, false},
+         {"other keys", {140}, 2, 2, 128, 0.8, 0.8, true, 0, 64},
+         {"more tiles", std::vector<int64_t>(14, 10), 24, 6, 64, 1, 1, false}});
 }
 
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {

@@ -56,8 +56,8 @@ void forward_matches_cpu(const Shape& shape) {
     std::vector<float> y(kept * hidden), x_rows(y), mean(num_means), rstd(kept);
     select_norm_cpu({view(x, {tokens, hidden}), view(data.rows, {kept}), view(weight, {hidden}),
                      data.layer ? view(bias, {hidden}) : Tensor{}, kEps, kind,
-                     view(y, {kept, hidden}), view(x_rows, {kept, hidden}),
-                     view(mean, {num_means}), view(rstd, {kept})});
+                     view(y, {kept, hidden}), view(x_rows, {kept, hidden}), view(mean, {num_means}),
+                     view(rstd, {kept})});
 
     const DeviceArray<T> device_x(data.x), device_weight(data.weight), device_bias(data.bias);
     const DeviceArray<int32_t> device_rows(data.rows);
@@ -93,11 +93,11 @@ void backward_matches_cpu(const Shape& shape) {
     auto dy_oracle = widen(data.dy), x_oracle = widen(x_rows), weight = widen(data.weight);
     auto dx_oracle = widen(data.dx), rstd_oracle = rstd, mean_oracle = mean;
     std::vector<float> dweight(hidden), dbias(data.layer ? hidden : 0);
-    select_norm_backward_cpu(
-        {view(dy_oracle, {kept, hidden}), view(x_oracle, {kept, hidden}), view(data.rows, {kept}),
-         view(weight, {hidden}), view(mean_oracle, {num_means}), view(rstd_oracle, {kept}), kind,
-         view(dx_oracle, {tokens, hidden}), view(dweight, {hidden}),
-         data.layer ? view(dbias, {hidden}) : Tensor{}});
+    select_norm_backward_cpu({view(dy_oracle, {kept, hidden}), view(x_oracle, {kept, hidden}),
+                              view(data.rows, {kept}), view(weight, {hidden}),
+                              view(mean_oracle, {num_means}), view(rstd_oracle, {kept}), kind,
+                              view(dx_oracle, {tokens, hidden}), view(dweight, {hidden}),
+                              data.layer ? view(dbias, {hidden}) : Tensor{}});
 
     const DeviceArray<T> device_dy(data.dy), device_x(x_rows), device_weight(data.weight);
     const DeviceArray<int32_t> device_rows(data.rows);
@@ -174,9 +174,9 @@ TEST(SelectNormCuda, EveryRowWithoutAnIndexAndFp32Weights) {
 TEST(SelectNormCuda, ARowLongerThanSharedMemoryIsRefused) {
     const int64_t hidden = 128 * 1024;
     const DeviceArray<float> x(hidden), weight(hidden), y(hidden), mean(0), rstd(1);
-    const SelectNormParams params{x.view({1, hidden}), Tensor{},  weight.view({hidden}), Tensor{},
-                                  kEps,                "rms",     y.view({1, hidden}),   Tensor{},
-                                  mean.view({0}),      rstd.view({1})};
+    const SelectNormParams params{
+        x.view({1, hidden}), Tensor{}, weight.view({hidden}), Tensor{},      kEps, "rms",
+        y.view({1, hidden}), Tensor{}, mean.view({0}),        rstd.view({1})};
     try {
         select_norm_cuda(params, nullptr);
         FAIL() << "a row of 512 KiB passed";

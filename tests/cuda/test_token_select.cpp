@@ -78,10 +78,9 @@ Selected select_on_gpu(const std::vector<float>& scores, const BlockPlan& plan,
     result.counts = counts.download();
     const auto [kept, rows] = std::pair{result.counts[0], result.counts[1]};
     const DeviceArray<int32_t> kept_blocks(kept), packed(rows), positions(rows);
-    const TokenRowsParams rows_params{params.block_starts,      params.cu_blocks, params.places,
-                                      params.cu_kept,           params.cu_rows,
-                                      kept_blocks.view({kept}), packed.view({rows}),
-                                      positions.view({rows})};
+    const TokenRowsParams rows_params{
+        params.block_starts, params.cu_blocks,         params.places,       params.cu_kept,
+        params.cu_rows,      kept_blocks.view({kept}), packed.view({rows}), positions.view({rows})};
     check(rows_params);
     token_rows_cuda(rows_params, nullptr);
     result.places = places.download();
@@ -110,11 +109,15 @@ void expect_same_as_cpu(const std::vector<int64_t>& seqlens, int64_t block_size)
     const int64_t blocks = plan.block_starts.size() - 1;
     for (const int levels : {1, 7, 1 << 22}) {
         const auto scores = draw_scores(blocks, levels, 3 + levels);
-        for (const Policy& policy :
-             {Policy{"ratio", 0.5, 1, 1}, {"ratio", 0.07, 0, 0}, {"ratio", 0.999, 0, 2},
-              {"ratio", 0.0, 0, 0}, {"ratio", 0.0, 3, 1}, {"ratio", 1.0, 0, 0},
-              {"threshold", 0.25, 1, 1}, {"threshold", -INFINITY, 0, 0},
-              {"threshold", 9.0, 0, 0}}) {
+        for (const Policy& policy : {Policy{"ratio", 0.5, 1, 1},
+                                     {"ratio", 0.07, 0, 0},
+                                     {"ratio", 0.999, 0, 2},
+                                     {"ratio", 0.0, 0, 0},
+                                     {"ratio", 0.0, 3, 1},
+                                     {"ratio", 1.0, 0, 0},
+                                     {"threshold", 0.25, 1, 1},
+                                     {"threshold", -INFINITY, 0, 0},
+                                     {"threshold", 9.0, 0, 0}}) {
             const Selected selected = select_on_gpu(scores, plan, policy);
             ASSERT_EQ(selected, select_on_cpu(scores, plan, policy))
                 << policy.name << " " << policy.value << ", " << seqlens.size()
@@ -133,11 +136,11 @@ TEST(TokenSelectCuda, SameSetsAsCpu) {
     expect_same_as_cpu({0}, 64);
     expect_same_as_cpu({1}, 64);
     expect_same_as_cpu({130, 0, 64, 1, 0}, 64);
-    expect_same_as_cpu({65536}, 64);                // one step of the thread block
-    expect_same_as_cpu({65536 + 64, 65535}, 64);    // a little more, and one block less
-    expect_same_as_cpu({(1 << 20) + 5}, 64);        // 17 steps
+    expect_same_as_cpu({65536}, 64);              // one step of the thread block
+    expect_same_as_cpu({65536 + 64, 65535}, 64);  // a little more, and one block less
+    expect_same_as_cpu({(1 << 20) + 5}, 64);      // 17 steps
     expect_same_as_cpu({0, 20000, 7, 0, 9000}, 1);
-    expect_same_as_cpu({5000, 100}, 100000);        // a block longer than its sequence
+    expect_same_as_cpu({5000, 100}, 100000);  // a block longer than its sequence
 }
 
 TEST(TokenSelectCuda, SmallSequencesAndSeveralSteps) {
@@ -181,10 +184,10 @@ TEST(TokenSelectCuda, WritesNothingBeyondSizesThatAreTooSmall) {
     const DeviceArray<int32_t> starts(plan.block_starts), cuts(plan.cu_blocks);
     const DeviceArray<int32_t> places(full.places), cu_kept(full.cu_kept), cu_rows(full.cu_rows);
     const DeviceArray<int32_t> kept_blocks(10), rows(85), positions(85);
-    token_rows_cuda({starts.view({17}), cuts.view({3}), places.view({16, 2}), cu_kept.view({3}),
-                     cu_rows.view({3}), kept_blocks.view({10}), rows.view({85}),
-                     positions.view({85})},
-                    nullptr);
+    token_rows_cuda(
+        {starts.view({17}), cuts.view({3}), places.view({16, 2}), cu_kept.view({3}),
+         cu_rows.view({3}), kept_blocks.view({10}), rows.view({85}), positions.view({85})},
+        nullptr);
     full.kept_blocks.resize(10);
     full.rows.resize(85);
     EXPECT_EQ(kept_blocks.download(), full.kept_blocks);

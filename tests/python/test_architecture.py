@@ -1,24 +1,34 @@
-"""Rules that keep the code's shape: layers, frozen lists, file sizes (DESIGN.md, section 2)."""
+"""Rules that keep the code's shape: layers, names of files, frozen lists, sizes.
+
+docs/design/layers.md states them.
+"""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
+from source_tree import (
+    ROOT,
+    find_cycle,
+    imported_modules,
+    imported_names,
+    includes,
+    modules,
+    op_stems,
+    sources,
+)
+
 # Source text, by git's list of files.
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).resolve().parents[2]
-
 EXPECTED_OPS = {
     "block_scores",
+    "gather_rows",
     "linear_cross_entropy",
     "predictor",
     "predictor_backward",
     "residual_scatter",
-    "gather_rows",
     "rope",
     "segment_attention",
     "segment_attention_backward",
@@ -26,6 +36,22 @@ EXPECTED_OPS = {
     "select_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "token_select",
+}
+
+EXPECTED_FUNCTIONS = {
+    "block_scores",
+    "left_out",
+    "linear_cross_entropy",
+    "predictor",
+    "residual_gather",
+    "residual_scatter_",
+    "residual_select_norm",
+    "rope",
+    "segment_attention",
+    "select_norm",
+    "supports_device",
+    "swiglu",
     "token_select",
 }
 
@@ -56,35 +82,27 @@ EXPECTED_CONFIG_FIELDS = {
 
 STABLE_ABI = ("torch/csrc/stable/", "torch/csrc/inductor/aoti_torch/c/", "torch/headeronly/")
 
-SOURCE_ENDINGS = {".cpp", ".h", ".cu", ".cuh", ".py"}
+# Parts of lemo from the top down. A part imports parts of its own row and of rows below it.
+LAYERS = [
+    {"cli", "demo"},
+    {"report", "training", "preparation", "data"},
+    {"__init__"},  # what `import lemo` gives
+    {"models", "attention"},
+    {"selection"},
+    {"predictors"},
+    {"ops"},
+    {"packing"},
+    {"_C"},
+]
+# Imported by everybody; they import nothing of lemo.
+COMMON = {"settings", "files"}
+# What stands outside: `python -m lemo`, and the oracle of the tests.
+OUTSIDE = {"__main__", "reference"}
 
 
-def tracked_files() -> list[Path]:
-    listing = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    return [ROOT / line for line in listing.splitlines() if (ROOT / line).is_file()]
-
-
-def sources(*folders: str) -> list[Path]:
-    return [
-        path
-        for path in tracked_files()
-        if path.suffix in SOURCE_ENDINGS and path.relative_to(ROOT).parts[0] in folders
-    ]
-
-
-def includes(path: Path) -> list[str]:
-    return re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
-
-
-def imported_modules(path: Path) -> list[str]:
-    """Modules of lemo that a file imports; `from lemo import a, b` counts as lemo.a and lemo.b."""
-    text = path.read_text()
-    modules = re.findall(r"^\s*(?:from|import)\s+(lemo\.[\w.]+)", text, re.MULTILINE)
-    for names in re.findall(r"^\s*from lemo import ([^(\n]+)", text, re.MULTILINE):
-        modules += [f"lemo.{name.split()[0]}" for name in names.split(",")]
-    return modules
+def part_of(module: str) -> str:
+    """The part of lemo that a module belongs to: "ops" of lemo.ops.rope."""
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def test_the_core_knows_neither_torch_nor_python_nor_cuda():
@@ -96,7 +114,7 @@ def test_the_core_knows_neither_torch_nor_python_nor_cuda():
 
 
 def test_contracts_use_the_standard_library_only():
-    for path in (ROOT / "cpp" / "include").rglob("*.h"):
+    for path in sources("cpp/include"):
         for header in includes(path):
             assert header.startswith("lemo/") or ("/" not in header and "." not in header), (
                 f"{path.name} includes {header}"
@@ -111,50 +129,95 @@ def test_cuda_knows_no_torch_and_bindings_no_cutlass():
 
 
 def test_bindings_use_the_stable_abi_only():
-    for path in sources("bindings"):
-        for header in includes(path):
-            if header.startswith(("torch/", "ATen/", "c10/")):
-                assert header.startswith(STABLE_ABI), f"{path.name} includes {header}"
+    headers = {
+        header
+        for path in sources("bindings")
+        for header in includes(path)
+        if header.startswith(("torch/", "ATen/", "c10/"))
+    }
+    assert headers, "the bindings include nothing of torch"
+    assert not {header for header in headers if not header.startswith(STABLE_ABI)}
 
 
-def op_stems() -> set[str]:
-    shared = {"blocks", "check", "tensor"}
-    return {path.stem for path in (ROOT / "cpp/include/lemo").glob("*.h")} - shared
+def files_of(stem: str) -> list:
+    """The sources of one operator: the files of its name, and those of its folder of kernels."""
+    found = [
+        path
+        for path in sources("cpp", "cuda", "bindings")
+        if path.stem == stem or path.is_relative_to(ROOT / "cuda" / stem)
+    ]
+    assert len(found) >= 4, f"op '{stem}' has {len(found)} sources"
+    return found
 
 
-def test_an_op_includes_no_other_op():
-    for stem in op_stems():
-        for folder in ("cpp/include/lemo", "cpp/src", "cuda", "bindings"):
-            for path in (ROOT / folder).glob(f"{stem}.*"):
-                others = {Path(header).stem for header in includes(path)} & (op_stems() - {stem})
-                assert not others, f"{path} includes {others}"
+def stem_of(header: str) -> str:
+    """The operator that an included header belongs to, if any: by its folder, or by its name."""
+    folder, _, name = header.partition("/")
+    return folder if folder in op_stems() else name.removesuffix(".h")
 
 
-def test_every_op_has_the_files_of_its_stem():
-    for stem in op_stems():
-        for path in (
-            f"cpp/src/{stem}.cpp",
-            f"bindings/{stem}.cpp",
-            f"python/lemo/ops/{stem}.py",
-            f"tests/cpp/test_{stem}.cpp",
-            f"tests/python/test_{stem}.py",
-            f"benchmarks/cpp/bench_{stem}.cpp",
-        ):
-            assert (ROOT / path).is_file(), f"op '{stem}' lacks {path}"
-        oracle = (ROOT / "python/lemo/reference.py").read_text()
-        assert f"\ndef {stem}(" in oracle, f"op '{stem}' has no oracle"
+@pytest.mark.parametrize("stem", sorted(op_stems()))
+def test_an_op_includes_no_other_op(stem):
+    others = op_stems() - {stem}
+    assert others
+    for path in files_of(stem):
+        included = {stem_of(header) for header in includes(path)} & others
+        assert not included, f"{path} includes {included}"
 
 
-def test_every_cuda_op_has_its_tests_and_benchmarks():
-    for stem in op_stems():
-        if not (ROOT / f"cuda/{stem}.cu").is_file() and not (ROOT / f"cuda/{stem}").is_dir():
-            continue
-        for path in (
-            f"tests/cuda/test_{stem}.cpp",
-            f"benchmarks/cuda/bench_{stem}.cpp",
-            f"benchmarks/gpu/{stem}.py",
-        ):
-            assert (ROOT / path).is_file(), f"op '{stem}' has a CUDA kernel but lacks {path}"
+def test_what_operators_share_includes_no_op():
+    shared = [path for path in sources("cpp/include", "cuda/common") if path.stem not in op_stems()]
+    assert len(shared) > 3
+    for path in shared:
+        included = {stem_of(header) for header in includes(path)} & op_stems()
+        assert not included, f"{path} includes {included}"
+
+
+@pytest.mark.parametrize("stem", sorted(op_stems()))
+def test_every_op_has_the_files_of_its_stem(stem):
+    for path in (
+        f"cpp/src/{stem}.cpp",
+        f"bindings/{stem}.cpp",
+        f"python/lemo/ops/{stem}.py",
+        f"tests/cpp/test_{stem}.cpp",
+        f"tests/python/test_{stem}.py",
+        f"benchmarks/cpp/bench_{stem}.cpp",
+    ):
+        assert (ROOT / path).is_file(), f"op '{stem}' lacks {path}"
+    oracle = (ROOT / "python/lemo/reference.py").read_text()
+    assert f"\ndef {stem}(" in oracle, f"op '{stem}' has no oracle"
+
+
+def cuda_stems() -> list[str]:
+    """The operators that have CUDA kernels, by their folders."""
+    folders = {path.relative_to(ROOT / "cuda").parts[0] for path in sources("cuda")}
+    stems = folders - {"common"}
+    assert stems, "no operator has CUDA kernels"
+    return sorted(stems)
+
+
+@pytest.mark.parametrize("stem", cuda_stems())
+def test_every_cuda_op_has_its_entry_its_tests_and_benchmarks(stem):
+    assert stem in op_stems(), f"cuda/{stem} belongs to no operator"
+    for path in (
+        f"cuda/{stem}/entry.cu",
+        f"tests/cuda/test_{stem}.cpp",
+        f"benchmarks/cuda/bench_{stem}.cpp",
+        f"benchmarks/gpu/{stem}.py",
+    ):
+        assert (ROOT / path).is_file(), f"op '{stem}' has a CUDA kernel but lacks {path}"
+
+
+@pytest.mark.parametrize("stem", cuda_stems())
+def test_kernels_stand_in_the_folder_of_their_tier_and_in_its_namespace(stem):
+    tiers = set()
+    for path in sources(f"cuda/{stem}"):
+        folder = path.relative_to(ROOT / "cuda").parent.parts
+        tiers |= {*folder[1:]}
+        named = re.findall(r"^namespace (lemo[\w:]*) {", path.read_text(), re.MULTILINE)
+        expected = "::".join(("lemo", "cuda", *folder)) if path.name != "entry.cu" else "lemo"
+        assert expected in named, f"{path} is not of namespace {expected}"
+    assert tiers in ({"portable"}, {"portable", "hopper"})
 
 
 def test_versions_agree():
@@ -164,54 +227,87 @@ def test_versions_agree():
     assert _C.build_info()["version"] == lemo.__version__
 
 
-def test_design_states_the_schemas():
-    """Every schema that the bindings define stands in DESIGN.md, argument for argument."""
-    design = re.sub(r"\s+", " ", (ROOT / "docs/DESIGN.md").read_text())
+def test_the_pages_state_the_schemas():
+    """docs/design/operators.md has the schemas of the bindings, argument for argument."""
+    page = (ROOT / "docs/design/operators.md").read_text()
+    stated = dict(re.findall(r"^\| `(\w+)` \| `(\(.*\) -> .*)` \|$", page, re.MULTILINE))
+    literal = r'"((?:[^"\\]|\\.)*)"'
+    defined = {}
     for path in sources("bindings"):
-        for call in re.findall(r"m\.def\(\s*((?:\"[^\"]*\"\s*)+)\)", path.read_text()):
-            schema = "".join(re.findall(r'"([^"]*)"', call))
+        for call in re.findall(rf"m\.def\(\s*((?:{literal}\s*)+)\)", path.read_text()):
+            schema = "".join(re.findall(literal, call[0])).replace(r"\"", '"')
             name, arguments = schema.split("(", 1)
-            assert f"`{name}` | `({arguments}`" in design, f"docs/DESIGN.md lacks {schema}"
+            defined[name] = f"({arguments}"
+    assert stated == defined
+    assert stated.keys() == EXPECTED_OPS
 
 
-# Which packages of lemo a package may import, besides itself.
-LAYERS = {
-    "ops": {"_C", "packing"},
-    "reference": set(),
-    "packing": {"_C", "ops"},
-    "settings": set(),
-    "files": set(),
-}
-UPPER = {"cli", "demo", "preparation", "training", "report", "data"}
+def test_imports_have_no_cycle():
+    """Imports in functions and under TYPE_CHECKING count, too."""
+    graph = {name: imported_modules(path) for name, path in modules().items()}
+    assert sum(len(imported) for imported in graph.values()) > len(graph)
+    cycle = find_cycle(graph)
+    assert not cycle, "a cycle of imports: " + " -> ".join(cycle)
 
 
-@pytest.mark.parametrize("package", sorted(LAYERS))
-def test_lower_layers_import_nothing_above(package):
-    for path in sources("python"):
-        parts = path.relative_to(ROOT / "python/lemo").with_suffix("").parts
-        if parts[0] != package:
-            continue
+def test_a_cycle_is_found():
+    assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert find_cycle({"a": {"a"}}) == ["a", "a"]
+    assert not find_cycle({"a": {"b", "c"}, "b": {"d"}, "c": {"d"}})
+
+
+def test_every_part_of_lemo_has_a_layer():
+    named = set().union(*LAYERS)
+    parts = {part_of(module) for module in modules()}
+    assert parts == (named - {"_C"}) | COMMON | OUTSIDE
+
+
+@pytest.mark.parametrize("part", sorted(set().union(*LAYERS) - {"_C"} | COMMON | {"reference"}))
+def test_imports_go_down(part):
+    rows = [row for row, parts in enumerate(LAYERS) if part in parts]
+    below = set().union(*LAYERS[rows[0] :], COMMON) if rows else {part}
+    paths = [path for name, path in modules().items() if part_of(name) == part]
+    assert paths
+    for path in paths:
         for module in imported_modules(path):
-            top = module.split(".")[1]
-            assert top in LAYERS[package] | {package}, f"{path} imports {module}"
-
-
-def test_the_method_does_not_import_training_or_the_command_line():
-    for path in sources("python"):
-        top = path.relative_to(ROOT / "python/lemo").with_suffix("").parts[0]
-        if top in UPPER or top == "__main__":
-            continue
-        for module in imported_modules(path):
-            assert module.split(".")[1] not in UPPER, f"{path} imports {module}"
+            assert part_of(module) in below, f"{path} imports {module}"
 
 
 def test_nothing_uses_the_oracle_but_tests():
-    for path in sources("python"):
-        assert path.name == "reference.py" or "lemo.reference" not in path.read_text(), path
+    paths = [path for path in modules().values() if path.name != "reference.py"]
+    assert len(paths) == len(modules()) - 1
+    for path in paths:
+        assert "lemo.reference" not in imported_modules(path), path
+
+
+def is_private(name: str | None) -> bool:
+    return name is not None and name.startswith("_") and not name.startswith("__")
+
+
+def test_benchmarks_and_examples_import_no_private_names():
+    imported = {
+        (path.name, module, name)
+        for path in sources("benchmarks", "examples")
+        if path.suffix == ".py"
+        for module, name in imported_names(path)
+        if module.split(".")[0] == "lemo"
+    }
+    assert imported
+    for path, module, name in imported:
+        assert not is_private(name), f"{path} imports {name} of {module}"
+        assert not any(map(is_private, module.split("."))), f"{path} imports {module}"
+
+
+def test_tests_import_no_tests():
+    paths = sources("tests/python")
+    assert any(path.name.startswith("test_") for path in paths)
+    for path in paths:
+        for module, _ in imported_names(path):
+            assert not module.startswith("test_"), f"{path.name} imports {module}"
 
 
 def test_the_list_of_ops_is_frozen():
-    import lemo.ops  # noqa: F401
+    import lemo.ops
 
     names = {
         name.removeprefix("lemo::").split(".")[0]
@@ -219,6 +315,7 @@ def test_the_list_of_ops_is_frozen():
         if name.startswith("lemo::")
     }
     assert names == EXPECTED_OPS
+    assert {*lemo.ops.__all__} == EXPECTED_FUNCTIONS
 
 
 def test_the_fields_of_the_config_are_frozen():
@@ -233,14 +330,8 @@ def test_lemo_reads_no_environment_variables():
         assert not re.search(r"os\.environ|os\.getenv|\bgetenv\(", path.read_text()), path
 
 
-def test_design_lists_every_op():
-    design = (ROOT / "docs/DESIGN.md").read_text()
-    for name in EXPECTED_OPS:
-        assert f"`{name}`" in design, f"docs/DESIGN.md does not mention {name}"
-
-
 def test_files_and_lines_stay_short():
-    folders = ("python", "cpp", "cuda", "bindings", "tests", "benchmarks")
+    folders = ("python", "cpp", "cuda", "bindings", "tests", "benchmarks", "examples")
     for path in sources(*folders):
         lines = path.read_text().splitlines()
         assert len(lines) <= 600, f"{path} has {len(lines)} lines"

@@ -5,7 +5,6 @@ In fp32, which the GPU's attention does not know; test_models_low_precision.py r
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 import lemo
 from lemo import LemoConfig
@@ -13,11 +12,14 @@ from lemo.models.architectures import architecture_of
 from lemo.models.outputs import DeferredLogits
 from lemo.packing.blocks import Selection
 from lemo.selection.selector import Selector
+from model_cases import DENSE_BATCHES, EVERYTHING, plain_batch
+from model_checks import assert_same_gradients
 from tiny_models import (
     ARCHITECTURES,
+    LINEAR,
     as_padded,
-    config_of,
     gradients,
+    lora,
     make_ids,
     make_model,
     packed_batch,
@@ -26,22 +28,6 @@ from tiny_models import (
 from tolerances import assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
-
-EVERYTHING = config_of(keep=1.0, dense_layers=[], block_size=8)
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LINEAR += ["out_proj", "fc1", "fc2"]
-
-
-def plain_batch():
-    ids = make_ids(2, 37)
-    return {"input_ids": ids, "labels": ids}
-
-
-BATCHES = {
-    "plain": plain_batch,
-    "padded right": lambda: padded_batch([37, 1, 20]),
-    "padded left": lambda: padded_batch([37, 20], side="left"),
-}
 
 
 @pytest.fixture(params=["no index", "row index"])
@@ -61,23 +47,6 @@ def rows(request, monkeypatch):
         monkeypatch.setattr(Selector, "select", select)
 
 
-def assert_same_gradients(model, dense, frozen_keys=False):
-    mine, theirs = gradients(model), gradients(dense)
-    assert theirs
-    assert mine.keys() >= theirs.keys()
-    # A sub-block that keeps no row still has a gradient: zeros.
-    assert not any(mine[name].any() for name in mine.keys() - theirs.keys())
-    for name, oracle in theirs.items():
-        if name.endswith("k_proj.bias") and dense.config.model_type == "opt":
-            # A key bias without rotation shifts every score of a query alike: no gradient at all,
-            # unless some of the keys are frozen.
-            scale = theirs[name.replace("k_proj", "v_proj")].norm()
-            if max(mine[name].norm(), oracle.norm()) <= 1e-5 * scale:
-                continue
-            assert frozen_keys, name
-        assert_close_fp32(mine[name], oracle, name)
-
-
 def assert_same(model, dense, batch, dense_batch=None):
     """Losses and gradients of one step agree."""
     expected = dense(**(dense_batch or batch), use_cache=False)
@@ -90,12 +59,12 @@ def assert_same(model, dense, batch, dense_batch=None):
 
 
 @pytest.mark.usefixtures("rows")
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", DENSE_BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradients(architecture, batch):
     model, dense = make_model(architecture), make_model(architecture, attn_implementation="sdpa")
     lemo.enable(model, EVERYTHING)
-    assert_same(model, dense, BATCHES[batch]())
+    assert_same(model, dense, DENSE_BATCHES[batch]())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -115,12 +84,12 @@ def test_packed_sequences_as_transformers_packs_them(architecture):
     assert_same(model, dense, batch)
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("batch", DENSE_BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_hidden_states_and_logits(architecture, batch):
     model, dense = make_model(architecture), make_model(architecture)
     lemo.enable(model, EVERYTHING)
-    arguments = {**BATCHES[batch](), "output_hidden_states": True}
+    arguments = {**DENSE_BATCHES[batch](), "output_hidden_states": True}
     mask = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"])).bool()
     expected, with_loss = dense(**arguments), model(**arguments)
     del arguments["labels"]
@@ -147,7 +116,7 @@ def test_gradients_flow_through_hidden_states():
 def test_embeddings_given_instead_of_ids(batch, requires_grad):
     model, dense = make_model("qwen3"), make_model("qwen3")
     lemo.enable(model, EVERYTHING)
-    batch = BATCHES[batch]()
+    batch = DENSE_BATCHES[batch]()
     embed = model.get_input_embeddings()
     ids = batch.pop("input_ids")
     inputs = [embed(ids).detach().requires_grad_(requires_grad) for _ in range(2)]
@@ -166,13 +135,6 @@ def test_position_ids_and_rope_scaling_are_the_models_own():
     lemo.enable(model, EVERYTHING)
     batch = {**plain_batch(), "position_ids": torch.arange(37).expand(2, -1) + 50}
     assert_same(model, dense, batch)
-
-
-def lora(model, **settings):
-    """LoRA whose second matrix is not zero, the same for equal models."""
-    torch.manual_seed(1)
-    settings = {"target_modules": LINEAR, "r": 4, "init_lora_weights": False} | settings
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

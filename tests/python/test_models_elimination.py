@@ -1,10 +1,7 @@
 """keep < 1 computes what an eager reference of the method computes, given the same kept sets.
 
-The reference runs Transformers' own layers (eager attention with a prepared mask) on gathered rows
-of a plain residual stream, one `index_add` a sub-block. It shares no code with lemo.
+The reference is `elimination_oracle.py`.
 """
-
-from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,170 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lemo
+from elimination_oracle import reference_loss
 from internals import run_decoder
-from test_models_dense import assert_same_gradients, lora
+from model_cases import BATCHES, BLOCK, SETTINGS, preset
+from model_checks import assert_same_gradients, kept_blocks, saved_bytes
 from tiny_models import (
     ARCHITECTURES,
-    WINDOW,
     all_of,
     config_of,
     gradients,
+    lora,
     make_model,
     packed_batch,
     padded_batch,
 )
 from tolerances import assert_close_fp32
 
-BLOCK = 8
-
 # The GPU's attention knows no fp32; test_models_low_precision.py compares models there.
 fp32 = pytest.mark.cpu_only
-
-
-def sequences(batch):
-    """(flat indices of the tokens, sequence of each, index of each in its sequence)."""
-    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-    sequence, position, flat = [], [], []
-    number = -1
-    for b, row in enumerate(mask.tolist()):
-        previous = False
-        for t, present in enumerate(row):
-            if not present:
-                previous = False
-                continue
-            restarts = "position_ids" in batch and int(batch["position_ids"][b, t]) == 0
-            if restarts or not previous:
-                number, index = number + 1, 0
-            flat.append(b * mask.shape[1] + t)
-            sequence.append(number)
-            position.append(index)
-            previous, index = True, index + 1
-    return tuple(torch.tensor(values) for values in (flat, sequence, position))
-
-
-def rows_of_blocks(blocks, sequence, position, block_size):
-    """Packed rows in kept blocks; blocks are counted through all sequences."""
-    if blocks is None:
-        return torch.arange(sequence.numel())
-    identity = torch.stack((sequence, position // block_size), 1)
-    _, number = torch.unique(identity, dim=0, return_inverse=True)
-    return torch.isin(number, blocks).nonzero()[:, 0]
-
-
-def visible(sequence, position, window, group_size, heads):
-    """[heads, T, T] bool: what a query may see."""
-    i, j = position[:, None], position[None, :]
-    seen = (sequence[:, None] == sequence[None, :]) & (j <= i)
-    if window:
-        seen = seen & (i - j < window)
-    seen = seen.expand(heads, -1, -1).clone()
-    if group_size:
-        half = group_size // 2
-        seen[: heads // 2] &= i // group_size == j // group_size
-        seen[heads // 2 :] &= (i + half) // group_size == (j + half) // group_size
-    return seen
-
-
-@contextmanager
-def frozen_keys(attention, is_kept):
-    """Keys and values of rows that are not kept pass no gradient on."""
-
-    def freeze(module, inputs, output):
-        shape = [1, -1] + [1] * (output.dim() - 2)
-        return torch.where(is_kept.view(shape), output, output.detach())
-
-    keys = getattr(attention, "k_norm", attention.k_proj)
-    hooks = [part.register_forward_hook(freeze) for part in (keys, attention.v_proj)]
-    yield
-    for hook in hooks:
-        hook.remove()
-
-
-def reference_loss(model, batch, kept, config):
-    """Loss of the method for given kept blocks: `kept[layer] = (attention blocks, mlp blocks)`."""
-    causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-    opt = causal_lm.config.model_type == "opt"
-    decoder = causal_lm.model.decoder if opt else causal_lm.model
-    flat, sequence, position = sequences(batch)
-    ids = batch["input_ids"].flatten()[flat]
-    embedded = decoder.embed_tokens(ids)[None]
-    cos = sin = None
-    if opt:
-        embedded = decoder.project_in(embedded) + decoder.embed_positions(
-            None, position_ids=position[None]
-        )
-    else:
-        # Rotation is relative, so positions within the sequence serve for left padding too.
-        cos, sin = decoder.rotary_emb(embedded, position[None])
-    x = embedded[0]
-    touched = torch.zeros(x.shape[0], dtype=torch.bool)
-    heads = causal_lm.config.num_attention_heads
-    for layer, (attention_blocks, mlp_blocks) in zip(decoder.layers, kept):
-        rows = rows_of_blocks(attention_blocks, sequence, position, config.block_size)
-        touched[rows] = True
-        # All keys visible: the kept rows of attention among all rows.
-        among = rows if config.visible_keys == "kept" else torch.arange(x.shape[0])
-        computed = config.visible_keys == "computed"
-        norm = layer.self_attn_layer_norm if opt else layer.input_layernorm
-        window = getattr(layer.self_attn, "sliding_window", None)
-        if causal_lm.config.model_type == "mistral":
-            window = WINDOW
-        seen = visible(sequence[among], position[among], window, config.group_size, heads)
-        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)[None]
-        rotary = {} if opt else {"position_embeddings": (cos[:, among], sin[:, among])}
-        if rows.numel():  # Transformers' attention cannot take an empty sequence
-            is_kept = torch.isin(among, rows)
-            with frozen_keys(layer.self_attn, is_kept) if computed else nullcontext():
-                y = layer.self_attn(norm(x[among])[None], attention_mask=mask, **rotary)[0][0]
-            if computed:
-                x = x.index_add(0, among[~is_kept], y[~is_kept].detach().to(x.dtype))
-            x = x.index_add(0, rows, y[is_kept].to(x.dtype))
-
-        rows = rows_of_blocks(mlp_blocks, sequence, position, config.block_size)
-        touched[rows] = True
-        among = torch.arange(x.shape[0]) if computed else rows
-        if opt:
-            y = layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(x[among]))))
-        else:
-            y = layer.mlp(layer.post_attention_layernorm(x[among]))
-        y = torch.where(torch.isin(among, rows)[:, None], y, y.detach())
-        x = x.index_add(0, among, y.to(x.dtype))
-    hidden = decoder.project_out(decoder.final_layer_norm(x)) if opt else decoder.norm(x)
-    labels = torch.full_like(batch["labels"], -100)
-    labels[:, :-1] = batch["labels"][:, 1:]
-    labels = labels.flatten()[flat]
-    if config.mask_loss:
-        labels = labels.masked_fill(~touched, -100)
-    total = torch.nn.functional.cross_entropy(causal_lm.lm_head(hidden), labels, reduction="sum")
-    return total / max(1, int((labels != -100).sum()))
-
-
-BATCHES = {
-    "right": lambda: padded_batch([61, 8, 45]),
-    "left": lambda: padded_batch([50, 30], side="left"),
-    "packed": lambda: packed_batch([40, 3, 37]),
-}
-SETTINGS = {
-    "shared set": {"keep": 0.5},
-    "own sets": {"keep": 0.4, "keep_mlp": 0.6, "select_at": "all"},
-    "all keys": {"keep": [0.3, 0.5, 1.0], "select_at": "all", "visible_keys": "all"},
-    "computed keys": {"keep": 0.5, "visible_keys": "computed"},
-    "computed keys, own sets": {
-        "keep": [0.3, 0.5, 1.0],
-        "keep_mlp": 0.5,
-        "select_at": "all",
-        "group_size": 20,
-        "visible_keys": "computed",
-    },
-    "groups": {"keep": 0.6, "group_size": 20, "dense_layers": [1]},
-    "nothing forced": {"keep": 0.0, "keep_first": 0, "keep_last": 0, "dense_layers": [0]},
-    "threshold": {"policy": "threshold", "thresholds": [0.07] * 3, "mlp_thresholds": [0.2] * 3},
-    "random": {"keep": 0.3, "scorer": "random", "mask_loss": False},
-}
-
-
-def kept_blocks(handle):
-    return [(layer.attention_blocks, layer.mlp_blocks) for layer in handle.statistics()]
 
 
 def check(model, twin, batch, config):
@@ -187,10 +38,6 @@ def check(model, twin, batch, config):
     expected.backward()
     assert_close_fp32(loss, expected, "loss")
     assert_same_gradients(model, twin, frozen_keys=config.visible_keys == "computed")
-
-
-def preset(name):
-    return config_of(**{"dense_layers": [], "block_size": BLOCK} | SETTINGS[name])
 
 
 @fp32
@@ -315,22 +162,6 @@ def test_with_computed_keys_every_row_is_what_the_dense_model_computes(architect
     tokens = batch["attention_mask"].bool()
     for layer, (mine, oracle) in enumerate(zip(states, dense, strict=True)):
         assert_close_fp32(mine[tokens], oracle[tokens], f"layer {layer}")
-
-
-def saved_bytes(model, batch):
-    """Bytes of distinct storages that autograd keeps for backward, parameters left out."""
-    storages = {}
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = (tensor, storage.nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(size for _, size in storages.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -12,8 +12,8 @@ import lemo
 import lemo.attention  # registers attention "lemo"
 from lemo.models.capture import capture_sub_blocks
 from lemo.models.interception import has_own_forward
-from test_models_dense import assert_same_gradients, lora
-from tiny_models import ARCHITECTURES, config_of, make_model, padded_batch
+from model_checks import assert_same_gradients
+from tiny_models import ARCHITECTURES, config_of, lora, make_model, padded_batch
 from tolerances import assert_close_fp32
 
 # The GPU's attention knows no fp32; test_models_low_precision.py compares models there.

@@ -10,15 +10,16 @@ import torch
 
 import lemo
 from devices import on_gpu
-from test_models_dense import BATCHES as DENSE_BATCHES
-from test_models_dense import EVERYTHING, lora
-from test_models_elimination import BATCHES, SETTINGS, kept_blocks, preset, reference_loss
+from elimination_oracle import reference_loss
+from model_cases import BATCHES, DENSE_BATCHES, EVERYTHING, SETTINGS, preset
+from model_checks import kept_blocks
 from tiny_models import (
     ARCHITECTURES,
     all_of,
     as_padded,
     config_of,
     gradients,
+    lora,
     make_model,
     packed_batch,
 )

@@ -15,9 +15,18 @@ from devices import on_gpu
 from lemo.models import rows
 from lemo.models.execution import is_plain_checkpoint
 from lemo.models.rows import chunk_rows
-from test_models_dense import LINEAR, lora
-from test_models_elimination import BATCHES, saved_bytes
-from tiny_models import all_of, config_of, gradients, make_ids, make_model, padded_batch
+from model_cases import BATCHES
+from model_checks import saved_bytes
+from tiny_models import (
+    LINEAR,
+    all_of,
+    config_of,
+    gradients,
+    lora,
+    make_ids,
+    make_model,
+    padded_batch,
+)
 from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
 
 SETTINGS = {
@@ -110,7 +119,8 @@ def test_backward_of_attention_is_asked_to_be_deterministic(how, deterministic, 
 
     def listen(op, *arguments):
         if "backward" in str(op):
-            asked.append(arguments[13])
+            names = [argument.name for argument in op.default._schema.arguments]
+            asked.append(dict(zip(names, arguments))["deterministic"])
         return call(op, *arguments)
 
     monkeypatch.setattr(module, "call", listen)
@@ -368,7 +378,7 @@ def test_second_derivatives_are_refused(recompute, visible_keys):
 
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
 def test_gradients_that_somebody_else_reads_stay_as_they_are(recompute):
-    """The gradient of the stream is written in place; a term of a sum hands out the same tensor."""
+    """The gradient of the residual is written in place; a term of a sum hands out the same one."""
     model = make_model("llama")
     lemo.enable(model, config_of(keep=1.0, recompute=recompute, dense_layers=[], block_size=8))
     hidden = model.model(BATCHES["right"]()["input_ids"]).last_hidden_state
@@ -381,19 +391,20 @@ def test_gradients_that_somebody_else_reads_stay_as_they_are(recompute):
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
-def test_a_training_step_copies_no_gradient_of_the_stream(recompute):
+def test_a_training_step_copies_no_gradient_of_the_residual(recompute):
     shapes = []
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             if function is torch.ops.aten.clone.default:
-                shapes.append(tuple(arguments[0].shape))
+                tensor, *_ = arguments
+                shapes.append(tuple(tensor.shape))
             return function(*arguments, **(keywords or {}))
 
     model, batch = lora(make_model("llama")), BATCHES["right"]()
     handle = lemo.enable(model, config_of(recompute=recompute, keep=0.5, **DEFAULTS))
     loss = model(**batch).loss
-    stream = handle.statistics()[0].tokens, model.config.hidden_size
+    residual = handle.statistics()[0].tokens, model.config.hidden_size
     with Copies():
         loss.backward()
-    assert stream not in shapes
+    assert residual not in shapes

@@ -11,11 +11,12 @@ from torch.nn.functional import cross_entropy
 
 import lemo
 from lemo.models.arguments import ForwardArguments
-from test_models_dense import assert_same_gradients, lora
+from model_checks import assert_same_gradients
 from tiny_models import (
     ARCHITECTURES,
     config_of,
     gradients,
+    lora,
     make_ids,
     make_model,
     packed_batch,

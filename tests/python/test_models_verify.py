@@ -6,11 +6,11 @@ from transformers.models.llama import modeling_llama
 
 import lemo
 from lemo.models.architectures import Architecture
-from test_models_dense import lora
 from tiny_models import (
     ARCHITECTURES,
     config_of,
     gradients,
+    lora,
     make_ids,
     make_model,
     packed_batch,

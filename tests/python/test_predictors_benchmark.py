@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import predictors
-from lemo.preparation.pipeline import Window, prepare
+from lemo.preparation.pipeline import prepare
+from lemo.preparation.ranking import Budget
+from lemo.preparation.windows import Window
 from lemo.settings.preparation import PredictorSettings
 from lemo.training.model import extend_context, load_config, load_model
 from tiny import save_tiny_llama, write_documents
@@ -89,10 +91,7 @@ def test_base_is_what_prepare_measures(inputs, monkeypatch, tmp_path):
         held_out: [Window(s.kind, i) for s, i in zip(samples, ids) if s.held_out == held_out]
         for held_out in (False, True)
     }
-    training = PredictorSettings(keep=0.5, steps=6)
-    settings = PredictorSettings(
-        block_size=16, training=training, dense_layers=(), search_rounds=0, seed=0
-    )
+    settings = PredictorSettings(block_size=16, keep=0.5, steps=6, search_rounds=0)
     description = prepare(model, windows[False], windows[True], tmp_path / "folder", settings)
     assert row["parameters"] == description["parameters"]
     assert row["share_of_model"] == pytest.approx(description["share_of_model"], abs=1e-5)
@@ -117,11 +116,11 @@ def test_processes_give_the_same_figures(inputs, monkeypatch):
 
 
 def test_captured_is_a_share_of_the_best_choice():
-    labels = torch.tensor([9.0, 1.0, 4.0, 3.0, 2.0, 9.0])
+    exact = torch.tensor([9.0, 1.0, 4.0, 3.0, 2.0, 9.0])
     # Of six blocks three are kept, both ends in any case: the choice is of one of four.
-    assert predictors.captured(labels, labels, 0.5, 1, 1) == 1.0
-    assert predictors.captured(-labels, labels, 0.5, 1, 1) == pytest.approx(1 / 4)
-    assert predictors.captured(-labels, labels, 0.3, 1, 1) == 1.0
+    assert predictors.captured(exact, exact, Budget(0.5, 1, 1)) == 1.0
+    assert predictors.captured(-exact, exact, Budget(0.5, 1, 1)) == pytest.approx(1 / 4)
+    assert predictors.captured(-exact, exact, Budget(0.3, 1, 1)) == 1.0
 
 
 def test_default_experiments(inputs):

@@ -5,7 +5,8 @@ import torch
 
 import lemo
 from lemo import predictors
-from lemo.preparation.pipeline import Window, prepare
+from lemo.preparation.pipeline import prepare
+from lemo.preparation.windows import Window
 from lemo.settings.preparation import PredictorSettings
 from tiny_models import VOCABULARY, gradients, make_model
 

@@ -14,7 +14,9 @@ from lemo import predictors, reference
 from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
-from lemo.preparation.pipeline import Window, elimination_loss, prepare
+from lemo.preparation.evaluation import elimination_loss
+from lemo.preparation.pipeline import prepare
+from lemo.preparation.windows import Window
 from lemo.settings.preparation import PredictorSettings
 from limits import largest_file
 from tiny import save_tiny_llama, write_documents
@@ -217,7 +219,7 @@ def test_overwrite_replaces_nobody_elses_folder(made, tmp_path, neighbours):
     assert [file.name for file in tmp_path.iterdir()] == ["work"]
 
 
-@pytest.mark.parametrize("stage", ["labels", "predictors", "thresholds"])
+@pytest.mark.parametrize("stage", ["exact scores", "predictors", "thresholds"])
 def test_failure_leaves_nothing_behind(made, tmp_path, stage):
     model, _, _ = made
 
@@ -270,6 +272,13 @@ def test_unfit_windows_and_settings_are_named(made, tmp_path):
     with pytest.raises(ValueError, match="rank: expected an integer >= 1 or null, got 0"):
         PredictorSettings(rank=0)
     assert not output.exists()
+
+
+def test_a_folder_whose_target_has_its_earlier_name_loads(made, copy):
+    edit(copy, target="label")
+    loaded = predictors.load(copy)
+    assert loaded.description == predictors.load(made[1]).description
+    assert loaded.description["target"] == "exact"
 
 
 def test_absent_folder_and_files(copy, tmp_path):

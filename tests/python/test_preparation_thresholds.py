@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu_only
 
 
 def layers():
-    """Scores of unlike scale and skew, 200 free blocks and 20 forced ones in each layer."""
+    """Scores of unlike scale and skew, 200 free blocks and 20 fixed ones in each layer."""
     g = torch.Generator("cpu").manual_seed(0)
     normal = torch.randn(3, 200, generator=g)
     return [
@@ -32,8 +32,8 @@ def kept(scores, thresholds):
     total = blocks = 0
     for layer, threshold in zip(scores, thresholds):
         limit = torch.tensor(threshold, dtype=torch.float32)
-        total += layer.forced + sum(bool(s >= limit) for s in layer.free)
-        blocks += layer.forced + len(layer.free)
+        total += layer.fixed + sum(bool(s >= limit) for s in layer.free)
+        blocks += layer.fixed + len(layer.free)
     return total / blocks
 
 
@@ -74,7 +74,7 @@ def test_budget_counts_only_layers_that_eliminate():
 def test_budget_at_its_ends():
     scores = layers()
     assert kept(scores, thresholds_for_budget(scores, 1.0)) == 1.0
-    # Less than what is forced: nothing else is kept.
+    # Less than what is fixed: nothing else is kept.
     assert kept(scores, thresholds_for_budget(scores, 0.0)) == pytest.approx(60 / 660)
     equal = [LayerScores(torch.full((10,), 2.0), 0)]
     assert math.isfinite(thresholds_for_budget(equal, 0.5)[0])

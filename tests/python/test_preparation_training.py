@@ -1,4 +1,4 @@
-"""Modules, labels, objective and elastic size of the predictors."""
+"""Modules, exact scores, objective and elastic size of the predictors."""
 
 import itertools
 import math
@@ -10,18 +10,11 @@ from lemo import reference
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import make_predictor
 from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
-from lemo.preparation.exact_scores import (
-    FeatureStore,
-    SubBlockData,
-    means_over_blocks,
-    mlp_labels,
-)
-from lemo.preparation.training import (
-    ElasticSize,
-    fit,
-    kept_set_recall,
-    ranking_loss,
-)
+from lemo.preparation.elastic import ElasticSize
+from lemo.preparation.exact_scores import FeatureStore, SubBlockData
+from lemo.preparation.ranking import Budget, kept_set_recall, ranking_loss
+from lemo.preparation.training import fit
+from lemo.selection.scorers.exact import mlp_token_scores, token_means
 from lemo.settings.preparation import PredictorSettings
 
 HIDDEN, BLOCK = 24, 8
@@ -35,7 +28,7 @@ def generator(seed=0):
 
 
 def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
-    """Windows whose labels are a block mean of max(x . u, 0), plus a trend over the places."""
+    """Windows whose scores are block means of max(x . u, 0), plus a trend over the places."""
     g = generator(seed)
     direction = torch.randn(HIDDEN, generator=generator(99)) / HIDDEN**0.5
     data = SubBlockData([], [], [], [])
@@ -48,17 +41,17 @@ def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
         tokens = torch.relu(x.bfloat16().float() @ direction)
         place = trend * torch.linspace(0, 1, layout.num_blocks)
         data.x.append(x.bfloat16())
-        data.labels.append(means_over_blocks(tokens, layout) + place)
+        data.scores.append(token_means(tokens, layout) + place)
         data.layouts.append(layout)
         if kind == "mlp":
-            data.token_labels.append(tokens)
+            data.token_scores.append(tokens)
     return data
 
 
 def profile_of(data, flat):
     free = [free_blocks(layout, 1, 1) for layout in data.layouts]
     return PositionProfile.fit(
-        torch.cat([y[f] for y, f in zip(data.labels, free)]),
+        torch.cat([y[f] for y, f in zip(data.scores, free)]),
         torch.cat([query_blocks(layout)[f] for layout, f in zip(data.layouts, free)]),
         flat,
     )
@@ -66,10 +59,10 @@ def profile_of(data, flat):
 
 def mean_recall(module, profile, data, keep):
     recalls = []
-    for x, labels, layout in zip(data.x, data.labels, data.layouts):
+    for x, exact, layout in zip(data.x, data.scores, data.layouts):
         with torch.no_grad():
             scores = profile.restore(module(x.float(), layout), layout)
-        recalls += kept_set_recall(scores, labels, layout, keep)
+        recalls += kept_set_recall(scores, exact, layout, Budget(keep, 1, 1))
     return sum(recalls) / len(recalls)
 
 
@@ -130,31 +123,32 @@ def test_training_is_deterministic():
 
 def test_recall_counts_free_blocks_of_each_sequence():
     layout = BlockLayout.from_seqlens([6 * BLOCK, 2 * BLOCK, 6 * BLOCK], BLOCK)
-    labels = torch.tensor([9, 4, 3, 2, 1, 9, 1, 2, 9, 1, 2, 3, 4, 9.0])
+    exact = torch.tensor([9, 4, 3, 2, 1, 9, 1, 2, 9, 1, 2, 3, 4, 9.0])
     guess = torch.tensor([0, 4, 1, 3, 2, 0, 1, 2, 0, 4, 3, 2, 1, 0.0])
     # Of 6 blocks half are kept: 2 forced and 1 of 4 free; of 2 blocks nothing is free.
-    assert kept_set_recall(guess, labels, layout, 0.5) == [1.0, 0.0]
+    assert kept_set_recall(guess, exact, layout, Budget(0.5, 1, 1)) == [1.0, 0.0]
     # Two of four free: {1, 2} against {1, 3}; {3, 4} against {1, 2}.
-    assert kept_set_recall(guess, labels, layout, 0.66) == [0.5, 0.0]
-    assert kept_set_recall(guess, labels, layout, 1.0) == []
+    assert kept_set_recall(guess, exact, layout, Budget(0.66, 1, 1)) == [0.5, 0.0]
+    assert kept_set_recall(guess, exact, layout, Budget(1.0, 1, 1)) == []
 
 
 def test_ranking_loss_sees_the_boundary_only():
     layout = BlockLayout.from_seqlens([12 * BLOCK], BLOCK)
-    labels = torch.linspace(10, -10, 12)
-    right = ranking_loss(labels, labels, layout, 0.5)
-    swapped = labels.clone()
-    swapped[[4, 5]] = labels[[5, 4]]  # across the cut: 4 of 10 free blocks are kept
-    inside = labels.clone()
-    inside[[1, 2]] = labels[[2, 1]]  # both are kept
-    assert ranking_loss(swapped, labels, layout, 0.5) > 1.5 * right
-    torch.testing.assert_close(ranking_loss(inside, labels, layout, 0.5), right, rtol=0.2, atol=0)
-    assert ranking_loss(labels, labels, layout, 1.0) == 0
+    half = Budget(0.5, 1, 1)
+    exact = torch.linspace(10, -10, 12)
+    right = ranking_loss(exact, exact, layout, half)
+    swapped = exact.clone()
+    swapped[[4, 5]] = exact[[5, 4]]  # across the cut: 4 of 10 free blocks are kept
+    inside = exact.clone()
+    inside[[1, 2]] = exact[[2, 1]]  # both are kept
+    assert ranking_loss(swapped, exact, layout, half) > 1.5 * right
+    torch.testing.assert_close(ranking_loss(inside, exact, layout, half), right, rtol=0.2, atol=0)
+    assert ranking_loss(exact, exact, layout, Budget(1.0, 1, 1)) == 0
 
 
 def test_ranking_loss_is_the_weighted_mean_over_pairs():
     layout = BlockLayout.from_seqlens([6 * BLOCK], BLOCK)
-    labels = torch.tensor([0.0, 4, 3, 2, 1, 0])
+    exact = torch.tensor([0.0, 4, 3, 2, 1, 0])
     guess = torch.tensor([0.0, 0.3, -0.2, 0.9, 0.4, 0], requires_grad=True)
     kept, dropped = [-0.2, 0.3], [0.9, 0.4]  # nearest to the cut first, two of four free blocks
     e = torch.exp(torch.tensor(-1.0))
@@ -164,7 +158,7 @@ def test_ranking_loss_is_the_weighted_mean_over_pairs():
         for a in range(2)
         for b in range(2)
     )
-    loss = ranking_loss(guess, labels, layout, 0.66)
+    loss = ranking_loss(guess, exact, layout, Budget(0.66, 1, 1))
     torch.testing.assert_close(loss, total / (1 + e) ** 2)
     loss.backward()
     assert (guess.grad[1:3] < 0).all()
@@ -174,8 +168,8 @@ def test_ranking_loss_is_the_weighted_mean_over_pairs():
 
 def test_a_profile_ranks_the_places_of_longer_sequences_too():
     seen_by = torch.arange(1, 17).repeat(4)
-    labels = 5.0 - torch.log2(seen_by.float()) + 0.01 * torch.randn(64, generator=generator())
-    profile = PositionProfile.fit(labels, seen_by)
+    exact = 5.0 - torch.log2(seen_by.float()) + 0.01 * torch.randn(64, generator=generator())
+    profile = PositionProfile.fit(exact, seen_by)
     layout = BlockLayout.from_seqlens([64 * BLOCK], BLOCK)
     mean, deviation = profile.at(layout, torch.device("cpu"))
     assert (mean.diff() > 0).all(), "later blocks are seen from nearer"
@@ -191,16 +185,16 @@ def test_profile_recovers_a_trend_and_inverts():
     g = generator()
     noise = torch.randn(50, layout.num_blocks, generator=g)
     trend = 5 - seen_by.float().log2()
-    labels = trend + 0.5 * noise
-    profile = PositionProfile.fit(labels.flatten(), seen_by.repeat(50))
-    content = profile.standardise(labels[0], layout)
-    torch.testing.assert_close(profile.restore(content, layout), labels[0])
+    exact = trend + 0.5 * noise
+    profile = PositionProfile.fit(exact.flatten(), seen_by.repeat(50))
+    content = profile.standardise(exact[0], layout)
+    torch.testing.assert_close(profile.restore(content, layout), exact[0])
     torch.testing.assert_close(profile.restore(0 * content, layout), trend, rtol=0, atol=0.25)
-    residual = torch.stack([profile.standardise(row, layout) for row in labels])
+    residual = torch.stack([profile.standardise(row, layout) for row in exact])
     assert 0.9 < residual.std() < 1.1
-    flat = PositionProfile.fit(labels.flatten(), seen_by.repeat(50), flat=True)
+    flat = PositionProfile.fit(exact.flatten(), seen_by.repeat(50), flat=True)
     assert flat.mean.shape == (1,)
-    torch.testing.assert_close(flat.mean[0], labels.mean())
+    torch.testing.assert_close(flat.mean[0], exact.mean())
 
 
 def test_pruning_keeps_module_and_optimizer_together():
@@ -335,12 +329,12 @@ def test_a_training_shorter_than_the_interval_still_shrinks_to_the_target():
     assert result.hidden_units == (32, 16)
 
 
-def test_mlp_labels_are_means_over_blocks():
+def test_scores_of_mlps_are_token_means():
     layout = BlockLayout.from_seqlens([2 * BLOCK + 3], BLOCK)
     activation = torch.randn(layout.num_tokens, 5, generator=generator())
     expected = [activation[a : a + BLOCK].abs().mean() for a in (0, BLOCK, 2 * BLOCK)]
-    labels = means_over_blocks(mlp_labels(activation), layout)
-    torch.testing.assert_close(labels, torch.stack(expected))
+    exact = token_means(mlp_token_scores(activation), layout)
+    torch.testing.assert_close(exact, torch.stack(expected))
 
 
 def test_feature_store_gives_back_what_was_added(tmp_path):
@@ -350,27 +344,27 @@ def test_feature_store_gives_back_what_was_added(tmp_path):
     kept = {}
     for tokens in windows:
         layout = BlockLayout.from_seqlens([tokens], BLOCK)
-        visit = store.visitor()
+        visit = store.visit
         for layer in range(2):
             x = torch.randn(tokens, HIDDEN, generator=g)
             q, k = torch.randn(2, tokens, 2, 4, generator=g)
             activation = torch.randn(tokens, 6, generator=g)
             visit(layer, "attention", x, {"q": q, "k": k, "scale": 0.5}, layout)
             visit(layer, "mlp", x, {"activation": activation}, layout)
-            labels = reference.block_scores(q, k, layout.block_starts, layout.cu_blocks, 0.5)
-            kept[tokens, layer] = (x.bfloat16(), labels, activation)
+            exact = reference.block_scores(q, k, layout.block_starts, layout.cu_blocks, 0.5)
+            kept[tokens, layer] = (x.bfloat16(), exact, activation)
         store.end_window(tokens)
     for layer in range(2):
         attention, mlp = store.read(layer, "attention"), store.read(layer, "mlp")
         for i, tokens in enumerate(windows):
-            x, labels, activation = kept[tokens, layer]
+            x, exact, activation = kept[tokens, layer]
             assert torch.equal(attention.x[i], x)
-            torch.testing.assert_close(attention.labels[i], labels, rtol=2e-5, atol=1e-6)
+            torch.testing.assert_close(attention.scores[i], exact, rtol=2e-5, atol=1e-6)
             assert torch.equal(mlp.x[i], x)
-            expected = means_over_blocks(mlp_labels(activation), mlp.layouts[i])
-            torch.testing.assert_close(mlp.labels[i], expected)
-        assert attention.token_labels == []
-        assert mlp.subset([1]).token_labels[0].numel() == windows[1]
+            expected = token_means(mlp_token_scores(activation), mlp.layouts[i])
+            torch.testing.assert_close(mlp.scores[i], expected)
+        assert attention.token_scores == []
+        assert mlp.subset([1]).token_scores[0].numel() == windows[1]
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size == sum(windows) * FeatureStore.bytes_of_token(2, HIDDEN)
 
@@ -379,8 +373,8 @@ def test_feature_store_refuses_what_is_not_finite(tmp_path):
     store = FeatureStore(tmp_path, num_layers=1, hidden_size=HIDDEN, block_size=BLOCK)
     layout = BlockLayout.from_seqlens([BLOCK], BLOCK)
     x = torch.zeros(BLOCK, HIDDEN)
-    with pytest.raises(ValueError, match="mlp labels of layer 0 are not finite"):
-        store.visitor()(0, "mlp", x, {"activation": torch.full((BLOCK, 4), torch.inf)}, layout)
+    with pytest.raises(ValueError, match="the exact scores of layer 0's mlp are not finite"):
+        store.visit(0, "mlp", x, {"activation": torch.full((BLOCK, 4), torch.inf)}, layout)
     with pytest.raises(ValueError, match=f"x: expected .*{HIDDEN}.*got"):
         store.add(0, "mlp", x[:, :3], torch.zeros(BLOCK), layout)
 
@@ -409,8 +403,8 @@ def test_bad_settings_are_named(name, value):
 
 def test_an_mlp_whose_tokens_are_all_alike_trains_without_nan():
     data = planted("mlp", windows=2)
-    alike = [torch.ones_like(labels) for labels in data.token_labels]
-    data = SubBlockData(data.x, [torch.ones_like(y) for y in data.labels], data.layouts, alike)
+    alike = [torch.ones_like(exact) for exact in data.token_scores]
+    data = SubBlockData(data.x, [torch.ones_like(y) for y in data.scores], data.layouts, alike)
     profile = profile_of(data, flat=True)
     module = make_predictor("mlp", HIDDEN, 8, generator())
     result = fit(module, data, profile, PredictorSettings(steps=2, windows_per_step=1), generator())

@@ -18,8 +18,9 @@ pytestmark = pytest.mark.cpu_only
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+SHELL = "\n".join(re.findall(r"^```sh\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
 # Its command lines, continued ones in one line.
-COMMANDS = re.findall(r"^    lemo (\w+)(.*)$", README.replace("\\\n", ""), re.MULTILINE)
+COMMANDS = re.findall(r"^lemo (\w+)(.*)$", SHELL.replace("\\\n", ""), re.MULTILINE)
 
 
 def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
@@ -36,7 +37,7 @@ def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    assert len([line for line in code.splitlines() if line.strip()]) <= 14
     batches = [torch.randint(0, 64, (1, 256)) for _ in range(3)]
     names = {"batches": batches}
     exec(code.replace("path/to/model", str(tmp_path / "base")), names)
@@ -72,6 +73,18 @@ def test_settings_of_the_readme_are_those_of_its_command():
 
 def test_figures_are_those_of_the_results():
     assert readme_table.updated(README) == README
+
+
+def test_the_step_of_the_first_paragraphs_is_that_of_the_table():
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    found = {}
+    for tokens, method, seconds, memory in rows:
+        found.setdefault(tokens, []).append((float(seconds), memory, method))
+    others = [row for row in found["65536"] if not row[2].startswith("lemo")]
+    (ours,) = [row for row in found["65536"] if row[2].startswith("lemo: keep 0.5")]
+    text = " ".join(README.split())
+    assert f"with 65536 tokens takes {ours[0]:.2f} s and {ours[1]} GiB on an H200" in text
+    assert f"takes {min(others)[0]:.2f} s and {min(others)[1]} GiB" in text
 
 
 def record(bench, keep, ours, peer_value, unit, **more):
@@ -158,17 +171,22 @@ def test_missing_marker_is_an_error():
 def test_files_and_commands_of_the_readme_exist():
     from lemo.cli.main import app
 
-    for name in re.findall(r"^    ([a-z]+)/  ", README, re.MULTILINE):
-        assert (ROOT / name).is_dir(), name
+    (tree,) = re.findall(r"```text\n(.*?)```", README, re.DOTALL)
+    for folder, inner in re.findall(r"^(\S+)/ .*\n((?:  .*\n)*)", tree, re.MULTILINE):
+        assert (ROOT / folder).is_dir(), folder
+        for name in re.findall(r"^  (\S+)/ ", inner, re.MULTILINE):
+            assert (ROOT / folder / name).is_dir(), name
+    packages = {path.parent.name for path in (ROOT / "python/lemo").glob("*/__init__.py")}
+    assert packages <= set(re.findall(r"^  (\S+)/ ", tree, re.MULTILINE))
     for name in re.findall(r"\]\(((?!http)[^)#]+)", README):
         assert (ROOT / name).exists(), name
-    for name in re.findall(r"^      ([a-z/ ]+?)   ", README, re.MULTILINE):
-        for folder in name.split():
-            assert (ROOT / "python/lemo" / folder).is_dir(), folder
+    assert COMMANDS
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert {command for command, _ in COMMANDS} <= commands
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"^    make (\w+)", README, re.MULTILINE)) <= targets
+    named = set(re.findall(r"^make ([\w-]+)", SHELL, re.MULTILINE))
+    assert named
+    assert named | set(re.findall(r"`make ([\w-]+)", README)) <= targets
 
 
 def test_options_of_the_readme_exist():

@@ -82,7 +82,7 @@ def test_a_batch_rotates_kept_rows_by_their_own_tables():
     assert Batch.of(packed, 8, None, device).rotate(heads) is heads
     cos, sin = torch.randn(2, 1, 40, 6).unbind()
     batch = Batch.of(packed, 8, (cos, sin), device)
-    kept = ops.token_select(torch.rand(5), batch.layout, "ratio", 0.5)
+    kept = ops.token_select(torch.rand(5), batch.layout, "ratio", 0.5, 1, 1)
     rows = kept.rows.long()
     assert torch.equal(batch.rotate(heads[rows], kept), batch.rotate(heads)[rows])
     assert_close_fp32(batch.rotate(heads), reference.rope(heads, cos[0], sin[0], None, False))

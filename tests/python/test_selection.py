@@ -14,14 +14,8 @@ from lemo import reference
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.packing.blocks import BlockLayout
-from lemo.selection.scorers import (
-    ExactScorer,
-    PooledScorer,
-    PredictorScorer,
-    RandomScorer,
-    block_means,
-    visible_means,
-)
+from lemo.selection.scorers import ExactScorer, PooledScorer, PredictorScorer, RandomScorer
+from lemo.selection.scorers.pooled import block_means, visible_means
 from lemo.selection.selector import Selector
 from tiny_models import HIDDEN, config_of, make_model, padded_batch
 from tolerances import assert_close_fp32
@@ -138,7 +132,7 @@ def test_blocks_with_rows(lengths, block_size, rows):
     assert layout.blocks_with(chosen).tolist() == expected
 
 
-def test_first_chooses_and_the_others_share():
+def test_the_first_layer_chooses_for_all():
     kept, scored, _ = run(config_of(keep=0.4, dense_layers=[0, -1]))
     assert scored == [(1, "attention")]
     expected = cut(1, "attention", "ratio", 0.4)
@@ -275,7 +269,7 @@ def test_rows_behind_a_gap(burn_in, lengths):
     assert torch.equal(selector.masked_rows(), expected)
 
 
-def test_nothing_is_burnt_in_where_the_rest_is_computed():
+def test_nothing_is_burnt_in_where_left_out_rows_are_computed():
     settings = {"keep": 0.5, "dense_layers": [], "visible_keys": "computed"}
     masked, expected = (
         run(config_of(**settings, burn_in=burn_in))[2].masked_rows() for burn_in in (0.5, 0)
@@ -294,7 +288,8 @@ def test_the_last_pass_is_forgotten():
     selector.begin(other)
     assert selector.statistics() == []
     selector.select(0, "attention", lambda: torch.tensor([1.0, 0.0]))
-    assert selector._selected["attention"][0].layout is other
+    selector.select(0, "mlp", lambda: torch.tensor([1.0, 0.0]))
+    assert selector.statistics()[0].layout is other
 
 
 @pytest.mark.parametrize(
@@ -330,7 +325,7 @@ def test_block_means(lengths, block_size, tile):
     starts = layout.block_starts.tolist()
     expected = [x[first:end].mean(0) for first, end in pairwise(starts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.selection.scorers._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers.pooled._TILE_ELEMENTS", tile)
         assert_close_fp32(block_means(x, layout), torch.stack(expected))
     assert block_means(x.bfloat16(), layout).dtype == torch.float32
 
@@ -340,7 +335,7 @@ def test_visible_means(lengths, heads, tile):
     layout = BlockLayout.from_seqlens(lengths, 4)
     q, k = (torch.randn(layout.num_blocks, count, 5) for count in heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.selection.scorers._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers.pooled._TILE_ELEMENTS", tile)
         scores = visible_means(q, k, layout, 0.3)
     keys = k.repeat_interleave(heads[0] // heads[1], 1)
     products = 0.3 * torch.einsum("mhd,nhd->hmn", q, keys).clamp(min=0).mean(0)
@@ -392,7 +387,7 @@ def test_autocast_does_not_round_pooled_scores():
 
 # The GPU's block_scores knows no fp32; its own tests compare it there.
 @pytest.mark.cpu_only
-def test_label_scores():
+def test_exact_scores():
     layer, batch, x, scores, model = captured(ExactScorer, "llama")
     attention = layer.self_attn
     position = torch.cat([torch.arange(37), torch.arange(20)])
@@ -450,8 +445,9 @@ def test_predicted_scores(monkeypatch, block_size):
 
     thresholds = {"attention": [3.0] * 3, "mlp": [100.0] * 3}
     predictors = types.SimpleNamespace(block_size=8, scores=scores, thresholds=thresholds)
-    fake = types.SimpleNamespace(load=lambda folder, model_config: predictors)
-    monkeypatch.setattr(lemo, "predictors", fake, raising=False)
+    monkeypatch.setattr(
+        "lemo.selection.scorers.predictor.load", lambda folder, model_config: predictors
+    )
     settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
     config = config_of(**settings, dense_layers=[0], block_size=block_size)
     model = make_model("llama")

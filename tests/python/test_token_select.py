@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from devices import no_synchronisation, on_gpu
 from lemo import _C, LemoConfig, ops, reference
+from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.selector import Selector
@@ -52,17 +53,17 @@ def test_matches_the_oracle(
     value=st.floats(0, 1),
     seed=st.integers(0, 99),
 )
-def test_what_is_left_out_is_the_rest(seqlens, block_size, value, seed):
+def test_kept_and_left_out_rows_are_all_rows(seqlens, block_size, value, seed):
     torch.manual_seed(seed)
     layout = BlockLayout.from_seqlens(seqlens, block_size)
     kept = ops.token_select(torch.rand(layout.num_blocks), layout, "threshold", value, 0, 0)
-    rest = ops.left_out(kept)
-    rows, order = torch.cat((kept.rows, rest.rows)).sort()
+    left_out = ops.left_out(kept)
+    rows, order = torch.cat((kept.rows, left_out.rows)).sort()
     assert torch.equal(rows, torch.arange(layout.num_tokens, dtype=torch.int32))
     positions = [torch.arange(length, dtype=torch.int32) for length in seqlens]
-    assert torch.equal(torch.cat((kept.positions, rest.positions))[order], torch.cat(positions))
-    assert torch.equal(kept.cu_rows + rest.cu_rows, layout.cu_seqlens)
-    blocks = torch.cat((kept.kept_blocks, rest.kept_blocks)).sort().values
+    assert torch.equal(torch.cat((kept.positions, left_out.positions))[order], torch.cat(positions))
+    assert torch.equal(kept.cu_rows + left_out.cu_rows, layout.cu_seqlens)
+    blocks = torch.cat((kept.kept_blocks, left_out.kept_blocks)).sort().values
     assert torch.equal(blocks, torch.arange(layout.num_blocks, dtype=torch.int32))
 
 
@@ -75,8 +76,8 @@ def test_share_is_rounded_up_from_the_exact_product(percent):
         selection = ops.token_select(scores, layout, "ratio", percent / 100, 0, 0)
         assert selection.num_rows == -(-percent * count // 100), count
         kept = scores[selection.kept_blocks.long()]
-        rest = scores.index_fill(0, selection.kept_blocks.long(), -1.0)
-        assert selection.num_rows == 0 or kept.min() >= rest.max()
+        left_out = scores.index_fill(0, selection.kept_blocks.long(), -1.0)
+        assert selection.num_rows == 0 or kept.min() >= left_out.max()
 
 
 def test_nothing_kept_one_token_and_empty_sequences():
@@ -125,9 +126,9 @@ def test_opcheck():
 def test_repeats_are_bit_equal():
     layout = BlockLayout.from_seqlens([3000, 2000], 16)
     scores = torch.randint(50, (layout.num_blocks,)).float()
-    first = ops.token_select(scores, layout, "ratio", 0.4)
+    first = ops.token_select(scores, layout, "ratio", 0.4, 1, 1)
     for _ in range(100):
-        again = ops.token_select(scores, layout, "ratio", 0.4)
+        again = ops.token_select(scores, layout, "ratio", 0.4, 1, 1)
         assert torch.equal(first.rows, again.rows)
         assert torch.equal(first.positions, again.positions)
 
@@ -176,6 +177,7 @@ LAYOUT = BlockLayout.from_seqlens([10, 5], 4)  # 3 + 2 blocks
 )
 def test_bad_inputs_name_the_argument(change, exception, message):
     arguments = {"scores": torch.rand(5), "layout": LAYOUT, "policy": "ratio", "value": 0.5}
+    arguments |= {"keep_first": 1, "keep_last": 1}
     with pytest.raises(exception, match=message):
         ops.token_select(**(arguments | change))
 
@@ -239,8 +241,8 @@ def test_a_selection_never_waits_for_the_gpu():
     scores = torch.rand(layout.num_blocks)
     with no_synchronisation():
         # A new batch, two layers that score for themselves, and what attention and loss need.
-        batch = PackedBatch((1, 1030), None, None, 64, scores.device)
-        batch.set_rotary(*torch.randn(2, 1, 1030, 8).unbind())
+        packed = PackedBatch((1, 1030), None, None, scores.device)
+        batch = Batch.of(packed, 64, torch.randn(2, 1, 1030, 8).unbind(), scores.device)
         selector = Selector(LemoConfig(keep=0.5, layerwise={"select_at": "all"}), 2)
         selector.begin(batch.layout)
         for layer in range(2):
@@ -253,4 +255,4 @@ def test_a_selection_never_waits_for_the_gpu():
         selector.statistics()
     if on_gpu():
         with pytest.raises(RuntimeError), no_synchronisation():
-            ops.token_select(scores, layout, "threshold", 0.5)
+            ops.token_select(scores, layout, "threshold", 0.5, 1, 1)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lemo import LemoConfig
 from lemo.predictors.storage import load as load_predictors
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
-from lemo.preparation.pipeline import Window, prepare
+from lemo.preparation.pipeline import prepare
+from lemo.preparation.windows import Window
 from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.preparation import PredictorSettings
 from lemo.training import fingerprint

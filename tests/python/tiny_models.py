@@ -1,6 +1,7 @@
 """Tiny random models and batches of every supported architecture, shared by tests."""
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from devices import working_dtype
@@ -13,6 +14,10 @@ WINDOW = 11  # of the sliding layers, smaller than any test sequence
 
 HIDDEN = 32  # heads of 8
 HEAD_DIM = 16  # where it is not hidden size / heads
+
+# The linear layers of any architecture.
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LINEAR += ["out_proj", "fc1", "fc2"]
 
 _COMMON = {
     "vocab_size": VOCABULARY,
@@ -83,6 +88,13 @@ def flat_config(**settings) -> LemoConfig:
     if isinstance(settings.get("keep"), list | tuple):
         layerwise["keep"] = settings.pop("keep")
     return LemoConfig(**settings, layerwise=layerwise)
+
+
+def lora(model: PreTrainedModel, **settings: object) -> PeftModel:
+    """LoRA whose second matrix is not zero, the same for equal models."""
+    torch.manual_seed(1)
+    settings = {"target_modules": LINEAR, "r": 4, "init_lora_weights": False} | settings
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 
 def make_ids(batch: int, tokens: int, seed: int = 0) -> torch.Tensor:

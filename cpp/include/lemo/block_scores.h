@@ -1,10 +1,9 @@
-// block_scores: how much later queries ask of each block of keys; the labels of the predictors.
+// block_scores: exact scores, how much the queries of later blocks need the keys of each block.
 #pragma once
 
-#include <algorithm>
+#include <cstdint>
 #include <string_view>
 
-#include "lemo/blocks.h"
 #include "lemo/tensor.h"
 
 namespace lemo {
@@ -19,7 +18,8 @@ struct BlockScoresParams {
     Tensor cu_blocks;     // [N+1] int32
     double scale;         // positive
     Tensor scores;        // [B] float32, written
-    Tensor scratch{};     // [BlockScoresCut::scratch()] float32 on CUDA, absent on the CPU
+    // On a GPU: block_scores_scratch_bytes bytes of its memory, from a 256-byte boundary on.
+    void* scratch = nullptr;
     std::string_view kernel = "auto";  // on CUDA also "portable" or "hopper"
 };
 
@@ -31,28 +31,7 @@ void block_scores_cpu(const BlockScoresParams& params);
 /// takes "hopper" on compute capability 9.0 where the build has that kernel, else "portable".
 void block_scores_cuda(const BlockScoresParams& params, void* stream);
 
-/// How the CUDA kernels cut their work. The host knows sizes only, not where the blocks lie.
-struct BlockScoresCut {
-    // Rows of one product. A tile of queries is the whole blocks that fit, or one larger block.
-    static constexpr int64_t kQueryRows = 128;
-    static constexpr int64_t kKeyRows = 256;
-    // The queries of a tile of keys are summed in at most this many parts: enough to occupy a GPU
-    // on short inputs, few enough that the parts take memory linear in the number of blocks.
-    static constexpr int64_t kMaxParts = 128;
-
-    int64_t blocks;
-    int64_t parts;  // at most, for one tile of keys
-
-    BlockScoresCut(int64_t tokens, int64_t num_blocks, int64_t sequences) : blocks(num_blocks) {
-        // Two neighbouring tiles of a sequence have more than kQueryRows rows together.
-        const int64_t tiles =
-            std::min(num_blocks, 2 * tokens / (kQueryRows + 1) + std::max<int64_t>(sequences, 0));
-        parts = std::max<int64_t>(std::min(tiles, kMaxParts), 1);
-    }
-
-    /// 4-byte elements: counters, 4 + 2 for each block, firsts of both kinds of tiles and of groups
-    /// of tiles, the parts.
-    int64_t scratch() const { return 4 + 6 * blocks + 3 * (blocks + 1) + parts * blocks; }
-};
+/// Scratch of a call on CUDA; `scratch` itself is not looked at.
+int64_t block_scores_scratch_bytes(const BlockScoresParams& params);
 
 }  // namespace lemo

@@ -1,4 +1,4 @@
-// The one owner of block, segment and row arithmetic; host and device code and the tests share it.
+// Arithmetic of blocks, loss chunks and rows, shared by host code, device code and the tests.
 #pragma once
 
 #include <cmath>
@@ -92,11 +92,11 @@ struct SelectionSize {
 };
 
 /// What the ratio policy keeps of these sequences. The rows depend on the scores only where a
-/// ragged last block competes with others. Throws Error on arguments that do not fit.
+/// ragged last block competes with other blocks. Throws Error on arguments that do not fit.
 SelectionSize plan_selection(const std::vector<int64_t>& seqlens, int64_t block_size, double value,
                              int64_t keep_first, int64_t keep_last);
 
-/// Rows of one loss segment, so that its fp32 logits take at most `budget_bytes` (at least 1 row).
+/// Rows of one loss chunk, so that its fp32 logits take at most `budget_bytes` (at least 1 row).
 int64_t plan_loss_chunk(int64_t rows, int64_t vocabulary, int64_t budget_bytes);
 
 }  // namespace lemo

@@ -1,4 +1,4 @@
-// linear_cross_entropy: loss of a vocabulary projection and its gradients, a segment at a time.
+// linear_cross_entropy: loss of a vocabulary projection and its gradients, a loss chunk at a time.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace lemo {
 
 /// Sum over the labels that are not `ignore_index` of the cross entropy of hidden @ weight.T +
-/// bias, and the gradients of that sum, computed while a segment's logits are there.
+/// bias, and the gradients of that sum, computed while a loss chunk's logits are there.
 ///
 /// A label that is neither in [0, V) nor `ignore_index` fails `check` on the CPU. Labels on a GPU
 /// are not read back: there the loss and every gradient that the row takes part in become NaN.
@@ -27,7 +27,8 @@ struct LinearCrossEntropyParams {
     Tensor dhidden;
     Tensor dweight;  // [V, H] of weight's dtype, written; absent: not computed
     Tensor dbias;    // [V] of bias's dtype, written; absent: not computed
-    // For CUDA: linear_cross_entropy_scratch_bytes of device memory, on a 256-byte boundary.
+    // On a GPU: linear_cross_entropy_scratch_bytes bytes of its memory, from a 256-byte boundary
+    // on.
     void* scratch = nullptr;
 };
 
@@ -35,8 +36,8 @@ void check(const LinearCrossEntropyParams& params);
 
 void linear_cross_entropy_cpu(const LinearCrossEntropyParams& params);
 
-/// What linear_cross_entropy_cuda writes beside its results: mostly the logits of a segment, and
-/// sums of weight gradients in fp32. Throws Error where CUDA does not support the dtypes.
+/// Scratch of a call on CUDA: mostly the logits of a loss chunk, and sums of weight gradients in
+/// fp32. `scratch` itself is not looked at. Throws Error where CUDA does not support the dtypes.
 int64_t linear_cross_entropy_scratch_bytes(const LinearCrossEntropyParams& params);
 
 void linear_cross_entropy_cuda(const LinearCrossEntropyParams& params, void* stream);

@@ -1,6 +1,8 @@
 // predictor: low-rank maps of each token -> one vector for each block -> scores of blocks.
 #pragma once
 
+#include <cstdint>
+
 #include "lemo/tensor.h"
 
 namespace lemo {
@@ -15,13 +17,14 @@ struct PredictorWeights {
 /// k_n and q_m are the means of f over the tokens of a block. With a query predictor score[n] =
 /// k_n . mean of q_m over the blocks m >= n of the sequence; without one E = 1 and score[n] = k_n.
 struct PredictorParams {
-    Tensor x;                // [T, H] float
+    Tensor x;  // [T, H] float
     PredictorWeights key;
     PredictorWeights query;  // all three absent, or of the key's E
     Tensor block_starts;     // [B+1] int32
     Tensor cu_blocks;        // [N+1] int32
     Tensor scores;           // [B] float32, written
-    Tensor scratch{};        // on CUDA: predictor_scratch_bytes bytes, from a 256-byte boundary on
+    // On a GPU: predictor_scratch_bytes bytes of its memory, from a 256-byte boundary on.
+    void* scratch = nullptr;
 };
 
 struct PredictorBackwardParams {
@@ -29,7 +32,7 @@ struct PredictorBackwardParams {
     PredictorParams forward;  // `scores` is absent
     PredictorWeights dkey;    // float32 gradients of the weights' shapes, written
     PredictorWeights dquery;  // absent where the query predictor is
-    Tensor scratch{};         // on CUDA: predictor_scratch_bytes bytes, from a 256-byte boundary on
+    void* scratch = nullptr;  // likewise; that of `forward` is not used
 };
 
 void check(const PredictorParams& params);
@@ -46,7 +49,7 @@ void predictor_backward_cpu(const PredictorBackwardParams& params);
 void predictor_cuda(const PredictorParams& params, void* stream);
 void predictor_backward_cuda(const PredictorBackwardParams& params, void* stream);
 
-/// Of a call on CUDA; `scratch` itself is not looked at.
+/// Scratch of a call on CUDA; `scratch` itself is not looked at.
 int64_t predictor_scratch_bytes(const PredictorParams& params);
 int64_t predictor_scratch_bytes(const PredictorBackwardParams& params);
 

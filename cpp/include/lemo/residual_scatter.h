@@ -1,4 +1,4 @@
-// residual_scatter: x[rows] += y in place, and its adjoint, the gather dy = dx[rows].
+// residual_scatter: x[rows] += y in place. gather_rows, its adjoint: y = x[rows].
 #pragma once
 
 #include "lemo/tensor.h"
@@ -11,20 +11,20 @@ struct ResidualScatterParams {
     Tensor rows;  // [R] int32, strictly ascending; absent: R == T and every row
 };
 
-struct ResidualGatherParams {
-    Tensor dx;    // [T, H] float
+struct GatherRowsParams {
+    Tensor x;     // [T, H] float
     Tensor rows;  // [R] int32, strictly ascending; absent: every row
-    Tensor dy;    // [R, H] float of dx's dtype, written
+    Tensor y;     // [R, H] float of x's dtype, written
 };
 
 void check(const ResidualScatterParams& params);
-void check(const ResidualGatherParams& params);
+void check(const GatherRowsParams& params);
 
 void residual_scatter_cpu(const ResidualScatterParams& params);
-void residual_gather_cpu(const ResidualGatherParams& params);
+void gather_rows_cpu(const GatherRowsParams& params);
 
 /// `stream` is a cudaStream_t. Asynchronous; one writer for each row.
 void residual_scatter_cuda(const ResidualScatterParams& params, void* stream);
-void residual_gather_cuda(const ResidualGatherParams& params, void* stream);
+void gather_rows_cuda(const GatherRowsParams& params, void* stream);
 
 }  // namespace lemo

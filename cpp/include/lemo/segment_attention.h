@@ -22,18 +22,20 @@ struct SegmentAttentionParams {
     int64_t group_size = 0;  // positions of a shifted group; 0: no groups
     // On a GPU also "hopper", "portable", "portable-small" (for tests).
     std::string_view kernel = "auto";
-    Tensor out;      // [Rq, Hq, D] of q's dtype; read by the backward pass
-    Tensor lse;      // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
-    Tensor scratch;  // int32, segment_attention_scratch_bytes of them; absent on the CPU
+    Tensor out;  // [Rq, Hq, D] of q's dtype; read by the backward pass
+    Tensor lse;  // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
+    // On a GPU: segment_attention_scratch_bytes bytes of its memory, from a 256-byte boundary on.
+    void* scratch = nullptr;
 };
 
 struct SegmentAttentionBackwardParams {
     SegmentAttentionParams forward;
     bool deterministic = true;  // bit-equal repeats; the CPU always is
-    Tensor dout;  // [Rq, Hq, D] of q's dtype
-    Tensor dq;    // as q, written
-    Tensor dk;    // as k, written
-    Tensor dv;    // as v, written
+    Tensor dout;                // [Rq, Hq, D] of q's dtype
+    Tensor dq;                  // as q, written
+    Tensor dk;                  // as k, written
+    Tensor dv;                  // as v, written
+    void* scratch = nullptr;    // as that of `forward`, which is not used
 };
 
 void check(const SegmentAttentionParams& params);
@@ -42,7 +44,8 @@ void check(const SegmentAttentionBackwardParams& params);
 void segment_attention_cpu(const SegmentAttentionParams& params);
 void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params);
 
-/// Scratch that the CUDA kernels need beyond the results.
+/// Scratch of a call on CUDA; `scratch` itself is not looked at. Throws Error where CUDA does not
+/// support the arguments.
 int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params);
 int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params);
 

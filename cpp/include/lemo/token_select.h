@@ -28,7 +28,7 @@ struct TokenSelectParams {
 
 /// Lists the chosen blocks and their rows. Split from the choice because the sizes of its results
 /// may be known only after it. On the CPU a size that is not K or R raises; on a GPU what lies
-/// beyond a size is left out, and the rest of a result that is too large is not written.
+/// beyond a size is left out, and what is left of a result that is too large is not written.
 struct TokenRowsParams {
     Tensor block_starts;  // [B+1] int32
     Tensor cu_blocks;     // [N+1] int32

@@ -1,11 +1,10 @@
-// The warpgroups that multiply, and the maxima of their sums over pairs of blocks.
+// The consumer warpgroups: mmas of queries and keys, and the maxima of their sums over pairs of
+// blocks.
 #pragma once
 
 #include "block_scores/hopper/traits.h"
 
-namespace lemo::block_scores::hopper {
-
-using cuda::RingPosition;
+namespace lemo::cuda::block_scores::hopper {
 
 /// A thread's sums over heads, of each half of the keys.
 ///
@@ -13,10 +12,10 @@ using cuda::RingPosition;
 /// columns the two from 2 (l % 4) on: element 4 g + 2 r + c is row r of these two and column c of
 /// those of group g.
 template <typename Traits>
-using Sums = float[2][Traits::kProductKeys / 2];
+using HeadSums = float[2][Traits::kMmaKeys / 2];
 
 template <typename Traits>
-inline constexpr int kGroups = Traits::kProductKeys / 8;  // of columns, in each half
+inline constexpr int kGroups = Traits::kMmaKeys / 8;  // of columns, in each half
 
 /// Raises a cell by the maximum over a warp. The sums are not negative, so their order is that of
 /// their bits, and a maximum is the same in whatever order it is taken.
@@ -28,9 +27,9 @@ __device__ __forceinline__ void raise_cell(int* cell, int value, int lane) {
 /// The rows of one warp in a job, and the blocks that they belong to.
 struct WarpRows {
     int lane;
-    int first;             // row of the pair
-    int first_block;       // counted from the first block of the pair
-    uint32_t starts;       // bit i: a block begins at the warp's row i, i > 0
+    int first;        // row of the pair
+    int first_block;  // counted from the first block of the pair
+    uint32_t starts;  // bit i: a block begins at the warp's row i, i > 0
     const Job& job;
 
     __device__ WarpRows(const Job& job, int first)
@@ -54,25 +53,24 @@ struct WarpRows {
 
 /// Zeroes the sums that the mask hides, and those of rows and keys behind the tiles.
 template <typename Traits>
-__device__ __forceinline__ void hide(const WarpRows& rows, Sums<Traits>& sums) {
+__device__ __forceinline__ void hide(const WarpRows& rows, HeadSums<Traits>& sums) {
     const Job& job = rows.job;
     const int warp_row = job.query_row + rows.first;
     const bool below_diagonal = warp_row >= job.key_row + kKeyRows;
-    if (below_diagonal && job.key_row + kKeyRows <= job.key_end &&
-        warp_row + 16 <= job.query_end) {
+    if (below_diagonal && job.key_row + kKeyRows <= job.key_end && warp_row + 16 <= job.query_end) {
         return;
     }
     CUTE_UNROLL
     for (int r = 0; r < 2; ++r) {
         const int row = warp_row + rows.lane / 4 + 8 * r;
         // Columns from here on are hidden, relative to the lane's first one.
-        const int end = (row < job.query_end ? min(row, job.key_end) : 0) - job.key_row -
-                        rows.lane % 4 * 2;
+        const int end =
+            (row < job.query_end ? min(row, job.key_end) : 0) - job.key_row - rows.lane % 4 * 2;
         CUTE_UNROLL
         for (int half = 0; half < 2; ++half) {
             CUTE_UNROLL
             for (int i = 0; i < kGroups<Traits> * 2; ++i) {
-                const int column = half * Traits::kProductKeys + i / 2 * 8 + i % 2;
+                const int column = half * Traits::kMmaKeys + i / 2 * 8 + i % 2;
                 if (column >= end) sums[half][i / 2 * 4 + r * 2 + i % 2] = 0.0f;
             }
         }
@@ -82,8 +80,8 @@ __device__ __forceinline__ void hide(const WarpRows& rows, Sums<Traits>& sums) {
 /// Raises a row of cells where all rows of the warp belong to one block, and blocks of keys begin
 /// at multiples of eight columns.
 template <typename Traits>
-__device__ __forceinline__ void raise_whole_groups(const WarpRows& rows, const Sums<Traits>& sums,
-                                                   int* cell) {
+__device__ __forceinline__ void raise_whole_groups(const WarpRows& rows,
+                                                   const HeadSums<Traits>& sums, int* cell) {
     int best = 0;
     const auto flush = [&] {
         raise_cell(cell++, best, rows.lane);
@@ -117,8 +115,8 @@ __device__ __forceinline__ void raise_whole_groups(const WarpRows& rows, const S
 
 /// Raises a row of cells by those rows of the warp that belong to block `block` of queries.
 template <typename Traits>
-__device__ __forceinline__ void raise_row(const WarpRows& rows, const Sums<Traits>& sums, int block,
-                                          int* cell) {
+__device__ __forceinline__ void raise_row(const WarpRows& rows, const HeadSums<Traits>& sums,
+                                          int block, int* cell) {
     const bool valid[2] = {rows.block(0) == block, rows.block(1) == block};
     int best = 0;
     CUTE_UNROLL
@@ -159,8 +157,8 @@ __device__ __forceinline__ void raise_row(const WarpRows& rows, const Sums<Trait
 
 /// Gathers the maxima of a job in the cells.
 template <typename Traits>
-__device__ __forceinline__ void raise_cells(const WarpRows& rows, const Sums<Traits>& sums,
-                                            RingPosition<2>& at, Shared<Traits>& shared) {
+__device__ __forceinline__ void raise_cells(const WarpRows& rows, const HeadSums<Traits>& sums,
+                                            RingPosition<2>& at, ScoresShared<Traits>& shared) {
     const Job& job = rows.job;
     const int num_keys = job.num_keys, num_queries = job.num_queries;
     // Where a tile of queries takes several jobs, one of its sides is a single block, and all its
@@ -185,26 +183,27 @@ __device__ __forceinline__ void raise_cells(const WarpRows& rows, const Sums<Tra
     }
 }
 
-/// Products of this warpgroup, in turn with the other one's: while one adds, the other multiplies.
+/// The mmas of this warpgroup, which alternate with the other one's: while one adds, the other
+/// multiplies.
 template <typename Traits>
-class Multiplier {
+class ScoresMma {
 public:
-    using Product = decltype(cute::partition_fragment_C(
-        typename Traits::Mma{},
-        cute::Shape<cute::Int<kQueryRows>, cute::Int<Traits::kProductKeys>>{}));
+    using Accumulators = decltype(cute::partition_fragment_C(
+        typename Traits::Mma{}, cute::Shape<cute::Int<kQueryRows>, cute::Int<Traits::kMmaKeys>>{}));
 
-    __device__ Multiplier(Shared<Traits>& shared, int thread)
-        : shared_(shared), slice_(typename Traits::Mma{}.get_slice(thread)),
-          lane_(thread % 32), warpgroup_(thread / cuda::kWarpgroupThreads),
-          // The first warpgroup has the first turn: its barrier counts as passed on before.
+    __device__ ScoresMma(ScoresShared<Traits>& shared, int thread)
+        : shared_(shared), slice_(typename Traits::Mma{}.get_slice(thread)), lane_(thread % 32),
+          warpgroup_(thread / kWarpgroupThreads),
+          // No warp arrives for the first mma of the first warpgroup: it waits for the phase
+          // before.
           parity_(warpgroup_ == 0 ? 1 : 0) {}
 
-    /// product = queries keys^T, of the queries of this warpgroup and half of the keys.
+    /// accumulators = queries keys^T, of the queries of this warpgroup and half of the keys.
     __device__ __forceinline__ void multiply(int query_stage, int key_stage, int half,
-                                             Product& product) {
+                                             Accumulators& accumulators) {
         using namespace cute;
         constexpr int kSteps = Traits::kHeadDim / 16;
-        // The addresses are worked out anew for every product, as sums fill the registers.
+        // The addresses are worked out anew for every mma, as sums fill the registers.
         asm volatile("" : "+r"(query_stage), "+r"(key_stage));
         const auto queries = slice_.partition_fragment_A(make_tensor(
             make_smem_ptr(shared_.queries[query_stage]), typename Traits::QueryLayout{}));
@@ -212,25 +211,25 @@ public:
             make_smem_ptr(shared_.keys[key_stage][half]), typename Traits::KeyLayout{}));
         typename Traits::Mma mma;
         mma.accumulate_ = SM90::GMMA::ScaleOut::Zero;
-        shared_.turns[warpgroup_].wait(parity_);
+        shared_.scheduler[warpgroup_].wait(parity_);
         parity_ ^= 1;
-        warpgroup_fence_operand(product);
+        warpgroup_fence_operand(accumulators);
         warpgroup_arrive();
         CUTE_UNROLL
         for (int step = 0; step < kSteps; ++step) {
-            // Early, so that the other warpgroup is there when this product ends.
-            if (step == kSteps * 3 / 4 && lane_ == 0) shared_.turns[warpgroup_ ^ 1].arrive();
-            gemm(mma, queries(_, _, step), keys(_, _, step), product);
+            // Early, so that the other warpgroup is ready when this mma ends.
+            if (step == kSteps * 3 / 4 && lane_ == 0) shared_.scheduler[warpgroup_ ^ 1].arrive();
+            gemm(mma, queries(_, _, step), keys(_, _, step), accumulators);
             mma.accumulate_ = SM90::GMMA::ScaleOut::One;
         }
         warpgroup_commit_batch();
-        warpgroup_fence_operand(product);
-        cuda::wait_products<0>();
-        warpgroup_fence_operand(product);  // lest the compiler read it before
+        warpgroup_fence_operand(accumulators);
+        wait_mmas<0>();
+        warpgroup_fence_operand(accumulators);  // lest the compiler read it before
     }
 
 private:
-    Shared<Traits>& shared_;
+    ScoresShared<Traits>& shared_;
     decltype(typename Traits::Mma{}.get_slice(0)) slice_;
     int lane_, warpgroup_;
     uint32_t parity_;
@@ -238,11 +237,12 @@ private:
 
 /// Run by the consumer warps; `thread` counts from their first one.
 template <typename Traits>
-__device__ void consume(const Arguments& args, Shared<Traits>& shared, int thread) {
+__device__ void consume_scores(const ScoresArguments& args, ScoresShared<Traits>& shared,
+                               int thread) {
     const int group = args.heads / args.key_heads;
 
-    Multiplier<Traits> multiplier(shared, thread);
-    typename Multiplier<Traits>::Product product;
+    ScoresMma<Traits> mma(shared, thread);
+    typename ScoresMma<Traits>::Accumulators accumulators;
     RingPosition<2> job_at, cells_at;
     RingPosition<Traits::kKeyStages> keys_at;
     RingPosition<Traits::kQueryStages> queries_at;
@@ -252,21 +252,21 @@ __device__ void consume(const Arguments& args, Shared<Traits>& shared, int threa
         const int key_halves = job.key_halves;
         if (key_halves == 0) return;
 
-        Sums<Traits> sums = {};
+        HeadSums<Traits> sums = {};
         for (int key_head = 0; key_head < args.key_heads; ++key_head) {
             shared.keys_full[keys_at.stage].wait(keys_at.parity);
             for (int head = 0; head < group; ++head) {
                 shared.queries_full[queries_at.stage].wait(queries_at.parity);
                 const auto multiply = [&](int half) {
-                    multiplier.multiply(queries_at.stage, keys_at.stage, half, product);
+                    mma.multiply(queries_at.stage, keys_at.stage, half, accumulators);
                     if (half + 1 < key_halves) return;
                     shared.queries_empty[queries_at.stage].arrive_warp();
                     if (head == group - 1) shared.keys_empty[keys_at.stage].arrive_warp();
                 };
-                const auto add = [&](float (&half_sums)[Traits::kProductKeys / 2]) {
+                const auto add = [&](float (&half_sums)[Traits::kMmaKeys / 2]) {
                     CUTE_UNROLL
-                    for (int i = 0; i < Traits::kProductKeys / 2; ++i) {
-                        half_sums[i] += fmaxf(product(i), 0.0f);
+                    for (int i = 0; i < Traits::kMmaKeys / 2; ++i) {
+                        half_sums[i] += fmaxf(accumulators(i), 0.0f);
                     }
                 };
                 multiply(0);
@@ -283,10 +283,10 @@ __device__ void consume(const Arguments& args, Shared<Traits>& shared, int threa
         const WarpRows rows(job, thread / 32 * 16);
         hide<Traits>(rows, sums);
         raise_cells<Traits>(rows, sums, cells_at, shared);
-        __syncwarp();  // the next job's products begin with whole warps
+        __syncwarp();  // the next job's mmas begin with whole warps
         shared.job_empty[job_at.stage].arrive();
         job_at.advance();
     }
 }
 
-}  // namespace lemo::block_scores::hopper
+}  // namespace lemo::cuda::block_scores::hopper

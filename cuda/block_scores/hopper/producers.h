@@ -1,18 +1,16 @@
-// The warps that multiply nothing: one plans the jobs, one copies queries and keys, and one adds up
-// the maxima that the consumers have found.
+// The warps of the producer warpgroup: one plans the jobs, one copies queries and keys, and one
+// adds up the maxima that the consumers have found.
 #pragma once
 
 #include "block_scores/hopper/traits.h"
 
-namespace lemo::block_scores::hopper {
-
-using cuda::RingPosition;
+namespace lemo::cuda::block_scores::hopper {
 
 /// One warp: finds the pairs of tiles and what their blocks are.
 template <typename Traits>
-class Planner {
+class JobPlanner {
 public:
-    __device__ Planner(const Arguments& args, Shared<Traits>& shared)
+    __device__ JobPlanner(const ScoresArguments& args, ScoresShared<Traits>& shared)
         : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
     __device__ void run() {
@@ -22,7 +20,7 @@ public:
             item.key_tile = __shfl_sync(0xffffffffu, item.key_tile, 0);
             item.part = __shfl_sync(0xffffffffu, item.part, 0);
             if (item.key_tile < 0) break;
-            Walk walk;
+            PairWalk walk;
             Pair pair = walk.enter(args_, item);
             while (pair.query_tile >= 0) {
                 const Pair next = walk.after(args_, pair);
@@ -36,9 +34,9 @@ public:
     }
 
 private:
-    __device__ void put(const Walk& walk, const Pair& pair, int part, bool last_of_item) {
-        const int first_query = args_.workspace.query_first[pair.query_tile];
-        const int end_query = args_.workspace.query_first[pair.query_tile + 1];
+    __device__ void put(const PairWalk& walk, const Pair& pair, int part, bool last_of_item) {
+        const int first_query = args_.scratch.query_first[pair.query_tile];
+        const int end_query = args_.scratch.query_first[pair.query_tile + 1];
         shared_.job_empty[at_.stage].wait(at_.parity ^ 1);
         Job& job = shared_.jobs[at_.stage];
         if (lane_ < kQueryRows / 32) job.query_starts[lane_] = 0;
@@ -48,8 +46,7 @@ private:
         mark<kKeyRows>(job.key_starts, walk.first_block, walk.first_block + walk.num_keys,
                        pair.key_row);
         __syncwarp();
-        const bool mixed =
-            lane_ < kKeyRows / 32 && (job.key_starts[lane_] & 0xfefefefeu) != 0;
+        const bool mixed = lane_ < kKeyRows / 32 && (job.key_starts[lane_] & 0xfefefefeu) != 0;
         const bool mixed_columns = __any_sync(0xffffffffu, mixed);
         if (lane_ == 0) {
             job.query_row = pair.query_row;
@@ -60,10 +57,10 @@ private:
             job.num_keys = walk.num_keys;
             // The last query sees most.
             const int last_row = min(pair.query_row + kQueryRows, pair.query_end) - 1;
-            const int second_half = pair.key_row + Traits::kProductKeys;
+            const int second_half = pair.key_row + Traits::kMmaKeys;
             job.key_halves = second_half < min(walk.key_end, last_row) ? 2 : 1;
-            job.first_of_tile = pair.key_row == walk.key_first &&
-                                pair.query_row == args_.block_starts[first_query];
+            job.first_of_tile =
+                pair.key_row == walk.key_first && pair.query_row == args_.block_starts[first_query];
             job.last_of_tile = walk.last_of_tile(pair);
             job.last_of_item = last_of_item;
             job.mixed_columns = mixed_columns;
@@ -84,17 +81,17 @@ private:
         }
     }
 
-    const Arguments& args_;
-    Shared<Traits>& shared_;
+    const ScoresArguments& args_;
+    ScoresShared<Traits>& shared_;
     const int lane_;
     RingPosition<2> at_;
 };
 
 /// Run by one thread: copies the keys of every key head, and the queries of the heads of its group.
 template <typename Traits>
-__device__ void copy_tiles(const HopperArguments& args, Shared<Traits>& shared) {
+__device__ void copy_tiles(const HopperScoresArguments& args, ScoresShared<Traits>& shared) {
     using Element = typename Traits::Element;
-    constexpr int kProductKeys = Traits::kProductKeys, kHeadDim = Traits::kHeadDim;
+    constexpr int kMmaKeys = Traits::kMmaKeys, kHeadDim = Traits::kHeadDim;
     constexpr int kElementBytes = sizeof(Element);
     const int heads = args.plan.heads, key_heads = args.plan.key_heads;
     const int group = heads / key_heads;
@@ -110,27 +107,27 @@ __device__ void copy_tiles(const HopperArguments& args, Shared<Traits>& shared) 
         if (key_halves == 0) return;
         int head = 0;
         for (int key_head = 0; key_head < key_heads; ++key_head) {
-            cuda::Barrier& keys_full = shared.keys_full[keys_at.stage];
+            Barrier& keys_full = shared.keys_full[keys_at.stage];
             shared.keys_empty[keys_at.stage].wait(keys_at.parity ^ 1);
-            keys_full.arrive_expecting(key_halves * kProductKeys * kHeadDim * kElementBytes);
+            keys_full.arrive_expecting(key_halves * kMmaKeys * kHeadDim * kElementBytes);
             for (int half = 0; half < key_halves; ++half) {
                 CUTE_UNROLL
-                for (int column = 0; column < kHeadDim; column += cuda::kCopyColumns) {
-                    cuda::copy_box(args.k, keys_full,
-                                   shared.keys[keys_at.stage][half] + column * kProductKeys,
-                                   column, key_head, key_row + half * kProductKeys);
+                for (int column = 0; column < kHeadDim; column += kCopyColumns) {
+                    copy_box(args.k, keys_full,
+                             shared.keys[keys_at.stage][half] + column * kMmaKeys, column, key_head,
+                             key_row + half * kMmaKeys);
                 }
             }
             keys_at.advance();
             for (const int end = head + group; head < end; ++head) {
-                cuda::Barrier& queries_full = shared.queries_full[queries_at.stage];
+                Barrier& queries_full = shared.queries_full[queries_at.stage];
                 shared.queries_empty[queries_at.stage].wait(queries_at.parity ^ 1);
                 queries_full.arrive_expecting(kQueryRows * kHeadDim * kElementBytes);
                 CUTE_UNROLL
-                for (int column = 0; column < kHeadDim; column += cuda::kCopyColumns) {
-                    cuda::copy_box(args.q, queries_full,
-                                   shared.queries[queries_at.stage] + column * kQueryRows, column,
-                                   head, query_row);
+                for (int column = 0; column < kHeadDim; column += kCopyColumns) {
+                    copy_box(args.q, queries_full,
+                             shared.queries[queries_at.stage] + column * kQueryRows, column, head,
+                             query_row);
                 }
                 queries_at.advance();
             }
@@ -141,7 +138,7 @@ __device__ void copy_tiles(const HopperArguments& args, Shared<Traits>& shared) 
 /// Run by one warp: for every block of keys, the sum of the maxima over the query blocks of a part,
 /// in their order.
 template <typename Traits>
-__device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
+__device__ void sum_cells(const ScoresArguments& args, ScoresShared<Traits>& shared) {
     constexpr int kLaneBlocks = kKeyRows / 32;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     RingPosition<2> job_at, cells_at;
@@ -174,7 +171,7 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
             }
         }
         if (last_of_item) {
-            float* sums = args.workspace.parts + int64_t{part} * args.num_blocks + first_block;
+            float* sums = args.scratch.parts + int64_t{part} * args.num_blocks + first_block;
             CUTE_UNROLL
             for (int i = 0; i < kLaneBlocks; ++i) {
                 if (lane + 32 * i < num_keys) sums[lane + 32 * i] = totals[i];
@@ -184,4 +181,4 @@ __device__ void sum_cells(const Arguments& args, Shared<Traits>& shared) {
     }
 }
 
-}  // namespace lemo::block_scores::hopper
+}  // namespace lemo::cuda::block_scores::hopper

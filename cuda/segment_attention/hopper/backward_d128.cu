@@ -1,8 +1,8 @@
-#include "segment_attention/hopper/backward.h"
+#include "segment_attention/hopper/backward_launch.h"
 
-namespace lemo::cuda::hopper {
+namespace lemo::cuda::segment_attention::hopper {
 
 template struct BackwardPass<cutlass::bfloat16_t, 128>;
 template struct BackwardPass<cutlass::half_t, 128>;
 
-}  // namespace lemo::cuda::hopper
+}  // namespace lemo::cuda::segment_attention::hopper

@@ -3,18 +3,19 @@
 
 #include <cmath>
 
-#include "segment_attention/hopper/backward_traits.h"
-#include "segment_attention/hopper/store_rows.h"
+#include "segment_attention/hopper/backward_layout.h"
+#include "segment_attention/hopper/epilogue.h"
 
-namespace lemo::cuda::hopper {
+namespace lemo::cuda::segment_attention::hopper {
 
 inline constexpr int kRowKernelThreads = 256;
 
 /// Statistics of the rows of a query tile, in the order in which the main kernel copies them, and
 /// zeros for its sums of dq. Grid: query tiles, heads.
 template <typename Traits>
-__global__ void __launch_bounds__(kRowKernelThreads)
-attention_statistics_kernel(const __grid_constant__ BackwardArguments args) {
+__global__ void
+__launch_bounds__(kRowKernelThreads)
+hopper_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
     SequenceTile tile;
@@ -29,7 +30,7 @@ attention_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     for (int i = 0; i < kSums / 4; i += kRowKernelThreads) {
         sums[i + threadIdx.x] = make_float4(0, 0, 0, 0);
     }
-    if (args.turns != nullptr && threadIdx.x == 0) args.turns[tile_index] = 0;
+    if (args.added_tiles != nullptr && threadIdx.x == 0) args.added_tiles[tile_index] = 0;
 
     using Vector = cutlass::AlignedArray<Element, 8>;
     constexpr int kLanes = kHeadDim / 8;  // of a row
@@ -69,11 +70,12 @@ attention_statistics_kernel(const __grid_constant__ BackwardArguments args) {
 /// Scales and rounds the sums of dq. Grid: query tiles, heads.
 template <typename Traits>
 __global__ void __launch_bounds__(kRowKernelThreads)
-attention_dq_kernel(const __grid_constant__ BackwardArguments args) {
+hopper_dq_kernel(const __grid_constant__ BackwardArguments args) {
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
     constexpr int kGroups = Traits::kDqColumns / 8;  // of columns: queries
-    static_assert(kRowKernelThreads == Traits::kConsumers * kWarpgroupThreads);
+    static_assert(kRowKernelThreads == Traits::kConsumers * kWarpgroupThreads,
+                  "each thread rounds what one consumer thread has added");
     SequenceTile tile;
     const int packed_tile = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
     if (!find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, kBlockM, packed_tile, tile)) {
@@ -115,4 +117,4 @@ attention_dq_kernel(const __grid_constant__ BackwardArguments args) {
                          stride, tile.num_q - row, args.head_dim});
 }
 
-}  // namespace lemo::cuda::hopper
+}  // namespace lemo::cuda::segment_attention::hopper

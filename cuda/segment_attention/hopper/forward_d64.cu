@@ -1,8 +1,8 @@
-#include "segment_attention/hopper/forward.h"
+#include "segment_attention/hopper/forward_launch.h"
 
-namespace lemo::cuda::hopper {
+namespace lemo::cuda::segment_attention::hopper {
 
-template void launch_forward<cutlass::bfloat16_t, 64>(const SegmentAttentionParams&, cudaStream_t);
-template void launch_forward<cutlass::half_t, 64>(const SegmentAttentionParams&, cudaStream_t);
+template struct ForwardPass<cutlass::bfloat16_t, 64>;
+template struct ForwardPass<cutlass::half_t, 64>;
 
-}  // namespace lemo::cuda::hopper
+}  // namespace lemo::cuda::segment_attention::hopper

@@ -3,11 +3,11 @@
 
 #include <cmath>
 
-#include "segment_attention/elementwise.h"
+#include "common/exp2.h"
 #include "segment_attention/hopper/forward_work.h"
 #include "segment_attention/hopper/fragments.h"
 
-namespace lemo::cuda::hopper {
+namespace lemo::cuda::segment_attention::hopper {
 
 /// The keys that the two rows of a thread see, and which tiles of keys need a look at them.
 template <typename Traits>
@@ -89,7 +89,7 @@ struct ForwardSoftmax {
             const float chosen = exceeds ? highest[r] : max[r];
             // -inf - (-inf) would be NaN.
             shift[r] = kMasked && chosen == -INFINITY ? 0.0f : chosen * scale_log2;
-            factors[r] = exp2_approx(fmaf(max[r], scale_log2, -shift[r]));
+            factors[r] = exp2_approximate(fmaf(max[r], scale_log2, -shift[r]));
             max[r] = chosen;
         }
         float even[kThreadRows] = {0, 0}, odd[kThreadRows] = {0, 0};
@@ -99,8 +99,8 @@ struct ForwardSoftmax {
             for (int r = 0; r < kThreadRows; ++r) {
                 float& first = scores(element_index(r, e));
                 float& second = scores(element_index(r, e + 1));
-                first = exp2_approx(fmaf(first, scale_log2, -shift[r]));
-                second = exp2_approx(fmaf(second, scale_log2, -shift[r]));
+                first = exp2_approximate(fmaf(first, scale_log2, -shift[r]));
+                second = exp2_approximate(fmaf(second, scale_log2, -shift[r]));
                 even[r] += first;
                 odd[r] += second;
             }
@@ -132,4 +132,4 @@ __device__ __forceinline__ void scale_rows(Output& output, float2 factors) {
     }
 }
 
-}  // namespace lemo::cuda::hopper
+}  // namespace lemo::cuda::segment_attention::hopper

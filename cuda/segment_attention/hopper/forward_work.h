@@ -1,9 +1,9 @@
 // Which tile of queries a thread block works on, and the keys it needs for it.
 #pragma once
 
-#include "segment_attention/hopper/forward_traits.h"
+#include "segment_attention/hopper/forward_layout.h"
 
-namespace lemo::cuda::hopper {
+namespace lemo::cuda::segment_attention::hopper {
 
 /// A tile of queries of one head. Items of work are numbered by sections of a few key/value heads,
 /// so that their keys stay in the L2 cache, and within a section so that tiles with the most keys
@@ -12,10 +12,10 @@ struct ForwardWork {
     int head;
     int kv_head;
     SequenceTile tile;
-    int m_first;    // first row of the tile in its sequence
-    int n_begin;    // tiles of keys that some query of the tile sees
+    int m_first;  // first row of the tile in its sequence
+    int n_begin;  // tiles of keys that some query of the tile sees
     int n_end;
-    bool exists;    // false where the upper bound on the number of tiles was too high
+    bool exists;  // false where the upper bound on the number of tiles was too high
 
     template <typename Traits>
     __device__ static ForwardWork make(const ForwardArguments& args, int index) {
@@ -99,4 +99,4 @@ private:
     RingPosition<2> at_;
 };
 
-}  // namespace lemo::cuda::hopper
+}  // namespace lemo::cuda::segment_attention::hopper

@@ -1,4 +1,4 @@
-"""``lemo demo``: the whole method on a small model and the Python sources at hand."""
+"""``lemo demo``: the whole method on a small model and the sources of Python's standard library."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def show_own_messages(screen: Console) -> None:
 
 
 def show_messages(screen: Console) -> None:
-    """Print lemo's messages on ``screen`` and silence the chatter of the libraries underneath."""
+    """Print lemo's messages on ``screen`` and silence messages of other libraries."""
     import transformers
 
     show_own_messages(screen)

@@ -1,4 +1,4 @@
-"""Standard output and standard error that a command outlives: closed, full, or of a small alphabet.
+"""Standard output and standard error that may be closed, full, or unable to encode a character.
 
 A training of days does not end because nobody reads its progress any more.
 """
@@ -80,7 +80,7 @@ def tolerant_streams() -> Iterator[tuple[TolerantStream, TolerantStream]]:
 
 
 def _open_descriptors() -> None:
-    """Let no file of a run get the number of a standard stream that the caller closed.
+    """Reserve the numbers of standard streams that the caller closed: no file of a run gets one.
 
     Libraries write messages to descriptor 2, whatever is open there.
     """

@@ -1,4 +1,4 @@
-"""What a tokenizer may say to a model: ids that its embedding has."""
+"""Which token ids a model can take: those that its embedding has."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ class TokenWindows:
     front of a text. Documents shorter than a window are left out.
 
     Of a document that is long by its first tokens no more is tokenized before a window of it is
-    asked for. Where it turns out to be too short then, which a warning says once, other places
-    take those of its windows: still the same ones for the same index, in every process.
+    asked for. Where it turns out to be too short then, which a warning says once, its windows are
+    taken from other places instead, the same ones for the same index, in every process.
 
     Args:
         documents: the texts; kept in memory.

@@ -1,6 +1,6 @@
 """Reading .xz files whole: every stream, the padding between them, and nothing else behind them.
 
-`lzma.open` takes whatever follows a stream and is none, padding included, for the end of the file.
+`lzma.open` treats what follows a stream and is no stream, padding included, as the end of the file.
 """
 
 from __future__ import annotations

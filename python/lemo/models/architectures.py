@@ -1,4 +1,4 @@
-"""The one place that knows how each architecture names and wires its parts."""
+"""The one place that knows how each architecture names and connects its parts."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -35,8 +35,8 @@ class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
 
     Drives `keep_schedule`, makes random blocks depend on the step, so that a training that is
-    resumed from a checkpoint keeps what one without interruption keeps, and names the labels that
-    the trainer's model gets, whatever the trainer made of its forward.
+    resumed from a checkpoint keeps what one without interruption keeps, and tells lemo which rows
+    have labels, even if the trainer has replaced the model's forward.
 
         handle = lemo.enable(model, config)
         Trainer(model, args, train_dataset=data, callbacks=[lemo.TrainerCallback(handle)]).train()

@@ -17,8 +17,7 @@ from lemo.models.callback import attach
 from lemo.models.replaced_forward import ReplacedForward
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
-from lemo.selection.scorers import RandomScorer
-from lemo.selection.selector import LayerStatistics
+from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Handle", "enable"]
@@ -161,8 +160,8 @@ class Handle:
         """Checks keep = 1 against the model's own forward on the beginning of a batch.
 
         Loss and gradients of the trainable parameters must agree to rounding. Call it once, with
-        the first batch: it finds whatever makes the model compute something else than lemo takes it
-        for. Gradients and random numbers stay as they are.
+        the first batch: it finds differences between the model and what lemo assumes of it.
+        Gradients and random numbers stay as they are.
 
         Args:
             batch: what the model is called with: input_ids [B, S], and attention_mask,
@@ -232,9 +231,7 @@ class Handle:
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
-        scorer = self._forward.scorer
-        if isinstance(scorer, RandomScorer):
-            scorer.begin_step(step)
+        self._forward.scorer.begin_step(step)
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""

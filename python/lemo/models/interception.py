@@ -1,4 +1,4 @@
-"""Whether the parts of a model still are what lemo takes them for.
+"""Whether the parts of a model are Transformers' own, as lemo assumes.
 
 lemo runs attention and rotation of a decoder layer itself, and plain norms, projections and MLPs
 through kernels of its own. What another library or the user put around or in place of these would
@@ -139,7 +139,7 @@ def _check_functions(attention: type, attention_name: str) -> None:
 
 
 def _origin(function: object) -> str:
-    """The module that a function was written in, whatever `functools.wraps` made it claim."""
+    """The module in which a function was defined, whatever `functools.wraps` copied."""
     function = getattr(function, "__func__", function)
     while isinstance(function, functools.partial):
         function = function.func

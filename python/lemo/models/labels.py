@@ -1,4 +1,4 @@
-"""Which rows of a batch predict a label, as far as lemo gets to know it.
+"""Which rows of a batch predict a label, as far as lemo is told.
 
 A forward pass with `labels` tells. Where the loss is computed outside the model, they may still be
 known: the module that a trainer calls gets them, or the user names them.

@@ -99,7 +99,7 @@ class _Merge(torch.autograd.Function):
 
 @contextmanager
 def _without_graph(x: Tensor) -> Iterator[None]:
-    """No gradients, and nothing that autocast casts here is found by what has gradients."""
+    """No gradients, and no cache of autocast: what is cast here has no graph."""
     device = x.device.type
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     with (

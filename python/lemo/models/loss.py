@@ -23,8 +23,8 @@ def next_labels(
 ) -> tuple[Tensor, Tensor | None]:
     """The label that every row of `batch` predicts, [T], and how many labels padding predicts.
 
-    The number, an int64 scalar on the labels' device, is that of first tokens behind padding on the
-    left; None where nothing is padded. No row of the batch predicts these.
+    The number, an int64 scalar on the labels' device, counts first tokens behind padding on the
+    left, which only padding would predict; None where nothing is padded.
 
     Args:
         batch: what the rows are.

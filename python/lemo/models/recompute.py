@@ -194,7 +194,7 @@ class _Surroundings:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """The random numbers of forward once more; those of backward go on afterwards."""
+        """Restores the random state of forward inside, and that of backward afterwards."""
         device_type = self._device_type if self._devices else "cuda"
         with torch.random.fork_rng(devices=self._devices, device_type=device_type):
             torch.set_rng_state(self._cpu_state)

@@ -77,7 +77,7 @@ class ReplacedForward:
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Only passes calls on, inside."""
+        """Inside, calls are only passed on."""
         handle, self._handle = self._handle, None
         try:
             yield

@@ -1,8 +1,7 @@
 """The training forward pass with elimination: losses, and logits and hidden states when asked for.
 
-Where only a loss is asked for, left-out rows are what they are for the method: absent. Where logits
-or hidden states are, each of their rows is what the dense model gives: a second decoder computes
-the left-out rows, too, without a graph.
+For a loss alone, left-out rows are not computed. For logits or hidden states a second decoder also
+computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
 import warnings
@@ -20,7 +19,7 @@ from lemo.models.decoder import Decoder
 from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.packing.batch import PackedBatch
-from lemo.selection.scorers import PredictorScorer, make_scorer
+from lemo.selection.scorers import make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
 
@@ -49,11 +48,8 @@ class TrainingForward:
         self.row_labels: Tensor | None = None
         self.has_trained = False
         self.scorer = make_scorer(config, architecture)
-        thresholds, self.block_size = None, config.block_size
-        if isinstance(self.scorer, PredictorScorer):
-            thresholds = self.scorer.predictors.thresholds
-            self.block_size = self.scorer.predictors.block_size
-        self.selector = Selector(config, architecture.num_layers, thresholds)
+        self.block_size = self.scorer.block_size or config.block_size
+        self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         parts = architecture, self.selector, self.scorer

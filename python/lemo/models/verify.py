@@ -88,7 +88,7 @@ def _beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> d
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """No dropout, no checkpointing by Transformers; random numbers go on as if nothing had run."""
+    """No dropout, no checkpointing by Transformers; random generators are as before afterwards."""
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.training:
@@ -148,7 +148,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def _first_difference(
     model: nn.Module, forward: TrainingForward, arguments: dict[str, Any], tolerance: float
 ) -> str:
-    """Where the hidden states part, in words."""
+    """The first layer in which the hidden states differ, as text."""
     inputs = {name: value for name, value in arguments.items() if name != "labels"}
     inputs["output_hidden_states"] = True
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Differentiable functions over torch.ops.lemo.* (docs/DESIGN.md, section 3)."""
+"""Differentiable functions over torch.ops.lemo.* (docs/design/operators.md)."""
 
 from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
 from lemo.ops._device import supports_device

@@ -11,7 +11,7 @@ from torch import Tensor
 def first_order_only(op: str) -> Callable[[Callable], Callable]:
     """A backward pass that raises NotImplementedError where it would be differentiated itself.
 
-    torch's `once_differentiable` does not do: its result has no edge to the op's inputs, so
+    torch's `once_differentiable` does not suffice: its result has no edge to the op's inputs, so
     `torch.autograd.grad` takes the second derivative for zero.
     """
 
@@ -36,7 +36,7 @@ _RECEIVER = "_lemo_receiver"
 
 
 def is_owned(ctx: Any, gradient: Tensor) -> bool:
-    """Whether nobody but this node reads the memory of a gradient: `hand_on` gave it to it."""
+    """Whether only this node reads the memory of a gradient, which `hand_on` passed to it."""
     return getattr(gradient, _RECEIVER, None) is ctx
 
 
@@ -56,7 +56,7 @@ def overwritable(ctx: Any, gradient: Tensor) -> Tensor:
 
 
 def hand_on(ctx: Any, gradient: Tensor) -> Tensor:
-    """Gives the gradient of the node's first tensor to the node before, which may overwrite it.
+    """Passes the gradient of the first input on to the node that made it, which may overwrite it.
 
     Args:
         ctx: the node whose backward pass runs.

@@ -13,7 +13,7 @@ _EXCEPTIONS = {"value": ValueError, "type": TypeError, "unsupported": NotImpleme
 def call(op: Any, *args: Any) -> Any:
     """Runs `op(*args)`; a failed check raises ValueError, TypeError or NotImplementedError.
 
-    So does a tangent of forward-mode differentiation, which the op would drop.
+    Forward-mode tangents raise as well, since the op would ignore them.
     """
     if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
         raise NotImplementedError(

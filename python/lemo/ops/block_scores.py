@@ -1,4 +1,4 @@
-"""block_scores: how much later queries ask of each block of keys, in one pass over tiles."""
+"""block_scores: how much later queries attend to each block of keys, in one pass over tiles."""
 
 import torch
 from torch import Tensor

@@ -89,14 +89,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of `hidden @ weight.T + bias`; the logits never exist all at once.
 
-    The loss and its gradients are computed in the forward pass from the logits of `chunk_rows`
-    rows at a time (LeMo, section 5.3: segmented loss), which is about all the memory that is taken
-    beyond inputs and gradients. On the CPU logits are fp32 and rows with ignored labels cost
-    nothing. On a GPU logits have the dtype of `hidden` (as PyTorch's own would), sums are fp32, and
-    rows with ignored labels cost as much as others, since nothing is read back: pick the rows
-    first where many are ignored. Gradients of weight and bias are summed over the chunks in fp32
-    and rounded once; on a GPU that takes V * H * 4 bytes while it runs, unless weight is fp32 or
-    one chunk holds all rows.
+    The loss and its gradients are computed in the forward pass from the logits of `chunk_rows` rows
+    at a time (LeMo, section 5.3: segmented loss). Beyond inputs and gradients, little other memory
+    is needed. On the CPU logits are fp32 and rows with ignored labels cost nothing. On a GPU logits
+    have the dtype of `hidden` (as PyTorch's own would), sums are fp32, and rows with ignored labels
+    cost as much as others, since nothing is read back: pick the rows first where many are ignored.
+    Gradients of weight and bias are summed over the chunks in fp32 and rounded once; on a GPU that
+    takes V * H * 4 bytes while it runs, unless weight is fp32 or one chunk holds all rows.
 
     Args:
         hidden: [R, H] float.

@@ -15,8 +15,8 @@ def _(x, y, rows):
 
 
 @torch.library.register_fake("lemo::gather_rows")
-def _(dx, rows):
-    return dx.new_empty((dx.shape[0] if rows is None else rows.shape[0], dx.shape[1]))
+def _(x, rows):
+    return x.new_empty((x.shape[0] if rows is None else rows.shape[0], x.shape[1]))
 
 
 class _ResidualScatter(torch.autograd.Function):

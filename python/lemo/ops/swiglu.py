@@ -53,7 +53,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, in fp32 and rounded once (arXiv 2002.05202).
 
     Backward keeps `gate` and `up` alone and overwrites them with their gradients, so it allocates
-    nothing. Whoever holds on to them sees them change; autograd raises where somebody else's
+    nothing. Other references to them see the changed values; autograd raises where somebody else's
     backward pass, or a second one through this op (`retain_graph`), needs their values again.
     Leaves, and views of them, are copied first and stay as they are.
 

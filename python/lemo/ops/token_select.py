@@ -39,13 +39,13 @@ def token_select(
     layout: BlockLayout,
     policy: str,
     value: float,
-    keep_first: int = 1,
-    keep_last: int = 1,
+    keep_first: int,
+    keep_last: int,
 ) -> Selection:
     """Keeps blocks by their scores, sequence by sequence (LeMo, section 4.1).
 
     With "ratio" the host never waits for a GPU: the sizes of the results follow from the lengths of
-    the sequences, unless a ragged last block competes with others (`keep_last` 0). Otherwise the
+    the sequences, unless a ragged last block has to compete (`keep_last` 0). Otherwise the
     counts are read back once.
 
     Args:

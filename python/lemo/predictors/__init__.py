@@ -1,4 +1,4 @@
-"""Predictors of block scores: labels, training with elastic size, thresholds, one folder."""
+"""Predictors of block scores, as they run and as they are stored."""
 
 from lemo.predictors.storage import PredictorSet, load
 

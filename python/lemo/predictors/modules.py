@@ -1,8 +1,8 @@
 """The predictors of block scores: low-rank linear maps with ReLU between them (LeMo, section 4.2).
 
-A predictor sees what its sub-block sees, the normalised residual stream, and answers with one score
-for each block, before any key, query or activation exists. Both modules compute through
-`lemo.ops.predictor`: the op that runs in fine-tuning is the op that is trained.
+A predictor reads the input of its sub-block, the normalised residual, and gives each block a score,
+before any query, key or activation is computed. Both modules compute through `lemo.ops.predictor`:
+the operator that runs in fine-tuning is the operator that is trained.
 """
 
 import math
@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from lemo.ops import predictor
 from lemo.packing.blocks import BlockLayout
 
-__all__ = ["AttentionPredictor", "LowRankNet", "MlpPredictor", "default_rank", "make_predictor"]
+__all__ = [
+    "KINDS",
+    "AttentionPredictor",
+    "LowRankNet",
+    "MlpPredictor",
+    "Predictor",
+    "default_rank",
+    "make_predictor",
+]
+
+# The sub-blocks of a layer, in their order.
+KINDS = ("attention", "mlp")
 
 # The last map starts small, so that training starts from "the content says nothing" and not from
 # noise that it has to unlearn; on a 14-layer model this raised the recall of the attention's
@@ -89,9 +100,10 @@ class MlpPredictor(nn.Module):
         yield "key", self.key
 
 
-def make_predictor(
-    kind: str, hidden_size: int, rank: int, generator: torch.Generator
-) -> AttentionPredictor | MlpPredictor:
+Predictor = AttentionPredictor | MlpPredictor
+
+
+def make_predictor(kind: str, hidden_size: int, rank: int, generator: torch.Generator) -> Predictor:
     """The predictor of a sub-block; `kind` is "attention" or "mlp"."""
     make = {"attention": AttentionPredictor, "mlp": MlpPredictor}[kind]
     return make(hidden_size, rank, generator)

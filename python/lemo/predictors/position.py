@@ -1,11 +1,11 @@
-"""What a block's place alone says about its label.
+"""What the place of a block explains of its exact score.
 
-The informativeness of section 3 of the specification is a mean over the query blocks that see a
-block. Rotary positions make near pairs score higher than far ones, and a late block is seen by near
-queries only, so its label depends on how many blocks follow it, whatever it holds. Each sub-block
-therefore gets a profile, mean and deviation of its labels by that number; the nets learn what the
-content adds, in units of the deviation. The labels of an MLP have no such dependence: their profile
-is one mean and one deviation.
+Attention's exact score of a block (LeMo, section 4.1) is a mean over the blocks of queries that see
+it. Rotary positions make near pairs score higher than far ones, and a late block is seen by near
+queries only, so its score depends on how many blocks follow it, whatever it holds. Each sub-block
+therefore gets a profile, mean and deviation of its scores by that number; the predictors learn what
+the content adds, in units of the deviation. The scores of an MLP have no such dependence: their
+profile is one mean and one deviation.
 """
 
 import math
@@ -38,7 +38,7 @@ def free_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionProfile:
-    """Mean and deviation of labels, piecewise linear in the log of the number of query blocks.
+    """Mean and deviation of exact scores, piecewise linear in the log of the query blocks.
 
     Attributes:
         knots: [P] fp32, numbers of query blocks, ascending from 1. Beyond the last one the profile
@@ -52,26 +52,26 @@ class PositionProfile:
     deviation: Tensor
 
     @classmethod
-    def fit(cls, labels: Tensor, seen_by: Tensor, flat: bool = False) -> "PositionProfile":
+    def fit(cls, scores: Tensor, seen_by: Tensor, flat: bool = False) -> "PositionProfile":
         """Least squares.
 
         Args:
-            labels: [n] labels of blocks that are up for selection.
+            scores: [n] exact scores of blocks that are up for selection.
             seen_by: [n] their `query_blocks`.
             flat: one mean and one deviation for all places.
         """
         # Knots at 2^(k/2): the profile of a mean over K query blocks changes with the logarithm of
         # K.
         last = max(int(2 * math.log2(max(int(seen_by.max()), 1))), 0)
-        exponents = torch.arange(1 if flat else last + 1, device=labels.device) / 2
+        exponents = torch.arange(1 if flat else last + 1, device=scores.device) / 2
         knots = torch.unique(torch.exp2(exponents).round())
         basis = _hats(seen_by, knots).double()
         # The ridge ties knots without blocks near them to zero deviation from their neighbours'
         # scale.
-        gram = basis.T @ basis + 1e-6 * torch.eye(len(knots), device=labels.device)
-        centre = labels.double().mean()
-        mean = centre + torch.linalg.solve(gram, basis.T @ (labels.double() - centre))
-        absolute = (labels.double() - basis @ mean).abs()
+        gram = basis.T @ basis + 1e-6 * torch.eye(len(knots), device=scores.device)
+        centre = scores.double().mean()
+        mean = centre + torch.linalg.solve(gram, basis.T @ (scores.double() - centre))
+        absolute = (scores.double() - basis @ mean).abs()
         # Mean absolute deviation times sqrt(pi / 2) is the standard deviation of a Gaussian, and
         # bears outliers.
         spread = absolute.mean() + torch.linalg.solve(gram, basis.T @ (absolute - absolute.mean()))
@@ -85,18 +85,18 @@ class PositionProfile:
             self.knots.to(device), self.mean.to(device), self.deviation.to(device)
         )
 
-    def standardise(self, labels: Tensor, layout: BlockLayout) -> Tensor:
-        """What the content adds to the labels [B], in deviations."""
-        mean, deviation = self.at(layout, labels.device)
-        return (labels - mean) / deviation
+    def standardise(self, scores: Tensor, layout: BlockLayout) -> Tensor:
+        """What the content adds to the exact scores [B], in deviations."""
+        mean, deviation = self.at(layout, scores.device)
+        return (scores - mean) / deviation
 
     def restore(self, content: Tensor, layout: BlockLayout) -> Tensor:
-        """The inverse of `standardise`: scores [B] in the units of the labels."""
+        """The inverse of `standardise`: scores [B] in the units of the exact ones."""
         mean, deviation = self.at(layout, content.device)
         return mean + deviation * content
 
     def at(self, layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of every block's label for its place, [B] fp32 each."""
+        """Mean and deviation of every block's score for its place, [B] fp32 each."""
         basis = _hats(query_blocks(layout).to(device), self.knots.to(device))
         # Neighbouring places differ by less than autocast would leave of them.
         with torch.autocast(device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""The folder of `lemo prepare` (docs/DESIGN.md, section 5)."""
+"""The folder of `lemo prepare` (docs/design/preparation.md)."""
 
 import hashlib
 import json
@@ -16,13 +16,11 @@ from torch import Tensor
 from lemo.files import write_file
 from lemo.ops import predictor
 from lemo.packing.blocks import BlockLayout
-from lemo.predictors.modules import AttentionPredictor, MlpPredictor
+from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
-from lemo.preparation.exact_scores import KINDS
 
 __all__ = [
     "PredictorSet",
-    "check_output",
     "content_digest",
     "fingerprint",
     "load",
@@ -111,7 +109,7 @@ class PredictorSet:
     def _place(
         self, layer: int, kind: str, layout: BlockLayout, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the blocks' labels for their places, [B] each."""
+        """Mean and deviation of the blocks' scores for their places, [B] each."""
         cut = (layout.seqlens, device)
         if cut != self._cut:
             self._cut, self._places = cut, {}
@@ -139,7 +137,7 @@ def fingerprint(config: Any) -> dict[str, Any]:
 def tensors_of(
     layer: int,
     kind: str,
-    module: AttentionPredictor | MlpPredictor,
+    module: Predictor,
     profile: PositionProfile,
     dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, Tensor]:
@@ -153,25 +151,6 @@ def tensors_of(
     return weights | {
         f"{stem}.profile.{name}": getattr(profile, name).float().contiguous() for name in _PROFILE
     }
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a new folder must not take the place of what is at `output`.
-
-    Args:
-        output: where the folder of `lemo prepare` is to appear.
-        overwrite: an earlier one, or an empty folder, may be replaced; anything else never.
-    """
-    if not output.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(f"output: '{output}' exists; choose another folder, or overwrite it")
-    ours = {WEIGHTS_FILE, DESCRIPTION_FILE}
-    if not output.is_dir() or not {entry.name for entry in output.iterdir()} <= ours:
-        raise FileExistsError(
-            f"output: expected a folder with nothing but {DESCRIPTION_FILE} and {WEIGHTS_FILE} to "
-            f"overwrite, got '{output}'; nothing is replaced"
-        )
 
 
 def write_folder(
@@ -253,6 +232,8 @@ def _read_description(file: Path) -> dict[str, Any]:
             f"predictor: {file}: expected format version {VERSION}, "
             f"got {description.get('version')!r}; run 'lemo prepare' again with this lemo"
         )
+    if description.get("target") == "label":
+        description["target"] = "exact"  # as earlier folders call it
     expected = {
         "sha256": str, "block_size": int, "num_layers": int, "hidden_size": int,
         "thresholds": dict, "model": dict,

@@ -1,20 +1,23 @@
-"""From a model and documents to the folder of predictors: what `lemo prepare` runs."""
+"""From documents to the windows that predictors learn from: what `lemo prepare` runs first."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import lock
-from lemo.predictors.storage import check_output
-from lemo.preparation.pipeline import Report, Window, prepare
+from lemo.preparation.output import check_output
+from lemo.preparation.pipeline import Report, prepare
+from lemo.preparation.windows import Window
 from lemo.settings.preparation import PrepareConfig
 from lemo.training.model import (
     extend_context,
@@ -34,7 +37,7 @@ _HELD_OUT_SHARE = 0.1
 def prepare_from_documents(
     config: PrepareConfig, report: Report = lambda stage, done, total, message: None
 ) -> dict[str, Any]:
-    """Loads the model, cuts the documents into windows, trains predictors, writes the folder.
+    """Loads the model, cuts the documents into windows, and trains the predictors.
 
     Args:
         config: the settings.
@@ -54,91 +57,103 @@ def prepare_from_documents(
     # A link stays, the folder that it leads to is written.
     output = Path(os.path.realpath(config.output))
     with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
-        return _prepare(config, output, report)
+        check_output(output, config.overwrite)
+        device = pick_device(config.device, elimination=True)
+        dtype = pick_dtype(config.dtype, device, elimination=True)
+        model_config = load_config(config.model)
+        extend_context(model_config, max(config.lengths), config.rope_scaling)
+        windows = _Windows(config, load_tokenizer(config.model), model_config.vocab_size)
+        report("documents", 0, 1, "")
+        training, held_out = windows.cut()
+        report("documents", 1, 1, f"{len(training)} training windows, {len(held_out)} held out")
+        torch.manual_seed(config.seed)
+        model = load_model(config.model, model_config, dtype).to(device)
+        return prepare(model, training, held_out, output, config, config.overwrite, report)
 
 
-def _prepare(config: PrepareConfig, output: Path, report: Report) -> dict[str, Any]:
-    check_output(output, config.overwrite)
-    device = pick_device(config.device, elimination=True)
-    dtype = pick_dtype(config.dtype, device, elimination=True)
-    model_config = load_config(config.model)
-    extend_context(model_config, max(config.lengths), config.rope_scaling)
-    tokenizer = load_tokenizer(config.model)
-    vocab_size = model_config.vocab_size
-    report("documents", 0, 1, "")
-    training, held_out = _split(config, tokenizer, vocab_size)
-    windows = [
-        Window("training", ids)
-        for length in config.lengths
-        for ids in _cut(training, tokenizer, length, config.windows, config.seed, vocab_size)
-    ]
-    kinds = sorted({document.kind for document in held_out})
-    tests = [
-        Window(kind, ids)
-        for length in config.lengths
-        for kind in kinds
-        for ids in _cut(
-            [document for document in held_out if document.kind == kind],
-            tokenizer,
-            length,
-            math.ceil(config.held_out_windows / len(kinds)),
-            config.seed,
-            vocab_size,
+class _Windows:
+    """Cuts the documents of a preparation into windows."""
+
+    def __init__(
+        self, config: PrepareConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+
+    def cut(self) -> tuple[list[Window], list[Window]]:
+        """(windows to train on, windows to test on), of each length.
+
+        Those to test on come from all kinds of documents alike.
+        """
+        config = self._config
+        training, held_out = self._split()
+        kinds = sorted({document.kind for document in held_out})
+        of_kind = {
+            kind: [document for document in held_out if document.kind == kind] for kind in kinds
+        }
+        count = math.ceil(config.held_out_windows / len(kinds))
+        return (
+            [
+                Window("training", ids)
+                for length in config.lengths
+                for ids in self._windows(training, length, config.windows)
+            ],
+            [
+                Window(kind, ids)
+                for length in config.lengths
+                for kind in kinds
+                for ids in self._windows(of_kind[kind], length, count)
+            ],
         )
-    ]
-    report("documents", 1, 1, f"{len(windows)} training windows, {len(tests)} held out")
-    torch.manual_seed(config.seed)
-    model = load_model(config.model, model_config, dtype).to(device)
-    return prepare(model, windows, tests, output, config, config.overwrite, report)
 
+    def _windows(self, documents: list[Document], length: int, count: int) -> list[torch.Tensor]:
+        seed, vocab_size = self._config.seed, self._vocab_size
+        windows = token_windows(documents, self._tokenizer, length, seed, vocab_size)
+        return list(windows.batch(0, count))
 
-def _split(
-    config: PrepareConfig, tokenizer: Any, vocab_size: int
-) -> tuple[list[Document], list[Document]]:
-    """(documents to learn from, documents to test on), all long enough for the longest window."""
-    length = max(config.lengths)
+    def _split(self) -> tuple[list[Document], list[Document]]:
+        """(documents to train on, documents to test on), long enough for the longest window."""
+        config = self._config
+        documents = self._long_enough(read_documents(config.documents))
+        if config.held_out_documents is not None:
+            return documents, self._long_enough(read_documents(config.held_out_documents))
+        if len(documents) == 1:
+            return self._split_one(documents[0])
+        return _hold_out(documents, config.seed)
 
-    def long_enough(documents: Any) -> list[Document]:
-        found, _ = first_windows(documents, tokenizer, length, vocab_size)
-        return [document for document, _ in found]
-
-    documents = long_enough(read_documents(config.documents))
-    if config.held_out_documents is not None:
-        return documents, long_enough(read_documents(config.held_out_documents))
-    if len(documents) == 1:
-        [document] = documents
+    def _split_one(self, document: Document) -> tuple[list[Document], list[Document]]:
+        """Beginning and end of the only document."""
         cut = int(len(document.text) * (1 - 2 * _HELD_OUT_SHARE))
         parts = document.text[:cut], document.text[cut:]
-        halves = [dataclasses.replace(document, text=part) for part in parts]
+        first, last = (dataclasses.replace(document, text=part) for part in parts)
         try:
-            return long_enough(halves[:1]), long_enough(halves[1:])
+            return self._long_enough([first]), self._long_enough([last])
         except ValueError:
             raise ValueError(
-                f"documents: expected two of {length} tokens or more, one to hold out, or a longer "
-                "one, got one; give shorter --lengths or --held-out-documents"
+                f"documents: expected two of {max(self._config.lengths)} tokens or more, one to "
+                "hold out, or a longer one, got one; give shorter --lengths or --held-out-documents"
             ) from None
-    order = torch.randperm(
-        len(documents), generator=torch.Generator("cpu").manual_seed(config.seed), device="cpu"
-    ).tolist()
+
+    def _long_enough(self, documents: Iterable[Document]) -> list[Document]:
+        length = max(self._config.lengths)
+        found, _ = first_windows(documents, self._tokenizer, length, self._vocab_size)
+        return [document for document, _ in found]
+
+
+def _hold_out(documents: list[Document], seed: int) -> tuple[list[Document], list[Document]]:
+    """A random share of the documents of each kind is held out, and one document at least."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
     held_out: set[int] = set()
     for kind in sorted({document.kind for document in documents}):
         of_kind = [index for index in order if documents[index].kind == kind]
         # A kind with a single document stays in the training.
-        held_out.update(of_kind[: min(math.ceil(_HELD_OUT_SHARE * len(of_kind)), len(of_kind) - 1)])
+        count = min(math.ceil(_HELD_OUT_SHARE * len(of_kind)), len(of_kind) - 1)
+        held_out.update(of_kind[:count])
     if not held_out:
         held_out = {order[0]}
     return (
         [document for index, document in enumerate(documents) if index not in held_out],
         [documents[index] for index in sorted(held_out)],
     )
-
-
-def _cut(
-    documents: list[Document],
-    tokenizer: Any,
-    length: int,
-    count: int,
-    seed: int,
-    vocab_size: int,
-) -> list[torch.Tensor]:
-    return list(token_windows(documents, tokenizer, length, seed, vocab_size).batch(0, count))

@@ -1,97 +1,61 @@
-"""Labels of the predictors, from the frozen dense model, and their store (LeMo, section 4.1).
+"""Exact scores, which predictors learn: computed from the dense model, and stored.
 
-One window of tokens at a time runs through the dense model; every sub-block leaves its input and
-the informativeness of its blocks. Nothing of size tokens x tokens exists: the attention labels are
-one pass over tiles (`block_scores`), and the inputs go to disk in bf16 as soon as they exist. The
-store takes
+One window of tokens at a time runs through the dense model; the input of every sub-block and the
+exact scores of its blocks are stored (LeMo, section 4.1). Nothing of size tokens x tokens exists:
+attention's scores are one pass over tiles (`block_scores`), and the inputs go to disk in bf16 as
+soon as they exist. The store takes
 
     tokens x layers x 2 sub-blocks x hidden size x 2 bytes
 
 and training reads back the files of one sub-block at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lemo.ops import block_scores
+from lemo.models.capture import capture_sub_blocks
 from lemo.packing.blocks import BlockLayout
+from lemo.predictors.modules import KINDS
+from lemo.selection.scorers.exact import attention_scores, mlp_token_scores, token_means
 
-__all__ = [
-    "KINDS",
-    "FeatureStore",
-    "SubBlockData",
-    "attention_labels",
-    "means_over_blocks",
-    "mlp_labels",
-]
-
-KINDS = ("attention", "mlp")
-
-
-def attention_labels(q: Tensor, k: Tensor, layout: BlockLayout, scale: float) -> Tensor:
-    """Informativeness of the blocks for attention, [B] fp32.
-
-    Args:
-        q: [T, Hq, D] rotated queries of the dense model.
-        k: [T, Hk, D] rotated keys; Hq is a multiple of Hk.
-        layout: how the T tokens are cut.
-        scale: the model's attention scale.
-    """
-    return block_scores(q, k, layout, scale)
-
-
-def mlp_labels(activation: Tensor) -> Tensor:
-    """Informativeness of tokens for the MLP, [T] fp32: mean of |activation|.
-
-    A block's is the mean over its tokens (`means_over_blocks`).
-
-    Args:
-        activation: [T, F] intermediate activation, `act(gate) * up` or `act(fc1)`.
-    """
-    magnitude = torch.linalg.vector_norm(activation, ord=1, dim=-1, dtype=torch.float32)
-    return magnitude / activation.shape[-1]
-
-
-def means_over_blocks(values: Tensor, layout: BlockLayout) -> Tensor:
-    """Means [B] over the blocks of `layout` of the values [T] of its tokens."""
-    return torch.segment_reduce(values, "mean", lengths=layout.block_starts.diff().long())
+__all__ = ["FeatureStore", "SubBlockData"]
 
 
 @dataclass(frozen=True)
 class SubBlockData:
-    """What one sub-block left of every window.
+    """What is stored of one sub-block, window by window.
 
     Attributes:
-        x: for each window, its input [T, H] in bf16, mapped from disk.
-        labels: for each window, [B] fp32.
-        layouts: for each window, its block layout.
-        token_labels: for each window, [T] fp32, where a block's label is the mean of those of its
+        x: its input [T, H] in bf16, mapped from disk.
+        scores: the exact scores of the blocks, [B] fp32.
+        layouts: how the window is cut into blocks.
+        token_scores: those of the tokens, [T] fp32, where a block's score is the mean over its
             tokens (the MLP); empty otherwise.
     """
 
     x: list[Tensor]
-    labels: list[Tensor]
+    scores: list[Tensor]
     layouts: list[BlockLayout]
-    token_labels: list[Tensor]
+    token_scores: list[Tensor]
 
     def subset(self, windows: Iterable[int]) -> "SubBlockData":
         """The data of some windows, by index."""
         chosen = list(windows)
         return SubBlockData(
             [self.x[i] for i in chosen],
-            [self.labels[i] for i in chosen],
+            [self.scores[i] for i in chosen],
             [self.layouts[i] for i in chosen],
-            [self.token_labels[i] for i in chosen] if self.token_labels else [],
+            [self.token_scores[i] for i in chosen] if self.token_scores else [],
         )
 
 
 class FeatureStore:
-    """Inputs and labels of every sub-block: a file of bf16 rows for each, grown by windows.
+    """Inputs and exact scores of every sub-block: a file of bf16 rows for each, grown by windows.
 
     Args:
         folder: an existing folder; the store adds its files there and the caller removes them.
@@ -106,37 +70,61 @@ class FeatureStore:
         self.hidden_size = hidden_size
         self.block_size = block_size
         self.layouts: list[BlockLayout] = []
-        self._labels: dict[tuple[int, str], list[Tensor]] = {
+        self._scores: dict[tuple[int, str], list[Tensor]] = {
             (layer, kind): [] for layer in range(num_layers) for kind in KINDS
         }
-        self._token_labels: dict[int, list[Tensor]] = {layer: [] for layer in range(num_layers)}
+        self._token_scores: dict[int, list[Tensor]] = {layer: [] for layer in range(num_layers)}
 
     @staticmethod
     def bytes_of_token(num_layers: int, hidden_size: int) -> int:
         """Bytes on disk that one token takes."""
         return num_layers * len(KINDS) * hidden_size * torch.bfloat16.itemsize
 
-    def add(self, layer: int, kind: str, x: Tensor, labels: Tensor, layout: BlockLayout) -> None:
-        """Appends what one sub-block left of the window that `end_window` will close.
+    def add_window(self, model: nn.Module, ids: Tensor) -> None:
+        """Runs the dense model over a window and stores what its sub-blocks see.
+
+        Args:
+            model: a supported causal LM in eval mode.
+            ids: [T] int64 token ids, on the device of the model.
+        """
+        batch = {"input_ids": ids[None]}
+        capture_sub_blocks(model, batch, self.visit, block_size=self.block_size)
+        self.end_window(ids.numel())
+
+    def visit(
+        self, layer: int, kind: str, x: Tensor, tensors: Mapping[str, Any], layout: BlockLayout
+    ) -> None:
+        """As `capture_sub_blocks` calls it: computes the exact scores and stores them with `x`."""
+        if kind == "attention":
+            scores = attention_scores(tensors["q"], tensors["k"], layout, tensors["scale"])
+        else:
+            scores = mlp_token_scores(tensors["activation"])
+        self.add(layer, kind, x, scores, layout)
+
+    def add(self, layer: int, kind: str, x: Tensor, scores: Tensor, layout: BlockLayout) -> None:
+        """Stores one sub-block of the window that `end_window` will close.
 
         Args:
             layer, kind: the sub-block.
-            x: [T, H].
-            labels: for attention one for each block of `layout`, for the MLP one for each token.
+            x: [T, H], its input.
+            scores: for attention one for each block of `layout`, for the MLP one for each token.
             layout: the window's blocks.
+
+        Raises:
+            ValueError: `x` is of another width, or the scores are not finite.
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected [tokens, {self.hidden_size}], got {tuple(x.shape)}")
-        if not torch.isfinite(labels).all():
+        if not torch.isfinite(scores).all():
             raise ValueError(
-                f"model: the {kind} labels of layer {layer} are not finite; "
+                f"model: the exact scores of layer {layer}'s {kind} are not finite; "
                 "expected a model whose activations are finite in its dtype"
             )
-        labels = labels.detach().float()
+        scores = scores.detach().float()
         if kind == "mlp":
-            self._token_labels[layer].append(labels.cpu())
-            labels = means_over_blocks(labels, layout)
-        self._labels[layer, kind].append(labels.cpu())
+            self._token_scores[layer].append(scores.cpu())
+            scores = token_means(scores, layout)
+        self._scores[layer, kind].append(scores.cpu())
         rows = x.detach().to("cpu", torch.bfloat16).contiguous()
         # Ordinary writes, not stores through a mapping: a full disk must raise, not kill the
         # process.
@@ -146,26 +134,12 @@ class FeatureStore:
     def end_window(self, tokens: int) -> None:
         """Closes a window; every sub-block must have been added exactly once."""
         self.layouts.append(BlockLayout.from_seqlens([tokens], self.block_size, "cpu"))
-        for (layer, kind), labels in self._labels.items():
-            if len(labels) != len(self.layouts):
+        for (layer, kind), scores in self._scores.items():
+            if len(scores) != len(self.layouts):
                 raise RuntimeError(
                     f"capture: expected {len(self.layouts)} windows of layer {layer} {kind}, "
-                    f"got {len(labels)}"
+                    f"got {len(scores)}"
                 )
-
-    def visitor(self) -> Any:
-        """The `visit` of `capture_sub_blocks`: makes the labels and stores them."""
-
-        def visit(
-            layer: int, kind: str, x: Tensor, tensors: dict[str, Any], layout: BlockLayout
-        ) -> None:
-            if kind == "attention":
-                labels = attention_labels(tensors["q"], tensors["k"], layout, tensors["scale"])
-            else:
-                labels = mlp_labels(tensors["activation"])
-            self.add(layer, kind, x, labels, layout)
-
-        return visit
 
     def read(self, layer: int, kind: str) -> SubBlockData:
         """Data of one sub-block; the rows stay on disk until they are touched."""
@@ -179,9 +153,9 @@ class FeatureStore:
         ).view(-1, self.hidden_size)
         return SubBlockData(
             list(rows.split(tokens)),
-            list(self._labels[layer, kind]),
+            list(self._scores[layer, kind]),
             list(self.layouts),
-            list(self._token_labels[layer]) if kind == "mlp" else [],
+            list(self._token_scores[layer]) if kind == "mlp" else [],
         )
 
     def _file(self, layer: int, kind: str) -> Path:

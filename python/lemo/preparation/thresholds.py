@@ -25,11 +25,11 @@ class LayerScores:
 
     Attributes:
         free: [n] fp32, scores of the blocks that are up for selection.
-        forced: number of blocks that are kept in any case.
+        fixed: number of blocks that are kept in any case.
     """
 
     free: Tensor
-    forced: int
+    fixed: int
 
     def __post_init__(self) -> None:
         if self.free.numel() == 0 or not torch.isfinite(self.free).all():
@@ -48,9 +48,9 @@ class LayerScores:
         return self.free.double().std(unbiased=False).item() or 1.0
 
     def kept_share(self, threshold: float) -> float:
-        """Share of all blocks, forced ones included, that `score >= threshold` keeps."""
-        kept = int((self.free >= threshold).sum()) + self.forced
-        return kept / (self.free.numel() + self.forced)
+        """Share of all blocks, fixed ones included, that `score >= threshold` keeps."""
+        kept = int((self.free >= threshold).sum()) + self.fixed
+        return kept / (self.free.numel() + self.fixed)
 
 
 def mean_thresholds(layers: Sequence[LayerScores]) -> list[float]:
@@ -64,11 +64,11 @@ def thresholds_for_budget(
     offsets: Sequence[float] | None = None,
     counted: Sequence[int] | None = None,
 ) -> list[float]:
-    """Thresholds that keep the share `keep` on average, shared out among layers by their scores.
+    """Thresholds that keep the share `keep` on average; each layer's share follows its scores.
 
     Args:
         layers: scores of all layers, over the same blocks.
-        keep: share of all blocks in [0, 1], forced ones included.
+        keep: share of all blocks in [0, 1], fixed ones included.
         offsets: for each layer, in deviations of its scores; a higher one leaves the layer fewer
             blocks.
         counted: layers over which the average is taken (those that eliminate); None: all.
@@ -86,8 +86,8 @@ def thresholds_for_budget(
             for i in counted
         ]
     )
-    forced = sum(layers[i].forced for i in counted)
-    budget = round(keep * (pooled.numel() + forced)) - forced
+    fixed = sum(layers[i].fixed for i in counted)
+    budget = round(keep * (pooled.numel() + fixed)) - fixed
     z = _cut(pooled.sort(descending=True).values, min(max(budget, 0), pooled.numel()))
     return [layer.mean + layer.deviation * (z + o) for layer, o in zip(layers, offsets)]
 
@@ -125,7 +125,7 @@ def search(
 ) -> SearchResult:
     """Algorithm 1 of the paper: moves thresholds against central differences of the loss.
 
-    The loss of a model under elimination is a staircase, and its slope has no natural scale. So a
+    The loss is piecewise constant in the thresholds, so slopes are measured over finite steps. A
     round measures every slope over `2 * step`, moves all offsets together with the steepest moving
     by `rate`, and keeps the move only if the loss falls; otherwise the move is halved, and a round
     without success ends the search.

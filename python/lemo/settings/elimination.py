@@ -79,9 +79,9 @@ class LayerwiseConfig(Settings):
 class LemoConfig(Settings):
     """Settings of token elimination.
 
-    The defaults are what kept the quality of dense LoRA best where left-out tokens are absent
-    (docs/QUALITY.md): half of the tokens are kept, in every layer the same ones, in long blocks
-    drawn anew for each sequence and step.
+    The defaults gave the best quality among the settings that compute kept tokens only
+    (docs/QUALITY.md): half of the blocks, the same ones in every layer, long blocks, drawn again in
+    each step.
     """
 
     block_size: Annotated[Integer, Field(ge=1)] | Annotated[Number, Field(gt=0, le=1)] = Field(

@@ -1,4 +1,4 @@
-"""FinetuneConfig: all that decides what a run computes and where it leaves it."""
+"""FinetuneConfig: what a run computes, and where it writes it."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ class FinetuneConfig(Settings):
 
 
 def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:
-    """What of two configurations cannot both be true of one run: "name: saved, wanted" lines."""
+    """What a resumed run may not change but does, as lines "name was saved, now wanted"."""
     old, new = _flat(saved), _flat(wanted)
     return [
         f"{name} was {old[name]!r}, now {new[name]!r}"

@@ -112,7 +112,7 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; ones that are not whole are named in a warning and left out."""
+    """The newest whole checkpoint; incomplete ones are named in a warning and skipped."""
     for candidate in checkpoint_folders(folder):
         try:
             return _verify(candidate)
@@ -128,8 +128,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict
     """Put the adapter's weights and the random state of process ``rank`` back.
 
     Returns:
-        The optimizer state given to :func:`save_checkpoint`, and under "random" the whole random
-        state of the process.
+        The optimizer state given to :func:`save_checkpoint`.
     """
     weights = from_safetensors((checkpoint.folder / ADAPTER_WEIGHTS).read_bytes())
     with naming(f"checkpoint {checkpoint.folder}: expected the adapter of this run"):
@@ -139,10 +138,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict
             f"checkpoint {checkpoint.folder}: expected the adapter of this run, got weights it "
             f"does not have: {', '.join(outcome.unexpected_keys[:3])}"
         )
-    optimizer = _from_file(checkpoint.folder / OPTIMIZER_NAME)
-    state = _from_file(checkpoint.folder / _random_name(rank))
-    set_random_state(state)
-    return {"optimizer": optimizer, "random": state}
+    set_random_state(_from_file(checkpoint.folder / _random_name(rank)))
+    return _from_file(checkpoint.folder / OPTIMIZER_NAME)
 
 
 def random_state() -> dict[str, Any]:

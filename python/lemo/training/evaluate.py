@@ -162,7 +162,7 @@ def load_for_evaluation(
 def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """Cross entropies of the tokens after the first: ids [length] -> float32 [length - 1], in nats.
 
-    The head runs on segments, so logits of the whole window never exist.
+    The head runs on chunks of rows, so logits of the whole window never exist.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     ids = ids.to(causal_lm.device)

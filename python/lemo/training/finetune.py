@@ -77,7 +77,7 @@ _log = logging.getLogger("lemo")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run has left.
+    """The result of a run.
 
     Attributes:
         folder: the run folder; the adapter is in ``folder / "adapter"``.
@@ -103,7 +103,7 @@ def finetune(
 
     Args:
         config: everything about the run.
-        progress: gets the record of each step (see docs/DESIGN.md, section 5), with "steps" and
+        progress: gets the record of each step (see docs/design/runs.md), with "steps" and
             "seconds_left" added; called in the main process only.
 
     Raises:
@@ -171,8 +171,7 @@ def learning_rate(step: int, config: FinetuneConfig) -> float:
 class _Run:
     """Model, data and optimizer of a run in this process.
 
-    Everything that can be wrong with model, documents and settings shows here, before anything is
-    written to disk.
+    Errors in model, documents and settings are raised here, before anything is written to disk.
     """
 
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
@@ -247,9 +246,9 @@ class _Run:
         else:
             fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
         state = load_checkpoint(checkpoint, self.peft_model, self.accelerator.process_index)
-        self.optimizer.load_state_dict(state["optimizer"]["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["optimizer"]["scaler"])
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         _log.info("resuming %s after step %d", self.config.output, checkpoint.step)
         return checkpoint.step
 
@@ -286,7 +285,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _verify(self, done: int) -> None:
-        """That lemo computes what the model computes, on the window that comes next."""
+        """Checks, on the next window, that lemo computes what the model computes."""
         if self.handle is None or not self.config.verify or done == self.config.steps:
             return
         window = self.windows.window(next(self._batches(done))[0])
@@ -306,9 +305,8 @@ class _Run:
         """One optimizer step on the next batches; returns its log record."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
-        share_done = (step - 1) / config.steps
         if self.handle is not None:
-            self.handle.set_progress(share_done)
+            self.handle.begin_step(step - 1, config.steps)
         rate = learning_rate(step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -357,7 +355,7 @@ class _Run:
             "peak_memory_bytes": memory.peak_bytes(accelerator.device),
             "kept_share": self.kept.share(),
             "kept": self.kept.by_layer(),
-            "progress": share_done,
+            "progress": (step - 1) / config.steps,
         }
 
     def _save(self, folder: Path, step: int) -> None:
@@ -421,7 +419,7 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
 
 
 def _leave_casts_to_autocast(model: PeftModel) -> None:
-    """Keeps PEFT from copying every input of an adapter into the adapter's fp32 first."""
+    """Prevents PEFT from casting every adapter input to fp32."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False

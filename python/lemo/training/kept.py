@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from lemo.selection.selector import LayerStatistics
+from lemo.selection.statistics import LayerStatistics, kept_map
 
 
 class KeptRows:
@@ -23,7 +20,7 @@ class KeptRows:
 
         {"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}, or None.
         """
-        return None if self._last is None else _kept_map(self._last)
+        return None if self._last is None else kept_map(self._last)
 
     def clear(self) -> None:
         """Begin another step; the map stays."""
@@ -38,7 +35,7 @@ class KeptRows:
         for rows, layer in zip(self._rows, statistics, strict=True):
             rows["attention"] += layer.attention_rows
             rows["mlp"] += layer.mlp_rows
-        if any(min(s.attention_rows, s.mlp_rows) < s.tokens for s in statistics):
+        if any(layer.eliminated for layer in statistics):
             self._last = statistics
 
     def by_layer(self) -> list[dict[str, float]]:
@@ -49,29 +46,3 @@ class KeptRows:
         """Mean of :meth:`by_layer` over layers and sub-blocks; 1 without elimination."""
         shares = [share for layer in self.by_layer() for share in layer.values()]
         return sum(shares) / len(shares) if shares else 1.0
-
-
-def _kept_map(statistics: Sequence[LayerStatistics]) -> dict[str, Any]:
-    layout = statistics[0].layout
-    blocks = -(-layout.seqlens[0] // layout.block_size)
-    # Layers share their sets, so this is one read-back for each set.
-    read: dict[int, list[int]] = {}
-
-    def first_sequence(kept: Tensor | None) -> list[int]:
-        if kept is None:
-            return list(range(blocks))
-        if id(kept) not in read:
-            read[id(kept)] = [block for block in kept.tolist() if block < blocks]
-        return read[id(kept)]
-
-    return {
-        "block_size": layout.block_size,
-        "tokens": layout.seqlens[0],
-        "layers": [
-            {
-                "attention": first_sequence(layer.attention_blocks),
-                "mlp": first_sequence(layer.mlp_blocks),
-            }
-            for layer in statistics
-        ],
-    }

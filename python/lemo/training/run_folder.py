@@ -114,7 +114,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
 
 
 def start_folder(folder: Path, config: FinetuneConfig) -> None:
-    """A run folder with nothing but the configuration; what an earlier run left is removed.
+    """A run folder with the configuration only; the files of an earlier run are removed.
 
     Anything else stays.
 
@@ -137,7 +137,7 @@ def start_folder(folder: Path, config: FinetuneConfig) -> None:
 
 
 def write_config(folder: Path, config: FinetuneConfig) -> None:
-    """Write the settings of a run, with paths that mean the same from everywhere."""
+    """Write the settings of a run, with absolute paths."""
     settings = {name: value for name, value in config.to_dict().items() if name not in _NEVER}
     settings["output"] = os.path.abspath(settings["output"])
     for name in ("model", "documents"):

@@ -22,7 +22,7 @@ def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
     """The records of ``log.jsonl`` up to ``last_step``, ascending by step; none without a file.
 
     A step that stands twice counts with its last record. Lines that are no records are left out and
-    a warning names them; a torn last line is left out without a word.
+    a warning names them; an incomplete last line is ignored silently.
     """
     records, broken = parse_log(path) if path.exists() else ([], {})
     if broken:

@@ -1,0 +1,1 @@
+"""What the benchmarks share: processes, records, times and models with random weights."""

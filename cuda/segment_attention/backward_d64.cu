@@ -1,8 +1,0 @@
-#include "segment_attention/backward.h"
-
-namespace lemo::cuda {
-
-template struct BackwardPass<cutlass::bfloat16_t, 64>;
-template struct BackwardPass<cutlass::half_t, 64>;
-
-}  // namespace lemo::cuda

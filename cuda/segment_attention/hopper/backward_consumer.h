@@ -1,0 +1,233 @@
+// A consumer warpgroup of the backward kernel: scores and their gradient for 64 keys, and what they
+// add to dv, dk and dq.
+#pragma once
+
+#include <cmath>
+
+#include "common/exp2.h"
+#include "segment_attention/hopper/backward_epilogue.h"
+#include "segment_attention/hopper/fragments.h"
+#include "segment_attention/hopper/scheduler_barrier.h"
+
+namespace lemo::cuda::segment_attention::hopper {
+
+/// Takes away probabilities [keys, queries] of keys that a query does not see.
+template <typename Traits, typename Scores>
+__device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
+                                            const BackwardShared<Traits>& shared,
+                                            const BackwardStep& step, int warpgroup,
+                                            Scores& scores) {
+    const SequenceTile tile = shared.tile;
+    const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
+    const int query = step.m_tile * Traits::kBlockM + thread_column();
+    const int key = tile.tile * Traits::kBlockN + warpgroup * 64 + thread_row();
+    CUTE_UNROLL
+    for (int e = 0; e < kRowElements<Traits::kBlockM>; ++e) {
+        const int2 seen = visible(query + element_column(e));
+        CUTE_UNROLL
+        for (int r = 0; r < kThreadRows; ++r) {
+            if (key + 8 * r < seen.x || key + 8 * r >= seen.y) {
+                scores(element_index(r, e)) = 0.0f;
+            }
+        }
+    }
+}
+
+/// Where a thread's part of the gradient of the scores lies, which is stored as [queries, keys]:
+/// its row of the matrices of 16 queries that store_matrices_transposed writes at a time.
+template <typename Traits>
+struct DscoresPlace {
+    int offset;
+
+    __device__ explicit DscoresPlace(int warpgroup) {
+        const int lane = static_cast<int>(threadIdx.x) % 32;
+        const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
+        const int query = lane / 16 * 8 + lane % 8;
+        const int piece = (warp * 2 + lane / 8 % 2) ^ (query % 8);
+        // A warpgroup's keys are one column of swizzled rows of 128 bytes.
+        offset = warpgroup * 64 * Traits::kBlockM + query * 64 + piece * 8;
+    }
+
+    __device__ __forceinline__ auto* of(typename Traits::Element* dscores, int step) const {
+        return dscores + offset + step * 16 * 64;
+    }
+};
+
+/// Run by all threads of a consumer warpgroup.
+template <typename Traits>
+__device__ void consume_backward(const BackwardArguments& args, BackwardShared<Traits>& shared,
+                                 int warpgroup) {
+    using namespace cute;
+    using Element = typename Traits::Element;
+    constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
+    constexpr int kHeadDim = Traits::kHeadDim;
+    const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
+
+    typename Traits::ScoreMma score_mma;
+    typename Traits::KeyMma key_mma;
+    typename Traits::QueryMma query_mma;
+    // Where operands lie is the same for all threads of a warpgroup. Of keys and values it is the
+    // same in every step, too, but there are no registers to keep it: `first_thread` is set anew in
+    // each step, so that the compiler works it out where it is needed.
+    int first_thread = warpgroup * kWarpgroupThreads;
+    const auto forget_operands = [&]() __attribute__((always_inline)) {
+        asm volatile("" : "+r"(first_thread));
+        first_thread = warp_uniform(first_thread);
+    };
+    const auto tile_of = []<typename TileLayout>(auto* first, TileLayout layout) {
+        return make_tensor(make_smem_ptr(first), layout);
+    };
+    const auto keys_operand = [&](auto* tile) {
+        return score_mma.get_slice(first_thread)
+            .partition_fragment_A(tile_of(tile, typename Traits::LayoutK{}));
+    };
+    const auto queries_operand = [&](auto* tile) {
+        return score_mma.get_slice(first_thread)
+            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQ{}));
+    };
+    const auto query_columns_operand = [&](auto* tile) {
+        return key_mma.get_slice(first_thread)
+            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
+    };
+
+    auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    clear(dk);
+    clear(dv);
+    // Zeros are there before the first mma starts: set later, they would stop it.
+    warpgroup_fence_operand(dk);
+    warpgroup_fence_operand(dv);
+    auto scores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
+    auto dscores = partition_fragment_C(score_mma, TileShape<kBlockN, kBlockM>{});
+
+    // Both rounded, as left operands and as pairs of elements.
+    auto probabilities = make_tensor<Element>(scores.layout());
+    auto rounded = make_tensor<Element>(scores.layout());
+    const auto probability_pairs = recast<uint32_t>(probabilities);
+    const auto dscore_pairs = recast<uint32_t>(rounded);
+    const DscoresPlace<Traits> dscores_place(warpgroup);
+
+    const float scale_log2 = args.scale * float(M_LOG2E);
+    RingPosition<Traits::kStages> at;
+    RingPosition<Traits::kDscoresStages> dscores_at, dq_at;
+    uint32_t dq_parity = 1;
+    const SchedulerBarrier<Traits::kFirstSchedulerBarrier, Traits::kConsumers> scheduler(warpgroup);
+
+    const auto start_scores = [&]() __attribute__((always_inline)) {
+        start_mma<false>(score_mma, keys_operand(shared.k), queries_operand(shared.q[at.stage]),
+                         scores);
+    };
+    // What a thread's queries have in shared memory, two of every eight: log-sum-exp or delta.
+    using Statistics = float2[kBlockM / 8];
+    Statistics delta;
+    const auto load_statistics = [](Statistics& to,
+                                    const float* from) __attribute__((always_inline)) {
+        CUTE_UNROLL
+        for (int i = 0; i < kBlockM / 8; ++i) {
+            to[i] = *reinterpret_cast<const float2*>(from + thread_column() + 8 * i);
+        }
+    };
+    // The scores of the step at `at` are there: makes them probabilities, while the mma runs that
+    // becomes their gradient. Afterwards no mma is under way: the compiler does not follow one from
+    // one iteration of a loop into the next, and would wait for each at once.
+    const auto begin_step = [&]() __attribute__((always_inline)) {
+        Statistics lse;
+        load_statistics(lse, shared.lse[at.stage]);
+        shared.dout_full[at.stage].wait(at.parity);
+        start_mma<false>(score_mma, keys_operand(shared.v), queries_operand(shared.dout[at.stage]),
+                         dscores);
+        CUTE_UNROLL
+        for (int i = 0; i < size(scores); i += 2) {
+            scores(i) = exp2_approximate(fmaf(scores(i), scale_log2, -lse[i / 4].x));
+            scores(i + 1) = exp2_approximate(fmaf(scores(i + 1), scale_log2, -lse[i / 4].y));
+        }
+        const BackwardStep step = shared.steps[at.stage];
+        if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
+        load_statistics(delta, shared.delta[at.stage]);
+        wait_mmas<0>();
+    };
+    // In the registers of the scores: when it is computed they are not needed, and are needed again
+    // only once it has been stored.
+    auto dq = make_tensor(scores.data(),
+                          partition_fragment_C(query_mma, TileShape<kHeadDim, kBlockM>{}).layout());
+    static_assert(size(dq) <= size(scores), "dq fits into the registers of the scores");
+    const auto store_dq = [&]() __attribute__((always_inline)) {
+        shared.dq_empty[warpgroup].wait(dq_parity);
+        dq_parity ^= 1;
+        auto* part = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread % kWarpgroupThreads;
+        CUTE_UNROLL
+        for (int i = 0; i < size(dq); i += 4) {
+            part[i / 4 * kWarpgroupThreads] = make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+        }
+        arrive_named(Traits::kFirstDqBarrier + warpgroup, Traits::kDqThreads);
+        dq_at.advance();
+    };
+    const auto start_dq = [&]() __attribute__((always_inline)) {
+        const auto slice = query_mma.get_slice(first_thread);
+        start_mma<false>(
+            query_mma,
+            slice.partition_fragment_A(tile_of(shared.k, typename Traits::LayoutKTransposed{})),
+            slice.partition_fragment_B(
+                tile_of(shared.dscores[dq_at.stage], typename Traits::LayoutDscores{})),
+            dq);
+    };
+
+    shared.q_full[0].wait(0);
+    if (shared.steps[0].m_tile >= 0) {
+        shared.kv_full.wait(0);
+        start_scores();
+        wait_mmas<0>();
+        forget_operands();
+        begin_step();
+        for (bool first_step = true;; first_step = false) {
+            // Gradient of the scores, 16 queries at a time, so that registers come free early.
+            CUTE_UNROLL
+            for (int i = 0; i < size(scores); i += 8) {
+                CUTE_UNROLL
+                for (int j = i; j < i + 8; j += 2) {
+                    probability_pairs(j / 2) = round_pair<Element>(scores(j), scores(j + 1));
+                    dscore_pairs(j / 2) =
+                        round_pair<Element>(scores(j) * (dscores(j) - delta[j / 4].x),
+                                            scores(j + 1) * (dscores(j + 1) - delta[j / 4].y));
+                }
+                store_matrices_transposed(dscores_place.of(shared.dscores[dscores_at.stage], i / 8),
+                                          dscore_pairs(i / 2), dscore_pairs(i / 2 + 1),
+                                          dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
+            }
+            publish_shared_writes();
+            dscores_at.advance();
+
+            // The compiler does not follow mmas around a branch. So dq before the first step and
+            // the scores behind the last one are computed, of what lies there, and not used.
+            scheduler.wait();  // also for the other one's gradient of scores of the step before
+            start_dq();
+            start_mma<true>(key_mma, as_register_operand<kBlockM>(probabilities),
+                            query_columns_operand(shared.dout[at.stage]), dv);
+            start_mma<true>(key_mma, as_register_operand<kBlockM>(rounded),
+                            query_columns_operand(shared.q[at.stage]), dk);
+            wait_mmas<2>();  // dq
+            if (!first_step) store_dq();
+            Barrier& step_empty = shared.step_empty[at.stage];
+            at.advance();
+            shared.q_full[at.stage].wait(at.parity);
+            start_scores();
+            scheduler.let_next();
+            step_empty.arrive();  // for its loads; 32 arrivals take time, which the mmas hide
+            wait_mmas<0>();
+            step_empty.arrive_warp();
+            if (shared.steps[at.stage].m_tile < 0) break;
+            forget_operands();
+            begin_step();
+        }
+        scheduler.finish();  // also for the other one's gradient of the last scores
+        start_dq();
+        wait_mmas<0>();
+        store_dq();
+    } else {
+        scheduler.finish();
+    }
+
+    store_key_gradients(args, shared, dk, dv);
+}
+
+}  // namespace lemo::cuda::segment_attention::hopper

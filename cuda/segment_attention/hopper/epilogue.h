@@ -1,0 +1,61 @@
+// The epilogue: results in registers are rounded and stored in global memory by way of shared
+// memory, which turns them into accesses of 16 bytes.
+#pragma once
+
+#include "common/hopper.h"
+#include "segment_attention/elementwise.h"
+
+namespace lemo::cuda::segment_attention::hopper {
+
+/// Rows of a matrix in global memory that a warp writes: the first `num_rows` of 16, the first
+/// `head_dim` columns.
+template <typename Element>
+struct RowsOut {
+    Element* first;
+    int64_t stride;  // elements
+    int num_rows;
+    int head_dim;
+};
+
+/// The 16 bytes from column 8 * piece on of row `row` of a staging area [rows, kHeadDim]. Eight
+/// rows of one column of pieces lie in different banks.
+template <int kHeadDim, typename Element>
+__device__ __forceinline__ Element* staged_piece(Element* area, int row, int piece) {
+    return area + row * kHeadDim + (piece ^ (row % 8)) * 8;
+}
+
+/// Copies kRows rows of a staging area, from `first_row` on, to where they belong; a warp's work.
+template <int kHeadDim, int kRows, typename Element>
+__device__ __forceinline__ void write_staged(Element* area, int first_row,
+                                             const RowsOut<Element>& out) {
+    constexpr int kPieces = kHeadDim / 8;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int piece = lane % kPieces;
+    if (piece * 8 >= out.head_dim) return;
+    CUTE_UNROLL
+    for (int r = lane / kPieces; r < kRows; r += 32 / kPieces) {
+        if (r >= out.num_rows) break;
+        *reinterpret_cast<uint4*>(out.first + r * out.stride + piece * 8) =
+            *reinterpret_cast<const uint4*>(staged_piece<kHeadDim>(area, first_row + r, piece));
+    }
+}
+
+/// Stores a warp's 16 rows of the accumulators [64, kHeadDim] of its warpgroup. `area` is the
+/// warp's own staging area [16, kHeadDim].
+template <int kHeadDim, typename Element, typename Accumulators>
+__device__ __forceinline__ void store_rows(const Accumulators& accumulators, Element* area,
+                                           const RowsOut<Element>& out) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const auto rounded = round_to<Element>(accumulators);
+    const auto* pairs = reinterpret_cast<const uint32_t*>(rounded.data());
+    __syncwarp();  // all lanes have read what lay there before
+    CUTE_UNROLL
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+        store_matrices(staged_piece<kHeadDim>(area, lane % 16, 2 * i + lane / 16), pairs[4 * i],
+                       pairs[4 * i + 1], pairs[4 * i + 2], pairs[4 * i + 3]);
+    }
+    __syncwarp();
+    write_staged<kHeadDim, 16>(area, 0, out);
+}
+
+}  // namespace lemo::cuda::segment_attention::hopper

@@ -1,0 +1,100 @@
+// Tiles, scratch and arguments of the backward kernels, portable tier.
+#pragma once
+
+#include "segment_attention/plan.h"
+#include "segment_attention/portable/tile_ops.h"
+
+namespace lemo::cuda::segment_attention::portable {
+
+/// Tiles of the backward kernel. GPUs differ in shared memory: 8.0 and 9.0 have more than 160 KiB a
+/// block, 8.6 and 8.9 have 99 KiB.
+enum class TileSize { kLarge, kSmall };
+
+template <typename Element_, int kHeadDim_, TileSize kTileSize>
+struct BackwardTraits {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr bool kLarge = kTileSize == TileSize::kLarge;
+    // The gradients of keys and values live in registers: 2 * kBlockN * kHeadDim / 256 a thread.
+    static constexpr int kBlockM = kHeadDim == 64 && kLarge ? 128 : 64;
+    static constexpr int kBlockN = kHeadDim == 64 || kLarge ? 128 : 64;
+    // With a second buffer dO of the next tile loads during all of this one.
+    static constexpr int kBuffersOfdO = kLarge ? 2 : 1;
+    static constexpr int kNumWarps = 8;
+    static constexpr int kThreads = 32 * kNumWarps;
+    // Warps along the rows of each mma, so that the part of a warp is about square: it then reads
+    // the least shared memory.
+    static constexpr int kScoreWarps = kBlockM == kBlockN ? 4 : 2;
+    static constexpr int kKeyWarps = kHeadDim == 64 || kLarge ? 4 : 2;
+    static constexpr int kQueryWarps = kHeadDim == 64 && kLarge ? 4 : 2;
+
+    template <int kRowWarps>
+    using TiledMmaOf = cute::TiledMMA<
+        MmaAtom<Element>, Layout<Shape<cute::Int<kRowWarps>, cute::Int<kNumWarps / kRowWarps>, _1>>,
+        cute::Tile<cute::Int<16 * kRowWarps>, cute::Int<16 * kNumWarps / kRowWarps>, _16>>;
+    using ScoreMma = TiledMmaOf<kScoreWarps>;  // [kBlockM, kBlockN]: scores and their gradient
+    using KeyMma = TiledMmaOf<kKeyWarps>;      // [kBlockN, kHeadDim]: dk and dv
+    using QueryMma = TiledMmaOf<kQueryWarps>;  // [kBlockM, kHeadDim]: dq
+
+    using LayoutQ = SmemLayout<kBlockM, kHeadDim>;
+    using LayoutQTransposed = SmemLayoutTransposed<kBlockM, kHeadDim>;
+    using LayoutK = SmemLayout<kBlockN, kHeadDim>;
+    using LayoutKTransposed = SmemLayoutTransposed<kBlockN, kHeadDim>;
+    using LayoutS = SmemLayout<kBlockM, kBlockN>;
+    using LayoutSTransposed = SmemLayoutTransposed<kBlockM, kBlockN>;
+
+    // K, V, two Q, dO, P, dS; two tiles of statistics.
+    static constexpr int kSharedBytes =
+        (2 * kBlockN * kHeadDim + (2 + kBuffersOfdO) * kBlockM * kHeadDim + 2 * kBlockM * kBlockN) *
+            static_cast<int>(sizeof(Element)) +
+        2 * kBlockM * static_cast<int>(sizeof(float2));
+    /// Accumulators of dq that a thread holds for one query tile.
+    static constexpr int kDqPerThread = kBlockM * kHeadDim / kThreads;
+};
+
+/// Scratch of the backward pass.
+template <typename Traits>
+struct BackwardScratch {
+    PlanScratch plan;
+    float2* statistics;
+    float* dq_sums;
+    int* added_tiles;
+    int64_t cleared_bytes;  // that have to be zero before the main kernel runs, from `dq_sums` on
+
+    BackwardScratch(const SegmentAttentionBackwardParams& params, Arena& arena)
+        : plan(params.forward, arena) {
+        const SegmentAttentionParams& p = params.forward;
+        const int64_t num_heads = p.q.size(1);
+        const int64_t tiles =
+            num_heads * max_tiles(p.q.size(0), p.cu_q.size(0) - 1, Traits::kBlockM);
+        statistics = arena.take<float2>(num_heads * p.q.size(0));
+        const int64_t before = arena.bytes();
+        dq_sums = arena.take<float>(tiles * Traits::kBlockM * Traits::kHeadDim);
+        added_tiles = arena.take<int>(params.deterministic ? tiles : 0);
+        cleared_bytes = arena.bytes() - before;
+    }
+};
+
+struct BackwardArguments {
+    const void* q;
+    const void* k;
+    const void* v;
+    const void* out;
+    const void* dout;
+    const float* lse;
+    void* dq;
+    void* dk;
+    void* dv;
+    // [heads, queries]: log2 of the sum of exponentials, and delta, the sum of out * dout of a row
+    float2* statistics;
+    // [heads, query tiles, kBlockM * kHeadDim] sums of dq, in the order of DqAccumulators
+    float* dq_sums;
+    int* added_tiles;  // [heads, query tiles], key tiles that have added to dq; null: in any order
+    AttentionPlan plan;
+    int num_heads;
+    int num_kv_heads;
+    int head_dim;
+    float scale;
+};
+
+}  // namespace lemo::cuda::segment_attention::portable

@@ -1,0 +1,42 @@
+// swiglu on CUDA. One tier, which takes everything that `check` lets through.
+#include "lemo/swiglu.h"
+
+#include "common/launch.h"
+#include "swiglu/portable/kernel.h"
+
+namespace lemo {
+
+using namespace cuda::swiglu::portable;
+
+void swiglu_cuda(const SwigluParams& params, void* stream) {
+    const int64_t n = params.gate.num_elements();
+    if (n == 0) return;
+    cuda::dispatch_float(params.gate.dtype, [&]<typename T>(T) {
+        constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+        const bool aligned =
+            cuda::vectorisable(0, {params.gate.data, params.up.data, params.y.data});
+        const auto kernel = aligned ? swiglu_kernel<T, kWidth> : swiglu_kernel<T, 1>;
+        kernel<<<grid_of(n, aligned ? kWidth : 1), kThreads, 0,
+                 static_cast<cudaStream_t>(stream)>>>(params.gate.as<const T>(),
+                                                      params.up.as<const T>(), params.y.as<T>(), n);
+    });
+    cuda::check_launch("swiglu");
+}
+
+void swiglu_backward_cuda(const SwigluBackwardParams& params, void* stream) {
+    const int64_t n = params.gate.num_elements();
+    if (n == 0) return;
+    cuda::dispatch_float(params.gate.dtype, [&]<typename T>(T) {
+        constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+        const bool aligned =
+            cuda::vectorisable(0, {params.dout.data, params.gate.data, params.up.data});
+        const auto kernel =
+            aligned ? swiglu_backward_kernel<T, kWidth> : swiglu_backward_kernel<T, 1>;
+        kernel<<<grid_of(n, aligned ? kWidth : 1), kThreads, 0,
+                 static_cast<cudaStream_t>(stream)>>>(params.dout.as<const T>(),
+                                                      params.gate.as<T>(), params.up.as<T>(), n);
+    });
+    cuda::check_launch("swiglu_backward");
+}
+
+}  // namespace lemo

@@ -1,0 +1,42 @@
+"""The loss of a model that eliminates tokens."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lemo.models.enable import enable
+from lemo.preparation.windows import Window
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["elimination_loss", "evaluating"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@torch.no_grad()
+def elimination_loss(model: nn.Module, windows: Sequence[Window], config: LemoConfig) -> float:
+    """Mean loss a token while the model eliminates as `config` says; no dropout, no gradient."""
+    device = next(model.parameters()).device
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        handle = enable(model, config)
+        try:
+            for window in windows:
+                ids = window.ids[None].to(device)
+                total += handle.loss(input_ids=ids, labels=ids).item() * (ids.numel() - 1)
+                tokens += ids.numel() - 1
+        finally:
+            handle.remove()
+    return total / tokens

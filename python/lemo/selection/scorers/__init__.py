@@ -1,0 +1,42 @@
+"""Block scores: how informative every block is for a sub-block (LeMo, section 4).
+
+A block is informative for attention if later tokens attend to it much, and for the MLP if its
+activation is large.
+"""
+
+from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
+from lemo.selection.scorers.exact import ExactScorer
+from lemo.selection.scorers.pooled import PooledScorer
+from lemo.selection.scorers.predictor import PredictorScorer
+from lemo.selection.scorers.random import RandomScorer
+from lemo.settings.elimination import LemoConfig
+
+__all__ = [
+    "BlockedBatch",
+    "ExactScorer",
+    "PooledScorer",
+    "PredictorScorer",
+    "RandomScorer",
+    "ScoredModel",
+    "Scorer",
+    "make_scorer",
+]
+
+
+def make_scorer(config: LemoConfig, model: ScoredModel) -> Scorer:
+    """The scorer that `config` names, for `model`.
+
+    Raises:
+        FileNotFoundError, ValueError: the predictor folder is absent, damaged, or made for another
+            model or block size.
+    """
+    match config.scorer:
+        case "random":
+            return RandomScorer(config.seed)
+        case "pooled":
+            return PooledScorer(model)
+        case "exact":
+            return ExactScorer(model)
+        case "predictor":
+            return PredictorScorer.from_folder(config.predictor, model.config, config.block_size)
+    raise ValueError(f"scorer: expected one of the four of LemoConfig, got {config.scorer!r}")

@@ -1,0 +1,46 @@
+"""Predicted scores: small trained networks foretell the exact ones."""
+
+from typing import Any
+
+from torch import Tensor
+
+from lemo.predictors import PredictorSet, load
+from lemo.selection.scorers.base import BlockedBatch, Scorer
+
+__all__ = ["PredictorScorer"]
+
+
+class PredictorScorer(Scorer):
+    """The trained predictors of all layers of a model.
+
+    Args:
+        predictors: what runs.
+        block_size: as in `LemoConfig`; a share means the blocks that they were trained for.
+
+    Raises:
+        ValueError: they were trained for blocks of another number of tokens.
+    """
+
+    def __init__(self, predictors: PredictorSet, block_size: int | float) -> None:
+        if isinstance(block_size, int) and predictors.block_size != block_size:
+            raise ValueError(
+                f"block_size: the predictors were trained for {predictors.block_size}, "
+                f"got {block_size}"
+            )
+        self.predictors = predictors
+        self.block_size = predictors.block_size
+        self.thresholds = predictors.thresholds
+
+    @classmethod
+    def from_folder(
+        cls, folder: str, model_config: Any, block_size: int | float
+    ) -> "PredictorScorer":
+        """The predictors that `lemo prepare` wrote for a model of this Transformers config.
+
+        Raises:
+            FileNotFoundError, ValueError: see `lemo.predictors.load`.
+        """
+        return cls(load(folder, model_config=model_config), block_size)
+
+    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
+        return self.predictors.scores(layer, kind, x, batch.layout)
