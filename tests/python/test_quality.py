@@ -5,10 +5,10 @@ import json
 import sys
 
 import pytest
+import quality_plots
 import torch
 
 import quality
-import quality_plots
 from lemo.data import Document
 from retrieval import (
     DEPTHS,

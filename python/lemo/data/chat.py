@@ -126,8 +126,10 @@ class ChatEncoder:
 
     def _trimmed(self, answer: str) -> int:
         """Length of an answer without what follows the token that ends it."""
-        last = max((answer.rfind(token) + len(token) for token in self._special if token in answer),
-                   default=len(answer))
+        last = max(
+            (answer.rfind(token) + len(token) for token in self._special if token in answer),
+            default=len(answer),
+        )
         return last if not answer[last:].strip() else len(answer)
 
     def _special_length(self, text: str) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lemo.data.rows import Row
+from lemo.data.rows import Row, keys_of
 
 __all__ = ["Conversation", "Prompted", "parse_example"]
 
@@ -78,7 +78,7 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
     if any(name in record for name in _PREFERENCES):
         raise ValueError(
             f"{row.place}: expected examples to imitate, got preference data "
-            f"({_keys(record)}); keep the chosen answers, as 'messages' or 'prompt' and "
+            f"({keys_of(record)}); keep the chosen answers, as 'messages' or 'prompt' and "
             "'completion'"
         )
     for name in ("messages", "conversations"):
@@ -90,7 +90,7 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
         return _instruction(row)
     if "text" in record:
         return None
-    raise ValueError(f"{row.place}: expected {FORMS}, got {_keys(record)}")
+    raise ValueError(f"{row.place}: expected {FORMS}, got {keys_of(record)}")
 
 
 def _conversation(row: Row, messages: list[dict[str, Any]]) -> Conversation:
@@ -127,7 +127,7 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
         known = ", ".join((*_KNOWN_ROLES, *_ROLES))
         raise ValueError(
             f"{row.place}: expected {where} to have a role (one of {known}), got "
-            + (repr(role) if role is not None else _keys(message))
+            + (repr(role) if role is not None else keys_of(message))
         )
     content = message.get("content")
     if content is None and message.get("tool_calls"):
@@ -137,7 +137,7 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
     if not isinstance(content, str):
         raise ValueError(
             f"{row.place}: expected {where} to have a text 'content', got "
-            + (_keys(message) if content is None else type(content).__name__)
+            + (keys_of(message) if content is None else type(content).__name__)
         )
     _check_text(row, where, content)
     return message | {"role": role, "content": content}
@@ -195,8 +195,3 @@ def _check_text(row: Row, where: str, text: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise ValueError(f"{row.place}: {where} holds half of a surrogate pair") from None
-
-
-def _keys(record: Mapping[str, Any]) -> str:
-    names = [str(name) for name in record]
-    return f"the keys {', '.join(names)}" if names else "no key at all"

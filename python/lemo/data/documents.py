@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lemo.data.rows import Row, read_rows
+from lemo.data.rows import Row, keys_of, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ def document_of(row: Row) -> Document:
     """The document that a row holds; ValueError, naming file and line, where it holds none."""
     text = row.record.get("text")
     if not isinstance(text, str):
-        got = "none" if "text" not in row.record else type(text).__name__
+        got = type(text).__name__ if "text" in row.record else keys_of(row.record)
         raise ValueError(f"{row.place}: expected a string 'text', got {got}")
     try:
         text.encode("utf-8")

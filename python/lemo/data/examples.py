@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.data.chat import Encoded
+from lemo.data.reading import first_of
 from lemo.models.labels import IGNORE_INDEX
 
 __all__ = ["ExampleWindows", "Shortened", "Window", "shorten"]
@@ -153,6 +155,27 @@ class ExampleWindows:
         self._seed = seed
         self._windows = _packed(fitting, length, random.Random(seed))
 
+    @property
+    def packed(self) -> bool:
+        """Whether some window has several examples."""
+        return any(len(window) > 1 for window in self._windows)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the examples, a line for each thing."""
+        total = self.used + len(self.left_out)
+        lines = [f"{self.used} examples in {len(self)} windows of at most {self.length} tokens"]
+        if self.shortened:
+            lines.append(
+                f"the middle of the prompt is cut out of {self.shortened} of {total} examples, "
+                f"{self.cut_tokens} tokens in all, so that they fit into {self.length}"
+            )
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} of {total} examples are left out, because their answers are "
+                f"too long or none has a label: {first_of(self.left_out)}"
+            )
+        return lines
+
     def __len__(self) -> int:
         """Windows of an epoch."""
         return len(self._windows)
@@ -160,15 +183,20 @@ class ExampleWindows:
     def window(self, index: int) -> Window:
         """Window number `index` (from 0)."""
         epoch, place = divmod(index, len(self._windows))
-        order = list(range(len(self._windows)))
-        random.Random(f"{self._seed} {epoch}").shuffle(order)
-        chosen = self._windows[order[place]]
+        chosen = self._windows[_shuffled(len(self._windows), f"{self._seed} {epoch}")[place]]
         labels = [[IGNORE_INDEX, *example.labels[1:]] for example in chosen]
         return Window(
             torch.tensor([i for example in chosen for i in example.ids]),
             torch.tensor([label for part in labels for label in part]),
             tuple(len(example.ids) for example in chosen),
         )
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _packed(examples: list[Encoded], length: int, generator: random.Random) -> list[list[Encoded]]:

@@ -6,7 +6,7 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -166,6 +166,12 @@ def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
             return
         dataset = datasets.load_from_disk(str(folder))
     yield from _rows(iter(dataset), folder, damaged)
+
+
+def keys_of(record: Mapping[str, Any]) -> str:
+    """The names in a record, for messages."""
+    names = [str(name) for name in record]
+    return f"the keys {', '.join(names)}" if names else "no key at all"
 
 
 # The readers of the datasets library, by the ending of a file.
