@@ -57,8 +57,9 @@ def headings(text):
 
 
 def names_of(text):
-    """What stands in backticks, single words only."""
-    return set(re.findall(r"(?<!`)`([^`\s]+)`(?!`)", without_code(text)))
+    """The words that stand in backticks."""
+    quoted = re.findall(r"(?<!`)`([^`]+)`(?!`)", without_code(text))
+    return {word for words in quoted for word in words.split()}
 
 
 def is_path(name):
@@ -165,6 +166,20 @@ def test_words_of_the_code_that_a_page_names_are_in_the_code():
             for part in re.findall(r"\w+", name.split("(")[0]):
                 if re.search(r"\w_\w|[a-z][A-Z]", part):
                     assert part in words, f"{page.relative_to(ROOT)} names `{name}`"
+
+
+def test_benchmarks_have_the_options_that_pages_give_them():
+    commands = []
+    for page in CURRENT:
+        text = text_of(page).replace("\\\n", " ")
+        commands += re.findall(r"python (benchmarks/\w+\.py)([^`\n]*)", text)
+    assert commands
+    for script in sorted({script for script, _ in commands}):
+        given = " ".join(options for name, options in commands if name == script)
+        wanted = set(re.findall(r"--[a-z-]+", given))
+        command = [sys.executable, str(ROOT / script), "--help"]
+        text = subprocess.run(command, capture_output=True, text=True).stdout if wanted else ""
+        assert wanted <= set(re.findall(r"--[a-z-]+", text)), f"{script}: {wanted}"
 
 
 def test_the_checks_of_names_can_fail():

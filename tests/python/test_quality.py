@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import sys
 
 import pytest
-import quality_plots
 import torch
 
 import quality
+import quality_page
+import quality_table
 from lemo.data import Document
 from retrieval import (
     DEPTHS,
@@ -124,24 +124,13 @@ def arguments(inputs, *more):
         *("--model", f"{inputs / 'model'}", "--train", f"{inputs / 'documents.jsonl'}"),
         *("--eval", f"{inputs / 'documents.jsonl'}", "--file", f"{inputs / 'methods.yaml'}"),
         *("--context", f"{LENGTH}", "--steps", "2", "--batch", "1", "--others", "1"),
-        *(
-            "--device",
-            "cpu",
-            "--threads",
-            "1",
-            "--jobs",
-            "3",
-            "--exclusive",
-            "--work",
-            f"{inputs / 'work'}",
-        ),
+        *("--device", "cpu", "--threads", "1", "--work", f"{inputs / 'work'}"),
         *("--output", f"{inputs / 'figures.jsonl'}", *more),
     ]
 
 
-def test_a_whole_run(inputs, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments(inputs)])
-    quality.main()
+def test_a_whole_run(inputs, capsys):
+    assert quality.main(arguments(inputs, "--jobs", "3")) == 0
     rows = {}
     for line in (inputs / "figures.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -160,12 +149,11 @@ def test_a_whole_run(inputs, capsys, monkeypatch):
     assert "(1.0000)" in printed
 
 
-def test_equal_time_from_earlier_rows_and_texts_with_copies(inputs, monkeypatch):
+def test_equal_time_from_earlier_rows_and_texts_with_copies(inputs):
     run = arguments(inputs, "--copies", "--methods", "dense", "half")
     run[run.index("--output") + 1] = f"{inputs / 'copies.jsonl'}"
     for equal in ("steps", "time"):
-        monkeypatch.setattr(sys, "argv", ["quality.py", *run, "--equal", equal])
-        quality.main()
+        assert quality.main([*run, "--equal", equal]) == 0
     rows = [json.loads(line) for line in (inputs / "copies.jsonl").read_text().splitlines()]
     assert [row["equal"] for row in rows].count("steps") == 2
     (last,) = [row for row in rows if row["equal"] == "time"]
@@ -229,10 +217,10 @@ def test_times_of_runs_that_shared_a_gpu_stand_only_where_no_run_had_one(runs, s
         row = {"step_seconds": seconds, "runs_at_a_time": at_a_time, "gpu": "NVIDIA H200"}
         row |= {"seed": 0, "shape": {"steps": 9}, "perplexity": {"book": 2.0}}
         methods.setdefault(name, []).append(row | {"retrieval": {"mean": 1.0}})
-    lines = quality.table_of((16, 9, 1, 1e-3, False, "steps"), methods).splitlines()[4:]
+    lines = quality_table.table_of((16, 9, 1, 1e-3, False, "steps"), methods).splitlines()[4:]
     assert [line.split("|")[4].strip() for line in lines] == shown
 
 
 def test_the_page_shows_the_recorded_results():
-    page = quality_plots.PAGE.read_text(encoding="utf-8")
-    assert page == quality_plots.updated(page, quality_plots.read_rows())
+    page = quality_page.PAGE.read_text(encoding="utf-8")
+    assert page == quality_page.updated(page, quality_page.read_rows())

@@ -1,4 +1,4 @@
-"""``lemo prepare``: labels, predictors and thresholds into one folder."""
+"""``lemo prepare``: exact scores, predictors and thresholds, written to one folder."""
 
 from __future__ import annotations
 

@@ -105,8 +105,8 @@ Predictor = AttentionPredictor | MlpPredictor
 
 def make_predictor(kind: str, hidden_size: int, rank: int, generator: torch.Generator) -> Predictor:
     """The predictor of a sub-block; `kind` is "attention" or "mlp"."""
-    make = {"attention": AttentionPredictor, "mlp": MlpPredictor}[kind]
-    return make(hidden_size, rank, generator)
+    makers: dict[str, type[Predictor]] = {"attention": AttentionPredictor, "mlp": MlpPredictor}
+    return makers[kind](hidden_size, rank, generator)
 
 
 def _initial(

@@ -14,13 +14,11 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lemo.files import write_file
-from lemo.ops import predictor
-from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
+from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
 
 __all__ = [
-    "PredictorSet",
     "content_digest",
     "fingerprint",
     "load",
@@ -32,90 +30,6 @@ FORMAT = "lemo-predictor"
 VERSION = 2
 WEIGHTS_FILE = "predictor.safetensors"
 DESCRIPTION_FILE = "predictor.json"
-
-_NETS = {"attention": ("key", "query"), "mlp": ("key",)}
-_MATRICES = ("down", "mid", "up")
-_PROFILE = ("knots", "mean", "deviation")
-
-
-class PredictorSet:
-    """The predictors of all layers of one model, ready to score.
-
-    Attributes:
-        block_size: tokens of the blocks that the predictors were trained for.
-        num_layers, hidden_size: of the model.
-        thresholds: {"attention": [one for each layer], "mlp": [...]}.
-        description: the contents of predictor.json.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor], description: Mapping[str, Any]):
-        self.description = dict(description)
-        self.block_size: int = description["block_size"]
-        self.num_layers: int = description["num_layers"]
-        self.hidden_size: int = description["hidden_size"]
-        self.thresholds: dict[str, list[float]] = {
-            kind: list(description["thresholds"][kind]) for kind in KINDS
-        }
-        self._nets: dict[tuple[int, str], list[tuple[Tensor, ...]]] = {}
-        self._profiles: dict[tuple[int, str], PositionProfile] = {}
-        for layer in range(self.num_layers):
-            for kind in KINDS:
-                stem = f"layers.{layer}.{kind}"
-                self._nets[layer, kind] = [
-                    tuple(tensors[f"{stem}.{net}.{name}"] for name in _MATRICES)
-                    for net in _NETS[kind]
-                ]
-                self._profiles[layer, kind] = PositionProfile(
-                    *(tensors[f"{stem}.profile.{name}"] for name in _PROFILE)
-                )
-        # Weights on the device and in the dtype of the rows that they scored last.
-        self._cast: dict[tuple[int, str, torch.device, torch.dtype], tuple[Any, ...]] = {}
-        # What the profiles say of every block, for the cut of the rows that were scored last:
-        # windows of one length follow each other, and a profile is two dozen small kernels.
-        self._cut: tuple[tuple[int, ...], torch.device] | None = None
-        self._places: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
-
-    def scores(self, layer: int, kind: str, x: Tensor, layout: BlockLayout) -> Tensor:
-        """Predicted scores of all blocks, [B] fp32.
-
-        Args:
-            layer: index of the layer.
-            kind: "attention" or "mlp".
-            x: [T, H], output of the sub-block's norm for all rows.
-            layout: how the T rows are cut; its block size must be that of the predictors.
-        """
-        if layout.block_size != self.block_size:
-            raise ValueError(
-                f"layout: expected blocks of {self.block_size} tokens, as the predictors were "
-                f"trained for, got {layout.block_size}"
-            )
-        if (layer, kind) not in self._nets:
-            raise ValueError(
-                f"layer, kind: expected a layer below {self.num_layers} and one of "
-                f"{', '.join(KINDS)}, got {layer!r}, {kind!r}"
-            )
-        place = (layer, kind, x.device, x.dtype)
-        if place not in self._cast:
-            self._cast[place] = tuple(
-                tuple(weight.to(x.device, x.dtype) for weight in net)
-                for net in self._nets[layer, kind]
-            )
-        key, *query = self._cast[place]
-        with torch.no_grad():
-            content = predictor(x, key, query[0] if query else None, layout)
-            mean, deviation = self._place(layer, kind, layout, x.device)
-            return mean + deviation * content
-
-    def _place(
-        self, layer: int, kind: str, layout: BlockLayout, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the blocks' scores for their places, [B] each."""
-        cut = (layout.seqlens, device)
-        if cut != self._cut:
-            self._cut, self._places = cut, {}
-        if (layer, kind) not in self._places:
-            self._places[layer, kind] = self._profiles[layer, kind].at(layout, device)
-        return self._places[layer, kind]
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
@@ -146,10 +60,10 @@ def tensors_of(
     weights = {
         f"{stem}.{name}.{matrix}": weight.detach().to(dtype).contiguous()
         for name, net in module.nets()
-        for matrix, weight in zip(_MATRICES, net.weights)
+        for matrix, weight in zip(MATRICES, net.weights)
     }
     return weights | {
-        f"{stem}.profile.{name}": getattr(profile, name).float().contiguous() for name in _PROFILE
+        f"{stem}.profile.{name}": getattr(profile, name).float().contiguous() for name in PROFILE
     }
 
 
@@ -238,13 +152,14 @@ def _read_description(file: Path) -> dict[str, Any]:
         "sha256": str, "block_size": int, "num_layers": int, "hidden_size": int,
         "thresholds": dict, "model": dict,
     }  # fmt: skip
-    for name, kind in expected.items():
+    for name, expected_type in expected.items():
         value = description.get(name)
-        if type(value) is not kind:
+        if type(value) is not expected_type:
             raise ValueError(
-                f"predictor: {file}: field '{name}': expected {kind.__name__}, got {value!r}"
+                f"predictor: {file}: field '{name}': expected {expected_type.__name__}, "
+                f"got {value!r}"
             )
-        if kind is int and value < 1:
+        if isinstance(value, int) and value < 1:
             raise ValueError(
                 f"predictor: {file}: field '{name}': expected at least 1, got {value!r}"
             )
@@ -271,10 +186,10 @@ def _check_tensors(
 ) -> None:
     hidden = description["hidden_size"]
     for layer in range(description["num_layers"]):
-        for kind, nets in _NETS.items():
+        for kind, nets in NETS.items():
             stem = f"layers.{layer}.{kind}"
-            names = [f"{stem}.{net}.{name}" for net in nets for name in _MATRICES]
-            names += [f"{stem}.profile.{name}" for name in _PROFILE]
+            names = [f"{stem}.{net}.{name}" for net in nets for name in MATRICES]
+            names += [f"{stem}.profile.{name}" for name in PROFILE]
             for name in names:
                 if name not in tensors:
                     raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
@@ -283,7 +198,7 @@ def _check_tensors(
                     raise ValueError(f"predictor: {file}: tensor '{name}' is not finite floats")
             for net in nets:
                 inputs = hidden
-                for matrix in _MATRICES:
+                for matrix in MATRICES:
                     name = f"{stem}.{net}.{matrix}"
                     shape = tensors[name].shape
                     if len(shape) != 2 or shape[1] != inputs:
@@ -292,7 +207,7 @@ def _check_tensors(
                             f"got {list(shape)}"
                         )
                     inputs = shape[0]
-            lengths = {tensors[f"{stem}.profile.{name}"].shape for name in _PROFILE}
+            lengths = {tensors[f"{stem}.profile.{name}"].shape for name in PROFILE}
             if len(lengths) != 1 or len(lengths.pop()) != 1:
                 raise ValueError(
                     f"predictor: {file}: tensors '{stem}.profile': expected vectors of one length"

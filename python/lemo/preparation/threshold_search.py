@@ -121,8 +121,8 @@ def _config(thresholds: Thresholds, settings: PredictorSettings, folder: Path) -
         mask_loss=False,
         layerwise=LayerwiseConfig(
             policy="threshold",
-            thresholds=thresholds["attention"],
-            mlp_thresholds=thresholds["mlp"],
+            thresholds=tuple(thresholds["attention"]),
+            mlp_thresholds=tuple(thresholds["mlp"]),
             dense_layers=settings.dense_layers,
             select_at="all",
         ),

@@ -1,5 +1,6 @@
 """The policies of a config, resolved for the layers of a model."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from lemo.settings.elimination import LemoConfig
@@ -25,7 +26,7 @@ class Policies:
     Attributes:
         dense_layers: layers that keep everything, counted from 0.
         mlp_shares: whether the MLP of every layer keeps what its attention keeps.
-        sources: for each layer, the layer whose scores it uses; None: nobody's.
+        sources: for each layer, the layer whose scores it uses; a dense layer uses none.
     """
 
     def __init__(
@@ -64,7 +65,8 @@ class Policies:
         self._check_keeps_something()
 
     def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
-        attention, mlp = self._layerwise.thresholds, self._layerwise.mlp_thresholds
+        attention: Sequence[float] | None = self._layerwise.thresholds
+        mlp: Sequence[float] | None = self._layerwise.mlp_thresholds
         if attention is None:
             attention = folder.get("attention")
             mlp = folder.get("mlp") if mlp is None else mlp
@@ -78,7 +80,7 @@ class Policies:
             thresholds["mlp"] = _per_layer("mlp_thresholds", tuple(mlp), self._num_layers)
         return thresholds
 
-    def _resolve_sources(self) -> list[int | None]:
+    def _resolve_sources(self) -> list[int]:
         select_at = self._layerwise.select_at
         eliminating = [i for i in range(self._num_layers) if i not in self.dense_layers]
         match select_at:
@@ -88,12 +90,11 @@ class Policies:
                 scoring = eliminating
             case layers:
                 scoring = sorted(_indices("select_at", layers, self._num_layers))
-        sources: list[int | None] = []
+        sources: list[int] = []
         for layer in range(self._num_layers):
             earlier = [source for source in scoring if source <= layer]
-            sources.append(earlier[-1] if earlier else None)
-        for layer in eliminating:
-            if sources[layer] is None:
+            sources.append(earlier[-1] if earlier else layer)
+            if not earlier and layer not in self.dense_layers:
                 raise ValueError(
                     f"layerwise.select_at: layer {layer} is not dense, so expected a layer <= "
                     f"{layer} that chooses a set, got {list(select_at)}"

@@ -50,7 +50,8 @@ class Selector:
         self._policies = Policies(config, num_layers, folder_thresholds)
         self._keeps_everything = False
         self._reached_threshold = False
-        self._pass: _Pass | None = None
+        # Until the first forward pass: one over no tokens.
+        self._pass = _Pass(BlockLayout.from_seqlens([], 1, "cpu"), None)
 
     @property
     def mlp_shares(self) -> bool:
@@ -181,8 +182,6 @@ class Selector:
 
     def statistics(self) -> list[LayerStatistics]:
         """One entry for each layer of the last forward pass; empty before the first."""
-        if self._pass is None:
-            return []
         pairs = zip(self._pass.selected["attention"], self._pass.selected["mlp"])
         return [LayerStatistics.of(layer, *pair) for layer, pair in enumerate(pairs)]
 

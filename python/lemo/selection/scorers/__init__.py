@@ -37,6 +37,6 @@ def make_scorer(config: LemoConfig, model: ScoredModel) -> Scorer:
             return PooledScorer(model)
         case "exact":
             return ExactScorer(model)
-        case "predictor":
+        case "predictor" if config.predictor is not None:
             return PredictorScorer.from_folder(config.predictor, model.config, config.block_size)
     raise ValueError(f"scorer: expected one of the four of LemoConfig, got {config.scorer!r}")

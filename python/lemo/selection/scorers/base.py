@@ -75,3 +75,4 @@ class Scorer(Protocol):
 
     def begin_step(self, step: int) -> None:
         """Tells that optimizer step `step`, from 0, begins. Only random scores depend on it."""
+        return

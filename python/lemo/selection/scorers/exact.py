@@ -34,7 +34,7 @@ def mlp_token_scores(activation: Tensor) -> Tensor:
         activation: [T, F], `act(gate) * up` or `act(fc1)`.
     """
     # A norm needs no tensor of magnitudes.
-    sums = torch.linalg.vector_norm(activation, ord=1, dim=-1, dtype=torch.float32)
+    sums: Tensor = torch.linalg.vector_norm(activation, ord=1, dim=-1, dtype=torch.float32)
     return sums / activation.shape[-1]
 
 
@@ -42,7 +42,8 @@ def token_means(scores: Tensor, layout: BlockLayout) -> Tensor:
     """Means [B] over the tokens of every block of `layout`, of their scores [T] fp32."""
     lengths = layout.block_starts.diff().long()
     # Unsafe: the lengths are not compared with T, for which the host would wait for a GPU.
-    return torch.segment_reduce(scores, "mean", lengths=lengths, unsafe=True)
+    means: Tensor = torch.segment_reduce(scores, "mean", lengths=lengths, unsafe=True)
+    return means
 
 
 class ExactScorer(Scorer):
