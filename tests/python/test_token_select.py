@@ -1,4 +1,4 @@
-"""token_select: what an operator has to pass (docs/design/testing.md). No gradient; scores are fp32 only."""
+"""token_select: what an operator has to pass (docs/design/testing.md), and one read-back."""
 
 import dataclasses
 
