@@ -52,7 +52,7 @@ def check(
     for line in found.remarks:
         result.print(printable(line), soft_wrap=True)
     result.print(printable(f"\n{found.name}, labels between {{+ and +}}:\n"), soft_wrap=True)
-    result.print(printable(_shown(found.pieces), keep="\n"), soft_wrap=True)
+    result.print(printable(_shown(found.pieces)), soft_wrap=True)
 
 
 def _table(rows: list[tuple[str, str]]) -> Any:
@@ -65,7 +65,7 @@ def _table(rows: list[tuple[str, str]]) -> Any:
 
 
 def _shown(pieces: list[tuple[str, bool]]) -> str:
-    """Texts of an example with marks around those with labels; long prompts without their middle."""
+    """Texts of an example, marks around those with labels; long prompts without their middle."""
     return "".join(f"{{+{text}+}}" if labelled else _shortened(text) for text, labelled in pieces)
 
 
