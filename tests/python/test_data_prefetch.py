@@ -32,7 +32,7 @@ class Recorded:
 @pytest.mark.parametrize("threads", [1, 2, 8, 64])
 def test_batches_come_whole_and_in_order(threads):
     batches = list(prefetched(Recorded(), BATCHES, threads))
-    assert [batch[:, 0].tolist() for batch in batches] == [list(batch) for batch in BATCHES]
+    assert [batch.input_ids[:, 0].tolist() for batch in batches] == list(map(list, BATCHES))
 
 
 def test_many_threads_share_a_tokenizer():
@@ -40,7 +40,7 @@ def test_many_threads_share_a_tokenizer():
     windows = token_windows(texts, tiny_tokenizer(), 128)
     alone = [windows.window(index) for index in range(200)]
     together = prefetched(windows, ([index] for index in range(200)), 16)
-    assert all(torch.equal(a, b[0]) for a, b in zip(alone, together, strict=True))
+    assert all(torch.equal(a, b.input_ids[0]) for a, b in zip(alone, together, strict=True))
 
 
 def test_threads_have_two_windows_each_beyond_the_next_batch():
@@ -54,7 +54,7 @@ def test_threads_have_two_windows_each_beyond_the_next_batch():
 
 def test_an_error_comes_with_its_batch_and_ends_the_threads():
     batches = prefetched(Recorded(fail_at=5), BATCHES, threads=2)
-    assert [len(next(batches)) for _ in range(2)] == [3, 1]
+    assert [len(next(batches).input_ids) for _ in range(2)] == [3, 1]
     with pytest.raises(ValueError, match="documents: 5"):
         next(batches)
     assert not [t for t in threading.enumerate() if t.name.startswith("tokenize")]

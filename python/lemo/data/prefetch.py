@@ -6,9 +6,10 @@ import os
 from collections import deque
 from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-import torch
-
+from lemo.data.batches import TrainingBatch, collate
+from lemo.data.examples import ExampleWindows
 from lemo.data.windows import TokenWindows
 
 # A window of 16384 tokens takes a core some 0.05 s (docs/LOG.md, 2026-11-28): a small model's step
@@ -23,9 +24,9 @@ def tokenizing_threads(processes: int = 1) -> int:
 
 
 def prefetched(
-    windows: TokenWindows, batches: Iterable[Sequence[int]], threads: int
-) -> Generator[torch.Tensor]:
-    """Ids of each batch of windows, in order, while threads tokenize the ones behind it.
+    windows: TokenWindows | ExampleWindows, batches: Iterable[Sequence[int]], threads: int
+) -> Generator[TrainingBatch]:
+    """Each batch of windows, in order, while threads tokenize the ones behind it.
 
     Tokenizers of Hugging Face's ``tokenizers`` let other threads run meanwhile. Two
     windows a thread are under way beyond the batch that is asked for.
@@ -35,14 +36,11 @@ def prefetched(
         batches: the numbers of the windows of each batch.
         threads: how many tokenize at a time.
 
-    Yields:
-        int64 [windows of the batch, length].
-
     Raises:
         ValueError: from :meth:`TokenWindows.window`, at the batch that it concerns.
     """
     pool = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="tokenize")
-    waiting: deque[list[Future[torch.Tensor]]] = deque()
+    waiting: deque[list[Future[Any]]] = deque()
     behind = 0  # windows under way after those of the next batch
     try:
         for batch in batches:
@@ -51,12 +49,12 @@ def prefetched(
             while behind >= 2 * threads:
                 first = waiting.popleft()
                 behind -= len(waiting[0])
-                yield _stacked(first)
+                yield _collated(first)
         while waiting:
-            yield _stacked(waiting.popleft())
+            yield _collated(waiting.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _stacked(futures: list[Future[torch.Tensor]]) -> torch.Tensor:
-    return torch.stack([future.result() for future in futures])
+def _collated(futures: list[Future[Any]]) -> TrainingBatch:
+    return collate([future.result() for future in futures])

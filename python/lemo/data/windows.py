@@ -268,6 +268,15 @@ class TokenWindows:
                 self.length,
             )
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the documents, a line for each thing."""
+        if not self.too_short:
+            return []
+        return [
+            f"{self.too_short} of {self.too_short + self.used} documents are shorter than "
+            f"{self.length} tokens and are left out"
+        ]
+
     def batch(self, first: int, count: int) -> torch.Tensor:
         """Windows ``first`` to ``first + count - 1``: int64 ids [count, length]."""
         return torch.stack([self.window(index) for index in range(first, first + count)])

@@ -37,8 +37,13 @@ class FinetuneConfig(Settings):
 
     model: Text = Field(description="Folder or hub name of the causal language model.")
     documents: Text = Field(
-        description="What to train on: a .jsonl, .jsonl.xz, .jsonl.gz or .txt file, or a folder "
-        "written by datasets.save_to_disk."
+        description="What to train on, documents or conversations: a .jsonl, .jsonl.xz, .jsonl.gz, "
+        ".json, .csv, .parquet or .txt file, or a folder written by datasets.save_to_disk."
+    )
+    labels: Literal["answers", "all"] = Field(
+        "answers",
+        description="Tokens of conversations, and of prompts with completions, that have a label: "
+        "the answers, or all.",
     )
     output: Text = Field(description="Run folder.")
     context_length: Annotated[Integer, Field(ge=2)] = Field(

@@ -28,11 +28,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedTokenizerBase
 
 import lemo
+from lemo.attention import register_attention
 from lemo.data import (
+    ExampleWindows,
     TokenWindows,
+    TrainingBatch,
+    collate,
+    open_training_data,
     prefetched,
-    read_documents,
-    token_windows,
     tokenizing_threads,
 )
 from lemo.files import new_folder, write_file
@@ -206,6 +209,11 @@ class _Run:
             base.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
+        packed = isinstance(self.windows, ExampleWindows) and self.windows.packed
+        if config.elimination is None and packed:
+            # Others hold a mask of the size of tokens x tokens where a row has several examples.
+            register_attention()
+            base.set_attn_implementation("lemo")
         # Before enable: lemo's scorers and predictors go where the weights are.
         self.peft_model.to(accelerator.device)
         self.handle = None
@@ -288,9 +296,9 @@ class _Run:
         """Checks, on the next window, that lemo computes what the model computes."""
         if self.handle is None or not self.config.verify or done == self.config.steps:
             return
-        window = self.windows.window(next(self._batches(done))[0])
+        batch = collate([self.windows.window(next(self._batches(done))[0])])
         with self.accelerator.autocast():
-            self.handle.verify({"input_ids": window[None]})
+            self.handle.verify(batch.arguments())
 
     def _batches(self, done: int) -> Iterator[range]:
         """The windows of every forward pass in this process, after ``done`` steps."""
@@ -301,7 +309,7 @@ class _Run:
             for i in range(first, first + per_process, config.batch_size):
                 yield range(i, i + config.batch_size)
 
-    def _step(self, step: int, batches: Iterator[torch.Tensor]) -> dict[str, Any]:
+    def _step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
         """One optimizer step on the next batches; returns its log record."""
         config, accelerator = self.config, self.accelerator
         start = time.perf_counter()
@@ -313,20 +321,15 @@ class _Run:
 
         # Every label of the step counts the same, whatever forward pass it is in. DDP averages
         # the gradients of the processes, hence the factor.
-        labels = self.windows_per_step * (config.context_length - 1)
+        passes = [next(batches) for _ in range(config.gradient_accumulation)]
+        labels, tokens = self._totals(passes)
         loss = torch.zeros((), device=accelerator.device)
         self.kept.clear()
-        for i in range(config.gradient_accumulation):
-            ids = next(batches)
-            if accelerator.device.type == "cuda":
-                # Pinned, so that the GPU fetches them while the host goes on.
-                ids = ids.pin_memory()
-            ids = ids.to(accelerator.device, non_blocking=True)
+        for i, batch in enumerate(passes):
+            arguments = batch.arguments(accelerator.device)
             last = i == config.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                outputs = self.model(
-                    input_ids=ids, labels=ids, num_items_in_batch=labels, use_cache=False
-                )
+                outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
                 accelerator.backward(outputs.loss * accelerator.num_processes)
             loss += outputs.loss.detach()
             if self.handle is not None:
@@ -343,7 +346,6 @@ class _Run:
                 "learning_rate or dtype bfloat16 may help"
             )
 
-        tokens = self.windows_per_step * config.context_length
         seconds = time.perf_counter() - start
         return {
             "step": step,
@@ -357,6 +359,17 @@ class _Run:
             "kept": self.kept.by_layer(),
             "progress": (step - 1) / config.steps,
         }
+
+    def _totals(self, passes: list[TrainingBatch]) -> tuple[int, int]:
+        """(labels, tokens) of a step, of all processes."""
+        totals = [
+            sum(batch.num_labels for batch in passes),
+            sum(batch.input_ids.numel() for batch in passes),
+        ]
+        if self.accelerator.num_processes > 1:
+            counted = torch.tensor(totals, device=self.accelerator.device)
+            totals = self.accelerator.reduce(counted, reduction="sum").tolist()
+        return totals[0], totals[1]
 
     def _save(self, folder: Path, step: int) -> None:
         states = gather_object([random_state()])
@@ -456,21 +469,17 @@ def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig)
 
 def _windows(
     config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
-) -> TokenWindows:
-    windows = token_windows(
-        read_documents(config.documents),
+) -> TokenWindows | ExampleWindows:
+    windows = open_training_data(
+        config.documents,
         tokenizer,
         config.context_length,
         config.seed,
         vocab_size,
+        config.labels,
     )
-    if windows.too_short:
-        _log.info(
-            "%d of %d documents are shorter than %d tokens and are left out",
-            windows.too_short,
-            windows.too_short + windows.used,
-            config.context_length,
-        )
+    for line in windows.remarks():
+        _log.info("%s", line)
     return windows
 
 

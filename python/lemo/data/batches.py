@@ -1,0 +1,61 @@
+"""Windows as the arguments of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo.data.examples import Window
+
+__all__ = ["TrainingBatch", "collate"]
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one forward pass gets.
+
+    Attributes:
+        input_ids, labels: [B, S] int64; labels are not shifted.
+        position_ids: [B, S] int64, which begin again with each example; None: rows are whole.
+        num_labels: labels that count.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    num_labels: int
+
+    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """What the model is called with; on a GPU by copies that the host does not wait for."""
+        tensors = {"input_ids": self.input_ids, "labels": self.labels}
+        if self.position_ids is not None:
+            tensors["position_ids"] = self.position_ids
+        if torch.device(device).type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+
+def collate(windows: Sequence[Tensor] | Sequence[Window]) -> TrainingBatch:
+    """The batch of some windows: rows where they are equally long and whole, else one packed row.
+
+    A packed row holds all examples one after the other, with positions that begin again, and no
+    padding.
+    """
+    if all(isinstance(window, Tensor) for window in windows):
+        ids = torch.stack(list(windows))
+        return TrainingBatch(ids, ids, None, ids.shape[0] * (ids.shape[1] - 1))
+    count = sum(window.num_labels for window in windows)
+    shapes = {window.seqlens for window in windows}
+    if len(shapes) == 1 and len(windows[0].seqlens) == 1:
+        ids, labels = (
+            torch.stack([getattr(window, name) for window in windows]) for name in ("ids", "labels")
+        )
+        return TrainingBatch(ids, labels, None, count)
+    ids, labels, positions = (
+        torch.cat([getattr(window, name) for window in windows])[None]
+        for name in ("ids", "labels", "position_ids")
+    )
+    return TrainingBatch(ids, labels, positions, count)

@@ -1,0 +1,213 @@
+"""Examples with labels on their answers, cut to a context and packed into windows."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lemo.data.chat import Encoded
+from lemo.data.reading import first_of
+from lemo.models.labels import IGNORE_INDEX
+
+__all__ = ["ExampleWindows", "Shortened", "Window", "shorten"]
+
+# Tokens at either end of a prompt that stay where its middle is cut: what it is about, and what is
+# asked.
+_KEPT_AT_ENDS = 64
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one sequence of examples gives the model.
+
+    Attributes:
+        ids: [T] int64.
+        labels: [T] int64, not shifted; IGNORE_INDEX on the first token of each example.
+        seqlens: tokens of each example.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    seqlens: tuple[int, ...]
+
+    @property
+    def position_ids(self) -> Tensor:
+        """[T] int64, which begin again with each example."""
+        return torch.cat([torch.arange(length) for length in self.seqlens])
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that some token of the same example comes before."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Shortened:
+    """An example that fits, and how many tokens of its prompts were cut."""
+
+    example: Encoded
+    cut: int
+
+
+def shorten(example: Encoded, length: int) -> Shortened | None:
+    """Cuts the middle of prompts until an example has at most `length` tokens.
+
+    No label is lost. The longest run of tokens without a label is cut first, in its middle; its
+    first and last 64 tokens stay as long as another run can be cut.
+
+    Returns:
+        None where its answers alone are too long.
+    """
+    excess = len(example.ids) - length
+    if excess <= 0:
+        return Shortened(example, 0)
+    removed: list[tuple[int, int]] = []
+    for spared in (2 * _KEPT_AT_ENDS, 0):
+        runs = sorted(_unlabelled(example.labels, removed), key=lambda run: run[0] - run[1])
+        for first, end in runs:
+            count = min(excess, end - first - spared)
+            if count <= 0:
+                continue
+            start = first + (end - first - count) // 2
+            removed.append((start, start + count))
+            excess -= count
+            if excess == 0:
+                return Shortened(_without(example, removed), len(example.ids) - length)
+    return None
+
+
+def _unlabelled(labels: list[int], removed: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of tokens without a label, but for the first token and what is removed already."""
+    gone = {place for start, end in removed for place in range(start, end)}
+    runs, first = [], None
+    for place, label in enumerate([*labels, 0]):
+        # The first token begins the text for the tokenizer and the model.
+        inside = 0 < place < len(labels) and label == IGNORE_INDEX and place not in gone
+        if inside and first is None:
+            first = place
+        elif not inside and first is not None:
+            runs.append((first, place))
+            first = None
+    return runs
+
+
+def _without(example: Encoded, removed: list[tuple[int, int]]) -> Encoded:
+    ids, labels, at = [], [], 0
+    for start, end in sorted(removed):
+        ids += example.ids[at:start]
+        labels += example.labels[at:start]
+        at = end
+    return Encoded(ids + example.ids[at:], labels + example.labels[at:], example.name)
+
+
+class ExampleWindows:
+    """An endless sequence of windows of at most `length` tokens, each of one or several examples.
+
+    Examples are packed once, in a random order, each into the window that is open; where it does
+    not fit another one is opened. The windows of every epoch come in an order of their own. So a
+    window is a pure function of examples, length, seed and index.
+
+    Args:
+        examples: encoded ones; kept in memory.
+        length: tokens of a window at most.
+        seed: of both orders.
+
+    Attributes:
+        length: tokens of a window at most.
+        used: examples in use.
+        shortened: examples whose prompts were cut.
+        cut_tokens: tokens that this took away.
+        left_out: names of examples whose answers alone exceed a window, or that have no label.
+        fingerprint: hexadecimal digest of the examples in use and of `length`.
+
+    Raises:
+        ValueError: no example is left.
+    """
+
+    def __init__(self, examples: Iterable[Encoded], length: int, seed: int = 0) -> None:
+        self.length = length
+        self.shortened = self.cut_tokens = 0
+        self.left_out: list[str] = []
+        fitting: list[Encoded] = []
+        digest = hashlib.sha256(str(length).encode())
+        for example in examples:
+            made = shorten(example, length) if example.num_labels else None
+            if made is None:
+                self.left_out.append(example.name)
+                continue
+            self.shortened += made.cut > 0
+            self.cut_tokens += made.cut
+            fitting.append(made.example)
+            digest.update(torch.tensor([made.example.ids, made.example.labels]).numpy().tobytes())
+        self.used = len(fitting)
+        if not fitting:
+            raise ValueError(
+                f"documents: expected an example with answers of fewer than {length} tokens, but "
+                f"all {len(self.left_out)} have longer ones or none"
+            )
+        self.fingerprint = digest.hexdigest()
+        self._seed = seed
+        self._windows = _packed(fitting, length, random.Random(seed))
+
+    @property
+    def packed(self) -> bool:
+        """Whether some window has several examples."""
+        return any(len(window) > 1 for window in self._windows)
+
+    def remarks(self) -> list[str]:
+        """What a user should know of the examples, a line for each thing."""
+        total = self.used + len(self.left_out)
+        lines = [f"{self.used} examples in {len(self)} windows of at most {self.length} tokens"]
+        if self.shortened:
+            lines.append(
+                f"the middle of the prompt is cut out of {self.shortened} of {total} examples, "
+                f"{self.cut_tokens} tokens in all, so that they fit into {self.length}"
+            )
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} of {total} examples are left out, because their answers are "
+                f"too long or none has a label: {first_of(self.left_out)}"
+            )
+        return lines
+
+    def __len__(self) -> int:
+        """Windows of an epoch."""
+        return len(self._windows)
+
+    def window(self, index: int) -> Window:
+        """Window number `index` (from 0)."""
+        epoch, place = divmod(index, len(self._windows))
+        chosen = self._windows[_shuffled(len(self._windows), f"{self._seed} {epoch}")[place]]
+        labels = [[IGNORE_INDEX, *example.labels[1:]] for example in chosen]
+        return Window(
+            torch.tensor([i for example in chosen for i in example.ids]),
+            torch.tensor([label for part in labels for label in part]),
+            tuple(len(example.ids) for example in chosen),
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _shuffled(count: int, seed: str) -> list[int]:
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def _packed(examples: list[Encoded], length: int, generator: random.Random) -> list[list[Encoded]]:
+    order = list(examples)
+    generator.shuffle(order)
+    windows: list[list[Encoded]] = []
+    room = 0
+    for example in order:
+        if len(example.ids) > room:
+            windows.append([])
+            room = length
+        windows[-1].append(example)
+        room -= len(example.ids)
+    return windows

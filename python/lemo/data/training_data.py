@@ -1,0 +1,75 @@
+"""Training data of either kind: windows of documents, or examples with labels on their answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lemo.data.chat import ChatEncoder, Encoded
+from lemo.data.conversations import FORMS, Conversation, Prompted, parse_example
+from lemo.data.documents import document_of
+from lemo.data.examples import ExampleWindows
+from lemo.data.rows import Row, read_rows
+from lemo.data.vocabulary import Vocabulary
+from lemo.data.windows import TokenWindows
+
+__all__ = ["encode_examples", "open_training_data"]
+
+
+def open_training_data(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    seed: int = 0,
+    vocab_size: int | None = None,
+    labels: str = "answers",
+) -> TokenWindows | ExampleWindows:
+    """Windows of the documents or examples in a file or folder; its first row says which.
+
+    Args:
+        path: see :data:`lemo.data.rows.SUPPORTED`.
+        tokenizer: the model's tokenizer.
+        length: tokens of a window.
+        seed: of places in documents, or of the order of examples.
+        vocab_size: rows of the model's embedding; None: ids are not compared with it.
+        labels: "answers", or "all": every token of an example gets a label.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: a row that cannot be used (the message names file and line); no window.
+    """
+    rows = read_rows(path)
+    first = next(rows)
+    rows = itertools.chain([first], rows)
+    if parse_example(first) is None:
+        documents = map(document_of, rows)
+        return TokenWindows(documents, tokenizer, length, seed, vocab_size)
+    examples = encode_examples(rows, tokenizer, vocab_size, labels)
+    return ExampleWindows(examples, length, seed)
+
+
+def encode_examples(
+    rows: Iterator[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    labels: str = "answers",
+) -> Iterator[Encoded]:
+    """Ids and labels of the examples in rows; see `open_training_data`."""
+    encoder = ChatEncoder(tokenizer, everything=labels == "all")
+    vocabulary = Vocabulary(tokenizer, [], vocab_size)
+    for row in rows:
+        encoded = encoder.encode(_example(row))
+        vocabulary.check_ids(encoded.ids, encoded.name)
+        yield encoded
+
+
+def _example(row: Row) -> Conversation | Prompted:
+    example = parse_example(row)
+    if example is None:
+        raise ValueError(
+            f"{row.place}: expected {FORMS.rpartition(', or')[0]}, as in the first row, got a text"
+        )
+    return example
