@@ -38,24 +38,29 @@ class TrainingBatch:
         return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
-def collate(windows: Sequence[Tensor] | Sequence[Window]) -> TrainingBatch:
+def collate(windows: Sequence[Tensor | Window]) -> TrainingBatch:
     """The batch of some windows: rows where they are equally long and whole, else one packed row.
 
     A packed row holds all examples one after the other, with positions that begin again, and no
     padding.
+
+    Args:
+        windows: all of documents, [T] int64 each, or all of examples.
     """
-    if all(isinstance(window, Tensor) for window in windows):
-        ids = torch.stack(list(windows))
+    documents = [window for window in windows if isinstance(window, Tensor)]
+    if documents:
+        ids = torch.stack(documents)
         return TrainingBatch(ids, ids, None, ids.shape[0] * (ids.shape[1] - 1))
-    count = sum(window.num_labels for window in windows)
-    shapes = {window.seqlens for window in windows}
-    if len(shapes) == 1 and len(windows[0].seqlens) == 1:
-        ids, labels = (
-            torch.stack([getattr(window, name) for window in windows]) for name in ("ids", "labels")
-        )
+    examples = [window for window in windows if isinstance(window, Window)]
+    count = sum(window.num_labels for window in examples)
+    shapes = {window.seqlens for window in examples}
+    if len(shapes) == 1 and len(examples[0].seqlens) == 1:
+        ids = torch.stack([window.ids for window in examples])
+        labels = torch.stack([window.labels for window in examples])
         return TrainingBatch(ids, labels, None, count)
-    ids, labels, positions = (
-        torch.cat([getattr(window, name) for window in windows])[None]
-        for name in ("ids", "labels", "position_ids")
+    return TrainingBatch(
+        torch.cat([window.ids for window in examples])[None],
+        torch.cat([window.labels for window in examples])[None],
+        torch.cat([window.position_ids for window in examples])[None],
+        count,
     )
-    return TrainingBatch(ids, labels, positions, count)
