@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import lemo
-from lemo.models.enable import Handle
+from lemo.models.training_forward import TrainingForward
 from tiny_models import VOCABULARY, make_ids, make_model
 
 pytestmark = pytest.mark.cpu_only
@@ -205,21 +205,21 @@ def test_losses_and_gradients(name, order, tmp_path):
 def test_blocks_that_have_labels_are_kept(name, order, tmp_path, monkeypatch):
     """A quarter of the rows, of which the labels need one or two blocks of each sequence."""
     seen = []
-    states = Handle._states
+    states = TrainingForward.states
 
-    def watched(handle, arguments):
-        output = states(handle, arguments)
-        layer = handle.statistics()[0]
-        rows = handle.row_labels
+    def watched(forward, arguments):
+        output = states(forward, arguments)
+        layer = forward.selector.statistics()[0]
+        rows = forward.row_labels
         assert rows is not None, "nobody named the labels"
-        mask = arguments.get("attention_mask")
+        mask = arguments.attention_mask
         packed = rows[mask.bool()] if mask is not None else rows.flatten()
         needed = set(layer.layout.blocks_with(packed).nonzero()[:, 0].tolist())
         kept = set(layer.attention_blocks.tolist())
         seen.append(needed <= kept)
         return output
 
-    monkeypatch.setattr(Handle, "_states", watched)
+    monkeypatch.setattr(TrainingForward, "states", watched)
     train(name, tmp_path, keep=0.6, order=order, steps=2)
     assert seen
     assert all(seen)
@@ -233,13 +233,13 @@ def test_training_with_half_of_the_rows_learns(name, tmp_path):
 
 def test_attach_names_labels_that_the_trainer_takes_away(tmp_path, monkeypatch):
     known = []
-    states = Handle._states
+    states = TrainingForward.states
 
-    def watched(handle, arguments):
-        known.append(handle.row_labels is not None)
-        return states(handle, arguments)
+    def watched(forward, arguments):
+        known.append(forward.row_labels is not None)
+        return states(forward, arguments)
 
-    monkeypatch.setattr(Handle, "_states", watched)
+    monkeypatch.setattr(TrainingForward, "states", watched)
     train("Trainer, label smoothing", tmp_path, keep=0.5, order=ORDERS[2], steps=1)
     assert known == [True, True]
 

@@ -185,7 +185,12 @@ def test_every_command_compares_the_vocabulary_with_the_embedding(config, tmp_pa
         lambda: finetune(config),
         lambda: evaluate(config.model, config.documents, [32]),
         lambda: prepare_from_documents(
-            PrepareConfig(config.model, config.documents, str(tmp_path / "new"), lengths=(64,))
+            PrepareConfig(
+                model=config.model,
+                documents=config.documents,
+                output=str(tmp_path / "new"),
+                lengths=(64,),
+            )
         ),
     )
     for call in calls:
