@@ -242,12 +242,24 @@ class Architecture:
         """Features of the MLP's activation."""
         return self.config.intermediate_size
 
-    def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        """What the MLP adds to the residual, [rows, H]; `values` as for `attention_output`."""
+    def mlp(
+        self, index: int, x: Tensor, values: bool = True, activation: Tensor | None = None
+    ) -> Tensor:
+        """What the MLP adds to the residual, [rows, H].
+
+        Args:
+            index: the layer.
+            x: [rows, H], normalized.
+            values: as for `attention_output`.
+            activation: [rows, F] where it is there already; not read where the MLP runs as the
+                module that somebody has changed.
+        """
         mlp = self.layer(index).mlp
         if not _is_transformers(mlp, "MLP") or is_intercepted(mlp):
             return mlp(x)
-        return apply_linear(mlp.down_proj, self.activation(index, x), values)
+        if activation is None:
+            activation = self.activation(index, x)
+        return apply_linear(mlp.down_proj, activation, values)
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
@@ -354,8 +366,11 @@ class OPTArchitecture(Architecture):
     def mlp_width(self) -> int:
         return self.config.ffn_dim
 
-    def mlp(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        activation = self.activation(index, x)
+    def mlp(
+        self, index: int, x: Tensor, values: bool = True, activation: Tensor | None = None
+    ) -> Tensor:
+        if activation is None:
+            activation = self.activation(index, x)
         return self._drop(index, apply_linear(self.layer(index).fc2, activation, values))
 
     def activation(self, index: int, x: Tensor) -> Tensor:

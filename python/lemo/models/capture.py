@@ -62,5 +62,5 @@ def capture_sub_blocks(
         x = mlp.normalize(residual)
         activation = architecture.activation(index, x)
         visit(index, "mlp", x, {"activation": activation}, blocked.layout)
+        residual = residual + mlp.output(x, activation=activation)
         del activation
-        residual = residual + mlp.output(x)

@@ -140,9 +140,9 @@ class MLP:
         norm = architecture.mlp_norm(self._index)
         return architecture.residual_norm(residual, norm, self.kept.rows)
 
-    def output(self, x: Tensor, values: bool = True) -> Tensor:
+    def output(self, x: Tensor, values: bool = True, activation: Tensor | None = None) -> Tensor:
         """What the MLP adds, from normalized rows [R, H]; see `Architecture.mlp`."""
-        return self._architecture.mlp(self._index, x, values)
+        return self._architecture.mlp(self._index, x, values, activation)
 
     def __call__(
         self, rows: Tensor, values: bool = True, target: GradientTarget | None = None

@@ -173,7 +173,7 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
                     f"kept_map{suffix}",
                     f"Kept blocks of one document{of_run}",
                     f"{run.kept_map.tokens:,} tokens in blocks of {run.kept_map.block_size}: "
-                    "filled blocks took part in the layer, the others passed it by unchanged.",
+                    "filled blocks were kept by the layer, which leaves the others out.",
                     _draw(plots.kept_map, run.kept_map),
                 )
             )
