@@ -7,9 +7,9 @@
 # Where there is a network, on the same system as the other machine's:
 #
 #   pack [--for VERSION] [--module-python PYTHON] [--wheel NAME]...
-#       Collects in build/carry what pip would fetch there: the wheel of the BLAS that the operators
-#       load, for the other machine's Python (--for, default 3.12), and a CUTLASS header that CMake
-#       looks for. Copy this tree with build/carry, and with what `make gpu-build` has built:
+#       Collects in build/carry what pip would fetch there, for the other machine's Python (--for,
+#       default 3.12): wheels of the BLAS that the operators load and of pydantic, and a CUTLASS
+#       header that CMake looks for. Copy this tree with build/carry, and with what `make gpu-build` has built:
 #       python/lemo/*.so and build/develop/gpu.
 #       --module-python  builds lemo._C, too, with an interpreter of the other machine's version (it
 #                        needs Python's headers, pybind11, cmake and ninja). Without it `setup`
@@ -72,8 +72,11 @@ pack() {
     for glibc in 2014 _2_17 _2_27 _2_28 _2_34; do
         platforms+=(--platform "manylinux${glibc}_x86_64")
     done
-    "$python" -m pip download -q --no-deps --only-binary=:all: --python-version "$version" \
-        --implementation cp "${platforms[@]}" -d "$carry/wheels" "${wheels[@]}"
+    local download=("$python" -m pip download -q --only-binary=:all: --python-version "$version"
+        --implementation cp "${platforms[@]}" -d "$carry/wheels")
+    "${download[@]}" --no-deps "${wheels[@]}"
+    # With what it depends on, in versions that fit.
+    "${download[@]}" "pydantic>=2"
     # CMake checks for it before it knows that no kernel will be compiled.
     local cutlass
     cutlass=$("$python" -c 'import importlib.util as util
