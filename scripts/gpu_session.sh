@@ -9,8 +9,8 @@
 #   pack [--for VERSION] [--module-python PYTHON] [--wheel NAME]...
 #       Collects in build/carry what pip would fetch there, for the other machine's Python (--for,
 #       default 3.12): wheels of the BLAS that the operators load and of pydantic, and a CUTLASS
-#       header that CMake looks for. Copy this tree with build/carry, and with what `make gpu-build` has built:
-#       python/lemo/*.so and build/develop/gpu.
+#       header that CMake looks for. Copy this tree with build/carry, and with what `make gpu-build`
+#       has built: python/lemo/*.so and build/develop/gpu.
 #       --module-python  builds lemo._C, too, with an interpreter of the other machine's version (it
 #                        needs Python's headers, pybind11, cmake and ninja). Without it `setup`
 #                        builds the module there, where the versions differ.
