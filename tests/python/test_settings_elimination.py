@@ -104,7 +104,7 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ({"keep": None}, r"keep: expected a number in \[0, 1\], got None"),
         ({"keep": True}, r"keep: expected a number in \[0, 1\], got True"),
         ({"keep": [0.5]}, r"keep: expected a number in \[0, 1\], got \[0.5\]"),
-        ({"scorer": "magic"}, "scorer: expected one of random, pooled, predictor, exact, got 'mag"),
+        ({"scorer": "magic"}, "scorer: expected one of random, lexical, pooled, predictor, exac"),
         ({"scorer": "predictor"}, "predictor: scorer 'predictor' needs the folder"),
         ({"predictor": 3}, "predictor: expected a text in UTF-8 or null, got 3"),
         ({"keep_first": -1}, "keep_first: expected an integer >= 0, got -1"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,8 @@ class Architecture:
         packed = PackedBatch(shape, mask, position_ids, embedded.device)
         rotary = self._rotary(embedded, position_ids)
         batch = Batch.of(packed, block_size, rotary, embedded.device)
+        if arguments.input_ids is not None:
+            batch = replace(batch, ids=packed.pack(arguments.input_ids))
         residual = packed.pack(self._add_positions(embedded, mask, position_ids))
         # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
         if not packed.is_padded:

@@ -20,11 +20,15 @@ class Batch:
         packed: the sequences, and the way back to [B, S].
         layout: how they are cut into blocks.
         rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+        ids: [T] int64, the tokens; None where the model got embeddings.
+        labelled: [T] bool, rows that predict a label; None: nothing is known of labels.
     """
 
     packed: PackedBatch
     layout: BlockLayout
     rotary: tuple[Tensor, Tensor] | None = None
+    ids: Tensor | None = None
+    labelled: Tensor | None = None
 
     @classmethod
     def of(

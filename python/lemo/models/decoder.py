@@ -5,6 +5,7 @@ below take it and hand it on.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -65,6 +66,7 @@ class Decoder:
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_residual: gets a differentiable copy of the residual at the entry of every layer.
         """
+        batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:

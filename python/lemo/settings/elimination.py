@@ -96,11 +96,12 @@ class LemoConfig(Settings):
         description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
         "keeps half, and 0.8 all.",
     )
-    scorer: Literal["random", "pooled", "predictor", "exact"] = Field(
+    scorer: Literal["random", "lexical", "pooled", "predictor", "exact"] = Field(
         "random",
-        description="Where block scores come from. random: every block is trained in turn; pooled: "
-        "queries and keys of block means; predictor: networks trained by `lemo prepare`; exact: "
-        "computed from the model, slow, for experiments.",
+        description="Where block scores come from. random: every block is trained in turn; "
+        "lexical: rare words that a block shares with the answers, for prompts whose answers alone "
+        "have labels; pooled: queries and keys of block means; predictor: networks trained by "
+        "`lemo prepare`; exact: computed from the model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."

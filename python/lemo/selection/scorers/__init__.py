@@ -6,6 +6,7 @@ activation is large.
 
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
 from lemo.selection.scorers.exact import ExactScorer
+from lemo.selection.scorers.lexical import LexicalScorer
 from lemo.selection.scorers.pooled import PooledScorer
 from lemo.selection.scorers.predictor import PredictorScorer
 from lemo.selection.scorers.random import RandomScorer
@@ -14,6 +15,7 @@ from lemo.settings.elimination import LemoConfig
 __all__ = [
     "BlockedBatch",
     "ExactScorer",
+    "LexicalScorer",
     "PooledScorer",
     "PredictorScorer",
     "RandomScorer",
@@ -33,10 +35,12 @@ def make_scorer(config: LemoConfig, model: ScoredModel) -> Scorer:
     match config.scorer:
         case "random":
             return RandomScorer(config.seed)
+        case "lexical":
+            return LexicalScorer(config.seed)
         case "pooled":
             return PooledScorer(model)
         case "exact":
             return ExactScorer(model)
         case "predictor" if config.predictor is not None:
             return PredictorScorer.from_folder(config.predictor, model.config, config.block_size)
-    raise ValueError(f"scorer: expected one of the four of LemoConfig, got {config.scorer!r}")
+    raise ValueError(f"scorer: expected one of LemoConfig's, got {config.scorer!r}")

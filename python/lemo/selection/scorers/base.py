@@ -18,6 +18,14 @@ class BlockedBatch(Protocol):
     def layout(self) -> BlockLayout:
         """How the rows are cut."""
 
+    @property
+    def ids(self) -> Tensor | None:
+        """[T] int64, the tokens; None where the model got embeddings."""
+
+    @property
+    def labelled(self) -> Tensor | None:
+        """[T] bool, rows that predict a label; None: nothing is known of labels."""
+
 
 class ScoredModel(Protocol):
     """The parts of a model that scores are computed from; `lemo.models` has one for each model.
