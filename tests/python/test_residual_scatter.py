@@ -53,7 +53,7 @@ def test_every_row_without_an_index_and_mixed_dtypes():
     assert_close_low_precision(y.grad, (2 * expected).bfloat16(), 2 * expected)
 
 
-def test_stream_gather_adds_its_gradient_into_the_stream():
+def test_residual_gather_adds_its_gradient_into_the_residual_s():
     rows = draw_rows(12, 5)
     leaf = torch.randn(12, 3, requires_grad=True)
     weights, row_weights = torch.randn(12, 3), torch.randn(5, 3)

@@ -48,12 +48,14 @@ class Policies:
         """
         self._layerwise = layerwise = config.layerwise
         self._num_layers = num_layers
-        self.dense_layers = frozenset(_indices("dense_layers", layerwise.dense_layers, num_layers))
+        self.dense_layers = frozenset(
+            _indices("layerwise.dense_layers", layerwise.dense_layers, num_layers)
+        )
         keep = config.keep if layerwise.keep is None else layerwise.keep
         keep_mlp = keep if layerwise.keep_mlp is None else layerwise.keep_mlp
         self._keep = {
-            "attention": _per_layer("keep", keep, num_layers),
-            "mlp": _per_layer("keep_mlp", keep_mlp, num_layers),
+            "attention": _per_layer("layerwise.keep", keep, num_layers),
+            "mlp": _per_layer("layerwise.keep_mlp", keep_mlp, num_layers),
         }
         self._thresholds: dict[str, list[float]] = {}
         if layerwise.policy == "threshold":
@@ -75,9 +77,11 @@ class Policies:
                 "layerwise.thresholds: policy 'threshold' needs one for each layer, got null, and "
                 "the predictor folder has none either"
             )
-        thresholds = {"attention": _per_layer("thresholds", tuple(attention), self._num_layers)}
+        thresholds = {
+            "attention": _per_layer("layerwise.thresholds", tuple(attention), self._num_layers)
+        }
         if mlp is not None:
-            thresholds["mlp"] = _per_layer("mlp_thresholds", tuple(mlp), self._num_layers)
+            thresholds["mlp"] = _per_layer("layerwise.mlp_thresholds", tuple(mlp), self._num_layers)
         return thresholds
 
     def _resolve_sources(self) -> list[int]:
@@ -89,7 +93,7 @@ class Policies:
             case "all":
                 scoring = eliminating
             case layers:
-                scoring = sorted(_indices("select_at", layers, self._num_layers))
+                scoring = sorted(_indices("layerwise.select_at", layers, self._num_layers))
         sources: list[int] = []
         for layer in range(self._num_layers):
             earlier = [source for source in scoring if source <= layer]
