@@ -20,6 +20,8 @@ and memory, meaningless for quality. A variant is KEEP-RECOMPUTE[-SCORER]: "1-la
     predictor   blocks of 64 tokens, scored by predictors in every layer: beside "random", what
                 they cost
     predictors  the same, and the MLP has a kept set of its own
+    lexical     labels on the last hundredth of the tokens; blocks of 64 tokens, scored by words
+    attention   the same, and by a head of layer 7, so that eight layers run twice
 
 A variant or peer may be bound to one length: "1-none@16384". Peers are modes of --peers-script,
 which is called as SCRIPT MODE TOKENS --layers N --warmup N --reps N and prints one JSON object last
@@ -72,7 +74,12 @@ SCORERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "random": ({"scorer": "random"}, {"select_at": "all"}),
     "predictor": ({"scorer": "predictor"}, {"select_at": "all"}),
     "predictors": ({"scorer": "predictor"}, {"select_at": "all", "keep_mlp": "keep"}),
+    "lexical": ({"scorer": "lexical"}, {}),
+    "attention": ({"scorer": "attention"}, {}),
 }
+# Scorers of answers, and the share of tokens that have labels then.
+ANSWERS, LABELLED = ("lexical", "attention"), 0.01
+HEADS = ((7, 0),)
 RANK, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj"]
 # The fields of LemoConfig that stand in a record: what shapes a figure.
 RECORDED = ("policy", "block_size", "keep_first", "keep_last", "keep", "keep_mlp", "dense_layers")
@@ -113,8 +120,9 @@ def at(name: str) -> tuple[str, int | None]:
     return name, int(tokens) if tokens else None
 
 
-def config_of(variant: str, predictor: str | None):
-    """The LemoConfig of a variant; `predictor` is the folder for those that score by predictors."""
+def config_of(variant: str, scored_by: str | None):
+    """The LemoConfig of a variant; `scored_by` is the folder of predictors, or the file of heads,
+    for those that score by them."""
     from lemo import LemoConfig
 
     keep, recompute, scorer = [*variant.split("-"), "defaults"][:3]
@@ -123,9 +131,12 @@ def config_of(variant: str, predictor: str | None):
     fields, layerwise = map(dict, SCORERS[scorer])
     if fields:
         # Small blocks are the harder case: more of them to score and to gather.
-        fields |= {"block_size": BLOCK_SIZE, "keep_first": 1, "keep_last": 1}
+        fields |= {"block_size": BLOCK_SIZE, "keep_last": 1}
+        fields |= {"keep_first": 0 if scorer in ANSWERS else 1}
     if fields.get("scorer") == "predictor":
-        fields["predictor"] = predictor
+        fields["predictor"] = scored_by
+    if fields.get("scorer") == "attention":
+        fields["heads"] = scored_by
     if "keep_mlp" in layerwise:
         layerwise["keep_mlp"] = float(keep)
     return LemoConfig(keep=float(keep), recompute=recompute, layerwise=layerwise, **fields)
@@ -136,11 +147,19 @@ def recorded(variant: str) -> dict[str, Any]:
     values = config_of(variant, "folder").to_dict()
     values |= values.pop("layerwise") | {"keep": values["keep"]}
     shape = {name: values[name] for name in RECORDED}
-    return shape | ({"loss": OUTSIDE} if is_outside(variant) else {})
+    if is_outside(variant):
+        shape |= {"loss": OUTSIDE}
+    if has_answers(variant):
+        shape |= {"labelled": LABELLED}
+    return shape
 
 
 def is_outside(variant: str) -> bool:
     return variant.endswith(f"-{OUTSIDE}")
+
+
+def has_answers(variant: str) -> bool:
+    return variant.endswith(ANSWERS)
 
 
 # --- one measurement: a process of its own
@@ -179,13 +198,16 @@ def make_step(settings: dict) -> Callable:
     else:
         import lemo
 
-        lemo.enable(model, config_of(name, settings["predictor"]))
-    loss_of = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
+        lemo.enable(model, config_of(name, settings["scored_by"]))
+    labels = torch.randint(0, config.vocab_size, (1, tokens), device=device)
+    ids = labels.clone()
+    if has_answers(name):
+        labels[:, : tokens - round(LABELLED * tokens)] = -100
+    loss_of = lambda ids: model(input_ids=ids, labels=labels).loss  # noqa: E731
     if name == PEER or is_outside(name):
         loss_of = checkpointed_loss(base)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
 
     def step():
         loss = loss_of(ids)
@@ -263,12 +285,13 @@ def common_settings(options: argparse.Namespace) -> dict:
     return {name: getattr(options, name) for name in names}
 
 
-def run_all(options: argparse.Namespace, predictor: str | None) -> list[tuple[dict, dict]]:
+def run_all(options: argparse.Namespace, scored_by: dict[str, str]) -> list[tuple[dict, dict]]:
     """(settings, result) of every measurement that succeeded."""
     results = []
     for settings in plan(options):
         if settings["ours"] or options.peers_script is None:
-            result = measure(__file__, settings | {"predictor": predictor}, ENVIRONMENT)
+            settings = settings | {"scored_by": file_of(settings["name"], scored_by)}
+            result = measure(__file__, settings, ENVIRONMENT)
         else:
             command = [sys.executable, options.peers_script, settings["name"], settings["tokens"]]
             for name in ("layers", "warmup", "reps"):
@@ -279,6 +302,11 @@ def run_all(options: argparse.Namespace, predictor: str | None) -> list[tuple[di
         if result is not None:
             results.append((settings, result))
     return results
+
+
+def file_of(variant: str, scored_by: dict[str, str]) -> str | None:
+    """What a variant is scored by; `scored_by` has it for each scorer that needs something."""
+    return next((path for name, path in scored_by.items() if name in variant), None)
 
 
 def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[dict]:
@@ -332,18 +360,27 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
 
 def main() -> int:
     from common.models import llama_config, write_random_predictors
+    from lemo.predictors.storage import fingerprint
+    from lemo.relevance.heads import RetrievalHeads
 
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        predictor = None
-        if any("predictor" in name for name in [*options.variants, options.profile or ""]):
-            config = llama_config(BLOCK_SIZE, options.layers, options.shrink)
-            predictor = write_random_predictors(Path(folder) / "predictors", config, BLOCK_SIZE)
+        names = [*options.variants, options.profile or ""]
+        config = llama_config(BLOCK_SIZE, options.layers, options.shrink)
+        scored_by = {}
+        if any("predictor" in name for name in names):
+            place = Path(folder) / "predictors"
+            scored_by["predictor"] = write_random_predictors(place, config, BLOCK_SIZE)
+        if any("attention" in name for name in names):
+            place = Path(folder) / "heads.json"
+            RetrievalHeads(fingerprint(config), HEADS).save(place)
+            scored_by["attention"] = str(place)
         if options.profile is not None:
-            place = {"name": options.profile, "tokens": options.tokens[0], "predictor": predictor}
-            profile(common_settings(options) | place)
+            settings = {"name": options.profile, "tokens": options.tokens[0]}
+            settings["scored_by"] = file_of(options.profile, scored_by)
+            profile(common_settings(options) | settings)
             return 0
-        results = run_all(options, predictor)
+        results = run_all(options, scored_by)
     common = records.provenance(options.commit, options.device)
     for row in rows(options, results):
         records.append(options.output, [row | common])
