@@ -352,18 +352,25 @@ def captured(scorer_type, architecture):
     given = padded_batch([37, 20])
     names = "input_ids", "attention_mask"
     arguments = ForwardArguments(**{name: given[name] for name in names})
-    batch, x = architecture.embed(arguments, 8)
-    scorer = scorer_type(architecture)
+    batch, residual = architecture.embed(arguments, 8)
+    scorer, layer = scorer_type(architecture), model.model.layers[1]
     with torch.no_grad():
-        scores = {kind: scorer(1, kind, x, batch) for kind in ("attention", "mlp")}
-    return model.model.layers[1], batch, x, scores, model
+        scores = {kind: scorer(1, kind, residual, batch) for kind in ("attention", "mlp")}
+        rows = {
+            "attention": layer.input_layernorm(residual),
+            "mlp": layer.post_attention_layernorm(residual),
+        }
+    return layer, batch, rows, scores, model
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_pooled_scores(architecture):
-    layer, batch, x, scores, _ = captured(PooledScorer, architecture)
+    layer, batch, rows, scores, _ = captured(PooledScorer, architecture)
     starts = batch.layout.block_starts.tolist()
-    means = torch.stack([x[a:b].mean(0) for a, b in pairwise(starts)])
+    means, mlp_means = (
+        torch.stack([rows[kind][a:b].mean(0) for a, b in pairwise(starts)])
+        for kind in ("attention", "mlp")
+    )
     attention = layer.self_attn
     q = attention.q_proj(means).view(len(means), -1, attention.head_dim)
     k = attention.k_proj(means).view(len(means), -1, attention.head_dim)
@@ -374,7 +381,8 @@ def test_pooled_scores(architecture):
     cuts = batch.layout.cu_blocks.tolist()
     expected = [products[n:end, n].mean() for a, end in pairwise(cuts) for n in range(a, end)]
     assert_close_fp32(scores["attention"], torch.stack(expected))
-    activation = layer.mlp.act_fn(layer.mlp.gate_proj(means)) * layer.mlp.up_proj(means)
+    activation = layer.mlp.act_fn(layer.mlp.gate_proj(mlp_means))
+    activation = activation * layer.mlp.up_proj(mlp_means)
     assert_close_fp32(scores["mlp"], activation.abs().mean(1))
 
 
@@ -388,13 +396,13 @@ def test_autocast_does_not_round_pooled_scores():
 # The GPU's block_scores knows no fp32; its own tests compare it there.
 @pytest.mark.cpu_only
 def test_exact_scores():
-    layer, batch, x, scores, model = captured(ExactScorer, "llama")
+    layer, batch, rows, scores, model = captured(ExactScorer, "llama")
     attention = layer.self_attn
     position = torch.cat([torch.arange(37), torch.arange(20)])
-    cos, sin = model.model.rotary_emb(x, position[None])
+    cos, sin = model.model.rotary_emb(rows["mlp"], position[None])
 
     def rotated(projection):
-        heads = projection(x).view(57, -1, attention.head_dim)
+        heads = projection(rows["attention"]).view(57, -1, attention.head_dim)
         left, right = heads.chunk(2, -1)
         return heads * cos[0][:, None] + torch.cat((-right, left), -1) * sin[0][:, None]
 
@@ -407,6 +415,7 @@ def test_exact_scores():
         attention.scaling,
     )
     assert_close_fp32(scores["attention"], expected)
+    x = rows["mlp"]
     activation = layer.mlp.act_fn(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
     starts = layout.block_starts.tolist()
     per_token = activation.abs().mean(1)
@@ -457,7 +466,7 @@ def test_predicted_scores(monkeypatch, block_size):
     assert handle.statistics()[2].attention_blocks.tolist() == [0, 3, 4, 5, 6, 7]
     assert handle.statistics()[2].mlp_blocks.tolist() == [0, 7]
     with pytest.raises(ValueError, match="block_size: the predictors were trained for 8, got 64"):
-        PredictorScorer(predictors, 64)
+        PredictorScorer(predictors, None, 64)
 
 
 def test_scores_ignore_the_other_sequences_of_a_batch():

@@ -211,14 +211,16 @@ class Handle:
                 loss = model(input_ids, labels=labels).loss
 
         Args:
-            scores: [B, S] of finite numbers, higher is more informative; a block has the largest
+            scores: [B, S], higher is more informative; a block has the largest
                 score of its tokens. Those of padding are not read.
 
         Raises:
-            ValueError: not two-dimensional; from the forward pass: not one for each token.
+            ValueError: not two-dimensional, or NaN; from the forward pass: not one for each token.
         """
         if scores.ndim != 2:
             raise ValueError(f"scores: expected [batch, tokens], got {list(scores.shape)}")
+        if scores.isnan().any():
+            raise ValueError("scores: expected numbers, got nan")
         before = self._forward.token_scores
         self._forward.token_scores = scores.detach().float()
         try:

@@ -12,6 +12,7 @@ from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import residual_select_norm, select_norm
 from lemo.ops.swiglu import swiglu
 from lemo.ops.token_select import left_out, token_select
+from lemo.ops.word_relevance import word_relevance
 
 __all__ = [
     "block_attention",
@@ -28,4 +29,5 @@ __all__ = [
     "supports_device",
     "swiglu",
     "token_select",
+    "word_relevance",
 ]

@@ -100,10 +100,11 @@ class LemoConfig(Settings):
         Field(
             "random",
             description="Where block scores come from. random: every block is trained in turn; "
-            "lexical: rare words that a block shares with the answers, for prompts whose answers alone "
-            "have labels; attention: what retrieval heads look at from the answers, and these words; "
-            "given: by the caller, see Handle.scored; pooled: queries and keys of block means; predictor: networks trained by "
-            "`lemo prepare`; exact: computed from the model, slow, for experiments.",
+            "lexical: words that a block shares with the answers and with what stands around them, for "
+            "prompts whose answers alone have labels; attention: the same, and what retrieval heads "
+            "look at from the answers; given: by the caller, see Handle.scored; pooled: queries and "
+            "keys of block means; predictor: networks trained by `lemo prepare`; exact: computed from "
+            "the model, slow, for experiments.",
         )
     )
     predictor: Text | None = Field(

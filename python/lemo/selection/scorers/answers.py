@@ -33,7 +33,7 @@ class AnswerScorer(Scorer):
     def relevance(
         self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
     ) -> list[Tensor | None]:
-        """How much each answer of each sequence needs each of its blocks, [A, B] fp32.
+        """How much each answer of each sequence needs each of its blocks, [A, B] fp32, anywhere.
 
         Args:
             layer: the layer at whose entry the residual is.
@@ -59,6 +59,7 @@ class AnswerScorer(Scorer):
         relevance = self.relevance(layer, residual, batch, [Answers.of(rows) for rows in labelled])
         scores = self._random(layer, kind, residual, batch).split(layout.block_counts)
         parts = [
-            drawn if found is None else found.amax(0) for drawn, found in zip(scores, relevance)
+            drawn if found is None else found.amax(0).to(drawn.device)
+            for drawn, found in zip(scores, relevance)
         ]
         return torch.cat(parts)

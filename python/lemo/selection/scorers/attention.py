@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor
 
+from lemo import ops
 from lemo.predictors.storage import fingerprint
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
-from lemo.relevance.words import word_relevance
 from lemo.selection.scorers.answers import AnswerScorer
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel
 
@@ -69,12 +69,13 @@ class AttentionScorer(AnswerScorer):
             scale = self._model.scale(index)
             parts.append(head_relevance(q[:, mine], keys, batch.layout, answers, scale))
         size = batch.layout.block_size
-        texts = batch.ids.split(batch.layout.seqlens)
+        texts = batch.ids.cpu().split(batch.layout.seqlens)
         relevance: list[Tensor | None] = []
         for ids, found, *heads in zip(texts, answers, *parts):
             if found is None:
                 relevance.append(None)
                 continue
             looked_at = torch.cat([part for part in heads if part is not None], 1).mean(1)
-            relevance.append(torch.maximum(looked_at, word_relevance(ids, found, size)))
+            words = ops.word_relevance(ids, found.firsts, found.ends, size)
+            relevance.append(torch.maximum(looked_at, words.to(looked_at.device)))
         return relevance

@@ -1,0 +1,214 @@
+"""Scorers of answers: the blocks that a training step keeps by words, by heads, by the caller."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lemo
+from lemo import ops
+from lemo.models.architectures import architecture_of
+from lemo.models.arguments import ForwardArguments
+from lemo.models.scout import Scout
+from lemo.predictors.storage import fingerprint
+from lemo.relevance.heads import RetrievalHeads
+from lemo.selection.scorers import AttentionScorer
+from tiny_models import VOCABULARY, make_model
+from tolerances import assert_close_fp32
+
+BLOCK = 16
+
+
+def prompts(facts, tokens=128):
+    """A batch of prompts; the fact in block `facts[n]` of sequence n is what its answer repeats."""
+    draw = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(40, VOCABULARY, (len(facts), tokens), generator=draw, device="cpu")
+    for row, block in enumerate(facts):
+        fact = torch.arange(3, 15)
+        ids[row, block * BLOCK + 2 : block * BLOCK + 14] = fact
+        ids[row, -12:] = fact
+    labels = torch.full_like(ids, -100)
+    labels[:, -4:] = ids[:, -4:]
+    device = torch.get_default_device()
+    return {"input_ids": ids.to(device), "labels": labels.to(device)}
+
+
+def test_a_step_keeps_the_block_that_the_answer_needs():
+    model = make_model("llama")
+    config = lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="lexical")
+    handle = lemo.enable(model, config)
+    facts = [1, 5, 3]
+    model(**prompts(facts)).loss.backward()
+    kept = handle.statistics()[0].attention_blocks.tolist()
+    assert kept == sorted(8 * n + block for n, fact in enumerate(facts) for block in (fact, 7))
+
+
+def test_text_is_scored_at_random_and_repeats_with_the_step():
+    model = make_model("llama")
+    config = lemo.LemoConfig(keep=0.5, block_size=BLOCK, scorer="lexical", keep_last=0)
+    handle = lemo.enable(model, config)
+    batch = prompts([1])
+    batch["labels"] = batch["input_ids"]
+
+    def kept(step):
+        handle.begin_step(step, 50)
+        model(**batch)
+        return tuple(handle.statistics()[0].attention_blocks.tolist())
+
+    draws = [kept(step) for step in range(20)]
+    assert len({*draws}) > 3
+    assert draws == [kept(step) for step in range(20)]
+
+
+def test_what_it_needs_is_named():
+    model = make_model("llama")
+    lemo.enable(model, lemo.LemoConfig(keep=0.5, block_size=BLOCK, scorer="lexical"))
+    batch = prompts([1])
+    with pytest.raises(ValueError, match="scorer: 'lexical' needs the batch's labels, which are"):
+        model(batch["input_ids"])
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="scorer: 'lexical' needs the batch's input_ids"):
+        model(inputs_embeds=embedded, labels=batch["labels"])
+
+
+def test_the_largest_over_the_answers_of_a_sequence_counts():
+    """A block that one of many answers needs is kept beside one that all others need."""
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.375, block_size=BLOCK, scorer="lexical"))
+    batch = prompts([1])
+    ids, labels = batch["input_ids"], batch["labels"]
+    ids[0, 50:54] = torch.tensor([20, 21, 22, 23])
+    ids[0, 116:128] = torch.tensor([5, 6, 20, 21, 22, 23, 5, 6, 7, 8, 5, 6])
+    labels[:] = -100
+    for first, end in ((118, 122), (124, 126), (127, 128)):
+        labels[0, first:end] = ids[0, first:end]
+    model(**batch)
+    assert handle.statistics()[0].attention_blocks.tolist() == [1, 3, 7]
+
+
+def given(scores, **settings):
+    """The blocks that a step keeps by the scores of tokens."""
+    model = make_model("llama")
+    handle = lemo.enable(
+        model, lemo.LemoConfig(block_size=BLOCK, scorer="given", keep_last=0, **settings)
+    )
+    batch = prompts([1, 1])
+    batch["labels"] = batch["input_ids"]
+    with handle.scored(scores):
+        model(**batch).loss.backward()
+    return handle.statistics()[0].attention_blocks.tolist()
+
+
+def test_a_block_has_the_largest_of_the_scores_that_the_caller_gives():
+    scores = torch.zeros(2, 128)
+    scores[0, 37] = 1.0
+    scores[0, 40] = -9.0
+    scores[1] = torch.arange(128) % 16 / 100
+    scores[1, 15], scores[1, 127] = 3, 2
+    assert given(scores, keep=0.25) == [0, 2, 8, 15]
+
+
+def test_scores_of_padding_are_not_read():
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="given"))
+    batch = prompts([1, 1])
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :64] = 0
+    scores = torch.zeros(2, 128)
+    scores[0, :64], scores[0, 70], scores[1, 5] = 7.0, 1.0, 1.0
+    with handle.scored(scores):
+        model(**batch, attention_mask=mask)
+    assert handle.statistics()[0].attention_blocks.tolist() == [3, 4, 11]
+
+
+def test_given_scores_are_asked_for_and_have_to_fit():
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="given"))
+    batch = prompts([1])
+    with pytest.raises(ValueError, match="scorer: 'given' needs scores of the batch's tokens"):
+        model(**batch)
+    with pytest.raises(ValueError, match=r"scores: expected \[batch, tokens\], got \[128\]"):
+        handle.scored(torch.zeros(128)).__enter__()
+    message = r"scores: expected one for each token, \[batch, tokens\] = \[1, 128\], got \[1, 64\]"
+    with handle.scored(torch.zeros(1, 64)), pytest.raises(ValueError, match=message):
+        model(**batch)
+    with pytest.raises(ValueError, match="scores: expected numbers, got nan"):
+        handle.scored(torch.full((1, 128), torch.nan)).__enter__()
+
+
+def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):
+    model = make_model("llama") if model is None else model
+    path = tmp_path / "heads.json"
+    RetrievalHeads(fingerprint(model.config), tuple(heads)).save(path)
+    return path
+
+
+def test_heads_are_scored_by_the_models_own_attention(tmp_path):
+    """Against the weights that Transformers' eager attention gives."""
+    model = make_model("llama", dtype=torch.float32)
+    model.set_attn_implementation("eager")
+    batch = prompts([1])
+    ids, labelled = batch["input_ids"], torch.zeros(1, 128, dtype=torch.bool)
+    labelled[0, 123:127] = True
+    with torch.no_grad():
+        weights = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    heads = RetrievalHeads(fingerprint(model.config), ((1, 0), (1, 2), (2, 1)))
+    architecture = architecture_of(model)
+    scorer = AttentionScorer(heads, architecture, Scout(architecture), 0)
+    blocked, residual = architecture.embed(ForwardArguments(input_ids=ids), BLOCK)
+    blocked = replace(blocked, labelled=labelled[0])
+    with torch.no_grad():
+        scores = scorer(0, "attention", residual, blocked)
+    looked_at = []
+    for layer, head in heads.heads:
+        largest = weights[layer][0, head, 123:127].unflatten(-1, (-1, BLOCK)).amax((0, -1))
+        largest[7] = 0
+        looked_at.append(largest / largest.sum())
+    words = ops.word_relevance(ids[0], [123], [127], BLOCK)[0]
+    assert_close_fp32(scores, torch.maximum(torch.stack(looked_at).mean(0), words))
+
+
+def test_a_training_step_scouts_without_a_trace(tmp_path):
+    """Losses of given scores equal to those of the scout, also with dropout in the adapter."""
+    model = make_model("llama", dtype=torch.float32)
+    path = heads_file(tmp_path)
+    batch = prompts([1, 4, 2])
+    config = lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="attention", heads=str(path))
+    handle = lemo.enable(model, config)
+    loss = model(**batch).loss
+    loss.backward()
+    blocks = handle.statistics()[0].attention_blocks
+    gradient = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+    handle.remove()
+    model.zero_grad()
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="given"))
+    scores = torch.zeros(3 * 8)
+    scores[blocks] = 1.0
+    with handle.scored(scores.reshape(3, 8).repeat_interleave(BLOCK, 1)):
+        again = model(**batch).loss
+    again.backward()
+    assert torch.equal(loss, again)
+    assert torch.equal(gradient, model.model.layers[0].self_attn.q_proj.weight.grad)
+
+
+def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
+    def enable(path):
+        config = lemo.LemoConfig(scorer="attention", heads=str(path), block_size=BLOCK)
+        return lemo.enable(make_model("llama"), config)
+
+    with pytest.raises(ValueError, match="heads: scorer 'attention' needs the file"):
+        lemo.LemoConfig(scorer="attention")
+    with pytest.raises(FileNotFoundError, match=r"heads: .*none\.json: expected a file"):
+        enable(tmp_path / "none.json")
+    other = tmp_path / "other.json"
+    for content, message in (
+        ("{", "expected JSON written by lemo"),
+        ("[]", "expected a file of `lemo relevance heads`"),
+        (heads_file(tmp_path).read_text().replace('"version": 1', '"version": 9'), "version 1"),
+        (heads_file(tmp_path, [(9, 0)]).read_text(), r"\[layer, head\] pairs below"),
+        (heads_file(tmp_path, model=make_model("qwen2")).read_text(), "differ: model_type"),
+    ):
+        other.write_text(content)
+        with pytest.raises(ValueError, match=rf"heads: .*other\.json: .*{message}"):
+            enable(other)
