@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "block_attention",
     "block_scores",
     "linear_cross_entropy",
     "predictor",
@@ -30,6 +31,24 @@ def _blocks_of(block_starts: Tensor, cu_blocks: Tensor):
     starts, cuts = block_starts.tolist(), cu_blocks.tolist()
     for first, end in pairwise(cuts):
         yield [(starts[b], starts[b + 1]) for b in range(first, end)]
+
+
+def block_attention(
+    q: Tensor, k: Tensor, rows: Tensor, block_starts: Tensor, cu_blocks: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(maximum, logsumexp) of each query's visible logits in each block, [R, H, B]."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = scale * torch.einsum("rhd,thd->rht", q, keys)
+    token = torch.arange(k.shape[0], device=q.device)
+    sequence = torch.bucketize(token, block_starts[cu_blocks.long()], right=True)
+    at = rows.long()[:, None]
+    visible = (token <= at) & (sequence == sequence[at])
+    logits = logits.masked_fill(~visible[:, None], -math.inf)
+    results = q.new_full((2, *q.shape[:2], block_starts.numel() - 1), -math.inf)
+    for b, (first, end) in enumerate(pairwise(block_starts.tolist())):
+        results[0, ..., b] = logits[..., first:end].amax(-1)
+        results[1, ..., b] = logits[..., first:end].logsumexp(-1)
+    return results[0], results[1]
 
 
 def block_scores(

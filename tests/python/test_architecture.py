@@ -24,6 +24,7 @@ from source_tree import (
 pytestmark = pytest.mark.cpu_only
 
 EXPECTED_OPS = {
+    "block_attention",
     "block_scores",
     "gather_rows",
     "linear_cross_entropy",
@@ -41,6 +42,7 @@ EXPECTED_OPS = {
 }
 
 EXPECTED_FUNCTIONS = {
+    "block_attention",
     "block_scores",
     "left_out",
     "linear_cross_entropy",
