@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -292,6 +293,11 @@ def _unchanged(item: list[Window]) -> list[Window]:
     return item
 
 
+def _in_one_thread(worker: int) -> None:
+    # Threads of tokenizers do not survive the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def _batches(mixture: Mixture, protocol: Protocol, steps: int) -> Iterator[list[Window]]:
     """The windows of each step, made ahead by other processes."""
     loader = DataLoader(
@@ -300,6 +306,7 @@ def _batches(mixture: Mixture, protocol: Protocol, steps: int) -> Iterator[list[
         sampler=range(steps),
         num_workers=protocol.workers,
         collate_fn=_unchanged,
+        worker_init_fn=_in_one_thread,
         prefetch_factor=4 if protocol.workers else None,
     )
     return iter(loader)
