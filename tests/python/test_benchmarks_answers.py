@@ -227,6 +227,14 @@ def test_a_sentence_of_the_text_goes_on():
             assert decoded(window.ids[answer.end : answer.end + 1]) == "\n"
 
 
+def test_sentences_that_occur_twice_are_not_asked_for():
+    lines = [Document("0", "book", text(6, 0) + " "), Document("1", "book", text(6, 1) + " ")]
+    often = [Document(each.id, each.kind, 60 * each.text) for each in lines]
+    made = Mixture(["book"], make_haystacks(often, TOKENIZER, 9000), TOKENIZER, 0, FACTS, ASKED)
+    with pytest.raises(ValueError, match="expected windows with 3 rare sentences"):
+        made.window(0, TOKENS)
+
+
 def test_windows_that_are_too_short_are_refused():
     with pytest.raises(ValueError, match="tokens: expected more than the .* of task 'number'"):
         mixture("number").window(0, 500)
@@ -482,3 +490,12 @@ def test_bad_arguments(inputs, capsys, more, message):
     with pytest.raises(SystemExit):
         answers.parse_arguments(arguments(inputs, *more))
     assert message in capsys.readouterr().err
+
+
+def test_the_methods_of_the_repository_are_valid(inputs):
+    run = arguments(inputs)
+    run[run.index("--file") + 1] = "benchmarks/answers.yaml"
+    names = ["dense", "s2", "pose-0.25", "answers-only", "computed-0.5", "lexical-0.25-dense"]
+    methods = answers.parse_arguments([*run, "--method", *names]).methods
+    assert [method.name for method in methods] == names
+    assert methods[1].elimination["layerwise"] == {"group_size": TOKENS // 4}
