@@ -185,6 +185,12 @@ class Architecture:
             return select_norm_into(x, weight, bias, rows, gradient, eps, self.norm_kind)
         return ops.select_norm(x, weight, bias, eps=eps, kind=self.norm_kind)
 
+    def normalized(self, index: int, kind: str, residual: Tensor) -> Tensor:
+        """[T, H], what the norm of sub-block `kind` makes of the residual."""
+        attention = kind == "attention"
+        norm = self.attention_norm(index) if attention else self.mlp_norm(index)
+        return self.normalize(residual, norm)
+
     def _plain_norm(
         self, norm: nn.Module, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None, float] | None:

@@ -22,6 +22,7 @@ class Batch:
         rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
         ids: [T] int64, the tokens; None where the model got embeddings.
         labelled: [T] bool, rows that predict a label; None: nothing is known of labels.
+        scores: [T] fp32, scores of the tokens that the caller gave; None: none.
     """
 
     packed: PackedBatch
@@ -29,6 +30,7 @@ class Batch:
     rotary: tuple[Tensor, Tensor] | None = None
     ids: Tensor | None = None
     labelled: Tensor | None = None
+    scores: Tensor | None = None
 
     @classmethod
     def of(

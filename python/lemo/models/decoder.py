@@ -87,16 +87,8 @@ class Decoder:
         return execution.run(residual, self._unit(index, batch, None, mlp))
 
     def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
-        architecture = self._architecture
-        norm = (
-            architecture.attention_norm(index)
-            if kind == "attention"
-            else architecture.mlp_norm(index)
-        )
-
         def score() -> Tensor:
-            x = architecture.normalize(residual.detach(), norm)
-            return self._scorer(index, kind, x, batch)
+            return self._scorer(index, kind, residual.detach(), batch)
 
         return self._selector.select(index, kind, score)
 

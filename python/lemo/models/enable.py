@@ -203,6 +203,29 @@ class Handle:
         with self.naming(named_labels.of_tokens(mask != 0)):
             yield
 
+    @contextmanager
+    def scored(self, scores: Tensor) -> Iterator[None]:
+        """Gives the scores of tokens for scorer "given", for forward passes inside.
+
+            with handle.scored(scores):
+                loss = model(input_ids, labels=labels).loss
+
+        Args:
+            scores: [B, S] of finite numbers, higher is more informative; a block has the largest
+                score of its tokens. Those of padding are not read.
+
+        Raises:
+            ValueError: not two-dimensional; from the forward pass: not one for each token.
+        """
+        if scores.ndim != 2:
+            raise ValueError(f"scores: expected [batch, tokens], got {list(scores.shape)}")
+        before = self._forward.token_scores
+        self._forward.token_scores = scores.detach().float()
+        try:
+            yield
+        finally:
+            self._forward.token_scores = before
+
     def naming(self, rows: Tensor | None) -> AbstractContextManager[None]:
         """Names rows that predict a label, [B, S] bool, for forward passes inside.
 

@@ -5,6 +5,7 @@ computes the left-out rows, without a graph, so that each row is what the dense 
 """
 
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from lemo.models.batch import Batch
 from lemo.models.decoder import Decoder
 from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.scout import Scout
 from lemo.packing.batch import PackedBatch
 from lemo.selection.scorers import make_scorer
 from lemo.selection.selector import Selector
@@ -41,13 +43,16 @@ class TrainingForward:
         selector: what each sub-block keeps.
         row_labels: [B, S] bool, rows that predict a label, in the pass that runs; None: nothing is
             known.
+        token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
+            None: none are given.
         has_trained: whether a pass has trained something.
     """
 
     def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
         self.row_labels: Tensor | None = None
+        self.token_scores: Tensor | None = None
         self.has_trained = False
-        self.scorer = make_scorer(config, architecture)
+        self.scorer = make_scorer(config, architecture, Scout(architecture))
         self.block_size = self.scorer.block_size or config.block_size
         self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
         self._architecture = architecture
@@ -154,7 +159,12 @@ class TrainingForward:
     def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
-        return self._architecture.embed(arguments, self.block_size)
+        batch, residual = self._architecture.embed(arguments, self.block_size)
+        if self.token_scores is not None:
+            embedded = arguments.inputs_embeds is not None
+            scores = _of_tokens("scores", self.token_scores, batch.packed, embedded)
+            batch = replace(batch, scores=scores)
+        return batch, residual
 
     def _decode(
         self,
@@ -179,16 +189,7 @@ class TrainingForward:
         """[T] bool: rows that predict a label, as far as they are named."""
         if self.row_labels is None:
             return None
-        rows = self.row_labels.to(packed.cu_seqlens.device)
-        missing = packed.shape[1] - rows.shape[1]
-        if embedded and missing > 0:
-            rows = pad(rows, (missing, 0))  # PEFT's virtual tokens come before the others
-        if tuple(rows.shape) != tuple(packed.shape):
-            raise ValueError(
-                f"mask: expected one for each token, [batch, tokens] = {list(packed.shape)}, got "
-                f"{list(rows.shape)}"
-            )
-        return packed.pack(rows)
+        return _of_tokens("mask", self.row_labels, packed, embedded)
 
     def _nothing_trained(self) -> None:
         message = (
@@ -199,3 +200,27 @@ class TrainingForward:
         if not self.has_trained:
             raise ValueError(message.format(""))
         self.say(message.format(" in this step"))
+
+
+def _of_tokens(name: str, values: Tensor, packed: PackedBatch, embedded: bool) -> Tensor:
+    """[T]: what the caller says of the tokens of a batch, [B, S].
+
+    Args:
+        name: of the argument, for errors.
+        values: [B, S].
+        packed: the batch.
+        embedded: whether the model got embeddings, in which there may be more tokens.
+
+    Raises:
+        ValueError: not one for each token.
+    """
+    values = values.to(packed.cu_seqlens.device)
+    missing = packed.shape[1] - values.shape[1]
+    if embedded and missing > 0:
+        values = pad(values, (missing, 0))  # PEFT's virtual tokens come before the others
+    if tuple(values.shape) != tuple(packed.shape):
+        raise ValueError(
+            f"{name}: expected one for each token, [batch, tokens] = {list(packed.shape)}, got "
+            f"{list(values.shape)}"
+        )
+    return packed.pack(values)

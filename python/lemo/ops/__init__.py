@@ -2,6 +2,7 @@
 
 from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
 from lemo.ops._device import supports_device
+from lemo.ops.block_attention import block_attention
 from lemo.ops.block_scores import block_scores
 from lemo.ops.linear_cross_entropy import linear_cross_entropy
 from lemo.ops.predictor import predictor
@@ -13,6 +14,7 @@ from lemo.ops.swiglu import swiglu
 from lemo.ops.token_select import left_out, token_select
 
 __all__ = [
+    "block_attention",
     "block_scores",
     "left_out",
     "linear_cross_entropy",

@@ -96,15 +96,21 @@ class LemoConfig(Settings):
         description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
         "keeps half, and 0.8 all.",
     )
-    scorer: Literal["random", "lexical", "pooled", "predictor", "exact"] = Field(
-        "random",
-        description="Where block scores come from. random: every block is trained in turn; "
-        "lexical: rare words that a block shares with the answers, for prompts whose answers alone "
-        "have labels; pooled: queries and keys of block means; predictor: networks trained by "
-        "`lemo prepare`; exact: computed from the model, slow, for experiments.",
+    scorer: Literal["random", "lexical", "attention", "given", "pooled", "predictor", "exact"] = (
+        Field(
+            "random",
+            description="Where block scores come from. random: every block is trained in turn; "
+            "lexical: rare words that a block shares with the answers, for prompts whose answers alone "
+            "have labels; attention: what retrieval heads look at from the answers, and these words; "
+            "given: by the caller, see Handle.scored; pooled: queries and keys of block means; predictor: networks trained by "
+            "`lemo prepare`; exact: computed from the model, slow, for experiments.",
+        )
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
+    )
+    heads: Text | None = Field(
+        None, description="File written by `lemo relevance heads`, for scorer attention."
     )
     keep_first: Annotated[Integer, Field(ge=0)] = Field(
         0,
@@ -162,6 +168,11 @@ class LemoConfig(Settings):
         if self.scorer == "predictor" and self.predictor is None:
             raise ValueError(
                 "predictor: scorer 'predictor' needs the folder written by 'lemo prepare', got null"
+            )
+        if self.scorer == "attention" and self.heads is None:
+            raise ValueError(
+                "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
+                "null"
             )
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None

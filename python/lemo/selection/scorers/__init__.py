@@ -4,8 +4,10 @@ A block is informative for attention if later tokens attend to it much, and for 
 activation is large.
 """
 
+from lemo.selection.scorers.attention import AttentionScorer, Scout
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
 from lemo.selection.scorers.exact import ExactScorer
+from lemo.selection.scorers.given import GivenScorer
 from lemo.selection.scorers.lexical import LexicalScorer
 from lemo.selection.scorers.pooled import PooledScorer
 from lemo.selection.scorers.predictor import PredictorScorer
@@ -13,34 +15,41 @@ from lemo.selection.scorers.random import RandomScorer
 from lemo.settings.elimination import LemoConfig
 
 __all__ = [
+    "AttentionScorer",
     "BlockedBatch",
     "ExactScorer",
+    "GivenScorer",
     "LexicalScorer",
     "PooledScorer",
     "PredictorScorer",
     "RandomScorer",
     "ScoredModel",
     "Scorer",
+    "Scout",
     "make_scorer",
 ]
 
 
-def make_scorer(config: LemoConfig, model: ScoredModel) -> Scorer:
-    """The scorer that `config` names, for `model`.
+def make_scorer(config: LemoConfig, model: ScoredModel, scout: Scout) -> Scorer:
+    """The scorer that `config` names, for `model`, whose first layers `scout` runs densely.
 
     Raises:
         FileNotFoundError, ValueError: the predictor folder is absent, damaged, or made for another
-            model or block size.
+            model or block size; the same of the file of heads.
     """
     match config.scorer:
         case "random":
             return RandomScorer(config.seed)
         case "lexical":
             return LexicalScorer(config.seed)
+        case "attention" if config.heads is not None:
+            return AttentionScorer.from_file(config.heads, model, scout, config.seed)
+        case "given":
+            return GivenScorer()
         case "pooled":
             return PooledScorer(model)
         case "exact":
             return ExactScorer(model)
         case "predictor" if config.predictor is not None:
-            return PredictorScorer.from_folder(config.predictor, model.config, config.block_size)
+            return PredictorScorer.from_folder(config.predictor, model, config.block_size)
     raise ValueError(f"scorer: expected one of LemoConfig's, got {config.scorer!r}")

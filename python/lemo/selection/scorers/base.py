@@ -26,6 +26,10 @@ class BlockedBatch(Protocol):
     def labelled(self) -> Tensor | None:
         """[T] bool, rows that predict a label; None: nothing is known of labels."""
 
+    @property
+    def scores(self) -> Tensor | None:
+        """[T] fp32, scores of the tokens that the caller gave; None: none."""
+
 
 class ScoredModel(Protocol):
     """The parts of a model that scores are computed from; `lemo.models` has one for each model.
@@ -36,6 +40,9 @@ class ScoredModel(Protocol):
     @property
     def config(self) -> Any:
         """The model's Transformers configuration."""
+
+    def normalized(self, layer: int, kind: str, residual: Tensor, /) -> Tensor:
+        """[T, H], what the norm of sub-block `kind` makes of the residual."""
 
     def queries(self, layer: int, x: Tensor, /) -> Tensor:
         """[R, Hq, D], before rotation."""
@@ -69,7 +76,7 @@ class Scorer(Protocol):
     thresholds: dict[str, list[float]] | None = None
 
     @abstractmethod
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         """Scores [B] fp32 of the blocks of `batch.layout`; higher is more informative.
 
         The caller has switched gradients off.
@@ -77,7 +84,7 @@ class Scorer(Protocol):
         Args:
             layer: index of the layer.
             kind: "attention" or "mlp".
-            x: [T, H], output of that sub-block's norm for all rows.
+            residual: [T, H], all rows at the entry of that sub-block; not to be changed.
             batch: the batch of the T rows.
         """
 

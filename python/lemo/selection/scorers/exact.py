@@ -56,8 +56,9 @@ class ExactScorer(Scorer):
     def __init__(self, model: ScoredModel) -> None:
         self._model = model
 
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         with self._model.without_dropout(layer):
+            x = self._model.normalized(layer, kind, residual)
             if kind == "mlp":
                 scores = mlp_token_scores(self._model.activation(layer, x))
                 return token_means(scores, batch.layout)

@@ -27,8 +27,10 @@ class PooledScorer(Scorer):
     def __init__(self, model: ScoredModel) -> None:
         self._model = model
 
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
-        model, means = self._model, block_means(x, batch.layout).to(x.dtype)
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
+        model = self._model
+        x = model.normalized(layer, kind, residual)
+        means = block_means(x, batch.layout).to(x.dtype)
         with model.without_dropout(layer):
             if kind == "mlp":
                 return model.activation(layer, means).abs().mean(-1, dtype=torch.float32)

@@ -1,11 +1,9 @@
 """Predicted scores: small trained networks foretell the exact ones."""
 
-from typing import Any
-
 from torch import Tensor
 
 from lemo.predictors import PredictorSet, load
-from lemo.selection.scorers.base import BlockedBatch, Scorer
+from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
 
 __all__ = ["PredictorScorer"]
 
@@ -15,32 +13,37 @@ class PredictorScorer(Scorer):
 
     Args:
         predictors: what runs.
+        model: the model that is scored.
         block_size: as in `LemoConfig`; a share means the blocks that they were trained for.
 
     Raises:
         ValueError: they were trained for blocks of another number of tokens.
     """
 
-    def __init__(self, predictors: PredictorSet, block_size: int | float) -> None:
+    def __init__(
+        self, predictors: PredictorSet, model: ScoredModel, block_size: int | float
+    ) -> None:
         if isinstance(block_size, int) and predictors.block_size != block_size:
             raise ValueError(
                 f"block_size: the predictors were trained for {predictors.block_size}, "
                 f"got {block_size}"
             )
         self.predictors = predictors
+        self._model = model
         self.block_size = predictors.block_size
         self.thresholds = predictors.thresholds
 
     @classmethod
     def from_folder(
-        cls, folder: str, model_config: Any, block_size: int | float
+        cls, folder: str, model: ScoredModel, block_size: int | float
     ) -> "PredictorScorer":
-        """The predictors that `lemo prepare` wrote for a model of this Transformers config.
+        """The predictors that `lemo prepare` wrote for a model.
 
         Raises:
             FileNotFoundError, ValueError: see `lemo.predictors.load`.
         """
-        return cls(load(folder, model_config=model_config), block_size)
+        return cls(load(folder, model_config=model.config), model, block_size)
 
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
+        x = self._model.normalized(layer, kind, residual)
         return self.predictors.scores(layer, kind, x, batch.layout)

@@ -29,9 +29,9 @@ class RandomScorer(Scorer):
         """From here on the draws depend on the seed, the process and this step alone."""
         self._generator.manual_seed((self._seed + step * _STEP_STRIDE) % 2**63)
 
-    def __call__(self, layer: int, kind: str, x: Tensor, batch: BlockedBatch) -> Tensor:
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         scores = torch.rand(batch.layout.num_blocks, generator=self._generator, device="cpu")
-        if x.device.type == "cuda":
+        if residual.device.type == "cuda":
             # A copy that the host does not wait for.
             scores = scores.pin_memory()
-        return scores.to(x.device, non_blocking=True)
+        return scores.to(residual.device, non_blocking=True)

@@ -1,0 +1,196 @@
+"""Finds the heads of a model that look at what an answer is copied from (`lemo relevance heads`).
+
+Facts are planted in text and asked for behind it. A head retrieves if the rows that predict an
+answer look most at the block of its fact.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from lemo.data.documents import Document, read_documents
+from lemo.models.architectures import Architecture, architecture_of
+from lemo.models.arguments import ForwardArguments
+from lemo.models.scout import Scout
+from lemo.predictors.storage import fingerprint
+from lemo.relevance.answers import Answers
+from lemo.relevance.attention import head_relevance
+from lemo.relevance.heads import RetrievalHeads
+from lemo.relevance.needles import NeedleWindow, needle_window
+from lemo.settings.relevance import HeadsConfig
+from lemo.training.model import (
+    extend_context,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+
+__all__ = ["find_heads", "find_heads_in_documents", "needle_windows"]
+
+Report = Callable[[int, int], None]
+
+# Of what the heads of all layers find, those of the first layers have to find this share.
+_ENOUGH = 0.95
+
+# Characters of a document's beginning that are not used: title pages, tables of contents.
+_SKIPPED = 4000
+# Characters that are tokenized for a token that is needed.
+_CHARACTERS_PER_TOKEN = 8
+
+
+def find_heads_in_documents(
+    config: HeadsConfig, report: Report = lambda done, total: None
+) -> RetrievalHeads:
+    """Loads the model, plants facts in the documents, and writes the heads that find them.
+
+    Args:
+        config: the settings.
+        report: called as report(done, total) after every window.
+
+    Raises:
+        FileNotFoundError: the model or the documents do not exist.
+        FileExistsError: `config.output` exists and `config.overwrite` is not set.
+        ValueError: documents, model or settings do not fit.
+        OSError: the file cannot be written.
+    """
+    output = Path(config.output)
+    if output.exists() and not config.overwrite:
+        raise FileExistsError(
+            f"output: '{output}' exists already; choose another file, or give --overwrite"
+        )
+    device = pick_device(config.device, elimination=True)
+    model_config = load_config(config.model)
+    layers = model_config.get_text_config().num_hidden_layers
+    if config.layers is not None and config.layers > layers:
+        raise ValueError(f"layers: expected at most the model's {layers}, got {config.layers}")
+    extend_context(model_config, config.context_length, config.rope_scaling)
+    tokenizer = load_tokenizer(config.model)
+    windows = needle_windows(
+        read_documents(config.documents),
+        tokenizer,
+        config.context_length,
+        config.windows,
+        config.seed,
+    )
+    dtype = pick_dtype(config.dtype, device, elimination=True)
+    model = load_model(config.model, model_config, dtype).to(device)
+    heads = find_heads(model, windows, config.block_size, config.count, config.layers, report)
+    heads.save(output)
+    return heads
+
+
+def needle_windows(
+    documents: Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int = 0,
+) -> list[NeedleWindow]:
+    """Windows with facts, each in a document of its own as far as there are so many.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    texts: list[list[int]] = []
+    for document in documents:
+        text = document.text[_SKIPPED:] or document.text
+        ids = encode(text[: _CHARACTERS_PER_TOKEN * length])
+        if len(ids) >= length:
+            texts.append(ids)
+        if len(texts) == count:
+            break
+    if not texts:
+        raise ValueError(f"documents: expected one of {length} tokens or more, got none")
+    draw = random.Random(seed)
+    return [needle_window(texts[i % len(texts)], length, encode, draw) for i in range(count)]
+
+
+@torch.no_grad()
+def find_heads(
+    model: nn.Module,
+    windows: Sequence[NeedleWindow],
+    block_size: int = 128,
+    count: int = 4,
+    layers: int | None = None,
+    report: Report = lambda done, total: None,
+) -> RetrievalHeads:
+    """The heads that look most at the facts which answers need.
+
+    A head is as good as the mean, over all answers, of the share of its looks that falls on the
+    blocks of the fact (`lemo.relevance.attention.head_relevance`). The best heads are chosen.
+
+    Args:
+        model: a supported causal LM, possibly wrapped.
+        windows: with facts.
+        block_size: tokens of a block.
+        count: how many heads are chosen at most.
+        layers: only the first so many layers are looked at; None: the fewest whose best heads
+            reach 0.95 of the best ones of all layers.
+        report: called as report(done, total) after every window.
+
+    Raises:
+        TypeError: an unsupported model.
+    """
+    architecture = architecture_of(model)
+    architecture.check_parts()
+    depth = architecture.num_layers if layers is None else layers
+    total = torch.zeros(())
+    for done, window in enumerate(windows):
+        total = total + _found(architecture, window, block_size, depth)
+        report(done + 1, len(windows))
+    mean = total / len(windows)
+    if layers is None:
+        depth = _fewest_layers(mean, count)
+    order = mean[:depth].flatten().argsort(descending=True)[:count].tolist()
+    heads = tuple(sorted(divmod(index, mean.shape[1]) for index in order))
+    found_by = {
+        "windows": len(windows),
+        "tokens": windows[0].ids.numel(),
+        "block_size": block_size,
+        "share_of_looks": {
+            f"{layer}.{head}": round(mean[layer, head].item(), 4) for layer, head in heads
+        },
+    }
+    return RetrievalHeads(fingerprint(architecture.config), heads, found_by)
+
+
+def _fewest_layers(mean: Tensor, count: int) -> int:
+    """How many of the first layers have heads nearly as good as all; `mean` is [layers, heads]."""
+
+    def best(depth: int) -> float:
+        return mean[:depth].flatten().topk(min(count, mean[:depth].numel())).values.mean().item()
+
+    needed = _ENOUGH * best(mean.shape[0])
+    return next(depth for depth in range(1, mean.shape[0] + 1) if best(depth) >= needed)
+
+
+def _found(architecture: Architecture, window: NeedleWindow, block_size: int, depth: int) -> Tensor:
+    """[depth, Hq] on the CPU: the mean share of each head's looks at the needed blocks."""
+    device = architecture.decoder.embed_tokens.weight.device
+    arguments = ForwardArguments(input_ids=window.ids[None].to(device))
+    batch, residual = architecture.embed(arguments, block_size)
+    answers = Answers.of(window.labelled)
+    assert answers is not None
+    needed = torch.zeros(len(answers), 1, batch.layout.num_blocks, device=device)
+    for answer, (first, end) in enumerate(window.needed):
+        needed[answer, 0, first // block_size : (end - 1) // block_size + 1] = 1.0
+    shares = []
+    for index, q, k in Scout(architecture)(batch, residual, 0, range(depth)):
+        keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        [relevance] = head_relevance(q, keys, batch.layout, [answers], architecture.scale(index))
+        assert relevance is not None
+        shares.append((relevance * needed).sum(-1).mean(0))
+    return torch.stack(shares).cpu()

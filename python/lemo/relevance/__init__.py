@@ -1,0 +1,1 @@
+"""Relevance: which blocks of a prompt its answers need."""

@@ -1,0 +1,56 @@
+"""Relevance by attention: what retrieval heads look at from the rows that predict an answer."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lemo import ops
+from lemo.packing.blocks import BlockLayout
+from lemo.relevance.answers import Answers, shares
+
+__all__ = ["head_relevance"]
+
+
+def head_relevance(
+    q: Tensor,
+    k: Tensor,
+    layout: BlockLayout,
+    answers: Sequence[Answers | None],
+    scale: float,
+) -> list[Tensor | None]:
+    """How much some heads look at each block from each answer, for every sequence [A, H, B] fp32.
+
+    The largest attention weight that a row of the answer gives to a token of the block; every
+    answer's weights of a head are divided by their sum over the blocks without labels.
+
+    Args:
+        q: [T, H, D], rotated.
+        k: [T, H, D], rotated: for each of the heads its keys.
+        layout: how the T rows are cut.
+        answers: of each sequence; None: it has none, and so has the result.
+        scale: the model's attention scale.
+    """
+    firsts = [0]
+    for seqlen in layout.seqlens:
+        firsts.append(firsts[-1] + seqlen)
+    rows = [first + row for first, found in zip(firsts, answers) if found for row in found.rows()]
+    if not rows:
+        return [None for _ in answers]
+    index = torch.tensor(rows, dtype=torch.int32).to(q.device)
+    largest, total = ops.block_attention(q.index_select(0, index), k, index, layout, scale)
+    weights = (largest - total.logsumexp(-1, keepdim=True)).exp()
+    relevance: list[Tensor | None] = []
+    row = block = 0
+    for found, count in zip(answers, layout.block_counts):
+        if found is None:
+            relevance.append(None)
+        else:
+            end = row + len(found.rows())
+            mine = weights[row:end, :, block : block + count]
+            row = end
+            relevance.append(
+                shares(found.largest(mine) * found.free_blocks(layout.block_size, mine))
+            )
+        block += count
+    return relevance

@@ -1,0 +1,93 @@
+"""Retrieval heads: attention heads that look at what an answer is copied from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lemo.files import write_file
+
+__all__ = ["RetrievalHeads"]
+
+FORMAT, VERSION = "lemo-heads", 1
+
+
+@dataclass(frozen=True)
+class RetrievalHeads:
+    """Some heads of a model, found by `lemo relevance heads`.
+
+    Attributes:
+        model: the shape of the model, see `lemo.predictors.storage.fingerprint`.
+        heads: (layer, head) pairs, both counted from 0.
+        found_by: how they were found: settings, and recall on generated needles.
+    """
+
+    model: Mapping[str, Any]
+    heads: tuple[tuple[int, int], ...]
+    found_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def by_layer(self) -> dict[int, list[int]]:
+        """The heads of each layer that has some, both ascending."""
+        layers: dict[int, list[int]] = {}
+        for layer, head in sorted(self.heads):
+            layers.setdefault(layer, []).append(head)
+        return layers
+
+    def save(self, path: str | Path) -> None:
+        """Writes them as JSON, whole or not at all."""
+        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        write_file(Path(path), json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, model: Mapping[str, Any]) -> RetrievalHeads:
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+            model: shape of the model that they are wanted for.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no such file, or made for a model of another shape.
+        """
+        place = f"heads: {path}"
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{place}: expected a file, found none") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{place}: expected JSON written by lemo, got: {error}") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{place}: expected a file of `lemo relevance heads`, got another")
+        if content.get("version") != VERSION:
+            raise ValueError(f"{place}: expected version {VERSION}, got {content.get('version')!r}")
+        if content.get("model") != dict(model):
+            changed = [name for name in model if content.get("model", {}).get(name) != model[name]]
+            raise ValueError(
+                f"{place}: expected heads of a model of this shape, but these differ: "
+                f"{', '.join(changed) or 'model'}"
+            )
+        heads = content.get("heads")
+        sizes = model["num_layers"], model["num_attention_heads"]
+        if not _are_heads(heads, *sizes):
+            raise ValueError(
+                f"{place}: expected [layer, head] pairs below {list(sizes)}, got {heads!r}"
+            )
+        pairs = tuple((layer, head) for layer, head in heads)
+        return cls(content["model"], pairs, content.get("found_by", {}))
+
+
+def _are_heads(value: Any, layers: int, heads: int) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(number) is int for number in pair)
+        and 0 <= pair[0] < layers
+        and 0 <= pair[1] < heads
+        for pair in value
+    )

@@ -1,0 +1,64 @@
+"""What scorers of answers have in common: they score the sequences that have answers."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lemo.relevance.answers import Answers
+from lemo.selection.scorers.base import BlockedBatch, Scorer
+from lemo.selection.scorers.random import RandomScorer
+
+__all__ = ["AnswerScorer"]
+
+
+class AnswerScorer(Scorer):
+    """Scores blocks by how much an answer of their sequence needs them.
+
+    Every answer's scores are divided by their sum over the blocks without labels, and a block has
+    the largest of them, so that each answer finds its own blocks (docs/LOG.md, 2026-11-28). All
+    sub-blocks get the same scores. Sequences without labels, or with labels on more than half of
+    their rows, get random scores.
+
+    Args:
+        name: of the scorer, for errors.
+        seed: of the random scores.
+    """
+
+    def __init__(self, name: str, seed: int) -> None:
+        self._name = name
+        self._random = RandomScorer(seed)
+
+    @abstractmethod
+    def relevance(
+        self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
+    ) -> list[Tensor | None]:
+        """How much each answer of each sequence needs each of its blocks, [A, B] fp32.
+
+        Args:
+            layer: the layer at whose entry the residual is.
+            residual: [T, H].
+            batch: the batch of the T rows.
+            answers: of each sequence; None where it has none, and so has the result.
+        """
+
+    def begin_step(self, step: int) -> None:
+        self._random.begin_step(step)
+
+    def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
+        if batch.ids is None or batch.labelled is None:
+            missing = "input_ids" if batch.ids is None else "labels"
+            raise ValueError(
+                f"scorer: '{self._name}' needs the batch's {missing}, which are not known; pass "
+                "them to the model (labels also by handle.labelled or handle.attach), or use "
+                "scorer 'random'"
+            )
+        layout = batch.layout
+        # Read by the host once: how many answers there are, and where.
+        labelled = batch.labelled.cpu().split(layout.seqlens)
+        relevance = self.relevance(layer, residual, batch, [Answers.of(rows) for rows in labelled])
+        scores = self._random(layer, kind, residual, batch).split(layout.block_counts)
+        parts = [
+            drawn if found is None else found.amax(0) for drawn, found in zip(scores, relevance)
+        ]
+        return torch.cat(parts)
