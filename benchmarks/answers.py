@@ -51,6 +51,8 @@ from lemo import LemoConfig
 
 FIELDS = ("elimination", "scores", "chunks", "steps", "about")
 MEAN = "mean"
+# Scorers that read what was found for the model before, and the field that names it.
+FILES = {"attention": "heads", "predictor": "predictor"}
 RELEVANCE = records.RESULTS / "relevance.jsonl"
 # Of evaluation, the same for every seed of training.
 HELD_OUT_SEED = 10_000
@@ -86,6 +88,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--grow", type=int, nargs="+", default=[], help="tokens of windows in earlier parts"
     )
     parser.add_argument("--recompute", help="LemoConfig's, for every method that has none")
+    parser.add_argument("--heads", help="file of `lemo relevance heads`, for scorer attention")
+    parser.add_argument("--predictor", help="folder of `lemo prepare`, for scorer predictor")
     parser.add_argument("--evaluate-every", type=int, default=0, help="steps; 0: only at the end")
     parser.add_argument("--relevance", nargs="+", metavar="SCORER", help="recall only")
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.25, 0.125])
@@ -112,7 +116,7 @@ def methods_of(options: argparse.Namespace) -> list[Method]:
     sizes = {"context": options.tokens}
     if not options.relevance:
         found = read_methods(options.file, options.method, sizes, "--method")
-        return [check(name, entry, options.recompute) for name, entry in found.items()]
+        return [check(name, entry, options) for name, entry in found.items()]
     scorers = get_args(LemoConfig.model_fields["scorer"].annotation)
     known = read_methods(options.file, None, sizes, "--relevance")
     entries = {}
@@ -126,23 +130,32 @@ def methods_of(options: argparse.Namespace) -> list[Method]:
         entries[name] = known.get(name, scorer)
         if entries[name].get("elimination") is None:
             raise argparse.ArgumentTypeError(f"--relevance: '{name}' scores no blocks")
-    return [check(name, entry, options.recompute) for name, entry in entries.items()]
+    return [check(name, entry, options) for name, entry in entries.items()]
 
 
-def check(name: str, entry: dict, recompute: str | None) -> Method:
-    """A method; ArgumentTypeError where its entry is no good."""
+def check(name: str, entry: dict, options: argparse.Namespace) -> Method:
+    """A method, with the files that its scorer reads; ArgumentTypeError where it is no good."""
     unknown = set(entry) - set(FIELDS)
     if unknown:
         raise argparse.ArgumentTypeError(
             f"{name}: expected {', '.join(FIELDS)}, got {sorted(unknown)}"
         )
     parts = {key: value for key, value in entry.items() if key != "about"}
-    if recompute and parts.get("elimination") is not None:
-        parts["elimination"] = {"recompute": recompute, **parts["elimination"]}
-    try:
-        LemoConfig(**parts.get("elimination") or {})
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+    elimination = parts.get("elimination")
+    if elimination is not None:
+        changed = {"recompute": options.recompute} if options.recompute else {}
+        scorer = elimination.get("scorer")
+        if scorer in FILES:
+            changed[FILES[scorer]] = getattr(options, FILES[scorer])
+            if changed[FILES[scorer]] is None:
+                raise argparse.ArgumentTypeError(
+                    f"--{FILES[scorer]}: expected a path, because '{name}' has scorer {scorer}"
+                )
+        parts["elimination"] = {**changed, **elimination}
+        try:
+            LemoConfig(**parts["elimination"])
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from None
     return Method(name, **parts)
 
 

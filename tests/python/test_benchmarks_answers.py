@@ -338,6 +338,26 @@ def test_what_lemo_kept_is_read_window_by_window(inputs):
         assert alone.kept([made]) == (size, [blocks])
 
 
+def test_the_oracle_keeps_what_answers_need(inputs):
+    method = Method("x", {**SMALL, "scorer": "given"}, scores="needed")
+    trial = Trial(base(inputs), method, 2, 0, "cpu")
+    made = windows_of("number", 2)
+    tensors = trial.prepared(made)
+    for row, each in zip(tensors["scores"], made):
+        needed = torch.zeros(TOKENS, dtype=torch.bool)
+        for answer in each.answers:
+            for start, end in answer.needed:
+                needed[start:end] = True
+        assert torch.equal(row == 1.0, needed)
+        assert row[~needed].max() < 0.5
+    trial.loss(tensors)
+    size, kept = trial.kept(made)
+    labelled = len({(answer.start - 1) // size for answer in made[0].answers})
+    for each, blocks in zip(made, kept):
+        places = {start // size for answer in each.answers for start, _ in answer.needed}
+        assert len(places & set(blocks)) >= min(len(places), 4 - labelled)
+
+
 def test_chunks_see_what_a_masked_window_sees(inputs):
     chunks = Method("x", chunks={"keep": 0.25, "block_size": 1 / 16})
     trial = Trial(base(inputs), chunks, 2, 0, "cpu")
@@ -484,6 +504,7 @@ def test_haystacks_come_back_from_the_cache(inputs):
         (["--tasks", "riddle"], "invalid choice: 'riddle'"),
         (["--minutes", "1", "--grow", "512"], "--grow: expected --steps"),
         (["--recompute", "some"], "recompute"),
+        (["--relevance", "attention"], "--heads: expected a path, because 'attention'"),
     ],
 )
 def test_bad_arguments(inputs, capsys, more, message):
@@ -495,7 +516,8 @@ def test_bad_arguments(inputs, capsys, more, message):
 def test_the_methods_of_the_repository_are_valid(inputs):
     run = arguments(inputs)
     run[run.index("--file") + 1] = "benchmarks/answers.yaml"
-    names = ["dense", "s2", "pose-0.25", "answers-only", "computed-0.5", "lexical-0.25-dense"]
-    methods = answers.parse_arguments([*run, "--method", *names]).methods
-    assert [method.name for method in methods] == names
-    assert methods[1].elimination["layerwise"] == {"group_size": TOKENS // 4}
+    options = answers.parse_arguments([*run, "--heads", "heads", "--predictor", "folder"])
+    methods = {method.name: method for method in options.methods}
+    assert methods["s2"].elimination["layerwise"] == {"group_size": TOKENS // 4}
+    assert methods["attention-0.25"].elimination["heads"] == "heads"
+    assert (methods["oracle-0.25"].scorer, methods["oracle-0.25"].keep) == ("needed", 0.25)
