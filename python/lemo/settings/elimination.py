@@ -113,6 +113,11 @@ class LemoConfig(Settings):
     heads: Text | None = Field(
         None, description="File written by `lemo relevance heads`, for scorer attention."
     )
+    scores: Text | None = Field(
+        None,
+        description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
+        "finetune`.",
+    )
     keep_first: Annotated[Integer, Field(ge=0)] = Field(
         0,
         description="Blocks always kept at the start of a sequence. By ratio, blocks that have "
@@ -175,6 +180,8 @@ class LemoConfig(Settings):
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
             )
+        if self.scores is not None and self.scorer != "given":
+            raise ValueError(f"scores: expected scorer 'given' beside it, got '{self.scorer}'")
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None
         if thresholds and self.scorer != "predictor":
