@@ -7,6 +7,8 @@ lemo never calls anything here outside its tests.
 """
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -23,6 +25,7 @@ __all__ = [
     "select_norm",
     "swiglu",
     "token_select",
+    "word_relevance",
 ]
 
 
@@ -201,3 +204,56 @@ def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Te
     used = labels != ignore_index
     picked = logits[used].gather(1, labels[used][:, None])[:, 0]
     return (torch.logsumexp(logits[used], -1) - picked).sum(), used.sum()
+
+
+def word_relevance(
+    ids: Tensor, firsts: Sequence[int], ends: Sequence[int], block_size: int
+) -> Tensor:
+    """See `lemo.ops.word_relevance`; by sets of words, window by window."""
+    words, count = ids.tolist(), ids.numel()
+    blocks = [range(b, min(b + block_size, count)) for b in range(0, count, block_size)]
+    labelled = {row for first, end in zip(firsts, ends) for row in range(first, end)}
+    free = [not labelled & set(block) for block in blocks]
+    with_word = Counter(word for block in blocks for word in {words[t] for t in block})
+    in_blocks = {word: math.log(len(blocks) / n) for word, n in with_word.items()}
+    in_tokens = {word: math.log(count / n) for word, n in Counter(words).items()}
+    rows = [
+        _answer_relevance(words, blocks, free, in_blocks, in_tokens, first, end)
+        for first, end in zip(firsts, ends)
+    ]
+    return torch.stack(rows) if rows else torch.zeros(0, len(blocks))
+
+
+def _answer_relevance(
+    words: list[int],
+    blocks: list[range],
+    free: list[bool],
+    in_blocks: dict[int, float],
+    in_tokens: dict[int, float],
+    first: int,
+    end: int,
+) -> Tensor:
+    """[B], of the answer of the rows [first, end)."""
+    counting = {t for b, block in enumerate(blocks) if free[b] for t in block if t <= first}
+
+    def weight(wanted: set[int], token: int, window: int) -> float:
+        """Of the different words among the tokens of the window that ends at `token`."""
+        seen = {words[t] for t in range(token + 1 - window, token + 1) if t in counting}
+        return sum(in_tokens[word] for word in seen & wanted)
+
+    def places(wanted: set[int]) -> list[int]:
+        return [t for t in sorted(counting) if words[t] in wanted and in_tokens[words[t]]]
+
+    own, answer = set(words[max(first - 7, 0) : end + 1]), set(words[first + 1 : end + 1])
+    shared, near = torch.zeros(len(blocks)), torch.zeros(len(blocks))
+    for b, block in enumerate(blocks):
+        shared[b] = sum(in_blocks[w] for w in own & {words[t] for t in block if t in counting})
+    found = places(answer)
+    if found:
+        place = max(found, key=lambda t: (weight(answer, t, 16), -t))
+        around = set(words[max(place - 23, 0) : place + 9])
+        for t in places(around):
+            b = next(b for b, block in enumerate(blocks) if t in block)
+            near[b] = max(near[b].item(), weight(around, t, 32) ** 2)
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.maximum(shared / shared.sum().clamp(min=tiny), near / near.sum().clamp(min=tiny))

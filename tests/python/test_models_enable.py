@@ -320,7 +320,7 @@ def test_dropout_of_lora_is_active_in_training_but_not_while_scoring():
     drop = model.base_model.model.model.layers[1].self_attn.q_proj.lora_dropout["default"]
     assert drop.training
     state = torch.get_rng_state()
-    scorer = handle._forward.scorer
+    scorer = handle._forward.elimination.scorer
     ids = ForwardArguments(input_ids=BATCH["input_ids"])
     batch, x = architecture_of(model).embed(ids, 8)
     scores = [scorer(1, kind, x, batch) for kind in ("attention", "mlp") for _ in range(2)]

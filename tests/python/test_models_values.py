@@ -190,7 +190,7 @@ def test_the_first_draw_gets_every_block_in_turn():
 
 def test_labels_win_over_the_block_that_is_always_kept():
     model, ids = make_model("llama"), make_ids(1, 64)
-    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25))
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, scorer="random"))
     labels = torch.full_like(ids, -100)
     labels[0, 20:24] = ids[0, 20:24]
     for _ in range(5):

@@ -86,6 +86,41 @@ def test_the_largest_over_the_answers_of_a_sequence_counts():
     assert handle.statistics()[0].attention_blocks.tolist() == [1, 3, 7]
 
 
+def test_defaults_follow_the_batch():
+    """Blocks of 64 tokens that the answer needs, or quarters at random where most has labels."""
+    model = make_model("llama", max_position_embeddings=1024)
+    handle = lemo.enable(model)
+    assert handle.block_size == 0.25
+    batch = prompts([20], tokens=1024)
+    model(**batch).loss.backward()
+    assert handle.block_size == 64
+    # Block 20 of 16 tokens lies in block 5 of 64; a quarter of 16 blocks is four.
+    kept = handle.statistics()[0].attention_blocks.tolist()
+    assert len(kept) == 4
+    assert {5, 15} <= {*kept}
+    handle.set_progress(0.5)
+    handle.begin_step(7, 10)
+    batch["labels"] = batch["input_ids"]
+    draws = set()
+    for _ in range(12):
+        model(**batch)
+        assert handle.block_size == 0.25
+        draws.add(tuple(handle.statistics()[0].attention_blocks.tolist()))
+    assert {len(draw) for draw in draws} == {2}
+    assert len(draws) > 1
+
+
+def test_padding_does_not_turn_text_into_answers():
+    model = make_model("llama", max_position_embeddings=256)
+    handle = lemo.enable(model)
+    batch = prompts([2], tokens=256)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :160] = 0
+    batch["labels"] = batch["input_ids"].where(mask.bool(), -100)
+    model(**batch, attention_mask=mask)
+    assert handle.block_size == 0.25
+
+
 def given(scores, **settings):
     """The blocks that a step keeps by the scores of tokens."""
     model = make_model("llama")

@@ -26,7 +26,7 @@ seqlens = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 
 def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0, labelled=None):
     """({(layer, kind): kept blocks}, the (layer, kind) pairs that were scored, the selector)."""
-    selector = Selector(config, num_layers, folder)
+    selector = Selector(config.resolved(answers=False), num_layers, folder)
     selector.set_progress(progress)
     selector.begin(layout, labelled)
     kept, scored = {}, []
@@ -312,7 +312,7 @@ def test_the_last_pass_is_forgotten():
 )
 def test_settings_that_do_not_fit_the_model(settings, message):
     with pytest.raises(ValueError, match=message):
-        Selector(config_of(**settings), 4)
+        Selector(config_of(**settings).resolved(answers=False), 4)
 
 
 # Scores

@@ -18,6 +18,7 @@ FULL = {
     "keep": 0.25,
     "scorer": "predictor",
     "predictor": "some/folder",
+    "heads": "some/heads.json",
     "keep_first": 2,
     "keep_last": 0,
     "visible_keys": "all",
@@ -50,13 +51,34 @@ def test_package_exports():
 
 def test_defaults():
     config = LemoConfig()
-    assert (config.block_size, config.keep, config.scorer) == (0.25, 0.5, "random")
+    assert (config.block_size, config.keep, config.scorer) == (None, None, "auto")
     assert (config.keep_first, config.keep_last, config.visible_keys) == (0, 1, "kept")
     assert (config.mask_loss, config.loss_chunk) == (True, None)
     layerwise = config.layerwise
     assert (layerwise.policy, layerwise.keep, layerwise.keep_mlp) == ("ratio", None, None)
     assert (layerwise.dense_layers, layerwise.select_at) == ((), "first")
     assert layerwise.keep_schedule == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "answers"),
+    [
+        ({}, (0.25, 0.5, "random"), (64, 0.25, "lexical")),
+        ({"keep": 0.75}, (0.25, 0.75, "random"), (64, 0.75, "lexical")),
+        ({"block_size": 32}, (32, 0.5, "random"), (32, 0.25, "lexical")),
+        ({"scorer": "given"}, (0.25, 0.5, "given"), (64, 0.25, "given")),
+        ({"scorer": "random"}, (0.25, 0.5, "random"), (0.25, 0.5, "random")),
+        ({"scorer": "lexical"}, (0.25, 0.5, "lexical"), (64, 0.25, "lexical")),
+        ({"scorer": "pooled", "block_size": 8}, (8, 0.5, "pooled"), (8, 0.5, "pooled")),
+    ],
+)
+def test_what_is_left_open_follows_the_batch(values, text, answers):
+    config = LemoConfig(**values, seed=3)
+    for expected, kind in ((text, False), (answers, True)):
+        resolved = config.resolved(answers=kind)
+        assert (resolved.block_size, resolved.keep, resolved.scorer) == expected
+        assert resolved.seed == 3
+        assert resolved.resolved(answers=not kind) == resolved
 
 
 @pytest.mark.parametrize("values", [{}, FULL], ids=["defaults", "every field"])
@@ -82,12 +104,12 @@ def test_configs_are_frozen_and_replaced():
     with pytest.raises(ValueError, match="frozen"):
         config.keep = 0.1
     changed = config.replace(keep=0.25, layerwise=config.layerwise.replace(dense_layers=[0]))
-    assert (config.keep, changed.keep, changed.layerwise.dense_layers) == (0.5, 0.25, (0,))
-    with pytest.raises(ValueError, match=r"keep: expected a number in \[0, 1\], got 3"):
+    assert (config.keep, changed.keep, changed.layerwise.dense_layers) == (None, 0.25, (0,))
+    with pytest.raises(ValueError, match=r"keep: expected a number in \[0, 1\] or null, got 3"):
         config.replace(keep=3)
 
 
-TOKENS_OR_SHARE = r"an integer >= 1 or a number in \(0, 1\]"
+TOKENS_OR_SHARE = r"an integer >= 1 or a number in \(0, 1\] or null"
 SHARES = r"a list of numbers in \[0, 1\]"
 
 
@@ -98,14 +120,17 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ({"block_size": 64.0}, f"block_size: expected {TOKENS_OR_SHARE}, got 64.0"),
         ({"block_size": "big"}, f"block_size: expected {TOKENS_OR_SHARE}, got 'big'"),
         ({"block_size": True}, f"block_size: expected {TOKENS_OR_SHARE}, got True"),
-        ({"keep": 1.5}, r"keep: expected a number in \[0, 1\], got 1.5"),
-        ({"keep": "half"}, r"keep: expected a number in \[0, 1\], got 'half'"),
-        ({"keep": float("nan")}, r"keep: expected a number in \[0, 1\], got nan"),
-        ({"keep": None}, r"keep: expected a number in \[0, 1\], got None"),
-        ({"keep": True}, r"keep: expected a number in \[0, 1\], got True"),
-        ({"keep": [0.5]}, r"keep: expected a number in \[0, 1\], got \[0.5\]"),
-        ({"scorer": "magic"}, "scorer: expected one of random, lexical, pooled, predictor, exac"),
+        ({"keep": 1.5}, r"keep: expected a number in \[0, 1\] or null, got 1.5"),
+        ({"keep": "half"}, r"keep: expected a number in \[0, 1\] or null, got 'half'"),
+        ({"keep": float("nan")}, r"keep: expected a number in \[0, 1\] or null, got nan"),
+        ({"keep": True}, r"keep: expected a number in \[0, 1\] or null, got True"),
+        ({"keep": [0.5]}, r"keep: expected a number in \[0, 1\] or null, got \[0.5\]"),
+        (
+            {"scorer": "magic"},
+            "scorer: expected one of auto, random, lexical, attention, given, pool",
+        ),
         ({"scorer": "predictor"}, "predictor: scorer 'predictor' needs the folder"),
+        ({"scorer": "attention"}, "heads: scorer 'attention' needs the file"),
         ({"predictor": 3}, "predictor: expected a text in UTF-8 or null, got 3"),
         ({"keep_first": -1}, "keep_first: expected an integer >= 0, got -1"),
         ({"keep_last": None}, "keep_last: expected an integer >= 0, got None"),
@@ -170,7 +195,7 @@ def test_bad_files_are_named(tmp_path):
     for content, message in [
         ("keep: [", "not YAML"),
         ("- 1", "expected a mapping of settings, got list"),
-        ("keep: 2", r"keep: expected a number in \[0, 1\], got 2"),
+        ("keep: 2", r"keep: expected a number in \[0, 1\] or null, got 2"),
     ]:
         path = tmp_path / "config.yaml"
         path.write_text(content)

@@ -243,7 +243,9 @@ def test_a_selection_never_waits_for_the_gpu():
         # A new batch, two layers that score for themselves, and what attention and loss need.
         packed = PackedBatch((1, 1030), None, None, scores.device)
         batch = Batch.of(packed, 64, torch.randn(2, 1, 1030, 8).unbind(), scores.device)
-        selector = Selector(LemoConfig(keep=0.5, layerwise={"select_at": "all"}), 2)
+        selector = Selector(
+            LemoConfig(keep=0.5, layerwise={"select_at": "all"}).resolved(answers=False), 2
+        )
         selector.begin(batch.layout)
         for layer in range(2):
             kept = selector.select(layer, "attention", lambda: scores)

@@ -1,71 +1,15 @@
 """word_relevance: against sets of words, and what an operator has to pass."""
 
-import math
 import random
 
 import pytest
 import torch
 
-from lemo import ops
+from lemo import ops, reference
 from tolerances import assert_close_fp32
 
 # The host chooses: there is no kernel.
 pytestmark = pytest.mark.cpu_only
-
-BEFORE, PLACE, NEAR, AROUND = 8, 16, 32, (24, 8)
-
-
-def by_sets(ids, answers, block_size):
-    """The same from Python's sets, window by window; answers are (first row, end row)."""
-    count, blocks = len(ids), -(-len(ids) // block_size)
-    occupied = {row // block_size for first, end in answers for row in range(first, end)}
-    of_blocks = [set(ids[b * block_size : (b + 1) * block_size]) for b in range(blocks)]
-    in_blocks = {w: math.log(blocks / sum(w in each for each in of_blocks)) for w in set(ids)}
-    in_tokens = {w: math.log(count / ids.count(w)) for w in set(ids)}
-
-    def seen(token, first):
-        return token <= first and token // block_size not in occupied
-
-    def window(end, size, first):
-        """The different words that count among the tokens up to `end`."""
-        return {ids[t] for t in range(max(end + 1 - size, 0), end + 1) if seen(t, first)}
-
-    def divided(scores):
-        total = sum(scores)
-        return [score / total for score in scores] if total > 0 else scores
-
-    result = []
-    for first, end in answers:
-        own = set(ids[max(first + 1 - BEFORE, 0) : end + 1])
-        shared = [
-            sum(
-                in_blocks[w]
-                for w in own & {ids[t] for t in tokens_of(b, block_size, count) if seen(t, first)}
-            )
-            for b in range(blocks)
-        ]
-        answer = set(ids[first + 1 : end + 1])
-
-        def weight(end, size, wanted, first=first):
-            return sum(in_tokens[w] for w in window(end, size, first) & wanted)
-
-        def weighs(t, wanted, first=first):
-            return seen(t, first) and ids[t] in wanted and in_tokens[ids[t]] > 0
-
-        places = [(weight(t, PLACE, answer), -t) for t in range(first + 1) if weighs(t, answer)]
-        near = [0.0] * blocks
-        if places:
-            place = -max(places)[1]
-            around = set(ids[max(place + 1 - AROUND[0], 0) : place + 1 + AROUND[1]])
-            for b in range(blocks):
-                tokens = [t for t in tokens_of(b, block_size, count) if weighs(t, around)]
-                near[b] = max((weight(t, NEAR, around) ** 2 for t in tokens), default=0.0)
-        result.append([max(pair) for pair in zip(divided(shared), divided(near))])
-    return torch.tensor(result)
-
-
-def tokens_of(block, block_size, count):
-    return range(block * block_size, min((block + 1) * block_size, count))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -85,7 +29,7 @@ def test_relevance_is_that_of_sets_of_words(seed):
     firsts, ends = zip(*answers)
     relevance = ops.word_relevance(torch.tensor(ids), firsts, ends, size)
     assert relevance.dtype == torch.float32
-    assert_close_fp32(relevance, by_sets(ids, answers, size))
+    assert_close_fp32(relevance, reference.word_relevance(torch.tensor(ids), firsts, ends, size))
 
 
 def test_words_behind_an_answer_and_beside_labels_do_not_count():

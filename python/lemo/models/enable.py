@@ -103,9 +103,10 @@ class Handle:
     def block_size(self) -> int | float:
         """Tokens of a block, or their share of a batch's longest sequence.
 
-        That of `config`, or that of the predictors where it leaves the choice to them.
+        That of `config`, or that of the predictors where it leaves the choice to them. Where it
+        leaves it to the batch: that of the latest one, before the first that of text.
         """
-        return self._forward.block_size
+        return self._forward.elimination.block_size
 
     @property
     def causal_lm(self) -> nn.Module:
@@ -243,7 +244,7 @@ class Handle:
 
     def set_progress(self, progress: float) -> None:
         """Tells `keep_schedule` which share of the training is done, in [0, 1]."""
-        self._forward.selector.set_progress(progress)
+        self._forward.set_progress(progress)
 
     def begin_step(self, step: int, steps: int) -> None:
         """Tells that optimizer step `step`, from 0, of `steps` begins.
@@ -257,7 +258,7 @@ class Handle:
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
-        self._forward.scorer.begin_step(step)
+        self._forward.begin_step(step)
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""

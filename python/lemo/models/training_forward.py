@@ -5,6 +5,8 @@ computes the left-out rows, without a graph, so that each row is what the dense 
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,11 +19,11 @@ from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.decoder import Decoder
+from lemo.models.elimination import Elimination
 from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.models.scout import Scout
 from lemo.packing.batch import PackedBatch
-from lemo.selection.scorers import make_scorer
+from lemo.relevance.answers import are_answers
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
 
@@ -37,36 +39,50 @@ class TrainingForward:
     """What the model computes in place of its own forward.
 
     Attributes:
-        block_size: tokens of a block, or their share of a batch's longest sequence: that of the
-            config, or that of the predictors where it leaves the choice to them.
-        scorer: where block scores come from.
-        selector: what each sub-block keeps.
         row_labels: [B, S] bool, rows that predict a label, in the pass that runs; None: nothing is
             known.
         token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
             None: none are given.
         has_trained: whether a pass has trained something.
+        elimination: that of the latest pass.
     """
 
     def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
         self.row_labels: Tensor | None = None
         self.token_scores: Tensor | None = None
         self.has_trained = False
-        self.scorer = make_scorer(config, architecture, Scout(architecture))
-        self.block_size = self.scorer.block_size or config.block_size
-        self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
-        parts = architecture, self.selector, self.scorer
-        self._decoder = Decoder(
-            *parts,
-            visible_keys=config.visible_keys,
-            group_size=config.layerwise.group_size or 0,
-            recompute=config.recompute,
-        )
-        # Each row of it is what the dense model gives; gradients come from the kept rows.
-        self._dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
+        of_text, of_answers = config.resolved(answers=False), config.resolved(answers=True)
+        self._of_text = self._of_answers = Elimination(architecture, of_text)
+        if of_answers != of_text:
+            self._of_answers = Elimination(architecture, of_answers)
+        self.elimination = self._of_text
         self._said: set[str] = set()
+
+    @property
+    def selector(self) -> Selector:
+        """What each sub-block keeps, or kept in the latest pass."""
+        return self.elimination.selector
+
+    @contextmanager
+    def keeping_everything(self) -> Iterator[None]:
+        """Every sub-block keeps everything inside, whatever the settings say."""
+        with (
+            self._of_text.selector.keeping_everything(),
+            self._of_answers.selector.keeping_everything(),
+        ):
+            yield
+
+    def set_progress(self, progress: float) -> None:
+        """Share of the training that is done, in [0, 1]."""
+        for elimination in (self._of_text, self._of_answers):
+            elimination.selector.set_progress(progress)
+
+    def begin_step(self, step: int) -> None:
+        """Tells that optimizer step `step`, from 0, begins."""
+        for elimination in {self._of_text, self._of_answers}:
+            elimination.scorer.begin_step(step)
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         """The output for a call with labels: nothing of the size of all logits is made."""
@@ -74,7 +90,7 @@ class TrainingForward:
         asked = arguments.wants_hidden_states(architecture.config)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        decoder = self._dense_decoder if asked else self._decoder
+        decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
         residual, entries = self._decode(decoder, batch, residual, targets != ignored, asked)
         loss, counted = causal_lm_loss(
             architecture,
@@ -132,7 +148,9 @@ class TrainingForward:
         batch, residual = self._embed(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
-        residual, entries = self._decode(self._dense_decoder, batch, residual, labelled, asked)
+        residual, entries = self._decode(
+            self.elimination.dense_decoder, batch, residual, labelled, asked
+        )
         self.has_trained = True
         hidden = self._architecture.final_norm(residual)[1]
         masked = self.selector.masked_rows(complete=True)
@@ -159,12 +177,24 @@ class TrainingForward:
     def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
-        batch, residual = self._architecture.embed(arguments, self.block_size)
+        self.elimination = self._chosen(arguments)
+        batch, residual = self._architecture.embed(arguments, self.elimination.block_size)
         if self.token_scores is not None:
             embedded = arguments.inputs_embeds is not None
             scores = _of_tokens("scores", self.token_scores, batch.packed, embedded)
             batch = replace(batch, scores=scores)
         return batch, residual
+
+    def _chosen(self, arguments: ForwardArguments) -> Elimination:
+        """By whether answers alone have labels, where the settings leave that open."""
+        rows = arguments.labelled_rows()
+        rows = self.row_labels if rows is None else rows
+        if self._of_answers is self._of_text or rows is None:
+            return self._of_text
+        mask = arguments.attention_mask
+        tokens = rows.numel() if mask is None else (mask != 0).sum().item()
+        labelled = rows.sum().item()
+        return self._of_answers if are_answers(int(labelled), int(tokens)) else self._of_text
 
     def _decode(
         self,

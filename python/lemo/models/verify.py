@@ -41,7 +41,7 @@ def verify(
         stack.enter_context(torch.enable_grad())
         own = _own_forward(model, arguments)
         expected = _gradients(own.loss, trainable)
-        with forward.selector.keeping_everything():
+        with forward.keeping_everything():
             output = forward.loss(ForwardArguments.of(arguments))
             got = _gradients(output.loss, trainable)
         losses = output.loss.item(), own.loss.item()
@@ -153,7 +153,7 @@ def _first_difference(
     inputs["output_hidden_states"] = True
     with torch.no_grad():
         own = _own_forward(model, inputs).hidden_states
-        with forward.selector.keeping_everything():
+        with forward.keeping_everything():
             mine = forward.states(ForwardArguments.of(inputs)).hidden_states
     for layer, (got, expected) in enumerate(zip(mine, own)):
         if _relative({"": got}, {"": expected}) > tolerance / 10:

@@ -179,7 +179,7 @@ def _fewest_layers(mean: Tensor, count: int) -> int:
 
 def _found(architecture: Architecture, window: NeedleWindow, block_size: int, depth: int) -> Tensor:
     """[depth, Hq] on the CPU: the mean share of each head's looks at the needed blocks."""
-    device = architecture.decoder.embed_tokens.weight.device
+    device = next(architecture.causal_lm.parameters()).device
     arguments = ForwardArguments(input_ids=window.ids[None].to(device))
     batch, residual = architecture.embed(arguments, block_size)
     answers = Answers.of(window.labelled)

@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Answers", "shares"]
+__all__ = ["Answers", "are_answers", "shares"]
 
 # Where more rows than this share have labels, the sequence is text, not a prompt with answers.
 _MOST_LABELLED = 0.5
 
 # Tokens of an answer at most. A longer run of labels is cut: its parts need different blocks.
 _LONGEST = 64
+
+
+def are_answers(labelled: int, tokens: int) -> bool:
+    """Whether labels on so many of the tokens are on answers alone: on half of them at most."""
+    return 0 < labelled <= _MOST_LABELLED * tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,7 @@ class Answers:
             labelled: [S] bool, rows that predict a label. Best on the CPU: it is read there.
         """
         rows = labelled.cpu()
-        count = int(rows.sum())
-        if not 0 < count <= _MOST_LABELLED * rows.numel():
+        if not are_answers(int(rows.sum()), rows.numel()):
             return None
         edges = pad(rows.int(), (1, 1)).diff()
         firsts, ends = [], []

@@ -38,7 +38,7 @@ class Policies:
         """Resolves the settings that may differ from layer to layer.
 
         Args:
-            config: the settings.
+            config: the settings, resolved.
             num_layers: layers of the model.
             folder_thresholds: "attention" and "mlp" thresholds of a predictor folder.
 
@@ -52,6 +52,7 @@ class Policies:
             _indices("layerwise.dense_layers", layerwise.dense_layers, num_layers)
         )
         keep = config.keep if layerwise.keep is None else layerwise.keep
+        assert keep is not None, "settings that are resolved leave nothing open"
         keep_mlp = keep if layerwise.keep_mlp is None else layerwise.keep_mlp
         self._keep = {
             "attention": _per_layer("layerwise.keep", keep, num_layers),

@@ -13,6 +13,12 @@ __all__ = ["LayerwiseConfig", "LemoConfig"]
 
 Layers = tuple[Integer, ...]
 
+# What is kept where nothing is said, see `LemoConfig`.
+_TEXT_BLOCK, _TEXT_KEEP = 0.25, 0.5
+_ANSWER_BLOCK, _ANSWER_KEEP = 64, 0.25
+# Scorers that find what answers need.
+_OF_ANSWERS = ("lexical", "attention", "given")
+
 
 class LayerwiseConfig(Settings):
     """Policies that differ from layer to layer or in time (LeMo, sections 4 and 5).
@@ -79,33 +85,38 @@ class LayerwiseConfig(Settings):
 class LemoConfig(Settings):
     """Settings of token elimination.
 
-    The defaults gave the best quality among the settings that compute kept tokens only
-    (docs/QUALITY.md): half of the blocks, the same ones in every layer, long blocks, drawn again in
-    each step.
+    What is left open follows the batch, by what was measured (docs/QUALITY.md, docs/ANSWERS.md).
+    Text, where most tokens have labels: half of the blocks, a quarter of the longest sequence each,
+    drawn again in each step. Prompts, where answers alone have labels (on half of the tokens at
+    most): a quarter of the blocks, 64 tokens each, those that the answers need. In either case the
+    same blocks in every layer.
     """
 
-    block_size: Annotated[Integer, Field(ge=1)] | Annotated[Number, Field(gt=0, le=1)] = Field(
-        0.25,
-        union_mode="left_to_right",
-        description="Tokens of a block, the unit that is kept or left out; or a share of the "
-        "longest sequence of a batch, rounded up. A share with scorer predictor: the size that the "
-        "predictors were trained for.",
-    )
-    keep: Share = Field(
-        0.5,
-        description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
-        "keeps half, and 0.8 all.",
-    )
-    scorer: Literal["random", "lexical", "attention", "given", "pooled", "predictor", "exact"] = (
+    block_size: Annotated[Integer, Field(ge=1)] | Annotated[Number, Field(gt=0, le=1)] | None = (
         Field(
-            "random",
-            description="Where block scores come from. random: every block is trained in turn; "
-            "lexical: words that a block shares with the answers and with what stands around them, for "
-            "prompts whose answers alone have labels; attention: the same, and what retrieval heads "
-            "look at from the answers; given: by the caller, see Handle.scored; pooled: queries and "
-            "keys of block means; predictor: networks trained by `lemo prepare`; exact: computed from "
-            "the model, slow, for experiments.",
+            None,
+            union_mode="left_to_right",
+            description="Tokens of a block, the unit that is kept or left out; or a share of the "
+            "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
+            "need, else 0.25. With scorer predictor, null or a share: the size that the predictors "
+            "were trained for.",
         )
+    )
+    keep: Share | None = Field(
+        None,
+        description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
+        "keeps half, and 0.8 all. null: 0.25 where a scorer finds what answers need, else 0.5.",
+    )
+    scorer: Literal[
+        "auto", "random", "lexical", "attention", "given", "pooled", "predictor", "exact"
+    ] = Field(
+        "auto",
+        description="Where block scores come from. auto: lexical for prompts with answers, random "
+        "for text. random: every block is trained in turn; lexical: words that a block shares "
+        "with the answers and with what stands around them; attention: the same, and what "
+        "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
+        "pooled: queries and keys of block means; predictor: networks trained by `lemo prepare`; "
+        "exact: computed from the model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
@@ -190,3 +201,20 @@ class LemoConfig(Settings):
                 f"(scorer '{self.scorer}' brings none of its own)"
             )
         return self
+
+    def resolved(self, answers: bool) -> Self:
+        """These settings with what is left open filled in.
+
+        Args:
+            answers: for prompts whose answers alone have labels; False: for text.
+        """
+        scorer = self.scorer
+        if scorer == "auto":
+            scorer = "lexical" if answers else "random"
+        finds = answers and scorer in _OF_ANSWERS
+        filled: dict[str, object] = {"scorer": scorer}
+        if self.block_size is None:
+            filled["block_size"] = _ANSWER_BLOCK if finds else _TEXT_BLOCK
+        if self.keep is None:
+            filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
+        return self.model_copy(update=filled)

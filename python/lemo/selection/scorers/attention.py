@@ -1,6 +1,7 @@
 """Scores by attention: what retrieval heads look at from the answers."""
 
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lemo.selection.scorers.base import BlockedBatch, ScoredModel
 __all__ = ["AttentionScorer", "Scout"]
 
 # (batch, residual, its layer, layers that are asked for) -> (layer, q, k), see lemo.models.scout.
-Scout = Callable[[BlockedBatch, Tensor, int, Collection[int]], Iterator[tuple[int, Tensor, Tensor]]]
+Scout = Callable[[Any, Tensor, int, Collection[int]], Iterator[tuple[int, Tensor, Tensor]]]
 
 
 class AttentionScorer(AnswerScorer):

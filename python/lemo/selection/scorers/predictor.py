@@ -14,14 +14,15 @@ class PredictorScorer(Scorer):
     Args:
         predictors: what runs.
         model: the model that is scored.
-        block_size: as in `LemoConfig`; a share means the blocks that they were trained for.
+        block_size: as in `LemoConfig`; a share, or None, means the blocks that they were trained
+            for.
 
     Raises:
         ValueError: they were trained for blocks of another number of tokens.
     """
 
     def __init__(
-        self, predictors: PredictorSet, model: ScoredModel, block_size: int | float
+        self, predictors: PredictorSet, model: ScoredModel, block_size: int | float | None
     ) -> None:
         if isinstance(block_size, int) and predictors.block_size != block_size:
             raise ValueError(
@@ -35,7 +36,7 @@ class PredictorScorer(Scorer):
 
     @classmethod
     def from_folder(
-        cls, folder: str, model: ScoredModel, block_size: int | float
+        cls, folder: str, model: ScoredModel, block_size: int | float | None
     ) -> "PredictorScorer":
         """The predictors that `lemo prepare` wrote for a model.
 

@@ -1,0 +1,40 @@
+"""Settings at work on a model: where scores come from, what is kept, and how layers run."""
+
+from lemo.models.architectures import Architecture
+from lemo.models.decoder import Decoder
+from lemo.models.scout import Scout
+from lemo.selection.scorers import make_scorer
+from lemo.selection.selector import Selector
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["Elimination"]
+
+
+class Elimination:
+    """What the settings of one kind of batch, text or prompts with answers, ask for.
+
+    Attributes:
+        config: the settings, none left open.
+        scorer: where block scores come from.
+        block_size: tokens of a block, or their share of a batch's longest sequence: that of the
+            config, or that of the predictors where it leaves the choice to them.
+        selector: what each sub-block keeps.
+        decoder: the layers, for a loss alone.
+        dense_decoder: the layers where each row has to be what the dense model gives; gradients
+            come from the kept rows.
+    """
+
+    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+        assert config.block_size is not None
+        self.config = config
+        self.scorer = make_scorer(config, architecture, Scout(architecture))
+        self.block_size = self.scorer.block_size or config.block_size
+        self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
+        parts = architecture, self.selector, self.scorer
+        self.decoder = Decoder(
+            *parts,
+            visible_keys=config.visible_keys,
+            group_size=config.layerwise.group_size or 0,
+            recompute=config.recompute,
+        )
+        self.dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
