@@ -279,6 +279,30 @@ def test_scores_of_a_user_decide_and_are_compared_when_a_run_goes_on(inputs, tmp
         finetune(moved.replace(output=str(tmp_path / "b")))
 
 
+def test_heads_are_compared_when_a_run_goes_on(inputs, tmp_path):
+    heads = RetrievalHeads.load(
+        inputs / "heads.json", fingerprint(load_config(str(inputs / "model")))
+    )
+    heads.save(tmp_path / "heads.json")
+    by_heads = LemoConfig(scorer="attention", heads=str(tmp_path / "heads.json"), block_size=BLOCK)
+    run = config(inputs, tmp_path / "run").replace(elimination=by_heads)
+
+    class StopError(Exception):
+        pass
+
+    def stop(record):
+        if record["step"] == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        finetune(run, stop)
+    RetrievalHeads(heads.model, ((1, 0),)).save(tmp_path / "heads.json")
+    with pytest.raises(ValueError, match="changed since: heads; put back"):
+        finetune(run.replace(resume=True))
+    heads.save(tmp_path / "heads.json")
+    finetune(run.replace(resume=True))
+
+
 def test_tokens_of_a_packed_window_have_the_scores_of_their_blocks(inputs, tmp_path):
     tokenizer = load_tokenizer(str(inputs / "model"))
     path = inputs / "packed.jsonl"

@@ -191,8 +191,6 @@ class LemoConfig(Settings):
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
             )
-        if self.scores is not None and self.scorer != "given":
-            raise ValueError(f"scores: expected scorer 'given' beside it, got '{self.scorer}'")
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None
         if thresholds and self.scorer != "predictor":

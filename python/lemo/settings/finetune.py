@@ -134,10 +134,16 @@ class FinetuneConfig(Settings):
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of the two, got both")
         elimination = self.elimination
-        if elimination is not None and elimination.scorer == "given" and elimination.scores is None:
+        if elimination is None:
+            return self
+        if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(
                 "elimination.scores: scorer 'given' needs the folder written by 'lemo relevance "
                 "scores', got null"
+            )
+        if elimination.scores is not None and elimination.scorer != "given":
+            raise ValueError(
+                f"elimination.scores: expected scorer 'given' beside it, got '{elimination.scorer}'"
             )
         return self
 
