@@ -66,6 +66,7 @@ EXPECTED_CONFIG_FIELDS = {
     "scorer",
     "predictor",
     "heads",
+    "scores",
     "keep_first",
     "keep_last",
     "visible_keys",

@@ -19,6 +19,7 @@ FULL = {
     "scorer": "predictor",
     "predictor": "some/folder",
     "heads": "some/heads.json",
+    "scores": "scored",
     "keep_first": 2,
     "keep_last": 0,
     "visible_keys": "all",

@@ -124,6 +124,11 @@ class LemoConfig(Settings):
     heads: Text | None = Field(
         None, description="File written by `lemo relevance heads`, for scorer attention."
     )
+    scores: Text | None = Field(
+        None,
+        description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
+        "finetune`.",
+    )
     keep_first: Annotated[Integer, Field(ge=0)] = Field(
         0,
         description="Blocks always kept at the start of a sequence. By ratio, blocks that have "
