@@ -63,6 +63,8 @@ EXPECTED_FUNCTIONS = {
 EXPECTED_CONFIG_FIELDS = {
     "block_size",
     "keep",
+    "keep_relevance",
+    "keep_least",
     "scorer",
     "predictor",
     "heads",

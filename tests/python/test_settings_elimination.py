@@ -16,6 +16,8 @@ pytestmark = pytest.mark.cpu_only
 FULL = {
     "block_size": 32,
     "keep": 0.25,
+    "keep_relevance": 0.5,
+    "keep_least": 0.125,
     "scorer": "predictor",
     "predictor": "some/folder",
     "heads": "some/heads.json",
@@ -180,7 +182,7 @@ def test_bad_values_are_named(values, message):
             r"unknown setting 'dense_layers'; did you mean layerwise.dense",
         ),
         ({"schedule": []}, r"unknown setting 'schedule'; did you mean layerwise\.keep_schedule"),
-        ({"xyz": 0.5}, "unknown setting 'xyz'; known: block_size, keep, scorer"),
+        ({"xyz": 0.5}, "unknown setting 'xyz'; known: block_size, keep, keep_relevance"),
         ({"layerwise": {"kep": 1}}, "layerwise: unknown setting 'kep'; did you mean keep"),
         ([1], r"values: expected a mapping of settings, got \[1\]"),
     ],
