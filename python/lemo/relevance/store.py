@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -312,8 +313,8 @@ def _file(folder: Path, number: int) -> Path:
 
 
 def _digest_of(example: Example) -> bytes:
-    tokens = torch.tensor([list(example.ids), list(example.labels)], device="cpu")
-    return hashlib.sha256(tokens.numpy().tobytes()).digest()
+    tokens = array("q", example.ids) + array("q", example.labels)
+    return hashlib.sha256(tokens).digest()
 
 
 def _checked(
