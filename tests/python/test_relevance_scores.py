@@ -199,6 +199,16 @@ def test_scores_of_something_else_are_refused_before_training(lemo, inputs):
     assert (code, "scorer 'given' needs the folder" in err) == (1, True)
 
 
+def test_blocks_shorter_than_the_stored_ones_are_warned_of(lemo):
+    assert lemo(SCORES + "--documents {packed} --set block_size=32")[0] == 0
+    train = TRAIN + "--documents {packed} --steps 1 --scores scores --overwrite --output run "
+    code, _, err = lemo(train)
+    assert code == 0
+    assert "blocks of 16 tokens are shorter than the 32 that the stored" in err
+    code, _, err = lemo(train + "--set elimination.block_size=32")
+    assert (code, "shorter than" in err) == (0, False)
+
+
 def test_texts_have_no_scores(lemo):
     code, _, err = lemo(SCORES + "--documents {documents}")
     assert (code, err.count("\n")) == (1, 1)
@@ -349,7 +359,7 @@ def test_heads_are_found_and_used(lemo, inputs, tmp_path):
     )
     code, out, err = lemo(line)
     assert code == 0, err
-    assert err.splitlines()[-1].strip() == "windows: 2 of 2"
+    assert err.splitlines()[-1] == "windows: 2 of 2"
     assert "share of a head's looks" in out.replace("\n", " ")
     assert out.splitlines()[-1] == "written: found.json"
     found = json.loads(Path("found.json").read_text())

@@ -111,4 +111,4 @@ class StageProgress:
         text = printable(message)
         self._live.update(self._tasks[stage], completed=done, total=total, description=text)
         if not self._screen.is_terminal and done == total:
-            self._screen.print(printable(f"{stage}: {done} of {total}  {message}"))
+            self._screen.print(printable(f"{stage}: {done} of {total}  {message}".rstrip()))

@@ -30,7 +30,7 @@ DESCRIPTION_FILE = "scores.json"
 _OWN = re.compile(r"scores\.json|scores-\d{5}\.safetensors")
 
 # Tokens of the examples of a file; what is lost at most when a computation is interrupted.
-_FILE_TOKENS = 1 << 20
+_FILE_TOKENS = 1 << 18
 _DIGEST_BYTES = 32
 
 

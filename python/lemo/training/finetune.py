@@ -232,6 +232,8 @@ class _Run:
             self.handle = lemo.enable(self.peft_model, elimination)
             # Behind enable: a mistake in the settings is all that is said of them.
             _check_blocks(config.context_length, self.handle.block_size, elimination)
+            if scores is not None:
+                _check_stored_blocks(config.context_length, self.handle.block_size, scores)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -509,6 +511,17 @@ def _stored_scores(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
     }
     return ScoreStore.read(config.elimination.scores, wanted)
+
+
+def _check_stored_blocks(length: int, block_size: int | float, scores: ScoreStore) -> None:
+    tokens = block_tokens(block_size, length)
+    if tokens < scores.block_size:
+        _log.warning(
+            "elimination.block_size: blocks of %d tokens are shorter than the %d that the stored "
+            "scores are of, so several of them have the same score",
+            tokens,
+            scores.block_size,
+        )
 
 
 def _windows(
