@@ -228,9 +228,12 @@ class _Run:
         self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
-            elimination = self._elimination(config.elimination)
+            answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
+            elimination = config.elimination.resolved(answers)
             self.handle = lemo.enable(self.peft_model, elimination)
             # Behind enable: a mistake in the settings is all that is said of them.
+            if elimination != config.elimination:
+                _say_what_is_kept(elimination, answers)
             _check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
                 _check_stored_blocks(config.context_length, self.handle.block_size, scores)
@@ -245,21 +248,6 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
         self.trainable = trainable
         self.kept = KeptRows()
-
-    def _elimination(self, config: LemoConfig) -> LemoConfig:
-        """The settings, with what they leave open filled in for this kind of data."""
-        answers = isinstance(self.windows, ExampleWindows) and self.config.labels == "answers"
-        resolved = config.resolved(answers)
-        if resolved != config:
-            _log.info(
-                "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
-                "answers alone have labels" if answers else "text",
-                resolved.keep,
-                resolved.block_size,
-                " of a window" if isinstance(resolved.block_size, float) else " tokens",
-                resolved.scorer,
-            )
-        return resolved
 
     @property
     def windows_per_step(self) -> int:
@@ -473,6 +461,18 @@ def _leave_casts_to_autocast(model: PeftModel) -> None:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False
+
+
+def _say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
+    size = elimination.block_size
+    _log.info(
+        "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
+        "answers alone have labels" if answers else "text",
+        elimination.keep,
+        size,
+        " of a window" if isinstance(size, float) else " tokens",
+        elimination.scorer,
+    )
 
 
 def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
