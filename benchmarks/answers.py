@@ -303,6 +303,7 @@ def rows_of(
             "scoring_s": None,
             "peak_gib": training.get("peak_gib"),
             "recall": None if recalled is None else round(recalled, 2),
+            **({"minutes": options.minutes} if options.minutes else {}),
             **more,
             **described,
         }
@@ -318,7 +319,6 @@ def rows_of(
             name: getattr(options, name)
             for name in ("batch", "micro_batch", "learning_rate", "rank", "facts", "asked", "rope")
         },
-        **({"minutes": options.minutes} if options.minutes else {}),
         **({"grow": options.grow} if options.grow else {}),
         **{name: training[name] for name in names if training.get(name)},
         "perplexity": guard,

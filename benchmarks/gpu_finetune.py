@@ -144,7 +144,7 @@ def config_of(variant: str, scored_by: str | None):
 
 def recorded(variant: str) -> dict[str, Any]:
     """What a record's shape says of a variant, in one group of fields."""
-    values = config_of(variant, "folder").to_dict()
+    values = config_of(variant, "folder").resolved(has_answers(variant)).to_dict()
     values |= values.pop("layerwise") | {"keep": values["keep"]}
     shape = {name: values[name] for name in RECORDED}
     if is_outside(variant):

@@ -252,8 +252,9 @@ def _answer_relevance(
     if found:
         place = max(found, key=lambda t: (weight(answer, t, 16), -t))
         around = set(words[max(place - 23, 0) : place + 9])
-        for t in places(around):
-            b = next(b for b, block in enumerate(blocks) if t in block)
-            near[b] = max(near[b].item(), weight(around, t, 32) ** 2)
+        most = [weight(around, t, 16) ** 2 for t in range(first + 1)]
+        for b, block in enumerate(blocks):
+            if free[b]:
+                near[b] = max(most[block.start : block.stop + 15], default=0.0)
     tiny = torch.finfo(torch.float32).tiny
     return torch.maximum(shared / shared.sum().clamp(min=tiny), near / near.sum().clamp(min=tiny))

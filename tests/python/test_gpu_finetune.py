@@ -47,7 +47,7 @@ def test_scorers_of_variants():
         config = config_of(variant)
         return config.scorer, config.layerwise.select_at, config.layerwise.keep_mlp
 
-    assert chosen("0.5-layer") == ("random", "first", None)
+    assert chosen("0.5-layer") == ("auto", "first", None)
     assert chosen("0.5-layer-outside") == chosen("0.5-layer")
     assert chosen("0.5-layer-pooled") == ("pooled", "first", None)
     assert chosen("0.5-layer-random") == ("random", "all", None)

@@ -42,7 +42,7 @@ def test_words_behind_an_answer_and_beside_labels_do_not_count():
     relevance = ops.word_relevance(ids, [39], [43], 8)
     assert relevance[0, 1] == 1.0
     # The words around its place stand beside it, and the second step finds them.
-    assert relevance[0].nonzero()[:, 0].tolist() == [0, 1, 2]
+    assert relevance[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
 
 
 def test_the_second_step_finds_what_the_answer_does_not_say():

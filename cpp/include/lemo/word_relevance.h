@@ -13,10 +13,10 @@ namespace lemo {
 /// Two scores of a block, each divided by its sum over the blocks; the larger one counts:
 /// - the words of the answer and of the 8 tokens before it that stand in the block, each
 ///   log(blocks / blocks that have the word);
-/// - the square of the most that the words around the answer's place weigh that stand within 32
-///   tokens, each log(S / occurrences). The answer's place is the end of the 16 tokens in which its
-///   own words weigh most, and the words around it are those of the 24 tokens up to it and of the 8
-///   behind. Zero where no word of the answer counts.
+/// - the square of the most that the words around the answer's place weigh in any 16 tokens that
+///   overlap the block, each log(S / occurrences). The answer's place is the end of the 16 tokens
+///   in which its own words weigh most, and the words around it are those of the 24 tokens up to it
+///   and of the 8 behind. Zero where no word of the answer counts.
 struct WordRelevanceParams {
     Tensor ids;          // [S] int64, at least 0
     Tensor firsts;       // [A] int64, ascending rows that predict the first token of each answer

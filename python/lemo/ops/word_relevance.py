@@ -28,7 +28,8 @@ def word_relevance(
        the block: the sum of log(blocks / blocks that have the word).
     2. The words around the answer's place: the 16 tokens in which the answer's own words weigh
        most, log(S / occurrences) each. Those of the 24 tokens up to the end of the place and of the
-       8 behind it are looked for; a block gets the square of the most that stand within 32 tokens.
+       8 behind it are looked for; a block gets the square of the most that they weigh in any 16
+       tokens that overlap it.
 
     Either step's scores are divided by their sum over the blocks; a block gets the larger one.
 

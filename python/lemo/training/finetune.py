@@ -218,9 +218,10 @@ class _Run:
         self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
-            self.handle = lemo.enable(self.peft_model, config.elimination)
+            elimination = self._elimination(config.elimination)
+            self.handle = lemo.enable(self.peft_model, elimination)
             # Behind enable: a mistake in the settings is all that is said of them.
-            _check_blocks(config.context_length, self.handle.block_size, config.elimination)
+            _check_blocks(config.context_length, self.handle.block_size, elimination)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -232,6 +233,21 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
         self.trainable = trainable
         self.kept = KeptRows()
+
+    def _elimination(self, config: LemoConfig) -> LemoConfig:
+        """The settings, with what they leave open filled in for this kind of data."""
+        answers = isinstance(self.windows, ExampleWindows) and self.config.labels == "answers"
+        resolved = config.resolved(answers)
+        if resolved != config:
+            _log.info(
+                "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
+                "answers alone have labels" if answers else "text",
+                resolved.keep,
+                resolved.block_size,
+                " of a window" if isinstance(resolved.block_size, float) else " tokens",
+                resolved.scorer,
+            )
+        return resolved
 
     @property
     def windows_per_step(self) -> int:
