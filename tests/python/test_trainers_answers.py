@@ -108,6 +108,7 @@ TRAINERS = {
     "SFT, assistant only": sft(conversations, assistant_only_loss=True),
     "SFT, packed": sft(completions, packing=True),
     "SFT, padding-free": sft(completions, padding_free=True, max_length=None),
+    "SFT, checkpointing": sft(completions, gradient_checkpointing=True),
     "SFT, dft": sft(completions, loss_type="dft"),
     "Trainer, padded on the right": plain(padded("right")),
     "Trainer, padded on the left": plain(padded("left")),
@@ -267,3 +268,49 @@ def test_the_loss_is_that_inside_the_model(name, keep, tmp_path):
     assert_close_fp32(run.gradients[0], torch.cat(gradients))
     labels = int((run.batches[-1][0]["labels"] != -100).sum())
     assert (handle.statistics()[0].attention_rows < labels) == (keep == 0.01)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "qwen3"])
+def test_other_models(architecture, tmp_path):
+    alone = Run("SFT, completions", tmp_path, model=adapted(architecture), steps=1)
+    config = lemo.LemoConfig(keep=1, block_size=BLOCK)
+    mine = Run("SFT, completions", tmp_path, config, model=adapted(architecture), steps=1)
+    assert_close_fp32(torch.stack(mine.losses), torch.stack(alone.losses))
+    assert_close_fp32(mine.gradients[0], alone.gradients[0])
+
+
+def test_a_batch_without_labels_trains_nothing(tmp_path):
+    run = Run("SFT, completions", tmp_path, CONFIG, steps=1)
+    batch, _ = run.batches[0]
+    batch = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    run.trainer.model.train().zero_grad()
+    loss = run.trainer.compute_loss(run.trainer.model, batch, num_items_in_batch=8)
+    loss.backward()
+    assert loss == 0
+    assert not any(p.grad is not None and p.grad.any() for p in run.trainer.model.parameters())
+
+
+class OwnLoss(SFTTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+def test_what_a_subclass_makes_of_the_outputs_is_not_known(tmp_path, monkeypatch):
+    """So each row is the dense model's, and the first loss with it."""
+    alone = Run("SFT, completions", tmp_path, steps=1)
+    monkeypatch.setitem(globals(), "SFTTrainer", OwnLoss)
+    mine = Run("SFT, completions", tmp_path, CONFIG, steps=1)
+    assert_close_fp32(torch.stack(mine.losses), torch.stack(alone.losses))
+
+
+def test_without_lemo_the_trainer_is_as_it_was(tmp_path):
+    run = Run("SFT, completions", tmp_path, CONFIG, steps=1)
+    model = run.trainer.model
+    del run.trainer.compute_loss  # the test's own
+    run.handle.attach(run.trainer)
+    run.handle.remove()
+    assert "compute_loss" not in vars(run.trainer)
+    batch, divisor = run.batches[0]
+    with torch.no_grad():
+        expected = run.trainer.compute_loss(model.train(), batch, num_items_in_batch=divisor)
+    assert_close_fp32(run.trainer.compute_loss(model, batch, num_items_in_batch=divisor), expected)
