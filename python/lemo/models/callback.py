@@ -46,6 +46,8 @@ class TrainerCallback(transformers.TrainerCallback):
         handle = lemo.enable(model, config)
         Trainer(model, args, train_dataset=data, callbacks=[lemo.TrainerCallback(handle)]).train()
 
+    It does not know the trainer: `Handle.attach` does, for which TRL's SFTTrainer costs less.
+
     Args:
         handle: what `lemo.enable` returned for the trainer's model.
 
