@@ -1,6 +1,10 @@
 """Answers to long prompts in trainers, by their own collators: what the answers need is kept, the
 loss is lemo's own, and with keep = 1 losses and gradients are those of the trainer without lemo."""
 
+import re
+from functools import partial
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
@@ -314,3 +318,28 @@ def test_without_lemo_the_trainer_is_as_it_was(tmp_path):
     with torch.no_grad():
         expected = run.trainer.compute_loss(model.train(), batch, num_items_in_batch=divisor)
     assert_close_fp32(run.trainer.compute_loss(model, batch, num_items_in_batch=divisor), expected)
+
+
+def test_examples_of_the_documentation(tmp_path, monkeypatch):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "ANSWERS.md").read_text()
+    section = page.partition("## With your trainer\n")[2].partition("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 2
+    monkeypatch.chdir(tmp_path)
+    common = {"use_cpu": True, "report_to": [], "max_steps": 2, "disable_tqdm": True}
+    for example in examples:
+        names = {
+            "lemo": lemo,
+            "model": adapted(),
+            "SFTConfig": partial(SFTConfig, bf16=False, **common),
+            "SFTTrainer": partial(SFTTrainer, processing_class=tokenizer()),
+            "TrainingArguments": partial(TrainingArguments, **common),
+            "Trainer": Trainer,
+            "DataCollatorWithFlattening": DataCollatorWithFlattening,
+            "answers": completions(),
+            "rows": token_rows(),
+        }
+        exec(example, names)
+        assert names["trainer"].state.global_step == 2
+        for layer in names["model"].get_base_model()._lemo_handle.statistics():
+            assert 0 < layer.attention_rows < 0.3 * layer.tokens
