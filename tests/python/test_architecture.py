@@ -63,9 +63,12 @@ EXPECTED_FUNCTIONS = {
 EXPECTED_CONFIG_FIELDS = {
     "block_size",
     "keep",
+    "keep_relevance",
+    "keep_least",
     "scorer",
     "predictor",
     "heads",
+    "scores",
     "keep_first",
     "keep_last",
     "visible_keys",

@@ -245,7 +245,7 @@ def test_long_prompts_lose_their_middle_and_no_label():
 def test_windows_pack_examples_and_keep_them_apart():
     lengths = [30, 50, 20, 90, 10, 60, 40]
     windows = ExampleWindows((example(n - 5, 5, str(n)) for n in lengths), 100, seed=1)
-    assert (windows.used, windows.packed) == (7, True)
+    assert (len(windows.examples), windows.packed) == (7, True)
     epoch = [windows.window(index) for index in range(len(windows))]
     assert sorted(n for window in epoch for n in window.seqlens) == sorted(lengths)
     assert all(sum(window.seqlens) == window.ids.numel() <= 100 for window in epoch)

@@ -8,15 +8,18 @@ import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lemo.data import read_documents
+from lemo.data import open_training_data, read_documents
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import python_sources, train_tokenizer, write_corpus
+from lemo.demo.facts import KINDS, Prompter, fact_line
 from lemo.demo.run import DemoSettings, run_demo, run_method
+from lemo.report import load_run
 from lemo.settings.finetune import FinetuneConfig
 from limits import largest_file
-from tiny import tiny_tokenizer, write_documents
+from tiny import tiny_tokenizer
 
 # The demo is one of the CPU.
 pytestmark = pytest.mark.cpu_only
@@ -49,6 +52,7 @@ def read_log(folder):
 def test_demo_prints_what_its_runs_logged(finished):
     output, printed = finished
     content = read_json(output / "demo.json")
+    assert [result["name"] for result in content["results"]] == ["dense", "lemo_steps", "lemo"]
     for result in content["results"]:
         log = read_log(output / result["name"])
         assert result["seconds_per_step"] == [record["seconds"] for record in log]
@@ -57,14 +61,15 @@ def test_demo_prints_what_its_runs_logged(finished):
         seconds = statistics.median(record["seconds"] for record in log)
         row = next(line for line in printed.splitlines() if "seconds a step" in line)
         assert f"{seconds:.2f}" in row
-    dense, lemo = content["results"]
+    dense, same_steps, same_time = content["results"]
     assert dense["kept_share"] == 1.0
-    # Its defaults: two of four quarters in every layer.
-    assert lemo["kept_share"] == pytest.approx(0.5)
+    assert len(same_steps["seconds_per_step"]) == len(dense["seconds_per_step"])
+    for lemo in (same_steps, same_time):
+        assert lemo["kept_share"] == pytest.approx(0.25, abs=0.02)
 
 
-def test_demo_perplexity_is_that_of_plain_transformers_and_peft(finished):
-    """An independent evaluation of the adapter on the held-out documents gives the same figure."""
+def test_demo_answers_are_those_of_plain_transformers_and_peft(finished):
+    """An independent evaluation of the adapter on the held-out prompts gives the same figures."""
     output, printed = finished
     content = read_json(output / "demo.json")
     length = content["settings"]["context"]
@@ -78,35 +83,118 @@ def test_demo_perplexity_is_that_of_plain_transformers_and_peft(finished):
         },
         max_position_embeddings=length,
     )
-    windows = [
-        torch.tensor([tokenizer(document.text)["input_ids"][:length]])
-        for document in read_documents(output / "corpus" / "heldout.jsonl")
-    ]
+    lines = (output / "corpus" / "heldout_prompts.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["messages"] for line in lines]
 
-    def perplexity(evaluated):
+    def figures(evaluated):
+        """Exact answers, their number, and the perplexity of their tokens."""
         evaluated.eval()
-        with torch.no_grad():
-            losses = [evaluated(input_ids=ids, labels=ids).loss.item() for ids in windows]
-        return math.exp(statistics.fmean(losses))
+        exact, losses = [], []
+        for messages in prompts:
+            text = ""
+            for message in messages:
+                before = len(tokenizer(text)["input_ids"])
+                text += message["content"] + ("\n" if message["role"] == "assistant" else "")
+                if message["role"] != "assistant":
+                    continue
+                ids = torch.tensor([tokenizer(text)["input_ids"]])
+                with torch.no_grad():
+                    logits = evaluated(input_ids=ids).logits[0, before - 1 : -1]
+                exact.append(bool((logits.argmax(-1) == ids[0, before:]).all()))
+                losses += cross_entropy(logits, ids[0, before:], reduction="none").tolist()
+        return sum(exact) / len(exact), len(exact), math.exp(statistics.fmean(losses))
 
-    figures = content["perplexities"]
-    assert figures["before"]["perplexity"] == pytest.approx(perplexity(model), rel=1e-4)
-    adapted = PeftModel.from_pretrained(model, output / "lemo" / "adapter")
-    assert figures["lemo"]["perplexity"] == pytest.approx(perplexity(adapted), rel=1e-4)
-    assert f"{figures['lemo']['perplexity']:.2f}" in printed
+    expected = {"before": figures(model)}
+    expected["lemo"] = figures(PeftModel.from_pretrained(model, output / "lemo" / "adapter"))
+    for name, (exact, count, perplexity) in expected.items():
+        found = content["answers"][name]
+        assert (found["exact"], found["answers"]) == (exact, count)
+        assert found["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+        assert f"{perplexity:.2f}" in printed
+    assert read_json(output / "lemo" / "metrics.json") == [content["answers"]["lemo"]]
 
 
-def test_demo_leaves_the_report_of_both_runs(finished):
+def test_demo_leaves_the_report_of_its_runs(finished):
     output, _ = finished
     page = (output / "report" / "index.html").read_text()
-    assert "lemo, keep 0.5" in page
+    assert "lemo, keep 0.25, lexical scores" in page
     assert "dense LoRA" in page
+    assert "Exact answers, held-out prompts" in page
     assert {path.name for path in (output / "report").glob("*.png")} == {
         "loss.png",
         "resources.png",
-        "kept_share_1.png",
-        "kept_map_1.png",
+        "relevance_1.png",
+        *(f"kept_{what}_{run}.png" for what in ("share", "map") for run in (1, 2)),
     }
+    picture = load_run(output / "lemo").relevance
+    for question in picture.questions:
+        assert f"{question.question} <strong>{question.answer}</strong>" in page
+
+
+def test_the_picture_tells_what_a_step_keeps_and_why(finished):
+    """Kept blocks by the definition: those with labels, then the best scores; facts where they
+    stand in the tokens; words that question and block really share."""
+    output, _ = finished
+    picture = load_run(output / "lemo").relevance
+    tokenizer = AutoTokenizer.from_pretrained(output / "base")
+    line = (output / "corpus" / "heldout_prompts.jsonl").read_text().splitlines()[0]
+    row = json.loads(line)
+    ids = tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False))["input_ids"]
+    assert picture.tokens == len(ids)
+    size = picture.block_size
+    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    assert len(picture.scores) == len(blocks)
+    first = len(tokenizer(row["messages"][0]["content"])["input_ids"]) - 1
+    count = math.ceil(0.25 * len(blocks))
+    always = list(range(first // size, len(blocks)))
+    best = sorted(range(first // size), key=lambda block: -picture.scores[block])
+    expected = sorted(always + best[: count - len(always)])
+    assert sorted(picture.kept) == expected
+    assert len(picture.facts) == len(row["facts"])
+    for fact in picture.facts:
+        text = tokenizer.decode(ids[fact.token :])
+        assert text.startswith(fact.text)
+        asked = [q for q in picture.questions if q.question.split()[-1] == fact.text.split()[1]]
+        assert fact.asked == bool(asked)
+        if asked:
+            assert fact.text.endswith(f" {asked[0].answer}")
+    for question in picture.questions:
+        shares = [best.score for best in question.blocks]
+        assert shares == sorted(shares, reverse=True)
+        for best in question.blocks:
+            words = {tokenizer.decode([token]).strip() for token in blocks[best.block]}
+            assert set(best.words) <= words
+
+
+def test_prompts_fit_and_hold_what_is_asked(tmp_path):
+    sources = tmp_path / "sources.jsonl"
+    text = "".join(f"    value_{number} = call({number})\n" for number in range(2000))
+    sources.write_text(json.dumps({"text": text}) + "\n")
+    tokenizer = train_tokenizer(sources, 700)
+    prompter = Prompter(sources, tokenizer, seed=3)
+    for tokens in (96, 512, 4000):
+        for _ in range(10):
+            row = prompter.conversation(tokens, facts=4, asked=2)
+            whole = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+            assert 0.75 * tokens < len(tokenizer(whole)["input_ids"]) <= tokens
+            prompt = row["messages"][0]["content"]
+            assert len(row["facts"]) == 4
+            for kind, value in row["facts"].items():
+                assert prompt.count(fact_line(kind, value)) == 1
+            turns = list(zip(row["messages"][::2], row["messages"][1::2], strict=True))
+            assert len(turns) == 2
+            for user, assistant in turns:
+                kind = user["content"].rpartition("# which ")[2]
+                assert assistant["content"] == f" {row['facts'][kind]}"
+    # The same seed gives the same prompts.
+    again = Prompter(sources, tokenizer, seed=3)
+    first = Prompter(sources, tokenizer, seed=3).conversation(96, 4, 2)
+    assert again.conversation(96, 4, 2) == first
+
+
+def test_values_belong_to_one_kind():
+    values = [value for of_kind in KINDS.values() for value in of_kind]
+    assert len(values) == len(set(values))
 
 
 def test_demo_does_not_write_into_somebody_elses_folder(tmp_path):
@@ -145,12 +233,14 @@ def test_tokenizer_is_lossless(tmp_path):
 
 
 def test_full_disk_while_the_base_model_is_written(tmp_path):
-    documents = write_documents(tmp_path / "documents.jsonl")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "the block of", "completion": " tokens"}) + "\n")
     sizes = {"vocabulary": 257, "hidden": 32, "intermediate": 64, "layers": 1, "context": 32}
-    config = BaseConfig(**sizes, steps=1)
+    config = BaseConfig(**sizes, first_context=32, batch_tokens=64, steps=1)
+    prompts = {32: open_training_data(pairs, tiny_tokenizer(), 32)}
     # The configuration is smaller than this, the weights larger.
     with largest_file(12_000), pytest.raises(OSError, match="base model cannot be written"):
-        train_base(tmp_path / "base", documents, tiny_tokenizer(), config, lambda step, loss: None)
+        train_base(tmp_path / "base", prompts, tiny_tokenizer(), config, lambda step, loss: None)
 
 
 def test_failure_of_a_fine_tuning_is_told_with_its_reason(tmp_path):

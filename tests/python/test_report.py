@@ -195,6 +195,80 @@ def test_comparison_puts_runs_side_by_side(tmp_path):
     }
 
 
+def write_relevance(folder, **changes):
+    data = {
+        "block_size": 64,
+        "tokens": 500,
+        "scores": [0.1, 0.6, 0.0, 0.2, 0.0, 0.0, 0.1, 0.0],
+        "kept": [1, 7],
+        "facts": [{"token": 70, "text": "# tree <oak>", "asked": True}],
+        "questions": [
+            {
+                "question": "# which tree",
+                "answer": "<oak>",
+                "blocks": [
+                    {"block": 1, "score": 0.6, "words": ["tree", "<oak>"]},
+                    {"block": 7, "score": 0.2, "words": []},
+                    {"block": 3, "score": 0.1, "words": ["which"]},
+                ],
+            }
+        ],
+    } | changes
+    (folder / "relevance.json").write_text(json.dumps(data))
+
+
+def test_relevance_of_one_prompt_with_what_was_kept_and_why(tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_relevance(folder)
+    run = load_run(folder)
+    page = write_report([run], tmp_path / "out").read_text()
+    assert (tmp_path / "out" / "relevance.png").is_file()
+    assert "500 tokens in 8 blocks of 64" in page
+    assert "# which tree <strong>&lt;oak&gt;</strong>" in page
+    rows = re.findall(r'<td class="number">([\d, to]+)</td>.*?>(\d+%)<.*?>(yes|no)<', page)
+    assert rows == [
+        ("64 to 127", "60%", "yes"),
+        ("448 to 499", "20%", "yes"),
+        ("192 to 255", "10%", "no"),
+    ]
+    assert "<code>tree, &lt;oak&gt;</code>" in page
+    # Drawn from the data: other scores, another picture.
+    light = plots.relevance(run.relevance, plots.LIGHT)
+    write_relevance(folder, kept=[0, 7])
+    assert plots.relevance(load_run(folder).relevance, plots.LIGHT) != light
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": [{}]}, "expected block_size, tokens, scores, kept, facts and questions"),
+        (
+            {"kept": [8]},
+            r"expected 8 scores and blocks in \[0, 8\), got 8 scores and \[1, 3, 7, 8\]",
+        ),
+        ({"scores": [1.0]}, r"expected 8 scores and blocks in \[0, 8\), got 1 scores"),
+    ],
+)
+def test_relevance_that_does_not_fit(tmp_path, changes, message):
+    folder = write_run(tmp_path / "run")
+    write_relevance(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_run(folder)
+
+
+def test_exact_answers_stand_in_a_table_of_their_own(tmp_path):
+    row = {"kind": "answers", "length": 4096, "documents": 2, "answers": 8}
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    text = json.dumps([row | {"exact": 0.875, "right_tokens": 0.9, "perplexity": 1.25}])
+    (folders[0] / "metrics.json").write_text(text)
+    page = write_report([load_run(folder) for folder in folders], tmp_path / "out").read_text()
+    answers, perplexity = page.split("<h2>Held-out perplexity</h2>")
+    assert "87.5%" in answers
+    assert "1.250" in answers
+    assert "33.250" in perplexity
+    assert "87.5%" not in perplexity
+
+
 def test_names_and_configuration_are_escaped(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_text("model: '<script>alert(1)</script>'\n")

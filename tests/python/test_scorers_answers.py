@@ -247,3 +247,37 @@ def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
         other.write_text(content)
         with pytest.raises(ValueError, match=rf"heads: .*other\.json: .*{message}"):
             enable(other)
+
+
+def test_as_many_blocks_are_kept_as_hold_the_relevance():
+    """Two sequences: in one a single block holds nearly everything, in the other ten share it."""
+    scores = torch.zeros(2, 256)
+    scores[0, 5 * BLOCK], scores[0, 9 * BLOCK] = 0.9, 0.1
+    scores[1, : 10 * BLOCK] = 0.1
+
+    def kept(**settings):
+        model = make_model("llama", max_position_embeddings=256)
+        config = lemo.LemoConfig(block_size=BLOCK, scorer="given", keep_last=0, **settings)
+        handle = lemo.enable(model, config)
+        batch = prompts([1, 1], tokens=256)
+        with handle.scored(scores):
+            model(**batch).loss.backward()
+        blocks = handle.statistics()[0].attention_blocks.tolist()
+        return [b for b in blocks if b < 16], [b - 16 for b in blocks if b >= 16]
+
+    # The last block has labels.
+    assert kept(keep=0.5) == ([0, 1, 2, 3, 4, 5, 9, 15], [*range(7), 15])
+    assert kept(keep=0.5, keep_relevance=0.85) == ([5, 15], [*range(7), 15])
+    assert kept(keep=0.75, keep_relevance=0.85) == ([5, 15], [*range(9), 15])
+    assert kept(keep=0.75, keep_relevance=0.95) == ([5, 9, 15], [*range(10), 15])
+    assert kept(keep=0.5, keep_relevance=0.3) == ([5, 15], [0, 1, 2, 15])
+    assert kept(keep=0.5, keep_relevance=0.3, keep_least=0.25) == ([0, 5, 9, 15], [0, 1, 2, 15])
+
+
+def test_without_relevance_blocks_with_labels_are_kept():
+    model = make_model("llama")
+    settings = {"block_size": BLOCK, "scorer": "given", "keep_last": 0}
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.5, keep_relevance=0.9, **settings))
+    with handle.scored(torch.zeros(1, 128)):
+        model(**prompts([1])).loss.backward()
+    assert handle.statistics()[0].attention_blocks.tolist() == [7]

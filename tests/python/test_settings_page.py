@@ -8,6 +8,7 @@ from lemo.settings.base import fields_of
 from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.page import page
 from lemo.settings.preparation import PrepareConfig
+from lemo.settings.relevance import HeadsConfig, ScoresConfig
 
 pytestmark = pytest.mark.cpu_only
 
@@ -21,7 +22,8 @@ def test_the_page_is_what_the_code_prints():
 
 
 def test_every_setting_is_on_the_page_and_described():
-    fields = [*fields_of(FinetuneConfig), *fields_of(PrepareConfig)]
+    settings = (FinetuneConfig, PrepareConfig, HeadsConfig, ScoresConfig)
+    fields = [field for each in settings for field in fields_of(each)]
     assert len(fields) > 70
     for name, field in fields:
         assert f"| `{name.rpartition('.')[2]}` |" in page()

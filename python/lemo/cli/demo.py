@@ -18,13 +18,17 @@ def demo(
         Path, typer.Option(help="Folder for everything; an earlier demo in it is replaced.")
     ] = Path("runs/demo"),
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of dense LoRA; lemo gets the same time.")
+        int | None,
+        typer.Option(min=1, help="Steps of dense LoRA; lemo gets as many, then the same time."),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs, no more.")
     ] = False,
 ) -> None:
-    """Train a small model here, extend its context densely and with lemo, and compare."""
+    """Train a small model here, fine-tune it on long prompts densely and with lemo, and compare.
+
+    Facts are planted in Python sources and asked for at the end; only the answers have labels.
+    """
     # PyTorch and Transformers take seconds to import: only this command pays for them.
     from lemo.demo.run import DemoSettings, run_demo
 

@@ -1,4 +1,4 @@
-"""``lemo eval``: dense perplexity at given lengths."""
+"""``lemo eval``: dense perplexity of documents, or exact answers, at given lengths."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lemo.cli.streams import printable
 
 def eval(
     documents: Annotated[
-        str, typer.Option(help=".jsonl, .jsonl.xz, .jsonl.gz, .txt or a datasets folder.")
+        str, typer.Option(help="Documents or conversations, in the files that finetune reads.")
     ],
     lengths: Annotated[str, typer.Option(help="Window lengths in tokens, such as 4096,8K.")],
     model: Annotated[
@@ -36,13 +36,18 @@ def eval(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     limit: Annotated[
-        int | None, typer.Option(help="At most this many documents of each kind.")
+        int | None,
+        typer.Option(help="At most this many documents of each kind, or conversations."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="Write the results to this file, too.")
     ] = None,
 ) -> None:
-    """Perplexity of the first tokens of each document, over the window and its last quarter."""
+    """Perplexity of the first tokens of documents, or exact answers of conversations.
+
+    Every token is present. Of documents: over the window and its last quarter. An answer is exact
+    if each of its tokens is the most likely one; the middle of longer prompts is cut.
+    """
     wanted = options.parse_integers(lengths, "--lengths")
     if model is None and adapter is None:
         raise ValueError("--model, --adapter: expected at least one of the two, got none")
@@ -52,6 +57,7 @@ def eval(
     from rich.progress import Progress
 
     from lemo.settings.finetune import Device, Dtype, RopeScaling
+    from lemo.training.answers import evaluate_answers, has_answers
     from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
     from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 
@@ -68,7 +74,7 @@ def eval(
         Progress(console=screen, disable=not screen.is_terminal) as progress,
     ):
         task = progress.add_task("windows", total=None)
-        results = evaluate(
+        results = (evaluate_answers if has_answers(documents) else evaluate)(
             model,
             documents,
             wanted,
@@ -89,17 +95,27 @@ def eval(
 def _table(results: list[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title="perplexity")
+    of_answers = "exact" in results[0]
+    table = Table(title="answers" if of_answers else "perplexity")
     # A long name takes several lines; figures are never cut.
     table.add_column("kind", overflow="fold")
-    for column in ("length", "documents", "whole window", "last quarter"):
+    names = (
+        ("answers", "exact", "right tokens", "perplexity")
+        if of_answers
+        else ("whole window", "last quarter")
+    )
+    for column in ("length", "documents", *names):
         table.add_column(column, justify="right", no_wrap=True)
     for row in results:
-        table.add_row(
-            printable(row["kind"]),
-            str(row["length"]),
-            str(row["documents"]),
-            f"{row['perplexity']:.3f}",
-            f"{row['tail_perplexity']:.3f}",
+        cells = (
+            (
+                str(row["answers"]),
+                f"{row['exact']:.1%}",
+                f"{row['right_tokens']:.1%}",
+                f"{row['perplexity']:.3f}",
+            )
+            if of_answers
+            else (f"{row['perplexity']:.3f}", f"{row['tail_perplexity']:.3f}")
         )
+        table.add_row(printable(row["kind"]), str(row["length"]), str(row["documents"]), *cells)
     return table

@@ -19,8 +19,10 @@ _OPTIONS = (
     *("gradient_accumulation", "learning_rate", "lora_rank", "lora_targets", "train_norms"),
     *("rope_scaling", "dtype", "device", "gradient_checkpointing", "seed", "save_every"),
     *("elimination.keep", "elimination.recompute", "elimination.predictor"),
-    *("resume", "overwrite"),
+    *("elimination.heads", "elimination.scores", "resume", "overwrite"),
 )
+# Options that name what a scorer reads, and that scorer.
+_SCORERS = {"predictor": "predictor", "heads": "attention", "scores": "given"}
 
 
 @with_settings(FinetuneConfig, _OPTIONS, "elimination.keep=0.25, warmup_steps=0")
@@ -33,8 +35,9 @@ def finetune(
     """Fine-tune a model with LoRA on windows of long documents.
 
     Settings come from --set, then from the other options, then from --config, then from the
-    defaults. --predictor also sets elimination.scorer. With --output and --resume alone a run goes
-    on with the settings it was started with; settings that are given must not differ from them.
+    defaults. --predictor, --heads and --scores also set elimination.scorer. With --output and
+    --resume alone a run goes on with the settings it was started with; settings that are given must
+    not differ from them.
     """
     settings = collect_settings(given, dense)
 
@@ -61,22 +64,26 @@ def finetune(
 
 
 def collect_settings(given: Given, dense: bool) -> dict[str, Any]:
-    """The settings of a run, with what --resume, --dense and --predictor mean.
+    """The settings of a run, with what --resume, --dense, --predictor, --heads and --scores mean.
 
     Args:
         given: what the command line says. A resumed run without a file takes its own.
         dense: whether nothing is left out.
 
     Raises:
-        ValueError: a setting of elimination beside `dense`; others as for
+        ValueError: a setting of elimination beside `dense`; two scorers; others as for
             :func:`lemo.cli.options.collect_settings`.
     """
     config, values = given.config, dict(given.options)
     if config is None and values.get("resume") and "output" in values:
         recorded = Path(values["output"]) / "config.yaml"
         config = recorded if recorded.is_file() else None
-    if "elimination.predictor" in values:
-        values["elimination.scorer"] = "predictor"
+    named = [option for option in _SCORERS if f"elimination.{option}" in values]
+    if len(named) > 1:
+        both = " and ".join(f"--{option}" for option in named)
+        raise ValueError(f"{both}: expected one of them, for one scorer")
+    for option in named:
+        values["elimination.scorer"] = _SCORERS[option]
     if dense:
         assigned = (assignment.partition("=")[0].strip() for assignment in given.assignments)
         for name in (*values, *assigned):

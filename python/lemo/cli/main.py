@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import typer
 
 from lemo import __version__
-from lemo.cli import data, demo, finetune, prepare, report
+from lemo.cli import data, demo, finetune, prepare, relevance, report
 from lemo.cli import eval as eval_module
 from lemo.cli.streams import TolerantStream, printable, tolerant_streams
 
@@ -44,6 +44,7 @@ for _command in (
 ):
     app.command()(_command)
 app.add_typer(data.app, name="data")
+app.add_typer(relevance.app, name="relevance")
 
 
 def _print_version(wanted: bool) -> None:

@@ -26,55 +26,16 @@ def prepare(given: Given) -> None:
     """
     settings = given.collected()
 
+    from lemo.cli.progress import StageProgress
     from lemo.preparation.documents import prepare_from_documents
 
     screen = options.console()
     options.show_messages(screen)
-    with _Progress(screen) as progress:
+    with StageProgress(screen) as progress:
         description = prepare_from_documents(PrepareConfig.from_dict(settings), progress)
     result = options.result_console()
     result.print(_table(description))
     result.print(printable(_summary(description, settings["output"])), soft_wrap=True)
-
-
-class _Progress:
-    """One live bar for each stage on a terminal, one line for each stage elsewhere."""
-
-    def __init__(self, screen: Any):
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-
-        self._screen = screen
-        self._live = Progress(
-            TextColumn("{task.fields[stage]}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=screen,
-            disable=not screen.is_terminal,
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _Progress:
-        self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._live.stop()
-
-    def __call__(self, stage: str, done: int, total: int, message: str) -> None:
-        if stage not in self._tasks:
-            self._tasks[stage] = self._live.add_task("", total=total, stage=printable(stage))
-        text = printable(message)
-        self._live.update(self._tasks[stage], completed=done, total=total, description=text)
-        if not self._screen.is_terminal and done == total:
-            self._screen.print(printable(f"{stage}: {done} of {total}  {message}"))
 
 
 def _table(description: dict[str, Any]) -> Any:

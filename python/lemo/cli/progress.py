@@ -1,4 +1,4 @@
-"""Progress of a run: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a command: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lemo.cli.streams import printable
 
 
 def duration(seconds: float) -> str:
@@ -71,3 +80,35 @@ class StepProgress:
         if self._task is None:
             self._task = self._live.add_task("", total=steps)
         self._live.update(self._task, completed=step, description=describe(record))
+
+
+class StageProgress:
+    """One live bar for each stage on a terminal, one line for each stage elsewhere."""
+
+    def __init__(self, screen: Any):
+        self._screen = screen
+        self._live = Progress(
+            TextColumn("{task.fields[stage]}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=screen,
+            disable=not screen.is_terminal,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> StageProgress:
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.stop()
+
+    def __call__(self, stage: str, done: int, total: int, message: str) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._live.add_task("", total=total, stage=printable(stage))
+        text = printable(message)
+        self._live.update(self._tasks[stage], completed=done, total=total, description=text)
+        if not self._screen.is_terminal and done == total:
+            self._screen.print(printable(f"{stage}: {done} of {total}  {message}"))

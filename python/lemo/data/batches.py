@@ -21,12 +21,14 @@ class TrainingBatch:
         input_ids, labels: [B, S] int64; labels are not shifted.
         position_ids: [B, S] int64, which begin again with each example; None: rows are whole.
         num_labels: labels that count.
+        scores: [B, S] fp32 of the tokens, for `Handle.scored`; None: there are none.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
     num_labels: int
+    scores: Tensor | None = None
 
     def arguments(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """What the model is called with; on a GPU by copies that the host does not wait for."""
@@ -53,14 +55,16 @@ def collate(windows: Sequence[Tensor | Window]) -> TrainingBatch:
         return TrainingBatch(ids, ids, None, ids.shape[0] * (ids.shape[1] - 1))
     examples = [window for window in windows if isinstance(window, Window)]
     count = sum(window.num_labels for window in examples)
+    scores = [window.scores for window in examples if window.scores is not None]
     shapes = {window.seqlens for window in examples}
     if len(shapes) == 1 and len(examples[0].seqlens) == 1:
         ids = torch.stack([window.ids for window in examples])
         labels = torch.stack([window.labels for window in examples])
-        return TrainingBatch(ids, labels, None, count)
+        return TrainingBatch(ids, labels, None, count, torch.stack(scores) if scores else None)
     return TrainingBatch(
         torch.cat([window.ids for window in examples])[None],
         torch.cat([window.labels for window in examples])[None],
         torch.cat([window.position_ids for window in examples])[None],
         count,
+        torch.cat(scores)[None] if scores else None,
     )

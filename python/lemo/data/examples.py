@@ -14,6 +14,7 @@ from torch import Tensor
 from lemo.data.chat import Encoded
 from lemo.data.reading import first_of
 from lemo.models.labels import IGNORE_INDEX
+from lemo.relevance.store import ScoreStore
 
 __all__ = ["ExampleWindows", "Shortened", "Window", "shorten"]
 
@@ -30,11 +31,13 @@ class Window:
         ids: [T] int64.
         labels: [T] int64, not shifted; IGNORE_INDEX on the first token of each example.
         seqlens: tokens of each example.
+        scores: [T] fp32 of the tokens, where scores are stored.
     """
 
     ids: Tensor
     labels: Tensor
     seqlens: tuple[int, ...]
+    scores: Tensor | None = None
 
     @property
     def position_ids(self) -> Tensor:
@@ -117,20 +120,27 @@ class ExampleWindows:
         examples: encoded ones; kept in memory.
         length: tokens of a window at most.
         seed: of both orders.
+        scores: of the blocks of every example; None: no scores are wanted.
 
     Attributes:
         length: tokens of a window at most.
-        used: examples in use.
+        examples: those in use, shortened, in the order of the file.
         shortened: examples whose prompts were cut.
         cut_tokens: tokens that this took away.
         left_out: names of examples whose answers alone exceed a window, or that have no label.
         fingerprint: hexadecimal digest of the examples in use and of `length`.
 
     Raises:
-        ValueError: no example is left.
+        ValueError: no example is left, or one has no stored scores.
     """
 
-    def __init__(self, examples: Iterable[Encoded], length: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        examples: Iterable[Encoded],
+        length: int,
+        seed: int = 0,
+        scores: ScoreStore | None = None,
+    ) -> None:
         self.length = length
         self.shortened = self.cut_tokens = 0
         self.left_out: list[str] = []
@@ -145,14 +155,16 @@ class ExampleWindows:
             self.cut_tokens += made.cut
             fitting.append(made.example)
             digest.update(torch.tensor([made.example.ids, made.example.labels]).numpy().tobytes())
-        self.used = len(fitting)
+        self.examples = fitting
         if not fitting:
             raise ValueError(
                 f"documents: expected an example with answers of fewer than {length} tokens, but "
                 f"all {len(self.left_out)} have longer ones or none"
             )
         self.fingerprint = digest.hexdigest()
-        self._seed = seed
+        if scores is not None:
+            scores.check(fitting)
+        self._seed, self._scores = seed, scores
         self._windows = _packed(fitting, length, random.Random(seed))
 
     @property
@@ -162,8 +174,9 @@ class ExampleWindows:
 
     def remarks(self) -> list[str]:
         """What a user should know of the examples, a line for each thing."""
-        total = self.used + len(self.left_out)
-        lines = [f"{self.used} examples in {len(self)} windows of at most {self.length} tokens"]
+        used = len(self.examples)
+        total = used + len(self.left_out)
+        lines = [f"{used} examples in {len(self)} windows of at most {self.length} tokens"]
         if self.shortened:
             lines.append(
                 f"the middle of the prompt is cut out of {self.shortened} of {total} examples, "
@@ -189,7 +202,20 @@ class ExampleWindows:
             torch.tensor([i for example in chosen for i in example.ids]),
             torch.tensor([label for part in labels for label in part]),
             tuple(len(example.ids) for example in chosen),
+            None if self._scores is None else self._token_scores(self._scores, chosen, index),
         )
+
+    def _token_scores(self, scores: ScoreStore, chosen: list[Encoded], index: int) -> Tensor:
+        """[T]: each token has the score of its block; random ones where an example has none."""
+        draw = random.Random(f"{self._seed} scores {index}")
+        parts = []
+        for example in chosen:
+            tokens, size = len(example.ids), scores.block_size
+            blocks = scores.of(example)
+            if blocks is None:
+                blocks = torch.tensor([draw.random() for _ in range(-(-tokens // size))])
+            parts.append(blocks.repeat_interleave(size)[:tokens])
+        return torch.cat(parts)
 
 
 @functools.lru_cache(maxsize=4)

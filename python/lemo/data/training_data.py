@@ -15,6 +15,7 @@ from lemo.data.examples import ExampleWindows
 from lemo.data.rows import Row, read_rows
 from lemo.data.vocabulary import Vocabulary
 from lemo.data.windows import TokenWindows
+from lemo.relevance.store import ScoreStore
 
 __all__ = ["encode_examples", "open_training_data"]
 
@@ -26,6 +27,7 @@ def open_training_data(
     seed: int = 0,
     vocab_size: int | None = None,
     labels: str = "answers",
+    scores: ScoreStore | None = None,
 ) -> TokenWindows | ExampleWindows:
     """Windows of the documents or examples in a file or folder; its first row says which.
 
@@ -36,19 +38,26 @@ def open_training_data(
         seed: of places in documents, or of the order of examples.
         vocab_size: rows of the model's embedding; None: ids are not compared with it.
         labels: "answers", or "all": every token of an example gets a label.
+        scores: stored scores of the examples, which windows then have.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: a row that cannot be used (the message names file and line); no window.
+        ValueError: a row that cannot be used (the message names file and line); no window; scores
+            for texts, or none of an example.
     """
     rows = read_rows(path)
     first = next(rows)
     rows = itertools.chain([first], rows)
     if parse_example(first) is None:
+        if scores is not None:
+            raise ValueError(
+                "scores: expected conversations, or prompts with completions, whose scores are "
+                f"stored, but '{path}' holds texts"
+            )
         documents = map(document_of, rows)
         return TokenWindows(documents, tokenizer, length, seed, vocab_size)
     examples = encode_examples(rows, tokenizer, vocab_size, labels)
-    return ExampleWindows(examples, length, seed)
+    return ExampleWindows(examples, length, seed, scores)
 
 
 def encode_examples(

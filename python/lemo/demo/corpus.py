@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,12 +11,15 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lemo.data import Document, read_documents
+from lemo.data import read_documents
+from lemo.demo.facts import CHAT_TEMPLATE, practice
 from lemo.files import write_file
 
 # Packages that are not source code to read: tests, generated tables, what pip installed.
 _LEFT_OUT = {"test", "tests", "encodings", "idlelib", "lib2to3", "site-packages", "dist-packages"}
 END_OF_TEXT = "<|end|>"
+# Characters of a source for each line of practice: enough for all words to become tokens.
+_CHARACTERS_A_LINE = 40
 
 
 def python_sources() -> Iterator[Path]:
@@ -73,7 +77,11 @@ def write_corpus(
 
 
 def train_tokenizer(documents: Path, vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of ``vocabulary`` entries, trained on the documents of a file."""
+    """A byte-level BPE tokenizer of ``vocabulary`` entries, with a chat template.
+
+    It is trained on the documents of a file, and on lines of facts and questions behind each, so
+    that their words are tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,8 +91,16 @@ def train_tokenizer(documents: Path, vocabulary: int) -> PreTrainedTokenizerFast
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts: Iterator[Document] = read_documents(documents)
-    tokenizer.train_from_iterator((document.text for document in texts), trainer)
-    return PreTrainedTokenizerFast(
+    generator = random.Random(0)
+
+    def texts() -> Iterator[str]:
+        for document in read_documents(documents):
+            yield document.text
+            yield practice(generator, len(document.text) // _CHARACTERS_A_LINE)
+
+    tokenizer.train_from_iterator(texts(), trainer)
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

@@ -1,4 +1,4 @@
-"""The demo from beginning to end: base model, two fine-tunings, evaluation, report."""
+"""The demo from beginning to end: base model, fine-tunings, evaluation, report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,28 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from lemo.cli.streams import printable
+from lemo.data import ExampleWindows
+from lemo.data.rows import read_rows
+from lemo.data.training_data import encode_examples
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
+from lemo.demo.facts import Prompter, write_prompts
+from lemo.demo.relevance import explain
 from lemo.files import LOCK_NAME, write_file
 from lemo.report import load_run, write_report
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training.evaluate import evaluate, write_metrics
+from lemo.training.answers import evaluate_answers
+from lemo.training.evaluate import write_metrics
 from lemo.training.run_folder import METRICS_NAME
 
 MIB = 2**20
+
+# Run folders of the fine-tunings, and what the table calls them.
+METHODS = {"dense": "dense LoRA", "lemo_steps": "lemo, same steps", "lemo": "lemo, same time"}
 
 # Steps are not all as fast as their median.
 _MARGIN = 0.9
@@ -41,40 +51,69 @@ class DemoSettings:
 
     Attributes:
         base: the base model.
-        context: tokens of a window after the extension.
-        steps: fine-tuning steps of dense LoRA; lemo takes as many as fit into the same time.
-        trial_steps: steps of lemo that tell how long one takes.
-        seed: of the base model and of the fine-tunings.
+        context: tokens of a prompt after the extension.
+        facts: facts in a prompt.
+        asked: questions of a prompt.
+        steps: fine-tuning steps of dense LoRA; lemo takes as many, and then in a run of its own as
+            many as fit into the same time.
+        batch: prompts of a step.
+        keep: share of the blocks that lemo keeps.
+        block_size: tokens of a block, as a share of a prompt.
+        seed: of the prompts, the base model and the fine-tunings.
         learning_rate: of the fine-tunings.
         lora_rank: of the fine-tunings.
-        held_out: documents of the evaluation.
-        corpus_limit: characters of all documents, None for the whole standard library.
+        prompts: prompts to fine-tune on.
+        held_out: prompts of the evaluation.
+        held_out_sources: sources that these are made of, and no other prompts.
+        corpus_limit: characters of all sources, None for the whole standard library.
     """
 
     base: BaseConfig = dataclasses.field(default_factory=BaseConfig)
     context: int = 4096
-    steps: int = 26
-    trial_steps: int = 10
+    facts: int = 8
+    asked: int = 4
+    steps: int = 30
+    batch: int = 1
+    keep: float = 0.25
+    block_size: float = 1 / 32
     seed: int = 0
     learning_rate: float = 2e-3
     lora_rank: int = 16
-    held_out: int = 8
-    corpus_limit: int | None = None
+    prompts: int = 160
+    held_out: int = 24
+    held_out_sources: int = 8
+    corpus_limit: int | None = 4_000_000
 
     @classmethod
     def quick(cls) -> DemoSettings:
         """Seconds instead of minutes, to see that everything runs; its figures mean nothing."""
         return cls(
             base=BaseConfig(
-                vocabulary=384, hidden=32, intermediate=64, layers=3, heads=2, context=64, steps=3
+                vocabulary=384,
+                hidden=32,
+                intermediate=64,
+                layers=3,
+                heads=2,
+                key_value_heads=1,
+                context=192,
+                first_context=96,
+                batch_tokens=384,
+                steps=4,
             ),
-            context=256,
-            steps=4,
-            trial_steps=2,
+            context=512,
+            facts=3,
+            asked=2,
+            steps=3,
             lora_rank=4,
-            held_out=2,
+            prompts=6,
+            held_out=3,
+            held_out_sources=2,
             corpus_limit=400_000,
         )
+
+    @property
+    def elimination(self) -> LemoConfig:
+        return LemoConfig(keep=self.keep, block_size=self.block_size, scorer="lexical")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,65 +200,112 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     screen = _Screen(console)
     base = dataclasses.replace(settings.base, seed=settings.seed)
 
-    with screen.stage("Documents and tokenizer") as stage:
-        # A token is about three characters; held-out documents must fill the long window.
+    with screen.stage("Sources, tokenizer, prompts") as stage:
+        # A token is about three characters; a source has to fill the longest prompt.
         train, held_out = write_corpus(
-            output / "corpus", settings.held_out, 5 * settings.context, settings.corpus_limit
+            output / "corpus",
+            settings.held_out_sources,
+            5 * settings.context,
+            settings.corpus_limit,
         )
         tokenizer = train_tokenizer(train, base.vocabulary)
+        prompts = _write_prompts(output / "corpus", train, held_out, tokenizer, settings)
         stage.outcome = f"{train.stat().st_size / 1e6:.1f} MB of Python"
 
     with screen.stage(f"Base model, dense, {base.context} tokens") as stage:
 
         def note_base(step: int, loss: float) -> None:
             stage.update(step, base.steps, f"loss {loss:.3f}")
-            stage.outcome = f"loss {loss:.3f}"
+            stage.outcome = f"loss of the answers {loss:.3f}"
 
-        train_base(output / "base", train, tokenizer, base, note_base)
+        windows = {
+            length: ExampleWindows(encode_examples(read_rows(path), tokenizer), length)
+            for length, path in prompts.base.items()
+        }
+        train_base(output / "base", windows, tokenizer, base, note_base)
 
-    results: list[MethodResult] = []
-    # lemo with its defaults: half of the quarters of a window, drawn at random in each step.
-    for name, elimination in (("dense", None), ("lemo", LemoConfig())):
-        title = f"Fine-tuning to {settings.context} tokens, {name}"
-        with screen.stage(title) as stage:
+    results: dict[str, MethodResult] = {}
+    for name, title in METHODS.items():
+        with screen.stage(f"Fine-tuning to {settings.context} tokens, {title}") as stage:
+            steps = settings.steps
+            if name == "lemo":
+                seconds = sum(results["dense"].seconds_per_step)
+                steps = max(1, int(_MARGIN * seconds / results["lemo_steps"].step_seconds))
             config = FinetuneConfig(
                 model=str(output / "base"),
-                documents=str(train),
+                documents=str(prompts.train),
                 output=str(output / name),
                 context_length=settings.context,
-                steps=settings.steps,
+                steps=steps,
+                batch_size=settings.batch,
                 learning_rate=settings.learning_rate,
-                warmup_steps=min(4, settings.steps - 1),
+                warmup_steps=min(4, steps - 1),
                 lora_rank=settings.lora_rank,
                 lora_alpha=2.0 * settings.lora_rank,
                 train_norms=True,
-                save_every=settings.steps,
+                save_every=steps,
                 overwrite=True,
-                # Both methods and their figures are about the CPU, also where there is a GPU.
+                # All methods and their figures are about the CPU, also where there is a GPU.
                 device="cpu",
-                elimination=elimination,
+                elimination=None if name == "dense" else settings.elimination,
                 seed=settings.seed,
             )
-            if results:
-                seconds = sum(results[0].seconds_per_step)
-                steps = steps_in(seconds, config, output, settings, stage)
-                config = config.replace(steps=steps, save_every=steps)
-            results.append(run_method(name, config, output / f"{name}.yaml", stage))
-            stage.outcome = f"{config.steps} steps of {results[-1].step_seconds:.2f} s"
+            results[name] = run_method(name, config, output / f"{name}.yaml", stage)
+            stage.outcome = f"{steps} steps of {results[name].step_seconds:.2f} s"
 
-    with screen.stage("Evaluation, dense, on held-out documents") as stage:
-        perplexities = evaluate_all(output, held_out, settings, stage)
+    with screen.stage("Evaluation, dense, on held-out sources") as stage:
+        answers = evaluate_all(output, prompts.held_out, settings, stage)
 
-    page = write_report([load_run(output / "lemo"), load_run(output / "dense")], output / "report")
+    picture = explain(
+        output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
+    )
+    write_file(output / "lemo" / "relevance.json", json.dumps(picture, indent=2) + "\n")
+    runs = [load_run(output / name) for name in ("lemo", "lemo_steps", "dense")]
+    page = write_report(runs, output / "report")
     content = {
         "settings": dataclasses.asdict(settings),
-        "results": [dataclasses.asdict(result) for result in results],
-        "perplexities": perplexities,
+        "results": [dataclasses.asdict(result) for result in results.values()],
+        "answers": answers,
     }
     write_file(marker, json.dumps(content, indent=2) + "\n")
-    console.print(result_table(settings, results, perplexities))
+    console.print(result_table(settings, results, answers))
     console.print(printable(f"Report: {page}"), soft_wrap=True, markup=False, highlight=False)
     return page
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """Files of prompts: of the base model by their length, to fine-tune on, to evaluate on."""
+
+    base: dict[int, Path]
+    train: Path
+    held_out: Path
+
+
+def _write_prompts(
+    folder: Path,
+    train: Path,
+    held_out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: DemoSettings,
+) -> _Prompts:
+    base = settings.base
+    prompter = Prompter(train, tokenizer, settings.seed)
+    of_base = {}
+    for length in (base.first_context, base.context):
+        of_base[length] = folder / f"base_{length}.jsonl"
+        steps = sum(base.context_of(step) == length for step in range(base.steps))
+        count = steps * max(1, base.batch_tokens // length)
+        # Short prompts have no room for all facts.
+        facts = min(settings.facts, max(1, length // 16))
+        asked = min(settings.asked, facts)
+        write_prompts(of_base[length], prompter, count, length, facts, asked)
+    long, evaluated = folder / "prompts.jsonl", folder / "heldout_prompts.jsonl"
+    size = (settings.context, settings.facts, settings.asked)
+    write_prompts(long, prompter, settings.prompts, *size)
+    unseen = Prompter(held_out, tokenizer, settings.seed + 1)
+    write_prompts(evaluated, unseen, settings.held_out, *size)
+    return _Prompts(of_base, long, evaluated)
 
 
 def _is_empty(folder: Path) -> bool:
@@ -231,23 +317,6 @@ def _is_demo(marker: Path) -> bool:
         return "settings" in json.loads(marker.read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
-
-
-def steps_in(
-    seconds: float, config: FinetuneConfig, folder: Path, settings: DemoSettings, stage: _Stage
-) -> int:
-    """Steps of a fine-tuning that take no longer than `seconds`, by a few steps tried before.
-
-    The schedule of the learning rate needs their number from the start.
-    """
-    trial = config.replace(
-        output=str(folder / "trial"),
-        steps=settings.trial_steps,
-        warmup_steps=0,
-        save_every=settings.trial_steps,
-    )
-    result = run_method("trial", trial, folder / "trial.yaml", stage)
-    return max(1, int(_MARGIN * seconds / result.step_seconds))
 
 
 def run_method(name: str, config: FinetuneConfig, config_path: Path, stage: _Stage) -> MethodResult:
@@ -291,19 +360,20 @@ def run_method(name: str, config: FinetuneConfig, config_path: Path, stage: _Sta
 
 def evaluate_all(
     output: Path, held_out: Path, settings: DemoSettings, stage: _Stage
-) -> dict[str, dict[str, float]]:
-    """Perplexity at the long context before fine-tuning and after each one.
+) -> dict[str, dict[str, Any]]:
+    """Exact answers before fine-tuning and after each one.
 
     Returns:
-        ``{"before" | "dense" | "lemo": {"perplexity", "tail_perplexity", "documents", ...}}``.
+        ``{"before" or a name of METHODS: {"exact", "right_tokens", "perplexity", ...}}``.
     """
     found = {}
-    for index, name in enumerate(("before", "dense", "lemo")):
+    names = ("before", *METHODS)
+    for index, name in enumerate(names):
 
         def note(done: int, total: int, name: str = name, index: int = index) -> None:
-            stage.update(index * total + done, 3 * total, name)
+            stage.update(index * total + done, len(names) * total, name)
 
-        rows = evaluate(
+        rows = evaluate_answers(
             str(output / "base"),
             held_out,
             [settings.context],
@@ -315,44 +385,47 @@ def evaluate_all(
         found[name] = rows[0]
         if name != "before":
             write_metrics(output / name / METRICS_NAME, rows)
-    stage.outcome = f"{found['before']['documents']} windows of {settings.context} tokens"
+    before = found["before"]
+    stage.outcome = f"{before['answers']} answers in {before['documents']} prompts"
     return found
 
 
 def result_table(
     settings: DemoSettings,
-    results: list[MethodResult],
-    perplexities: dict[str, dict[str, float]],
+    results: dict[str, MethodResult],
+    answers: dict[str, dict[str, Any]],
 ) -> Table:
-    """Both methods side by side, and the model before."""
-    dense, lemo = results
-    table = Table(title=f"{settings.base.context} -> {settings.context} tokens")
-    for column in ("", "before", "dense LoRA", "lemo", "lemo / dense"):
+    """All methods side by side, and the model before."""
+    table = Table(
+        title=f"Answers to prompts of {settings.context} tokens, by a model of "
+        f"{settings.base.context} tokens"
+    )
+    for column in ("", "before", *METHODS.values()):
         table.add_column(column, justify="left" if column == "" else "right")
+    dense = results["dense"]
 
-    def costs(label: str, text: str, dense_value: float, lemo_value: float) -> None:
-        ratio = f"{lemo_value / dense_value:.2f}" if dense_value > 0 else "-"
-        values = (text.format(dense_value), text.format(lemo_value))
-        table.add_row(label, "", *values, ratio)
+    def costs(label: str, text: str, value: Callable[[MethodResult], float], ratio: bool) -> None:
+        cells = []
+        for result in results.values():
+            cell = text.format(value(result))
+            if ratio and result is not dense and value(dense) > 0:
+                cell += f" ({value(result) / value(dense):.2f}x)"
+            cells.append(cell)
+        table.add_row(label, "", *cells)
 
-    costs("seconds a step (median)", "{:.2f}", dense.step_seconds, lemo.step_seconds)
-    counts = (len(dense.seconds_per_step), len(lemo.seconds_per_step))
-    costs("steps in the same time", "{:.0f}", *counts)
-    totals = (sum(dense.seconds_per_step), sum(lemo.seconds_per_step))
-    costs("seconds, all steps", "{:.0f}", *totals)
-    memory = (dense.memory_bytes / MIB, lemo.memory_bytes / MIB)
-    costs("memory of the training (MiB)", "{:.0f}", *memory)
-    costs("token rows taking part", "{:.0%}", dense.kept_share, lemo.kept_share)
-    for label, field in (
-        ("held-out perplexity", "perplexity"),
-        ("  last quarter of the window", "tail_perplexity"),
+    costs("steps", "{:.0f}", lambda result: len(result.seconds_per_step), False)
+    costs("seconds a step (median)", "{:.2f}", lambda result: result.step_seconds, True)
+    costs("seconds, all steps", "{:.0f}", lambda result: sum(result.seconds_per_step), True)
+    costs("memory of the training (MiB)", "{:.0f}", lambda r: r.memory_bytes / MIB, True)
+    costs("token rows taking part", "{:.0%}", lambda result: result.kept_share, False)
+    for label, field, text in (
+        ("exact answers, held out", "exact", "{:.0%}"),
+        ("perplexity of the answers", "perplexity", "{:.2f}"),
     ):
-        values = [perplexities[name][field] for name in ("before", "dense", "lemo")]
-        ratio = f"{values[2] / values[1]:.3f}"
-        table.add_row(label, *(f"{value:.2f}" for value in values), ratio)
-    baseline = max(result.baseline_bytes for result in results) / MIB
+        table.add_row(label, *(text.format(answers[name][field]) for name in ("before", *METHODS)))
+    baseline = max(result.baseline_bytes for result in results.values()) / MIB
     table.caption = (
         f"Memory: highest resident memory above the {baseline:.0f} MiB of the imported libraries. "
-        "Perplexity: every token present."
+        f"Answers: {answers['before']['answers']}, every token present."
     )
     return table

@@ -219,8 +219,9 @@ class Handle:
                 loss = model(input_ids, labels=labels).loss
 
         Args:
-            scores: [B, S], higher is more informative; a block has the largest
-                score of its tokens. Those of padding are not read.
+            scores: [B, S], higher is more informative; a block has the largest score of its
+                tokens, so scores of blocks are repeated for their tokens. Those of padding are not
+                read. Best on the CPU, where they are checked without waiting for a GPU.
 
         Raises:
             ValueError: not two-dimensional, or NaN; from the forward pass: not one for each token.

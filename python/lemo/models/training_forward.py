@@ -265,7 +265,8 @@ def _of_tokens(name: str, values: Tensor, packed: PackedBatch, embedded: bool) -
     Raises:
         ValueError: not one for each token.
     """
-    values = values.to(packed.cu_seqlens.device)
+    # From pinned memory the copy is not waited for.
+    values = values.to(packed.cu_seqlens.device, non_blocking=values.device.type == "cpu")
     missing = packed.shape[1] - values.shape[1]
     if embedded and missing > 0:
         values = pad(values, (missing, 0))  # PEFT's virtual tokens come before the others

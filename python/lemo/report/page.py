@@ -14,19 +14,21 @@ import yaml
 
 from lemo.files import write_file
 from lemo.report import plots
-from lemo.report.run import Run
+from lemo.report.run import RelevanceMap, Run
 
 ABSENT = "–"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """One figure of the page: file name without ending, heading, caption, how to draw it."""
+    """One figure of the page: file name without ending, heading, caption, how to draw it, and what
+    stands in a table beneath it."""
 
     stem: str
     title: str
     caption: str
     draw: Callable[[plots.Theme], bytes]
+    questions: Sequence[dict] = ()
 
 
 def write_report(runs: Sequence[Run], output: str | Path) -> Path:
@@ -62,6 +64,7 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
             {
                 "title": plot.title,
                 "caption": plot.caption,
+                "questions": plot.questions,
                 **{name: base64.b64encode(image).decode() for name, image in images.items()},
             }
         )
@@ -113,7 +116,22 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
         "title": " · ".join(run.name for run in runs),
         "names": [run.name for run in runs],
         "summary": summary_table(runs),
-        "metrics": _metrics_table(runs),
+        "tables": [
+            {
+                "title": "Exact answers, held-out prompts",
+                "note": "Every token present, no elimination: answers of which each token is the "
+                "most likely one, and the perplexity of their tokens.",
+                "columns": ("exact", "perplexity"),
+                "rows": _answers(runs),
+            },
+            {
+                "title": "Held-out perplexity",
+                "note": "Every token present, no elimination: over the whole window, and over its "
+                "last quarter.",
+                "columns": ("whole", "last quarter"),
+                "rows": _perplexities(runs),
+            },
+        ],
         "sections": sections,
         "configs": [
             (run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
@@ -125,26 +143,45 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
     }
 
 
-def _metrics_table(runs: Sequence[Run]) -> list[dict]:
+def _perplexities(runs: Sequence[Run]) -> list[dict]:
     """Rows of held-out perplexity: kind, length, then (whole, last quarter) of each run."""
-    keys = sorted(
-        {(str(m.get("kind")), int(m.get("length", 0))) for run in runs for m in run.metrics}
-    )
-    rows = []
-    for kind, length in keys:
-        cells = []
-        for run in runs:
-            found = [
-                m
-                for m in run.metrics
-                if (str(m.get("kind")), int(m.get("length", 0))) == (kind, length)
-            ]
-            metric = found[-1] if found else {}
-            cells.append(
-                [_decimal(metric.get(field), 3) for field in ("perplexity", "tail_perplexity")]
-            )
-        rows.append({"kind": kind, "length": f"{length:,}", "cells": cells})
-    return rows
+
+    def cells(metric: dict) -> list[str]:
+        return [_decimal(metric.get(field), 3) for field in ("perplexity", "tail_perplexity")]
+
+    return _metrics_rows(runs, lambda metric: "exact" not in metric, cells)
+
+
+def _answers(runs: Sequence[Run]) -> list[dict]:
+    """Rows of held-out answers: kind, length, then (exact, perplexity) of each run."""
+
+    def cells(metric: dict) -> list[str]:
+        exact = metric.get("exact")
+        return [
+            ABSENT if exact is None else f"{exact:.1%}",
+            _decimal(metric.get("perplexity"), 3),
+        ]
+
+    return _metrics_rows(runs, lambda metric: "exact" in metric, cells)
+
+
+def _metrics_rows(
+    runs: Sequence[Run], wanted: Callable[[dict], bool], cells: Callable[[dict], list[str]]
+) -> list[dict]:
+    """The evaluations that are wanted: a row for each kind and length, cells of each run."""
+
+    def key(metric: dict) -> tuple[str, int]:
+        return str(metric.get("kind")), int(metric.get("length", 0))
+
+    found = [{key(m): m for m in run.metrics if wanted(m)} for run in runs]
+    return [
+        {
+            "kind": kind,
+            "length": f"{length:,}",
+            "cells": [cells(of.get((kind, length), {})) for of in found],
+        }
+        for kind, length in sorted({place for of in found for place in of})
+    ]
 
 
 def _plots(runs: Sequence[Run]) -> list[Plot]:
@@ -167,6 +204,8 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
                     _draw(plots.kept_share, run),
                 )
             )
+        if run.relevance is not None:
+            found.append(_relevance(run.relevance, suffix, of_run))
         if run.kept_map is not None:
             found.append(
                 Plot(
@@ -187,6 +226,40 @@ def _plots(runs: Sequence[Run]) -> list[Plot]:
         )
     )
     return found
+
+
+def _relevance(found: RelevanceMap, suffix: str, of_run: str) -> Plot:
+    """The picture of one prompt, with its questions and why blocks were kept for them."""
+
+    def place(block: int) -> str:
+        end = min((block + 1) * found.block_size, found.tokens)
+        return f"{block * found.block_size:,} to {end - 1:,}"
+
+    questions = [
+        {
+            "question": question.question,
+            "answer": question.answer,
+            "blocks": [
+                {
+                    "place": place(best.block),
+                    "share": f"{best.score:.0%}",
+                    "kept": best.block in found.kept,
+                    "words": ", ".join(best.words) or ABSENT,
+                }
+                for best in question.blocks
+            ],
+        }
+        for question in found.questions
+    ]
+    return Plot(
+        f"relevance{suffix}",
+        f"What the answers of one prompt need{of_run}",
+        f"{found.tokens:,} tokens in {len(found.scores)} blocks of {found.block_size}. Bars: the "
+        "largest share that a block has of the relevance to an answer. Shaded: the "
+        f"{len(found.kept)} blocks that a training step keeps; those with answers always are.",
+        _draw(plots.relevance, found),
+        questions,
+    )
 
 
 def _draw(function, subject) -> Callable[[plots.Theme], bytes]:

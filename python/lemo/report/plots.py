@@ -12,7 +12,7 @@ from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lemo.report.run import SUB_BLOCKS, KeptMap, Run
+from lemo.report.run import SUB_BLOCKS, KeptMap, RelevanceMap, Run
 
 # Stands in every file of a report.
 MARK = "lemo report"
@@ -148,6 +148,43 @@ def kept_map(kept: KeptMap, theme: Theme) -> bytes:
         axes.set_xlim(0, kept.blocks * kept.block_size)
     panels[0].tick_params(labelbottom=False)
     panels[0].set_xlabel("")
+    return _png(figure)
+
+
+def relevance(found: RelevanceMap, theme: Theme) -> bytes:
+    """Relevance of the blocks of one prompt: bars, kept blocks shaded, planted facts marked."""
+    figure, (axes,) = _figure(theme, 1, height=3.4)
+    size, top = found.block_size, max([*found.scores, 1e-9])
+    for block in found.kept:
+        axes.axvspan(block * size, (block + 1) * size, color=theme.absent, linewidth=0, zorder=0)
+    starts = np.arange(len(found.scores)) * size
+    colors = [theme.kept if n in set(found.kept) else theme.muted for n in range(len(starts))]
+    axes.bar(starts, found.scores, width=0.92 * size, align="edge", color=colors, zorder=2)
+    for asked, marker, label in (
+        (True, "v", "fact that is asked for"),
+        (False, "|", "fact that is not"),
+    ):
+        places = [fact.token for fact in found.facts if fact.asked == asked]
+        axes.plot(
+            places,
+            [1.08 * top] * len(places),
+            color=theme.series[1],
+            marker=marker,
+            markersize=6,
+            linestyle="none",
+            label=label,
+        )
+    _style(axes, theme, xlabel="token of the prompt", ylabel="relevance to the answers")
+    axes.set_xlim(0, len(found.scores) * size)
+    axes.set_ylim(0, 1.2 * top)
+    axes.legend(
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=theme.ink,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+    )
     return _png(figure)
 
 

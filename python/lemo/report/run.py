@@ -39,6 +39,55 @@ class KeptMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Fact:
+    """A line planted in a prompt: where it begins, in tokens, what it says, whether it is asked."""
+
+    token: int
+    text: str
+    asked: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class BestBlock:
+    """A block that an answer needs: its index, its share of the answer's relevance, and words that
+    it shares with question and answer."""
+
+    block: int
+    score: float
+    words: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question at the end of a prompt, its answer, and the blocks that scored best for it."""
+
+    question: str
+    answer: str
+    blocks: list[BestBlock]
+
+
+@dataclasses.dataclass(frozen=True)
+class RelevanceMap:
+    """Why a training step kept the blocks of one prompt.
+
+    Attributes:
+        block_size: tokens of a block.
+        tokens: tokens of the prompt with its answers.
+        scores: for each block its relevance, the largest share over the answers.
+        kept: indices of the blocks that were kept.
+        facts: what was planted.
+        questions: what was asked.
+    """
+
+    block_size: int
+    tokens: int
+    scores: list[float]
+    kept: list[int]
+    facts: list[Fact]
+    questions: list[Question]
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One run folder.
 
@@ -50,7 +99,8 @@ class Run:
         broken: lines of the log that are no records.
         kept_map: the kept blocks of one document, None when nothing was ever eliminated.
         metrics: rows of the evaluation, dicts with ``kind``, ``length``, ``perplexity`` and
-            ``tail_perplexity``.
+            ``tail_perplexity``, or of answers ``exact`` and ``right_tokens``.
+        relevance: why the blocks of one prompt were kept, None where nobody wrote it.
     """
 
     name: str
@@ -60,6 +110,7 @@ class Run:
     broken: int
     kept_map: KeptMap | None
     metrics: list[dict]
+    relevance: RelevanceMap | None
 
     @property
     def steps(self) -> list[int]:
@@ -140,6 +191,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         broken=broken,
         kept_map=_read_kept_map(folder / "kept_map.json"),
         metrics=_read_metrics(folder / "metrics.json"),
+        relevance=_read_relevance(folder / "relevance.json"),
     )
 
 
@@ -194,6 +246,44 @@ def _read_kept_map(path: Path) -> KeptMap | None:
             f"got {sorted(set(indices))}"
         )
     return dataclasses.replace(kept, layers=layers)
+
+
+def _read_relevance(path: Path) -> RelevanceMap | None:
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    try:
+        questions = [
+            Question(
+                str(entry["question"]),
+                str(entry["answer"]),
+                [
+                    BestBlock(int(b["block"]), float(b["score"]), [str(w) for w in b["words"]])
+                    for b in entry["blocks"]
+                ],
+            )
+            for entry in data["questions"]
+        ]
+        relevance = RelevanceMap(
+            int(data["block_size"]),
+            int(data["tokens"]),
+            [float(score) for score in data["scores"]],
+            [int(block) for block in data["kept"]],
+            [Fact(int(f["token"]), str(f["text"]), bool(f["asked"])) for f in data["facts"]],
+            questions,
+        )
+        blocks = math.ceil(relevance.tokens / relevance.block_size)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path}: expected block_size, tokens, scores, kept, facts and questions, got {error!r}"
+        ) from error
+    indices = [*relevance.kept, *(best.block for q in questions for best in q.blocks)]
+    if len(relevance.scores) != blocks or not set(indices) <= set(range(blocks)):
+        raise ValueError(
+            f"{path}: expected {blocks} scores and blocks in [0, {blocks}), got "
+            f"{len(relevance.scores)} scores and {sorted(set(indices))}"
+        )
+    return relevance
 
 
 def _read_metrics(path: Path) -> list[dict]:

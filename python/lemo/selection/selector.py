@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lemo import ops
 from lemo.packing.blocks import BlockLayout, Selection
+from lemo.selection.budget import within_budget
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.policies import Policies, Rule
 from lemo.selection.priority import always_kept, ranks
@@ -121,19 +122,36 @@ class Selector:
         now = self._pass
         if rule is None:
             return now.everything
-        if (kind, rule) not in now.chosen:
+        key = kind, rule
+        if key not in now.chosen:
             scores, ends = now.scores[kind], (self.config.keep_first, self.config.keep_last)
             if rule.policy == "ratio":
                 leave_room = self.config.scorer == "random"
                 first, crowded = always_kept(now.layout, rule.value, *ends, leave_room)
-                if now.labelled is not None or crowded:
+                if now.labelled is not None or crowded or self._has_budget:
                     # The order of the ranks holds all of it.
                     scores, ends = ranks(scores, now.labelled, first), (0, 0)
+                if self._has_budget:
+                    rule, scores = Rule("threshold", 1.0), self._within_budget(scores, rule.value)
             selection = ops.token_select(scores, now.layout, *rule, *ends)
             # All rows kept is the dense case, which needs no row index.
             complete = selection.num_rows == now.layout.num_tokens
-            now.chosen[kind, rule] = now.everything if complete else selection
-        return now.chosen[kind, rule]
+            now.chosen[key] = now.everything if complete else selection
+        return now.chosen[key]
+
+    @property
+    def _has_budget(self) -> bool:
+        """Whether the relevance says how much is kept."""
+        return self.config.keep_relevance is not None and self.config.finds_answers
+
+    def _within_budget(self, ranks: Tensor, most: float) -> Tensor:
+        """The blocks that are kept, by the latest scores of attention, as scores of 0 or 1."""
+        now, config = self._pass, self.config
+        share, relevance = config.keep_relevance, now.scores["attention"]
+        assert share is not None
+        return within_budget(
+            ranks, relevance, now.labelled, now.layout, share, config.keep_least, most
+        )
 
     def left_out(self, selection: Selection) -> Selection:
         """The rows that a selection of this pass, not of everything, leaves out."""

@@ -107,6 +107,15 @@ class LemoConfig(Settings):
         description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
         "keeps half, and 0.8 all. null: 0.25 where a scorer finds what answers need, else 0.5.",
     )
+    keep_relevance: Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="With a scorer that finds what answers need: only as many blocks are kept as "
+        "hold this share of the relevance of those without labels, at most `keep`, at least "
+        "keep_least. null: `keep` of them.",
+    )
+    keep_least: Share = Field(
+        0.0, description="Share of blocks that keep_relevance keeps at least, one block always."
+    )
     scorer: Literal[
         "auto", "random", "lexical", "attention", "given", "pooled", "predictor", "exact"
     ] = Field(
@@ -123,6 +132,11 @@ class LemoConfig(Settings):
     )
     heads: Text | None = Field(
         None, description="File written by `lemo relevance heads`, for scorer attention."
+    )
+    scores: Text | None = Field(
+        None,
+        description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
+        "finetune`.",
     )
     keep_first: Annotated[Integer, Field(ge=0)] = Field(
         0,
@@ -194,6 +208,11 @@ class LemoConfig(Settings):
                 f"(scorer '{self.scorer}' brings none of its own)"
             )
         return self
+
+    @property
+    def finds_answers(self) -> bool:
+        """Whether the scorer finds what answers need."""
+        return self.scorer in _OF_ANSWERS
 
     def resolved(self, answers: bool) -> Self:
         """These settings with what is left open filled in.

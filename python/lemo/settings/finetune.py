@@ -19,7 +19,8 @@ Device = Literal["auto", "cpu", "cuda"]
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
 _NOT_COMPARED = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
-    *("model", "documents", "elimination.predictor"),
+    *("model", "documents"),
+    *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
 
 
@@ -132,6 +133,18 @@ class FinetuneConfig(Settings):
     def _check(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of the two, got both")
+        elimination = self.elimination
+        if elimination is None:
+            return self
+        if elimination.scorer == "given" and elimination.scores is None:
+            raise ValueError(
+                "elimination.scores: scorer 'given' needs the folder written by 'lemo relevance "
+                "scores', got null"
+            )
+        if elimination.scores is not None and elimination.scorer != "given":
+            raise ValueError(
+                f"elimination.scores: expected scorer 'given' beside it, got '{elimination.scorer}'"
+            )
         return self
 
 

@@ -11,6 +11,7 @@ from lemo.settings.base import Settings, expected, group_of
 from lemo.settings.elimination import LayerwiseConfig, LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.preparation import PredictorSettings, PrepareConfig
+from lemo.settings.relevance import HeadsConfig, ScoresConfig
 
 _HEAD = """# Settings
 
@@ -40,6 +41,8 @@ _PARTS: tuple[tuple[type[Settings], str, str], ...] = (
         "`lemo prepare`",
         "`lemo.settings.preparation.PrepareConfig`: the settings of predictors, and these.",
     ),
+    (HeadsConfig, "`lemo relevance heads`", "`lemo.settings.relevance.HeadsConfig`."),
+    (ScoresConfig, "`lemo relevance scores`", "`lemo.settings.relevance.ScoresConfig`."),
 )
 
 

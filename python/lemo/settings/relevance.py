@@ -1,15 +1,15 @@
-"""HeadsConfig: how the retrieval heads of a model are found."""
+"""HeadsConfig and ScoresConfig: how relevance is found, and computed for a data set."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lemo.settings.base import Flag, Integer, Settings, Text
 from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling
 
-__all__ = ["HeadsConfig"]
+__all__ = ["HeadsConfig", "ScoresConfig"]
 
 
 class HeadsConfig(Settings):
@@ -41,3 +41,65 @@ class HeadsConfig(Settings):
     device: Device = Field("auto", description="cpu, cuda, or auto.")
     seed: NotNegative = Field(0, description="Of the facts and their places.")
     overwrite: Flag = Field(False, description="Replace the file that is there already.")
+
+
+class ScoresConfig(Settings):
+    """Settings of one run of `lemo relevance scores`."""
+
+    model: Text = Field(
+        description="Folder or hub name of the model that will be trained. Its tokenizer and chat "
+        "template are used, and it computes the scores where no scout is named."
+    )
+    scout: Text | None = Field(
+        None,
+        description="A smaller model with an equal tokenizer, which computes the scores in its "
+        "place.",
+    )
+    documents: Text = Field(
+        description="Conversations, or prompts with completions, as for `lemo finetune`."
+    )
+    output: Text = Field(description="Folder to write, for `elimination.scores`.")
+    scorer: Literal["lexical", "attention"] = Field(
+        "lexical",
+        description="Where block scores come from, see `elimination.scorer`. lexical reads the "
+        "tokenizer alone, no weights.",
+    )
+    heads: Text | None = Field(
+        None,
+        description="File written by `lemo relevance heads` for the model that computes the "
+        "scores, for scorer attention.",
+    )
+    context_length: Annotated[Integer, Field(ge=2)] = Field(
+        8192, description="Tokens of a training window, as the run will have it."
+    )
+    block_size: Positive = Field(
+        64,
+        description="Tokens of a block that gets a score. A run's blocks should be as long, or "
+        "longer: then each has the largest score of the blocks in it.",
+    )
+    rope_scaling: RopeScaling = Field(
+        "linear",
+        description="As for `lemo finetune`, where context_length exceeds that of the model that "
+        "computes the scores.",
+    )
+    dtype: Dtype = Field("auto", description="Of weights and matrix products.")
+    device: Device = Field("auto", description="cpu, cuda, or auto.")
+    resume: Flag = Field(False, description="Go on with scores whose computation was interrupted.")
+    overwrite: Flag = Field(False, description="Replace the scores that are in output already.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.resume and self.overwrite:
+            raise ValueError("resume, overwrite: expected at most one of the two, got both")
+        if self.scorer == "attention" and self.heads is None:
+            raise ValueError(
+                "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
+                "null"
+            )
+        for name in ("scout", "heads"):
+            if self.scorer == "lexical" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}: expected null beside scorer 'lexical', which asks no model, got "
+                    f"{getattr(self, name)!r}"
+                )
+        return self

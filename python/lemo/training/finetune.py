@@ -8,7 +8,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from lemo.data import (
 from lemo.files import new_folder, write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.packing.blocks import block_tokens
+from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory
@@ -192,12 +193,21 @@ class _Run:
                 config.learning_rate,
             )
         tokenizer = load_tokenizer(config.model)
-        self.windows = _windows(config, tokenizer, model_config.get_text_config().vocab_size)
+        scores = _stored_scores(config, tokenizer)
+        vocab_size = model_config.get_text_config().vocab_size
+        self.windows = _windows(config, tokenizer, vocab_size, scores)
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype)
-        predictor = config.elimination.predictor if config.elimination else None
-        self.inputs = fingerprint.of_inputs(config.model, base, tokenizer, predictor)
+        elimination = config.elimination
+        self.inputs = fingerprint.of_inputs(
+            config.model,
+            base,
+            tokenizer,
+            elimination.predictor if elimination else None,
+            elimination.heads if elimination else None,
+            scores.digest if scores else None,
+        )
         # The same start of LoRA in all processes, then dropout of their own.
         set_seed(config.seed)
         self.peft_model: PeftModel = add_lora(base, config)
@@ -345,7 +355,8 @@ class _Run:
             arguments = batch.arguments(accelerator.device)
             last = i == config.gradient_accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
-                outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
+                with self._scored(batch):
+                    outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
                 accelerator.backward(outputs.loss * accelerator.num_processes)
             loss += outputs.loss.detach()
             if self.handle is not None:
@@ -375,6 +386,12 @@ class _Run:
             "kept": self.kept.by_layer(),
             "progress": (step - 1) / config.steps,
         }
+
+    def _scored(self, batch: TrainingBatch) -> AbstractContextManager[None]:
+        if self.handle is None or batch.scores is None:
+            return nullcontext()
+        pinned = self.accelerator.device.type == "cuda"
+        return self.handle.scored(batch.scores.pin_memory() if pinned else batch.scores)
 
     def _totals(self, passes: list[TrainingBatch]) -> tuple[int, int]:
         """(labels, tokens) of a step, of all processes."""
@@ -483,8 +500,22 @@ def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig)
                 )
 
 
+def _stored_scores(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreStore | None:
+    if config.elimination is None or config.elimination.scores is None:
+        return None
+    wanted = {
+        "context_length": config.context_length,
+        "labels": config.labels,
+        "tokenizer": fingerprint.of_tokenizer(tokenizer),
+    }
+    return ScoreStore.read(config.elimination.scores, wanted)
+
+
 def _windows(
-    config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int
+    config: FinetuneConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    scores: ScoreStore | None,
 ) -> TokenWindows | ExampleWindows:
     windows = open_training_data(
         config.documents,
@@ -493,6 +524,7 @@ def _windows(
         config.seed,
         vocab_size,
         config.labels,
+        scores,
     )
     for line in windows.remarks():
         _log.info("%s", line)

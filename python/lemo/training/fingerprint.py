@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lemo.predictors.storage import content_digest
+from lemo.predictors.storage import fingerprint as shape_of
+from lemo.relevance.heads import RetrievalHeads
 
 # Values of a tensor that are read: all of a small one, of a large one as many from even places.
 _SAMPLE = 1 << 16
@@ -24,7 +26,12 @@ _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
 
 
 def of_inputs(
-    model: str, weights: nn.Module, tokenizer: PreTrainedTokenizerBase, predictor: str | None
+    model: str,
+    weights: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    predictor: str | None,
+    heads: str | None = None,
+    scores: str | None = None,
 ) -> dict[str, str]:
     """Hexadecimal digests by name of the input.
 
@@ -33,6 +40,8 @@ def of_inputs(
         weights: the model that was loaded from there, before anything trains.
         tokenizer: the model's.
         predictor: folder of `lemo prepare`, where there is one.
+        heads: file of `lemo relevance heads`, where there is one.
+        scores: digest of stored scores, where there are some.
     """
     found = {
         "config.json of the model": of_config(model),
@@ -41,6 +50,10 @@ def of_inputs(
     }
     if predictor is not None:
         found["predictor"] = content_digest(predictor)
+    if heads is not None:
+        found["heads"] = of_heads(heads, weights.config)
+    if scores is not None:
+        found["scores"] = scores
     return found
 
 
@@ -65,6 +78,15 @@ def of_config(model: str) -> str:
     content, _ = PreTrainedConfig.get_config_dict(model)
     kept = {name: value for name, value in content.items() if name not in _NOT_OF_THE_MODEL}
     return _digest(json.dumps(kept, sort_keys=True, default=str))
+
+
+def of_heads(file: str, model_config: Any) -> str:
+    """Digest of the heads in a file of `lemo relevance heads`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `lemo.relevance.heads.RetrievalHeads.load`.
+    """
+    return _digest(str(sorted(RetrievalHeads.load(file, shape_of(model_config)).heads)))
 
 
 def of_weights(model: nn.Module) -> str:

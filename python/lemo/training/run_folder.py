@@ -38,6 +38,8 @@ _CONTENTS = {
 # Settings that every config.yaml of a run has had, and those that none has.
 _ALWAYS = {"model", "documents", "output", "steps", "save_every", "lora_rank", "elimination"}
 _NEVER = {"resume", "overwrite"}
+# Settings of elimination that are paths.
+_FILES = ("predictor", "heads", "scores")
 
 _log = logging.getLogger("lemo")
 
@@ -145,8 +147,10 @@ def write_config(folder: Path, config: FinetuneConfig) -> None:
     for name in ("model", "documents"):
         settings[name] = _absolute(settings[name])
     elimination = settings["elimination"]
-    if elimination is not None and elimination["predictor"] is not None:
-        settings["elimination"] = elimination | {"predictor": _absolute(elimination["predictor"])}
+    if elimination is not None:
+        given = {name: elimination[name] for name in _FILES if elimination[name] is not None}
+        paths = {name: _absolute(path) for name, path in given.items()}
+        settings["elimination"] = elimination | paths
     write_file(folder / CONFIG_NAME, yaml.safe_dump(settings, sort_keys=False))
 
 
@@ -229,6 +233,7 @@ def _check_inputs(folder: Path, saved: FinetuneConfig, config: FinetuneConfig) -
 def _inputs(config: FinetuneConfig, saved: FinetuneConfig) -> list[tuple[str, Any, Any]]:
     pairs = [(name, getattr(config, name), getattr(saved, name)) for name in ("model", "documents")]
     if config.elimination is not None and saved.elimination is not None:
-        predictors = config.elimination.predictor, saved.elimination.predictor
-        pairs.append(("elimination.predictor", *predictors))
+        groups = config.elimination, saved.elimination
+        for name in _FILES:
+            pairs.append((f"elimination.{name}", *(getattr(group, name) for group in groups)))
     return pairs
