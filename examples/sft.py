@@ -2,9 +2,7 @@
 
     python examples/sft.py MODEL ANSWERS.jsonl OUTPUT
 
-ANSWERS.jsonl has an object with a "prompt" and a "completion" in each line. SFTTrainer computes the
-loss outside the model, from hidden states of every token: lemo computes those that are not kept,
-too, without storing anything for them but keys and values.
+ANSWERS.jsonl has an object with a "prompt" and a "completion" in each line.
 """
 
 import argparse

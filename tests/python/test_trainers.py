@@ -1,6 +1,8 @@
 """Trainers that compute the loss outside the model: Transformers' and TRL's, with and without lemo.
 
-Losses are the dense model's at any share that is kept, gradients at keep = 1.
+Losses are the dense model's at any share that is kept, gradients at keep = 1. The exception is
+SFTTrainer where lemo is attached to it, whose loss is as one inside the model
+(test_trainers_answers.py).
 """
 
 import pickle
@@ -8,43 +10,23 @@ import pickle
 import datasets
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import lemo
 from lemo.models.training_forward import TrainingForward
-from tiny_models import VOCABULARY, make_ids, make_model
+from tiny_models import make_ids, make_model
+from trainer_cases import LORA, tokenizer, words
 
 pytestmark = pytest.mark.cpu_only
 
-TEMPLATE = (
-    "{% for m in messages %}<s> {{ m['role'] }} {% if m['role'] == 'assistant' %}{% generation %} "
-    "{{ m['content'] }} </s> {% endgeneration %}{% else %}{{ m['content'] }} </s> {% endif %}"
-    "{% endfor %}"
+BEFORE, ADDS_PEFT, AFTER, ATTACHED = ORDERS = (
+    "enabled before",
+    "enabled before, trainer adds PEFT",
+    "enabled after",
+    "enabled before, attached after",
 )
-LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-ORDERS = ("enabled before", "enabled before, trainer adds PEFT", "enabled after")
-
-
-def tokenizer():
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))]
-    model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0")
-    backend = Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
-    )
-
-
-def words(count, seed):
-    return " ".join(f"w{i - 3}" for i in make_ids(1, count, seed)[0].tolist())
 
 
 def rows(kind):
@@ -141,17 +123,17 @@ TRAINERS = {
 }
 
 
-def train(name, folder, keep=None, order=ORDERS[0], steps=3):
+def train(name, folder, keep=None, order=BEFORE, steps=3):
     """(losses, norms of gradients) of each step; None: without lemo."""
     torch.manual_seed(0)
     model = make_model("llama", attn_implementation="sdpa", max_position_embeddings=512)
     config = None if keep is None else lemo.LemoConfig(keep=keep, block_size=8)
-    peft = LORA if order == ORDERS[1] else None
+    peft = LORA if order == ADDS_PEFT else None
     handle = None
     if peft is None:
         torch.manual_seed(1)
         model = get_peft_model(model, LORA)
-    if config is not None and order != ORDERS[2]:
+    if config is not None and order != AFTER:
         handle = lemo.enable(model, config)
     common = {
         "output_dir": str(folder),
@@ -168,8 +150,10 @@ def train(name, folder, keep=None, order=ORDERS[0], steps=3):
     common |= {} if name.startswith("Trainer") else {"bf16": False, "gradient_checkpointing": False}
     torch.manual_seed(1)
     trainer = TRAINERS[name](model, peft, common)
-    if config is not None and order == ORDERS[2]:
+    if config is not None and order == AFTER:
         handle = lemo.enable(trainer, config)
+    elif order == ATTACHED and handle is not None:
+        handle.attach(trainer)
     elif handle is not None:
         trainer.add_callback(lemo.TrainerCallback(handle))
     trainer.train()
@@ -183,8 +167,10 @@ def train(name, folder, keep=None, order=ORDERS[0], steps=3):
     return (torch.tensor([log[key] for log in logs]) for key in ("loss", "grad_norm"))
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", TRAINERS)
+CASES = [(name, order) for name in TRAINERS for order in (BEFORE, ADDS_PEFT, AFTER)]
+
+
+@pytest.mark.parametrize(("name", "order"), [*CASES, ("SFT", ATTACHED), ("SFT, packed", ATTACHED)])
 def test_losses_and_gradients(name, order, tmp_path):
     losses, norms = train(name, tmp_path, order=order)
     everything = train(name, tmp_path, keep=1, order=order)
@@ -192,11 +178,16 @@ def test_losses_and_gradients(name, order, tmp_path):
     for mine, theirs in zip(everything, (losses, norms)):
         assert torch.allclose(mine, theirs, rtol=1e-3)
     half, half_norms = train(name, tmp_path, keep=0.5, order=order)
-    assert abs(half[0] - losses[0]) <= 1e-4 * losses[0], "the first loss is not the dense model's"
+    inside = order in (AFTER, ATTACHED) and name.startswith("SFT") and "smoothing" not in name
+    # A loss inside is that of kept rows alone.
+    equal = abs(half[0] - losses[0]) <= 1e-4 * losses[0]
+    assert equal != inside, "whether the first loss is the dense model's"
     if name == "DPO":
         assert abs(half[0] - torch.log(torch.tensor(2.0))) < 1e-4
-    # Gradients come from the kept rows: smaller, and they train.
-    assert 0 < half_norms[0] < 1.05 * norms[0]
+    # Gradients come from the kept rows, and they train. A sum over all labels has smaller ones; a
+    # mean over the kept ones is compared with an oracle in test_trainers_answers.py.
+    assert half_norms[0] > 0
+    assert inside or half_norms[0] < 1.05 * norms[0]
     assert (half - losses).abs().max() < 0.2 * losses[0]
 
 
@@ -205,21 +196,24 @@ def test_losses_and_gradients(name, order, tmp_path):
 def test_blocks_that_have_labels_are_kept(name, order, tmp_path, monkeypatch):
     """A quarter of the rows, of which the labels need one or two blocks of each sequence."""
     seen = []
-    states = TrainingForward.states
 
-    def watched(forward, arguments):
-        output = states(forward, arguments)
-        layer = forward.selector.statistics()[0]
-        rows = forward.row_labels
-        assert rows is not None, "nobody named the labels"
-        mask = arguments.attention_mask
-        packed = rows[mask.bool()] if mask is not None else rows.flatten()
-        needed = set(layer.layout.blocks_with(packed).nonzero()[:, 0].tolist())
-        kept = set(layer.attention_blocks.tolist())
-        seen.append(needed <= kept)
-        return output
+    def watched(original):
+        def method(forward, arguments):
+            output = original(forward, arguments)
+            layer = forward.selector.statistics()[0]
+            rows = forward.row_labels
+            assert rows is not None, "nobody named the labels"
+            mask = arguments.attention_mask
+            packed = rows[mask.bool()] if mask is not None else rows.flatten()
+            needed = set(layer.layout.blocks_with(packed).nonzero()[:, 0].tolist())
+            kept = set(layer.attention_blocks.tolist())
+            seen.append(needed <= kept)
+            return output
 
-    monkeypatch.setattr(TrainingForward, "states", watched)
+        return method
+
+    for method in ("states", "labelled_states"):
+        monkeypatch.setattr(TrainingForward, method, watched(getattr(TrainingForward, method)))
     train(name, tmp_path, keep=0.6, order=order, steps=2)
     assert seen
     assert all(seen)
@@ -240,7 +234,7 @@ def test_attach_names_labels_that_the_trainer_takes_away(tmp_path, monkeypatch):
         return states(forward, arguments)
 
     monkeypatch.setattr(TrainingForward, "states", watched)
-    train("Trainer, label smoothing", tmp_path, keep=0.5, order=ORDERS[2], steps=1)
+    train("Trainer, label smoothing", tmp_path, keep=0.5, order=AFTER, steps=1)
     assert known == [True, True]
 
 

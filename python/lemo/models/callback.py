@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from lemo.models import labels as named_labels
+from lemo.models.labelled_rows import sums_over_labels
 
 __all__ = ["TrainerCallback", "attach"]
 
@@ -30,6 +31,10 @@ class Steered(Protocol):
 
     def naming(self, rows: Tensor | None) -> AbstractContextManager[None]: ...
 
+    def overtake(self) -> Callable[[], None]: ...
+
+    def counting(self) -> AbstractContextManager[list[Tensor]]: ...
+
 
 class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
@@ -40,6 +45,8 @@ class TrainerCallback(transformers.TrainerCallback):
 
         handle = lemo.enable(model, config)
         Trainer(model, args, train_dataset=data, callbacks=[lemo.TrainerCallback(handle)]).train()
+
+    It does not know the trainer: `Handle.attach` does, for which TRL's SFTTrainer costs less.
 
     Args:
         handle: what `lemo.enable` returned for the trainer's model.
@@ -90,7 +97,10 @@ def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]
         )
     callback = TrainerCallback(handle)
     trainer.add_callback(callback)
-    compute_loss = trainer.compute_loss
+    compute_loss, step_aside = trainer.compute_loss, _nothing
+    if sums_over_labels(trainer):
+        step_aside = handle.overtake()
+        compute_loss = _counting(compute_loss, handle)
 
     @functools.wraps(compute_loss)
     def with_labels(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -100,11 +110,39 @@ def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]
     trainer.compute_loss = with_labels
 
     def undo() -> None:
+        step_aside()
         trainer.remove_callback(callback)
         if vars(trainer).get("compute_loss") is with_labels:
             del trainer.compute_loss
 
     return undo
+
+
+def _nothing() -> None:
+    pass
+
+
+def _counting(compute_loss: Callable[..., Any], handle: Steered) -> Callable[..., Any]:
+    """A `compute_loss` that sums over labels, for which rows that are left out do not count."""
+
+    @functools.wraps(compute_loss)
+    def of_kept_labels(
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        with handle.counting() as weights:
+            result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # Without a divisor of its own the loss is a mean over the labels that count.
+        if num_items_in_batch is None or not weights:
+            return result
+        (weight,) = weights
+        if return_outputs:
+            return result[0] * weight, result[1]
+        return result * weight
+
+    return of_kept_labels
 
 
 def rows_of_batch(inputs: dict[str, Any]) -> Tensor | None:

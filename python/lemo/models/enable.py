@@ -8,12 +8,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.callback import attach
+from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
 from lemo.models.replaced_forward import ReplacedForward
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
@@ -95,6 +96,8 @@ class Handle:
             setattr(forward.__self__, _ATTRIBUTE, self)
         # Trainers call what they were given, and may replace the forward further inside.
         self._watcher = named_labels.Watcher(self._forward)
+        self._weights: list[Tensor] | None = None
+        self._states: LabelledStates | None = None
         self._undo: list[Callable[[], None]] = []
         self._detach: list[Callable[[], None]] = []
         self.watch(model)
@@ -135,6 +138,10 @@ class Handle:
 
         So that blocks with labels are kept first also where the model does not get them: with label
         smoothing, a loss function of one's own, or a trainer's own loss.
+
+        The loss of TRL's SFTTrainer is treated as one inside the model: left-out tokens are not
+        computed, and their labels do not count, neither in the loss nor in its metrics. Label
+        smoothing, a `compute_loss_func` and a `compute_loss` of a subclass are losses outside.
 
         Args:
             trainer: one of this handle's model, Transformers' or made on it, such as TRL's.
@@ -237,6 +244,31 @@ class Handle:
         """
         return named_labels.named(self._forward, rows)
 
+    def overtake(self) -> Callable[[], None]:
+        """Puts lemo's forward around one that a trainer has put around the causal LM's since.
+
+        Returns:
+            What undoes it.
+        """
+        causal_lm = self._architecture.causal_lm
+        prepared = hasattr(causal_lm, "_original_forward")  # by Accelerate, which takes it off
+        if prepared or isinstance(vars(causal_lm)["forward"], ReplacedForward):
+            return lambda: None
+        return ReplacedForward(causal_lm, self, _causal_lm_forward).release
+
+    @contextmanager
+    def counting(self) -> Iterator[list[Tensor]]:
+        """Says that only a sum over labels is made of what TRL's head returns inside.
+
+        Yields:
+            The weight, fp32 scalar, by which to multiply the sum of each training pass so far.
+        """
+        before, self._weights = self._weights, []
+        try:
+            yield self._weights
+        finally:
+            self._weights = before
+
     @property
     def row_labels(self) -> Tensor | None:
         """[B, S] bool, rows that predict a label, in the forward pass that runs; None: unknown."""
@@ -264,6 +296,19 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
+    def _labelled_alone(
+        self, arguments: ForwardArguments, call: dict[str, Any], forward: Callable[..., Any]
+    ) -> Any:
+        """What a head of somebody else returns for the rows whose loss counts."""
+        assert self._weights is not None
+        states = self._forward.labelled_states(arguments)
+        self._weights.append(states.weight)
+        self._states = states
+        try:
+            return call_head(forward, call, states.labels)
+        finally:
+            self._states = None
+
     def _acts_on(self, module: nn.Module, arguments: ForwardArguments) -> bool:
         """Whether a call of `module` is a training forward pass."""
         if not torch.is_grad_enabled():
@@ -284,6 +329,9 @@ def _causal_lm_forward(
     if not handle._acts_on(causal_lm, arguments):
         return original()
     if replaced.previous is not None:
+        fused = None if handle._weights is None else fused_call(call)
+        if fused is not None:
+            return handle._labelled_alone(fused, call, replaced.previous)
         # Somebody's own forward calls the decoder, and may make another loss of it.
         with handle.naming(arguments.labelled_rows()):
             return original()
@@ -303,7 +351,11 @@ def _decoder_forward(
     decoder, arguments = replaced.__self__, ForwardArguments.of(call)
     if not handle._acts_on(decoder, arguments):
         return original()
-    return _returned(handle._forward.states(arguments), arguments, decoder)
+    if handle._states is not None:
+        states = BaseModelOutputWithPast(last_hidden_state=handle._states.hidden)
+    else:
+        states = handle._forward.states(arguments)
+    return _returned(states, arguments, decoder)
 
 
 def _returned(output: ModelOutput, arguments: ForwardArguments, module: nn.Module) -> Any:

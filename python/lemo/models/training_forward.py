@@ -20,6 +20,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.decoder import Decoder
 from lemo.models.elimination import Elimination
+from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, next_labels
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.packing.batch import PackedBatch
@@ -120,6 +121,26 @@ class TrainingForward:
             entries.append(batch.packed.unpack(architecture.final_norm(residual)[1]))
             output["hidden_states"] = tuple(entries)
         return output
+
+    def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
+        """What `loss` gives to the head, for a call with labels whose head is somebody else's."""
+        ignored = arguments.ignored_label
+        batch, residual = self._embed(arguments)
+        targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
+        labelled = targets != ignored
+        residual, _ = self._decode(self.elimination.decoder, batch, residual, labelled, False)
+        masked = self.selector.masked_rows()
+        rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
+        everything = rows.numel() == targets.numel()
+        hidden = self._architecture.final_norm(residual, None if everything else rows.int())[1]
+        count = labelled.sum() if lost is None else labelled.sum() + lost
+        if rows.numel():
+            self.has_trained = True
+        elif bool(labelled.any()):
+            self._nothing_trained()
+        return LabelledStates(
+            hidden[None], targets[rows][None], count.float() / max(rows.numel(), 1)
+        )
 
     def logits(self, arguments: ForwardArguments) -> EliminatedOutput:
         """The output for a call without labels."""
