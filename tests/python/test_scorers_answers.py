@@ -178,6 +178,7 @@ def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):
     return path
 
 
+@pytest.mark.cpu_only  # in fp32, which attention on a GPU does not know
 def test_heads_are_scored_by_the_models_own_attention(tmp_path):
     """Against the weights that Transformers' eager attention gives."""
     model = make_model("llama", dtype=torch.float32)
@@ -204,6 +205,7 @@ def test_heads_are_scored_by_the_models_own_attention(tmp_path):
     assert_close_fp32(scores, torch.maximum(torch.stack(looked_at).mean(0), words))
 
 
+@pytest.mark.cpu_only  # in fp32, which attention on a GPU does not know
 def test_a_training_step_scouts_without_a_trace(tmp_path):
     """Losses of given scores equal to those of the scout, also with dropout in the adapter."""
     model = make_model("llama", dtype=torch.float32)

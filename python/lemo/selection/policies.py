@@ -144,8 +144,7 @@ def _per_layer(name: str, value: float | tuple[float, ...], num_layers: int) -> 
     values = list(value) if isinstance(value, tuple) else [value] * num_layers
     if len(values) != num_layers:
         raise ValueError(
-            f"{name}: expected {num_layers} entries, one for each layer, "
-            f"got {len(values)}"
+            f"{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
         )
     return values
 
@@ -154,7 +153,6 @@ def _indices(name: str, layers: tuple[int, ...], num_layers: int) -> set[int]:
     for layer in layers:
         if not -num_layers <= layer < num_layers:
             raise ValueError(
-                f"{name}: expected layers between {-num_layers} and {num_layers - 1}, "
-                f"got {layer}"
+                f"{name}: expected layers between {-num_layers} and {num_layers - 1}, got {layer}"
             )
     return {layer % num_layers for layer in layers}
