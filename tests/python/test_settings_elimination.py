@@ -134,6 +134,8 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ),
         ({"scorer": "predictor"}, "predictor: scorer 'predictor' needs the folder"),
         ({"scorer": "attention"}, "heads: scorer 'attention' needs the file"),
+        ({"heads": "file"}, "heads: is for scorer 'attention', got scorer 'auto'"),
+        ({"predictor": "folder"}, "predictor: is for scorer 'predictor', got scorer 'auto'"),
         ({"predictor": 3}, "predictor: expected a text in UTF-8 or null, got 3"),
         ({"keep_first": -1}, "keep_first: expected an integer >= 0, got -1"),
         ({"keep_last": None}, "keep_last: expected an integer >= 0, got None"),

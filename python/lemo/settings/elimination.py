@@ -195,6 +195,9 @@ class LemoConfig(Settings):
             raise ValueError(
                 "predictor: scorer 'predictor' needs the folder written by 'lemo prepare', got null"
             )
+        for name, scorer in (("predictor", "predictor"), ("heads", "attention")):
+            if self.scorer == "auto" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: is for scorer '{scorer}', got scorer 'auto'")
         if self.scorer == "attention" and self.heads is None:
             raise ValueError(
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
