@@ -63,7 +63,7 @@ def _explained(
     elimination: lemo.LemoConfig,
 ) -> dict[str, Any]:
     ids, labels = torch.tensor(example.ids), torch.tensor(example.labels)
-    block_size = block_tokens(elimination.block_size, len(ids))
+    block_size = _block_size(elimination, len(ids))
     labelled = torch.cat((labels[1:] != IGNORE_INDEX, torch.tensor([False])))
     answers = Answers.of(labelled)
     assert answers is not None
@@ -99,6 +99,12 @@ def _explained(
     }
 
 
+def _block_size(elimination: lemo.LemoConfig, tokens: int) -> int:
+    block_size = elimination.resolved(answers=True).block_size
+    assert block_size is not None
+    return block_tokens(block_size, tokens)
+
+
 def _kept(model: Path, ids: Tensor, labels: Tensor, elimination: lemo.LemoConfig) -> list[int]:
     """The blocks that a training forward pass keeps, in every layer."""
     causal_lm = AutoModelForCausalLM.from_pretrained(model)
@@ -106,7 +112,7 @@ def _kept(model: Path, ids: Tensor, labels: Tensor, elimination: lemo.LemoConfig
     causal_lm.train()
     causal_lm(input_ids=ids[None], labels=labels[None])
     kept = handle.statistics()[0].attention_blocks
-    count = -(-len(ids) // block_tokens(elimination.block_size, len(ids)))
+    count = -(-len(ids) // _block_size(elimination, len(ids)))
     return list(range(count)) if kept is None else kept.tolist()
 
 

@@ -45,7 +45,8 @@ class Answers:
         if not are_answers(int(rows.sum()), rows.numel()):
             return None
         edges = pad(rows.int(), (1, 1)).diff()
-        firsts, ends = [], []
+        firsts: list[int] = []
+        ends: list[int] = []
         runs = zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist())
         for start, end in runs:
             firsts += range(start, end, _LONGEST)

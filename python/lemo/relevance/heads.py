@@ -70,7 +70,7 @@ class RetrievalHeads:
                 f"{place}: expected heads of a model of this shape, but these differ: "
                 f"{', '.join(changed) or 'model'}"
             )
-        heads = content.get("heads")
+        heads: Any = content.get("heads")
         sizes = model["num_layers"], model["num_attention_heads"]
         if not _are_heads(heads, *sizes):
             raise ValueError(

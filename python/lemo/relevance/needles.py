@@ -96,7 +96,7 @@ def needle_window(
     ids: list[int] = []
     places: list[tuple[int, int]] = []
     at = 0
-    for cut, fact in zip(sorted(draw.randrange(room + 1) for _ in facts), facts):
+    for cut, tokens in zip(sorted(draw.randrange(room + 1) for _ in facts), facts):
         ids += text[start + at : start + cut]
         places.append((len(ids), len(ids) + len(fact)))
         ids += fact
