@@ -98,8 +98,8 @@ def needle_window(
     at = 0
     for cut, tokens in zip(sorted(draw.randrange(room + 1) for _ in facts), facts):
         ids += text[start + at : start + cut]
-        places.append((len(ids), len(ids) + len(fact)))
-        ids += fact
+        places.append((len(ids), len(ids) + len(tokens)))
+        ids += tokens
         at = cut
     ids += text[start + at : start + room]
     labelled = torch.zeros(length, dtype=torch.bool)
