@@ -316,7 +316,8 @@ def what_counts(elimination, defaults):
     """Of the settings of an elimination, as one value."""
     if not elimination or elimination.get("keep") == 1:
         return elimination and groups_of(elimination)
-    return LemoConfig(**current_elimination(defaults | elimination))
+    # They train on text.
+    return LemoConfig(**current_elimination(defaults | elimination)).resolved(answers=False)
 
 
 def test_every_shown_run_has_the_settings_of_its_method():
