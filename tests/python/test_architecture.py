@@ -65,6 +65,7 @@ EXPECTED_CONFIG_FIELDS = {
     "keep",
     "keep_relevance",
     "keep_least",
+    "keep_tokens",
     "scorer",
     "predictor",
     "heads",

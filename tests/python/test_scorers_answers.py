@@ -89,7 +89,7 @@ def test_the_largest_over_the_answers_of_a_sequence_counts():
 def test_defaults_follow_the_batch():
     """Blocks of 64 tokens that the answer needs, or quarters at random where most has labels."""
     model = make_model("llama", max_position_embeddings=1024)
-    handle = lemo.enable(model)
+    handle = lemo.enable(model, lemo.LemoConfig(keep_tokens=0))
     assert handle.block_size == 0.25
     batch = prompts([20], tokens=1024)
     model(**batch).loss.backward()
@@ -153,7 +153,7 @@ def test_scores_of_padding_are_not_read():
     scores[0, :64], scores[0, 70], scores[1, 5] = 7.0, 1.0, 1.0
     with handle.scored(scores):
         model(**batch, attention_mask=mask)
-    assert handle.statistics()[0].attention_blocks.tolist() == [3, 4, 11]
+    assert handle.statistics()[0].attention_blocks.tolist() == [0, 3, 4, 11]
 
 
 def test_given_scores_are_asked_for_and_have_to_fit():
@@ -283,3 +283,28 @@ def test_without_relevance_blocks_with_labels_are_kept():
     with handle.scored(torch.zeros(1, 128)):
         model(**prompts([1])).loss.backward()
     assert handle.statistics()[0].attention_blocks.tolist() == [7]
+
+
+def test_labels_do_not_push_out_the_prompt():
+    """An answer of 6 of 16 blocks, of which a quarter is kept: all of it, and two of the prompt."""
+    model = make_model("llama", max_position_embeddings=256)
+    settings = {"block_size": BLOCK, "scorer": "given", "keep_last": 0}
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, **settings))
+    batch = prompts([1], tokens=256)
+    batch["labels"][0, 160:] = batch["input_ids"][0, 160:]
+    scores = torch.zeros(1, 256)
+    scores[0, 3 * BLOCK], scores[0, 7 * BLOCK] = 0.5, 0.4
+    with handle.scored(scores):
+        model(**batch).loss.backward()
+    # Row 159, in block 9, predicts the first label.
+    assert handle.statistics()[0].attention_blocks.tolist() == [3, 7, *range(9, 16)]
+
+
+def test_a_short_prompt_is_kept_whole_by_default():
+    model = make_model("llama", max_position_embeddings=2048)
+    handle = lemo.enable(model)
+    short, long = prompts([20], tokens=960), prompts([20], tokens=2048)
+    model(**short).loss.backward()
+    assert handle.statistics()[0].attention_blocks is None
+    model(**long).loss.backward()
+    assert handle.statistics()[0].attention_blocks.numel() == 1024 // 64 + 1

@@ -18,6 +18,7 @@ FULL = {
     "keep": 0.25,
     "keep_relevance": 0.5,
     "keep_least": 0.125,
+    "keep_tokens": 256,
     "scorer": "predictor",
     "predictor": "some/folder",
     "heads": "some/heads.json",

@@ -1,10 +1,13 @@
 """Answers of a sequence: runs of tokens with labels, and where they stand."""
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+Number = TypeVar("Number", int, Tensor)
 
 __all__ = ["Answers", "are_answers", "shares"]
 
@@ -15,9 +18,12 @@ _MOST_LABELLED = 0.5
 _LONGEST = 64
 
 
-def are_answers(labelled: int, tokens: int) -> bool:
-    """Whether labels on so many of the tokens are on answers alone: on half of them at most."""
-    return 0 < labelled <= _MOST_LABELLED * tokens
+def are_answers(labelled: Number, tokens: Number) -> Number:
+    """Whether labels on so many of the tokens are on answers alone: on half of them at most.
+
+    Numbers, or tensors of them.
+    """
+    return (labelled > 0) & (labelled <= _MOST_LABELLED * tokens)
 
 
 @dataclass(frozen=True)

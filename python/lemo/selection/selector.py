@@ -6,9 +6,11 @@ from numbers import Real
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lemo import ops
 from lemo.packing.blocks import BlockLayout, Selection
+from lemo.relevance.answers import are_answers
 from lemo.selection.budget import within_budget
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.policies import Policies, Rule
@@ -85,7 +87,7 @@ class Selector:
             layout: how they are cut into blocks.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
         """
-        self._pass = _Pass(layout, None if labelled is None else layout.blocks_with(labelled))
+        self._pass = _Pass(layout, labelled)
 
     def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
         """The rows that sub-block `kind` of `layer` keeps.
@@ -132,7 +134,7 @@ class Selector:
                     # The order of the ranks holds all of it.
                     scores, ends = ranks(scores, now.labelled, first), (0, 0)
                 if self._has_budget:
-                    rule, scores = Rule("threshold", 1.0), self._within_budget(scores, rule.value)
+                    rule, scores = self._within_budget(scores, rule.value)
             selection = ops.token_select(scores, now.layout, *rule, *ends)
             # All rows kept is the dense case, which needs no row index.
             complete = selection.num_rows == now.layout.num_tokens
@@ -141,17 +143,27 @@ class Selector:
 
     @property
     def _has_budget(self) -> bool:
-        """Whether the relevance says how much is kept."""
-        return self.config.keep_relevance is not None and self.config.finds_answers
+        """Whether blocks with labels are kept beside the share: answers say what is needed."""
+        return self.config.finds_answers and self._pass.labelled is not None
 
-    def _within_budget(self, ranks: Tensor, most: float) -> Tensor:
-        """The blocks that are kept, by the latest scores of attention, as scores of 0 or 1."""
+    def _within_budget(self, ranks: Tensor, most: float) -> tuple[Rule, Tensor]:
+        """A rule that keeps the blocks of the budget, and the scores that it goes by."""
         now, config = self._pass, self.config
-        share, relevance = config.keep_relevance, now.scores["attention"]
-        assert share is not None
-        return within_budget(
-            ranks, relevance, now.labelled, now.layout, share, config.keep_least, most
+        assert now.labelled is not None
+        assert now.answers is not None
+        share = 1.0 if config.keep_relevance is None else config.keep_relevance
+        kept = within_budget(
+            ranks,
+            now.scores["attention"],
+            now.labelled,
+            now.answers,
+            now.layout,
+            share,
+            config.keep_least,
+            most,
+            config.keep_tokens or 0,
         )
+        return Rule("threshold", 1.0), kept
 
     def left_out(self, selection: Selection) -> Selection:
         """The rows that a selection of this pass, not of everything, leaves out."""
@@ -210,6 +222,7 @@ class _Pass:
     Attributes:
         layout: how its tokens are cut into blocks.
         labelled: [B] bool, blocks that have labels; None: nothing is known of labels.
+        answers: [N] bool, sequences where answers alone have labels; None: the same.
         everything: the selection of all rows, one object: equal sets are recognized by identity.
         scores: the latest of each kind.
         chosen: what a rule chose by the latest scores of a kind.
@@ -219,7 +232,11 @@ class _Pass:
 
     def __init__(self, layout: BlockLayout, labelled: Tensor | None) -> None:
         self.layout = layout
-        self.labelled = labelled
+        self.labelled = self.answers = None
+        if labelled is not None:
+            self.labelled = layout.blocks_with(labelled)
+            before = pad(labelled.cumsum(0), (1, 0))[layout.cu_seqlens.long()]
+            self.answers = are_answers(before.diff(), layout.cu_seqlens.diff())
         self.everything = Selection.everything(layout)
         self.scores: dict[str, Tensor] = {}
         self.chosen: dict[tuple[str, Rule], Selection] = {}

@@ -16,6 +16,8 @@ Layers = tuple[Integer, ...]
 # What is kept where nothing is said, see `LemoConfig`.
 _TEXT_BLOCK, _TEXT_KEEP = 0.25, 0.5
 _ANSWER_BLOCK, _ANSWER_KEEP = 64, 0.25
+# A short prompt is kept as a whole: there is little to win.
+_PROMPT_TOKENS = 1024
 # Scorers that find what answers need.
 _OF_ANSWERS = ("lexical", "attention", "given")
 
@@ -105,7 +107,9 @@ class LemoConfig(Settings):
     keep: Share | None = Field(
         None,
         description="Share of blocks that is kept, rounded up to whole blocks: of quarters 0.3 "
-        "keeps half, and 0.8 all. null: 0.25 where a scorer finds what answers need, else 0.5.",
+        "keeps half, and 0.8 all. With a scorer that finds what answers need, all blocks with "
+        "labels are kept, and at least half of the share is kept of the prompt. null: 0.25 where "
+        "a scorer finds what answers need, else 0.5.",
     )
     keep_relevance: Annotated[Number, Field(gt=0, le=1)] | None = Field(
         None,
@@ -115,6 +119,11 @@ class LemoConfig(Settings):
     )
     keep_least: Share = Field(
         0.0, description="Share of blocks that keep_relevance keeps at least, one block always."
+    )
+    keep_tokens: Annotated[Integer, Field(ge=0)] | None = Field(
+        None,
+        description="With a scorer that finds what answers need: tokens of each prompt that are "
+        "kept at least. null: 1024 where keep is null, too, else 0.",
     )
     scorer: Literal[
         "auto", "random", "lexical", "attention", "given", "pooled", "predictor", "exact"
@@ -230,6 +239,8 @@ class LemoConfig(Settings):
         filled: dict[str, object] = {"scorer": scorer}
         if self.block_size is None:
             filled["block_size"] = _ANSWER_BLOCK if finds else _TEXT_BLOCK
+        if self.keep_tokens is None:
+            filled["keep_tokens"] = _PROMPT_TOKENS if finds and self.keep is None else 0
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
         return self.model_copy(update=filled)
