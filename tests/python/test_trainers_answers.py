@@ -4,6 +4,7 @@ loss is lemo's own, and with keep = 1 losses and gradients are those of the trai
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -257,8 +258,9 @@ def test_what_answers_need_is_kept_and_nothing_else_computed(name, tmp_path, mon
 @pytest.mark.parametrize("keep", [0.25, 0.01])
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name != "SFT, dft"])
 def test_the_loss_is_that_inside_the_model(name, keep, tmp_path):
-    """Beside `model(**batch).loss`; with 0.01 a part of the labels is left out."""
-    config = lemo.LemoConfig(keep=keep, block_size=2, scorer="lexical", keep_last=0)
+    """Beside `model(**batch).loss`; with 0.01, at random, a part of the labels is left out."""
+    scorer = "random" if keep == 0.01 else "lexical"
+    config = lemo.LemoConfig(keep=keep, block_size=2, scorer=scorer, keep_last=0)
     run = Run(name, tmp_path, config, steps=1)
     model = adapted()
     handle = lemo.enable(model, config)
@@ -327,9 +329,11 @@ def test_examples_of_the_documentation(tmp_path, monkeypatch):
     assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
     common = {"use_cpu": True, "report_to": [], "max_steps": 2, "disable_tqdm": True}
+    # The prompts here are short, and by default they would be kept.
+    enable = partial(lemo.enable, config=lemo.LemoConfig(keep=0.25, block_size=BLOCK))
     for example in examples:
         names = {
-            "lemo": lemo,
+            "lemo": SimpleNamespace(enable=enable),
             "model": adapted(),
             "SFTConfig": partial(SFTConfig, bf16=False, **common),
             "SFTTrainer": partial(SFTTrainer, processing_class=tokenizer()),
