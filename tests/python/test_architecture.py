@@ -66,6 +66,7 @@ EXPECTED_CONFIG_FIELDS = {
     "keep_relevance",
     "keep_least",
     "keep_tokens",
+    "keep_whole",
     "scorer",
     "predictor",
     "heads",
