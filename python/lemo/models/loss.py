@@ -12,7 +12,7 @@ from lemo.models.linear import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
-__all__ = ["causal_lm_loss", "next_labels"]
+__all__ = ["causal_lm_loss", "next_labels", "rows_among"]
 
 
 def next_labels(
@@ -67,6 +67,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     lost: Tensor | None = None,
+    computed: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, and its labels' number.
 
@@ -75,7 +76,7 @@ def causal_lm_loss(
 
     Args:
         architecture: access to the model.
-        residual: [T, H], after the last layer.
+        residual: [R, H], after the last layer.
         targets: [T], from `next_labels`.
         masked: [T] bool, rows whose own prediction does not count; None: all count.
         chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
@@ -83,6 +84,8 @@ def causal_lm_loss(
             labels are lost or masked, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
         lost: scalar, labels of the batch that are not among `targets`.
+        computed: [R] int32, ascending, which of the T rows the residual has, among them all that
+            count; None: all of them.
     """
     counted = targets != ignore_index
     divisor = num_items_in_batch
@@ -96,9 +99,7 @@ def causal_lm_loss(
         counted = kept
     rows = counted.nonzero()[:, 0]
     targets = targets[rows]
-    everything = rows.numel() == residual.shape[0]
-    index = None if everything else rows.to(torch.int32)
-    residual, hidden = architecture.final_norm(residual, index)
+    residual, hidden = architecture.final_norm(residual, rows_among(rows, residual, computed))
     if rows.numel() == 0:
         return hidden.sum(dtype=torch.float32), 0
     if torch.is_tensor(divisor):
@@ -121,6 +122,21 @@ def causal_lm_loss(
         chunk_rows = max(1, CHUNK_BYTES // (4 * architecture.config.vocab_size))
     total = _loss_through_module(architecture.lm_head, hidden, targets, chunk_rows)
     return total / (rows.numel() if divisor is None else divisor), rows.numel()
+
+
+def rows_among(rows: Tensor, residual: Tensor, computed: Tensor | None) -> Tensor | None:
+    """Where some rows of a batch are in the residual: [N] int32, or None: they are all of it.
+
+    Args:
+        rows: [N] int64, ascending.
+        residual: [R, H].
+        computed: [R] int32, ascending, the rows that the residual has; None: all of the batch.
+    """
+    if rows.numel() == residual.shape[0]:
+        return None
+    if computed is not None:
+        rows = torch.searchsorted(computed, rows.int())
+    return rows.int()
 
 
 def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
