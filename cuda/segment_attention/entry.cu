@@ -35,6 +35,11 @@ Tier choose_tier(const char* op, const SegmentAttentionParams& p) {
         head_dim % kVectorElements == 0 && head_dim >= kVectorElements && head_dim <= kMaxHeadDim,
         "q", "a head size that is a multiple of 8 from 8 to 128 on a GPU", std::to_string(head_dim),
         ErrorKind::kUnsupported);
+    check.that(p.v.size(2) == head_dim, "v", "the head size of 'q' on a GPU",
+               std::to_string(p.v.size(2)), ErrorKind::kUnsupported);
+    check.that(p.softcap == 0, "softcap", "0 on a GPU", std::to_string(p.softcap),
+               ErrorKind::kUnsupported);
+    check.that(!p.sinks, "sinks", "None on a GPU", "a tensor", ErrorKind::kUnsupported);
     const auto got = [&] { return "'" + std::string(p.kernel) + "'"; };
     if (p.kernel == "auto") {
         if (cuda::supports_hopper_kernels(op)) return Tier::kHopper;
