@@ -325,7 +325,7 @@ def test_bad_inputs_name_the_argument(change, exception, message):
     [
         (torch.float32, 64, "'q': expected bfloat16 or float16 on a GPU, got float32"),
         (torch.bfloat16, 12, "'q': expected a head size that is a multiple of 8 .* got 12"),
-        (torch.bfloat16, 136, "'q': expected a head size .* from 8 to 128 on a GPU, got 136"),
+        (torch.bfloat16, 264, "'q': expected a head size .* from 8 to 256 on a GPU, got 264"),
     ],
 )
 def test_what_no_cuda_kernel_takes(dtype, size, message):

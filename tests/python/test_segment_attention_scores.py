@@ -12,6 +12,7 @@ from attention_cases import (
     differentiate,
     make_dout,
     make_inputs,
+    with_backward,
 )
 from devices import on_gpu, working_dtype
 from lemo import ops, reference
@@ -110,6 +111,18 @@ def test_scores_far_beyond_the_softcap():
     assert relative_error(results[0], means) < 2 * torch.finfo(q.dtype).eps
     assert torch.equal(results[1], torch.zeros_like(q))
     assert torch.equal(results[2], torch.zeros_like(k))
+
+
+@pytest.mark.gpu_only
+def test_what_no_cuda_kernel_takes():
+    q, k, v, cu, *_ = make_inputs([6], size=64, value_size=12)
+    with pytest.raises(NotImplementedError, match="'v': expected a head size .* got 12"):
+        ops.segment_attention(q, k, v, cu)
+    q, k, v, cu, *_ = make_inputs([6], size=256)
+    out, lse = torch.ops.lemo.segment_attention(q, k, v, cu, cu, None, None, 1.0, 0, 0)
+    saved = (out, q, k, v, out, lse, cu, cu, None, None, 1.0, 0, 0)
+    with pytest.raises(RuntimeError, match="'kernel': expected 'auto', 'portable' or .* 'hopper'"):
+        torch.ops.lemo.segment_attention_backward(*saved, kernel="hopper")
 
 
 @pytest.mark.cpu_only
@@ -235,6 +248,7 @@ def test_repeats_are_bit_equal(kernel):
     sizes = (192, 128) if on_gpu() else (8, 4)
     inputs = make_inputs(lengths, heads=(4, 2), size=sizes[0], value_size=sizes[1])
     dout, sinks = make_dout(inputs), make_sinks(4)
+    kernel = with_backward(kernel, inputs)
 
     def run():
         def attention(*args, **kwargs):

@@ -54,7 +54,7 @@ void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params
 int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params);
 int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params);
 
-/// bf16 and fp16, D a multiple of 8 up to 128, 16-byte aligned data. `stream` is a
+/// bf16 and fp16, D and Dv multiples of 8 up to 256, 16-byte aligned data. `stream` is a
 /// cudaStream_t. Asynchronous. Without `deterministic` the order of the sums in dq varies.
 void segment_attention_cuda(const SegmentAttentionParams& params, void* stream);
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* stream);
