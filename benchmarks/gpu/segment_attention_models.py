@@ -72,6 +72,8 @@ def flex(b: Bench, model: Model, tokens: int, sinks: Tensor | None) -> Callable[
         return model.softcap * torch.tanh(score / model.softcap)
 
     mask = create_block_mask(visible, None, None, tokens, tokens, device=b.device)
+    # Its backward pass is repeated: it may not overwrite what forward has stored.
+    torch._functorch.config.donated_buffer = False
     run = torch.compile(flex_attention)
     score_mod = capped if model.softcap else None
 

@@ -100,7 +100,11 @@ auto with_forward(const SegmentAttentionParams& params, Body&& body) {
             return body(hopper::ForwardPass<Element, kKeys, kValues, false>{});
         }
 #endif
-        return body(portable::ForwardPass<Element, kKeys, kValues>{});
+        if (params.softcap > 0) {
+            constexpr int kSize = kKeys <= 128 ? 128 : 256;
+            return body(portable::ForwardPass<Element, kSize, kSize, true>{});
+        }
+        return body(portable::ForwardPass<Element, kKeys, kValues, false>{});
     });
 }
 
@@ -111,20 +115,32 @@ auto with_backward(const SegmentAttentionBackwardParams& params, Body&& body) {
                                         Element, cuda::Int<kKeys>, cuda::Int<kValues>) {
         // The gradients of larger keys and values do not fit into the registers of two warpgroups.
         constexpr bool kInHopper = kKeys <= 128;
-        const Tier tier =
-            choose_tier(kBackward, params.forward, kInHopper, portable::kLargeSharedBytes<kKeys>);
+        constexpr int kCappedSize = kInHopper ? 128 : 256;
+        const bool capped = params.forward.softcap > 0;
+        const Tier tier = choose_tier(
+            kBackward, params.forward, kInHopper,
+            capped ? portable::kLargeSharedBytes<kCappedSize> : portable::kLargeSharedBytes<kKeys>);
 #ifdef LEMO_WITH_HOPPER
         if constexpr (kInHopper) {
             if (tier == Tier::kHopper) {
-                if (params.forward.softcap > 0) {
+                if (capped) {
                     return body(hopper::BackwardPass<Element, 128, true>{});
                 }
                 return body(hopper::BackwardPass<Element, kKeys, false>{});
             }
         }
 #endif
-        return body(portable::BackwardPass<Element, kKeys, kValues>{},
-                    tier == Tier::kPortableSmall);
+        const bool small = tier == Tier::kPortableSmall;
+        if (capped) {
+            if (small && !portable::kHasSmallTiles<kCappedSize, true>) {
+                return body(portable::BackwardPass<Element, 256, 256, true>{}, small);
+            }
+            return body(portable::BackwardPass<Element, kCappedSize, kCappedSize, true>{}, small);
+        }
+        if (small && !portable::kHasSmallTiles<kKeys, false>) {
+            return body(portable::BackwardPass<Element, 256, 256, false>{}, small);
+        }
+        return body(portable::BackwardPass<Element, kKeys, kValues, false>{}, small);
     });
 }
 

@@ -18,7 +18,6 @@ namespace {
 using testing::DeviceArray;
 using testing::expect_close;
 using testing::expect_same_bits;
-using testing::narrow;
 using testing::random_rows;
 using testing::random_values;
 using testing::view;
@@ -144,6 +143,29 @@ public:
         segment_attention_backward_cuda(backward, nullptr);
         return {out.download(), dq.download(),  dk.download(),
                 dv.download(),  lse.download(), dsinks.download()};
+    }
+
+    /// The gradient of the sinks by its formula, from the output and lse that the kernels stored.
+    /// The terms of its sum nearly cancel, which enlarges the rounding of the output as much as it
+    /// happens to; from the same output nothing is rounded below fp32.
+    std::vector<float> sink_gradients(const Results<T>& results) const {
+        const auto out = widen(results.out), dout = widen(dout_);
+        std::vector<float> gradients;
+        for (size_t head = 0; head < sinks_.size(); ++head) {
+            double sum = 0;
+            for (size_t row = 0; row < static_cast<size_t>(queries_.size()); ++row) {
+                const auto columns = static_cast<size_t>(case_.values());
+                const size_t first = (row * sinks_.size() + head) * columns;
+                double delta = 0;
+                for (size_t i = first; i < first + columns; ++i) {
+                    delta += double{out[i]} * double{dout[i]};
+                }
+                const double lse = results.lse[head * static_cast<size_t>(queries_.size()) + row];
+                sum -= std::exp(sinks_[head] - lse) * delta;
+            }
+            gradients.push_back(static_cast<float>(sum));
+        }
+        return gradients;
     }
 
 private:
@@ -369,9 +391,7 @@ void expect_cpu_results(const std::vector<Case>& list) {
             expect_close(results.dk, oracle.dk, what + ": dk", 2);
             expect_close(results.dv, oracle.dv, what + ": dv", 2);
             expect_close(results.lse, oracle.lse, what + ": lse");
-            // Sums of deltas, which come from the rounded output.
-            const std::vector<T> dsinks = narrow<T>(results.dsinks);
-            expect_close(dsinks, oracle.dsinks, what + ": dsinks", 2);
+            expect_close(results.dsinks, attention.sink_gradients(results), what + ": dsinks");
         }
     }
 }

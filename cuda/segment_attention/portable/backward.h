@@ -145,9 +145,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
             reinterpret_cast<uint64_t&>(statistics[buffer * kBlockM + threadIdx.x]),
             row < tile.num_q);
     };
-    const bool capped = args.score.capped;
+    constexpr bool kCapped = Traits::kCapped;
     const float scale_log2 =
-        (capped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
+        (kCapped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
 
     const QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM,
                          kBlockN);
@@ -196,7 +196,7 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
                  right_operand(LoadFragment<Element>{}, score_mma, sK), scores);
         auto score_rows = by_row_and_column(scores);
         // Below a softcap the tanh, of which a slope is made later; else probabilities.
-        if (capped) {
+        if constexpr (kCapped) {
             CUTE_UNROLL
             for (int i = 0; i < size(scores); ++i) {
                 scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
@@ -217,7 +217,7 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         const int2 seen_by_first = visible(m_first);
         const int2 seen_by_last = visible(m_first + kBlockM - 1);
         if (n_first < seen_by_last.x || n_first + kBlockN > seen_by_first.y) {
-            const float hidden = capped ? kHiddenTanh : 0.0f;
+            const float hidden = kCapped ? kHiddenTanh : 0.0f;
             CUTE_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 const int2 seen = visible(m_first + get<0>(where(r, _0{})));
@@ -237,7 +237,7 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             const float delta = statistics_of(r).y;
-            if (capped) {
+            if constexpr (kCapped) {
                 const float log_sum = statistics_of(r).x;
                 CUTE_UNROLL
                 for (int c = 0; c < size<1>(dscore_rows); ++c) {
@@ -390,24 +390,28 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
 }
 
 /// Calls `body(Traits{})` with the tiles asked for.
-template <typename Element, int kHeadDim, int kValueDim, typename Body>
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped, typename Body>
 auto with_tiles(bool small, Body&& body) {
-    if (small) return body(BackwardTraits<Element, kHeadDim, kValueDim, TileSize::kSmall>{});
-    return body(BackwardTraits<Element, kHeadDim, kValueDim, TileSize::kLarge>{});
+    if constexpr (kHasSmallTiles<kHeadDim, kCapped>) {
+        if (small) {
+            return body(BackwardTraits<Element, kHeadDim, kValueDim, kCapped, TileSize::kSmall>{});
+        }
+    }
+    return body(BackwardTraits<Element, kHeadDim, kValueDim, kCapped, TileSize::kLarge>{});
 }
 
-template <typename Element, int kHeadDim, int kValueDim>
-int64_t BackwardPass<Element, kHeadDim, kValueDim>::scratch_bytes(
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+int64_t BackwardPass<Element, kHeadDim, kValueDim, kCapped>::scratch_bytes(
     const SegmentAttentionBackwardParams& params, bool small) {
-    return with_tiles<Element, kHeadDim, kValueDim>(small, [&]<typename Traits>(Traits) {
+    return with_tiles<Element, kHeadDim, kValueDim, kCapped>(small, [&]<typename Traits>(Traits) {
         return count_scratch_bytes<BackwardScratch<Traits>>(params);
     });
 }
 
-template <typename Element, int kHeadDim, int kValueDim>
-void BackwardPass<Element, kHeadDim, kValueDim>::launch(
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+void BackwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     const SegmentAttentionBackwardParams& params, bool small, cudaStream_t stream) {
-    with_tiles<Element, kHeadDim, kValueDim>(small, [&]<typename Traits>(Traits) {
+    with_tiles<Element, kHeadDim, kValueDim, kCapped>(small, [&]<typename Traits>(Traits) {
         launch_backward_kernels<Traits>(params, stream);
     });
 }

@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::portable {
 
-template struct BackwardPass<cutlass::bfloat16_t, 192, 128>;
-template struct BackwardPass<cutlass::half_t, 192, 128>;
+template struct BackwardPass<cutlass::bfloat16_t, 192, 128, false>;
+template struct BackwardPass<cutlass::half_t, 192, 128, false>;
 
 }  // namespace lemo::cuda::segment_attention::portable

@@ -11,10 +11,11 @@ namespace lemo::cuda::segment_attention::portable {
 /// block, 8.6 and 8.9 have 99 KiB.
 enum class TileSize { kLarge, kSmall };
 
-template <typename Element_, int kHeadDim_, int kValueDim_, TileSize kTileSize>
+template <typename Element_, int kHeadDim_, int kValueDim_, bool kCapped_, TileSize kTileSize>
 struct BackwardTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
+    static constexpr bool kCapped = kCapped_;
     static constexpr bool kLarge = kTileSize == TileSize::kLarge;
     // The gradients of keys and values live in registers:
     // kBlockN * (kHeadDim + kValueDim) / kThreads a thread.

@@ -18,10 +18,11 @@
 namespace lemo::cuda::segment_attention::portable {
 
 /// Tiles of the forward kernel.
-template <typename Element_, int kHeadDim_, int kValueDim_>
+template <typename Element_, int kHeadDim_, int kValueDim_, bool kCapped_>
 struct ForwardTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
+    static constexpr bool kCapped = kCapped_;
     // 32 query rows for each warp: a fragment of keys or values serves two row tiles. With the
     // largest values the output of 16 rows takes as many registers.
     static constexpr int kNumWarps = 4;
@@ -195,7 +196,7 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
                  right_operand(LoadFragment<Element>{}, tiled_mma, sK), scores);
 
         auto score_rows = by_row_and_column(scores);
-        if (args.score.capped) {
+        if constexpr (Traits::kCapped) {
             CUTE_UNROLL
             for (int i = 0; i < size(scores); ++i) {
                 scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
@@ -252,16 +253,16 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
                                 args.value_dim});
 }
 
-template <typename Element, int kHeadDim, int kValueDim>
-int64_t ForwardPass<Element, kHeadDim, kValueDim>::scratch_bytes(
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+int64_t ForwardPass<Element, kHeadDim, kValueDim, kCapped>::scratch_bytes(
     const SegmentAttentionParams& params) {
     return count_scratch_bytes<PlanScratch>(params);
 }
 
-template <typename Element, int kHeadDim, int kValueDim>
-void ForwardPass<Element, kHeadDim, kValueDim>::launch(const SegmentAttentionParams& params,
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(const SegmentAttentionParams& params,
                                                        cudaStream_t stream) {
-    using Traits = ForwardTraits<Element, kHeadDim, kValueDim>;
+    using Traits = ForwardTraits<Element, kHeadDim, kValueDim, kCapped>;
     Arena arena(params.scratch);
     const PlanScratch scratch(params, arena);
     ForwardArguments args{};

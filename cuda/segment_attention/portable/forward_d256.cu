@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::portable {
 
-template struct ForwardPass<cutlass::bfloat16_t, 256, 256>;
-template struct ForwardPass<cutlass::half_t, 256, 256>;
+template struct ForwardPass<cutlass::bfloat16_t, 256, 256, false>;
+template struct ForwardPass<cutlass::half_t, 256, 256, false>;
 
 }  // namespace lemo::cuda::segment_attention::portable

@@ -9,21 +9,28 @@
 namespace lemo::cuda::segment_attention::portable {
 
 // `Element` is cutlass::bfloat16_t or cutlass::half_t; `kHeadDim` and `kValueDim` are the head
-// sizes of keys and of values: 64 and 64, 128 and 128, 192 and 128, or 256 and 256. Smaller sizes
-// take the next larger ones, whose surplus columns are read as zeros.
+// sizes of keys and of values, or the next larger ones, whose surplus columns are read as zeros.
+// With `kCapped` the scores have a softcap: in kernels of their own, since the branch alone would
+// make the others slower.
 
 /// Shared memory of a thread block that the large tiles of the backward pass take.
 template <int kHeadDim>
 inline constexpr int kLargeSharedBytes = (kHeadDim == 256 ? 178 : 162) * 1024;
 
-template <typename Element, int kHeadDim, int kValueDim>
+/// 64, 128 and 256 for both, and 192 for keys with 128 for values; with `kCapped` 128 and 256.
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
 struct ForwardPass {
     static int64_t scratch_bytes(const SegmentAttentionParams& params);
     static void launch(const SegmentAttentionParams& params, cudaStream_t stream);
 };
 
-/// With `small`, the tiles that fit the 99 KiB of shared memory of compute capability 8.6 and 8.9.
-template <typename Element, int kHeadDim, int kValueDim>
+/// Whether a backward pass has small tiles; where not, those of 256 take its place.
+template <int kHeadDim, bool kCapped>
+inline constexpr bool kHasSmallTiles = kHeadDim == 256 || (kHeadDim <= 128 && !kCapped);
+
+/// As ForwardPass. With `small`, the tiles that fit the 99 KiB of shared memory of compute
+/// capability 8.6 and 8.9.
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
 struct BackwardPass {
     static int64_t scratch_bytes(const SegmentAttentionBackwardParams& params, bool small);
     static void launch(const SegmentAttentionBackwardParams& params, bool small,
