@@ -83,28 +83,40 @@ auto dispatch(const SegmentAttentionParams& p, Body&& body) {
     return with_head_sizes(cutlass::half_t{});
 }
 
+/// The head size of the portable kernels that run: kHeadDim, or a larger one where that size has no
+/// kernels for these scores or for values of another size.
+template <int kHeadDim>
+int portable_size(const SegmentAttentionParams& p) {
+    const bool fits = !portable::kOneSize<kHeadDim> || p.q.size(2) == p.v.size(2);
+    if (p.softcap > 0) return fits && kHeadDim <= 128 ? 128 : 256;
+    return fits ? kHeadDim : 192;
+}
+
 /// Calls `body(pass of the tier, the arguments after the parameters that it takes)`.
 template <typename Body>
 auto with_forward(const SegmentAttentionParams& params, Body&& body) {
     check_support(kForward, params);
     return dispatch(params, [&]<typename Element, int kKeys, int kValues>(Element, cuda::Int<kKeys>,
                                                                           cuda::Int<kValues>) {
+        const bool capped = params.softcap > 0;
+        const int size = portable_size<kKeys>(params);
         [[maybe_unused]] const Tier tier =
-            choose_tier(kForward, params, true, portable::kLargeSharedBytes<kKeys>);
+            choose_tier(kForward, params, true, portable::large_shared_bytes(size));
 #ifdef LEMO_WITH_HOPPER
         if (tier == Tier::kHopper) {
-            if (params.softcap > 0) {
+            if (capped) {
                 constexpr int kSize = kKeys <= 128 ? 128 : 256;
                 return body(hopper::ForwardPass<Element, kSize, kSize, true>{});
             }
             return body(hopper::ForwardPass<Element, kKeys, kValues, false>{});
         }
 #endif
-        if (params.softcap > 0) {
-            constexpr int kSize = kKeys <= 128 ? 128 : 256;
-            return body(portable::ForwardPass<Element, kSize, kSize, true>{});
+        if (capped) {
+            if (size == 128) return body(portable::ForwardPass<Element, 128, 128, true>{});
+            return body(portable::ForwardPass<Element, 256, 256, true>{});
         }
-        return body(portable::ForwardPass<Element, kKeys, kValues, false>{});
+        if (size == kKeys) return body(portable::ForwardPass<Element, kKeys, kValues, false>{});
+        return body(portable::ForwardPass<Element, 192, 128, false>{});
     });
 }
 
@@ -115,32 +127,29 @@ auto with_backward(const SegmentAttentionBackwardParams& params, Body&& body) {
                                         Element, cuda::Int<kKeys>, cuda::Int<kValues>) {
         // The gradients of larger keys and values do not fit into the registers of two warpgroups.
         constexpr bool kInHopper = kKeys <= 128;
-        constexpr int kCappedSize = kInHopper ? 128 : 256;
         const bool capped = params.forward.softcap > 0;
-        const Tier tier = choose_tier(
-            kBackward, params.forward, kInHopper,
-            capped ? portable::kLargeSharedBytes<kCappedSize> : portable::kLargeSharedBytes<kKeys>);
+        int size = portable_size<kKeys>(params.forward);
+        const Tier tier =
+            choose_tier(kBackward, params.forward, kInHopper, portable::large_shared_bytes(size));
 #ifdef LEMO_WITH_HOPPER
         if constexpr (kInHopper) {
             if (tier == Tier::kHopper) {
-                if (capped) {
-                    return body(hopper::BackwardPass<Element, 128, true>{});
-                }
+                if (capped) return body(hopper::BackwardPass<Element, 128, true>{});
                 return body(hopper::BackwardPass<Element, kKeys, false>{});
             }
         }
 #endif
         const bool small = tier == Tier::kPortableSmall;
+        if (small && !portable::has_small_tiles(size, capped)) size = 256;
         if (capped) {
-            if (small && !portable::kHasSmallTiles<kCappedSize, true>) {
-                return body(portable::BackwardPass<Element, 256, 256, true>{}, small);
-            }
-            return body(portable::BackwardPass<Element, kCappedSize, kCappedSize, true>{}, small);
+            if (size == 128) return body(portable::BackwardPass<Element, 128, 128, true>{}, small);
+            return body(portable::BackwardPass<Element, 256, 256, true>{}, small);
         }
-        if (small && !portable::kHasSmallTiles<kKeys, false>) {
-            return body(portable::BackwardPass<Element, 256, 256, false>{}, small);
+        if (size == kKeys) {
+            return body(portable::BackwardPass<Element, kKeys, kValues, false>{}, small);
         }
-        return body(portable::BackwardPass<Element, kKeys, kValues, false>{}, small);
+        if (size == 192) return body(portable::BackwardPass<Element, 192, 128, false>{}, small);
+        return body(portable::BackwardPass<Element, 256, 256, false>{}, small);
     });
 }
 

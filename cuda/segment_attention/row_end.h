@@ -14,23 +14,19 @@ struct RowEnd {
 
     /// `sum`: of exp(score - max) over the keys, 0 where the row sees none. `sinks`: the further
     /// score of each head, or null.
-    __device__ RowEnd(float max, float sum, const float* sinks, int head) {
-        if (sinks == nullptr) {
-            factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-            log_sum = sum == 0.0f ? -INFINITY : max + logf(sum);
-            return;
-        }
-        const float sink = sinks[head];
-        if (sum == 0.0f) {
-            factor = 0.0f;
-            log_sum = sink;
-            return;
-        }
-        const float top = fmaxf(max, sink);
-        const float decay = expf(max - top);
-        const float total = fmaf(sum, decay, expf(sink - top));
-        factor = decay / total;
-        log_sum = top + logf(total);
+    __device__ __forceinline__ RowEnd(float max, float sum, const float* sinks, int head)
+        : factor(sum == 0.0f ? 0.0f : 1.0f / sum),
+          log_sum(sum == 0.0f ? -INFINITY : max + logf(sum)) {
+        if (sinks != nullptr) add(sinks[head]);
+    }
+
+private:
+    __device__ __forceinline__ void add(float sink) {
+        const float top = fmaxf(log_sum, sink);
+        if (top == -INFINITY) return;  // neither counts; differences would be NaN
+        const float total = top + logf(expf(log_sum - top) + expf(sink - top));
+        factor *= expf(log_sum - total);
+        log_sum = total;
     }
 };
 

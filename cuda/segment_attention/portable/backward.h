@@ -82,12 +82,23 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     }
     const int kv_head = blockIdx.x;
     const int group = args.num_heads / args.num_kv_heads;
+    // Rows of keys and queries, and of values and output where those have a size of their own.
+    constexpr bool kOne = kOneSize<kHeadDim>;
+    const int value_dim = kOne ? args.head_dim : args.value_dim;
+    const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
+    const int64_t k_stride = int64_t{args.num_kv_heads} * args.head_dim;
+    const int64_t out_stride = kOne ? q_stride : int64_t{args.num_heads} * value_dim;
+    const int64_t v_stride = kOne ? k_stride : int64_t{args.num_kv_heads} * value_dim;
     const int n_first = tile.tile * kBlockN;
-    const auto key_rows = [&]<typename T>(T* base, int columns) {
-        const int64_t stride = int64_t{args.num_kv_heads} * columns;
-        const int64_t offset =
-            (int64_t{tile.k_first} + n_first) * stride + int64_t{kv_head} * columns;
-        return GlobalRows<T>{base + offset, stride, tile.num_k - n_first, columns};
+    const int keys_left = tile.num_k - n_first;
+    const int64_t first_key = int64_t{tile.k_first} + n_first;
+    const int64_t k_offset = first_key * k_stride + int64_t{kv_head} * args.head_dim;
+    const int64_t v_offset = kOne ? k_offset : first_key * v_stride + int64_t{kv_head} * value_dim;
+    const auto key_rows = [&]<typename T>(T* base) {
+        return GlobalRows<T>{base + k_offset, k_stride, keys_left, args.head_dim};
+    };
+    const auto value_rows = [&]<typename T>(T* base) {
+        return GlobalRows<T>{base + v_offset, v_stride, keys_left, value_dim};
     };
     const int q_tiles_before =
         args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence] : 0;
@@ -119,19 +130,20 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     clear(dk);
     clear(dv);
 
-    const auto query_rows = [&](const void* base, int columns, const QueryStep& at) {
+    const auto query_rows = [&](const void* base, int64_t stride, int columns,
+                                const QueryStep& at) {
         const int row = at.m_tile * kBlockM;
-        const int64_t stride = int64_t{args.num_heads} * columns;
         const int64_t offset = (int64_t{tile.q_first} + row) * stride + int64_t{at.head} * columns;
         return GlobalRows<const Element>{static_cast<const Element*>(base) + offset, stride,
                                          tile.num_q - row, columns};
     };
     const auto load_queries = [&](const QueryStep& at, auto& to) {
-        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, args.head_dim, at), to);
+        load_tile_async<kThreads, kBlockM, kHeadDim>(
+            query_rows(args.q, q_stride, args.head_dim, at), to);
     };
     const auto load_dout = [&](const QueryStep& at, auto& to) {
-        load_tile_async<kThreads, kBlockM, kValueDim>(query_rows(args.dout, args.value_dim, at),
-                                                      to);
+        load_tile_async<kThreads, kBlockM, kValueDim>(
+            query_rows(args.dout, out_stride, value_dim, at), to);
     };
     // By way of shared memory: a load into registers would hold up the first mma, which waits for
     // the same scoreboard. Rows past the end get zeros, and with dO = 0 add nothing.
@@ -157,9 +169,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     AddOrder order{nullptr};
     if (!walk.done(now)) {
         load_tile_async<kThreads, kBlockN, kHeadDim>(
-            key_rows(static_cast<const Element*>(args.k), args.head_dim), sK);
+            key_rows(static_cast<const Element*>(args.k)), sK);
         load_tile_async<kThreads, kBlockN, kValueDim>(
-            key_rows(static_cast<const Element*>(args.v), args.value_dim), sV);
+            value_rows(static_cast<const Element*>(args.v)), sV);
         load_queries(now, sQ);
         load_dout(now, sdO);
         load_statistics(now, 0);
@@ -302,9 +314,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     store_accumulators<Element>(key_mma, round_to<Element>(dv), sV);
     __syncthreads();
     store_tile<kThreads, kBlockN, kHeadDim>(
-        sK, key_rows(static_cast<Element*>(args.dk), args.head_dim));
+        sK, key_rows(static_cast<Element*>(args.dk)));
     store_tile<kThreads, kBlockN, kValueDim>(
-        sV, key_rows(static_cast<Element*>(args.dv), args.value_dim));
+        sV, value_rows(static_cast<Element*>(args.dv)));
 }
 
 /// Rounds the sums of dq. Grid: query tiles, heads.
@@ -392,7 +404,7 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
 /// Calls `body(Traits{})` with the tiles asked for.
 template <typename Element, int kHeadDim, int kValueDim, bool kCapped, typename Body>
 auto with_tiles(bool small, Body&& body) {
-    if constexpr (kHasSmallTiles<kHeadDim, kCapped>) {
+    if constexpr (has_small_tiles(kHeadDim, kCapped)) {
         if (small) {
             return body(BackwardTraits<Element, kHeadDim, kValueDim, kCapped, TileSize::kSmall>{});
         }

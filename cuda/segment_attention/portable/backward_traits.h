@@ -59,7 +59,7 @@ struct BackwardTraits {
          2 * kBlockM * kBlockN) *
             static_cast<int>(sizeof(Element)) +
         2 * kBlockM * static_cast<int>(sizeof(float2));
-    static_assert(kSharedBytes <= (kLarge ? kLargeSharedBytes<kHeadDim> : 99 * 1024),
+    static_assert(kSharedBytes <= (kLarge ? large_shared_bytes(kHeadDim) : 99 * 1024),
                   "all buffers fit into shared memory");
     /// Accumulators of dq that a thread holds for one query tile.
     static constexpr int kDqPerThread = kBlockM * kHeadDim / kThreads;

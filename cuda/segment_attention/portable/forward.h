@@ -132,20 +132,34 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     }
     const int head = blockIdx.x;
     const int kv_head = head / (args.num_heads / args.num_kv_heads);
+    // Rows of keys and queries, and of values and output where those have a size of their own.
+    constexpr bool kOne = kOneSize<kHeadDim>;
+    const int value_dim = kOne ? args.head_dim : args.value_dim;
     const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
-    const int64_t out_stride = int64_t{args.num_heads} * args.value_dim;
+    const int64_t k_stride = int64_t{args.num_kv_heads} * args.head_dim;
+    const int64_t out_stride = kOne ? q_stride : int64_t{args.num_heads} * value_dim;
+    const int64_t v_stride = kOne ? k_stride : int64_t{args.num_kv_heads} * value_dim;
     const int m_first = tile.tile * kBlockM;
     const int rows_left = tile.num_q - m_first;
-    const int64_t q_offset =
-        (int64_t{tile.q_first} + m_first) * q_stride + int64_t{head} * args.head_dim;
+    const int64_t first_query = int64_t{tile.q_first} + m_first;
+    const int64_t q_offset = first_query * q_stride + int64_t{head} * args.head_dim;
     const int64_t out_offset =
-        (int64_t{tile.q_first} + m_first) * out_stride + int64_t{head} * args.value_dim;
-    const auto rows_of = [&](const void* base, int columns, int n_tile) {
-        const int64_t stride = int64_t{args.num_kv_heads} * columns;
+        kOne ? q_offset : first_query * out_stride + int64_t{head} * value_dim;
+    const int64_t k_offset =
+        int64_t{tile.k_first} * k_stride + int64_t{kv_head} * args.head_dim;
+    const int64_t v_offset =
+        kOne ? k_offset : int64_t{tile.k_first} * v_stride + int64_t{kv_head} * value_dim;
+    const auto key_rows = [&](int n_tile) {
+        const auto* first = static_cast<const Element*>(args.k) + k_offset;
         const int row = n_tile * kBlockN;
-        const auto* first = static_cast<const Element*>(base) +
-                            (int64_t{tile.k_first} + row) * stride + int64_t{kv_head} * columns;
-        return GlobalRows<const Element>{first, stride, tile.num_k - row, columns};
+        return GlobalRows<const Element>{first + row * k_stride, k_stride, tile.num_k - row,
+                                         args.head_dim};
+    };
+    const auto value_rows = [&](int n_tile) {
+        const auto* first = static_cast<const Element*>(args.v) + v_offset;
+        const int row = n_tile * kBlockN;
+        return GlobalRows<const Element>{first + row * v_stride, v_stride, tile.num_k - row,
+                                         value_dim};
     };
 
     // Keys that some query of the tile sees, and those that all of them see.
@@ -181,13 +195,13 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
         const GlobalRows<const Element> q_rows{static_cast<const Element*>(args.q) + q_offset,
                                                q_stride, rows_left, args.head_dim};
         load_tile_async<kThreads, kBlockM, kHeadDim>(q_rows, sQ);
-        load_tile_async<kThreads, kBlockN, kHeadDim>(rows_of(args.k, args.head_dim, n_end - 1), sK);
+        load_tile_async<kThreads, kBlockN, kHeadDim>(key_rows(n_end - 1), sK);
         commit_copies();
     }
     for (int n_tile = n_end - 1; n_tile >= n_begin; --n_tile) {
         wait_copies<0>();
         __syncthreads();  // keys are there; all are done with the values before
-        load_tile_async<kThreads, kBlockN, kValueDim>(rows_of(args.v, args.value_dim, n_tile), sV);
+        load_tile_async<kThreads, kBlockN, kValueDim>(value_rows(n_tile), sV);
         commit_copies();
 
         auto scores = partition_fragment_C(tiled_mma, TileShape<kBlockM, kBlockN>{});
@@ -222,7 +236,7 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
         __syncthreads();  // values are there; all are done with the keys
         if (n_tile > n_begin) {
             load_tile_async<kThreads, kBlockN, kHeadDim>(
-                rows_of(args.k, args.head_dim, n_tile - 1), sK);
+                key_rows(n_tile - 1), sK);
             commit_copies();
         }
         softmax.update(score_rows, out_rows, scale_log2);
@@ -250,7 +264,7 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     __syncthreads();
     store_tile<kThreads, kBlockM, kValueDim>(
         sO, GlobalRows<Element>{static_cast<Element*>(args.out) + out_offset, out_stride, rows_left,
-                                args.value_dim});
+                                value_dim});
 }
 
 template <typename Element, int kHeadDim, int kValueDim, bool kCapped>

@@ -14,8 +14,12 @@ namespace lemo::cuda::segment_attention::portable {
 // make the others slower.
 
 /// Shared memory of a thread block that the large tiles of the backward pass take.
+constexpr int large_shared_bytes(int head_dim) { return (head_dim == 256 ? 178 : 162) * 1024; }
+
+/// Whether keys and values have to be of one size: two strides instead of one take registers that
+/// these kernels do not have. Others of these sizes take the next larger kernel.
 template <int kHeadDim>
-inline constexpr int kLargeSharedBytes = (kHeadDim == 256 ? 178 : 162) * 1024;
+inline constexpr bool kOneSize = kHeadDim <= 128;
 
 /// 64, 128 and 256 for both, and 192 for keys with 128 for values; with `kCapped` 128 and 256.
 template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
@@ -25,8 +29,9 @@ struct ForwardPass {
 };
 
 /// Whether a backward pass has small tiles; where not, those of 256 take its place.
-template <int kHeadDim, bool kCapped>
-inline constexpr bool kHasSmallTiles = kHeadDim == 256 || (kHeadDim <= 128 && !kCapped);
+constexpr bool has_small_tiles(int head_dim, bool capped) {
+    return head_dim == 256 || (head_dim <= 128 && !capped);
+}
 
 /// As ForwardPass. With `small`, the tiles that fit the 99 KiB of shared memory of compute
 /// capability 8.6 and 8.9.
