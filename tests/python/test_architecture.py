@@ -66,7 +66,6 @@ EXPECTED_CONFIG_FIELDS = {
     "keep_relevance",
     "keep_least",
     "keep_tokens",
-    "keep_whole",
     "scorer",
     "predictor",
     "heads",

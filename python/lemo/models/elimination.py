@@ -38,8 +38,3 @@ class Elimination:
             recompute=config.recompute,
         )
         self.dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
-
-    def begin_step(self, step: int) -> None:
-        """Tells that optimizer step `step`, from 0, begins."""
-        self.scorer.begin_step(step)
-        self.selector.begin_step(step)

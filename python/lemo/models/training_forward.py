@@ -83,7 +83,7 @@ class TrainingForward:
     def begin_step(self, step: int) -> None:
         """Tells that optimizer step `step`, from 0, begins."""
         for elimination in {self._of_text, self._of_answers}:
-            elimination.begin_step(step)
+            elimination.scorer.begin_step(step)
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         """The output for a call with labels: nothing of the size of all logits is made."""

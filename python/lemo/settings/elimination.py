@@ -125,11 +125,6 @@ class LemoConfig(Settings):
         description="With a scorer that finds what answers need: tokens of each prompt that are "
         "kept at least. null: 1024 where keep is null, too, else 0.",
     )
-    keep_whole: Share = Field(
-        0.0,
-        description="With a scorer that finds what answers need: share of the sequences, drawn in "
-        "each step, that keep everything, so that training sees prompts as they will be used.",
-    )
     scorer: Literal[
         "auto", "random", "lexical", "attention", "given", "pooled", "predictor", "exact"
     ] = Field(
