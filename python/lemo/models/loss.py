@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.labels import IGNORE_INDEX
-from lemo.models.linear import is_plain
+from lemo.models.weights import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
