@@ -95,7 +95,7 @@ class GenericForward(Training[Choice]):
         self._pass: _Pass | None = None
         self._stub: ModelOutput | None = None
         self._base: type[ModelOutput] | None = None
-        self._forced: Callable[[BlockLayout], Selection] | None = None
+        self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
 
     # The model's own attention
@@ -119,6 +119,22 @@ class GenericForward(Training[Choice]):
                 yield
             finally:
                 self._pass = before
+
+    @contextmanager
+    def keeping(
+        self, choose: Callable[[BlockLayout], Selection], block_size: int
+    ) -> Iterator[None]:
+        """Inside, rows are kept by a rule, whatever the settings say.
+
+        Args:
+            choose: what of a layout is kept.
+            block_size: tokens of its blocks.
+        """
+        before, self._forced = self._forced, (choose, block_size)
+        try:
+            yield
+        finally:
+            self._forced = before
 
     # What calls of the modules get
 
@@ -244,7 +260,8 @@ class GenericForward(Training[Choice]):
         if positions is not None and positions.ndim == 3:
             positions = positions[0] if positions.shape[0] == 4 else None
         packed = PackedBatch(shape, mask, positions, device)
-        batch = Batch.of(packed, self.elimination.block_size, None, device)
+        size = self.elimination.block_size if self._forced is None else self._forced[1]
+        batch = Batch.of(packed, size, None, device)
         targets, lost = next_labels(
             packed, arguments.labels, arguments.shift_labels, arguments.ignored_label
         )
@@ -258,7 +275,7 @@ class GenericForward(Training[Choice]):
 
     def _select(self, batch: Batch) -> Selection:
         if self._forced is not None:
-            return self._forced(batch.layout)
+            return self._forced[0](batch.layout)
         selector, scorer = self.selector, self.elimination.scorer
         selector.begin(batch.layout, batch.labelled)
         nowhere = torch.empty(0, device=batch.layout.block_starts.device)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lemo.models.arguments import ForwardArguments
+from lemo.models.generic.checks import verify
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
 from lemo.models.labelled_rows import fused_call
@@ -53,7 +54,7 @@ class GenericPath(Path[GenericForward]):
         self.forward.uninstall()
 
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
-        raise NotImplementedError
+        verify(self._parts, self._forward, batch, tokens)
 
 
 def _forward_of(handle: Steering) -> GenericForward:
