@@ -41,6 +41,9 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
         stack.enter_context(quiet(model))
         stack.enter_context(torch.enable_grad())
         arguments["inputs_embeds"] = embedded
+        # Models with images would make positions of those of an earlier batch.
+        columns = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        arguments.setdefault("position_ids", columns)
         with forward.dense():
             expected = own_forward(model, arguments).loss
         with forward.keeping(Selection.everything, 1):
@@ -54,8 +57,7 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
         size = -(-first // len(_KEPT))
         scores = torch.tensor(_KEPT, device=embedded.device)
         kept = scores.bool().repeat_interleave(size)[None, :first]
-        positions = arguments.pop("position_ids", torch.arange(first, device=embedded.device)[None])
-        positions = positions[..., :first]
+        arguments["position_ids"] = arguments["position_ids"][..., :first]
         labels = arguments["labels"]
         of_kept = labels.clone()
         of_kept[:, 1:] = labels[:, 1:].where(kept[:, :-1], IGNORE_INDEX)
@@ -64,14 +66,13 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
         own = {**arguments, "labels": of_kept, "attention_mask": kept.long()}
         # Other implementations drop masked tokens first, and count windows without them.
         with forward.dense(), parts.attending_by(("eager",) * len(parts.configs)):
-            expected = own_forward(model, {**own, "position_ids": positions}).loss
+            expected = own_forward(model, own).loss
 
         def choose(layout: BlockLayout) -> Selection:
             return ops.token_select(scores[: layout.num_blocks], layout, "threshold", 0.5, 0, 0)
 
         with forward.keeping(choose, size):
-            call = {**arguments, "position_ids": positions}
-            got = forward.loss(ForwardArguments.of(call)).loss
+            got = forward.loss(ForwardArguments.of(arguments)).loss
         _compare(parts, got, expected, trainable, "with half of the tokens kept")
 
 
@@ -90,8 +91,5 @@ def _compare(
 def _first_sequence(arguments: Mapping[str, Any]) -> int:
     """Tokens of the first of the sequences that positions may tell apart."""
     tokens: int = arguments["labels"].shape[1]
-    positions = arguments.get("position_ids")
-    if positions is None:
-        return tokens
-    restarts = (positions.flatten(0, -2)[0].diff() != 1).nonzero()
+    restarts = (arguments["position_ids"].flatten(0, -2)[0].diff() != 1).nonzero()
     return int(restarts[0]) + 1 if len(restarts) else tokens
