@@ -103,7 +103,7 @@ class Handle:
     Attributes:
         config: the settings.
         path: how the model's training pass is computed.
-        weights: see `counting`; None outside of it.
+        weights, scales: see `counting`; None and False outside of it.
     """
 
     def __init__(self, path: Path[Training[Any]], config: LemoConfig, model: nn.Module) -> None:
@@ -119,6 +119,7 @@ class Handle:
         # Trainers call what they were given, and may replace the forward further inside.
         self._watcher = named_labels.Watcher(self._forward)
         self.weights: list[Tensor] | None = None
+        self.scales = False
         self._undo: list[Callable[[], None]] = []
         self._detach: list[Callable[[], None]] = []
         self.watch(model)
@@ -280,17 +281,22 @@ class Handle:
         return ReplacedForward(causal_lm, self, self.path.modules[causal_lm]).release
 
     @contextmanager
-    def counting(self) -> Iterator[list[Tensor]]:
+    def counting(self, scales: bool) -> Iterator[list[Tensor]]:
         """Says that only a sum over labels is made of what TRL's head returns inside.
+
+        Args:
+            scales: whether the loss, which is that sum and what routers add, is multiplied by the
+                weight.
 
         Yields:
             The weight, fp32 scalar, by which to multiply the sum of each training pass so far.
         """
-        before, self.weights = self.weights, []
+        before = self.weights, self.scales
+        self.weights, self.scales = [], scales
         try:
             yield self.weights
         finally:
-            self.weights = before
+            self.weights, self.scales = before
 
     @property
     def row_labels(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.generic.checks import verify
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
-from lemo.models.labelled_rows import fused_call
+from lemo.models.labelled_rows import fused_call, with_head
 from lemo.models.path import Path, Steering, returned
 from lemo.models.replaced_forward import Implementation, ReplacedForward
 from lemo.settings.elimination import LemoConfig
@@ -78,8 +78,11 @@ def causal_lm_forward(
     if previous is not None and weights is not None:
         fused = fused_call(call)
         if fused is not None:
-            result, weight = forward.labelled(fused, previous)
+            result, weight = forward.labelled(fused, with_head(previous))
             weights.append(weight)
+            if handle.scales and getattr(result, "aux_loss", None) is not None:
+                # What routers add is no sum over labels.
+                result["aux_loss"] = result.aux_loss / weight
             return result
     if others or arguments.labels is None or causal_lm.loss_function is not ForCausalLMLoss:
         forward.say(
