@@ -12,7 +12,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.training_forward import TrainingForward
 
-__all__ = ["Difference", "beginning", "gradients", "own_forward", "quiet", "verify"]
+__all__ = ["Difference", "beginning", "gradients", "own_forward", "verify"]
 
 # Largest relative differences of a loss and of all gradients together. Rounding alone stays some
 # seven times below or more (docs/LOG.md, "never silently wrong").
@@ -37,7 +37,7 @@ def verify(
     trainable = {"the embedded tokens": embedded}
     trainable |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
-        stack.enter_context(quiet(model))
+        stack.enter_context(_quiet(model))
         stack.enter_context(torch.enable_grad())
         expected = own_forward(model, arguments).loss
         expected_gradients = gradients(expected, trainable)
@@ -121,7 +121,7 @@ def beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> di
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def _quiet(model: nn.Module) -> Iterator[None]:
     """No dropout, no checkpointing by Transformers; random generators are as before afterwards."""
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():

@@ -80,11 +80,24 @@ class RowsMask:
 
     Attributes:
         rows: the rows of the pass.
-        window: positions that a query sees back, itself included; 0: all.
+        window: positions that a query sees back, itself included; 0: all; None: the model masks by
+            a rule that lemo does not know.
     """
 
     rows: KeptRows
-    window: int
+    window: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in vars(RowsMask)["__dataclass_fields__"]:
+            raise AttributeError(name)  # asked before the fields are there, by copies and pickles
+        raise _ReadsMaskError(
+            f"model: {self.rows.model} reads its attention mask ('{name}'), for which lemo has no "
+            "tensor; train without lemo"
+        )
+
+
+class _ReadsMaskError(NotImplementedError, AttributeError):
+    """Also an AttributeError: whoever only asks whether there is an attribute gets an answer."""
 
 
 class _Current:
@@ -140,10 +153,8 @@ def _mask(
         return RowsMask(rows, 0)
     if local_size and _same(mask_function, sliding_window_causal_mask_function(local_size)):
         return RowsMask(rows, local_size)
-    raise NotImplementedError(
-        f"model: {rows.model} masks attention by a rule of its own; lemo knows causal attention, "
-        "with a sliding window or without"
-    )
+    # Some models make masks that none of their layers uses.
+    return RowsMask(rows, None)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -215,10 +226,15 @@ def _attend(
             f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; load "
             "the model with attention_dropout=0.0"
         )
+    if mask.window is None:
+        raise NotImplementedError(
+            f"model: {rows.model} masks attention by a rule of its own; lemo knows causal "
+            "attention, with a sliding window or without"
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise _unsupported(rows, "attention that sees later tokens")
-    if sliding_window is not None and sliding_window != mask.window:
+    if sliding_window and sliding_window != mask.window:
         raise _unsupported(rows, f"a window of {sliding_window} with a mask of {mask.window}")
     for name, given in kwargs.items():
         if given is not None and not isinstance(given, bool) and name not in _NOT_READ:
@@ -240,7 +256,10 @@ def _attend(
             raise _unsupported(rows, f"values of {value.shape[-1]}, keys of {key.shape[-1]}")
     cu_rows, positions = rows.on(query.device)
     # Under autocast a norm of the heads gives its weight's dtype.
-    q, k, v = (x.transpose(1, 2)[0].to(value.dtype) for x in (query, key, value))
+    device, dtype = query.device.type, value.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
     try:
         out = ops.segment_attention(
             q, k, v, cu_rows, None, positions, positions, scaling, mask.window, **more

@@ -1,18 +1,18 @@
 """The generic path against the model's own forward, with all rows and with some left out."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemo import ops
 from lemo.models.arguments import ForwardArguments
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
-from lemo.models.verify import Difference, beginning, gradients, own_forward, quiet
+from lemo.models.verify import Difference, beginning, gradients, own_forward
 from lemo.packing.blocks import BlockLayout, Selection
 
 __all__ = ["verify"]
@@ -38,7 +38,7 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
     trainable = {"the embedded tokens": embedded}
     trainable |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
-        stack.enter_context(quiet(model))
+        stack.enter_context(_evaluating(model))
         stack.enter_context(torch.enable_grad())
         arguments["inputs_embeds"] = embedded
         # Models with images would make positions of those of an earlier batch.
@@ -86,6 +86,19 @@ def _compare(
             f"model: lemo does not compute what {parts.name} computes, {when}: {difference}. "
             "Train without lemo"
         )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout nor noise of any kind, which a model's own code may make, and no checkpointing."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _first_sequence(arguments: Mapping[str, Any]) -> int:

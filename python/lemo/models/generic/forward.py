@@ -13,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
-from lemo.models.generic.attention import KeptRows, making_masks
+from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
@@ -78,17 +78,13 @@ class _Pass:
 
 
 class GenericForward(Training[Choice]):
-    """What the model computes in place of its own forward, in the generic path.
-
-    Attributes:
-        own: the causal LM's own forward; set when it is replaced.
-    """
+    """What the model computes in place of its own forward, in the generic path."""
 
     def __init__(self, parts: Parts, config: LemoConfig) -> None:
         check_settings(parts.name, config)
         super().__init__(config, partial(_choice, parts.num_layers))
-        self.own: Callable[..., Any] = parts.causal_lm.forward
         self._parts = parts
+        self._before = vars(parts.causal_lm).get("forward")
         self._implementations: tuple[str, ...] = ()
         self._loss_chunk = config.loss_chunk
         self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
@@ -97,6 +93,12 @@ class GenericForward(Training[Choice]):
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The causal LM's own forward."""
+        causal_lm = self._parts.causal_lm
+        return self._before or partial(type(causal_lm).forward, causal_lm)
 
     # The model's own attention
 
@@ -237,7 +239,7 @@ class GenericForward(Training[Choice]):
             if not self._has_checked_layout:
                 check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
                 stack.enter_context(check.watching())
-            output = original(**given)
+            output = self._decoded(original, given)
         self._has_checked_layout |= now.kept.selection.rows is not None
         if now.rows.calls != parts.num_layers:
             raise not_attending(now.rows, parts.num_layers, "in all")
@@ -245,6 +247,17 @@ class GenericForward(Training[Choice]):
         now.has_more = any(v is not None for k, v in output.items() if k not in _STATES)
         output["last_hidden_state"] = now.tail(now.hidden)
         return output
+
+    def _decoded(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        try:
+            return original(**call)
+        except TypeError as error:
+            if RowsMask.__name__ not in str(error):
+                raise
+            raise NotImplementedError(
+                f"model: {self._parts.name} computes with its attention mask, which lemo has no "
+                f"tensor for ({error}); train without lemo"
+            ) from error
 
     # A pass
 

@@ -60,9 +60,12 @@ class Parts:
             raise TypeError(
                 f"model: expected a causal LM with a head over its vocabulary, got {name}"
             )
-        base, decoder = causal_lm.base_model, causal_lm.get_decoder()
-        if base is causal_lm or not isinstance(decoder, PreTrainedModel):
+        decoder = causal_lm.get_decoder()
+        if decoder is causal_lm:  # as of classes whose base has another name than they say
+            decoder = getattr(causal_lm, "model", causal_lm)
+        if decoder is causal_lm or not isinstance(decoder, PreTrainedModel):
             raise TypeError(f"model: expected a causal LM around a decoder, got {name}")
+        base = decoder if causal_lm.base_model is causal_lm else causal_lm.base_model
         text = decoder.config
         parts = cls(
             causal_lm, base, decoder, text.num_hidden_layers, text.vocab_size, _configs(decoder)
@@ -109,8 +112,8 @@ class Parts:
         if self.causal_lm._is_stateful or foreign or convolutions:
             kinds = ", ".join(sorted(foreign)) or "state-space or convolution"
             raise ValueError(
-                f"model: {name} has layers ({kinds}) that pass on from row to row what they know; "
-                f"leaving rows out is not defined for them; {_DENSE}"
+                f"model: {name} has layers ({kinds}) other than full and sliding attention, for "
+                f"which leaving rows out is not defined; {_DENSE}"
             )
         if not getattr(text, "is_causal", True):
             raise ValueError(f"model: expected a causal model, got {name} with is_causal=False")
