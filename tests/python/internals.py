@@ -11,5 +11,6 @@ def run_decoder(handle, arguments) -> tuple[Batch, Tensor, list[Tensor]]:
     as they are: untouched by the layers that leave them out."""
     forward = handle._forward
     batch, residual = forward._embed(ForwardArguments.of(arguments))
-    residual, entries = forward._decode(forward.elimination.decoder, batch, residual, None, True)
+    decoder = forward.elimination.decoder
+    (residual, _), entries = forward._decode(decoder, batch, residual, None, True)
     return batch, residual, entries

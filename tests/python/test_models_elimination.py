@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 import lemo
 from elimination_oracle import reference_loss
 from internals import run_decoder
+from lemo.models.decoder import Decoder
+from lemo.selection.selector import Selector
 from model_cases import BATCHES, BLOCK, SETTINGS, preset
 from model_checks import assert_same_gradients, kept_blocks, saved_bytes
 from tiny_models import (
@@ -177,6 +179,68 @@ def test_nothing_is_stored_for_rows_that_are_not_kept(checkpointing):
     assert sizes[0.25] <= 0.3 * sizes[1.0]
 
 
+def rows_of_layers(monkeypatch) -> list[int]:
+    """Gets the residual's rows at the entry of every layer that runs from now on."""
+    seen, run = [], Decoder._layer
+
+    def spy(self, index, batch, residual, *rest):
+        seen.append(residual.shape[0])
+        return run(self, index, batch, residual, *rest)
+
+    monkeypatch.setattr(Decoder, "_layer", spy)
+    return seen
+
+
+@fp32
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+@pytest.mark.parametrize("architecture", ["mistral", "opt"])
+def test_rows_that_nothing_keeps_are_dropped_before_the_layers(
+    architecture, recompute, monkeypatch
+):
+    """With and without dropping them loss and gradients are the same."""
+    seen, results = rows_of_layers(monkeypatch), []
+    batch = padded_batch([61, 45])
+    for drops in (True, False):
+        if not drops:
+            monkeypatch.setattr(Selector, "masks_loss", False)
+        model = make_model(architecture)
+        settings = {"block_size": BLOCK, "keep": 0.5, "recompute": recompute}
+        handle = lemo.enable(model, lemo.LemoConfig(**settings))
+        loss = model(**batch).loss
+        loss.backward()
+        rows = handle.statistics()[0].attention_rows if drops else 106
+        assert set(seen) == {rows}
+        seen.clear()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss, gradients))
+    (loss, mine), (other, theirs) = results
+    assert_close_fp32(loss, other)
+    assert mine.keys() == theirs.keys()
+    for name, gradient in mine.items():
+        assert_close_fp32(gradient, theirs[name], name)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mask_loss": False},
+        {"visible_keys": "computed"},
+        {"visible_keys": "all"},
+        {"layerwise": {"dense_layers": [0]}},
+        {"layerwise": {"select_at": "all"}},
+        {"layerwise": {"keep_mlp": 0.25}},
+        {"layerwise": {"keep": [0.5, 0.25, 0.25]}},
+    ],
+    ids=str,
+)
+def test_rows_that_something_reads_are_not_dropped(settings, monkeypatch):
+    seen = rows_of_layers(monkeypatch)
+    model = make_model("llama")
+    lemo.enable(model, lemo.LemoConfig(**{"block_size": BLOCK, "keep": 0.5, **settings}))
+    model(**padded_batch([61, 45])).loss.backward()
+    assert set(seen) == {106}
+
+
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
 def test_of_computed_rows_keys_and_values_are_stored(recompute):
     batch, sizes = padded_batch([256]), {}
@@ -189,6 +253,8 @@ def test_of_computed_rows_keys_and_values_are_stored(recompute):
     attention = model.get_base_model().model.layers[0].self_attn
     width = attention.k_proj.out_features + attention.v_proj.out_features
     element = next(model.parameters()).element_size()
-    others = (layer.tokens - layer.attention_rows) * width * element
-    # Positions and row indices, too: a few integers for each token.
-    assert sizes["computed"] - sizes["kept"] <= 3 * others + 16 * layer.tokens
+    rows = layer.tokens - layer.attention_rows
+    others = rows * width * element
+    # Positions and row indices, too: a few integers for each token; and its rotary tables, once.
+    tables = 2 * rows * attention.head_dim * element
+    assert sizes["computed"] - sizes["kept"] <= 3 * others + tables + 16 * layer.tokens

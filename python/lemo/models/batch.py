@@ -1,6 +1,6 @@
 """A batch on its way through the layers: packed, cut into blocks, with its rotary tables."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class Batch:
             cos, sin = (packed.pack(table.expand(*packed.shape, -1)) for table in rotary)
             rotary = cos, sin
         return cls(packed, BlockLayout.from_seqlens(packed.seqlens, size, device), rotary)
+
+    def of_rows(self, rows: Tensor) -> "Batch":
+        """The batch whose residual has some rows alone, [R] int32; rotation needs no index then."""
+        if self.rotary is None:
+            return self
+        cos, sin = (table.index_select(0, rows) for table in self.rotary)
+        return replace(self, rotary=(cos, sin))
 
     @property
     def positions(self) -> Tensor:

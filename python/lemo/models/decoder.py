@@ -6,6 +6,7 @@ below take it and hand it on.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +21,19 @@ from lemo.packing.blocks import Selection
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
-__all__ = ["Decoder"]
+__all__ = ["Decoded", "Decoder"]
+
+
+class Decoded(NamedTuple):
+    """What the layers made of a batch.
+
+    Attributes:
+        residual: [R, H] behind the last layer.
+        rows: [R] int32, ascending, which of the batch's rows these are; None: all T.
+    """
+
+    residual: Tensor
+    rows: Tensor | None
 
 
 class Decoder:
@@ -57,33 +70,45 @@ class Decoder:
         residual: Tensor,
         labelled: Tensor | None = None,
         visit_residual: Callable[[Tensor], None] | None = None,
-    ) -> Tensor:
-        """Adds all layers to the residual [T, H] in place and returns it.
+        drop: bool = False,
+    ) -> Decoded:
+        """Adds all layers to the residual [T, H] in place.
 
         Args:
             batch: what the rows are.
             residual: the embedded tokens; overwritten.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_residual: gets a differentiable copy of the residual at the entry of every layer.
+            drop: whether rows that no sub-block keeps may be dropped at once, if it can be known.
         """
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
+        drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
+        rows = None
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
                 visit_residual(entry)
-            residual = self._layer(index, batch, residual)
-        return residual
+            kept = self._select(index, "attention", batch, residual)
+            if drop and index == 0 and kept.rows is not None:
+                rows = kept.rows
+                residual = ops.residual_gather(residual, rows)[1]
+                batch = batch.of_rows(rows)
+            residual = self._layer(index, batch, residual, kept, rows is not None)
+        return Decoded(residual, rows)
 
-    def _layer(self, index: int, batch: Batch, residual: Tensor) -> Tensor:
+    def _layer(
+        self, index: int, batch: Batch, residual: Tensor, kept: Selection, dropped: bool
+    ) -> Tensor:
         execution = execution_of(self._architecture.layer(index), self._recompute)
-        kept = self._select(index, "attention", batch, residual)
+        if dropped:
+            kept = kept.of_kept_rows()
         attention = self._attention(index, batch, kept)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
-            mlp = self._mlp(index, self._select(index, "mlp", batch, residual))
+            mlp = self._mlp(index, self._of_mlp(index, batch, residual, dropped))
             return execution.run(residual, self._unit(index, batch, attention, mlp))
         residual = execution.run(residual, self._unit(index, batch, attention, None))
-        mlp = self._mlp(index, self._select(index, "mlp", batch, residual))
+        mlp = self._mlp(index, self._of_mlp(index, batch, residual, dropped))
         return execution.run(residual, self._unit(index, batch, None, mlp))
 
     def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
@@ -91,6 +116,10 @@ class Decoder:
             return self._scorer(index, kind, residual.detach(), batch)
 
         return self._selector.select(index, kind, score)
+
+    def _of_mlp(self, index: int, batch: Batch, residual: Tensor, dropped: bool) -> Selection:
+        kept = self._select(index, "mlp", batch, residual)
+        return kept.of_kept_rows() if dropped else kept
 
     def _attention(self, index: int, batch: Batch, kept: Selection) -> Attention:
         keys = kept

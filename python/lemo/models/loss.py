@@ -16,11 +16,13 @@ from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
 __all__ = [
+    "CountedLabels",
     "causal_lm_loss",
     "counted_labels",
     "head_loss",
     "loss_chunk_rows",
     "next_labels",
+    "rows_among",
     "sum_over_chunks",
 ]
 
@@ -77,6 +79,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | int | None = None,
     ignore_index: int = IGNORE_INDEX,
     lost: Tensor | None = None,
+    computed: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, and its labels' number.
 
@@ -85,7 +88,7 @@ def causal_lm_loss(
 
     Args:
         architecture: access to the model.
-        residual: [T, H], after the last layer.
+        residual: [R, H], after the last layer.
         targets: [T], from `next_labels`.
         masked: [T] bool, rows whose own prediction does not count; None: all count.
         chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
@@ -93,12 +96,12 @@ def causal_lm_loss(
             labels are lost or masked, it shrinks by the same share, so that it stays a mean.
         ignore_index: label that does not count.
         lost: scalar, labels of the batch that are not among `targets`.
+        computed: [R] int32, ascending, which of the T rows the residual has, among them all that
+            count; None: all of them.
     """
     counted = counted_labels(targets, masked, num_items_in_batch, ignore_index, lost)
     rows, targets = counted.rows, counted.targets
-    everything = rows.numel() == residual.shape[0]
-    index = None if everything else rows.to(torch.int32)
-    residual, hidden = architecture.final_norm(residual, index)
+    residual, hidden = architecture.final_norm(residual, rows_among(rows, residual, computed))
     if rows.numel() == 0:
         return hidden.sum(dtype=torch.float32), 0
     vocabulary = architecture.config.vocab_size
@@ -204,6 +207,21 @@ def sum_over_chunks(
         for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
     ]
     return torch.stack(losses).sum()
+
+
+def rows_among(rows: Tensor, residual: Tensor, computed: Tensor | None) -> Tensor | None:
+    """Where some rows of a batch are in the residual: [N] int32, or None: they are all of it.
+
+    Args:
+        rows: [N] int64, ascending.
+        residual: [R, H].
+        computed: [R] int32, ascending, the rows that the residual has; None: all of the batch.
+    """
+    if rows.numel() == residual.shape[0]:
+        return None
+    if computed is not None:
+        rows = torch.searchsorted(computed, rows.int())
+    return rows.int()
 
 
 def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:

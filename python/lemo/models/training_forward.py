@@ -15,10 +15,10 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
-from lemo.models.decoder import Decoder
+from lemo.models.decoder import Decoded, Decoder
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
-from lemo.models.loss import causal_lm_loss, next_labels
+from lemo.models.loss import causal_lm_loss, next_labels, rows_among
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
@@ -40,16 +40,18 @@ class TrainingForward(Training[Elimination]):
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
-        residual, entries = self._decode(decoder, batch, residual, targets != ignored, asked)
+        decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
+        del residual
         loss, counted = causal_lm_loss(
             architecture,
-            residual,
+            decoded.residual,
             targets,
             self.selector.masked_rows(complete=asked),
             self._loss_chunk,
             arguments.num_items_in_batch,
             ignored,
             lost,
+            decoded.rows,
         )
         if counted:
             self.has_trained = True
@@ -66,7 +68,7 @@ class TrainingForward(Training[Elimination]):
 
         output["logits"] = DeferredLogits(logits, architecture.causal_lm.parameters())
         if entries is not None:
-            entries.append(batch.packed.unpack(architecture.final_norm(residual)[1]))
+            entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
         return output
 
@@ -76,11 +78,13 @@ class TrainingForward(Training[Elimination]):
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         labelled = targets != ignored
-        residual, _ = self._decode(self.elimination.decoder, batch, residual, labelled, False)
+        (residual, computed), _ = self._decode(
+            self.elimination.decoder, batch, residual, labelled, False, True
+        )
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
-        everything = rows.numel() == targets.numel()
-        hidden = self._architecture.final_norm(residual, None if everything else rows.int())[1]
+        index = rows_among(rows, residual, computed)
+        hidden = self._architecture.final_norm(residual, index)[1]
         count = labelled.sum() if lost is None else labelled.sum() + lost
         if rows.numel():
             self.has_trained = True
@@ -117,7 +121,7 @@ class TrainingForward(Training[Elimination]):
         batch, residual = self._embed(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
-        residual, entries = self._decode(
+        (residual, _), entries = self._decode(
             self.elimination.dense_decoder, batch, residual, labelled, asked
         )
         self.has_trained = True
@@ -152,14 +156,21 @@ class TrainingForward(Training[Elimination]):
         residual: Tensor,
         labelled: Tensor | None,
         with_entries: bool,
-    ) -> tuple[Tensor, list[Tensor] | None]:
-        """(residual after the last layer, unpacked residual at each layer's entry if asked)."""
+        loss_alone: bool = False,
+    ) -> tuple[Decoded, list[Tensor] | None]:
+        """(what the layers made of it, unpacked residual at each layer's entry if asked).
+
+        Rows that no sub-block keeps are dropped where a loss alone is wanted, to which they do not
+        contribute.
+        """
         entries: list[Tensor] = []
 
         def visit(entry: Tensor) -> None:
             entries.append(batch.packed.unpack(entry))
 
-        residual = decoder.run(batch, residual, labelled, visit if with_entries else None)
+        drop = loss_alone and not with_entries and self.selector.masks_loss
+        visits = visit if with_entries else None
+        decoded = decoder.run(batch, residual, labelled, visits, drop)
         if torch.is_grad_enabled():
             self.selector.check_kept()
-        return residual, entries if with_entries else None
+        return decoded, entries if with_entries else None

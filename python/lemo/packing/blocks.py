@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def index_tensors(device: torch.device | str | None, *values: list[int]) -> list
 class Selection:
     """The rows that one sub-block keeps.
 
-    `rows`, `positions` and `kept_blocks` are None when it keeps everything.
+    `rows`, `positions` and `kept_blocks` are None when it keeps everything. `rows` alone is None
+    where the residual has only the kept rows.
 
     Attributes:
         layout: the layout that was selected from.
@@ -103,10 +104,14 @@ class Selection:
         """All rows of a layout."""
         return cls(layout, None, None, layout.cu_seqlens, None)
 
+    def of_kept_rows(self) -> "Selection":
+        """Everything of a residual that has the kept rows alone, which stay where they were."""
+        return replace(self, rows=None)
+
     @property
     def num_rows(self) -> int:
         """R, the rows that are kept."""
-        return self.layout.num_tokens if self.rows is None else self.rows.numel()
+        return self.layout.num_tokens if self.positions is None else self.positions.numel()
 
 
 def block_tokens(block_size: int | float, longest: int) -> int:

@@ -128,6 +128,14 @@ class Policies:
             keep = self._keep[kind][layer]
         return None if keep == 1.0 else Rule("ratio", keep)
 
+    def has_one_set(self, progress: float) -> bool:
+        """Whether all sub-blocks choose by the same rule and by the same scores."""
+        rules = {
+            (self.sources[layer], self.rule(layer, "attention", progress))
+            for layer in range(self._num_layers)
+        }
+        return self.mlp_shares and len(rules) == 1
+
     def needs_scores_of(self, layer: int, kind: str, progress: float) -> bool:
         """Whether some sub-block of this kind chooses by the scores of `layer`."""
         return any(

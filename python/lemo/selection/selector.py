@@ -61,6 +61,16 @@ class Selector:
         """Whether the MLP of every layer keeps what its attention keeps."""
         return self._policies.mlp_shares
 
+    @property
+    def has_one_set(self) -> bool:
+        """Whether all sub-blocks keep the same rows at this progress of the training."""
+        return self._keeps_everything or self._policies.has_one_set(self.progress)
+
+    @property
+    def masks_loss(self) -> bool:
+        """Whether the loss of rows that no sub-block keeps does not count."""
+        return self.config.mask_loss is not False
+
     @contextmanager
     def keeping_everything(self) -> Iterator[None]:
         """Every sub-block keeps everything inside, whatever the settings say."""

@@ -19,7 +19,7 @@ from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
 from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
-from lemo.models.loss import CountedLabels, counted_labels, next_labels
+from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
@@ -362,12 +362,8 @@ class GenericForward(Training[Choice]):
 
     def _index(self, hidden: Tensor, kept: KeptBatch, counted: CountedLabels) -> Tensor:
         """[N, H], of the kept rows' hidden states [R, H] those whose labels count."""
-        rows = counted.rows
-        if kept.selection.rows is not None:
-            rows = torch.searchsorted(kept.selection.rows, rows.int())
-        if rows.numel() == hidden.shape[0]:
-            return hidden
-        return hidden.index_select(0, rows.to(hidden.device))
+        rows = rows_among(counted.rows, hidden, kept.selection.rows)
+        return hidden if rows is None else hidden.index_select(0, rows.to(hidden.device))
 
     def _own_sum(self, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
         """The causal LM's own loss of hidden states [N, H] with labels [N], by a divisor."""
