@@ -68,6 +68,7 @@ SETTINGS = {
     "glm4": {"head_dim": 8},
     "cohere2": {"sliding_window": WINDOW},
     "deepseek_v3": {
+        "num_key_value_heads": 4,
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -76,7 +77,7 @@ SETTINGS = {
         "kv_lora_rank": 16,
         "qk_nope_head_dim": 8,
         "qk_rope_head_dim": 8,
-        "v_head_dim": 8,
+        "v_head_dim": 8,  # keys are of 16
         "moe_intermediate_size": 16,
         "first_k_dense_replace": 1,
     },

@@ -1,7 +1,6 @@
 """The generic path on models that lemo has no architecture for; see generic_cases.py."""
 
 import copy
-import inspect
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from generic_cases import (
     make_qwen_vl,
     masked_batch,
 )
-from lemo import LemoConfig, ops
+from lemo import LemoConfig
 from lemo.models.generic.path import GenericPath
 from model_checks import saved_bytes
 from tiny_models import as_padded, gradients, lora, make_ids, packed_batch, padded_batch
@@ -26,12 +25,9 @@ from tolerances import assert_close_fp32
 # Kernels of a GPU know no fp32; benchmarks/models.py compares models there.
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
-# What the attention of some models needs; refused by name until the operator has it.
-EXTENDED = {"softcap", "sinks"} <= inspect.signature(ops.segment_attention).parameters.keys()
-NEEDS = {"gemma2": "soft-capped scores", "gpt_oss": "sinks", "deepseek_v3": "values of 8"}
-PLAIN = ["own_llama", "llama", "mistral", "qwen2", "qwen3", "opt", "gemma3_text", "phi3", "mixtral"]
-PLAIN += ["qwen3_moe", "gpt_neox", "gpt2", "smollm3", "granite", "glm4", "cohere2"]
-MODELS = [*PLAIN, *NEEDS] if EXTENDED else PLAIN
+MODELS = ["own_llama", "llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text", "phi3"]
+MODELS += ["mixtral", "qwen3_moe", "gpt_oss", "gpt_neox", "gpt2", "smollm3", "granite", "glm4"]
+MODELS += ["cohere2", "deepseek_v3"]
 
 
 def settings(keep=0.5, **more):

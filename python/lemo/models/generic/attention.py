@@ -7,7 +7,6 @@ layer again in backward (any kind of checkpointing) computes what forward did, a
 runs through the implementation that the model had before.
 """
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,9 +28,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo import ops
 
 __all__ = ["KeptRows", "RowsMask", "making_masks", "register"]
-
-# Soft-capped scores, sinks and values of a size of their own came to the operator together.
-_EXTENDED = {"softcap", "sinks"} <= inspect.signature(ops.segment_attention).parameters.keys()
 
 # Arguments of attention that say nothing that rows and mask do not say.
 _NOT_READ = {
@@ -244,16 +240,6 @@ def _attend(
             f"model: expected {rows.model} to attend from and to the {rows.count} kept rows, got "
             f"queries {list(query.shape)} and keys {list(key.shape)}"
         )
-    more: dict[str, Any] = {}
-    if softcap is not None:
-        more["softcap"] = float(softcap)
-    if s_aux is not None:
-        more["sinks"] = s_aux.float()
-    if not _EXTENDED:
-        if more:
-            raise _unsupported(rows, "soft-capped scores" if "softcap" in more else "sinks")
-        if value.shape[-1] != key.shape[-1]:
-            raise _unsupported(rows, f"values of {value.shape[-1]}, keys of {key.shape[-1]}")
     cu_rows, positions = rows.on(query.device)
     # Under autocast a norm of the heads gives its weight's dtype.
     device, dtype = query.device.type, value.dtype
@@ -262,7 +248,17 @@ def _attend(
     q, k, v = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
     try:
         out = ops.segment_attention(
-            q, k, v, cu_rows, None, positions, positions, scaling, mask.window, **more
+            q,
+            k,
+            v,
+            cu_rows,
+            None,
+            positions,
+            positions,
+            scaling,
+            mask.window,
+            softcap=float(softcap or 0.0),
+            sinks=None if s_aux is None else s_aux.float(),
         )
     except NotImplementedError as error:
         raise NotImplementedError(f"model: {rows.model} needs more: {error}") from error
