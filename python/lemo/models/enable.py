@@ -42,8 +42,9 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
     which these are is known from `labels`, from `Handle.labelled`, or from a trainer's batches.
 
     Args:
-        model: a causal LM (Llama, Mistral, Qwen2, Qwen3, OPT), possibly wrapped by PEFT; or the
-            `transformers.Trainer` of one (TRL's are such), see `Handle.attach`.
+        model: a causal LM of Transformers, possibly wrapped by PEFT; or the
+            `transformers.Trainer` of one (TRL's are such), see `Handle.attach`. How its layers run
+            is a setting, `LemoConfig.path`.
         config: the settings; None: the defaults.
 
     Returns:
@@ -52,9 +53,9 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
     Raises:
         TypeError: `model` holds no supported causal LM, or `config` is no LemoConfig.
         ValueError: lemo is enabled already, Accelerate has prepared the model, layers or attention
-            are not Transformers' own, the model uses attention dropout or another unsupported
-            setting, or `config` does not fit the model (for example a list without one entry for
-            each layer).
+            are not Transformers' own, leaving rows out is not defined for the model's layers, the
+            model uses attention dropout or another unsupported setting, or `config` does not fit
+            the model (for example a list without one entry for each layer).
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
