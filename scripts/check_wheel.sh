@@ -34,7 +34,8 @@ while [ $# -gt 0 ]; do
 done
 
 place=$(mktemp -d)
-trap 'rm -rf "$place"' EXIT
+remove=$(command -v rm)
+trap '"$remove" -rf "$place"' EXIT
 "$python" -m venv "$place/venv"
 export PATH=$place/venv/bin HOME=$place
 unset PYTHONPATH PYTHONHOME LD_LIBRARY_PATH
