@@ -31,7 +31,6 @@ def check_origin(cuda: bool) -> None:
     info = _C.build_info()
     print("lemo", info, "torch", torch.__version__, "Python", sys.version.split()[0])
     assert Path(lemo.__file__).is_relative_to(sys.prefix), lemo.__file__
-    assert Path(_C.__file__).name == "_C.abi3.so", "expected one module for every Python"
     assert info["version"] == lemo.__version__
     assert info["cuda"] or not cuda, "the wheel has no CUDA kernels"
     assert files("lemo.report").joinpath("page.html").is_file(), "the report's page is missing"

@@ -4,7 +4,7 @@
 # Installs a wheel of lemo into a fresh virtual environment, with a PATH on which there is nothing
 # but that environment, and trains a small model with it: what somebody has who has no compiler.
 #
-# --python    the interpreter (default: python3), of any version that the wheel is for
+# --python    the interpreter (default: python3), of the version that the wheel is for
 # --torch     what pip installs (default: torch)
 # --packages  takes torch and the other packages from this site-packages folder; pip installs
 #             nothing but the wheel
