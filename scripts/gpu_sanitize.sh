@@ -84,8 +84,8 @@ for suite in $order; do
     add_suite racecheck "$suite" "${small[$suite]:-${suites[$suite]}}" --kernel-name kns=4lemo
 done
 if [ "$filter" = "*" ]; then
-    for file in tests/cuda/test_*.cpp; do
-        name=$(basename "$file" .cpp).py
+    for file in tests/cuda/test_*.cpp tests/python/test_segment_attention_scores.py; do
+        name=$(basename "${file%.*}").py
         # Without torch's caching every tensor has an allocation of its own and ends where it
         # should. torch asks CUDA questions that CUDA may answer with an error; those are not
         # kernels' errors.

@@ -80,7 +80,8 @@ void BM_SegmentAttentionBackward(benchmark::State& state) {
                                                       Problem::heads(dout, rows, Problem::kHeads),
                                                       Problem::heads(dq, rows, Problem::kHeads),
                                                       Problem::heads(dk, rows, Problem::kKvHeads),
-                                                      Problem::heads(dv, rows, Problem::kKvHeads)};
+                                                      Problem::heads(dv, rows, Problem::kKvHeads),
+                                                      {}};
     for (auto _ : state) lemo::segment_attention_backward_cpu(params);
     set_flops(state, 5);
 }

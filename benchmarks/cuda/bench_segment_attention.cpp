@@ -86,7 +86,8 @@ void BM_SegmentAttentionBackward(benchmark::State& state) {
                                                 data.of_queries(data.dout),
                                                 data.of_queries(data.dq),
                                                 data.of_keys(data.dk),
-                                                data.of_keys(data.dv)};
+                                                data.of_keys(data.dv),
+                                                {}};
     const lemo::testing::Scratch backward_scratch(segment_attention_scratch_bytes(params));
     params.scratch = backward_scratch.data();
     lemo::bench::measure(state,

@@ -16,7 +16,8 @@ constexpr int64_t kRowsPerThread = 1024;
 AttentionPlan::AttentionPlan(const SegmentAttentionParams& params, int64_t stacked_rows)
     : num_queries(params.q.size(0)), num_keys(params.k.size(0)), num_heads(params.q.size(1)),
       num_kv_heads(params.k.size(1)), heads_per_kv(num_heads / num_kv_heads),
-      head_size(params.q.size(2)), max_stacked_rows(0), variants_(params.group_size > 0 ? 2 : 1),
+      head_size(params.q.size(2)), value_size(params.v.size(2)), max_stacked_rows(0),
+      variants_(params.group_size > 0 ? 2 : 1),
       visible_(static_cast<size_t>(variants_ * num_queries)) {
     const int32_t* cu_q = params.cu_q.as<const int32_t>();
     const int32_t* cu_k = params.cu_k.as<const int32_t>();

@@ -17,7 +17,8 @@ public:
     /// Query tiles of about `stacked_rows` stacked rows each, none across two sequences.
     AttentionPlan(const SegmentAttentionParams& params, int64_t stacked_rows);
 
-    int64_t num_queries, num_keys, num_heads, num_kv_heads, heads_per_kv, head_size;
+    int64_t num_queries, num_keys, num_heads, num_kv_heads, heads_per_kv;
+    int64_t head_size, value_size;      // columns of queries and keys, and of values
     int64_t max_stacked_rows;           // of any tile
     std::vector<Range> tiles;           // packed query rows
     std::vector<Range> sequence_tiles;  // of each sequence

@@ -4,6 +4,7 @@
 
 #include "exp2.h"
 #include "multiversion.h"
+#include "tanh.h"
 
 namespace lemo::cpu {
 namespace {
@@ -32,6 +33,12 @@ void softmax_tile(const ScoreTile& tile, float* scores, float* row_max, float* r
         zero_outside(s, tile.keys, seen);
         if (seen.first == seen.end) continue;
 
+        if (tile.cap_log2 > 0.0f) {
+#pragma omp simd
+            for (int64_t j = seen.first; j < seen.end; ++j) {
+                s[j] = tile.cap_log2 * tanh_fast(s[j]);
+            }
+        }
         float top = row_max[r];
 #pragma omp simd reduction(max : top)
         for (int64_t j = seen.first; j < seen.end; ++j) top = s[j] > top ? s[j] : top;
@@ -63,6 +70,15 @@ void softmax_backward_tile(const ScoreTile& tile, float* scores, float* dp, cons
         zero_outside(p, tile.keys, seen);
         zero_outside(ds, tile.keys, seen);
         const float shift = log2_sum[r], mean = delta[r];
+        if (tile.cap_log2 > 0.0f) {
+#pragma omp simd
+            for (int64_t j = seen.first; j < seen.end; ++j) {
+                const float t = tanh_fast(p[j]);
+                p[j] = exp2_fast(tile.cap_log2 * t - shift);
+                ds[j] = p[j] * (ds[j] - mean) * (1.0f - t * t);
+            }
+            continue;
+        }
 #pragma omp simd
         for (int64_t j = seen.first; j < seen.end; ++j) {
             p[j] = exp2_fast(p[j] - shift);

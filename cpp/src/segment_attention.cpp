@@ -49,7 +49,8 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.same_dtype("v", p.v, "q", p.q);
     check.that(p.q.size(2) >= 1, "q", "a head size of at least 1", p.q);
     check.dim("k", p.k, 2, p.q.size(2), "the head size of 'q'");
-    for (int i = 0; i < 3; ++i) check.dim("v", p.v, i, p.k.size(i), "as in 'k'");
+    for (int i = 0; i < 2; ++i) check.dim("v", p.v, i, p.k.size(i), "as in 'k'");
+    check.that(p.v.size(2) >= 1, "v", "a head size of at least 1", p.v);
     if (p.k.size(1) < 1 || p.q.size(1) < 1 || p.q.size(1) % p.k.size(1) != 0) {
         check.fail("q",
                    "a number of heads that is a multiple of the " + std::to_string(p.k.size(1)) +
@@ -62,7 +63,8 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
                        {"cu_q", &p.cu_q},
                        {"cu_k", &p.cu_k},
                        {"q_positions", &p.q_positions},
-                       {"k_positions", &p.k_positions}});
+                       {"k_positions", &p.k_positions},
+                       {"sinks", &p.sinks}});
     check.cuts("cu_q", p.cu_q, p.q.size(0), /*strict=*/false);
     check.cuts("cu_k", p.cu_k, p.k.size(0), /*strict=*/false);
     check.dim("cu_k", p.cu_k, 0, p.cu_q.size(0), "as 'cu_q'");
@@ -76,6 +78,12 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.that(std::isfinite(p.scale), "scale", "a finite number", p.scale);
     check.that(p.window >= 0, "window", "at least 0", p.window);
     check.that(p.group_size >= 0, "group_size", "at least 0", p.group_size);
+    check.that(std::isfinite(p.softcap) && p.softcap >= 0, "softcap",
+               "a finite number of at least 0", p.softcap);
+    if (p.sinks) {
+        check.typed("sinks", p.sinks, DType::kFloat32, 1);
+        check.dim("sinks", p.sinks, 0, p.q.size(1), "the heads of 'q'");
+    }
     check.that(p.q.device != Device::kCpu || p.kernel == "auto", "kernel", "'auto' on the CPU",
                [&] { return quoted(p.kernel); });
 }
@@ -91,8 +99,18 @@ void check_like(const Checker& check, const char* argument, const Tensor& tensor
     }
 }
 
+/// `tensor` belongs to the output: rows and heads of the queries, columns of the values.
+void check_output(const Checker& check, const char* argument, const Tensor& tensor,
+                  const SegmentAttentionParams& p) {
+    check.floating(argument, tensor, 3);
+    check.same_dtype(argument, tensor, "q", p.q);
+    check.same_device({{"q", &p.q}, {argument, &tensor}});
+    for (int i = 0; i < 2; ++i) check.dim(argument, tensor, i, p.q.size(i), "as in 'q'");
+    check.dim(argument, tensor, 2, p.v.size(2), "as in 'v'");
+}
+
 void check_results(const Checker& check, const SegmentAttentionParams& p) {
-    check_like(check, "out", p.out, "q", p.q);
+    check_output(check, "out", p.out, p);
     check.typed("lse", p.lse, DType::kFloat32, 2);
     check.same_device({{"q", &p.q}, {"lse", &p.lse}});
     check.dim("lse", p.lse, 0, p.q.size(1), "the heads of 'q'");
@@ -108,9 +126,9 @@ struct Scratch {
         const auto sized = [](int64_t n) { return static_cast<size_t>(n); };
         const int64_t rows = plan.max_stacked_rows, keys = std::min(kTileKeys, plan.num_keys);
         q.resize(sized(rows * plan.head_size));
-        out.resize(q.size());
+        out.resize(sized(rows * plan.value_size));
         k.resize(sized(keys * plan.head_size));
-        v.resize(k.size());
+        v.resize(sized(keys * plan.value_size));
         scores.resize(sized(rows * keys));
         row_max.resize(sized(rows));
         row_sum.resize(sized(rows));
@@ -125,31 +143,41 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
     using cpu::Trans;
     const Range rows = plan.tiles[static_cast<size_t>(tile)];
     const Range keys = plan.keys(tile, kv_head);
-    const int64_t num_rows = rows.end - rows.first, d = plan.head_size;
+    const int64_t num_rows = rows.end - rows.first, d = plan.head_size, dv = plan.value_size;
     const int64_t group_width = plan.heads_per_kv * d, stacked = num_rows * plan.heads_per_kv;
-    const int64_t q_stride = plan.num_heads * d, kv_stride = plan.num_kv_heads * d;
-    const int64_t q_first = rows.first * q_stride + kv_head * group_width;
+    const int64_t q_stride = plan.num_heads * d, k_stride = plan.num_kv_heads * d;
+    const int64_t out_width = plan.heads_per_kv * dv, out_stride = plan.num_heads * dv;
+    const int64_t v_stride = plan.num_kv_heads * dv;
     float* out = scratch.out.data();
 
-    // Scores in units of log2 save a multiplication in every exponential.
-    cpu::load_rows(scratch.q.data(), params.q.as<const T>() + q_first, num_rows, q_stride,
-                   group_width, params.scale * cpu::kLog2E);
-    std::fill_n(out, stacked * d, 0.0f);
-    std::fill_n(scratch.row_max.begin(), stacked, -std::numeric_limits<float>::infinity());
-    std::fill_n(scratch.row_sum.begin(), stacked, 0.0f);
+    cpu::load_rows(scratch.q.data(),
+                   params.q.as<const T>() + rows.first * q_stride + kv_head * group_width, num_rows,
+                   q_stride, group_width, cpu::score_factor(params));
+    std::fill_n(out, stacked * dv, 0.0f);
+    // A sink is a score that was seen before all keys.
+    const float* sinks = params.sinks.as<const float>();
+    for (int64_t i = 0; i < stacked; ++i) {
+        const int64_t head = kv_head * plan.heads_per_kv + i % plan.heads_per_kv;
+        const size_t at = static_cast<size_t>(i);
+        scratch.row_max[at] =
+            sinks ? cpu::kLog2E * sinks[head] : -std::numeric_limits<float>::infinity();
+        scratch.row_sum[at] = sinks ? 1.0f : 0.0f;
+    }
     plan.stack_visible(tile, kv_head, scratch.visible.data());
 
     for (int64_t first = keys.first; first < keys.end; first += kTileKeys) {
         const int64_t n = std::min(kTileKeys, keys.end - first);
-        const int64_t kv_first = first * kv_stride + kv_head * d;
-        cpu::load_rows(scratch.k.data(), params.k.as<const T>() + kv_first, n, kv_stride, d);
-        cpu::load_rows(scratch.v.data(), params.v.as<const T>() + kv_first, n, kv_stride, d);
+        cpu::load_rows(scratch.k.data(), params.k.as<const T>() + first * k_stride + kv_head * d, n,
+                       k_stride, d);
+        cpu::load_rows(scratch.v.data(), params.v.as<const T>() + first * v_stride + kv_head * dv,
+                       n, v_stride, dv);
         cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, d, 1.0f, scratch.q.data(), d,
                   scratch.k.data(), d, 0.0f, scratch.scores.data(), n);
-        cpu::softmax_tile({stacked, n, first, scratch.visible.data()}, scratch.scores.data(),
-                          scratch.row_max.data(), scratch.row_sum.data(), out, d);
-        cpu::gemm(Trans::kNo, Trans::kNo, stacked, d, n, 1.0f, scratch.scores.data(), n,
-                  scratch.v.data(), d, 1.0f, out, d);
+        cpu::softmax_tile({stacked, n, first, scratch.visible.data(), params.softcap * cpu::kLog2E},
+                          scratch.scores.data(), scratch.row_max.data(), scratch.row_sum.data(),
+                          out, dv);
+        cpu::gemm(Trans::kNo, Trans::kNo, stacked, dv, n, 1.0f, scratch.scores.data(), n,
+                  scratch.v.data(), dv, 1.0f, out, dv);
     }
 
     float* lse = params.lse.as<float>();
@@ -158,12 +186,13 @@ void attend(const SegmentAttentionParams& params, const cpu::AttentionPlan& plan
         const float top = scratch.row_max[static_cast<size_t>(i)];
         const int64_t head = kv_head * plan.heads_per_kv + i % plan.heads_per_kv;
         const int64_t row = rows.first + i / plan.heads_per_kv;
-        // A row that saw no key has top -inf, and so lse -inf, and out 0.
+        // A row without any score has top -inf, and so lse -inf, and out 0.
         lse[head * plan.num_queries + row] = cpu::kLn2 * top + (sum == 0.0f ? 0.0f : std::log(sum));
         const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
-        for (int64_t c = 0; c < d; ++c) out[i * d + c] *= factor;
+        for (int64_t c = 0; c < dv; ++c) out[i * dv + c] *= factor;
     }
-    cpu::store_rows(params.out.as<T>() + q_first, out, num_rows, q_stride, group_width);
+    cpu::store_rows(params.out.as<T>() + rows.first * out_stride + kv_head * out_width, out,
+                    num_rows, out_stride, out_width);
 }
 
 }  // namespace
@@ -179,10 +208,16 @@ void check(const SegmentAttentionBackwardParams& params) {
     const SegmentAttentionParams& forward = params.forward;
     check_forward(check, forward);
     check_results(check, forward);
-    check_like(check, "dout", params.dout, "q", forward.q);
+    check_output(check, "dout", params.dout, forward);
     check_like(check, "dq", params.dq, "q", forward.q);
     check_like(check, "dk", params.dk, "k", forward.k);
     check_like(check, "dv", params.dv, "v", forward.v);
+    check.that(params.dsinks.given() == forward.sinks.given(), "dsinks",
+               "a tensor if and only if 'sinks' is one", params.dsinks ? "a tensor" : "None");
+    if (params.dsinks) {
+        check.typed("dsinks", params.dsinks, DType::kFloat32, 1);
+        check.dim("dsinks", params.dsinks, 0, forward.q.size(1), "the heads of 'q'");
+    }
 }
 
 void segment_attention_cpu(const SegmentAttentionParams& params) {

@@ -1,6 +1,7 @@
 // Backward of segment_attention: one pass over the pairs of key and query tiles.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <vector>
 
 #include "attention_plan.h"
@@ -40,8 +41,9 @@ struct Scratch {
         const auto sized = [](int64_t n) { return static_cast<size_t>(n); };
         const int64_t rows = plan.max_stacked_rows, keys = std::min(kTileKeys, plan.num_keys);
         q.resize(sized(rows * plan.head_size));
-        dout.resize(q.size());
-        for (auto* of_keys : {&k, &v, &dk, &dv}) of_keys->resize(sized(keys * plan.head_size));
+        dout.resize(sized(rows * plan.value_size));
+        for (auto* of_keys : {&k, &dk}) of_keys->resize(sized(keys * plan.head_size));
+        for (auto* of_values : {&v, &dv}) of_values->resize(sized(keys * plan.value_size));
         scores.resize(sized(rows * keys));
         dp.resize(scores.size());
         visible.resize(sized(rows));
@@ -53,9 +55,10 @@ class Backward {
 public:
     explicit Backward(const SegmentAttentionBackwardParams& params)
         : params_(params), forward_(params.forward), plan_(params.forward, kStackedRows),
-          d_(plan_.head_size), group_width_(plan_.heads_per_kv * d_),
-          q_stride_(plan_.num_heads * d_), kv_stride_(plan_.num_kv_heads * d_),
-          stack_rows_(plan_.num_queries * plan_.heads_per_kv),
+          d_(plan_.head_size), dv_(plan_.value_size), group_width_(plan_.heads_per_kv * d_),
+          q_stride_(plan_.num_heads * d_), k_stride_(plan_.num_kv_heads * d_),
+          out_width_(plan_.heads_per_kv * dv_), out_stride_(plan_.num_heads * dv_),
+          v_stride_(plan_.num_kv_heads * dv_), stack_rows_(plan_.num_queries * plan_.heads_per_kv),
           log2_sum_(static_cast<size_t>(plan_.num_kv_heads * stack_rows_)),
           delta_(log2_sum_.size()), dq_(log2_sum_.size() * static_cast<size_t>(d_)),
           keys_(plan_.tiles.size() * static_cast<size_t>(plan_.num_kv_heads)),
@@ -63,6 +66,7 @@ public:
 
     void run() {
         prepare_rows();
+        if (forward_.sinks) sum_sink_gradients();
         const std::vector<KeyTile> tasks = list_tasks();
         const int64_t num_tasks = static_cast<int64_t>(tasks.size());
         const int64_t workers = std::min<int64_t>(cpu::max_threads(), num_tasks);
@@ -97,10 +101,10 @@ private:
         cpu::parallel_ranges(plan_.num_queries, kStackedRows, [&](int64_t first, int64_t end) {
             for (int64_t row = first; row < end; ++row) {
                 for (int64_t head = 0; head < plan_.num_heads; ++head) {
-                    const int64_t at = row * q_stride_ + head * d_;
+                    const int64_t at = row * out_stride_ + head * dv_;
                     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-                    for (int64_t i = 0; i < d_; ++i) {
+                    for (int64_t i = 0; i < dv_; ++i) {
                         sum += cpu::load(out[at + i]) * cpu::load(dout[at + i]);
                     }
                     const size_t to = static_cast<size_t>(
@@ -109,6 +113,24 @@ private:
                     log2_sum_[to] = cpu::kLog2E * lse[head * plan_.num_queries + row];
                 }
             }
+        });
+    }
+
+    /// The sink of a head has the probability exp(sink - lse) in each of its rows, and no value, so
+    /// its score has the gradient -probability * delta.
+    void sum_sink_gradients() {
+        const float* sinks = forward_.sinks.template as<const float>();
+        float* dsinks = params_.dsinks.template as<float>();
+        cpu::parallel_for(plan_.num_heads, [&](int64_t head, int) {
+            const float sink = cpu::kLog2E * sinks[head];
+            double sum = 0.0;
+            for (int64_t row = 0; row < plan_.num_queries; ++row) {
+                const size_t at = static_cast<size_t>(stack_offset(head / plan_.heads_per_kv, row) +
+                                                      head % plan_.heads_per_kv);
+                if (std::isinf(log2_sum_[at])) continue;  // a row without any score
+                sum -= std::exp2(sink - log2_sum_[at]) * delta_[at];
+            }
+            dsinks[head] = static_cast<float>(sum);
         });
     }
 
@@ -135,22 +157,23 @@ private:
 
     void visit(const KeyTile& task, Scratch& scratch) {
         const int64_t num_keys = task.keys.end - task.keys.first;
-        const int64_t kv_first = task.keys.first * kv_stride_ + task.kv_head * d_;
-        const auto load_keys = [&](std::vector<float>& to, const Tensor& from) {
-            cpu::load_rows(to.data(), from.as<const T>() + kv_first, num_keys, kv_stride_, d_);
-        };
-        load_keys(scratch.k, forward_.k);
-        load_keys(scratch.v, forward_.v);
+        const int64_t k_first = task.keys.first * k_stride_ + task.kv_head * d_;
+        const int64_t v_first = task.keys.first * v_stride_ + task.kv_head * dv_;
+        cpu::load_rows(scratch.k.data(), forward_.k.template as<const T>() + k_first, num_keys,
+                       k_stride_, d_);
+        cpu::load_rows(scratch.v.data(), forward_.v.template as<const T>() + v_first, num_keys,
+                       v_stride_, dv_);
         std::fill_n(scratch.dk.begin(), num_keys * d_, 0.0f);
-        std::fill_n(scratch.dv.begin(), num_keys * d_, 0.0f);
+        std::fill_n(scratch.dv.begin(), num_keys * dv_, 0.0f);
         for (int64_t tile = task.query_tiles.first; tile < task.query_tiles.end; ++tile) {
             visit_pair(task, tile, scratch);
         }
-        // The queries carried scale * log2 e into dK.
-        cpu::store_rows(params_.dk.template as<T>() + kv_first, scratch.dk.data(), num_keys,
-                        kv_stride_, d_, cpu::kLn2);
-        cpu::store_rows(params_.dv.template as<T>() + kv_first, scratch.dv.data(), num_keys,
-                        kv_stride_, d_);
+        // The queries carried the factor of the scores into dK, where scale belongs.
+        const float factor = forward_.softcap > 0.0f ? forward_.softcap : cpu::kLn2;
+        cpu::store_rows(params_.dk.template as<T>() + k_first, scratch.dk.data(), num_keys,
+                        k_stride_, d_, factor);
+        cpu::store_rows(params_.dv.template as<T>() + v_first, scratch.dv.data(), num_keys,
+                        v_stride_, dv_);
     }
 
     void visit_pair(const KeyTile& task, int64_t tile, Scratch& scratch) {
@@ -161,23 +184,25 @@ private:
         const int64_t num_rows = rows.end - rows.first, stacked = num_rows * plan_.heads_per_kv;
         const int64_t n = std::min(task.keys.end, keys.end) - task.keys.first;
         const int64_t q_first = rows.first * q_stride_ + task.kv_head * group_width_;
+        const int64_t out_first = rows.first * out_stride_ + task.kv_head * out_width_;
         const size_t stack = static_cast<size_t>(stack_offset(task.kv_head, rows.first));
         float* p = scratch.scores.data();
         float* ds = scratch.dp.data();
 
         cpu::load_rows(scratch.q.data(), forward_.q.template as<const T>() + q_first, num_rows,
-                       q_stride_, group_width_, forward_.scale * cpu::kLog2E);
-        cpu::load_rows(scratch.dout.data(), params_.dout.template as<const T>() + q_first, num_rows,
-                       q_stride_, group_width_);
+                       q_stride_, group_width_, cpu::score_factor(forward_));
+        cpu::load_rows(scratch.dout.data(), params_.dout.template as<const T>() + out_first,
+                       num_rows, out_stride_, out_width_);
         plan_.stack_visible(tile, task.kv_head, scratch.visible.data());
         cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, d_, 1.0f, scratch.q.data(), d_,
                   scratch.k.data(), d_, 0.0f, p, n);
-        cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, d_, 1.0f, scratch.dout.data(), d_,
-                  scratch.v.data(), d_, 0.0f, ds, n);
-        cpu::softmax_backward_tile({stacked, n, task.keys.first, scratch.visible.data()}, p, ds,
-                                   &log2_sum_[stack], &delta_[stack]);
-        cpu::gemm(Trans::kYes, Trans::kNo, n, d_, stacked, 1.0f, p, n, scratch.dout.data(), d_,
-                  1.0f, scratch.dv.data(), d_);
+        cpu::gemm(Trans::kNo, Trans::kYes, stacked, n, dv_, 1.0f, scratch.dout.data(), dv_,
+                  scratch.v.data(), dv_, 0.0f, ds, n);
+        cpu::softmax_backward_tile(
+            {stacked, n, task.keys.first, scratch.visible.data(), forward_.softcap * cpu::kLog2E},
+            p, ds, &log2_sum_[stack], &delta_[stack]);
+        cpu::gemm(Trans::kYes, Trans::kNo, n, dv_, stacked, 1.0f, p, n, scratch.dout.data(), dv_,
+                  1.0f, scratch.dv.data(), dv_);
         cpu::gemm(Trans::kYes, Trans::kNo, n, d_, stacked, 1.0f, ds, n, scratch.q.data(), d_, 1.0f,
                   scratch.dk.data(), d_);
 
@@ -205,7 +230,9 @@ private:
     const SegmentAttentionBackwardParams& params_;
     const SegmentAttentionParams& forward_;
     const cpu::AttentionPlan plan_;
-    const int64_t d_, group_width_, q_stride_, kv_stride_, stack_rows_;
+    // Head sizes of keys and values; a row's heads of a group, and all of its heads.
+    const int64_t d_, dv_, group_width_, q_stride_, k_stride_;
+    const int64_t out_width_, out_stride_, v_stride_, stack_rows_;
     std::vector<float> log2_sum_;              // [num_kv_heads, stack_rows_], log2 of the row sums
     std::vector<float> delta_;                 // [num_kv_heads, stack_rows_]
     std::vector<float> dq_;                    // [num_kv_heads, stack_rows_, d_], without the scale

@@ -8,6 +8,7 @@
 #include "common/vector.h"
 #include "segment_attention/hopper/kernels.h"
 #include "segment_attention/portable/kernels.h"
+#include "segment_attention/sinks.h"
 
 namespace lemo {
 namespace {
@@ -17,107 +18,143 @@ namespace portable = cuda::segment_attention::portable;
 
 constexpr const char* kForward = "segment_attention";
 constexpr const char* kBackward = "segment_attention_backward";
-constexpr int64_t kMaxHeadDim = 128;
+constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kVectorElements = 8;  // 16 bytes
-// What the large tiles of the portable backward pass take.
-constexpr int kLargeSharedBytes = 162 * 1024;
 
 /// Which kernels run; named in SegmentAttentionParams::kernel.
 enum class Tier { kHopper, kPortable, kPortableSmall };
 
-/// Checks what the CUDA kernels support, and picks the tier.
-Tier choose_tier(const char* op, const SegmentAttentionParams& p) {
+std::string quoted_kernel(const SegmentAttentionParams& p) {
+    return "'" + std::string(p.kernel) + "'";
+}
+
+/// Checks what the CUDA kernels support.
+void check_support(const char* op, const SegmentAttentionParams& p) {
     const Checker check(op);
     check.that(p.q.dtype == DType::kBFloat16 || p.q.dtype == DType::kFloat16, "q",
                "bfloat16 or float16 on a GPU", describe(p.q), ErrorKind::kUnsupported);
-    const int64_t head_dim = p.q.size(2);
-    check.that(
-        head_dim % kVectorElements == 0 && head_dim >= kVectorElements && head_dim <= kMaxHeadDim,
-        "q", "a head size that is a multiple of 8 from 8 to 128 on a GPU", std::to_string(head_dim),
-        ErrorKind::kUnsupported);
-    const auto got = [&] { return "'" + std::string(p.kernel) + "'"; };
+    const auto head_size = [&](const char* argument, int64_t size) {
+        check.that(size % kVectorElements == 0 && size >= kVectorElements && size <= kMaxHeadDim,
+                   argument, "a head size that is a multiple of 8 from 8 to 256 on a GPU",
+                   std::to_string(size), ErrorKind::kUnsupported);
+    };
+    head_size("q", p.q.size(2));
+    head_size("v", p.v.size(2));
+    check.that(p.kernel == "auto" || p.kernel == "hopper" || p.kernel == "portable" ||
+                   p.kernel == "portable-small",
+               "kernel", "one of 'auto', 'hopper', 'portable', 'portable-small' on a GPU",
+               quoted_kernel(p));
+}
+
+/// Picks the tier. `in_hopper`: whether the Hopper tier has the pass for these head sizes;
+/// `large_bytes`: shared memory of the large tiles of the portable tier.
+Tier choose_tier(const char* op, const SegmentAttentionParams& p, bool in_hopper, int large_bytes) {
     if (p.kernel == "auto") {
-        if (cuda::supports_hopper_kernels(op)) return Tier::kHopper;
-        const bool small = cuda::current_gpu(op).block_shared_bytes < kLargeSharedBytes;
+        if (in_hopper && cuda::supports_hopper_kernels(op)) return Tier::kHopper;
+        const bool small = cuda::current_gpu(op).block_shared_bytes < large_bytes;
         return small ? Tier::kPortableSmall : Tier::kPortable;
     }
     if (p.kernel == "portable") return Tier::kPortable;
     if (p.kernel == "portable-small") return Tier::kPortableSmall;
-    check.that(p.kernel == "hopper", "kernel",
-               "one of 'auto', 'hopper', 'portable', 'portable-small' on a GPU", got());
+    const Checker check(op);
     check.that(cuda::supports_hopper_kernels(op), "kernel",
                "'auto', 'portable' or 'portable-small' here: 'hopper' needs a GPU of compute "
                "capability 9.0 and a build for it",
-               got(), ErrorKind::kUnsupported);
+               quoted_kernel(p), ErrorKind::kUnsupported);
+    check.that(in_hopper, "kernel",
+               "'auto', 'portable' or 'portable-small' for the backward pass of head sizes above "
+               "128",
+               quoted_kernel(p), ErrorKind::kUnsupported);
     return Tier::kHopper;
 }
 
-/// Calls `body(Element{}, head size of the kernel)`.
+/// Calls `body(Element{}, head size of the kernel's keys, and of its values)`.
 template <typename Body>
 auto dispatch(const SegmentAttentionParams& p, Body&& body) {
-    const auto with_head_dim = [&]<typename Element>(Element element) {
-        if (p.q.size(2) <= 64) return body(element, cuda::Int<64>{});
-        return body(element, cuda::Int<128>{});
+    const int64_t keys = p.q.size(2), values = p.v.size(2);
+    const auto with_head_sizes = [&]<typename Element>(Element element) {
+        using cuda::Int;
+        if (keys <= 64 && values <= 64) return body(element, Int<64>{}, Int<64>{});
+        if (keys <= 128 && values <= 128) return body(element, Int<128>{}, Int<128>{});
+        if (keys <= 192 && values <= 128) return body(element, Int<192>{}, Int<128>{});
+        return body(element, Int<256>{}, Int<256>{});
     };
-    if (p.q.dtype == DType::kBFloat16) return with_head_dim(cutlass::bfloat16_t{});
-    return with_head_dim(cutlass::half_t{});
+    if (p.q.dtype == DType::kBFloat16) return with_head_sizes(cutlass::bfloat16_t{});
+    return with_head_sizes(cutlass::half_t{});
+}
+
+/// Calls `body(pass of the tier, the arguments after the parameters that it takes)`.
+template <typename Body>
+auto with_forward(const SegmentAttentionParams& params, Body&& body) {
+    check_support(kForward, params);
+    return dispatch(params, [&]<typename Element, int kKeys, int kValues>(Element, cuda::Int<kKeys>,
+                                                                          cuda::Int<kValues>) {
+        [[maybe_unused]] const Tier tier =
+            choose_tier(kForward, params, true, portable::kLargeSharedBytes<kKeys>);
+#ifdef LEMO_WITH_HOPPER
+        if (tier == Tier::kHopper) {
+            if (params.softcap > 0) {
+                constexpr int kSize = kKeys <= 128 ? 128 : 256;
+                return body(hopper::ForwardPass<Element, kSize, kSize, true>{});
+            }
+            return body(hopper::ForwardPass<Element, kKeys, kValues, false>{});
+        }
+#endif
+        return body(portable::ForwardPass<Element, kKeys, kValues>{});
+    });
+}
+
+template <typename Body>
+auto with_backward(const SegmentAttentionBackwardParams& params, Body&& body) {
+    check_support(kBackward, params.forward);
+    return dispatch(params.forward, [&]<typename Element, int kKeys, int kValues>(
+                                        Element, cuda::Int<kKeys>, cuda::Int<kValues>) {
+        // The gradients of larger keys and values do not fit into the registers of two warpgroups.
+        constexpr bool kInHopper = kKeys <= 128;
+        const Tier tier =
+            choose_tier(kBackward, params.forward, kInHopper, portable::kLargeSharedBytes<kKeys>);
+#ifdef LEMO_WITH_HOPPER
+        if constexpr (kInHopper) {
+            if (tier == Tier::kHopper) {
+                if (params.forward.softcap > 0) {
+                    return body(hopper::BackwardPass<Element, 128, true>{});
+                }
+                return body(hopper::BackwardPass<Element, kKeys, false>{});
+            }
+        }
+#endif
+        return body(portable::BackwardPass<Element, kKeys, kValues>{},
+                    tier == Tier::kPortableSmall);
+    });
 }
 
 }  // namespace
 
 int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params) {
-    [[maybe_unused]] const Tier tier = choose_tier(kForward, params);
-    return dispatch(params, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
-#ifdef LEMO_WITH_HOPPER
-        if (tier == Tier::kHopper) {
-            return hopper::ForwardPass<Element, kHeadDim>::scratch_bytes(params);
-        }
-#endif
-        return portable::ForwardPass<Element, kHeadDim>::scratch_bytes(params);
-    });
+    return with_forward(params, [&](auto pass) { return pass.scratch_bytes(params); });
 }
 
 int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params) {
-    const Tier tier = choose_tier(kBackward, params.forward);
-    return dispatch(params.forward,
-                    [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
-#ifdef LEMO_WITH_HOPPER
-                        if (tier == Tier::kHopper) {
-                            return hopper::BackwardPass<Element, kHeadDim>::scratch_bytes(params);
-                        }
-#endif
-                        return portable::BackwardPass<Element, kHeadDim>::scratch_bytes(
-                            params, tier == Tier::kPortableSmall);
-                    });
+    return with_backward(
+        params, [&](auto pass, auto... small) { return pass.scratch_bytes(params, small...); });
 }
 
 void segment_attention_cuda(const SegmentAttentionParams& params, void* cuda_stream) {
-    [[maybe_unused]] const Tier tier = choose_tier(kForward, params);
-    if (params.q.size(0) == 0) return;
     const auto stream = static_cast<cudaStream_t>(cuda_stream);
-    dispatch(params, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
-#ifdef LEMO_WITH_HOPPER
-        if (tier == Tier::kHopper) {
-            return hopper::ForwardPass<Element, kHeadDim>::launch(params, stream);
-        }
-#endif
-        portable::ForwardPass<Element, kHeadDim>::launch(params, stream);
+    with_forward(params, [&](auto pass) {
+        if (params.q.size(0) > 0) pass.launch(params, stream);
     });
 }
 
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params,
                                      void* cuda_stream) {
-    const Tier tier = choose_tier(kBackward, params.forward);
-    if (params.forward.cu_q.size(0) < 2) return;  // no sequences, no rows
     const auto stream = static_cast<cudaStream_t>(cuda_stream);
-    dispatch(params.forward, [&]<typename Element, int kHeadDim>(Element, cuda::Int<kHeadDim>) {
-#ifdef LEMO_WITH_HOPPER
-        if (tier == Tier::kHopper) {
-            return hopper::BackwardPass<Element, kHeadDim>::launch(params, stream);
+    with_backward(params, [&](auto pass, auto... small) {
+        if (params.forward.cu_q.size(0) < 2) {  // no sequences, no rows
+            cuda::segment_attention::sum_sink_terms(params, nullptr, stream);
+            return;
         }
-#endif
-        portable::BackwardPass<Element, kHeadDim>::launch(params, tier == Tier::kPortableSmall,
-                                                          stream);
+        pass.launch(params, small..., stream);
     });
 }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/arena.h"
@@ -12,6 +13,28 @@
 #include "lemo/segment_attention.h"
 
 namespace lemo::cuda::segment_attention {
+
+/// How scores are made of q . k; passed to kernels by value.
+struct ScoreSettings {
+    float scale;
+    // Factor of q . k below the tanh of a softcap, see tanh_of_log2; without a softcap not used.
+    float tanh_factor;
+    // What the softmax multiplies its scores by: |scale|, or the softcap. The softmax works on
+    // q . k with the sign of the scale, or on the tanh.
+    float softmax_scale;
+    const float* sinks;  // [heads], a further score of each head; or null
+    bool capped;
+
+    explicit ScoreSettings(const SegmentAttentionParams& params)
+        : scale(params.scale), tanh_factor(0), softmax_scale(std::fabs(params.scale)),
+          sinks(params.sinks ? params.sinks.as<const float>() : nullptr),
+          capped(params.softcap > 0) {
+        if (!capped) return;
+        tanh_factor = 2.0f * float(M_LOG2E) * params.scale / params.softcap;
+        softmax_scale = params.softcap;
+    }
+    ScoreSettings() = default;
+};
 
 /// Sequences of an attention call and the scratch that describes them; passed to kernels by value.
 struct AttentionPlan {

@@ -135,9 +135,20 @@ def select_norm(x, rows, weight, bias, eps, kind) -> Tensor:
 
 
 def segment_attention(
-    q, k, v, cu_q, cu_k, q_positions, k_positions, scale, window, group_size
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    q_positions,
+    k_positions,
+    scale,
+    window,
+    group_size,
+    softcap=0.0,
+    sinks=None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [Rq, Hq, D], lse [Hq, Rq]) of causal attention among the rows of each sequence."""
+    """(out [Rq, Hq, Dv], lse [Hq, Rq]) of causal attention among the rows of each sequence."""
     groups, heads = q.shape[1] // k.shape[1], q.shape[1]
     outs, lses = [], []
     for n in range(cu_q.numel() - 1):
@@ -164,9 +175,13 @@ def segment_attention(
         keys = k[k_first:k_end].repeat_interleave(groups, 1)
         values = v[k_first:k_end].repeat_interleave(groups, 1)
         s = scale * torch.einsum("ihd,jhd->hij", q[q_first:q_end], keys)
+        if softcap > 0:
+            s = softcap * torch.tanh(s / softcap)
         s = s.masked_fill(~visible, -math.inf)
+        if sinks is not None:  # a column of its own, which the values do not see
+            s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(-1, len(i), 1)), -1)
         lse = torch.logsumexp(s, -1)
-        p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
+        p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., : len(j)]
         outs.append(torch.einsum("hij,jhd->ihd", p, values))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses, 1)

@@ -8,6 +8,7 @@
 #include "attention_plan.h"
 #include "exp2.h"
 #include "lemo/check.h"
+#include "tanh.h"
 #include "views.h"
 
 namespace lemo {
@@ -110,7 +111,8 @@ TEST_F(OneHead, BackwardOfTwoTokensByHand) {
                                                 view(dout, {2, 1, 1}),
                                                 view(dq, {2, 1, 1}),
                                                 view(dk, {2, 1, 1}),
-                                                view(dv, {2, 1, 1})};
+                                                view(dv, {2, 1, 1}),
+                                                {}};
     check(params);
     segment_attention_backward_cpu(params);
     const float dscore = 0.75f * 0.25f * (1 - 5);  // d out / d (score of key 0)
@@ -120,6 +122,87 @@ TEST_F(OneHead, BackwardOfTwoTokensByHand) {
     EXPECT_NEAR(dk[1], -dscore, 1e-6);
     EXPECT_NEAR(dv[0], 1.75, 1e-6);
     EXPECT_NEAR(dv[1], 0.25, 1e-6);
+}
+
+TEST_F(OneHead, SoftcapBoundsTheScores) {
+    q = {1, 1};
+    k = {2, 0};
+    v = {1, 5};
+    SegmentAttentionParams params = make({0, 2}, {0, 2});
+    params.softcap = 0.5f;
+    check(params);
+    segment_attention_cpu(params);
+    const double score = 0.5 * std::tanh(2 / 0.5), weight = 1 / (1 + std::exp(-score));
+    EXPECT_NEAR(lse[0], score, 1e-6);
+    EXPECT_NEAR(out[1], weight * 1 + (1 - weight) * 5, 1e-6);
+
+    std::vector<float> dout{0, 1}, dq(2), dk(2), dv(2);
+    segment_attention_backward_cpu({params,
+                                    true,
+                                    view(dout, {2, 1, 1}),
+                                    view(dq, {2, 1, 1}),
+                                    view(dk, {2, 1, 1}),
+                                    view(dv, {2, 1, 1}),
+                                    {}});
+    const double slope = 1 - std::pow(std::tanh(2 / 0.5), 2);
+    EXPECT_NEAR(dk[0], weight * (1 - weight) * (1 - 5) * slope, 1e-6);
+    // At a score of 0 the cap has the slope 1.
+    EXPECT_NEAR(dk[1], -weight * (1 - weight) * (1 - 5), 1e-6);
+    EXPECT_NEAR(dq[1], dk[0] * 2, 1e-6);
+}
+
+TEST_F(OneHead, SinkTakesItsShareOfTheWeights) {
+    // Row 1 sees two keys of score 0 and a sink of weight 2: half of everything.
+    v = {2, 6};
+    SegmentAttentionParams params = make({0, 2}, {0, 2});
+    std::vector<float> sinks{std::log(2.0f)};
+    params.sinks = view(sinks, {1});
+    check(params);
+    segment_attention_cpu(params);
+    EXPECT_NEAR(out[0], 2.0 / 3, 1e-6);
+    EXPECT_NEAR(out[1], (2.0 + 6.0) / 4, 1e-6);
+    EXPECT_NEAR(lse[1], std::log(4.0), 1e-6);
+
+    std::vector<float> dout{0, 1}, dq(2), dk(2), dv(2), dsinks(1);
+    const SegmentAttentionBackwardParams backward{
+        params,
+        true,
+        view(dout, {2, 1, 1}),
+        view(dq, {2, 1, 1}),
+        view(dk, {2, 1, 1}),
+        view(dv, {2, 1, 1}),
+        view(dsinks, {1}),
+    };
+    check(backward);
+    segment_attention_backward_cpu(backward);
+    EXPECT_NEAR(dv[0], 0.25, 1e-6);
+    EXPECT_NEAR(dsinks[0], -0.5 * 2, 1e-6);
+}
+
+TEST_F(OneHead, GradientOfSinksIsWantedWhereThereAreSinks) {
+    const SegmentAttentionParams forward = make({0, 2}, {0, 2});
+    std::vector<float> dout(2), dq(2), dk(2), dv(2), dsinks(1);
+    const SegmentAttentionBackwardParams params{
+        forward,
+        true,
+        view(dout, {2, 1, 1}),
+        view(dq, {2, 1, 1}),
+        view(dk, {2, 1, 1}),
+        view(dv, {2, 1, 1}),
+        view(dsinks, {1}),
+    };
+    EXPECT_THROW(check(params), Error);
+}
+
+TEST(Tanh, StaysWithinItsStatedError) {
+    for (float x = -20.0f; x < 20.0f; x += 0.00037f) {
+        const double exact = std::tanh(static_cast<double>(x));
+        ASSERT_NEAR(cpu::tanh_fast(x), exact, 1e-6 * std::abs(exact)) << x;
+    }
+    EXPECT_EQ(cpu::tanh_fast(0.0f), 0.0f);
+    EXPECT_EQ(cpu::tanh_fast(kInfinity), 1.0f);
+    EXPECT_EQ(cpu::tanh_fast(-kInfinity), -1.0f);
+    EXPECT_TRUE(std::isnan(cpu::tanh_fast(std::numeric_limits<float>::quiet_NaN())));
 }
 
 TEST_F(OneHead, PlanKeepsTilesWithinSequences) {

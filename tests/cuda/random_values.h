@@ -29,6 +29,14 @@ std::vector<float> widen(const std::vector<T>& values) {
     return wide;
 }
 
+/// The values rounded to T.
+template <typename T>
+std::vector<T> narrow(const std::vector<float>& values) {
+    std::vector<T> rounded(values.size());
+    for (size_t i = 0; i < values.size(); ++i) cpu::store(&rounded[i], values[i]);
+    return rounded;
+}
+
 /// `kept` of the rows below `tokens`, ascending.
 inline std::vector<int32_t> random_rows(int64_t tokens, int64_t kept, uint32_t seed) {
     std::vector<int32_t> rows(static_cast<size_t>(tokens));

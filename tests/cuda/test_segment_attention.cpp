@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string>
 #include <string_view>
@@ -17,6 +18,7 @@ namespace {
 using testing::DeviceArray;
 using testing::expect_close;
 using testing::expect_same_bits;
+using testing::narrow;
 using testing::random_rows;
 using testing::random_values;
 using testing::view;
@@ -29,6 +31,11 @@ struct Case {
     double query_share = 1, key_share = 1;  // of the tokens that ask and that answer
     bool positions = true;
     int64_t window = 0, group_size = 0;
+    int64_t value_dim = 0;         // 0: as head_dim
+    float softcap = 0, scale = 0;  // scale 0: 1 / sqrt(head_dim)
+    bool sinks = false;
+
+    int64_t values() const { return value_dim > 0 ? value_dim : head_dim; }
 };
 
 /// Rows of some of the tokens of every sequence.
@@ -50,7 +57,7 @@ struct RowSet {
 template <typename T>
 struct Results {
     std::vector<T> out, dq, dk, dv;
-    std::vector<float> lse;
+    std::vector<float> lse, dsinks;
 };
 
 /// Inputs of one case, and what the CPU and the GPU make of them.
@@ -63,30 +70,35 @@ public:
           keys_(the_case.lengths, the_case.key_share, 1),
           q_(random_values<T>(queries_.size() * case_.heads * case_.head_dim, 3)),
           k_(random_values<T>(keys_.size() * case_.kv_heads * case_.head_dim, 4)),
-          v_(random_values<T>(k_.size(), 5)), dout_(random_values<T>(q_.size(), 6)) {}
+          v_(random_values<T>(keys_.size() * case_.kv_heads * case_.values(), 5)),
+          dout_(random_values<T>(queries_.size() * case_.heads * case_.values(), 6)),
+          sinks_(random_values<float>(case_.sinks ? case_.heads : 0, 7)) {}
 
     Results<float> on_cpu() {
         auto q = widen(q_), k = widen(k_), v = widen(v_), dout = widen(dout_);
-        Results<float> results{std::vector<float>(q.size()), std::vector<float>(q.size()),
-                               std::vector<float>(k.size()), std::vector<float>(v.size()),
-                               std::vector<float>(num_lse())};
+        auto sinks = sinks_;
+        Results<float> results{std::vector<float>(dout.size()), std::vector<float>(q.size()),
+                               std::vector<float>(k.size()),    std::vector<float>(v.size()),
+                               std::vector<float>(num_lse()),   std::vector<float>(sinks.size())};
         SegmentAttentionParams params = settings("auto");
         params.q = view(q, query_shape());
         params.k = view(k, key_shape());
-        params.v = view(v, key_shape());
+        params.v = view(v, value_shape());
+        if (case_.sinks) params.sinks = view(sinks, {case_.heads});
         params.cu_q = view(queries_.cu, {cuts()});
         params.cu_k = view(keys_.cu, {cuts()});
         if (case_.positions) {
             params.q_positions = view(queries_.positions, {queries_.size()});
             params.k_positions = view(keys_.positions, {keys_.size()});
         }
-        params.out = view(results.out, query_shape());
+        params.out = view(results.out, out_shape());
         params.lse = view(results.lse, {case_.heads, queries_.size()});
         check(params);
         segment_attention_cpu(params);
         segment_attention_backward_cpu(
-            {params, true, view(dout, query_shape()), view(results.dq, query_shape()),
-             view(results.dk, key_shape()), view(results.dv, key_shape())});
+            {params, true, view(dout, out_shape()), view(results.dq, query_shape()),
+             view(results.dk, key_shape()), view(results.dv, value_shape()),
+             case_.sinks ? view(results.dsinks, {case_.heads}) : Tensor{}});
         return results;
     }
 
@@ -94,42 +106,52 @@ public:
         const DeviceArray<T> q(q_), k(k_), v(v_), dout(dout_);
         const DeviceArray<int32_t> cu_q(queries_.cu), cu_k(keys_.cu);
         const DeviceArray<int32_t> q_positions(queries_.positions), k_positions(keys_.positions);
-        const DeviceArray<T> out(q_.size()), dq(q_.size()), dk(k_.size()), dv(v_.size());
-        const DeviceArray<float> lse(num_lse());
+        const DeviceArray<T> out(dout_.size()), dq(q_.size()), dk(k_.size()), dv(v_.size());
+        const DeviceArray<float> lse(num_lse()), sinks(sinks_), dsinks(sinks_.size());
         SegmentAttentionParams params = settings(kernel);
         params.q = q.view(query_shape());
         params.k = k.view(key_shape());
-        params.v = v.view(key_shape());
+        params.v = v.view(value_shape());
+        if (case_.sinks) params.sinks = sinks.view({case_.heads});
         params.cu_q = cu_q.view({cuts()});
         params.cu_k = cu_k.view({cuts()});
         if (case_.positions) {
             params.q_positions = q_positions.view({queries_.size()});
             params.k_positions = k_positions.view({keys_.size()});
         }
-        params.out = out.view(query_shape());
+        params.out = out.view(out_shape());
         params.lse = lse.view({case_.heads, queries_.size()});
         check(params);
         const testing::Scratch scratch(segment_attention_scratch_bytes(params));
         params.scratch = scratch.data();
         segment_attention_cuda(params, nullptr);
 
-        SegmentAttentionBackwardParams backward{params,
-                                                deterministic,
-                                                dout.view(query_shape()),
-                                                dq.view(query_shape()),
-                                                dk.view(key_shape()),
-                                                dv.view(key_shape())};
+        // The Hopper tier has no backward pass of the largest heads.
+        if (kernel == "hopper" && std::max(case_.head_dim, case_.values()) > 128) {
+            params.kernel = "auto";
+        }
+        SegmentAttentionBackwardParams backward{
+            params,
+            deterministic,
+            dout.view(out_shape()),
+            dq.view(query_shape()),
+            dk.view(key_shape()),
+            dv.view(value_shape()),
+            case_.sinks ? dsinks.view({case_.heads}) : Tensor{}};
         check(backward);
         const testing::Scratch backward_scratch(segment_attention_scratch_bytes(backward));
         backward.scratch = backward_scratch.data();
         segment_attention_backward_cuda(backward, nullptr);
-        return {out.download(), dq.download(), dk.download(), dv.download(), lse.download()};
+        return {out.download(), dq.download(),  dk.download(),
+                dv.download(),  lse.download(), dsinks.download()};
     }
 
 private:
     SegmentAttentionParams settings(std::string_view kernel) const {
         SegmentAttentionParams params;
-        params.scale = 1.0f / std::sqrt(static_cast<float>(case_.head_dim));
+        params.scale =
+            case_.scale != 0 ? case_.scale : 1.0f / std::sqrt(static_cast<float>(case_.head_dim));
+        params.softcap = case_.softcap;
         params.window = case_.window;
         params.group_size = case_.group_size;
         params.kernel = kernel;
@@ -142,12 +164,19 @@ private:
     std::vector<int64_t> key_shape() const {
         return {keys_.size(), case_.kv_heads, case_.head_dim};
     }
+    std::vector<int64_t> value_shape() const {
+        return {keys_.size(), case_.kv_heads, case_.values()};
+    }
+    std::vector<int64_t> out_shape() const {
+        return {queries_.size(), case_.heads, case_.values()};
+    }
     int64_t cuts() const { return static_cast<int64_t>(queries_.cu.size()); }
     size_t num_lse() const { return static_cast<size_t>(case_.heads * queries_.size()); }
 
     Case case_;
     RowSet queries_, keys_;
     std::vector<T> q_, k_, v_, dout_;
+    std::vector<float> sinks_;
 };
 
 const std::vector<Case>& cases() {
@@ -182,6 +211,146 @@ std::vector<std::pair<const char*, bool>> kernels() {
     return list;
 }
 
+/// Caps, sinks and head sizes of models, in every tile of the kernels.
+const std::vector<Case>& cases_of_models() {
+    static const std::vector<Case> list{
+        {.name = "sinks",
+         .lengths = {300, 20},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 64,
+         .positions = false,
+         .window = 128,
+         .sinks = true},
+        {.name = "sinks, other keys",
+         .lengths = {260, 33},
+         .heads = 4,
+         .kv_heads = 1,
+         .head_dim = 128,
+         .query_share = 0.9,
+         .key_share = 0.1,
+         .sinks = true},
+        {.name = "cap",
+         .lengths = {300, 90},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 128,
+         .positions = false,
+         .softcap = 1.5f},
+        {.name = "cap, small heads",
+         .lengths = {300},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 64,
+         .query_share = 0.7,
+         .key_share = 0.7,
+         .window = 100,
+         .softcap = 0.5f,
+         .scale = -0.3f},
+        {.name = "cap and sinks, groups",
+         .lengths = {280, 61},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 128,
+         .query_share = 0.6,
+         .key_share = 0.8,
+         .group_size = 96,
+         .softcap = 2,
+         .sinks = true},
+        {.name = "96",
+         .lengths = {300, 70},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 96,
+         .positions = false},
+        {.name = "256",
+         .lengths = {300, 1, 0, 170},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 256,
+         .positions = false},
+        {.name = "256, kept rows",
+         .lengths = {500, 170},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 256,
+         .query_share = 0.8,
+         .key_share = 0.7,
+         .window = 200,
+         .sinks = true},
+        {.name = "256, cap",
+         .lengths = {420, 170},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 256,
+         .query_share = 0.8,
+         .key_share = 0.8,
+         .softcap = 1,
+         .sinks = true},
+        {.name = "256, few keys",
+         .lengths = {300, 90},
+         .heads = 2,
+         .kv_heads = 2,
+         .head_dim = 256,
+         .query_share = 1,
+         .key_share = 0.05},
+        {.name = "192 and 128",
+         .lengths = {400, 77},
+         .heads = 4,
+         .kv_heads = 4,
+         .head_dim = 192,
+         .positions = false,
+         .value_dim = 128},
+        {.name = "192 and 128, kept rows",
+         .lengths = {500, 77},
+         .heads = 4,
+         .kv_heads = 2,
+         .head_dim = 192,
+         .query_share = 0.7,
+         .key_share = 0.6,
+         .window = 300,
+         .value_dim = 128,
+         .softcap = 3,
+         .sinks = true},
+        {.name = "72 and 128",
+         .lengths = {200, 77},
+         .heads = 2,
+         .kv_heads = 2,
+         .head_dim = 72,
+         .positions = false,
+         .value_dim = 128},
+        {.name = "128 and 64",
+         .lengths = {200, 77},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 128,
+         .positions = false,
+         .value_dim = 64,
+         .softcap = 2},
+        {.name = "160 and 96",
+         .lengths = {150},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 160,
+         .positions = false,
+         .value_dim = 96},
+        {.name = "192",
+         .lengths = {200},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 192,
+         .positions = false},
+        {.name = "no rows",
+         .lengths = {0, 0},
+         .heads = 2,
+         .kv_heads = 2,
+         .head_dim = 256,
+         .positions = false,
+         .sinks = true},
+    };
+    return list;
+}
+
 template <typename T>
 class SegmentAttentionCuda : public ::testing::Test {};
 TYPED_TEST_SUITE(SegmentAttentionCuda, testing::LowPrecisionTypes);
@@ -200,11 +369,60 @@ void expect_cpu_results(const std::vector<Case>& list) {
             expect_close(results.dk, oracle.dk, what + ": dk", 2);
             expect_close(results.dv, oracle.dv, what + ": dv", 2);
             expect_close(results.lse, oracle.lse, what + ": lse");
+            // Sums of deltas, which come from the rounded output.
+            const std::vector<T> dsinks = narrow<T>(results.dsinks);
+            expect_close(dsinks, oracle.dsinks, what + ": dsinks", 2);
         }
     }
 }
 
 TYPED_TEST(SegmentAttentionCuda, MatchesCpu) { expect_cpu_results<TypeParam>(cases()); }
+
+TYPED_TEST(SegmentAttentionCuda, ModelsMatchCpu) {
+    expect_cpu_results<TypeParam>(cases_of_models());
+}
+
+TYPED_TEST(SegmentAttentionCuda, SmallShapesOfModelsMatchCpu) {
+    expect_cpu_results<TypeParam>({
+        {.name = "cap and sinks",
+         .lengths = {150, 130},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 128,
+         .positions = false,
+         .softcap = 2,
+         .sinks = true},
+        {.name = "256",
+         .lengths = {190},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 256,
+         .positions = false},
+        {.name = "256, cap",
+         .lengths = {190},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 256,
+         .query_share = 0.9,
+         .key_share = 0.5,
+         .softcap = 2,
+         .sinks = true},
+        {.name = "192 and 128",
+         .lengths = {190},
+         .heads = 2,
+         .kv_heads = 1,
+         .head_dim = 192,
+         .positions = false,
+         .value_dim = 128},
+        {.name = "more tiles",
+         .lengths = std::vector<int64_t>(14, 10),
+         .heads = 24,
+         .kv_heads = 6,
+         .head_dim = 192,
+         .positions = false,
+         .value_dim = 128},
+    });
+}
 
 TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
     // Three tiles of keys and a rest, each seen by several heads; both head sizes; other keys; more
@@ -219,7 +437,7 @@ TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
     for (const auto& [kernel, deterministic] : kernels()) {
         if (!deterministic) continue;
-        for (const int64_t head_dim : {64, 128}) {
+        for (const int64_t head_dim : {64, 128, 192, 256}) {
             const Attention<TypeParam> attention(
                 {"many tiles", {700, 260}, 4, 2, head_dim, 0.8, 0.8});
             const Results<TypeParam> first = attention.on_gpu(kernel, true);
@@ -229,8 +447,22 @@ TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
                 expect_same_bits(again.dq, first.dq, std::string(kernel) + ": dq");
                 expect_same_bits(again.dk, first.dk, std::string(kernel) + ": dk");
                 expect_same_bits(again.dv, first.dv, std::string(kernel) + ": dv");
+                expect_same_bits(again.dsinks, first.dsinks, std::string(kernel) + ": dsinks");
             }
         }
+    }
+}
+
+TEST(SegmentAttentionCuda, HopperHasNoBackwardOfTheLargestHeads) {
+    const DeviceArray<cpu::BFloat16> q(256);
+    SegmentAttentionBackwardParams params;
+    params.forward.q = params.forward.k = params.forward.v = q.view({1, 1, 256});
+    params.forward.kernel = "hopper";
+    try {
+        segment_attention_backward_cuda(params, nullptr);
+        FAIL() << "a head size of 256 passed";
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
     }
 }
 

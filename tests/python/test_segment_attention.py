@@ -1,88 +1,26 @@
 """segment_attention: what an operator has to pass, docs/design/testing.md."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from attention_cases import (
+    KERNELS,
+    check_against_oracle,
+    check_close,
+    cuts,
+    differentiate,
+    make_inputs,
+    oracle,
+)
 from devices import on_gpu, working_dtype
 from lemo import ops, reference
-from tolerances import assert_close_fp32, assert_close_low_precision
+from tolerances import assert_close_fp32
 
-# The CUDA kernels take head sizes that are multiples of 8 up to 128, each with two tilings.
-HEAD_SIZES = st.sampled_from([8, 24, 64, 72, 128]) if on_gpu() else st.integers(1, 17)
+# The CUDA kernels take head sizes that are multiples of 8 up to 256, in tiles of several sizes.
+HEAD_SIZES = st.sampled_from([8, 24, 64, 72, 128, 160, 256]) if on_gpu() else st.integers(1, 17)
 DTYPE = working_dtype()
-
-
-def attention_kernels() -> tuple[str, ...]:
-    """The names of the CUDA kernels that this GPU runs."""
-    hopper = ("hopper",) if torch.cuda.get_device_capability() == (9, 0) else ()
-    return (*hopper, "portable", "portable-small")
-
-
-KERNELS = attention_kernels() if on_gpu() else ("auto",)
-
-
-def cuts(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-
-
-def draw_positions(lengths: list[int], span: int) -> torch.Tensor:
-    """Ascending positions below `span`, drawn anew for each sequence."""
-    drawn = [torch.randperm(span)[:length].sort().values for length in lengths]
-    return torch.cat([torch.zeros(0, dtype=torch.long), *drawn]).int()
-
-
-def make_inputs(q_lengths, k_lengths=None, heads=(6, 2), size=8, span=None, dtype=None):
-    """(q, k, v, cu_q, cu_k, q_positions, k_positions); positions only with a span."""
-    dtype = working_dtype() if dtype is None else dtype
-    k_lengths = q_lengths if k_lengths is None else k_lengths
-    q = torch.randn(sum(q_lengths), heads[0], size, dtype=dtype)
-    k = torch.randn(sum(k_lengths), heads[1], size, dtype=dtype)
-    v = torch.randn(sum(k_lengths), heads[1], size, dtype=dtype)
-    positions = (None, None)
-    if span is not None:
-        positions = (draw_positions(q_lengths, span), draw_positions(k_lengths, span))
-    return q, k, v, cuts(q_lengths), cuts(k_lengths), *positions
-
-
-def differentiate(attention, inputs, dtype, dout):
-    """(out, dq, dk, dv) of `attention(q, k, v, ...)` computed from q, k, v in `dtype`."""
-    qkv = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs[:3]]
-    out = attention(*qkv, *inputs[3:])
-    return out, *torch.autograd.grad(out, qkv, dout.to(out.dtype))
-
-
-def oracle(window=0, group_size=0, scale=None):
-    def attention(q, *rest):
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return reference.segment_attention(q, *rest, factor, window, group_size)[0]
-
-    return attention
-
-
-def check_against_oracle(inputs, kernel="auto", **settings):
-    """Forward and backward; in low precision the error is at most twice plain torch's."""
-    dtype = inputs[0].dtype
-    dout = torch.randn_like(inputs[0])
-    results = differentiate(
-        lambda *args: ops.segment_attention(*args, **settings, kernel=kernel), inputs, dtype, dout
-    )
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
-    expected = differentiate(oracle(**settings), inputs, wide, dout)
-    plain = differentiate(oracle(**settings), inputs, dtype, dout)
-    for name, result, rough, right in zip(("out", "dq", "dk", "dv"), results, plain, expected):
-        assert result.dtype == dtype
-        check_close(result, rough, right, name)
-
-
-def check_close(result, rough, right, name="result"):
-    if result.dtype == torch.float32:
-        assert_close_fp32(result, right, name)
-    else:
-        assert_close_low_precision(result, rough, right, name)
 
 
 @given(
@@ -327,6 +265,7 @@ def reads_data(change, message):
         ({"k": torch.randn(6, 2, 8).half()}, TypeError, "'k': expected the dtype of 'q'"),
         ({"k": torch.randn(6, 2, 7).to(DTYPE)}, ValueError, "'k': expected size 8 in dimension 2"),
         ({"v": torch.randn(5, 2, 8).to(DTYPE)}, ValueError, "'v': expected size 6 in dimension 0"),
+        ({"v": torch.randn(6, 1, 8).to(DTYPE)}, ValueError, "'v': expected size 2 in dimension 1"),
         ({"v": torch.randn(6, 2, 8).half()}, TypeError, "'v': expected the dtype of 'q'"),
         ({"cu_q": torch.tensor([0, 6])}, TypeError, "'cu_q': expected int32, got int64"),
         reads_data({"cu_q": cuts([2, 3])}, "'cu_q': expected a last entry of 6, got 5"),
@@ -348,6 +287,15 @@ def reads_data(change, message):
         ({"scale": float("nan")}, ValueError, "'scale': expected a finite number, got nan"),
         ({"window": -1}, ValueError, "'window': expected at least 0, got -1"),
         ({"group_size": -4}, ValueError, "'group_size': expected at least 0, got -4"),
+        (
+            {"softcap": -1.0},
+            ValueError,
+            "'softcap': expected a finite number of at least 0, got -1",
+        ),
+        ({"softcap": float("inf")}, ValueError, "'softcap': expected a finite number .* got inf"),
+        ({"sinks": torch.zeros(2)}, ValueError, "'sinks': expected size 4 in dimension 0"),
+        ({"sinks": torch.zeros(4, 1)}, ValueError, "'sinks': expected 1 dimension"),
+        ({"sinks": torch.zeros(4).double()}, TypeError, "'sinks': expected float32, got"),
         ({"kernel": "fast"}, ValueError, "'kernel': expected .*'auto'.*, got 'fast'"),
     ],
 )
@@ -377,7 +325,7 @@ def test_bad_inputs_name_the_argument(change, exception, message):
     [
         (torch.float32, 64, "'q': expected bfloat16 or float16 on a GPU, got float32"),
         (torch.bfloat16, 12, "'q': expected a head size that is a multiple of 8 .* got 12"),
-        (torch.bfloat16, 136, "'q': expected a head size .* from 8 to 128 on a GPU, got 136"),
+        (torch.bfloat16, 264, "'q': expected a head size .* from 8 to 256 on a GPU, got 264"),
     ],
 )
 def test_what_no_cuda_kernel_takes(dtype, size, message):

@@ -9,10 +9,11 @@
 namespace lemo {
 
 /// Query i sees key j of its sequence iff `visible_positions` (blocks.h) of i's position holds j's.
+/// Scores are s = scale * q . k, or softcap * tanh(s / softcap).
 struct SegmentAttentionParams {
     Tensor q;            // [Rq, Hq, D] float
     Tensor k;            // [Rk, Hk, D] of q's dtype, Hq a multiple of Hk
-    Tensor v;            // [Rk, Hk, D] of q's dtype
+    Tensor v;            // [Rk, Hk, Dv] of q's dtype
     Tensor cu_q;         // [N+1] int32, first query row of each sequence
     Tensor cu_k;         // [N+1] int32, first key row of each sequence
     Tensor q_positions;  // [Rq] int32, strictly ascending in each sequence; absent: row in sequence
@@ -20,10 +21,13 @@ struct SegmentAttentionParams {
     float scale = 1.0f;
     int64_t window = 0;      // positions a query sees back, its own included; 0: no limit
     int64_t group_size = 0;  // positions of a shifted group; 0: no groups
+    float softcap = 0.0f;    // bound of the scores; 0: none
+    Tensor sinks;            // [Hq] fp32, a further score of each head, without a value; or absent
     // On a GPU also "hopper", "portable", "portable-small" (for tests).
     std::string_view kernel = "auto";
-    Tensor out;  // [Rq, Hq, D] of q's dtype; read by the backward pass
-    Tensor lse;  // [Hq, Rq] fp32, natural logarithm; -inf where a query sees no key
+    Tensor out;  // [Rq, Hq, Dv] of q's dtype; read by the backward pass
+    // [Hq, Rq] fp32, natural logarithm, the sink's score included; -inf where there is no score.
+    Tensor lse;
     // On a GPU: segment_attention_scratch_bytes bytes of its memory, from a 256-byte boundary on.
     void* scratch = nullptr;
 };
@@ -31,10 +35,11 @@ struct SegmentAttentionParams {
 struct SegmentAttentionBackwardParams {
     SegmentAttentionParams forward;
     bool deterministic = true;  // bit-equal repeats; the CPU always is
-    Tensor dout;                // [Rq, Hq, D] of q's dtype
+    Tensor dout;                // [Rq, Hq, Dv] of q's dtype
     Tensor dq;                  // as q, written
     Tensor dk;                  // as k, written
     Tensor dv;                  // as v, written
+    Tensor dsinks;              // as sinks, written
     void* scratch = nullptr;    // as that of `forward`, which is not used
 };
 
@@ -49,7 +54,7 @@ void segment_attention_backward_cpu(const SegmentAttentionBackwardParams& params
 int64_t segment_attention_scratch_bytes(const SegmentAttentionParams& params);
 int64_t segment_attention_scratch_bytes(const SegmentAttentionBackwardParams& params);
 
-/// bf16 and fp16, head sizes that are multiples of 8 up to 128, 16-byte aligned data. `stream` is a
+/// bf16 and fp16, D and Dv multiples of 8 up to 256, 16-byte aligned data. `stream` is a
 /// cudaStream_t. Asynchronous. Without `deterministic` the order of the sums in dq varies.
 void segment_attention_cuda(const SegmentAttentionParams& params, void* stream);
 void segment_attention_backward_cuda(const SegmentAttentionBackwardParams& params, void* stream);

@@ -11,11 +11,15 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-/// Takes away probabilities [keys, queries] of keys that a query does not see.
+/// In the place of the tanh of a score that the query does not see.
+inline constexpr float kHiddenTanh = -2.0f;
+
+/// Puts `hidden` in the place of scores or probabilities [keys, queries] of keys that a query does
+/// not see.
 template <typename Traits, typename Scores>
 __device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
                                             const BackwardShared<Traits>& shared,
-                                            const BackwardStep& step, int warpgroup,
+                                            const BackwardStep& step, int warpgroup, float hidden,
                                             Scores& scores) {
     const SequenceTile tile = shared.tile;
     const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
@@ -27,7 +31,7 @@ __device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
         CUTE_UNROLL
         for (int r = 0; r < kThreadRows; ++r) {
             if (key + 8 * r < seen.x || key + 8 * r >= seen.y) {
-                scores(element_index(r, e)) = 0.0f;
+                scores(element_index(r, e)) = hidden;
             }
         }
     }
@@ -107,7 +111,9 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
     const auto dscore_pairs = recast<uint32_t>(rounded);
     const DscoresPlace<Traits> dscores_place(warpgroup);
 
-    const float scale_log2 = args.scale * float(M_LOG2E);
+    constexpr bool kCapped = Traits::kCapped;
+    const float scale_log2 =
+        (kCapped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
     RingPosition<Traits::kStages> at;
     RingPosition<Traits::kDscoresStages> dscores_at, dq_at;
     uint32_t dq_parity = 1;
@@ -127,24 +133,47 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
             to[i] = *reinterpret_cast<const float2*>(from + thread_column() + 8 * i);
         }
     };
-    // The scores of the step at `at` are there: makes them probabilities, while the mma runs that
-    // becomes their gradient. Afterwards no mma is under way: the compiler does not follow one from
-    // one iteration of a loop into the next, and would wait for each at once.
+    // The scores of the step at `at` are there: makes them probabilities, or below a softcap its
+    // tanh, while the mma runs that becomes their gradient. Afterwards no mma is under way: the
+    // compiler does not follow one from one iteration of a loop into the next, and would wait for
+    // each at once.
     const auto begin_step = [&]() __attribute__((always_inline)) {
         Statistics lse;
-        load_statistics(lse, shared.lse[at.stage]);
+        if constexpr (!kCapped) load_statistics(lse, shared.lse[at.stage]);
         shared.dout_full[at.stage].wait(at.parity);
         start_mma<false>(score_mma, keys_operand(shared.v), queries_operand(shared.dout[at.stage]),
                          dscores);
         CUTE_UNROLL
         for (int i = 0; i < size(scores); i += 2) {
-            scores(i) = exp2_approximate(fmaf(scores(i), scale_log2, -lse[i / 4].x));
-            scores(i + 1) = exp2_approximate(fmaf(scores(i + 1), scale_log2, -lse[i / 4].y));
+            if constexpr (kCapped) {
+                scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
+                scores(i + 1) = tanh_of_log2(scores(i + 1) * args.score.tanh_factor);
+            } else {
+                scores(i) = exp2_approximate(fmaf(scores(i), scale_log2, -lse[i / 4].x));
+                scores(i + 1) = exp2_approximate(fmaf(scores(i + 1), scale_log2, -lse[i / 4].y));
+            }
         }
         const BackwardStep step = shared.steps[at.stage];
-        if (step.needs_mask) hide_unseen(args, shared, step, warpgroup, scores);
+        if (step.needs_mask) {
+            hide_unseen(args, shared, step, warpgroup, kCapped ? kHiddenTanh : 0.0f, scores);
+        }
         load_statistics(delta, shared.delta[at.stage]);
         wait_mmas<0>();
+    };
+    // Makes probabilities of the tanh of two scores, and gives their gradient the slope of the
+    // softcap. The sums of exponentials have no registers until here.
+    const auto uncap = [&](int j) __attribute__((always_inline)) {
+        const float2 lse =
+            *reinterpret_cast<const float2*>(shared.lse[at.stage] + thread_column() + 8 * (j / 4));
+        const auto one = [&](float& score, float& dscore, float log_sum,
+                             float mean) __attribute__((always_inline)) {
+            const float tanh = score;
+            score = tanh == kHiddenTanh ? 0.0f : exp2_approximate(fmaf(tanh, scale_log2, -log_sum));
+            // With the mean taken from it here, what follows multiplies a difference once more.
+            dscore = fmaf(dscore - mean, fmaf(-tanh, tanh, 1.0f), mean);
+        };
+        one(scores(j), dscores(j), lse.x, delta[j / 4].x);
+        one(scores(j + 1), dscores(j + 1), lse.y, delta[j / 4].y);
     };
     // In the registers of the scores: when it is computed they are not needed, and are needed again
     // only once it has been stored.
@@ -185,6 +214,7 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
             for (int i = 0; i < size(scores); i += 8) {
                 CUTE_UNROLL
                 for (int j = i; j < i + 8; j += 2) {
+                    if constexpr (kCapped) uncap(j);
                     probability_pairs(j / 2) = round_pair<Element>(scores(j), scores(j + 1));
                     dscore_pairs(j / 2) =
                         round_pair<Element>(scores(j) * (dscores(j) - delta[j / 4].x),

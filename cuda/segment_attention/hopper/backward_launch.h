@@ -11,16 +11,16 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-template <typename Element, int kHeadDim>
-int64_t BackwardPass<Element, kHeadDim>::scratch_bytes(
+template <typename Element, int kHeadDim, bool kCapped>
+int64_t BackwardPass<Element, kHeadDim, kCapped>::scratch_bytes(
     const SegmentAttentionBackwardParams& params) {
-    return count_scratch_bytes<BackwardScratch<BackwardTraits<Element, kHeadDim>>>(params);
+    return count_scratch_bytes<BackwardScratch<BackwardTraits<Element, kHeadDim, kCapped>>>(params);
 }
 
-template <typename Element, int kHeadDim>
-void BackwardPass<Element, kHeadDim>::launch(const SegmentAttentionBackwardParams& params,
-                                             cudaStream_t stream) {
-    using Traits = BackwardTraits<Element, kHeadDim>;
+template <typename Element, int kHeadDim, bool kCapped>
+void BackwardPass<Element, kHeadDim, kCapped>::launch(const SegmentAttentionBackwardParams& params,
+                                                      cudaStream_t stream) {
+    using Traits = BackwardTraits<Element, kHeadDim, kCapped>;
     constexpr const char* kOp = "segment_attention_backward";
     const SegmentAttentionParams& p = params.forward;
     Arena arena(params.scratch);
@@ -44,12 +44,15 @@ void BackwardPass<Element, kHeadDim>::launch(const SegmentAttentionBackwardParam
     args.num_heads = static_cast<int>(p.q.size(1));
     args.num_kv_heads = static_cast<int>(p.k.size(1));
     args.head_dim = static_cast<int>(p.q.size(2));
-    args.scale = p.scale;
+    args.value_dim = static_cast<int>(p.v.size(2));
+    args.score = ScoreSettings(p);
+    args.sink_terms = scratch.sink_terms;
 
     const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),
                           static_cast<unsigned>(args.num_heads));
     hopper_statistics_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);
     check_launch(kOp);
+    sum_sink_terms(params, args.sink_terms, stream);
     auto* kernel = hopper_backward_kernel<Traits>;
     constexpr int kSharedBytes = static_cast<int>(sizeof(BackwardShared<Traits>));
     static_assert(kSharedBytes <= kMaxSharedBytes, "all buffers fit into shared memory");

@@ -7,10 +7,11 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kCapped_>
 struct BackwardTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_;
+    static constexpr bool kCapped = kCapped_;
     static constexpr int kConsumers = 2;
     // Keys of a thread block, 64 a warpgroup; the gradients of keys and values are kHeadDim
     // registers a thread.
@@ -131,6 +132,7 @@ struct BackwardScratch {
     float* tile_delta;
     float* dq_sums;
     int* added_tiles;
+    float* sink_terms;
 
     BackwardScratch(const SegmentAttentionBackwardParams& params, Arena& arena)
         : plan(params.forward, arena) {
@@ -142,6 +144,7 @@ struct BackwardScratch {
         tile_delta = arena.take<float>(rows);
         dq_sums = arena.take<float>(rows * Traits::kHeadDim);
         added_tiles = arena.take<int>(params.deterministic ? tiles : 0);
+        sink_terms = arena.take<float>(params.dsinks ? p.q.size(1) * p.q.size(0) : 0);
     }
 };
 
@@ -161,13 +164,15 @@ struct BackwardArguments {
     float* tile_lse;
     float* tile_delta;
     float* dq_sums;  // [heads, query tiles, warpgroups, kDqPart], in the order of the accumulators
-    int* added_tiles;  // [heads, query tiles], key tiles that have added to dq; null: in any order
+    int* added_tiles;   // [heads, query tiles], key tiles that have added to dq; null: in any order
+    float* sink_terms;  // [heads, queries], see sink_term; not used without sinks
     AttentionPlan plan;
     int num_heads;
     int num_kv_heads;
     int heads_at_once;  // key/value heads that are worked on side by side
     int head_dim;
-    float scale;
+    int value_dim;
+    ScoreSettings score;
 
     /// Number of a packed query tile of a head.
     __device__ int64_t tile_index(int head, int packed_tile) const {

@@ -5,6 +5,7 @@
 
 #include "segment_attention/hopper/backward_layout.h"
 #include "segment_attention/hopper/epilogue.h"
+#include "segment_attention/sinks.h"
 
 namespace lemo::cuda::segment_attention::hopper {
 
@@ -40,9 +41,9 @@ hopper_statistics_kernel(const __grid_constant__ BackwardArguments args) {
         const int row = tile.tile * kBlockM + r;
         const bool exists = row < tile.num_q;
         float sum = 0;
-        if (exists && lane * 8 < args.head_dim) {
+        if (exists && lane * 8 < args.value_dim) {
             const int64_t offset =
-                (int64_t{tile.q_first + row} * args.num_heads + head) * args.head_dim + lane * 8;
+                (int64_t{tile.q_first + row} * args.num_heads + head) * args.value_dim + lane * 8;
             const auto out =
                 *reinterpret_cast<const Vector*>(static_cast<const Element*>(args.out) + offset);
             const auto dout = *reinterpret_cast<const Vector*>(
@@ -57,8 +58,11 @@ hopper_statistics_kernel(const __grid_constant__ BackwardArguments args) {
         if (lane == 0) {
             float lse = INFINITY;  // makes every probability of the row zero
             if (exists) {
-                lse = args.lse[int64_t{head} * args.plan.num_queries + tile.q_first + row] *
-                      float(M_LOG2E);
+                const int64_t at = int64_t{head} * args.plan.num_queries + tile.q_first + row;
+                lse = args.lse[at] * float(M_LOG2E);
+                if (args.score.sinks != nullptr) {
+                    args.sink_terms[at] = sink_term(args.score.sinks[head], lse, sum);
+                }
                 if (lse == -INFINITY) lse = INFINITY;
             }
             args.tile_lse[tile_index * kBlockM + r] = lse;
@@ -90,7 +94,7 @@ hopper_dq_kernel(const __grid_constant__ BackwardArguments args) {
                            warpgroup * Traits::kDqPart) +
                        thread;
     const auto pack = [&](float a, float b) {
-        return round_pair<Element>(a * args.scale, b * args.scale);
+        return round_pair<Element>(a * args.score.scale, b * args.score.scale);
     };
     // The sums are transposed: a thread's rows are columns of dq.
     const int first_query = Traits::kShareHeadDim ? 0 : warpgroup * Traits::kDqColumns;

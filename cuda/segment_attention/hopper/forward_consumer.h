@@ -29,7 +29,7 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
     using namespace cute;
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-    constexpr int kHeadDim = Traits::kHeadDim, kStages = Traits::kStages;
+    constexpr int kValueDim = Traits::kValueDim, kStages = Traits::kStages;
 
     typename Traits::ScoreMma score_mma;
     typename Traits::OutputMma output_mma;
@@ -48,14 +48,20 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
     };
 
     const SchedulerBarrier<Traits::kFirstSchedulerBarrier, Traits::kConsumers> scheduler(warpgroup);
-    const bool negative = args.scale < 0;
+    const bool negative = !Traits::kCapped && args.score.scale < 0;
+    const auto cap = [&](auto& scores) {
+        CUTE_UNROLL
+        for (int i = 0; i < size(scores); ++i) {
+            scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
+        }
+    };
     WorkReader<Traits> reader(args, shared);
     RingPosition<1> q_at;
     RingPosition<kStages> k_at, v_at;
     ForwardWork work;
     while (reader.next(work)) {
-        auto output = partition_fragment_C(output_mma, TileShape<kBlockM, kHeadDim>{});
-        ForwardSoftmax softmax(args.scale);
+        auto output = partition_fragment_C(output_mma, TileShape<kBlockM, kValueDim>{});
+        ForwardSoftmax softmax(args.score);
         if (work.n_begin < work.n_end) {
             const ForwardMask<Traits> mask(args, work, warpgroup);
             const auto hide = [&](auto& scores, int n_tile) {
@@ -72,6 +78,7 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
             wait_mmas<0>();
             shared.k_empty[k_at.stage].arrive_warp();
             k_at.advance();
+            if constexpr (Traits::kCapped) cap(scores);
             hide(scores, work.n_end - 1);
             softmax.template update<kBlockN, true>(scores);
             auto probabilities = round_to<Element>(scores);
@@ -91,6 +98,7 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
                         wait_mmas<1>();
                         shared.k_empty[k_at.stage].arrive_warp();
                         k_at.advance();
+                        if constexpr (Traits::kCapped) cap(scores);
                         if constexpr (kMasked) hide(scores, n_tile);
                         const float2 factors = softmax.template update<kBlockN, kMasked>(scores);
                         finish_before_waiting(softmax.sum, shared);
@@ -99,7 +107,7 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
                         v_at.advance();
                         probabilities = round_to<Element>(scores);
                         if (__any_sync(0xffffffffu, factors.x != 1.0f || factors.y != 1.0f)) {
-                            scale_rows<kHeadDim>(output, factors);
+                            scale_rows<kValueDim>(output, factors);
                         }
                     };
             // From the last tile down: some that not all queries see, those seen whole, and, with
@@ -111,7 +119,7 @@ __device__ void consume_forward(const ForwardArguments& args, ForwardShared<Trai
             for (; n_tile >= all_begin; --n_tile) step(n_tile, std::false_type{});
             for (; n_tile >= work.n_begin; --n_tile) step(n_tile, std::true_type{});
 
-            shared.q_empty.arrive_warp();
+            if constexpr (!Traits::kOutputInQ) shared.q_empty.arrive_warp();
             q_at.advance();
             shared.v_full[v_at.stage].wait(v_at.parity);
             start_mma<true>(output_mma, as_register_operand<kBlockN>(probabilities),

@@ -47,9 +47,9 @@ struct ForwardSoftmax {
     float max[kThreadRows] = {-INFINITY, -INFINITY};
     float sum[kThreadRows] = {0, 0};  // of this thread's columns
 
-    __device__ explicit ForwardSoftmax(float scale)
+    __device__ explicit ForwardSoftmax(const ScoreSettings& score)
         // A scale of 0 would make NaN of masked scores; the smallest number is as good otherwise.
-        : scale_log2(fmaxf(fabsf(scale) * float(M_LOG2E), 1.2e-38f)) {}
+        : scale_log2(fmaxf(score.softmax_scale * float(M_LOG2E), 1.2e-38f)) {}
 
     /// Turns scores of [64, kColumns] into exp2(scale * score - scale * max). Returns by what the
     /// output so far has to be multiplied. `kMasked`: a row may have seen no key yet.

@@ -1,5 +1,5 @@
-// The Hopper tier, for compute capability 9.0; each direction and head size is instantiated in a
-// file of its own.
+// The Hopper tier, for compute capability 9.0; each direction, pair of head sizes and kind of
+// scores is instantiated in a file of its own.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,16 +8,19 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-// `Element` is cutlass::bfloat16_t or cutlass::half_t, `kHeadDim` 64 or 128: the head size, or the
-// next larger one, whose surplus columns are read as zeros.
+// `Element` is cutlass::bfloat16_t or cutlass::half_t; `kHeadDim` and `kValueDim` are the head
+// sizes of keys and of values, or the next larger ones, whose surplus columns are read as zeros.
+// With `kCapped` the scores have a softcap.
 
-template <typename Element, int kHeadDim>
+/// 64, 128 and 256 for both, and 192 for keys with 128 for values; with `kCapped` 128 and 256.
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
 struct ForwardPass {
     static int64_t scratch_bytes(const SegmentAttentionParams& params);
     static void launch(const SegmentAttentionParams& params, cudaStream_t stream);
 };
 
-template <typename Element, int kHeadDim>
+/// 64 and 128; with `kCapped` 128. Keys and values have one size.
+template <typename Element, int kHeadDim, bool kCapped>
 struct BackwardPass {
     static int64_t scratch_bytes(const SegmentAttentionBackwardParams& params);
     static void launch(const SegmentAttentionBackwardParams& params, cudaStream_t stream);

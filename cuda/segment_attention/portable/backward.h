@@ -17,14 +17,17 @@
 #include "segment_attention/portable/dq_accumulators.h"
 #include "segment_attention/portable/kernels.h"
 #include "segment_attention/query_walk.h"
+#include "segment_attention/sinks.h"
 
 namespace lemo::cuda::segment_attention::portable {
 
 constexpr int kStatisticsThreads = 256;
-constexpr int kLanesPerRow = 16;  // 16 bytes each: head sizes up to 128
+/// 16 bytes each.
+template <int kValueDim>
+constexpr int kLanesPerRow = kValueDim <= 128 ? 16 : 32;
 
 /// What the main kernel reads of every query and head.
-template <typename Element>
+template <typename Element, int kLanesPerRow>
 __global__ void
 __launch_bounds__(kStatisticsThreads)
 portable_statistics_kernel(const __grid_constant__ BackwardArguments args) {
@@ -33,9 +36,9 @@ portable_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     const int lane = threadIdx.x % kLanesPerRow;
     const int64_t num_items = int64_t{args.plan.num_queries} * args.num_heads;
     float sum = 0;
-    if (item < num_items && lane * 8 < args.head_dim) {
+    if (item < num_items && lane * 8 < args.value_dim) {
         using Vector = cutlass::AlignedArray<Element, 8>;
-        const int64_t offset = item * args.head_dim + lane * 8;
+        const int64_t offset = item * args.value_dim + lane * 8;
         const auto out =
             *reinterpret_cast<const Vector*>(static_cast<const Element*>(args.out) + offset);
         const auto dout =
@@ -49,10 +52,18 @@ portable_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     }
     if (item < num_items && lane == 0) {
         const int64_t query = item / args.num_heads;
-        const int64_t at = item % args.num_heads * args.plan.num_queries + query;
-        args.statistics[at] = make_float2(args.lse[at] * float(M_LOG2E), sum);
+        const int64_t head = item % args.num_heads;
+        const int64_t at = head * args.plan.num_queries + query;
+        const float log2_sum = args.lse[at] * float(M_LOG2E);
+        args.statistics[at] = make_float2(log2_sum, sum);
+        if (args.score.sinks != nullptr) {
+            args.sink_terms[at] = sink_term(args.score.sinks[head], log2_sum, sum);
+        }
     }
 }
+
+/// In the place of the tanh of a score that the query does not see.
+constexpr float kHiddenTanh = -2.0f;
 
 /// Grid: key/value heads, key tiles from the first, which the most queries see.
 template <typename Traits>
@@ -61,7 +72,8 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     using namespace cute;
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
+    constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
+    constexpr int kThreads = Traits::kThreads;
 
     SequenceTile tile;
     if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN,
@@ -70,21 +82,22 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     }
     const int kv_head = blockIdx.x;
     const int group = args.num_heads / args.num_kv_heads;
-    const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
-    const int64_t kv_stride = int64_t{args.num_kv_heads} * args.head_dim;
     const int n_first = tile.tile * kBlockN;
-    const int keys_left = tile.num_k - n_first;
-    const int64_t kv_offset =
-        (int64_t{tile.k_first} + n_first) * kv_stride + int64_t{kv_head} * args.head_dim;
+    const auto key_rows = [&]<typename T>(T* base, int columns) {
+        const int64_t stride = int64_t{args.num_kv_heads} * columns;
+        const int64_t offset =
+            (int64_t{tile.k_first} + n_first) * stride + int64_t{kv_head} * columns;
+        return GlobalRows<T>{base + offset, stride, tile.num_k - n_first, columns};
+    };
     const int q_tiles_before =
         args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence] : 0;
 
     extern __shared__ __align__(128) std::byte shared_bytes[];
     auto* shared = reinterpret_cast<Element*>(shared_bytes);
     auto sK = make_tensor(make_smem_ptr(shared), typename Traits::LayoutK{});
-    auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutK{});
+    auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutV{});
     auto sQ = make_tensor(sV.data() + size(sV), typename Traits::LayoutQ{});  // and a second one
-    auto sdO = make_tensor(sQ.data() + 2 * size(sQ), typename Traits::LayoutQ{});
+    auto sdO = make_tensor(sQ.data() + 2 * size(sQ), typename Traits::LayoutdO{});
     auto sP = make_tensor(sdO.data() + Traits::kBuffersOfdO * size(sdO),
                           typename Traits::LayoutS{});
     auto sdS = make_tensor(sP.data() + size(sP), typename Traits::LayoutS{});
@@ -102,16 +115,23 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     constexpr int kRows = decltype(size<0>(where))::value;
 
     auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
-    auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kValueDim>{});
     clear(dk);
     clear(dv);
 
-    const auto query_rows = [&](const void* base, const QueryStep& at) {
+    const auto query_rows = [&](const void* base, int columns, const QueryStep& at) {
         const int row = at.m_tile * kBlockM;
-        const int64_t offset =
-            (int64_t{tile.q_first} + row) * q_stride + int64_t{at.head} * args.head_dim;
-        return GlobalRows<const Element>{static_cast<const Element*>(base) + offset, q_stride,
-                                         tile.num_q - row, args.head_dim};
+        const int64_t stride = int64_t{args.num_heads} * columns;
+        const int64_t offset = (int64_t{tile.q_first} + row) * stride + int64_t{at.head} * columns;
+        return GlobalRows<const Element>{static_cast<const Element*>(base) + offset, stride,
+                                         tile.num_q - row, columns};
+    };
+    const auto load_queries = [&](const QueryStep& at, auto& to) {
+        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, args.head_dim, at), to);
+    };
+    const auto load_dout = [&](const QueryStep& at, auto& to) {
+        load_tile_async<kThreads, kBlockM, kValueDim>(query_rows(args.dout, args.value_dim, at),
+                                                      to);
     };
     // By way of shared memory: a load into registers would hold up the first mma, which waits for
     // the same scoreboard. Rows past the end get zeros, and with dO = 0 add nothing.
@@ -125,7 +145,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
             reinterpret_cast<uint64_t&>(statistics[buffer * kBlockM + threadIdx.x]),
             row < tile.num_q);
     };
-    const float scale_log2 = args.scale * float(M_LOG2E);
+    const bool capped = args.score.capped;
+    const float scale_log2 =
+        (capped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
 
     const QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM,
                          kBlockN);
@@ -134,14 +156,12 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     // At the tile before: the next block may add once this one's sums have long been written.
     AddOrder order{nullptr};
     if (!walk.done(now)) {
-        const auto kv_rows = [&](const void* base) {
-            return GlobalRows<const Element>{static_cast<const Element*>(base) + kv_offset,
-                                             kv_stride, keys_left, args.head_dim};
-        };
-        load_tile_async<kThreads, kBlockN, kHeadDim>(kv_rows(args.k), sK);
-        load_tile_async<kThreads, kBlockN, kHeadDim>(kv_rows(args.v), sV);
-        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, now), sQ);
-        load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, now), sdO);
+        load_tile_async<kThreads, kBlockN, kHeadDim>(
+            key_rows(static_cast<const Element*>(args.k), args.head_dim), sK);
+        load_tile_async<kThreads, kBlockN, kValueDim>(
+            key_rows(static_cast<const Element*>(args.v), args.value_dim), sV);
+        load_queries(now, sQ);
+        load_dout(now, sdO);
         load_statistics(now, 0);
         commit_copies();
     }
@@ -149,7 +169,7 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         QueryStep next = now;
         walk.advance(next);
         const auto buffer_of = [&](const auto& first, int index) {
-            return make_tensor(first.data() + index * size(first), typename Traits::LayoutQ{});
+            return make_tensor(first.data() + index * size(first), first.layout());
         };
         const auto sQ_now = buffer_of(sQ, buffer);
         const auto sdO_now = buffer_of(sdO, Traits::kBuffersOfdO == 2 ? buffer : 0);
@@ -161,12 +181,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         __syncthreads();  // Q and dO are there; all are done with dS and the other buffers
         order.let_next();
         if (!walk.done(next)) {
-            load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.q, next), sQ_next);
+            load_queries(next, sQ_next);
             load_statistics(next, buffer ^ 1);
-            if constexpr (Traits::kBuffersOfdO == 2) {
-                load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next),
-                                                             sdO_next);
-            }
+            if constexpr (Traits::kBuffersOfdO == 2) load_dout(next, sdO_next);
             commit_copies();
         }
         const auto statistics_of = [&](int r) {
@@ -178,13 +195,21 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         tile_mma(score_mma, left_operand(LoadFragment<Element>{}, score_mma, sQ_now),
                  right_operand(LoadFragment<Element>{}, score_mma, sK), scores);
         auto score_rows = by_row_and_column(scores);
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            const float log_sum = statistics_of(r).x;
+        // Below a softcap the tanh, of which a slope is made later; else probabilities.
+        if (capped) {
             CUTE_UNROLL
-            for (int c = 0; c < size<1>(score_rows); ++c) {
-                score_rows(r, c) =
-                    exp2_approximate(fmaf(score_rows(r, c), scale_log2, -log_sum));
+            for (int i = 0; i < size(scores); ++i) {
+                scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
+            }
+        } else {
+            CUTE_UNROLL
+            for (int r = 0; r < kRows; ++r) {
+                const float log_sum = statistics_of(r).x;
+                CUTE_UNROLL
+                for (int c = 0; c < size<1>(score_rows); ++c) {
+                    score_rows(r, c) =
+                        exp2_approximate(fmaf(score_rows(r, c), scale_log2, -log_sum));
+                }
             }
         }
         const VisibleKeys visible(args.plan, tile, now.head, args.num_heads);
@@ -192,13 +217,14 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         const int2 seen_by_first = visible(m_first);
         const int2 seen_by_last = visible(m_first + kBlockM - 1);
         if (n_first < seen_by_last.x || n_first + kBlockN > seen_by_first.y) {
+            const float hidden = capped ? kHiddenTanh : 0.0f;
             CUTE_UNROLL
             for (int r = 0; r < kRows; ++r) {
                 const int2 seen = visible(m_first + get<0>(where(r, _0{})));
                 CUTE_UNROLL
                 for (int c = 0; c < size<1>(score_rows); ++c) {
                     const int key = n_first + get<1>(where(r, c));
-                    if (key < seen.x || key >= seen.y) score_rows(r, c) = 0.0f;
+                    if (key < seen.x || key >= seen.y) score_rows(r, c) = hidden;
                 }
             }
         }
@@ -211,9 +237,24 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         CUTE_UNROLL
         for (int r = 0; r < kRows; ++r) {
             const float delta = statistics_of(r).y;
-            CUTE_UNROLL
-            for (int c = 0; c < size<1>(dscore_rows); ++c) {
-                dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - delta);
+            if (capped) {
+                const float log_sum = statistics_of(r).x;
+                CUTE_UNROLL
+                for (int c = 0; c < size<1>(dscore_rows); ++c) {
+                    const float tanh = score_rows(r, c);
+                    const float probability =
+                        tanh == kHiddenTanh
+                            ? 0.0f
+                            : exp2_approximate(fmaf(tanh, scale_log2, -log_sum));
+                    score_rows(r, c) = probability;
+                    dscore_rows(r, c) =
+                        probability * (dscore_rows(r, c) - delta) * fmaf(-tanh, tanh, 1.0f);
+                }
+            } else {
+                CUTE_UNROLL
+                for (int c = 0; c < size<1>(dscore_rows); ++c) {
+                    dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - delta);
+                }
             }
         }
         store_accumulators<Element>(score_mma, round_to<Element>(scores), sP);
@@ -226,14 +267,13 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         }
         __syncthreads();  // P and dS are there, and this block may add to dq
 
-        const auto sdOt_now = make_tensor(sdO_now.data(), typename Traits::LayoutQTransposed{});
+        const auto sdOt_now = make_tensor(sdO_now.data(), typename Traits::LayoutdOTransposed{});
         tile_mma(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sPt),
                  right_operand(LoadFragmentTransposed<Element>{}, key_mma, sdOt_now), dv);
         if constexpr (Traits::kBuffersOfdO == 1) {
             __syncthreads();  // all are done with dO
             if (!walk.done(next)) {
-                load_tile_async<kThreads, kBlockM, kHeadDim>(query_rows(args.dout, next),
-                                                             sdO_next);
+                load_dout(next, sdO_next);
                 commit_copies();
             }
         }
@@ -254,19 +294,17 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     }
 
     CUTE_UNROLL
-    for (int i = 0; i < size(dk); ++i) dk(i) *= args.scale;
+    for (int i = 0; i < size(dk); ++i) dk(i) *= args.score.scale;
     order.publish();
     __syncthreads();  // all are done with K and V, whose places the results take
     order.let_next();
     store_accumulators<Element>(key_mma, round_to<Element>(dk), sK);
     store_accumulators<Element>(key_mma, round_to<Element>(dv), sV);
     __syncthreads();
-    const auto gradient_rows = [&](void* base) {
-        return GlobalRows<Element>{static_cast<Element*>(base) + kv_offset, kv_stride, keys_left,
-                                   args.head_dim};
-    };
-    store_tile<kThreads, kBlockN, kHeadDim>(sK, gradient_rows(args.dk));
-    store_tile<kThreads, kBlockN, kHeadDim>(sV, gradient_rows(args.dv));
+    store_tile<kThreads, kBlockN, kHeadDim>(
+        sK, key_rows(static_cast<Element*>(args.dk), args.head_dim));
+    store_tile<kThreads, kBlockN, kValueDim>(
+        sV, key_rows(static_cast<Element*>(args.dv), args.value_dim));
 }
 
 /// Rounds the sums of dq. Grid: query tiles, heads.
@@ -287,7 +325,7 @@ portable_dq_kernel(const __grid_constant__ BackwardArguments args) {
     auto dq = partition_fragment_C(query_mma, TileShape<kBlockM, kHeadDim>{});
     DqAccumulators<Traits>(args, head, static_cast<int>(blockIdx.x)).read(dq);
     CUTE_UNROLL
-    for (int i = 0; i < size(dq); ++i) dq(i) *= args.scale;
+    for (int i = 0; i < size(dq); ++i) dq(i) *= args.score.scale;
 
     __shared__ __align__(128) Element shared[kBlockM * kHeadDim];
     auto sdQ = make_tensor(make_smem_ptr(shared), typename Traits::LayoutQ{});
@@ -325,16 +363,20 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
     args.num_heads = static_cast<int>(p.q.size(1));
     args.num_kv_heads = static_cast<int>(p.k.size(1));
     args.head_dim = static_cast<int>(p.q.size(2));
-    args.scale = p.scale;
+    args.value_dim = static_cast<int>(p.v.size(2));
+    args.score = ScoreSettings(p);
+    args.sink_terms = scratch.sink_terms;
 
     check_status(kOp, cudaMemsetAsync(scratch.dq_sums, 0, scratch.cleared_bytes, stream));
-    const int64_t threads = p.q.size(0) * p.q.size(1) * kLanesPerRow;
+    constexpr int kLanes = kLanesPerRow<Traits::kValueDim>;
+    const int64_t threads = p.q.size(0) * p.q.size(1) * kLanes;
     if (threads > 0) {
-        portable_statistics_kernel<typename Traits::Element>
+        portable_statistics_kernel<typename Traits::Element, kLanes>
             <<<static_cast<unsigned>(ceil_div<int64_t>(threads, kStatisticsThreads)),
                kStatisticsThreads, 0, stream>>>(args);
         check_launch(kOp);
     }
+    sum_sink_terms(params, args.sink_terms, stream);
     auto* kernel = portable_backward_kernel<Traits>;
     reserve_shared_memory(kOp, kernel, Traits::kSharedBytes);
     const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
@@ -348,24 +390,24 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
 }
 
 /// Calls `body(Traits{})` with the tiles asked for.
-template <typename Element, int kHeadDim, typename Body>
+template <typename Element, int kHeadDim, int kValueDim, typename Body>
 auto with_tiles(bool small, Body&& body) {
-    if (small) return body(BackwardTraits<Element, kHeadDim, TileSize::kSmall>{});
-    return body(BackwardTraits<Element, kHeadDim, TileSize::kLarge>{});
+    if (small) return body(BackwardTraits<Element, kHeadDim, kValueDim, TileSize::kSmall>{});
+    return body(BackwardTraits<Element, kHeadDim, kValueDim, TileSize::kLarge>{});
 }
 
-template <typename Element, int kHeadDim>
-int64_t BackwardPass<Element, kHeadDim>::scratch_bytes(
+template <typename Element, int kHeadDim, int kValueDim>
+int64_t BackwardPass<Element, kHeadDim, kValueDim>::scratch_bytes(
     const SegmentAttentionBackwardParams& params, bool small) {
-    return with_tiles<Element, kHeadDim>(small, [&]<typename Traits>(Traits) {
+    return with_tiles<Element, kHeadDim, kValueDim>(small, [&]<typename Traits>(Traits) {
         return count_scratch_bytes<BackwardScratch<Traits>>(params);
     });
 }
 
-template <typename Element, int kHeadDim>
-void BackwardPass<Element, kHeadDim>::launch(const SegmentAttentionBackwardParams& params,
-                                             bool small, cudaStream_t stream) {
-    with_tiles<Element, kHeadDim>(small, [&]<typename Traits>(Traits) {
+template <typename Element, int kHeadDim, int kValueDim>
+void BackwardPass<Element, kHeadDim, kValueDim>::launch(
+    const SegmentAttentionBackwardParams& params, bool small, cudaStream_t stream) {
+    with_tiles<Element, kHeadDim, kValueDim>(small, [&]<typename Traits>(Traits) {
         launch_backward_kernels<Traits>(params, stream);
     });
 }

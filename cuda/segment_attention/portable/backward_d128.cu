@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::portable {
 
-template struct BackwardPass<cutlass::bfloat16_t, 128>;
-template struct BackwardPass<cutlass::half_t, 128>;
+template struct BackwardPass<cutlass::bfloat16_t, 128, 128>;
+template struct BackwardPass<cutlass::half_t, 128, 128>;
 
 }  // namespace lemo::cuda::segment_attention::portable

@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::portable {
 
-template struct BackwardPass<cutlass::bfloat16_t, 64>;
-template struct BackwardPass<cutlass::half_t, 64>;
+template struct BackwardPass<cutlass::bfloat16_t, 64, 64>;
+template struct BackwardPass<cutlass::half_t, 64, 64>;
 
 }  // namespace lemo::cuda::segment_attention::portable

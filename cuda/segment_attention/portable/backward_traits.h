@@ -2,6 +2,7 @@
 #pragma once
 
 #include "segment_attention/plan.h"
+#include "segment_attention/portable/kernels.h"
 #include "segment_attention/portable/tile_ops.h"
 
 namespace lemo::cuda::segment_attention::portable {
@@ -10,44 +11,55 @@ namespace lemo::cuda::segment_attention::portable {
 /// block, 8.6 and 8.9 have 99 KiB.
 enum class TileSize { kLarge, kSmall };
 
-template <typename Element_, int kHeadDim_, TileSize kTileSize>
+template <typename Element_, int kHeadDim_, int kValueDim_, TileSize kTileSize>
 struct BackwardTraits {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
     static constexpr bool kLarge = kTileSize == TileSize::kLarge;
-    // The gradients of keys and values live in registers: 2 * kBlockN * kHeadDim / 256 a thread.
-    static constexpr int kBlockM = kHeadDim == 64 && kLarge ? 128 : 64;
-    static constexpr int kBlockN = kHeadDim == 64 || kLarge ? 128 : 64;
+    // The gradients of keys and values live in registers:
+    // kBlockN * (kHeadDim + kValueDim) / kThreads a thread.
+    static constexpr int kBlockM = kHeadDim == 64 && kLarge    ? 128
+                                   : kHeadDim > 128 && !kLarge ? 32
+                                                               : 64;
+    static constexpr int kBlockN = kHeadDim == 64 || (kHeadDim == 128 && kLarge) ? 128
+                                   : kHeadDim == 256 && !kLarge                  ? 32
+                                                                                 : 64;
     // With a second buffer dO of the next tile loads during all of this one.
-    static constexpr int kBuffersOfdO = kLarge ? 2 : 1;
-    static constexpr int kNumWarps = 8;
+    static constexpr int kBuffersOfdO = kLarge && kHeadDim < 256 ? 2 : 1;
+    static constexpr int kNumWarps = kBlockM == 32 && kBlockN == 32 ? 4 : 8;
     static constexpr int kThreads = 32 * kNumWarps;
     // Warps along the rows of each mma, so that the part of a warp is about square: it then reads
     // the least shared memory.
-    static constexpr int kScoreWarps = kBlockM == kBlockN ? 4 : 2;
-    static constexpr int kKeyWarps = kHeadDim == 64 || kLarge ? 4 : 2;
-    static constexpr int kQueryWarps = kHeadDim == 64 && kLarge ? 4 : 2;
+    static constexpr int kScoreWarps = kBlockM == kBlockN && kBlockM > 32 ? 4 : 2;
+    static constexpr int kKeyWarps = kBlockN == 128 ? 4 : kBlockN == 64 ? 2 : 1;
+    static constexpr int kQueryWarps = kBlockM == 128 ? 4 : kNumWarps == 8 ? 2 : 1;
 
     template <int kRowWarps>
     using TiledMmaOf = cute::TiledMMA<
         MmaAtom<Element>, Layout<Shape<cute::Int<kRowWarps>, cute::Int<kNumWarps / kRowWarps>, _1>>,
         cute::Tile<cute::Int<16 * kRowWarps>, cute::Int<16 * kNumWarps / kRowWarps>, _16>>;
     using ScoreMma = TiledMmaOf<kScoreWarps>;  // [kBlockM, kBlockN]: scores and their gradient
-    using KeyMma = TiledMmaOf<kKeyWarps>;      // [kBlockN, kHeadDim]: dk and dv
+    using KeyMma = TiledMmaOf<kKeyWarps>;      // [kBlockN, kHeadDim or kValueDim]: dk, dv
     using QueryMma = TiledMmaOf<kQueryWarps>;  // [kBlockM, kHeadDim]: dq
 
     using LayoutQ = SmemLayout<kBlockM, kHeadDim>;
     using LayoutQTransposed = SmemLayoutTransposed<kBlockM, kHeadDim>;
+    using LayoutdO = SmemLayout<kBlockM, kValueDim>;
+    using LayoutdOTransposed = SmemLayoutTransposed<kBlockM, kValueDim>;
     using LayoutK = SmemLayout<kBlockN, kHeadDim>;
     using LayoutKTransposed = SmemLayoutTransposed<kBlockN, kHeadDim>;
+    using LayoutV = SmemLayout<kBlockN, kValueDim>;
     using LayoutS = SmemLayout<kBlockM, kBlockN>;
     using LayoutSTransposed = SmemLayoutTransposed<kBlockM, kBlockN>;
 
     // K, V, two Q, dO, P, dS; two tiles of statistics.
     static constexpr int kSharedBytes =
-        (2 * kBlockN * kHeadDim + (2 + kBuffersOfdO) * kBlockM * kHeadDim + 2 * kBlockM * kBlockN) *
+        ((kBlockN + 2 * kBlockM) * kHeadDim + (kBlockN + kBuffersOfdO * kBlockM) * kValueDim +
+         2 * kBlockM * kBlockN) *
             static_cast<int>(sizeof(Element)) +
         2 * kBlockM * static_cast<int>(sizeof(float2));
+    static_assert(kSharedBytes <= (kLarge ? kLargeSharedBytes<kHeadDim> : 99 * 1024),
+                  "all buffers fit into shared memory");
     /// Accumulators of dq that a thread holds for one query tile.
     static constexpr int kDqPerThread = kBlockM * kHeadDim / kThreads;
 };
@@ -59,6 +71,7 @@ struct BackwardScratch {
     float2* statistics;
     float* dq_sums;
     int* added_tiles;
+    float* sink_terms;
     int64_t cleared_bytes;  // that have to be zero before the main kernel runs, from `dq_sums` on
 
     BackwardScratch(const SegmentAttentionBackwardParams& params, Arena& arena)
@@ -72,6 +85,7 @@ struct BackwardScratch {
         dq_sums = arena.take<float>(tiles * Traits::kBlockM * Traits::kHeadDim);
         added_tiles = arena.take<int>(params.deterministic ? tiles : 0);
         cleared_bytes = arena.bytes() - before;
+        sink_terms = arena.take<float>(params.dsinks ? num_heads * p.q.size(0) : 0);
     }
 };
 
@@ -89,12 +103,14 @@ struct BackwardArguments {
     float2* statistics;
     // [heads, query tiles, kBlockM * kHeadDim] sums of dq, in the order of DqAccumulators
     float* dq_sums;
-    int* added_tiles;  // [heads, query tiles], key tiles that have added to dq; null: in any order
+    int* added_tiles;   // [heads, query tiles], key tiles that have added to dq; null: in any order
+    float* sink_terms;  // [heads, queries], see sink_term; not used without sinks
     AttentionPlan plan;
     int num_heads;
     int num_kv_heads;
     int head_dim;
-    float scale;
+    int value_dim;
+    ScoreSettings score;
 };
 
 }  // namespace lemo::cuda::segment_attention::portable

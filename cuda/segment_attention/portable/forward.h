@@ -13,17 +13,19 @@
 #include "segment_attention/plan.h"
 #include "segment_attention/portable/kernels.h"
 #include "segment_attention/portable/tile_ops.h"
+#include "segment_attention/row_end.h"
 
 namespace lemo::cuda::segment_attention::portable {
 
 /// Tiles of the forward kernel.
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, int kValueDim_>
 struct ForwardTraits {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_;
-    // 32 query rows for each warp: a fragment of keys or values serves two row tiles.
+    static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
+    // 32 query rows for each warp: a fragment of keys or values serves two row tiles. With the
+    // largest values the output of 16 rows takes as many registers.
     static constexpr int kNumWarps = 4;
-    static constexpr int kBlockM = 32 * kNumWarps;
+    static constexpr int kBlockM = (kValueDim == 256 ? 16 : 32) * kNumWarps;
     // As many keys as leave registers for scores and output: 128 + 64, or 64 + 128 a thread.
     static constexpr int kBlockN = kHeadDim == 64 ? 128 : 64;
     static constexpr int kThreads = 32 * kNumWarps;
@@ -31,11 +33,15 @@ struct ForwardTraits {
     using TiledMma = cute::TiledMMA<MmaAtom<Element>, Layout<Shape<cute::Int<kNumWarps>, _1, _1>>,
                                     cute::Tile<cute::Int<16 * kNumWarps>, _16, _16>>;
     using LayoutQ = SmemLayout<kBlockM, kHeadDim>;
-    using LayoutKV = SmemLayout<kBlockN, kHeadDim>;
-    using LayoutVTransposed = SmemLayoutTransposed<kBlockN, kHeadDim>;
+    using LayoutK = SmemLayout<kBlockN, kHeadDim>;
+    using LayoutV = SmemLayout<kBlockN, kValueDim>;
+    using LayoutVTransposed = SmemLayoutTransposed<kBlockN, kValueDim>;
+    // In the place of Q. Columns lie in the same places, 64 at a time.
+    using LayoutO = SmemLayout<kBlockM, kValueDim>;
+    static_assert(kValueDim <= kHeadDim, "the output fits into the place of Q");
 
     static constexpr int kSharedBytes =
-        (kBlockM + 2 * kBlockN) * kHeadDim * static_cast<int>(sizeof(Element));
+        ((kBlockM + kBlockN) * kHeadDim + kBlockN * kValueDim) * static_cast<int>(sizeof(Element));
 };
 
 struct ForwardArguments {
@@ -48,7 +54,8 @@ struct ForwardArguments {
     int num_heads;
     int num_kv_heads;
     int head_dim;
-    float scale;
+    int value_dim;
+    ScoreSettings score;
 };
 
 /// Running maximum and sum of the exponentials of the rows that a thread holds a part of.
@@ -114,7 +121,8 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     using namespace cute;
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-    constexpr int kHeadDim = Traits::kHeadDim, kThreads = Traits::kThreads;
+    constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
+    constexpr int kThreads = Traits::kThreads;
 
     SequenceTile tile;
     const int reversed = static_cast<int>(gridDim.y - 1 - blockIdx.y);
@@ -124,18 +132,19 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     const int head = blockIdx.x;
     const int kv_head = head / (args.num_heads / args.num_kv_heads);
     const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
-    const int64_t kv_stride = int64_t{args.num_kv_heads} * args.head_dim;
+    const int64_t out_stride = int64_t{args.num_heads} * args.value_dim;
     const int m_first = tile.tile * kBlockM;
     const int rows_left = tile.num_q - m_first;
     const int64_t q_offset =
         (int64_t{tile.q_first} + m_first) * q_stride + int64_t{head} * args.head_dim;
-    const int64_t kv_offset =
-        int64_t{tile.k_first} * kv_stride + int64_t{kv_head} * args.head_dim;
-    const auto rows_of = [&](const void* base, int n_tile) {
-        const auto* first = static_cast<const Element*>(base) + kv_offset;
+    const int64_t out_offset =
+        (int64_t{tile.q_first} + m_first) * out_stride + int64_t{head} * args.value_dim;
+    const auto rows_of = [&](const void* base, int columns, int n_tile) {
+        const int64_t stride = int64_t{args.num_kv_heads} * columns;
         const int row = n_tile * kBlockN;
-        return GlobalRows<const Element>{first + row * kv_stride, kv_stride, tile.num_k - row,
-                                         args.head_dim};
+        const auto* first = static_cast<const Element*>(base) +
+                            (int64_t{tile.k_first} + row) * stride + int64_t{kv_head} * columns;
+        return GlobalRows<const Element>{first, stride, tile.num_k - row, columns};
     };
 
     // Keys that some query of the tile sees, and those that all of them see.
@@ -148,13 +157,14 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     extern __shared__ __align__(128) std::byte shared_bytes[];
     auto* shared = reinterpret_cast<Element*>(shared_bytes);
     auto sQ = make_tensor(make_smem_ptr(shared), typename Traits::LayoutQ{});
-    auto sK = make_tensor(sQ.data() + size(sQ), typename Traits::LayoutKV{});
-    auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutKV{});
+    auto sK = make_tensor(sQ.data() + size(sQ), typename Traits::LayoutK{});
+    auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutV{});
+    auto sO = make_tensor(sQ.data(), typename Traits::LayoutO{});
     const auto sVt = make_tensor(sV.data(), typename Traits::LayoutVTransposed{});
 
     typename Traits::TiledMma tiled_mma;
     const auto thread_mma = tiled_mma.get_thread_slice(threadIdx.x);
-    auto out = partition_fragment_C(tiled_mma, TileShape<kBlockM, kHeadDim>{});
+    auto out = partition_fragment_C(tiled_mma, TileShape<kBlockM, kValueDim>{});
     clear(out);
     auto out_rows = by_row_and_column(out);
     const auto where = by_row_and_column(
@@ -162,21 +172,21 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     constexpr int kRows = decltype(size<0>(out_rows))::value;
     OnlineSoftmax<kRows> softmax;
 
-    const bool negative = args.scale < 0;
+    const bool negative = args.score.scale < 0;
     // A scale of 0 would make NaN of masked scores; the smallest number does the same otherwise.
-    const float scale_log2 = fmaxf(fabsf(args.scale) * float(M_LOG2E), 1.2e-38f);
+    const float scale_log2 = fmaxf(args.score.softmax_scale * float(M_LOG2E), 1.2e-38f);
 
     if (n_begin < n_end) {
         const GlobalRows<const Element> q_rows{static_cast<const Element*>(args.q) + q_offset,
                                                q_stride, rows_left, args.head_dim};
         load_tile_async<kThreads, kBlockM, kHeadDim>(q_rows, sQ);
-        load_tile_async<kThreads, kBlockN, kHeadDim>(rows_of(args.k, n_end - 1), sK);
+        load_tile_async<kThreads, kBlockN, kHeadDim>(rows_of(args.k, args.head_dim, n_end - 1), sK);
         commit_copies();
     }
     for (int n_tile = n_end - 1; n_tile >= n_begin; --n_tile) {
         wait_copies<0>();
         __syncthreads();  // keys are there; all are done with the values before
-        load_tile_async<kThreads, kBlockN, kHeadDim>(rows_of(args.v, n_tile), sV);
+        load_tile_async<kThreads, kBlockN, kValueDim>(rows_of(args.v, args.value_dim, n_tile), sV);
         commit_copies();
 
         auto scores = partition_fragment_C(tiled_mma, TileShape<kBlockM, kBlockN>{});
@@ -185,7 +195,12 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
                  right_operand(LoadFragment<Element>{}, tiled_mma, sK), scores);
 
         auto score_rows = by_row_and_column(scores);
-        if (negative) {
+        if (args.score.capped) {
+            CUTE_UNROLL
+            for (int i = 0; i < size(scores); ++i) {
+                scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
+            }
+        } else if (negative) {
             CUTE_UNROLL
             for (int i = 0; i < size(scores); ++i) scores(i) = -scores(i);
         }
@@ -205,7 +220,8 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
         wait_copies<0>();
         __syncthreads();  // values are there; all are done with the keys
         if (n_tile > n_begin) {
-            load_tile_async<kThreads, kBlockN, kHeadDim>(rows_of(args.k, n_tile - 1), sK);
+            load_tile_async<kThreads, kBlockN, kHeadDim>(
+                rows_of(args.k, args.head_dim, n_tile - 1), sK);
             commit_copies();
         }
         softmax.update(score_rows, out_rows, scale_log2);
@@ -217,37 +233,35 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     softmax.finish();
     CUTE_UNROLL
     for (int r = 0; r < kRows; ++r) {
-        const bool sees_none = softmax.sum[r] == 0.0f;
-        const float inverse = sees_none ? 0.0f : 1.0f / softmax.sum[r];
+        const RowEnd end(softmax.max[r] * args.score.softmax_scale, softmax.sum[r],
+                         args.score.sinks, head);
         CUTE_UNROLL
-        for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= inverse;
+        for (int c = 0; c < size<1>(out_rows); ++c) out_rows(r, c) *= end.factor;
         const int row = get<0>(where(r, _0{}));
         if (get<1>(where(r, _0{})) == 0 && row < rows_left) {
-            const float log_sum =
-                sees_none ? -INFINITY
-                          : softmax.max[r] * fabsf(args.scale) + logf(softmax.sum[r]);
             args.lse[int64_t{head} * args.plan.num_queries + tile.q_first + m_first + row] =
-                log_sum;
+                end.log_sum;
         }
     }
     // A warp's rows of sQ are read by that warp alone, so no barrier before they are overwritten.
     const auto rounded = round_to<Element>(out);
-    store_accumulators<Element>(tiled_mma, rounded, sQ);
+    store_accumulators<Element>(tiled_mma, rounded, sO);
     __syncthreads();
-    store_tile<kThreads, kBlockM, kHeadDim>(
-        sQ, GlobalRows<Element>{static_cast<Element*>(args.out) + q_offset, q_stride, rows_left,
-                                args.head_dim});
+    store_tile<kThreads, kBlockM, kValueDim>(
+        sO, GlobalRows<Element>{static_cast<Element*>(args.out) + out_offset, out_stride, rows_left,
+                                args.value_dim});
 }
 
-template <typename Element, int kHeadDim>
-int64_t ForwardPass<Element, kHeadDim>::scratch_bytes(const SegmentAttentionParams& params) {
+template <typename Element, int kHeadDim, int kValueDim>
+int64_t ForwardPass<Element, kHeadDim, kValueDim>::scratch_bytes(
+    const SegmentAttentionParams& params) {
     return count_scratch_bytes<PlanScratch>(params);
 }
 
-template <typename Element, int kHeadDim>
-void ForwardPass<Element, kHeadDim>::launch(const SegmentAttentionParams& params,
-                                            cudaStream_t stream) {
-    using Traits = ForwardTraits<Element, kHeadDim>;
+template <typename Element, int kHeadDim, int kValueDim>
+void ForwardPass<Element, kHeadDim, kValueDim>::launch(const SegmentAttentionParams& params,
+                                                       cudaStream_t stream) {
+    using Traits = ForwardTraits<Element, kHeadDim, kValueDim>;
     Arena arena(params.scratch);
     const PlanScratch scratch(params, arena);
     ForwardArguments args{};
@@ -260,7 +274,8 @@ void ForwardPass<Element, kHeadDim>::launch(const SegmentAttentionParams& params
     args.num_heads = static_cast<int>(params.q.size(1));
     args.num_kv_heads = static_cast<int>(params.k.size(1));
     args.head_dim = static_cast<int>(params.q.size(2));
-    args.scale = params.scale;
+    args.value_dim = static_cast<int>(params.v.size(2));
+    args.score = ScoreSettings(params);
     auto* kernel = portable_forward_kernel<Traits>;
     reserve_shared_memory("segment_attention", kernel, Traits::kSharedBytes);
     const dim3 grid(static_cast<unsigned>(args.num_heads),

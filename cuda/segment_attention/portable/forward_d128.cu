@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::portable {
 
-template struct ForwardPass<cutlass::bfloat16_t, 128>;
-template struct ForwardPass<cutlass::half_t, 128>;
+template struct ForwardPass<cutlass::bfloat16_t, 128, 128>;
+template struct ForwardPass<cutlass::half_t, 128, 128>;
 
 }  // namespace lemo::cuda::segment_attention::portable

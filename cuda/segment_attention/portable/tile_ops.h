@@ -31,8 +31,13 @@ using MmaAtom = cute::MMA_Atom<
 using SmemAtom = decltype(cute::composition(cute::Swizzle<3, 3, 3>{},
                                             Layout<Shape<_8, cute::_64>, Stride<cute::_64, _1>>{}));
 
+/// The same of tiles of 32 columns: rows of 64 bytes.
+using NarrowSmemAtom = decltype(cute::composition(
+    cute::Swizzle<2, 3, 3>{}, Layout<Shape<_8, cute::_32>, Stride<cute::_32, _1>>{}));
+
 template <int kRows, int kColumns>
-using SmemLayout = decltype(cute::tile_to_shape(SmemAtom{}, TileShape<kRows, kColumns>{}));
+using SmemLayout = decltype(cute::tile_to_shape(
+    std::conditional_t<kColumns == 32, NarrowSmemAtom, SmemAtom>{}, TileShape<kRows, kColumns>{}));
 
 /// The same memory read as its transpose, [columns, rows].
 template <int kRows, int kColumns>

@@ -188,6 +188,13 @@ class LemoConfig(Settings):
         "same, but attention's output is stored; auto: layer where the model's gradient "
         "checkpointing is on, else none.",
     )
+    path: Literal["auto", "native", "generic"] = Field(
+        "auto",
+        description="How the layers of a model run. native: lemo computes them, with every setting "
+        "(Llama, Mistral, Qwen2, Qwen3, OPT); generic: the model's own layers run on the kept "
+        "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
+        "where the class is one of these, else generic.",
+    )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
         LayerwiseConfig(), description="Policies that differ from layer to layer or in time."
