@@ -106,6 +106,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     options = parser.parse_args(arguments)
+    if options.memory is not None and not options.device.startswith("cuda"):
+        parser.error("--memory: expected a GPU, whose memory is capped, got --device cpu")
     if options.peers is None:
         options.peers = [PEER] if options.peers_script is None else list(PEERS)
     if options.peers_script is None and any(at(peer)[0] != PEER for peer in options.peers):

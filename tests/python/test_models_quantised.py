@@ -140,3 +140,7 @@ def test_weights_of_other_kinds_are_left_to_their_layers():
     assert weights.matrix_of(linear, torch.float32) is None
     four = bitsandbytes.nn.Linear4bit(8, 8, quant_type="nf4")
     assert weights.matrix_of(four, torch.float32) is None, "not quantised yet"
+    four = four.requires_grad_(False).to("cpu")
+    assert weights.matrix_of(four, torch.float32)().shape == (8, 8)
+    four.compute_dtype = torch.bfloat16
+    assert weights.matrix_of(four, torch.float32) is None, "it computes in bf16"

@@ -38,14 +38,16 @@ def matrix_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor] | N
     """What gives the weight [out, in] of a frozen linear layer in `dtype`.
 
     None where the layer's product is not known to be one with such a matrix: its own forward has to
-    run then. Known are `nn.Linear` with a weight of this dtype, and `bitsandbytes.nn.Linear4bit`,
-    whose product is that with its dequantised weight (QLoRA, arXiv 2305.14314).
+    run then. Known are `nn.Linear` with a weight of this dtype, and `bitsandbytes.nn.Linear4bit`
+    that computes in this dtype, whose product is that with its dequantised weight (QLoRA, arXiv
+    2305.14314).
     """
     if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
         return None
     if is_plain(module):
         return (lambda: module.weight) if module.weight.dtype == dtype else None
-    if _is_bitsandbytes_4bit(module):
+    # The layer computes in a dtype of its own where it has one.
+    if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
         return lambda: _once(module, dtype)
     return None
 
