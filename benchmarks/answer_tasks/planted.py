@@ -26,6 +26,8 @@ NOT_STATED = "not stated"
 
 # Facts of one thing, things of one question, variables of a chain.
 _VALUES, _KEYS, _CHAIN = 3, 3, 3
+# Variables of a long chain: the answer and the question name its two ends alone.
+_LONG_CHAIN = 5
 # Of the task "frequent": how often the words of a list are planted, and how many lists there are.
 _OCCURRENCES, _LISTS = (4, 1, 1), ("red", "green")
 
@@ -110,6 +112,19 @@ def _paraphrase(facts: int, asked: int, generator: random.Random, held_out: bool
     )
 
 
+_DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def _reworded(facts: int, asked: int, generator: random.Random, held_out: bool) -> Plan:
+    """As "paraphrase", and the answer has digits where the fact has words: nothing is copied."""
+    plan = _paraphrase(facts, asked, generator, held_out)
+    spoken = []
+    for fact in plan.facts:
+        start, value = fact.removesuffix(".").rsplit(" ", 1)
+        spoken.append(f"{start} {' '.join(_DIGITS[int(digit)] for digit in value)}.")
+    return Plan(spoken, plan.questions)
+
+
 def _hops(facts: int, asked: int, generator: random.Random, held_out: bool) -> Plan:
     """Who owns a thing says one fact; what is asked of the owner says another one."""
     things = generator.sample(THINGS, max(facts // 2, 1))
@@ -135,22 +150,33 @@ def _hops(facts: int, asked: int, generator: random.Random, held_out: bool) -> P
 
 def _tracking(facts: int, asked: int, generator: random.Random, held_out: bool) -> Plan:
     """Chains of variables, each set to the one before; asked is the value of any of a chain."""
-    chains = max(facts // _CHAIN, 1)
-    names = variable_names(generator, chains * _CHAIN)
+    return _chains(facts, asked, generator, _CHAIN)
+
+
+def _chain(facts: int, asked: int, generator: random.Random, held_out: bool) -> Plan:
+    """Longer chains, of which the last variable is asked: the value is four steps away."""
+    return _chains(facts, asked, generator, _LONG_CHAIN, last=True)
+
+
+def _chains(
+    facts: int, asked: int, generator: random.Random, length: int, last: bool = False
+) -> Plan:
+    chains = max(facts // length, 1)
+    names = variable_names(generator, chains * length)
     values = [number(generator) for _ in range(chains)]
     # Each chain in its order, the chains mixed.
-    owners = _shuffled(_CHAIN * list(range(chains)), generator)
+    owners = _shuffled(length * list(range(chains)), generator)
     texts: list[str] = []
     places: list[list[int]] = [[] for _ in range(chains)]
     for chain in owners:
-        of_chain, link = names[chain * _CHAIN : (chain + 1) * _CHAIN], len(places[chain])
+        of_chain, link = names[chain * length : (chain + 1) * length], len(places[chain])
         source = values[chain] if link == 0 else f"VAR {of_chain[link - 1]}"
         texts.append(f"VAR {of_chain[link]} = {source}.")
         places[chain].append(len(texts) - 1)
     questions = []
     for chain in generator.sample(range(chains), _fewer(asked, 2, values)):
-        link = generator.randrange(_CHAIN)
-        text = f"what is the value of VAR {names[chain * _CHAIN + link]}?"
+        link = length - 1 if last else generator.randrange(length)
+        text = f"what is the value of VAR {names[chain * length + link]}?"
         questions.append(Question(text, values[chain], tuple(places[chain][: link + 1])))
     return Plan(texts, questions)
 
@@ -203,8 +229,8 @@ def _fewer(asked: int, each: int, of: Sequence) -> int:
     return max(min(asked // each, len(of)), 1)
 
 
-# Name of the task -> (facts, questions, generator, held out) -> plan. "paraphrase" alone has other
-# things where it is held out.
+# Name of the task -> (facts, questions, generator, held out) -> plan. "paraphrase" and "reworded"
+# have other things where they are held out.
 PLANTED: dict[str, Callable[[int, int, random.Random, bool], Plan]] = {
     "number": _number,
     "name": _name,
@@ -212,8 +238,10 @@ PLANTED: dict[str, Callable[[int, int, random.Random, bool], Plan]] = {
     "values": _values,
     "query": _query,
     "paraphrase": _paraphrase,
+    "reworded": _reworded,
     "hops": _hops,
     "tracking": _tracking,
+    "chain": _chain,
     "frequent": _frequent,
     "absent": _absent,
 }

@@ -8,7 +8,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-__all__ = ["LLAMA_3_8B", "llama_config", "random_llama", "with_lora", "write_random_predictors"]
+__all__ = [
+    "LLAMA_3_8B",
+    "llama_config",
+    "random_llama",
+    "random_llama_in_4_bits",
+    "with_lora",
+    "write_random_predictors",
+]
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -38,6 +45,41 @@ def random_llama(config: LlamaConfig, device: str) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, attn_implementation="sdpa"
         )
+
+
+def random_llama_in_4_bits(config: LlamaConfig, device: str) -> PreTrainedModel:
+    """The same with linear layers of the decoder in nf4 (bitsandbytes), quantised one by one."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    for parent in list(model.model.layers.modules()):
+        for name, linear in parent.named_children():
+            if not isinstance(linear, torch.nn.Linear):
+                continue
+            new = Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                bias=False,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+                device="meta",
+            )
+            weight = 0.02 * torch.randn(linear.weight.shape, dtype=torch.bfloat16, device=device)
+            new.weight = Params4bit(weight, quant_type="nf4", module=new).to(device)
+            setattr(parent, name, new)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made = made.normal_(0.0, 0.02) if parameter.ndim > 1 else made.fill_(1.0)
+                setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    model.is_loaded_in_4bit = True
+    return model
 
 
 def with_lora(model: PreTrainedModel, rank: int, targets: str | list[str]) -> PeftModel:

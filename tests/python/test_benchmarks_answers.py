@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import answers
 from answer_runs import Method, Trial, exact_answers, share_of_needed, shares
-from answer_tasks import TASKS, Answer, Mixture, Window, make_haystacks
+from answer_tasks import TRAINED, Answer, Mixture, Window, make_haystacks
 from answer_tasks.book import ANSWER_TOKENS
 from answer_tasks.paraphrases import HELD_OUT_PAIRS, TRAIN_PAIRS
 from lemo.data import Document
@@ -65,7 +65,7 @@ def windows_of(task, count=4, **more):
 # --- windows
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TRAINED)
 def test_a_window_has_its_length_and_labels_on_its_answers_alone(task):
     for window in windows_of(task):
         assert window.task == task
@@ -75,14 +75,14 @@ def test_a_window_has_its_length_and_labels_on_its_answers_alone(task):
             labelled[answer.start : answer.end] = True
         assert torch.equal(window.labels != -100, labelled)
         assert torch.equal(window.labels[labelled], window.ids[labelled])
-        if task == "book":
+        if task in ("book", "text"):
             continue
         found = [decoded(window.labels[answer.start : answer.end]) for answer in window.answers]
         assert found == [f" {answer}\n" for _, answer in asked(window)]
         assert len(found) >= 1
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TRAINED)
 def test_a_window_depends_on_seed_and_number_alone(task):
     first, again, other = (mixture(task, seed=seed) for seed in (3, 3, 4))
     second = first.window(1, TOKENS)
@@ -138,6 +138,20 @@ def test_paraphrases_share_no_word_and_are_held_out():
                 assert f"the {other}" in question
 
 
+def test_reworded_answers_are_copied_from_nowhere():
+    digits = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for held_out, pairs in ((False, TRAIN_PAIRS), (True, HELD_OUT_PAIRS)):
+        for window in windows_of("reworded", held_out=held_out):
+            for (question, answer), needed in zip(asked(window), needed_texts(window)):
+                ((fact,), number) = needed, re.fullmatch(r"\d{6}", answer)[0]
+                thing, value = re.fullmatch(
+                    r"\nThe code of the ([\w -]+) is ([\w ]+)\.\n", fact
+                ).groups()
+                assert f"the {dict(pairs)[thing]}" in question
+                assert "".join(str(digits.index(word)) for word in value.split()) == number
+                assert decoded(window.ids).count(number) == 1
+
+
 def test_all_values_are_asked_for_in_the_order_of_the_text():
     for window in windows_of("values"):
         facts = re.findall(r"\nOne code of the ([\w ]+) is (\d+)\.\n", decoded(window.ids))
@@ -167,9 +181,10 @@ def test_two_hops_lead_to_the_answer():
             assert [f"The {thing} belongs" in needed[0], answer in needed[1]] == [True, True]
 
 
-def test_variables_lead_to_their_values():
+@pytest.mark.parametrize(("task", "expected"), [("tracking", {1, 2, 3}), ("chain", {5})])
+def test_variables_lead_to_their_values(task, expected):
     lengths = set()
-    for window in windows_of("tracking", 8):
+    for window in windows_of(task, 8):
         # Run as a program, in the order of the text.
         values, lines = {}, {}
         for match in re.finditer(r"\nVAR (\w+) = (?:VAR )?(\w+)\.\n", decoded(window.ids)):
@@ -185,7 +200,7 @@ def test_variables_lead_to_their_values():
                 chain.append(line)
             assert needed == chain[::-1]
             lengths.add(len(chain))
-    assert lengths == {1, 2, 3}
+    assert lengths == expected
 
 
 def test_the_most_frequent_entry():
@@ -452,6 +467,14 @@ def test_a_whole_run(inputs, capsys):
     assert "dense keep 1, mean: exact" in capsys.readouterr().out
 
 
+def test_text_is_trained_on_and_asked_nothing(inputs):
+    run = arguments(inputs, "--tasks", "number", "text", "--method", "lexical")
+    assert answers.main(run) == 0
+    rows = read_rows(inputs / "rows.jsonl")
+    assert [row["task"] for row in rows] == ["number", "mean"]
+    assert rows[-1]["tasks"] == ["number", "text"]
+
+
 def test_equal_time_growing_windows_and_a_curve(inputs):
     run = arguments(inputs, "--tasks", "number", "--method", "lexical", "--guard-windows", "0")
     assert answers.main([*run, "--minutes", "0.002", "--seed", "0", "1"]) == 0
@@ -502,6 +525,7 @@ def test_haystacks_come_back_from_the_cache(inputs):
         (["--relevance", "best"], "--relevance: expected names of"),
         (["--relevance", "before"], "--relevance: 'before' scores no blocks"),
         (["--tasks", "riddle"], "invalid choice: 'riddle'"),
+        (["--tasks", "text"], "--eval-tasks: expected tasks that ask for something"),
         (["--minutes", "1", "--grow", "512"], "--grow: expected --steps"),
         (["--recompute", "some"], "recompute"),
         (["--relevance", "attention"], "--heads: expected a path, because 'attention'"),

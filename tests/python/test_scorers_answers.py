@@ -308,35 +308,3 @@ def test_a_short_prompt_is_kept_whole_by_default():
     assert handle.statistics()[0].attention_blocks is None
     model(**long).loss.backward()
     assert handle.statistics()[0].attention_blocks.numel() == 1024 // 64 + 1
-
-
-def whole(model, handle, batch):
-    """The sequences of a pass over `batch` that kept everything."""
-    model(**batch).loss.backward()
-    kept = handle.statistics()[0].attention_blocks
-    count, blocks = batch["input_ids"].shape[0], batch["input_ids"].shape[1] // BLOCK
-    if kept is None:
-        return list(range(count))
-    return [i for i in range(count) if int((kept // blocks == i).sum()) == blocks]
-
-
-def test_a_share_of_the_sequences_is_kept_whole():
-    settings = {"block_size": BLOCK, "keep": 0.25, "scorer": "lexical"}
-    model = make_model("llama")
-    handle = lemo.enable(model, lemo.LemoConfig(keep_whole=0.375, **settings))
-    batch = prompts([1] * 4)
-    drawn = []
-    for step in range(24):
-        handle.begin_step(step, 24)
-        drawn.append(whole(model, handle, batch))
-    assert {len(some) for some in drawn} == {1, 2}, "3 of 8, rounded up or down"
-    assert sum(map(len, drawn)) == pytest.approx(0.375 * 4 * 24, abs=8)
-    assert {i for some in drawn for i in some} == {0, 1, 2, 3}
-    for step in (5, 0):
-        handle.begin_step(step, 24)
-        assert whole(model, handle, batch) == drawn[step]
-    handle.remove()
-    handle = lemo.enable(model, lemo.LemoConfig(keep_whole=1.0, **settings))
-    assert whole(model, handle, batch) == [0, 1, 2, 3]
-    text = batch | {"labels": batch["input_ids"]}
-    assert whole(model, handle, text) == [], "text is no prompt with an answer"

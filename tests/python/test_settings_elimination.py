@@ -19,7 +19,6 @@ FULL = {
     "keep_relevance": 0.5,
     "keep_least": 0.125,
     "keep_tokens": 256,
-    "keep_whole": 0.125,
     "scorer": "predictor",
     "predictor": "some/folder",
     "heads": "some/heads.json",
@@ -31,6 +30,7 @@ FULL = {
     "burn_in": 16,
     "loss_chunk": 4096,
     "recompute": "selective",
+    "path": "native",
     "seed": 7,
     "layerwise": {
         "policy": "threshold",

@@ -6,5 +6,7 @@ that are computed without gradients), `unit` (what runs as one piece), `executio
 run it), `recompute` (the second way's autograd node), `decoder` (the layers), `loss`. From the
 outside in: `enable` (what a user calls), `replaced_forward` and `arguments` (a call of the model),
 `training_forward` (what answers it), `labels`, `outputs`, `interception` and `verify` (nothing may
-be silently wrong), `callback` (trainers). `capture` runs the dense model for exact scores.
+be silently wrong), `callback` (trainers). `path` is what `enable` asks of a path: `native`, which
+all of these make up, or `generic`, which runs a model's own layers. `capture` runs the dense model
+for exact scores.
 """

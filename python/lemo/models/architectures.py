@@ -19,7 +19,7 @@ from lemo.models.linear import apply_linear
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
-__all__ = ["ARCHITECTURES", "Architecture", "GradientTarget", "architecture_of"]
+__all__ = ["ARCHITECTURES", "Architecture", "GradientTarget", "architecture_of", "is_known"]
 
 
 class GradientTarget(NamedTuple):
@@ -417,12 +417,23 @@ def architecture_of(model: nn.Module) -> Architecture:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and type(module).__name__ in ARCHITECTURES:
+        if _is_known_class(module):
             return ARCHITECTURES[type(module).__name__](module)
     raise TypeError(
         f"model: expected one of {', '.join(ARCHITECTURES)} (possibly wrapped by PEFT), "
         f"got {type(model).__name__}"
     )
+
+
+def is_known(model: nn.Module) -> bool:
+    """Whether there is a causal LM inside `model` whose architecture is known exactly."""
+    return any(map(_is_known_class, model.modules()))
+
+
+def _is_known_class(module: nn.Module) -> bool:
+    cls = type(module)
+    of_transformers = cls.__module__.startswith("transformers.models.")
+    return of_transformers and cls.__name__ in ARCHITECTURES
 
 
 def active_module(module: nn.Module) -> nn.Module:

@@ -45,6 +45,7 @@ class ForwardArguments:
         cached: whether a key-value cache is given.
         cu_seqlens: whether lengths of packed sequences are given.
         unknown: what else was given, without what is known to say nothing new.
+        given: the arguments as they were.
     """
 
     input_ids: Tensor | None = None
@@ -63,17 +64,19 @@ class ForwardArguments:
     cached: bool = False
     cu_seqlens: bool = False
     unknown: Mapping[str, Any] = field(default_factory=dict)
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "ForwardArguments":
         """Takes the arguments of a call by name."""
-        read = {f.name for f in fields(cls)} - {"cached", "cu_seqlens", "unknown"}
+        read = {f.name for f in fields(cls)} - {"cached", "cu_seqlens", "unknown", "given"}
         said = read | {*_CACHES, *_NOT_READ}
         return cls(
             **{name: value for name, value in arguments.items() if name in read},
             cached=any(arguments.get(name) is not None for name in _CACHES),
             cu_seqlens=arguments.get("cu_seq_lens_q") is not None,
             unknown={name: value for name, value in arguments.items() if name not in said},
+            given=arguments,
         )
 
     @property

@@ -33,7 +33,7 @@ class Steered(Protocol):
 
     def overtake(self) -> Callable[[], None]: ...
 
-    def counting(self) -> AbstractContextManager[list[Tensor]]: ...
+    def counting(self, scales: bool) -> AbstractContextManager[list[Tensor]]: ...
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -132,10 +132,11 @@ def _counting(compute_loss: Callable[..., Any], handle: Steered) -> Callable[...
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        with handle.counting() as weights:
-            result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # Without a divisor of its own the loss is a mean over the labels that count.
-        if num_items_in_batch is None or not weights:
+        scales = num_items_in_batch is not None
+        with handle.counting(scales) as weights:
+            result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not (scales and weights):
             return result
         (weight,) = weights
         if return_outputs:

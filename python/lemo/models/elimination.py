@@ -3,15 +3,15 @@
 from lemo.models.architectures import Architecture
 from lemo.models.decoder import Decoder
 from lemo.models.scout import Scout
-from lemo.selection.scorers import make_scorer
+from lemo.selection.scorers import Scorer, make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Elimination"]
+__all__ = ["Choice", "Elimination"]
 
 
-class Elimination:
-    """What the settings of one kind of batch, text or prompts with answers, ask for.
+class Choice:
+    """How the blocks of one kind of batch, text or prompts with answers, are chosen.
 
     Attributes:
         config: the settings, none left open.
@@ -19,17 +19,28 @@ class Elimination:
         block_size: tokens of a block, or their share of a batch's longest sequence: that of the
             config, or that of the predictors where it leaves the choice to them.
         selector: what each sub-block keeps.
+    """
+
+    def __init__(self, config: LemoConfig, num_layers: int, scorer: Scorer) -> None:
+        assert config.block_size is not None
+        self.config = config
+        self.scorer = scorer
+        self.block_size = scorer.block_size or config.block_size
+        self.selector = Selector(config, num_layers, scorer.thresholds)
+
+
+class Elimination(Choice):
+    """What the settings of one kind of batch ask for.
+
+    Attributes:
         decoder: the layers, for a loss alone.
         dense_decoder: the layers where each row has to be what the dense model gives; gradients
             come from the kept rows.
     """
 
     def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
-        assert config.block_size is not None
-        self.config = config
-        self.scorer = make_scorer(config, architecture, Scout(architecture))
-        self.block_size = self.scorer.block_size or config.block_size
-        self.selector = Selector(config, architecture.num_layers, self.scorer.thresholds)
+        scorer = make_scorer(config, architecture, Scout(architecture))
+        super().__init__(config, architecture.num_layers, scorer)
         parts = architecture, self.selector, self.scorer
         self.decoder = Decoder(
             *parts,
@@ -38,8 +49,3 @@ class Elimination:
             recompute=config.recompute,
         )
         self.dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
-
-    def begin_step(self, step: int) -> None:
-        """Tells that optimizer step `step`, from 0, begins."""
-        self.scorer.begin_step(step)
-        self.selector.begin_step(step)

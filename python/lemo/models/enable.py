@@ -7,17 +7,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from lemo.models import labels as named_labels
-from lemo.models.architectures import Architecture, architecture_of
+from lemo.models.architectures import architecture_of, is_known
 from lemo.models.arguments import ForwardArguments
 from lemo.models.callback import attach
-from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
+from lemo.models.generic.parts import Parts
+from lemo.models.generic.path import GenericPath
+from lemo.models.native import NativePath
+from lemo.models.path import Path
 from lemo.models.replaced_forward import ReplacedForward
-from lemo.models.training_forward import TrainingForward
-from lemo.models.verify import verify
+from lemo.models.training import Training
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
@@ -42,8 +42,9 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
     which these are is known from `labels`, from `Handle.labelled`, or from a trainer's batches.
 
     Args:
-        model: a causal LM (Llama, Mistral, Qwen2, Qwen3, OPT), possibly wrapped by PEFT; or the
-            `transformers.Trainer` of one (TRL's are such), see `Handle.attach`.
+        model: a causal LM of Transformers, possibly wrapped by PEFT; or the
+            `transformers.Trainer` of one (TRL's are such), see `Handle.attach`. How its layers run
+            is a setting, `LemoConfig.path`.
         config: the settings; None: the defaults.
 
     Returns:
@@ -52,9 +53,9 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
     Raises:
         TypeError: `model` holds no supported causal LM, or `config` is no LemoConfig.
         ValueError: lemo is enabled already, Accelerate has prepared the model, layers or attention
-            are not Transformers' own, the model uses attention dropout or another unsupported
-            setting, or `config` does not fit the model (for example a list without one entry for
-            each layer).
+            are not Transformers' own, leaving rows out is not defined for the model's layers, the
+            model uses attention dropout or another unsupported setting, or `config` does not fit
+            the model (for example a list without one entry for each layer).
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
@@ -63,18 +64,38 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
         handle = enable(model.model, config)
         handle.attach(model)
         return handle
-    architecture = architecture_of(model)
-    for module in (architecture.causal_lm, architecture.decoder):
-        if hasattr(module, _ATTRIBUTE):
-            raise ValueError("model: lemo is already enabled on it; call handle.remove() first")
-        prepared = hasattr(module, "_original_forward")  # by Accelerate
-        if prepared or (module is architecture.decoder and "forward" in vars(module)):
-            raise ValueError(
-                f"model: expected {type(module).__name__} with the forward of its class, got one "
-                "replaced on the instance; call lemo.enable before Accelerator.prepare and the like"
-            )
-    architecture.check_supported()
-    return Handle(architecture, config, model)
+    return Handle(_path(model, config), config, model)
+
+
+def _path(model: nn.Module, config: LemoConfig) -> Path[Training[Any]]:
+    """The path that the settings ask for, or that fits the model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
+    if config.path == "native" or (config.path == "auto" and is_known(model)):
+        architecture = architecture_of(model)
+        _check_free(architecture.causal_lm)
+        _check_free(architecture.decoder)
+        if "forward" in vars(architecture.decoder):
+            raise _replaced(architecture.decoder)
+        return NativePath(architecture, config)
+    parts = Parts.of(model)
+    for module in {parts.causal_lm, parts.base, parts.decoder}:
+        _check_free(module)
+    return GenericPath(parts, config)
+
+
+def _check_free(module: nn.Module) -> None:
+    if hasattr(module, _ATTRIBUTE):
+        raise ValueError("model: lemo is already enabled on it; call handle.remove() first")
+    if hasattr(module, "_original_forward"):  # by Accelerate
+        raise _replaced(module)
+
+
+def _replaced(module: nn.Module) -> ValueError:
+    return ValueError(
+        f"model: expected {type(module).__name__} with the forward of its class, got one replaced "
+        "on the instance; call lemo.enable before Accelerator.prepare and the like"
+    )
 
 
 class Handle:
@@ -82,22 +103,24 @@ class Handle:
 
     Attributes:
         config: the settings.
+        path: how the model's training pass is computed.
+        weights, scales: see `counting`; None and False outside of it.
     """
 
-    def __init__(self, architecture: Architecture, config: LemoConfig, model: nn.Module) -> None:
+    def __init__(self, path: Path[Training[Any]], config: LemoConfig, model: nn.Module) -> None:
         self.config = config
-        self._architecture = architecture
-        self._forward = TrainingForward(architecture, config)
+        self.path = path
+        self._forward = path.forward
+        path.install()
         self._installed = [
-            ReplacedForward(architecture.causal_lm, self, _causal_lm_forward),
-            ReplacedForward(architecture.decoder, self, _decoder_forward),
+            ReplacedForward(module, self, run) for module, run in path.modules.items()
         ]
         for forward in self._installed:
             setattr(forward.__self__, _ATTRIBUTE, self)
         # Trainers call what they were given, and may replace the forward further inside.
         self._watcher = named_labels.Watcher(self._forward)
-        self._weights: list[Tensor] | None = None
-        self._states: LabelledStates | None = None
+        self.weights: list[Tensor] | None = None
+        self.scales = False
         self._undo: list[Callable[[], None]] = []
         self._detach: list[Callable[[], None]] = []
         self.watch(model)
@@ -114,7 +137,7 @@ class Handle:
     @property
     def causal_lm(self) -> nn.Module:
         """The model whose forward is replaced, without what wraps it."""
-        return self._architecture.causal_lm
+        return self.path.causal_lm
 
     def remove(self) -> None:
         """Gives the model its own forward back; does nothing when called again.
@@ -125,6 +148,8 @@ class Handle:
         for forward in self._installed:
             forward.release()
             delattr(forward.__self__, _ATTRIBUTE)
+        if self._installed:
+            self.path.uninstall()
         for undo in (*self._undo, *self._detach):
             undo()
         self._installed, self._undo, self._detach = [], [], []
@@ -180,7 +205,7 @@ class Handle:
             ValueError: they differ; the message says by how much, and in which layer first. Or the
                 batch cannot be used.
         """
-        verify(self._architecture, self._forward, batch, tokens)
+        self.path.verify(batch, tokens)
 
     def loss(self, **arguments: Any) -> Tensor:
         """The loss that a training forward gives, fp32 scalar, in whatever mode the model is.
@@ -250,24 +275,29 @@ class Handle:
         Returns:
             What undoes it.
         """
-        causal_lm = self._architecture.causal_lm
+        causal_lm = self.causal_lm
         prepared = hasattr(causal_lm, "_original_forward")  # by Accelerate, which takes it off
         if prepared or isinstance(vars(causal_lm)["forward"], ReplacedForward):
             return lambda: None
-        return ReplacedForward(causal_lm, self, _causal_lm_forward).release
+        return ReplacedForward(causal_lm, self, self.path.modules[causal_lm]).release
 
     @contextmanager
-    def counting(self) -> Iterator[list[Tensor]]:
+    def counting(self, scales: bool) -> Iterator[list[Tensor]]:
         """Says that only a sum over labels is made of what TRL's head returns inside.
+
+        Args:
+            scales: whether the loss, which is that sum and what routers add, is multiplied by the
+                weight.
 
         Yields:
             The weight, fp32 scalar, by which to multiply the sum of each training pass so far.
         """
-        before, self._weights = self._weights, []
+        before = self.weights, self.scales
+        self.weights, self.scales = [], scales
         try:
-            yield self._weights
+            yield self.weights
         finally:
-            self._weights = before
+            self.weights, self.scales = before
 
     @property
     def row_labels(self) -> Tensor | None:
@@ -296,20 +326,7 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
-    def _labelled_alone(
-        self, arguments: ForwardArguments, call: dict[str, Any], forward: Callable[..., Any]
-    ) -> Any:
-        """What a head of somebody else returns for the rows whose loss counts."""
-        assert self._weights is not None
-        states = self._forward.labelled_states(arguments)
-        self._weights.append(states.weight)
-        self._states = states
-        try:
-            return call_head(forward, call, states.labels)
-        finally:
-            self._states = None
-
-    def _acts_on(self, module: nn.Module, arguments: ForwardArguments) -> bool:
+    def acts_on(self, module: nn.Module, arguments: ForwardArguments) -> bool:
         """Whether a call of `module` is a training forward pass."""
         if not torch.is_grad_enabled():
             return False  # nothing to save, and a reference model may be what is asked
@@ -320,46 +337,3 @@ class Handle:
             why = "a key-value cache is used" if module.training else "the model is in eval mode"
             self._forward.say(f"{why}, so the model's own forward runs and nothing is eliminated")
         return False
-
-
-def _causal_lm_forward(
-    handle: Handle, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
-) -> Any:
-    causal_lm, arguments = replaced.__self__, ForwardArguments.of(call)
-    if not handle._acts_on(causal_lm, arguments):
-        return original()
-    if replaced.previous is not None:
-        fused = None if handle._weights is None else fused_call(call)
-        if fused is not None:
-            return handle._labelled_alone(fused, call, replaced.previous)
-        # Somebody's own forward calls the decoder, and may make another loss of it.
-        with handle.naming(arguments.labelled_rows()):
-            return original()
-    forward = handle._forward
-    if arguments.labels is None:
-        output = forward.logits(arguments)
-    elif causal_lm.loss_function is ForCausalLMLoss:
-        output = forward.loss(arguments)
-    else:
-        output = forward.custom_loss(arguments)
-    return _returned(output, arguments, causal_lm)
-
-
-def _decoder_forward(
-    handle: Handle, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
-) -> Any:
-    decoder, arguments = replaced.__self__, ForwardArguments.of(call)
-    if not handle._acts_on(decoder, arguments):
-        return original()
-    if handle._states is not None:
-        states = BaseModelOutputWithPast(last_hidden_state=handle._states.hidden)
-    else:
-        states = handle._forward.states(arguments)
-    return _returned(states, arguments, decoder)
-
-
-def _returned(output: ModelOutput, arguments: ForwardArguments, module: nn.Module) -> Any:
-    return_dict = arguments.return_dict
-    if return_dict is None:
-        return_dict = module.config.return_dict
-    return output if return_dict else output.to_tuple()

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-__all__ = ["check_parts", "has_own_forward", "is_intercepted", "own_module"]
+__all__ = ["check_parts", "has_own_forward", "is_intercepted", "origin", "own_module"]
 
 _REMEDY = (
     "lemo runs the parts of a decoder layer itself, so this would not run. Undo it, or train "
@@ -40,7 +40,7 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
     if not has_own_forward(type(decoder)):
         raise ValueError(
             f"model: expected {type(decoder).__name__}.forward as Transformers defines it, got one "
-            f"from {_origin(type(decoder).forward)}; {_REMEDY}"
+            f"from {origin(type(decoder).forward)}; {_REMEDY}"
         )
     for name, module in _parts(decoder):
         cls = type(module)
@@ -50,7 +50,7 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
         if not own:
             what = f"a {cls.__module__}.{cls.__name__}"
         elif not has_own_forward(cls):
-            what = f"one whose forward comes from {_origin(cls.forward)}"
+            what = f"one whose forward comes from {origin(cls.forward)}"
         elif "forward" in vars(module):
             what = "one whose forward was replaced"
         elif _foreign_hooks(module):
@@ -112,7 +112,7 @@ def _foreign_hooks(module: nn.Module) -> list[str]:
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
     )
-    origins = map(_origin, hooks)
+    origins = map(origin, hooks)
     return [origin for origin in origins if origin.partition(".")[0] != "transformers"]
 
 
@@ -124,21 +124,21 @@ def _check_functions(attention: type, attention_name: str) -> None:
         function = home.eager_attention_forward
     # Attention of the hub ("owner/name") computes what Transformers' own computes.
     known = "/" in attention_name if function is None else False
-    if not known and _origin(function).partition(".")[0] not in ("transformers", "lemo"):
+    if not known and origin(function).partition(".")[0] not in ("transformers", "lemo"):
         raise ValueError(
             f"attn_implementation: expected one of Transformers' own, got '{attention_name}' from "
-            f"{_origin(function)}, in whose place lemo's attention would run. Load the model with "
+            f"{origin(function)}, in whose place lemo's attention would run. Load the model with "
             "attn_implementation='sdpa', or train without lemo"
         )
     rotation = getattr(home, "apply_rotary_pos_emb", None)
-    if rotation is not None and _origin(rotation).partition(".")[0] not in _SAME_ROTATION:
+    if rotation is not None and origin(rotation).partition(".")[0] not in _SAME_ROTATION:
         raise ValueError(
             f"model: expected the rotation of {attention.__module__}, got one from "
-            f"{_origin(rotation)}; {_REMEDY}"
+            f"{origin(rotation)}; {_REMEDY}"
         )
 
 
-def _origin(function: object) -> str:
+def origin(function: object) -> str:
     """The module in which a function was defined, whatever `functools.wraps` copied."""
     function = getattr(function, "__func__", function)
     while isinstance(function, functools.partial):

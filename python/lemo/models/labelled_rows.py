@@ -10,6 +10,7 @@ hidden states and labels of the rows that count, and the sum is scaled as lemo's
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import transformers
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lemo.models.arguments import ForwardArguments
 
-__all__ = ["LabelledStates", "call_head", "fused_call", "sums_over_labels"]
+__all__ = ["LabelledStates", "call_head", "fused_call", "sums_over_labels", "with_head"]
 
 _SWITCH = "fused_lm_head"
 
@@ -67,3 +68,8 @@ def call_head(forward: Callable[..., Any], call: Mapping[str, Any], labels: Tens
         labels: shifted already.
     """
     return forward(**{**call, "labels": None, "shift_labels": labels})
+
+
+def with_head(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward with TRL's head, told to use it."""
+    return partial(forward, **{_SWITCH: True})

@@ -6,6 +6,7 @@ result in place, computes in the dtype of the input and saves the input once, wh
 consumers saves it too.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,16 +14,24 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
 
-__all__ = ["apply_linear", "is_plain"]
+__all__ = ["apply_linear"]
+
+# PEFT's classes of LoRA around a linear layer, which differ in the layer that they expect.
+_LORA = (
+    ("peft.tuners.lora.layer", "Linear"),
+    ("peft.tuners.lora.bnb", "Linear4bit"),
+)
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     """module(x) of a linear layer.
 
-    A frozen `nn.Linear`, alone or inside a plain LoRA layer of PEFT (one active adapter, no active
-    dropout), runs as one node. Everything else runs as the module it is.
+    A frozen linear layer whose matrix is known (`matrix_of`), alone or inside a plain LoRA layer of
+    PEFT (one active adapter, no active dropout), runs as one node. Everything else runs as the
+    module it is.
 
     Args:
         module: any module that maps [R, in] to [R, out].
@@ -39,18 +48,21 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     elif adapter is not None and adapter[0].dtype != dtype:
         # Without autocast PEFT computes in the adapter's dtype, and so it stays.
         return module(x)
-    if base.weight.dtype != dtype or (adapter is None and values):
+    matrix = matrix_of(base, dtype)
+    if matrix is None or (adapter is None and values and is_plain(base)):
         return module(x)
+    bias = None if base.bias is None else base.bias.to(dtype)
     a, b, scaling = adapter or (None, None, 0.0)
-    return _Linear.apply(x, base.weight, base.bias, a, b, scaling, values, dtype)
+    width = None if values else base.out_features
+    return _Linear.apply(x, matrix, bias, a, b, scaling, width, dtype)
 
 
-def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, float] | None]:
-    """(frozen linear layer, (A, B, scaling) of its LoRA pair or None); (None, None): no such."""
-    if is_plain(module) and _is_frozen(module):
+def _parts(module: nn.Module) -> tuple[nn.Module | None, tuple[Tensor, Tensor, float] | None]:
+    """(linear layer, (A, B, scaling) of its LoRA pair or None); (None, None): no such."""
+    if isinstance(module, nn.Linear):
         return module, None
     cls = type(module)
-    if cls.__module__ != "peft.tuners.lora.layer" or cls.__name__ != "Linear":
+    if (cls.__module__, cls.__name__) not in _LORA:
         return None, None
     active = [name for name in module.active_adapters if name in module.lora_A]
     base = module.base_layer
@@ -61,7 +73,7 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
         or active[0] in getattr(module, "lora_variant", active)
         or is_intercepted(module)
         or not has_own_forward(cls)
-        or not (is_plain(base) and _is_frozen(base))
+        or not isinstance(base, nn.Linear)
     ):
         return None, None
     pair = module.lora_A[active[0]], module.lora_B[active[0]]
@@ -72,47 +84,40 @@ def _parts(module: nn.Module) -> tuple[nn.Linear | None, tuple[Tensor, Tensor, f
     return base, (pair[0].weight, pair[1].weight, module.scaling[active[0]])
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` is the product of `nn.Linear` and nothing else."""
-    return type(module) is nn.Linear and has_own_forward(nn.Linear) and not is_intercepted(module)
-
-
-def _is_frozen(module: nn.Linear) -> bool:
-    return not any(p.requires_grad for p in module.parameters())
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        matrix: Callable[[], Tensor],
         bias: Tensor | None,
         a: Tensor | None,
         b: Tensor | None,
         scaling: float,
-        values: bool,
+        width: int | None,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.x_dtype, ctx.scaling = x.dtype, scaling
         # All operands are in the dtype of autocast from here on, so it finds nothing to cast.
         x = x.to(dtype)
         low = None if a is None else x @ a.to(dtype).T
-        if values:
-            y = linear(x, weight, bias)
+        if width is None:
+            y = linear(x, matrix(), bias)
             if low is not None:
                 y.addmm_(low, b.to(dtype).T, alpha=scaling)
         else:
-            y = x.new_empty(1, 1).expand(x.shape[0], weight.shape[0])
-        ctx.save_for_backward(None if a is None else x, low, weight, a, b)
+            y = x.new_empty(1, 1).expand(x.shape[0], width)
+        # The weight is frozen, and a quantised one is made again.
+        ctx.matrix = matrix
+        ctx.save_for_backward(None if a is None else x, low, a, b)
         return y
 
     @staticmethod
     @first_order_only("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, weight, a, b = ctx.saved_tensors
+        x, low, a, b = ctx.saved_tensors
         needs_x, _, _, needs_a, needs_b = ctx.needs_input_grad[:5]
-        dx = (dy @ weight) if needs_x else None
+        dx = (dy @ ctx.matrix()) if needs_x else None
         da = db = None
         if a is not None:
             d_low = dy @ b.to(dy.dtype)

@@ -1,5 +1,8 @@
 """The loss of a causal LM in chunks of rows: the logits of a whole sequence never exist."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
@@ -8,11 +11,20 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.labels import IGNORE_INDEX
-from lemo.models.linear import is_plain
+from lemo.models.weights import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
-__all__ = ["causal_lm_loss", "next_labels", "rows_among"]
+__all__ = [
+    "CountedLabels",
+    "causal_lm_loss",
+    "counted_labels",
+    "head_loss",
+    "loss_chunk_rows",
+    "next_labels",
+    "rows_among",
+    "sum_over_chunks",
+]
 
 
 def next_labels(
@@ -87,6 +99,39 @@ def causal_lm_loss(
         computed: [R] int32, ascending, which of the T rows the residual has, among them all that
             count; None: all of them.
     """
+    counted = counted_labels(targets, masked, num_items_in_batch, ignore_index, lost)
+    rows, targets = counted.rows, counted.targets
+    residual, hidden = architecture.final_norm(residual, rows_among(rows, residual, computed))
+    if rows.numel() == 0:
+        return hidden.sum(dtype=torch.float32), 0
+    vocabulary = architecture.config.vocab_size
+    head = architecture.lm_head
+    loss = head_loss(head, hidden, targets, vocabulary, chunk_rows, counted.divisor, ignore_index)
+    return loss, rows.numel()
+
+
+class CountedLabels(NamedTuple):
+    """The labels of a batch that count in the loss.
+
+    Attributes:
+        rows: [N] int64, ascending, the rows that predict them.
+        targets: [N] int64.
+        divisor: what their losses' sum is divided by; None: N.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    divisor: Tensor | int | None
+
+
+def counted_labels(
+    targets: Tensor,
+    masked: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    ignore_index: int,
+    lost: Tensor | None,
+) -> CountedLabels:
+    """Which labels count; the arguments are those of `causal_lm_loss`."""
     counted = targets != ignore_index
     divisor = num_items_in_batch
     if divisor is not None and lost is not None:
@@ -98,17 +143,35 @@ def causal_lm_loss(
             divisor = divisor * (kept.sum() / counted.sum().clamp(min=1))
         counted = kept
     rows = counted.nonzero()[:, 0]
-    targets = targets[rows]
-    residual, hidden = architecture.final_norm(residual, rows_among(rows, residual, computed))
-    if rows.numel() == 0:
-        return hidden.sum(dtype=torch.float32), 0
     if torch.is_tensor(divisor):
-        divisor = divisor.to(residual.device)
+        divisor = divisor.to(targets.device)
+    return CountedLabels(rows, targets[rows], divisor)
 
-    head = active_module(architecture.lm_head)
-    if is_plain(head):
-        hidden, weight, bias = _autocast(hidden, head.weight, head.bias)
-        loss = ops.linear_cross_entropy(
+
+def head_loss(
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    chunk_rows: int | None,
+    divisor: Tensor | int | None,
+    ignore_index: int,
+) -> Tensor:
+    """Cross entropy of head(hidden), the sum over the rows by `divisor`; fp32 scalar.
+
+    Args:
+        head: [N, H] -> [N, V].
+        hidden: [N, H], N > 0.
+        targets: [N], every one a label.
+        vocabulary: V.
+        chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
+        divisor: None: N.
+        ignore_index: which is no label.
+    """
+    active = active_module(head)
+    if is_plain(active):
+        hidden, weight, bias = _autocast(hidden, active.weight, active.bias)
+        return ops.linear_cross_entropy(
             hidden,
             weight,
             targets,
@@ -117,11 +180,33 @@ def causal_lm_loss(
             chunk_rows=chunk_rows,
             divisor=divisor,
         )
-        return loss, rows.numel()
     if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_BYTES // (4 * architecture.config.vocab_size))
-    total = _loss_through_module(architecture.lm_head, hidden, targets, chunk_rows)
-    return total / (rows.numel() if divisor is None else divisor), rows.numel()
+        chunk_rows = loss_chunk_rows(vocabulary)
+
+    def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
+        return cross_entropy(head(rows).float(), labels, reduction="sum")
+
+    total = sum_over_chunks(chunk_loss, hidden, targets, chunk_rows)
+    return total / (targets.numel() if divisor is None else divisor)
+
+
+def loss_chunk_rows(vocabulary: int) -> int:
+    """Rows whose logits exist at a time where a module makes them."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
+def sum_over_chunks(
+    chunk_loss: Callable[[Tensor, Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    chunk_rows: int,
+) -> Tensor:
+    """The sum of chunk_loss(hidden, targets) over chunks of rows; backward computes each again."""
+    losses = [
+        checkpoint(chunk_loss, rows, labels, use_reentrant=False)
+        for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
+    ]
+    return torch.stack(losses).sum()
 
 
 def rows_among(rows: Tensor, residual: Tensor, computed: Tensor | None) -> Tensor | None:
@@ -146,18 +231,3 @@ def _autocast(hidden: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
-
-
-def _loss_through_module(
-    head: nn.Module, hidden: Tensor, targets: Tensor, chunk_rows: int
-) -> Tensor:
-    """Sum of cross entropies for a head that is not a plain linear layer, such as one with LoRA."""
-
-    def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(head(rows).float(), labels, reduction="sum")
-
-    losses = [
-        checkpoint(chunk_loss, rows, labels, use_reentrant=False)
-        for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
-    ]
-    return torch.stack(losses).sum()

@@ -23,6 +23,7 @@ from lemo.models.architectures import GradientTarget
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
 from lemo.models.unit import Unit
+from lemo.models.weights import kept_matrices
 from lemo.ops._autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import SavedAttention
 
@@ -68,7 +69,8 @@ class _Recomputed(torch.autograd.Function):
                 saved = attention.result if isinstance(attention, SavedAttention) else ()
                 del y
             if unit.mlp is not None:
-                add_in_chunks(residual, unit.mlp, unit.kept_rows, unit.mlp.width)
+                with kept_matrices():
+                    add_in_chunks(residual, unit.mlp, unit.kept_rows, unit.mlp.width)
         unit.left_out.finish(residual)
         ctx.num_left_out = len(left_out)
         ctx.save_for_backward(rows, *left_out, *saved)
@@ -95,7 +97,8 @@ class _Recomputed(torch.autograd.Function):
             if unit.mlp is not None:
                 wanted = needs_residual or edge is not None
                 kept_rows = unit.kept_rows
-                _mlp_backward(unit.mlp, kept_rows, rows, attended, dresidual, wanted, gradients)
+                with kept_matrices():
+                    _mlp_backward(unit.mlp, kept_rows, rows, attended, dresidual, wanted, gradients)
             del attended
         if edge is not None:
             dy = gather_rows(dresidual, unit.kept_rows, view=True).to(dtype)

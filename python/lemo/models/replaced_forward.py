@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["ReplacedForward", "bind"]
+__all__ = ["Implementation", "ReplacedForward", "bind"]
 
 # Called as run(handle, arguments, replaced forward, original), where `original()` does what the
 # module did before with this call.

@@ -4,14 +4,11 @@ For a loss alone, left-out rows are not computed. For logits or hidden states a 
 computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lemo.models import labels as named_labels
@@ -23,70 +20,21 @@ from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, next_labels, rows_among
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.packing.batch import PackedBatch
-from lemo.relevance.answers import are_answers
-from lemo.selection.selector import Selector
+from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["TrainingForward"]
 
-_LABELS_UNKNOWN = (
-    ", chosen without regard to labels, because nobody named them: pass `labels` to the model, or "
-    "use handle.labelled(mask) or handle.attach(trainer)"
-)
 
-
-class TrainingForward:
-    """What the model computes in place of its own forward.
-
-    Attributes:
-        row_labels: [B, S] bool, rows that predict a label, in the pass that runs; None: nothing is
-            known.
-        token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
-            None: none are given.
-        has_trained: whether a pass has trained something.
-        elimination: that of the latest pass.
-    """
+class TrainingForward(Training[Elimination]):
+    """What the model computes in place of its own forward, in the native path."""
 
     def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
-        self.row_labels: Tensor | None = None
-        self.token_scores: Tensor | None = None
-        self.has_trained = False
+        super().__init__(config, partial(Elimination, architecture))
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
-        of_text, of_answers = config.resolved(answers=False), config.resolved(answers=True)
-        self._of_text = self._of_answers = Elimination(architecture, of_text)
-        if of_answers != of_text:
-            self._of_answers = Elimination(architecture, of_answers)
-        self.elimination = self._of_text
-        self._said: set[str] = set()
-
-    @property
-    def selector(self) -> Selector:
-        """What each sub-block keeps, or kept in the latest pass."""
-        return self.elimination.selector
-
-    @contextmanager
-    def keeping_everything(self) -> Iterator[None]:
-        """Every sub-block keeps everything inside, whatever the settings say."""
-        with (
-            self._of_text.selector.keeping_everything(),
-            self._of_answers.selector.keeping_everything(),
-        ):
-            yield
-
-    def set_progress(self, progress: float) -> None:
-        """Share of the training that is done, in [0, 1]."""
-        for elimination in (self._of_text, self._of_answers):
-            elimination.selector.set_progress(progress)
-
-    def begin_step(self, step: int) -> None:
-        """Tells that optimizer step `step`, from 0, begins."""
-        for elimination in {self._of_text, self._of_answers}:
-            elimination.begin_step(step)
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
-        """The output for a call with labels: nothing of the size of all logits is made."""
         architecture, ignored = self._architecture, arguments.ignored_label
         asked = arguments.wants_hidden_states(architecture.config)
         batch, residual = self._embed(arguments)
@@ -183,7 +131,7 @@ class TrainingForward:
             self.say(
                 "logits or hidden states were asked for: every row of them is what the dense model "
                 "gives, and gradients come from the rows that are kept"
-                + ("" if labelled is not None else _LABELS_UNKNOWN)
+                + ("" if labelled is not None else LABELS_UNKNOWN)
             )
             # Rows without a graph in the layers have none behind them either.
             hidden = torch.where(masked[:, None], hidden.detach(), hidden)
@@ -193,33 +141,13 @@ class TrainingForward:
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
-    def say(self, message: str) -> None:
-        """A warning, once for each model."""
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(f"lemo: {message}", stacklevel=2)
-
     def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
         self.elimination = self._chosen(arguments)
         batch, residual = self._architecture.embed(arguments, self.elimination.block_size)
-        if self.token_scores is not None:
-            embedded = arguments.inputs_embeds is not None
-            scores = _of_tokens("scores", self.token_scores, batch.packed, embedded)
-            batch = replace(batch, scores=scores)
-        return batch, residual
-
-    def _chosen(self, arguments: ForwardArguments) -> Elimination:
-        """By whether answers alone have labels, where the settings leave that open."""
-        rows = arguments.labelled_rows()
-        rows = self.row_labels if rows is None else rows
-        if self._of_answers is self._of_text or rows is None:
-            return self._of_text
-        mask = arguments.attention_mask
-        tokens = rows.numel() if mask is None else (mask != 0).sum().item()
-        labelled = rows.sum().item()
-        return self._of_answers if are_answers(int(labelled), int(tokens)) else self._of_text
+        scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)
+        return replace(batch, scores=scores), residual
 
     def _decode(
         self,
@@ -246,44 +174,3 @@ class TrainingForward:
         if torch.is_grad_enabled():
             self.selector.check_kept()
         return decoded, entries if with_entries else None
-
-    def _pack_labels(self, packed: PackedBatch, embedded: bool) -> Tensor | None:
-        """[T] bool: rows that predict a label, as far as they are named."""
-        if self.row_labels is None:
-            return None
-        return _of_tokens("mask", self.row_labels, packed, embedded)
-
-    def _nothing_trained(self) -> None:
-        message = (
-            "labels: expected one or more of the batch's to be predicted from a row that counts, "
-            "got none, so nothing is trained{}; more rows have to be kept (keep, thresholds), or "
-            "fewer masked (burn_in)"
-        )
-        if not self.has_trained:
-            raise ValueError(message.format(""))
-        self.say(message.format(" in this step"))
-
-
-def _of_tokens(name: str, values: Tensor, packed: PackedBatch, embedded: bool) -> Tensor:
-    """[T]: what the caller says of the tokens of a batch, [B, S].
-
-    Args:
-        name: of the argument, for errors.
-        values: [B, S].
-        packed: the batch.
-        embedded: whether the model got embeddings, in which there may be more tokens.
-
-    Raises:
-        ValueError: not one for each token.
-    """
-    # From pinned memory the copy is not waited for.
-    values = values.to(packed.cu_seqlens.device, non_blocking=values.device.type == "cpu")
-    missing = packed.shape[1] - values.shape[1]
-    if embedded and missing > 0:
-        values = pad(values, (missing, 0))  # PEFT's virtual tokens come before the others
-    if tuple(values.shape) != tuple(packed.shape):
-        raise ValueError(
-            f"{name}: expected one for each token, [batch, tokens] = {list(packed.shape)}, got "
-            f"{list(values.shape)}"
-        )
-    return packed.pack(values)

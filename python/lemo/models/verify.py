@@ -12,7 +12,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.training_forward import TrainingForward
 
-__all__ = ["verify"]
+__all__ = ["Difference", "beginning", "gradients", "own_forward", "verify"]
 
 # Largest relative differences of a loss and of all gradients together. Rounding alone stays some
 # seven times below or more (docs/LOG.md, "never silently wrong").
@@ -30,7 +30,7 @@ def verify(
         batch, tokens: as of the handle.
     """
     model = architecture.causal_lm
-    arguments = _beginning(batch, tokens, next(model.parameters()).device)
+    arguments = beginning(batch, tokens, next(model.parameters()).device)
     # What flows to the embedded tokens counts, too: it has passed every layer.
     embedded = model.get_input_embeddings()(arguments.pop("input_ids")).detach().requires_grad_()
     arguments["inputs_embeds"] = embedded
@@ -39,30 +39,64 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(_quiet(model))
         stack.enter_context(torch.enable_grad())
-        own = _own_forward(model, arguments)
-        expected = _gradients(own.loss, trainable)
+        expected = own_forward(model, arguments).loss
+        expected_gradients = gradients(expected, trainable)
         with forward.keeping_everything():
-            output = forward.loss(ForwardArguments.of(arguments))
-            got = _gradients(output.loss, trainable)
-        losses = output.loss.item(), own.loss.item()
-        differences = (
-            abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-6),
-            _relative(got, expected),
-        )
-        tolerances = _TOLERANCES[_dtype(model)]
-        if all(d <= t for d, t in zip(differences, tolerances)):
+            got = forward.loss(ForwardArguments.of(arguments)).loss
+            got_gradients = gradients(got, trainable)
+        difference = Difference(model, (got, expected), (got_gradients, expected_gradients))
+        if difference.is_rounding:
             return
-        place = _first_difference(model, forward, arguments, tolerances[1])
-    worst = max(expected, key=lambda name: _relative({name: got[name]}, {name: expected[name]}))
+        place = _first_difference(model, forward, arguments, difference.tolerances[1])
     raise ValueError(
-        f"model: lemo does not compute what the model computes, even with every token kept: loss "
-        f"{losses[0]:.6g}, expected {losses[1]:.6g}; gradients differ by {differences[1]:.2g} of "
-        f"their norm, most in {worst} (allowed: {tolerances[0]:g} and {tolerances[1]:g}). {place} "
-        "Something changed what the model's own code does; undo it, or train without lemo"
+        f"model: lemo does not compute what the model computes, even with every token kept: "
+        f"{difference}. {place} Something changed what the model's own code does; undo it, or "
+        "train without lemo"
     )
 
 
-def _beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
+class Difference:
+    """How far a loss and its gradients are from what is expected.
+
+    Args:
+        model: whose dtypes decide what rounding may do.
+        losses: got and expected.
+        gradients: the same by name of the parameter.
+
+    Attributes:
+        tolerances: the largest relative differences of losses and gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        losses: tuple[Tensor, Tensor],
+        gradients: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    ) -> None:
+        self.tolerances = _TOLERANCES[dtype_of(model)]
+        self._losses = losses[0].item(), losses[1].item()
+        self._gradients = gradients
+        got, expected = self._losses
+        self._of_losses = abs(got - expected) / max(abs(expected), 1e-6)
+        self._of_gradients = relative(*gradients)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether rounding explains it."""
+        differences = self._of_losses, self._of_gradients
+        return all(d <= t for d, t in zip(differences, self.tolerances))
+
+    def __str__(self) -> str:
+        got, expected = self._gradients
+        worst = max(expected, key=lambda name: relative({name: got[name]}, {name: expected[name]}))
+        return (
+            f"loss {self._losses[0]:.6g}, expected {self._losses[1]:.6g}; gradients differ by "
+            f"{self._of_gradients:.2g} of their norm, most in {worst} (allowed: "
+            f"{self.tolerances[0]:g} and {self.tolerances[1]:g})"
+        )
+
+
+def beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
     """The first sequence's first tokens, without padding, with labels."""
     ids = batch.get("input_ids")
     if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] < 2:
@@ -106,7 +140,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-def _own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> Any:
+def own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> Any:
     """The model's output by the forwards that lemo replaced."""
     installed = [m for m in model.modules() if hasattr(vars(m).get("forward"), "pausing")]
     with ExitStack() as stack:
@@ -115,7 +149,7 @@ def _own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> An
         return model(**arguments, **more)
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if gradient is None else gradient
@@ -123,7 +157,7 @@ def _gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tens
     }
 
 
-def _relative(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+def relative(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """|got - expected| / |expected|, over all tensors together."""
     squares = [
         torch.stack(((g.double() - e.double()).square().sum(), e.double().square().sum()))
@@ -133,7 +167,7 @@ def _relative(got: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> floa
     return difference / norm if norm else float(difference > 0)
 
 
-def _dtype(model: nn.Module) -> torch.dtype:
+def dtype_of(model: nn.Module) -> torch.dtype:
     """The coarsest dtype that takes part: of autocast, or of the weights."""
     dtypes = {p.dtype for p in model.parameters()}
     device = next(model.parameters()).device.type
@@ -152,11 +186,11 @@ def _first_difference(
     inputs = {name: value for name, value in arguments.items() if name != "labels"}
     inputs["output_hidden_states"] = True
     with torch.no_grad():
-        own = _own_forward(model, inputs).hidden_states
+        own = own_forward(model, inputs).hidden_states
         with forward.keeping_everything():
             mine = forward.states(ForwardArguments.of(inputs)).hidden_states
     for layer, (got, expected) in enumerate(zip(mine, own)):
-        if _relative({"": got}, {"": expected}) > tolerance / 10:
+        if relative({"": got}, {"": expected}) > tolerance / 10:
             where = "the embedding" if layer == 0 else f"layer {layer - 1}"
             return f"Hidden states differ first behind {where}."
     return "Hidden states agree; the loss or the gradients differ."

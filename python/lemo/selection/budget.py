@@ -1,7 +1,5 @@
 """How many blocks a sequence keeps where its answers decide: as many as hold their relevance."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,6 @@ def within_budget(
     relevance: Tensor,
     labelled: Tensor,
     answers: Tensor,
-    whole: Sequence[bool],
     layout: BlockLayout,
     share: float,
     least: float,
@@ -34,7 +31,6 @@ def within_budget(
         relevance: [B] fp32 of at least 0.
         labelled: [B] bool, blocks with labels.
         answers: [N] bool, sequences that are no text.
-        whole: [N], those of them that keep everything.
         layout: the blocks.
         share: of the relevance, in (0, 1]; 1: the upper share of the blocks is kept.
         least, most: shares of the blocks of a sequence.
@@ -43,7 +39,7 @@ def within_budget(
     kept = torch.zeros_like(relevance)
     free = relevance.masked_fill(labelled, 0.0)
     first = 0
-    for is_answers, is_whole, count in zip(answers, whole, layout.block_counts):
+    for is_answers, count in zip(answers, layout.block_counts):
         blocks = slice(first, first + count)
         first += count
         if count == 0:
@@ -59,7 +55,7 @@ def within_budget(
             holding = (held - free[blocks][order] < share * held[-1]).sum()
             lower = max(kept_blocks(least, count), 1)
             needed = torch.minimum(torch.maximum(holding, with_labels).clamp(min=lower), needed)
-        needed = torch.where(is_answers, count if is_whole else needed, budget)
+        needed = torch.where(is_answers, needed, budget)
         keep = torch.arange(count, device=ranks.device) < needed
         kept[blocks] = torch.zeros_like(free[blocks]).index_copy_(0, order, keep.to(kept.dtype))
     return kept

@@ -16,7 +16,6 @@ from lemo.selection.loss_mask import masked_rows
 from lemo.selection.policies import Policies, Rule
 from lemo.selection.priority import always_kept, ranks
 from lemo.selection.statistics import LayerStatistics
-from lemo.selection.whole import WholeSequences
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Selector"]
@@ -52,7 +51,6 @@ class Selector:
         self.config = config
         self.progress = 0.0
         self._policies = Policies(config, num_layers, folder_thresholds)
-        self._whole = WholeSequences(config.keep_whole, config.seed)
         self._keeps_everything = False
         self._reached_threshold = False
         # Until the first forward pass: one over no tokens.
@@ -89,10 +87,6 @@ class Selector:
         if not 0.0 <= progress <= 1.0:
             raise ValueError(f"progress: expected a share between 0 and 1, got {progress}")
         self.progress = float(progress)
-
-    def begin_step(self, step: int) -> None:
-        """Tells that optimizer step `step`, from 0, begins; random draws depend on it."""
-        self._whole.begin_step(step)
 
     # A forward pass
 
@@ -173,7 +167,6 @@ class Selector:
             now.scores["attention"],
             now.labelled,
             now.answers,
-            self._whole.draw(len(now.layout.seqlens)),
             now.layout,
             share,
             config.keep_least,

@@ -125,11 +125,6 @@ class LemoConfig(Settings):
         description="With a scorer that finds what answers need: tokens of each prompt that are "
         "kept at least. null: 1024 where keep is null, too, else 0.",
     )
-    keep_whole: Share = Field(
-        0.0,
-        description="With a scorer that finds what answers need: share of the sequences, drawn in "
-        "each step, that keep everything, so that training sees prompts as they will be used.",
-    )
     scorer: Literal[
         "auto", "random", "lexical", "attention", "given", "pooled", "predictor", "exact"
     ] = Field(
@@ -192,6 +187,13 @@ class LemoConfig(Settings):
         "of every layer but its gathered rows, the MLP a chunk of rows at a time; selective: the "
         "same, but attention's output is stored; auto: layer where the model's gradient "
         "checkpointing is on, else none.",
+    )
+    path: Literal["auto", "native", "generic"] = Field(
+        "auto",
+        description="How the layers of a model run. native: lemo computes them, with every setting "
+        "(Llama, Mistral, Qwen2, Qwen3, OPT); generic: the model's own layers run on the kept "
+        "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
+        "where the class is one of these, else generic.",
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(

@@ -9,11 +9,12 @@ from pydantic import BeforeValidator, Field, model_validator
 from lemo.settings.base import Flag, Integer, Number, Settings, Text, fields_of
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Device", "Dtype", "FinetuneConfig", "RopeScaling", "differences"]
+__all__ = ["Device", "Dtype", "FinetuneConfig", "Quantize", "RopeScaling", "differences"]
 
 RopeScaling = Literal["linear", "yarn", "dynamic", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantize = Literal["nf4", "int8", "float8"]
 
 # Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
@@ -94,6 +95,12 @@ class FinetuneConfig(Settings):
         "auto",
         description="Of frozen weights and matrix products: float32, bfloat16, float16, or auto "
         "(bfloat16 on a GPU that has it, else float32). Adapter and optimizer are float32.",
+    )
+    quantize: Quantize | None = Field(
+        None,
+        description="How frozen weights of linear layers are stored: nf4 (4 bits, as in QLoRA) or "
+        "int8 by bitsandbytes, float8 by torchao; null: in dtype. A model that is stored quantised "
+        "stays as it is.",
     )
     device: Device = Field(
         "auto",

@@ -18,6 +18,7 @@ from lemo.data import Document, first_windows, read_documents
 from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
+from lemo.training import quantised
 from lemo.training.adapter import (
     base_model_name,
     find_adapter,
@@ -152,10 +153,16 @@ def load_for_evaluation(
     if folder is not None:
         config = trained_config(folder, config, model)
     extend_context(config, length, rope_scaling)
-    loaded: PreTrainedModel | PeftModel = load_model(model, config, pick_dtype(dtype, place))
+    quantize = quantised.recorded(config)
+    if quantize is not None:
+        _log.info("the model is quantised as it was for the adapter's training: %s", quantize)
+    loaded: PreTrainedModel | PeftModel = load_model(
+        model, config, pick_dtype(dtype, place), quantize, place
+    )
+    is_placed = quantised.is_quantised(loaded.config)
     if folder is not None:
         loaded = load_adapter(loaded, folder, model)
-    return loaded.to(place)
+    return loaded if is_placed and folder is None else loaded.to(place)
 
 
 @torch.no_grad()

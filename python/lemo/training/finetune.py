@@ -44,7 +44,7 @@ from lemo.packing.blocks import block_tokens
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training import fingerprint, memory
+from lemo.training import fingerprint, memory, quantised
 from lemo.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -198,7 +198,7 @@ class _Run:
         self.windows = _windows(config, tokenizer, vocab_size, scores)
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         set_seed(config.seed)
-        base = load_model(config.model, model_config, dtype)
+        base = load_model(config.model, model_config, dtype, config.quantize, accelerator.device)
         elimination = config.elimination
         self.inputs = fingerprint.of_inputs(
             config.model,
@@ -420,6 +420,9 @@ class _Run:
             write_adapter(self.peft_model, target)
             # The base model as it was trained: its scaled rotary embedding is part of the result.
             content = self.peft_model.get_base_model().config.to_json_string(use_diff=False)
+            if self.config.quantize is not None:
+                known = quantised.remember(json.loads(content), self.config.quantize)
+                content = json.dumps(known, indent=2, sort_keys=True) + "\n"
             write_file(target / MODEL_CONFIG, content)
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lemo.predictors.storage import content_digest
@@ -95,12 +95,25 @@ def of_weights(model: nn.Module) -> str:
     A change of a few values of a large tensor can lie between the ones that are read.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(_stored_tensors(model)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
         flat = tensor.detach().reshape(-1)
         values = flat[:: max(-(-flat.numel() // _SAMPLE), 1)].contiguous().cpu()
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a state dict; a tensor that is made of others (torchao) as those."""
+    for name, value in model.state_dict().items():
+        parts = getattr(value, "__tensor_flatten__", None)
+        if parts is None:
+            if isinstance(value, Tensor):
+                yield name, value
+        else:
+            inner, _ = parts()
+            for part in inner:
+                yield f"{name}.{part}", getattr(value, part)
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

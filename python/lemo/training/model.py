@@ -26,6 +26,7 @@ from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
+from lemo.training.quantised import is_quantised, quantization_config
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -85,14 +86,42 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model with frozen weights of ``dtype`` on the CPU.
+def load_model(
+    model: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """The causal language model with frozen weights of ``dtype``, on the CPU.
+
+    Args:
+        model: folder or hub name.
+        config: its configuration.
+        dtype: of weights that are not quantised.
+        quantize: how those of linear layers are, see `lemo.training.quantised`; None: as they are
+            stored.
+        device: where a quantised model goes, at once and layer by layer, so that it never is whole
+            in ``dtype``; others stay on the CPU.
 
     Raises:
+        ModuleNotFoundError: quantising needs a package that is not there.
         ValueError: the weights are damaged, or not those of a model of ``config``: some are
             missing, have other shapes, or have no place in it.
         OSError: they cannot be read.
     """
+    stored = is_quantised(config)
+    if quantize is not None and stored:
+        method = dict(config.quantization_config).get("quant_method")
+        raise ValueError(
+            f"quantize: expected null, because '{model}' is stored quantised already ({method}), "
+            f"got '{quantize}'"
+        )
+    more: dict[str, Any] = {}
+    if quantize is not None:
+        more["quantization_config"] = quantization_config(quantize, dtype)
+    if quantize is not None or stored:
+        more["device_map"] = {"": device or torch.device("cpu")}
     try:
         with naming(f"model: the weights of '{model}' are damaged or cannot be used", OSError):
             loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -104,6 +133,7 @@ def load_model(model: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreT
                 output_loading_info=True,
                 # Reported below, in one line.
                 ignore_mismatched_sizes=True,
+                **more,
             )
     except OSError as error:
         raise _not_found(model, error) from error

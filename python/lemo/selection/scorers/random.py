@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
-from lemo.selection.draws import StepGenerator
 from lemo.selection.scorers.base import BlockedBatch, Scorer
 
 __all__ = ["RandomScorer"]
+
+# The golden ratio's bits: no two steps of near seeds begin alike.
+_STEP_STRIDE = 0x9E3779B97F4A7C15
 
 
 class RandomScorer(Scorer):
@@ -17,14 +19,18 @@ class RandomScorer(Scorer):
     """
 
     def __init__(self, seed: int) -> None:
-        self._draws = StepGenerator(seed)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seed += torch.distributed.get_rank()
+        self._seed = seed
+        # On the CPU whatever the model's device, so that a seed means the same everywhere.
+        self._generator = torch.Generator("cpu").manual_seed(seed)
 
     def begin_step(self, step: int) -> None:
-        self._draws.begin_step(step)
+        """From here on the draws depend on the seed, the process and this step alone."""
+        self._generator.manual_seed((self._seed + step * _STEP_STRIDE) % 2**63)
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
-        blocks = batch.layout.num_blocks
-        scores = torch.rand(blocks, generator=self._draws.generator, device="cpu")
+        scores = torch.rand(batch.layout.num_blocks, generator=self._generator, device="cpu")
         if residual.device.type == "cuda":
             # A copy that the host does not wait for.
             scores = scores.pin_memory()

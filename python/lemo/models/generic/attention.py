@@ -1,0 +1,269 @@
+"""lemo's attention on kept rows, as an attention implementation of Transformers.
+
+While lemo is enabled, a model's configuration names an implementation of lemo's in place of its
+own. Which of the two computes is decided by the mask that a layer gets: masks that are made in a
+pass on kept rows are `RowsMask`s, and only they reach lemo's attention. So whatever computes a
+layer again in backward (any kind of checkpointing) computes what forward did, and everything else
+runs through the implementation that the model had before.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from lemo import ops
+
+__all__ = ["KeptRows", "RowsMask", "making_masks", "register"]
+
+# Arguments of attention that say nothing that rows and mask do not say.
+_NOT_READ = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "position_ids",
+}
+
+
+class KeptRows:
+    """The rows of a pass, for attention.
+
+    Attributes:
+        model: the type of the model, for errors.
+        count: R, the rows.
+        calls: how often attention was called.
+    """
+
+    def __init__(self, model: str, count: int, cu_rows: Tensor, positions: Tensor | None) -> None:
+        """Takes what `segment_attention` asks for.
+
+        Args:
+            model: the type of the model.
+            count: R.
+            cu_rows: [N+1] int32, first row of every sequence.
+            positions: [R] int32, position of each row in its sequence; None: 0, 1, 2, ...
+        """
+        self.model = model
+        self.count = count
+        self.calls = 0
+        self._cu_rows, self._positions = cu_rows, positions
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """(cu_rows, positions) where a layer is; layers may be on several devices."""
+        positions = self._positions
+        return self._cu_rows.to(device), None if positions is None else positions.to(device)
+
+
+@dataclass(frozen=True)
+class RowsMask:
+    """What a layer gets as its attention mask in a pass on kept rows.
+
+    Attributes:
+        rows: the rows of the pass.
+        window: positions that a query sees back, itself included; 0: all; None: the model masks by
+            a rule that lemo does not know.
+    """
+
+    rows: KeptRows
+    window: int | None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in vars(RowsMask)["__dataclass_fields__"]:
+            raise AttributeError(name)  # asked before the fields are there, by copies and pickles
+        raise _ReadsMaskError(
+            f"model: {self.rows.model} reads its attention mask ('{name}'), for which lemo has no "
+            "tensor; train without lemo"
+        )
+
+
+class _ReadsMaskError(NotImplementedError, AttributeError):
+    """Also an AttributeError: whoever only asks whether there is an attribute gets an answer."""
+
+
+class _Current:
+    """The rows of the pass that runs; None: masks are the model's own."""
+
+    rows: KeptRows | None = None
+
+
+@contextmanager
+def making_masks(rows: KeptRows | None) -> Iterator[None]:
+    """Masks that are made inside are those of `rows`; None: the model's own."""
+    before, _Current.rows = _Current.rows, rows
+    try:
+        yield
+    finally:
+        _Current.rows = before
+
+
+def register(original: str) -> str:
+    """Registers lemo's attention in place of another implementation; again is harmless.
+
+    Args:
+        original: a name that Transformers knows.
+
+    Returns:
+        The name of the implementation that computes what `original` does, and on kept rows what
+        lemo's attention does.
+    """
+    # Transformers takes names with "flash" or "/" in them for implementations of their own.
+    name = "lemo_rows_" + original.replace("flash", "fl").replace("/", "_").replace("|", "_")
+    AttentionInterface.register(name, partial(_attention, original))
+    AttentionMaskInterface.register(name, partial(_mask, original))
+    return name
+
+
+def _mask(
+    original: str,
+    *args: Any,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    local_size: int | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The mask of one kind of layers; `mask_function` says what a query may see."""
+    rows = _Current.rows
+    if rows is None:
+        make = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
+        if make is None:
+            return None  # as Transformers has it for implementations without masks
+        if local_size is not None:
+            kwargs["local_size"] = local_size
+        return make(*args, mask_function=mask_function, **kwargs)
+    if _same(mask_function, causal_mask_function):
+        return RowsMask(rows, 0)
+    if local_size and _same(mask_function, sliding_window_causal_mask_function(local_size)):
+        return RowsMask(rows, local_size)
+    # Some models make masks that none of their layers uses.
+    return RowsMask(rows, None)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two mask functions are made alike: the same code over the same values."""
+    if a is b:
+        return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    codes = getattr(a, "__code__", None), getattr(b, "__code__", None)
+    if None in codes:
+        return type(a) is type(b) and type(a) in (int, float, str) and bool(a == b)
+    if codes[0] is not codes[1]:
+        return False
+    cells = a.__closure__ or (), b.__closure__ or ()
+    return _same(*(tuple(cell.cell_contents for cell in part) for part in cells))
+
+
+def _attention(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention as Transformers calls it: query [B, Hq, S, D], key and value [B, Hk, S, D]."""
+    if isinstance(attention_mask, RowsMask):
+        return _attend(module, query, key, value, attention_mask, *args, **kwargs), None
+    result: tuple[Tensor, Tensor | None] = own_attention(original, type(module))(
+        module, query, key, value, attention_mask, *args, **kwargs
+    )
+    return result
+
+
+def own_attention(name: str, cls: type) -> Callable[..., Any]:
+    """The function by which an attention class attends under an implementation's name."""
+    if name != "eager":
+        function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
+        return function
+    for base in cls.__mro__:
+        eager: Callable[..., Any] | None
+        eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise NotImplementedError(f"model: {cls.__name__} has no eager attention")
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowsMask,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """[1, R, Hq, D] of q [1, Hq, R, D], and of k and v [1, Hk, R, D] of the same rows."""
+    rows = mask.rows
+    rows.calls += 1
+    if dropout:
+        raise ValueError(
+            f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; load "
+            "the model with attention_dropout=0.0"
+        )
+    if mask.window is None:
+        raise NotImplementedError(
+            f"model: {rows.model} masks attention by a rule of its own; lemo knows causal "
+            "attention, with a sliding window or without"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise _unsupported(rows, "attention that sees later tokens")
+    if sliding_window and sliding_window != mask.window:
+        raise _unsupported(rows, f"a window of {sliding_window} with a mask of {mask.window}")
+    for name, given in kwargs.items():
+        if given is not None and not isinstance(given, bool) and name not in _NOT_READ:
+            raise _unsupported(rows, f"'{name}' of its attention")
+    if query.shape[0] != 1 or query.shape[2] != rows.count or key.shape[2] != rows.count:
+        raise ValueError(
+            f"model: expected {rows.model} to attend from and to the {rows.count} kept rows, got "
+            f"queries {list(query.shape)} and keys {list(key.shape)}"
+        )
+    cu_rows, positions = rows.on(query.device)
+    # Under autocast a norm of the heads gives its weight's dtype.
+    device, dtype = query.device.type, value.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
+    try:
+        out = ops.segment_attention(
+            q,
+            k,
+            v,
+            cu_rows,
+            None,
+            positions,
+            positions,
+            scaling,
+            mask.window,
+            softcap=float(softcap or 0.0),
+            sinks=None if s_aux is None else s_aux.float(),
+        )
+    except NotImplementedError as error:
+        raise NotImplementedError(f"model: {rows.model} needs more: {error}") from error
+    return out[None]
+
+
+def _unsupported(rows: KeptRows, what: str) -> NotImplementedError:
+    return NotImplementedError(f"model: {rows.model} needs {what}, which lemo's attention has not")

@@ -1,0 +1,108 @@
+"""The generic path against the model's own forward, with all rows and with some left out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo import ops
+from lemo.models.arguments import ForwardArguments
+from lemo.models.generic.forward import GenericForward
+from lemo.models.generic.parts import Parts
+from lemo.models.labels import IGNORE_INDEX
+from lemo.models.verify import Difference, beginning, gradients, own_forward
+from lemo.packing.blocks import BlockLayout, Selection
+
+__all__ = ["verify"]
+
+# Of eight blocks; what is left out in between, and where the sequence begins.
+_KEPT = (0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0)
+
+
+def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], tokens: int) -> None:
+    """See `lemo.Handle.verify`.
+
+    A model's own forward knows kept rows, too: tokens that its attention mask leaves out in the
+    middle are seen by no other, and the others keep their positions.
+
+    Args:
+        parts: the model.
+        forward: what computes in place of the model's own forward.
+        batch, tokens: as of the handle.
+    """
+    model = parts.causal_lm
+    arguments = beginning(batch, tokens, next(model.parameters()).device)
+    embedded = model.get_input_embeddings()(arguments.pop("input_ids")).detach().requires_grad_()
+    trainable = {"the embedded tokens": embedded}
+    trainable |= {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        arguments["inputs_embeds"] = embedded
+        # Models with images would make positions of those of an earlier batch.
+        columns = torch.arange(embedded.shape[1], device=embedded.device)[None]
+        arguments.setdefault("position_ids", columns)
+        with forward.dense():
+            expected = own_forward(model, arguments).loss
+        with forward.keeping(Selection.everything, 1):
+            got = forward.loss(ForwardArguments.of(arguments)).loss
+        _compare(parts, got, expected, trainable, "even with every token kept")
+        first = _first_sequence(arguments)
+        if first < len(_KEPT):
+            return
+        for name in ("inputs_embeds", "labels"):
+            arguments[name] = arguments[name][:, :first]
+        size = -(-first // len(_KEPT))
+        scores = torch.tensor(_KEPT, device=embedded.device)
+        kept = scores.bool().repeat_interleave(size)[None, :first]
+        arguments["position_ids"] = arguments["position_ids"][..., :first]
+        labels = arguments["labels"]
+        of_kept = labels.clone()
+        of_kept[:, 1:] = labels[:, 1:].where(kept[:, :-1], IGNORE_INDEX)
+        if not bool((of_kept[:, 1:] != IGNORE_INDEX).any()):
+            return
+        own = {**arguments, "labels": of_kept, "attention_mask": kept.long()}
+        # Other implementations drop masked tokens first, and count windows without them.
+        with forward.dense(), parts.attending_by(("eager",) * len(parts.configs)):
+            expected = own_forward(model, own).loss
+
+        def choose(layout: BlockLayout) -> Selection:
+            return ops.token_select(scores[: layout.num_blocks], layout, "threshold", 0.5, 0, 0)
+
+        with forward.keeping(choose, size):
+            got = forward.loss(ForwardArguments.of(arguments)).loss
+        _compare(parts, got, expected, trainable, "with half of the tokens kept")
+
+
+def _compare(
+    parts: Parts, got: Tensor, expected: Tensor, trainable: Mapping[str, Tensor], when: str
+) -> None:
+    found = gradients(got, trainable), gradients(expected, trainable)
+    difference = Difference(parts.causal_lm, (got, expected), found)
+    if not difference.is_rounding:
+        raise ValueError(
+            f"model: lemo does not compute what {parts.name} computes, {when}: {difference}. "
+            "Train without lemo"
+        )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout nor noise of any kind, which a model's own code may make, and no checkpointing."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _first_sequence(arguments: Mapping[str, Any]) -> int:
+    """Tokens of the first of the sequences that positions may tell apart."""
+    tokens: int = arguments["labels"].shape[1]
+    restarts = (arguments["position_ids"].flatten(0, -2)[0].diff() != 1).nonzero()
+    return int(restarts[0]) + 1 if len(restarts) else tokens

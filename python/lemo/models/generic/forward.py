@@ -1,0 +1,428 @@
+"""A training pass on the kept rows, by the model's own code."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import ModelOutput
+
+from lemo.models.arguments import ForwardArguments
+from lemo.models.batch import Batch
+from lemo.models.elimination import Choice
+from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
+from lemo.models.generic.head import Head
+from lemo.models.generic.kept import KeptBatch
+from lemo.models.generic.layout import LayoutCheck, not_attending
+from lemo.models.generic.parts import Parts
+from lemo.models.labels import IGNORE_INDEX
+from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
+from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.training import Training
+from lemo.packing.batch import PackedBatch, shape_of
+from lemo.packing.blocks import BlockLayout, Selection
+from lemo.selection.loss_mask import masked_rows
+from lemo.selection.scorers import GivenScorer, LexicalScorer, RandomScorer, Scorer
+from lemo.settings.elimination import LayerwiseConfig, LemoConfig
+
+__all__ = ["GenericForward"]
+
+# Arguments of a call that lemo answers itself, or that say what positions and mask say.
+_OURS = {
+    "attention_mask",
+    "cache",
+    "cache_params",
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "ignore_index",
+    "labels",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "return_dict",
+    "seq_idx",
+    "shift_labels",
+    "use_cache",
+}
+# Fields of a decoder's output from which no model makes a loss.
+_STATES = {"last_hidden_state", "past_key_values", "cache", "hidden_states", "attentions"}
+
+
+@dataclass
+class _Pass:
+    """A pass that runs.
+
+    Attributes:
+        kept: the rows.
+        rows: the same, for attention.
+        tail: what the causal LM's own code gets of the decoder's hidden states [1, R, H].
+        hidden: [1, R, H], once the decoder has run.
+        has_more: whether the decoder has put out more than states, from which a loss may be made.
+        base: the type of what the causal LM's base put out.
+    """
+
+    kept: KeptBatch
+    rows: KeptRows
+    tail: Callable[[Tensor], Tensor]
+    hidden: Tensor | None = None
+    has_more: bool = False
+    base: type[ModelOutput] | None = None
+
+
+class GenericForward(Training[Choice]):
+    """What the model computes in place of its own forward, in the generic path."""
+
+    def __init__(self, parts: Parts, config: LemoConfig) -> None:
+        check_settings(parts.name, config)
+        super().__init__(config, partial(_choice, parts.num_layers))
+        self._parts = parts
+        self._before = vars(parts.causal_lm).get("forward")
+        self._implementations: tuple[str, ...] = ()
+        self._loss_chunk = config.loss_chunk
+        self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
+        self._pass: _Pass | None = None
+        self._stub: ModelOutput | None = None
+        self._base: type[ModelOutput] | None = None
+        self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
+        self._has_checked_layout = False
+
+    @property
+    def own(self) -> Callable[..., Any]:
+        """The causal LM's own forward."""
+        causal_lm = self._parts.causal_lm
+        return self._before or partial(type(causal_lm).forward, causal_lm)
+
+    # The model's own attention
+
+    def install(self) -> None:
+        """Puts lemo's attention beside the model's own."""
+        self._implementations = self._parts.install()
+
+    def uninstall(self) -> None:
+        """The model has its own attention alone again."""
+        self._parts.restore(self._implementations)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Inside, calls run as without lemo."""
+        with ExitStack() as stack:
+            stack.enter_context(self._parts.attending_by(self._implementations))
+            stack.enter_context(making_masks(None))
+            before, self._pass = self._pass, None
+            try:
+                yield
+            finally:
+                self._pass = before
+
+    @contextmanager
+    def keeping(
+        self, choose: Callable[[BlockLayout], Selection], block_size: int
+    ) -> Iterator[None]:
+        """Inside, rows are kept by a rule, whatever the settings say.
+
+        Args:
+            choose: what of a layout is kept.
+            block_size: tokens of its blocks.
+        """
+        before, self._forced = self._forced, (choose, block_size)
+        try:
+            yield
+        finally:
+            self._forced = before
+
+    # What calls of the modules get
+
+    def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+        parts, ignored = self._parts, arguments.ignored_label
+        kept, targets, lost = self._keep(arguments)
+        counted = self._counted(arguments, kept, targets, lost)
+        # The own code sees two rows without labels: what is left of its loss does not come from
+        # labels, but from routers and the like.
+        call = self._own_arguments(arguments, kept)
+        call["labels"] = torch.full((1, 2), IGNORE_INDEX, device=targets.device)
+        call["num_items_in_batch"] = 1
+        now, own = self._run(kept, partial(self.own, **call), _two_rows)
+        assert now.hidden is not None
+        hidden = self._rows_of(now, kept, counted)
+        count = counted.rows.numel()
+        if count:
+            self.has_trained = True
+            loss = self._head.loss(
+                hidden,
+                counted.targets,
+                parts.vocabulary,
+                self._loss_chunk,
+                counted.divisor,
+                ignored,
+            )
+        else:
+            loss = hidden.sum(dtype=torch.float32)
+            if torch.is_grad_enabled() and bool((targets != ignored).any()):
+                self._nothing_trained()
+        output = EliminatedOutput(loss=loss)
+        if now.has_more:
+            output["loss"] = loss + own.loss.to(loss.device)
+            if getattr(own, "aux_loss", None) is not None:
+                output["aux_loss"] = own.aux_loss
+
+        def logits() -> Tensor:
+            given = {name: value for name, value in arguments.given.items() if name not in _LABELS}
+            with self.dense():
+                return self.own(**{**given, "return_dict": True}).logits
+
+        output["logits"] = DeferredLogits(logits, parts.causal_lm.parameters())
+        return output
+
+    def labelled(
+        self, arguments: ForwardArguments, forward: Callable[..., Any]
+    ) -> tuple[Any, Tensor]:
+        """What another forward of the causal LM, with TRL's head, makes of the rows that count.
+
+        Args:
+            arguments: of the call, without the switch of that head.
+            forward: called with the labels of these rows, shifted already.
+
+        Returns:
+            Its result, and the labels of the batch for each label that counts, fp32 scalar.
+        """
+        kept, targets, lost = self._keep(arguments)
+        counted = self._counted(arguments, kept, targets, lost)
+        call = self._own_arguments(arguments, kept)
+        call["shift_labels"] = counted.targets[None]
+        if arguments.num_items_in_batch is not None:
+            call["num_items_in_batch"] = arguments.num_items_in_batch
+
+        def tail(hidden: Tensor) -> Tensor:
+            return self._index(hidden[0], kept, counted)[None]
+
+        _, result = self._run(kept, partial(forward, **call), tail)
+        labelled = targets != arguments.ignored_label
+        count = labelled.sum() if lost is None else labelled.sum() + lost
+        if counted.rows.numel():
+            self.has_trained = True
+        elif bool(labelled.any()):
+            self._nothing_trained()
+        return result, count.float() / max(counted.rows.numel(), 1)
+
+    def base_output(self, original: Callable[[], Any]) -> Any:
+        """What a call of the causal LM's base gives; None: that of the module."""
+        if self._stub is not None:
+            return self._stub
+        output = original()
+        if self._pass is not None:
+            self._pass.base = type(output)
+        return output
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether a pass on kept rows runs."""
+        return self._pass is not None
+
+    def decode(self, call: dict[str, Any], original: Callable[..., Any]) -> Any:
+        """The decoder's output for the kept rows of a call."""
+        now, parts = self._pass, self._parts
+        assert now is not None
+        if now.hidden is not None:
+            raise ValueError(f"model: {parts.name} calls its decoder twice; train without lemo")
+        given = now.kept.arguments(call)
+        if "use_cache" in given:
+            given["use_cache"] = False
+        with ExitStack() as stack:
+            if not self._has_checked_layout:
+                check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
+                stack.enter_context(check.watching())
+            output = self._decoded(original, given)
+        self._has_checked_layout |= now.kept.selection.rows is not None
+        if now.rows.calls != parts.num_layers:
+            raise not_attending(now.rows, parts.num_layers, "in all")
+        now.hidden = output.last_hidden_state
+        now.has_more = any(v is not None for k, v in output.items() if k not in _STATES)
+        output["last_hidden_state"] = now.tail(now.hidden)
+        return output
+
+    def _decoded(self, original: Callable[..., Any], call: dict[str, Any]) -> Any:
+        try:
+            return original(**call)
+        except TypeError as error:
+            if RowsMask.__name__ not in str(error):
+                raise
+            raise NotImplementedError(
+                f"model: {self._parts.name} computes with its attention mask, which lemo has no "
+                f"tensor for ({error}); train without lemo"
+            ) from error
+
+    # A pass
+
+    def _keep(self, arguments: ForwardArguments) -> tuple[KeptBatch, Tensor, Tensor | None]:
+        """(kept rows, next labels of all rows [T], labels that padding predicts)."""
+        self._check(arguments)
+        self.elimination = self._chosen(arguments)
+        ids, embedded = arguments.input_ids, arguments.inputs_embeds
+        shape = shape_of(ids, embedded)
+        device = next(x.device for x in (ids, embedded) if x is not None)
+        mask, positions = arguments.attention_mask, arguments.position_ids
+        # Where a row has several positions (images), the first of four counts the tokens.
+        if positions is not None and positions.ndim == 3:
+            positions = positions[0] if positions.shape[0] == 4 else None
+        packed = PackedBatch(shape, mask, positions, device)
+        size = self.elimination.block_size if self._forced is None else self._forced[1]
+        batch = Batch.of(packed, size, None, device)
+        targets, lost = next_labels(
+            packed, arguments.labels, arguments.shift_labels, arguments.ignored_label
+        )
+        batch = replace(
+            batch,
+            ids=None if ids is None else packed.pack(ids),
+            labelled=targets != arguments.ignored_label,
+            scores=self._pack_scores(packed, embedded is not None),
+        )
+        return KeptBatch(batch, self._select(batch), self._parts.name), targets, lost
+
+    def _select(self, batch: Batch) -> Selection:
+        if self._forced is not None:
+            return self._forced[0](batch.layout)
+        selector, scorer = self.selector, self.elimination.scorer
+        selector.begin(batch.layout, batch.labelled)
+        nowhere = torch.empty(0, device=batch.layout.block_starts.device)
+        selections = [
+            selector.select(layer, kind, partial(scorer, layer, kind, nowhere, batch))
+            for layer in range(self._parts.num_layers)
+            for kind in ("attention", "mlp")
+        ]
+        assert all(selection is selections[0] for selection in selections)
+        if torch.is_grad_enabled():
+            selector.check_kept()
+        return selections[0]
+
+    def _check(self, arguments: ForwardArguments) -> None:
+        replace(arguments, unknown={}).check(self._parts.config)
+        if arguments.wants_hidden_states(self._parts.config):
+            raise ValueError(
+                "output_hidden_states: not available with labels in the generic path, where rows "
+                "that are left out have none"
+            )
+
+    def _counted(
+        self, arguments: ForwardArguments, kept: KeptBatch, targets: Tensor, lost: Tensor | None
+    ) -> CountedLabels:
+        config = self.elimination.config
+        masked = masked_rows(kept.batch.layout, [kept.selection], True, config.burn_in)
+        items, ignored = arguments.num_items_in_batch, arguments.ignored_label
+        return counted_labels(targets, masked, items, ignored, lost)
+
+    def _own_arguments(self, arguments: ForwardArguments, kept: KeptBatch) -> dict[str, Any]:
+        """The arguments by which the causal LM's own code runs on the whole batch."""
+        parts, packed = self._parts, kept.batch.packed
+        call = {name: value for name, value in arguments.given.items() if name not in _OURS}
+        call["use_cache"] = False
+        call["return_dict"] = True
+        if packed.is_padded:
+            mask = arguments.attention_mask
+            assert mask is not None
+            counts = arguments.position_ids is None and parts.has_learned_positions
+            if counts and bool((mask[:, 0] == 0).any()):
+                raise ValueError(
+                    f"position_ids: expected for padding on the left, since {parts.name} has "
+                    "learned positions, got None"
+                )
+            if parts.takes_images:
+                call["attention_mask"] = mask
+        return call
+
+    def _run(
+        self, kept: KeptBatch, own: Callable[[], Any], tail: Callable[[Tensor], Tensor]
+    ) -> tuple[_Pass, Any]:
+        """Runs the causal LM's own code, its decoder on the kept rows."""
+        rows = kept.attention()
+        before, self._pass = self._pass, _Pass(kept, rows, tail)
+        now = self._pass
+        try:
+            with making_masks(rows):
+                output = own()
+        finally:
+            self._pass = before
+        if now.hidden is None:
+            raise ValueError(
+                f"model: {self._parts.name} does not call its decoder; train without lemo"
+            )
+        self._base = now.base or self._base
+        return now, output
+
+    def _rows_of(self, now: _Pass, kept: KeptBatch, counted: CountedLabels) -> Tensor:
+        assert now.hidden is not None
+        return self._index(now.hidden[0], kept, counted)
+
+    def _index(self, hidden: Tensor, kept: KeptBatch, counted: CountedLabels) -> Tensor:
+        """[N, H], of the kept rows' hidden states [R, H] those whose labels count."""
+        rows = rows_among(counted.rows, hidden, kept.selection.rows)
+        return hidden if rows is None else hidden.index_select(0, rows.to(hidden.device))
+
+    def _own_sum(self, hidden: Tensor, labels: Tensor, divisor: int) -> Tensor:
+        """The causal LM's own loss of hidden states [N, H] with labels [N], by a divisor."""
+        assert self._base is not None
+        # Row i predicts label i + 1, so one more row.
+        padded = torch.cat((hidden, hidden[-1:].detach()))[None]
+        shifted = torch.cat((labels.new_full((1,), IGNORE_INDEX), labels))[None]
+        call: dict[str, Any] = {"labels": shifted, "num_items_in_batch": divisor}
+        call |= {"input_ids": torch.zeros_like(shifted), "use_cache": False, "return_dict": True}
+        if self._parts.routes:
+            call["output_router_logits"] = False
+        before, self._stub = self._stub, self._base(last_hidden_state=padded)
+        try:
+            loss: Tensor = self.own(**call).loss
+        finally:
+            self._stub = before
+        return loss
+
+
+_LABELS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "return_dict")
+
+
+def _two_rows(hidden: Tensor) -> Tensor:
+    return hidden.new_zeros(1, 2, hidden.shape[-1])
+
+
+def _choice(num_layers: int, config: LemoConfig) -> Choice:
+    scorers: dict[str, Callable[[], Scorer]] = {
+        "random": partial(RandomScorer, config.seed),
+        "lexical": partial(LexicalScorer, config.seed),
+        "given": GivenScorer,
+    }
+    return Choice(config, num_layers, scorers[config.scorer]())
+
+
+def check_settings(model: str, config: LemoConfig) -> None:
+    """Raises ValueError where settings ask for what needs the inside of layers.
+
+    Args:
+        model: the class of the model.
+        config: the settings.
+    """
+    asked: list[tuple[str, Any, str]] = []
+    if config.scorer not in ("auto", "random", "lexical", "given"):
+        asked.append(("scorer", config.scorer, "auto, random, lexical or given"))
+    if config.visible_keys != "kept":
+        asked.append(("visible_keys", config.visible_keys, "kept"))
+    if config.mask_loss is False:
+        asked.append(("mask_loss", False, "true"))
+    if config.recompute not in ("auto", "none"):
+        what = "auto; model.gradient_checkpointing_enable() recomputes"
+        asked.append(("recompute", config.recompute, what))
+    plain = LayerwiseConfig(keep_schedule=config.layerwise.keep_schedule)
+    for name, default in plain:
+        got = getattr(config.layerwise, name)
+        if got != default:
+            asked.append((f"layerwise.{name}", got, f"{default}, one kept set for all layers"))
+    for name, got, expected in asked:
+        raise ValueError(
+            f"{name}: expected {expected} in the generic path, which runs the layers of {model} as "
+            f"they are, got {got}"
+        )

@@ -1,0 +1,103 @@
+"""The rows of a batch that are kept, as the model's decoder gets them: one packed sequence."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lemo.models.batch import Batch
+from lemo.models.generic.attention import KeptRows, RowsMask
+from lemo.packing.blocks import Selection
+
+__all__ = ["KeptBatch"]
+
+
+@dataclass(frozen=True)
+class KeptBatch:
+    """A batch and its kept rows.
+
+    Attributes:
+        batch: what the T rows are.
+        selection: the R of them that are kept.
+        model: the type of the model, for errors.
+    """
+
+    batch: Batch
+    selection: Selection
+    model: str
+
+    def attention(self) -> KeptRows:
+        """What attention has to know of the rows."""
+        selection = self.selection
+        return KeptRows(self.model, selection.num_rows, selection.cu_rows, selection.positions)
+
+    def of(self, values: Tensor) -> Tensor:
+        """[1, R, ...], the kept rows of [B or 1, S, ...]."""
+        batch, tokens = self.batch.packed.shape
+        packed = self.batch.packed.pack(values.expand(batch, tokens, *values.shape[2:]))
+        return self.of_packed(packed)[None]
+
+    def of_packed(self, values: Tensor) -> Tensor:
+        """[R, ...], the kept rows of [T, ...]."""
+        rows = self.selection.rows
+        return values if rows is None else values.index_select(0, rows.to(values.device))
+
+    def positions(self, position_ids: Tensor | None, device: torch.device) -> Tensor:
+        """The kept rows' own positions, [1, R], or [K, 1, R] where a row has K of them.
+
+        Args:
+            position_ids: [B or 1, S] or [K, B or 1, S]; None: the column of each token, as models
+                count where nothing else is said.
+            device: where they are to be.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(self.batch.packed.shape[1], device=device)[None]
+        if position_ids.ndim == 3:
+            return torch.stack([self.of(part) for part in position_ids])
+        return self.of(position_ids)
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of a call of the decoder, for the kept rows alone.
+
+        Raises:
+            ValueError: one of them is a tensor of which it is not known what its rows are.
+        """
+        call = dict(given)
+        for name in ("input_ids", "inputs_embeds"):
+            if call.get(name) is not None:
+                call[name] = self.of(call[name])
+                device = call[name].device
+        call["position_ids"] = self.positions(call.get("position_ids"), device)
+        if "cache_position" in call:
+            call["cache_position"] = None
+        mask = call.get("attention_mask")
+        if not _is_ours(mask):
+            # All ones: positions that leave out some must not be taken for those of several
+            # sequences, which attention knows anyway.
+            count = self.selection.num_rows
+            call["attention_mask"] = torch.ones(1, count, dtype=torch.long, device=device)
+        known = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
+        for name, value in call.items():
+            if name not in known and _holds_tensors(value):
+                raise ValueError(
+                    f"{name}: {self.model} gives it to its layers, but lemo does not know which of "
+                    "it belongs to which row; train without lemo"
+                )
+        return call
+
+
+def _is_ours(mask: Any) -> bool:
+    """Whether a mask was made in this pass already: the model made it outside of the decoder."""
+    if isinstance(mask, Mapping):
+        return all(map(_is_ours, mask.values()))
+    return isinstance(mask, RowsMask)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    return torch.is_tensor(value)

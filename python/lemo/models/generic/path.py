@@ -1,0 +1,116 @@
+"""The generic path: which calls of a model run on kept rows, and which as without lemo."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from lemo.models.arguments import ForwardArguments
+from lemo.models.generic.checks import verify
+from lemo.models.generic.forward import GenericForward
+from lemo.models.generic.parts import Parts
+from lemo.models.labelled_rows import fused_call, with_head
+from lemo.models.path import Path, Steering, returned
+from lemo.models.replaced_forward import Implementation, ReplacedForward
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["GenericPath"]
+
+
+class GenericPath(Path[GenericForward]):
+    """Replaces the forward of a causal LM, of its base and of its decoder.
+
+    Args:
+        parts: the model.
+        config: the settings.
+
+    Raises:
+        ValueError: the settings need the inside of layers.
+    """
+
+    def __init__(self, parts: Parts, config: LemoConfig) -> None:
+        self.causal_lm = parts.causal_lm
+        self._forward = GenericForward(parts, config)
+        self._parts = parts
+
+    @property
+    def forward(self) -> GenericForward:
+        return self._forward
+
+    @property
+    def modules(self) -> dict[nn.Module, Implementation]:
+        parts = self._parts
+        return {
+            parts.causal_lm: causal_lm_forward,
+            parts.base: base_forward,
+            parts.decoder: decoder_forward,
+        }
+
+    def install(self) -> None:
+        self.forward.install()
+
+    def uninstall(self) -> None:
+        self.forward.uninstall()
+
+    def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
+        verify(self._parts, self._forward, batch, tokens)
+
+
+def _forward_of(handle: Steering) -> GenericForward:
+    path = handle.path
+    assert isinstance(path, GenericPath)
+    return path.forward
+
+
+def causal_lm_forward(
+    handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    """A call of the causal LM."""
+    causal_lm, arguments = replaced.__self__, ForwardArguments.of(call)
+    forward = _forward_of(handle)
+    if not handle.acts_on(causal_lm, arguments):
+        with forward.dense():
+            return original()
+    previous, weights = replaced.previous, handle.weights
+    # A forward that Accelerate put there to move inputs does what the class's does.
+    others = previous is not None and not hasattr(causal_lm, "_hf_hook")
+    if previous is not None and weights is not None:
+        fused = fused_call(call)
+        if fused is not None:
+            result, weight = forward.labelled(fused, with_head(previous))
+            weights.append(weight)
+            if handle.scales and getattr(result, "aux_loss", None) is not None:
+                # What routers add is no sum over labels.
+                result["aux_loss"] = result.aux_loss / weight
+            return result
+    if others or arguments.labels is None or causal_lm.loss_function is not ForCausalLMLoss:
+        forward.say(
+            "logits, hidden states or a loss of another kind were asked for: the whole model runs "
+            "on every row, and nothing is eliminated"
+        )
+        with forward.dense():
+            return original()
+    return returned(forward.loss(arguments), arguments, causal_lm)
+
+
+def base_forward(
+    handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    """A call of what stands around the decoder."""
+    return _forward_of(handle).base_output(original)
+
+
+def decoder_forward(
+    handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    """A call of the decoder; it may be the base at the same time."""
+    forward = _forward_of(handle)
+
+    def decode() -> Any:
+        if forward.is_passing:
+            return forward.decode(call, replaced.original)
+        with forward.dense():
+            return original()
+
+    return forward.base_output(decode)

@@ -1,0 +1,110 @@
+"""The native path: layers that lemo computes itself, of the architectures that it knows."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from lemo.models.architectures import Architecture
+from lemo.models.arguments import ForwardArguments
+from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
+from lemo.models.path import Path, Steering, returned
+from lemo.models.replaced_forward import Implementation, ReplacedForward
+from lemo.models.training_forward import TrainingForward
+from lemo.models.verify import verify
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["NativePath"]
+
+
+class NativePath(Path[TrainingForward]):
+    """Replaces the forward of a causal LM and of its decoder.
+
+    Args:
+        architecture: access to the model.
+        config: the settings.
+
+    Raises:
+        ValueError: layers or attention are not Transformers' own, the model uses attention dropout
+            or another unsupported setting, or `config` does not fit the model.
+    """
+
+    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+        architecture.check_supported()
+        self.causal_lm = architecture.causal_lm
+        self._architecture = architecture
+        self._forward = TrainingForward(architecture, config)
+        self._states: LabelledStates | None = None
+
+    @property
+    def forward(self) -> TrainingForward:
+        return self._forward
+
+    @property
+    def modules(self) -> dict[nn.Module, Implementation]:
+        return {self.causal_lm: causal_lm_forward, self._architecture.decoder: decoder_forward}
+
+    def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
+        verify(self._architecture, self.forward, batch, tokens)
+
+    @property
+    def labelled_states(self) -> LabelledStates | None:
+        """What the decoder answers with while a head of somebody else runs."""
+        return self._states
+
+    def labelled_alone(
+        self, arguments: ForwardArguments, call: dict[str, Any], forward: Callable[..., Any]
+    ) -> tuple[Any, Tensor]:
+        """What a head of somebody else returns for the rows whose loss counts, and their weight."""
+        self._states = self.forward.labelled_states(arguments)
+        try:
+            return call_head(forward, call, self._states.labels), self._states.weight
+        finally:
+            self._states = None
+
+
+def causal_lm_forward(
+    handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    """A call of the causal LM."""
+    causal_lm, arguments = replaced.__self__, ForwardArguments.of(call)
+    path = handle.path
+    assert isinstance(path, NativePath)
+    if not handle.acts_on(causal_lm, arguments):
+        return original()
+    if replaced.previous is not None:
+        weights = handle.weights
+        fused = None if weights is None else fused_call(call)
+        if fused is not None and weights is not None:
+            result, weight = path.labelled_alone(fused, call, replaced.previous)
+            weights.append(weight)
+            return result
+        # Somebody's own forward calls the decoder, and may make another loss of it.
+        with handle.naming(arguments.labelled_rows()):
+            return original()
+    forward = path.forward
+    if arguments.labels is None:
+        output = forward.logits(arguments)
+    elif causal_lm.loss_function is ForCausalLMLoss:
+        output = forward.loss(arguments)
+    else:
+        output = forward.custom_loss(arguments)
+    return returned(output, arguments, causal_lm)
+
+
+def decoder_forward(
+    handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
+) -> Any:
+    """A call of the decoder."""
+    decoder, arguments = replaced.__self__, ForwardArguments.of(call)
+    path = handle.path
+    assert isinstance(path, NativePath)
+    if not handle.acts_on(decoder, arguments):
+        return original()
+    if path.labelled_states is not None:
+        states = BaseModelOutputWithPast(last_hidden_state=path.labelled_states.hidden)
+    else:
+        states = path.forward.states(arguments)
+    return returned(states, arguments, decoder)

@@ -1,0 +1,149 @@
+"""What a training pass knows of its batch and of the training, in either path."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+from torch import Tensor
+from torch.nn.functional import pad
+
+from lemo.models.arguments import ForwardArguments
+from lemo.models.elimination import Choice
+from lemo.models.outputs import EliminatedOutput
+from lemo.packing.batch import PackedBatch
+from lemo.relevance.answers import are_answers
+from lemo.selection.selector import Selector
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["LABELS_UNKNOWN", "Training"]
+
+LABELS_UNKNOWN = (
+    ", chosen without regard to labels, because nobody named them: pass `labels` to the model, or "
+    "use handle.labelled(mask) or handle.attach(trainer)"
+)
+
+C = TypeVar("C", bound=Choice)
+
+
+class Training(ABC, Generic[C]):
+    """The part of a path's training forward that does not depend on how layers run.
+
+    Attributes:
+        row_labels: [B, S] bool, rows that predict a label, in the pass that runs; None: nothing is
+            known.
+        token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
+            None: none are given.
+        has_trained: whether a pass has trained something.
+        elimination: that of the latest pass.
+    """
+
+    def __init__(self, config: LemoConfig, choose: Callable[[LemoConfig], C]) -> None:
+        """Resolves the settings.
+
+        Args:
+            config: the settings.
+            choose: what settings, none left open, ask for.
+        """
+        self.row_labels: Tensor | None = None
+        self.token_scores: Tensor | None = None
+        self.has_trained = False
+        of_text, of_answers = config.resolved(answers=False), config.resolved(answers=True)
+        self._of_text = self._of_answers = choose(of_text)
+        if of_answers != of_text:
+            self._of_answers = choose(of_answers)
+        self.elimination = self._of_text
+        self._said: set[str] = set()
+
+    @abstractmethod
+    def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+        """The output for a call with labels: nothing of the size of all logits is made."""
+
+    @property
+    def selector(self) -> Selector:
+        """What each sub-block keeps, or kept in the latest pass."""
+        return self.elimination.selector
+
+    @contextmanager
+    def keeping_everything(self) -> Iterator[None]:
+        """Every sub-block keeps everything inside, whatever the settings say."""
+        with (
+            self._of_text.selector.keeping_everything(),
+            self._of_answers.selector.keeping_everything(),
+        ):
+            yield
+
+    def set_progress(self, progress: float) -> None:
+        """Share of the training that is done, in [0, 1]."""
+        for elimination in (self._of_text, self._of_answers):
+            elimination.selector.set_progress(progress)
+
+    def begin_step(self, step: int) -> None:
+        """Tells that optimizer step `step`, from 0, begins."""
+        for elimination in {self._of_text, self._of_answers}:
+            elimination.scorer.begin_step(step)
+
+    def say(self, message: str) -> None:
+        """A warning, once for each model."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(f"lemo: {message}", stacklevel=2)
+
+    def _chosen(self, arguments: ForwardArguments) -> C:
+        """By whether answers alone have labels, where the settings leave that open."""
+        rows = arguments.labelled_rows()
+        rows = self.row_labels if rows is None else rows
+        if self._of_answers is self._of_text or rows is None:
+            return self._of_text
+        mask = arguments.attention_mask
+        tokens = rows.numel() if mask is None else (mask != 0).sum().item()
+        labelled = rows.sum().item()
+        return self._of_answers if are_answers(int(labelled), int(tokens)) else self._of_text
+
+    def _pack_labels(self, packed: PackedBatch, embedded: bool) -> Tensor | None:
+        """[T] bool: rows that predict a label, as far as they are named."""
+        if self.row_labels is None:
+            return None
+        return _of_tokens("mask", self.row_labels, packed, embedded)
+
+    def _pack_scores(self, packed: PackedBatch, embedded: bool) -> Tensor | None:
+        """[T] fp32: scores of the tokens, where the caller gave some."""
+        if self.token_scores is None:
+            return None
+        return _of_tokens("scores", self.token_scores, packed, embedded)
+
+    def _nothing_trained(self) -> None:
+        message = (
+            "labels: expected one or more of the batch's to be predicted from a row that counts, "
+            "got none, so nothing is trained{}; more rows have to be kept (keep, thresholds), or "
+            "fewer masked (burn_in)"
+        )
+        if not self.has_trained:
+            raise ValueError(message.format(""))
+        self.say(message.format(" in this step"))
+
+
+def _of_tokens(name: str, values: Tensor, packed: PackedBatch, embedded: bool) -> Tensor:
+    """[T]: what the caller says of the tokens of a batch, [B, S].
+
+    Args:
+        name: of the argument, for errors.
+        values: [B, S].
+        packed: the batch.
+        embedded: whether the model got embeddings, in which there may be more tokens.
+
+    Raises:
+        ValueError: not one for each token.
+    """
+    # From pinned memory the copy is not waited for.
+    values = values.to(packed.cu_seqlens.device, non_blocking=values.device.type == "cpu")
+    missing = packed.shape[1] - values.shape[1]
+    if embedded and missing > 0:
+        values = pad(values, (missing, 0))  # PEFT's virtual tokens come before the others
+    if tuple(values.shape) != tuple(packed.shape):
+        raise ValueError(
+            f"{name}: expected one for each token, [batch, tokens] = {list(packed.shape)}, got "
+            f"{list(values.shape)}"
+        )
+    return packed.pack(values)

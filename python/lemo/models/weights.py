@@ -1,0 +1,93 @@
+"""Frozen weights of linear layers as matrices: plain ones, and quantised ones made plain again.
+
+A quantised layer computes with its weight in the dtype of its input, which it makes anew at every
+call. lemo calls a layer several times where it works in chunks of rows; inside `kept_matrices` the
+matrix is made once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lemo.models.interception import has_own_forward, is_intercepted
+
+__all__ = ["is_plain", "kept_matrices", "matrix_of"]
+
+# What `kept_matrices` keeps: by a layer's id, the layer (so that the id stays its own) and its
+# matrix. Backward runs in another thread than forward.
+_kept: dict[int, tuple[nn.Module, Tensor]] = {}
+_depth = 0
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` is the product of `nn.Linear` with a plain weight, nothing else.
+
+    torchao puts a tensor of its own kind into an `nn.Linear`.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)
+        and has_own_forward(nn.Linear)
+        and not is_intercepted(module)
+    )
+
+
+def matrix_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+    """What gives the weight [out, in] of a frozen linear layer in `dtype`.
+
+    None where the layer's product is not known to be one with such a matrix: its own forward has to
+    run then. Known are `nn.Linear` with a weight of this dtype, and `bitsandbytes.nn.Linear4bit`
+    that computes in this dtype, whose product is that with its dequantised weight (QLoRA, arXiv
+    2305.14314).
+    """
+    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        return None
+    if is_plain(module):
+        return (lambda: module.weight) if module.weight.dtype == dtype else None
+    # The layer computes in a dtype of its own where it has one.
+    if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
+        return lambda: _once(module, dtype)
+    return None
+
+
+@contextmanager
+def kept_matrices() -> Iterator[None]:
+    """Matrices that are made of quantised weights inside are kept until the end."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _depth == 0:
+            _kept.clear()
+
+
+def _once(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    found = _kept.get(id(module))
+    if found is not None and found[1].dtype == dtype:
+        return found[1]
+    matrix = _dequantised(module).to(dtype)
+    if _depth:
+        _kept[id(module)] = module, matrix
+    return matrix
+
+
+def _is_bitsandbytes_4bit(module: nn.Module) -> bool:
+    cls = type(module)
+    if cls.__name__ not in ("Linear4bit", "LinearNF4", "LinearFP4"):
+        return False
+    if cls.__module__ != "bitsandbytes.nn.modules" or is_intercepted(module):
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    # Not quantised yet, or packed for evaluation on the CPU: left to the layer.
+    return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+@torch.no_grad()
+def _dequantised(module: nn.Module) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(module.weight.data, module.weight.quant_state)

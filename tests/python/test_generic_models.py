@@ -1,0 +1,243 @@
+"""The generic path on models that lemo has no architecture for; see generic_cases.py."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lemo
+from generic_cases import (
+    BLOCK,
+    assert_same,
+    kept_mask,
+    make,
+    make_llava,
+    make_qwen_vl,
+    masked_batch,
+)
+from lemo import LemoConfig
+from lemo.models.generic.path import GenericPath
+from model_checks import saved_bytes
+from tiny_models import as_padded, gradients, lora, make_ids, packed_batch, padded_batch
+from tolerances import assert_close_fp32
+
+# Kernels of a GPU know no fp32; benchmarks/models.py compares models there.
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+MODELS = ["own_llama", "llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "gemma3_text", "phi3"]
+MODELS += ["mixtral", "qwen3_moe", "gpt_oss", "gpt_neox", "gpt2", "smollm3", "granite", "glm4"]
+MODELS += ["cohere2", "deepseek_v3"]
+
+
+def settings(keep=0.5, **more):
+    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
+
+
+def plain_batch():
+    ids = make_ids(2, 61)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_everything_kept_is_the_model_itself(name):
+    model = make(name)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(1.0))
+    for batch in (plain_batch(), padded_batch([61, 1, 30])):
+        assert_same(model, dense, train(model, batch), train(dense, batch))
+        model.zero_grad(), dense.zero_grad()
+    assert isinstance(handle.path, GenericPath)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_kept_rows_are_what_the_model_makes_of_them_alone(name):
+    model = make(name)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings())
+    for batch in (plain_batch(), padded_batch([61, 8, 45])):
+        loss = train(model, batch)
+        kept = kept_mask(handle, batch)
+        present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
+        assert 0.4 < kept.sum() / present < 0.7
+        assert_same(model, dense, loss, train(dense, masked_batch(batch, kept)))
+        model.zero_grad(), dense.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["own_llama", "mistral", "gemma3_text", "granite"])
+def test_kept_rows_alone_under_an_explicit_mask(name):
+    """The model gets nothing but the kept rows, their positions and which may see which."""
+    model = make(name)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings())
+    ids = make_ids(1, 61)
+    loss = train(model, {"input_ids": ids, "labels": ids})
+    rows = kept_mask(handle, {"input_ids": ids})[0].nonzero()[:, 0]
+    assert rows.diff().max() > 1
+    back = rows[:, None] - rows
+    seen = {
+        "full_attention": back >= 0,
+        "sliding_attention": (back >= 0) & (back < (dense.config.sliding_window or 0))
+        if hasattr(dense.config, "sliding_window")
+        else back >= 0,
+    }
+    masks = {kind: torch.where(mask, 0.0, -1e30)[None, None] for kind, mask in seen.items()}
+    sliding = name == "mistral"
+    mask = masks if name == "gemma3_text" else masks[("full", "sliding")[sliding] + "_attention"]
+    states = dense.model(ids[:, rows], attention_mask=mask, position_ids=rows[None])
+    logits = dense.lm_head(states.last_hidden_state[0])
+    if name == "granite":
+        logits = logits / dense.config.logits_scaling
+    labels = torch.cat((ids[0, 1:], torch.tensor([-100])))[rows]
+    oracle = torch.nn.functional.cross_entropy(logits, labels)
+    oracle.backward()
+    assert_same(model, dense, loss, oracle)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_moe", "mistral"])
+def test_packed_sequences_are_those_of_a_padded_batch(name):
+    packed = packed_batch([40, 3, 37])
+    model = make(name, output_router_logits=False)
+    other = copy.deepcopy(model)
+    losses = [
+        train(one, batch)
+        for one, batch in ((model, packed), (other, as_padded(packed)))
+        if lemo.enable(one, settings())
+    ]
+    assert_same(model, other, *losses)
+
+
+def test_padding_on_the_left():
+    batch = padded_batch([61, 30], side="left")
+    model = make("phi3")
+    dense = copy.deepcopy(model)
+    lemo.enable(model, settings(1.0))
+    assert_same(model, dense, train(model, batch), train(dense, batch))
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+def test_padding_on_the_left_needs_positions_where_these_are_learned(name):
+    batch = padded_batch([61, 30], side="left")
+    model = make(name)
+    dense = copy.deepcopy(model)
+    lemo.enable(model, settings(1.0))
+    with pytest.raises(ValueError, match="position_ids: expected for padding on the left"):
+        model(**batch)
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    batch["position_ids"] = positions
+    assert_same(model, dense, train(model, batch), train(dense, batch))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("build", [make_llava, make_qwen_vl])
+def test_prompts_with_images(build, keep, padded):
+    model, batch = build()
+    if padded:
+        mask = torch.ones_like(batch["input_ids"])
+        mask[1, 50:] = 0
+        labels = batch["labels"].where(mask.bool(), torch.tensor(-100))
+        batch |= {"attention_mask": mask, "labels": labels}
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(keep, path="auto"))
+    loss = train(model, batch)
+    oracle = masked_batch(batch, kept_mask(handle, batch))
+    if build is make_qwen_vl:
+        # As the model numbers the whole prompt, in three dimensions.
+        names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
+        known = {name: batch[name] for name in names if name in batch}
+        oracle["position_ids"] = dense.model.get_rope_index(**known)[0]
+        assert (oracle["position_ids"][0] != oracle["position_ids"][1]).any()
+    assert_same(model, dense, loss, train(dense, oracle))
+    handle.verify(batch)
+
+
+# Checkpointing, adapters, compilation
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["gemma3_text", "phi3", "mixtral"])
+def test_checkpointing_changes_nothing_but_what_is_stored(name, reentrant):
+    model = make(name)
+    model.enable_input_require_grads()
+    stored, recomputed = copy.deepcopy(model), model
+    recomputed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    batch = plain_batch()
+    losses, sizes = [], []
+    for one in (stored, recomputed):
+        lemo.enable(one, settings())
+        sizes.append(saved_bytes(one, batch))
+    if name == "mixtral":
+        # Reentrant checkpoints give what hooks record, such as the routers' logits, no gradient.
+        stored.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for one in (stored, recomputed):
+        one._lemo_handle.begin_step(0, 1)
+        losses.append(train(one, batch))
+    assert_same(recomputed, stored, *losses)
+    assert sizes[1] < sizes[0] / 2
+
+
+def test_checkpoints_hold_kept_rows_only():
+    model = make("phi3")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = {name: ids.repeat(1, 2) for name, ids in plain_batch().items()}
+    sizes, shapes = {}, []
+    model.model.layers[1].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    for keep in (1.0, 0.25):
+        handle = lemo.enable(model, settings(keep))
+        shapes.clear()
+        sizes[keep] = saved_bytes(model, batch)
+        assert shapes == [(1, handle.statistics()[0].attention_rows, 32)]
+        handle.remove()
+    assert sizes[0.25] < 0.4 * sizes[1.0]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_adapters(order):
+    model = make("glm4")
+    if order == "before":
+        handle = lemo.enable(model, settings())
+    names = ["q_proj", "v_proj", "gate_up_proj"]
+    model = lora(model, target_modules=names)
+    if order == "after":
+        handle = lemo.enable(model, settings())
+    batch = plain_batch()
+    loss = train(model, batch)
+    mine = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    assert len(mine) == 2 * 3 * 3
+    kept = kept_mask(handle, batch)
+    handle.remove()
+    model.zero_grad()
+    oracle = train(model, masked_batch(batch, kept))
+    assert_close_fp32(loss, oracle)
+    for name, gradient in gradients(model).items():
+        assert_close_fp32(mine[name], gradient, name)
+
+
+@pytest.mark.parametrize("what", ["model", "layers", "each layer"])
+def test_compiled_models(what):
+    counter = CompileCounterWithBackend("aot_eager")
+    model = make("mistral")
+    eager, compiled = copy.deepcopy(model), model
+    for one in (eager, model):
+        lemo.enable(one, settings())
+    if what == "model":
+        compiled = torch.compile(model, backend=counter)
+    for index, layer in enumerate(model.model.layers):
+        if what == "layers":
+            layer.compile(backend=counter)
+        elif what == "each layer":
+            model.model.layers[index] = torch.compile(layer, backend=counter)
+    batch = plain_batch()
+    losses = train(compiled, batch), train(eager, batch)
+    if what == "each layer":
+        for index, layer in enumerate(model.model.layers):
+            model.model.layers[index] = layer._orig_mod
+    assert_same(model, eager, *losses)
+    assert what == "model" or counter.frame_count

@@ -1,0 +1,146 @@
+"""Quantised bases: the same training as with the weights that they stand for."""
+
+import pytest
+import torch
+from torch import nn
+
+import lemo
+from lemo.models import rows, weights
+from model_checks import assert_same_gradients
+from tiny_models import lora, make_model, padded_batch
+from tolerances import assert_close_fp32
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+# The GPU's attention knows no fp32.
+pytestmark = pytest.mark.cpu_only
+
+BLOCK = 8
+
+
+def decoder_layers(model):
+    return next(m for name, m in model.named_modules() if name.endswith("layers"))
+
+
+def layers_with_linears(model):
+    for layer in decoder_layers(model):
+        for module in list(layer.modules()):
+            for name, child in module.named_children():
+                if type(child) is nn.Linear:
+                    yield module, name, child
+
+
+def quantise(model, kind):
+    """Puts layers of bitsandbytes in place of the decoder layers' linear ones."""
+    for module, name, linear in layers_with_linears(model):
+        has_bias = linear.bias is not None
+        if kind == "nf4":
+            new = bitsandbytes.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=has_bias, quant_type="nf4"
+            )
+            new.weight = bitsandbytes.nn.Params4bit(
+                linear.weight.data.clone(), quant_type="nf4", module=new
+            )
+        else:
+            new = bitsandbytes.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias=has_bias, has_fp16_weights=False
+            )
+            new.weight = bitsandbytes.nn.Int8Params(
+                linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False
+            )
+        if has_bias:
+            new.bias = linear.bias
+        setattr(module, name, new.to("cpu"))
+    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
+    return model.requires_grad_(False)
+
+
+def dequantised(model):
+    """Puts plain layers with the weights that 4 bits stand for in place of quantised ones."""
+    for layer in decoder_layers(model):
+        for module in list(layer.modules()):
+            for name, child in module.named_children():
+                if type(child) is bitsandbytes.nn.Linear4bit:
+                    plain = nn.Linear(child.in_features, child.out_features, bias=False)
+                    state = child.weight.quant_state
+                    plain.weight.data = bitsandbytes.functional.dequantize_4bit(
+                        child.weight.data, state
+                    )
+                    plain.bias = child.bias
+                    setattr(module, name, plain)
+    del model.is_loaded_in_4bit
+    return model.requires_grad_(False)
+
+
+def quantised_lora(kind, architecture="llama"):
+    return lora(quantise(make_model(architecture), kind))
+
+
+def trained(model, batch, config=None):
+    """The loss, after a backward pass."""
+    if config is not None:
+        lemo.enable(model, config)
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def copied(model, twin):
+    """Gives `twin` the trained weights of `model`."""
+    for name, parameter in twin.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = model.get_parameter(name).data.clone()
+    return twin
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_with_everything_kept_it_is_plain_qlora(kind, recompute):
+    model, batch = quantised_lora(kind), padded_batch([61, 45])
+    plain = copied(model, quantised_lora(kind))
+    loss = trained(model, batch, lemo.LemoConfig(keep=1.0, recompute=recompute))
+    assert_close_fp32(loss, trained(plain, batch))
+    assert_same_gradients(model, plain)
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_four_bits_train_as_the_weights_that_they_stand_for(architecture, recompute):
+    model, batch = quantised_lora("nf4", architecture), padded_batch([61, 45])
+    twin = lora(dequantised(quantise(make_model(architecture), "nf4")))
+    config = lemo.LemoConfig(keep=0.5, block_size=BLOCK, recompute=recompute)
+    loss = trained(model, batch, config)
+    assert_close_fp32(loss, trained(copied(model, twin), batch, config))
+    assert_same_gradients(model, twin)
+
+
+def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
+    made, make = [], weights._dequantised
+    monkeypatch.setattr(weights, "_dequantised", lambda m: made.append(id(m)) or make(m))
+    monkeypatch.setattr(rows, "_CHUNK_STEP", 16)
+    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 1)
+    model, batch = quantised_lora("nf4"), padded_batch([61, 45])
+    loss = trained(model, batch, lemo.LemoConfig(keep=1.0, recompute="layer"))
+    assert loss.isfinite()
+    gate = id(decoder_layers(model)[1].mlp.gate_proj.base_layer)
+    assert made.count(gate) == 2, "once forward, once backward, though there are seven chunks"
+    assert not weights._kept, "no matrix outlives its layer"
+
+
+def test_weights_of_other_kinds_are_left_to_their_layers():
+    """torchao puts a tensor of its own kind into a plain linear layer."""
+
+    class Stored(torch.Tensor):
+        pass
+
+    linear = nn.Linear(8, 8).requires_grad_(False)
+    assert weights.is_plain(linear)
+    linear.weight = nn.Parameter(linear.weight.data.as_subclass(Stored), requires_grad=False)
+    assert not weights.is_plain(linear)
+    assert weights.matrix_of(linear, torch.float32) is None
+    four = bitsandbytes.nn.Linear4bit(8, 8, quant_type="nf4")
+    assert weights.matrix_of(four, torch.float32) is None, "not quantised yet"
+    four = four.requires_grad_(False).to("cpu")
+    assert weights.matrix_of(four, torch.float32)().shape == (8, 8)
+    four.compute_dtype = torch.bfloat16
+    assert weights.matrix_of(four, torch.float32) is None, "it computes in bf16"

@@ -1,0 +1,117 @@
+"""Runs with a quantised base: from the setting to the adapter and its evaluation."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lemo import LemoConfig
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training import quantised
+from lemo.training.evaluate import load_for_evaluation
+from lemo.training.finetune import finetune
+from lemo.training.model import load_config, load_model
+from lemo.training.run_log import read_log
+from tiny import save_tiny_llama, write_documents
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(folder / "model")
+    write_documents(folder / "documents.jsonl")
+    return folder
+
+
+def config_of(inputs, output, **more):
+    return FinetuneConfig(
+        model=str(inputs / "model"),
+        documents=str(inputs / "documents.jsonl"),
+        output=str(output),
+        context_length=96,
+        save_every=2,
+        **{"steps": 4, "quantize": "nf4", "elimination": LemoConfig(block_size=16), **more},
+    )
+
+
+def losses(folder):
+    return [record["loss"] for record in read_log(Path(folder) / "log.jsonl")]
+
+
+def kinds(model):
+    return {type(module).__name__ for module in model.modules()}
+
+
+def test_a_run_stops_resumes_and_is_evaluated_as_it_was_trained(inputs, tmp_path, caplog):
+    pytest.importorskip("bitsandbytes")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finetune(config_of(inputs, whole))
+    finetune(config_of(inputs, parts, steps=2, lr_schedule="constant"))
+    assert len(losses(whole)) == 4
+    with pytest.raises(ValueError, match="quantize was 'nf4', now 'int8'"):
+        finetune(
+            config_of(inputs, parts, steps=2, lr_schedule="constant", quantize="int8", resume=True)
+        )
+    described = json.loads((whole / "adapter" / "model_config.json").read_text())
+    assert "quantization_config" not in described, "the model's own folder is not quantised"
+    with caplog.at_level("INFO", "lemo"):
+        model = load_for_evaluation(str(inputs / "model"), 64, adapter=whole)
+    assert "quantised as it was for the adapter's training: nf4" in caplog.text
+    assert {"Linear4bit", "LlamaModel"} <= kinds(model)
+    ids = torch.arange(60)[None]
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_losses(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    whole, parts = config_of(inputs, tmp_path / "whole"), config_of(inputs, tmp_path / "parts")
+    finetune(whole)
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(record, *rest):
+        if record["step"] == 3:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        finetune(parts, stop)
+    finetune(parts.replace(resume=True))
+    assert losses(parts.output) == losses(whole.output)
+
+
+def test_a_model_that_is_stored_quantised_stays_as_it_is(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = load_config(str(inputs / "model"))
+    model = load_model(str(inputs / "model"), config, torch.float32, "nf4")
+    assert quantised.is_quantised(model.config)
+    model.save_pretrained(tmp_path / "stored")
+    for file in (inputs / "model").glob("tokenizer*"):
+        (tmp_path / "stored" / file.name).write_bytes(file.read_bytes())
+    again = load_config(str(tmp_path / "stored"))
+    assert "Linear4bit" in kinds(load_model(str(tmp_path / "stored"), again, torch.float32))
+    with pytest.raises(ValueError, match=r"quantize: expected null, .* already \(bitsandbytes\)"):
+        load_model(str(tmp_path / "stored"), again, torch.float32, "int8")
+    run = config_of(tmp_path, tmp_path / "run", quantize=None, steps=2)
+    run = run.replace(model=str(tmp_path / "stored"), documents=str(inputs / "documents.jsonl"))
+    finetune(run)
+    assert len(losses(run.output)) == 2
+
+
+@pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("float8", "torchao")])
+def test_a_package_that_is_missing_is_named(monkeypatch, name, package):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(quantised, "find_spec", lambda n: None if n == package else find(n))
+    with pytest.raises(ModuleNotFoundError, match=f"quantize: '{name}' needs .*pip install"):
+        quantised.quantization_config(name, torch.bfloat16)
+
+
+def test_other_names_are_refused(inputs, tmp_path):
+    with pytest.raises(ValueError, match="quantize: expected one of nf4, int8, float8, got 'int3'"):
+        quantised.quantization_config("int3", torch.bfloat16)
+    with pytest.raises(ValueError, match="quantize"):
+        config_of(inputs, tmp_path, quantize="int3")
