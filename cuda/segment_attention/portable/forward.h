@@ -274,8 +274,8 @@ int64_t ForwardPass<Element, kHeadDim, kValueDim, kCapped>::scratch_bytes(
 }
 
 template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
-void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(const SegmentAttentionParams& params,
-                                                       cudaStream_t stream) {
+void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
+    const SegmentAttentionParams& params, cudaStream_t stream) {
     using Traits = ForwardTraits<Element, kHeadDim, kValueDim, kCapped>;
     Arena arena(params.scratch);
     const PlanScratch scratch(params, arena);
