@@ -24,6 +24,8 @@ PREBUILT ?=
 CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo 1)
 # The C++ tests of these kernels only, for gpu-test and gpu-sanitize: a filter of GoogleTest.
 GPU_FILTER ?= *
+# Processes that share out the files of the Python tests.
+TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 # Where gpu-bench appends its figures, and what it says of the measured tree.
 GPU_FIGURES ?= build/gpu_ops.jsonl
 COMMIT ?= $(shell git rev-parse --short HEAD 2> /dev/null || echo unknown)
@@ -43,6 +45,8 @@ CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLis
 FORMATTED := $(shell find cpp bindings cuda tests/cpp tests/cuda benchmarks/cpp benchmarks/cuda \
 	-name '*.h' -o -name '*.cpp' -o -name '*.cu')
 LINTED := $(wildcard cpp/src/*.cpp bindings/*.cpp)
+
+PYTEST := $(VENV)/bin/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 OLDEST_TRANSFORMERS = $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 DOCS_TOOLS = $(shell sed -n 's/^docs = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ',')
@@ -81,12 +85,12 @@ test-cpp: build/cpp/.built  ## C++ unit tests, and one quick round of the microb
 	$(VENV)/bin/ctest --test-dir build/cpp --output-on-failure --no-tests=error
 
 test-python: $(VENV)/.tests  ## Python tests, against the installed package
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-oldest: $(VENV)/.tests  ## tests of what meets Transformers, with the oldest one that pyproject.toml allows
 	rm -rf build/oldest
 	$(PIP) install -q --target build/oldest "transformers==$(OLDEST_TRANSFORMERS).*"
-	PYTHONPATH=$(CURDIR)/build/oldest $(VENV)/bin/python -m pytest $(OLDEST_TESTS)
+	PYTHONPATH=$(CURDIR)/build/oldest $(PYTEST) $(OLDEST_TESTS)
 
 bench: build/cpp/.built  ## C++ microbenchmarks
 	build/cpp/lemo_bench

@@ -3,6 +3,12 @@
 import logging
 import os
 
+# Processes that share out the tests also share the cores, as do those that the tests start.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    threads = str(max((os.cpu_count() or 1) // int(workers), 1))
+    for library in ("OMP", "OPENBLAS"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", threads)
+
 import hypothesis
 import pytest
 import torch
