@@ -25,6 +25,7 @@ CONFIGURATIONS = {
         "alpha_pattern": {"0": 5},
     },
     "bias of LoRA": {"lora_bias": True},
+    "bias of LoRA, dropout": {"lora_bias": True, "lora_dropout": 0.3},
     "trained bias": {"bias": "all"},
     "two adapters": {"adapters": 2},
     "two adapters, dropout": {"adapters": 2, "lora_dropout": 0.3},

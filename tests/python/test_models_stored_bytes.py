@@ -16,6 +16,7 @@ CASES = {
     "fp32 adapters": {},
     "bf16 adapters": {},
     "autocast": {},
+    "autocast of fp32": {},
     "dropout": {"lora_dropout": 0.05},
     "dropout, bf16 adapters": {"lora_dropout": 0.05},
     "a bias of LoRA": {"lora_bias": True},
@@ -31,7 +32,10 @@ def arithmetic(case):
     # Two gathered rows, two outputs of norms, q and attention's output; k and v; gate, up and their
     # product; the logarithms of attention and two reciprocals of norms.
     stored = 2 * (6 * HIDDEN + 2 * KV_HEADS * DIM + 3 * WIDTH) + 4 * (HEADS + 2)
-    in_bf16 = case == "autocast" or "bf16" in case
+    if case == "autocast of fp32":
+        # The residual and what norms make of it are in fp32.
+        stored += 2 * 4 * HIDDEN
+    in_bf16 = "autocast" in case or "bf16" in case
     adapters = 2 if case == "two adapters" else 1
     stored += adapters * len(LINEAR[:7]) * RANK * (2 if in_bf16 else 4)
     return stored + (INPUTS // 8 if "dropout" in case else 0)
@@ -40,7 +44,7 @@ def arithmetic(case):
 def made(case, layers):
     model = make_model(
         "llama",
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if case == "autocast of fp32" else torch.bfloat16,
         hidden_size=HIDDEN,
         intermediate_size=WIDTH,
         num_attention_heads=HEADS,
@@ -68,7 +72,7 @@ def test_bytes_are_those_of_the_arithmetic(case, keep):
             model,
             config_of(keep=keep, mask_loss=False, recompute="none", block_size=8, dense_layers=[]),
         )
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=case == "autocast"):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled="autocast" in case):
             assert handle.general_modules() == {}
             sizes.append(saved_bytes(model, {"input_ids": ids, "labels": ids}))
     of_layer = (sizes[1] - sizes[0]) / (layers[1] - layers[0])
