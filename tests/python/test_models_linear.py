@@ -1,27 +1,67 @@
 """One node for linear layers with LoRA: what PEFT computes, with less kept."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from lemo.models import dropout, rows
 from lemo.models.linear import apply_linear
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 ROWS, INPUTS, OUTPUTS = 37, 24, 40
+# Columns that are no multiple of 8: rows of dropout's bits end in the middle of a byte.
+RAGGED = 21
+
+# What the layer's LoRA is, beside the defaults.
+CONFIGURATIONS = {
+    "plain": {},
+    "dropout": {"lora_dropout": 0.3},
+    "rsLoRA and patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"0": 3},
+        "alpha_pattern": {"0": 5},
+    },
+    "bias of LoRA": {"lora_bias": True},
+    "bias of LoRA, dropout": {"lora_bias": True, "lora_dropout": 0.3},
+    "trained bias": {"bias": "all"},
+    "two adapters": {"adapters": 2},
+    "two adapters, dropout": {"adapters": 2, "lora_dropout": 0.3},
+    "DoRA": {"use_dora": True},
+    "DoRA, dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "DoRA, trained bias": {"use_dora": True, "bias": "all"},
+}
+# (dtype of the layer, of the adapters, whether autocast is on)
+PRECISIONS = {
+    "fp32 adapters": (torch.bfloat16, torch.float32, False),
+    "bf16 adapters": (torch.bfloat16, torch.bfloat16, False),
+    "autocast": (torch.bfloat16, torch.float32, True),
+    "autocast of fp32": (torch.float32, torch.float32, True),
+}
 
 
-def lora_layer(dtype=torch.float32, bias=True, adapter_dtype=None, **settings):
+def lora_layer(
+    dtype=torch.float32, has_bias=True, adapter_dtype=None, adapters=1, inputs=INPUTS, **settings
+):
     """A PEFT layer around a frozen linear one; equal arguments give equal weights."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(INPUTS, OUTPUTS, bias=bias)).to(dtype)
+    model = nn.Sequential(nn.Linear(inputs, OUTPUTS, bias=has_bias)).to(dtype)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["0"]} | settings
     config = LoraConfig(init_lora_weights=False, **settings)
-    layer = get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model[0]
+    peft = get_peft_model(model, config, autocast_adapter_dtype=False)
+    names = [f"{i}" for i in range(1, adapters)]
+    for name in names:
+        peft.add_adapter(name, config, autocast_adapter_dtype=False)
+    layer = peft.base_model.model[0]
+    layer.set_adapter(["default", *names])
     for name, parameter in layer.named_parameters():
         if "lora" in name:
             parameter.data = parameter.data.to(adapter_dtype or dtype)
-    return layer
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+    return layer.train()
 
 
 def nodes(tensor):
@@ -39,6 +79,7 @@ def run(function, layer, x, dy, autocast=False):
     """{name: tensor} of the result and the gradients, and the names of the nodes."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
+    torch.manual_seed(1)  # for dropout
     with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = function(x)
     y.backward(dy.to(y.dtype))
@@ -47,50 +88,137 @@ def run(function, layer, x, dy, autocast=False):
     return found, nodes(y)
 
 
-def inputs(dtype=torch.float32):
-    return torch.randn(ROWS, INPUTS, dtype=dtype), torch.randn(ROWS, OUTPUTS, dtype=dtype)
+def inputs(dtype=torch.float32, columns=INPUTS):
+    torch.manual_seed(2)
+    return torch.randn(ROWS, columns).to(dtype), torch.randn(ROWS, OUTPUTS).to(dtype)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_equals_peft(bias):
-    layer, (x, dy) = lora_layer(bias=bias), inputs()
+def of_lemo(layer, values=True):
+    return lambda x: apply_linear(layer, x, values)
+
+
+def runs_as_a_node(names):
+    return bool(names & {"_LinearBackward", "_DoraBackward"})
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("columns", [INPUTS, RAGGED])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_equals_peft(name, columns, has_bias):
+    """On the CPU dropout draws what torch's own draws."""
+    layer = lora_layer(has_bias=has_bias, inputs=columns, **CONFIGURATIONS[name])
+    x, dy = inputs(columns=columns)
     expected, _ = run(layer, layer, x, dy)
-    result, names = run(lambda x: apply_linear(layer, x), layer, x, dy)
-    assert "_LinearBackward" in names
+    result, names = run(of_lemo(layer), layer, x, dy)
+    assert runs_as_a_node(names)
     assert result.keys() == expected.keys()
-    for name, oracle in expected.items():
-        assert_close_fp32(result[name], oracle, name)
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+    for key, oracle in expected.items():
+        assert_close_fp32(result[key], oracle, key)
 
 
-@pytest.mark.parametrize("case", ["bf16", "autocast of bf16", "autocast of fp32 rows"])
-def test_low_precision(case):
-    adapter_dtype = torch.bfloat16 if case == "bf16" else torch.float32
-    layer = lora_layer(torch.bfloat16, adapter_dtype=adapter_dtype)
-    x, dy = inputs(torch.bfloat16)
-    x = x.float() if case == "autocast of fp32 rows" else x
-    exact = lora_layer(torch.bfloat16, adapter_dtype=adapter_dtype).float()
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_low_precision(precision, name):
+    dtype, adapter_dtype, autocast = PRECISIONS[precision]
+    settings = {"adapter_dtype": adapter_dtype} | CONFIGURATIONS[name]
+    layer, (x, dy) = lora_layer(dtype, **settings), inputs(torch.bfloat16)
+    x = x.to(dtype)
+    exact = lora_layer(dtype, **settings).float()
     oracle, _ = run(exact, exact, x.float(), dy.float())
-    plain, _ = run(layer, layer, x, dy, autocast=case != "bf16")
-    result, names = run(lambda x: apply_linear(layer, x), layer, x, dy, autocast=case != "bf16")
-    assert "_LinearBackward" in names
-    assert {name: t.dtype for name, t in result.items()} == {
-        name: t.dtype for name, t in plain.items()
-    }
-    for name, value in result.items():
-        low, low_plain = value.bfloat16(), plain[name].bfloat16()
-        assert_close_low_precision(low, low_plain, oracle[name], name)
+    plain, _ = run(layer, layer, x, dy, autocast)
+    result, names = run(of_lemo(layer), layer, x, dy, autocast)
+    assert runs_as_a_node(names)
+    assert {key: t.dtype for key, t in result.items()} == {key: t.dtype for key, t in plain.items()}
+    for key, value in result.items():
+        low, low_plain = value.bfloat16(), plain[key].bfloat16()
+        assert_close_low_precision(low, low_plain, oracle[key], key)
 
 
-@pytest.mark.parametrize("adapted", [True, False])
-def test_gradients_without_values(adapted):
-    layer, (x, dy) = lora_layer(), inputs()
-    layer = layer if adapted else layer.base_layer
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_fp32_adapters_lose_nothing_to_the_dtype_of_the_rows(name):
+    """Products of the pairs are of fp32, as PEFT's: far closer to it than bf16 would be."""
+    layer = lora_layer(torch.bfloat16, adapter_dtype=torch.float32, **CONFIGURATIONS[name])
+    x, dy = inputs(torch.bfloat16)
     expected, _ = run(layer, layer, x, dy)
-    result, names = run(lambda x: apply_linear(layer, x, values=False), layer, x, dy)
-    assert "_LinearBackward" in names
+    result, _ = run(of_lemo(layer), layer, x, dy)
+    compared = [key for key in expected if "lora_A" in key or "lora_B" in key]
+    assert len(compared) >= 2
+    for key in compared:
+        if "DoRA" in name and "dropout" in name:
+            continue  # the large product of masked rows is one of bf16
+        assert_close_fp32(result[key], expected[key], key)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_chunks_of_rows_add_up(name, monkeypatch):
+    layer = lora_layer(torch.bfloat16, adapter_dtype=torch.float32, **CONFIGURATIONS[name])
+    x, dy = inputs(torch.bfloat16)
+    whole, _ = run(of_lemo(layer), layer, x, dy)
+    monkeypatch.setattr(rows, "_COPY_ELEMENTS", 10 * OUTPUTS)
+    if "dropout" in name:
+        # Draws of 10 rows are not those of 37: against differences of the loss.
+        assert_slope(layer, x, dy)
+        return
+    chunked, _ = run(of_lemo(layer), layer, x, dy)
+    for key, value in whole.items():
+        if value.dtype == torch.float32:
+            assert_close_fp32(chunked[key], value, key)
+        else:
+            assert_close_low_precision(chunked[key], value, value.float(), key)
+
+
+def assert_slope(layer, x, dy):
+    """Gradients are those of what forward computes, with the masks that it has drawn."""
+    layer, x, dy = layer.double(), x.double(), dy.double()
+    found, names = run(of_lemo(layer), layer, x, dy)
+    assert runs_as_a_node(names)
+    step, losses = 1e-5, []
+    parameters = {"x": x} | {name: p.data for name, p in layer.named_parameters() if name in found}
+    if "lora_magnitude_vector.default.weight" in parameters:
+        # The norm of a column is a constant for the gradient only.
+        parameters = {k: v for k, v in parameters.items() if k == "x" or "magnitude" in k}
+    for sign in (1, -1):
+        for name, value in parameters.items():
+            value += sign * step * found[name]
+        losses.append((run(of_lemo(layer), layer, x, dy)[0]["y"] * dy).sum())
+        for name, value in parameters.items():
+            value -= sign * step * found[name]
+    slope = (losses[0] - losses[1]) / (2 * step)
+    expected = sum(found[name].square().sum() for name in parameters)
+    assert slope.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adapted", "frozen", *CONFIGURATIONS])
+def test_gradients_without_values(name):
+    layer, (x, dy) = lora_layer(**CONFIGURATIONS.get(name, {})), inputs()
+    layer = layer.base_layer if name == "frozen" else layer
+    expected, _ = run(layer, layer, x, dy)
+    result, names = run(of_lemo(layer, values=False), layer, x, dy)
+    assert runs_as_a_node(names)
     del expected["y"]
-    for name, oracle in expected.items():
-        assert_close_fp32(result[name], oracle, name)
+    for key, oracle in expected.items():
+        assert_close_fp32(result[key], oracle, key)
+
+
+def test_masks_are_of_the_share_and_of_their_own():
+    x, _ = inputs()
+    layer = lora_layer(lora_dropout=0.25)
+    torch.manual_seed(5)
+    bits = torch.empty(4000, dropout.packed_width(RAGGED), dtype=torch.uint8)
+    mask = dropout.draw(torch.Size([4000, RAGGED]), 0.25, bits)
+    assert mask.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    assert torch.equal(dropout.unpack(bits, RAGGED), mask)
+    first, second = (apply_linear(layer, x) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    again = apply_linear(layer, x)
+    torch.manual_seed(5)
+    assert torch.equal(again, apply_linear(layer, x))
+    assert torch.equal(apply_linear(layer.eval(), x), apply_linear(layer, x))
+    everything = lora_layer(lora_dropout=0.5)
+    everything.lora_dropout["default"].p = 1.0
+    assert_close_fp32(apply_linear(everything, x), everything.base_layer(x))
 
 
 def test_the_input_is_saved_once_and_in_the_dtype_of_the_products():
@@ -119,13 +247,17 @@ def hooked(layer):
     return layer
 
 
+def hooked_dropout():
+    layer = lora_layer(lora_dropout=0.5)
+    hooked(layer.lora_dropout["default"])
+    return layer
+
+
 OTHERS = {
     "a hook": lambda: hooked(lora_layer()),
-    "dropout": lambda: lora_layer(lora_dropout=0.5).train(),
-    "DoRA": lambda: lora_layer(use_dora=True),
-    "a bias of LoRA": lambda: lora_layer(lora_bias=True),
+    "a hook on dropout": hooked_dropout,
+    "DoRA beside another adapter": lambda: lora_layer(use_dora=True, adapters=2),
     "a trainable layer": lambda: nn.Linear(INPUTS, OUTPUTS),
-    "an adapter in fp64": lambda: lora_layer(adapter_dtype=torch.float64),
     "another module": lambda: nn.Sequential(nn.Linear(INPUTS, OUTPUTS), nn.GELU()),
 }
 
@@ -133,21 +265,80 @@ OTHERS = {
 @pytest.mark.parametrize("case", OTHERS)
 def test_everything_else_runs_as_it_is(case):
     layer, (x, dy) = OTHERS[case](), inputs()
-    torch.manual_seed(1)
     expected, _ = run(layer, layer, x, dy)
-    torch.manual_seed(1)
-    result, names = run(lambda x: apply_linear(layer, x, values=False), layer, x, dy)
-    assert "_LinearBackward" not in names
+    result, names = run(of_lemo(layer, values=False), layer, x, dy)
+    assert not runs_as_a_node(names)
     for name, oracle in expected.items():
         assert torch.equal(result[name], oracle), name
 
 
-def test_disabled_and_merged_adapters():
-    layer, (x, _) = lora_layer(), inputs()
+class Doubled(nn.Linear):
+    """A base layer whose product is its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGURATIONS if "DoRA" not in n])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_pairs_over_a_layer_that_runs_by_its_own_forward(name, adapter_dtype):
+    layer = lora_layer(torch.bfloat16, adapter_dtype=adapter_dtype, **CONFIGURATIONS[name])
+    layer.base_layer.__class__ = Doubled
+    exact, (x, dy) = copy.deepcopy(layer).float(), inputs(torch.bfloat16)
+    oracle, _ = run(exact, exact, x.float(), dy.float())
+    plain, _ = run(layer, layer, x, dy)
+    result, names = run(of_lemo(layer), layer, x, dy)
+    assert runs_as_a_node(names)
+    assert result.keys() == plain.keys()
+    for key, value in result.items():
+        assert value.dtype == plain[key].dtype
+        low, low_plain = value.bfloat16(), plain[key].bfloat16()
+        assert_close_low_precision(low, low_plain, oracle[key], key)
+
+
+def test_disabled_merged_and_switched_adapters():
+    layer, (x, dy) = lora_layer(adapters=2), inputs()
     with torch.no_grad():
         adapted = apply_linear(layer, x)
+        assert_close_fp32(adapted, layer(x))
         layer.merge()
         assert_close_fp32(apply_linear(layer, x), adapted)
         layer.unmerge()
         layer.enable_adapters(False)
         assert_close_fp32(apply_linear(layer, x), layer.base_layer(x))
+        layer.enable_adapters(True)
+        layer.merge()
+        layer.enable_adapters(False)  # PEFT takes merged ones out when it is called
+        assert_close_fp32(apply_linear(layer, x), layer.base_layer(x))
+        assert not layer.merged
+    layer.enable_adapters(True)
+    layer.set_adapter(["1"])
+    expected, _ = run(layer, layer, x, dy)
+    result, _ = run(of_lemo(layer), layer, x, dy)
+    assert result.keys() == expected.keys()
+    assert "lora_A.1.weight" in result
+    for key, oracle in expected.items():
+        assert_close_fp32(result[key], oracle, key)
+
+
+def test_frozen_pairs_store_nothing():
+    layer, (x, _) = lora_layer().requires_grad_(False), inputs()
+    layer.lora_B["default"].weight.requires_grad_()
+    x.requires_grad_()
+    y = apply_linear(layer, x)
+    saved = [t for t in y.grad_fn.saved_tensors if t is not None]
+    assert all(t.data_ptr() != x.data_ptr() for t in saved)
+    expected = torch.autograd.grad(layer(x).sum(), [x, layer.lora_B["default"].weight])
+    result = torch.autograd.grad(y.sum(), [x, layer.lora_B["default"].weight])
+    for value, oracle in zip(result, expected, strict=True):
+        assert_close_fp32(value, oracle)
+
+
+def test_no_rows():
+    for name, settings in CONFIGURATIONS.items():
+        layer, (x, dy) = lora_layer(**settings), inputs()
+        result, _ = run(of_lemo(layer), layer, x[:0], dy[:0])
+        for key, value in result.items():
+            assert not value.any(), (name, key)
+        trained = {key for key, p in layer.named_parameters() if p.requires_grad}
+        assert result.keys() == {"x", "y"} | trained

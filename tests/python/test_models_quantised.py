@@ -6,9 +6,10 @@ from torch import nn
 
 import lemo
 from lemo.models import rows, weights
+from lemo.models.linear import apply_linear
 from model_checks import assert_same_gradients
 from tiny_models import lora, make_model, padded_batch
-from tolerances import assert_close_fp32
+from tolerances import assert_close_fp32, relative_error
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -125,6 +126,71 @@ def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
     gate = id(decoder_layers(model)[1].mlp.gate_proj.base_layer)
     assert made.count(gate) == 2, "once forward, once backward, though there are seven chunks"
     assert not weights._kept, "no matrix outlives its layer"
+
+
+def plain_lora(module, x):
+    """PEFT's own forward."""
+    return module(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"lora_bias": True}])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_fp32_adapters_over_a_quantised_layer_of_bf16(kind, settings):
+    """Values and gradients are PEFT's, and the input is stored once, as it came."""
+    torch.manual_seed(0)
+    model = quantise(make_model("llama", dtype=torch.bfloat16), kind)
+    module = decoder_layers(lora(model, **settings))[0].mlp.up_proj
+    x, dy = (torch.randn(40, n).bfloat16() for n in (module.in_features, module.out_features))
+    results, stored = [], []
+    for function in (plain_lora, apply_linear):
+        leaf, storages = x.clone().requires_grad_(), {}
+
+        def pack(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        module.zero_grad()
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = function(module, leaf)
+        y.backward(dy)
+        found = {"y": y.detach(), "x": leaf.grad}
+        found |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        results.append(found)
+        parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        parameters.add(leaf.untyped_storage().data_ptr())
+        stored.append(
+            sum(t.untyped_storage().nbytes() for p, t in storages.items() if p not in parameters)
+        )
+    expected, result = results
+    assert {name: t.dtype for name, t in result.items()} == {
+        name: t.dtype for name, t in expected.items()
+    }
+    for name, value in expected.items():
+        if value.dtype == torch.float32:
+            assert_close_fp32(result[name], value, name)
+        else:
+            # Each of two roundings is one of bf16.
+            assert relative_error(result[name], value) < 2**-8, name
+    bits = 40 * module.in_features // 8 if "lora_dropout" in settings else 0
+    assert stored[1] == 40 * 4 * 4 + bits
+    assert stored[0] >= stored[1] + 40 * 4 * module.in_features
+
+
+def test_what_runs_by_its_own_forward_is_named():
+    found = {}
+    for kind in ("nf4", "int8"):
+        handle = lemo.enable(quantised_lora(kind), lemo.LemoConfig(keep=0.5))
+        found[kind] = handle.general_modules()
+    assert found["nf4"] == {}
+    assert len(found["int8"]) == 21
+    reason = "a bitsandbytes.nn.modules.Linear8bitLt, whose product is its own"
+    assert found["int8"]["model.layers.0.self_attn.q_proj.base_layer"] == reason
+    four = quantised_lora("nf4")
+    decoder_layers(four)[0].mlp.up_proj.base_layer.compute_dtype = torch.bfloat16
+    handle = lemo.enable(four, lemo.LemoConfig(keep=0.5))
+    (reason,) = handle.general_modules().values()
+    assert "computes in bfloat16 and the rows are float32" in reason
 
 
 def test_weights_of_other_kinds_are_left_to_their_layers():

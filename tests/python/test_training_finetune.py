@@ -321,6 +321,16 @@ def test_a_warmup_longer_than_the_run_is_named(config, caplog, warmup, warned):
     assert (f"warmup_steps: {warmup} steps of warm-up in a run of 1 end" in caplog.text) == warned
 
 
+def test_modules_that_run_as_they_are_are_named_once(config, caplog):
+    caplog.set_level("INFO", "lemo")
+    said = "runs as the module it is, not in lemo's code: "
+    run = config.replace(steps=2, warmup_steps=0)
+    finetune(run)
+    assert said not in caplog.text
+    finetune(run.replace(elimination=LemoConfig(path="generic"), overwrite=True))
+    assert caplog.text.count(said + "model: the generic path") == 1
+
+
 def test_resuming_a_run_that_is_done_says_so(config, caplog):
     finetune(config)
     before = snapshot(Path(config.output))

@@ -19,7 +19,14 @@ from lemo.models.linear import apply_linear
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
-__all__ = ["ARCHITECTURES", "Architecture", "GradientTarget", "architecture_of", "is_known"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "GradientTarget",
+    "active_module",
+    "architecture_of",
+    "is_known",
+]
 
 
 class GradientTarget(NamedTuple):
@@ -191,6 +198,10 @@ class Architecture:
         norm = self.attention_norm(index) if attention else self.mlp_norm(index)
         return self.normalize(residual, norm)
 
+    def runs_norm(self, norm: nn.Module, dtype: torch.dtype) -> bool:
+        """Whether lemo's kernel computes this norm, of rows of `dtype`."""
+        return self._plain_norm(norm, dtype) is not None
+
     def _plain_norm(
         self, norm: nn.Module, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None, float] | None:
@@ -226,6 +237,13 @@ class Architecture:
     def values(self, index: int, x: Tensor) -> Tensor:
         """[rows, Hk, D]."""
         return self._heads(index, x, "v_proj")
+
+    def attention_projections(self, index: int) -> tuple[nn.Module, ...]:
+        """The linear layers of a layer's attention."""
+        attention = self.layer(index).self_attn
+        return tuple(
+            getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", self.output_name)
+        )
 
     def _heads(self, index: int, x: Tensor, name: str) -> Tensor:
         attention = self.layer(index).self_attn
@@ -264,11 +282,18 @@ class Architecture:
                 module that somebody has changed.
         """
         mlp = self.layer(index).mlp
-        if not _is_transformers(mlp, "MLP") or is_intercepted(mlp):
+        if self.mlp_projections(index) is None:
             return mlp(x)
         if activation is None:
             activation = self.activation(index, x)
         return apply_linear(mlp.down_proj, activation, values)
+
+    def mlp_projections(self, index: int) -> tuple[nn.Module, ...] | None:
+        """The linear layers of a layer's MLP; None: it runs as the module that it is."""
+        mlp = self.layer(index).mlp
+        if not _is_transformers(mlp, "MLP") or is_intercepted(mlp):
+            return None
+        return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
@@ -283,6 +308,11 @@ class Architecture:
     def final_norm(self, residual: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(residual, what the head reads of residual[rows])."""
         return self.residual_norm(residual, getattr(self.decoder, self.final_norm_name), rows)
+
+    @property
+    def last_norm(self) -> nn.Module | None:
+        """The norm behind the layers; None: there is none."""
+        return getattr(self.decoder, self.final_norm_name)
 
     @contextmanager
     def without_dropout(self, index: int) -> Iterator[None]:
@@ -381,6 +411,10 @@ class OPTArchitecture(Architecture):
         if activation is None:
             activation = self.activation(index, x)
         return self._drop(index, apply_linear(self.layer(index).fc2, activation, values))
+
+    def mlp_projections(self, index: int) -> tuple[nn.Module, ...]:
+        layer = self.layer(index)
+        return layer.fc1, layer.fc2
 
     def activation(self, index: int, x: Tensor) -> Tensor:
         layer = self.layer(index)

@@ -326,6 +326,18 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
+    def general_modules(self) -> dict[str, str]:
+        """Modules that training runs as they are, not in lemo's own code, and why.
+
+        Norms, projections with their adapters, MLPs and the head of the native path count; in the
+        generic path it is the decoder as a whole. What such a module stores for backward is its own
+        affair. Call it under autocast if training runs under autocast.
+
+        Returns:
+            Reasons by the modules' names in `causal_lm`; empty: everything runs in lemo's code.
+        """
+        return self.path.general_modules()
+
     def acts_on(self, module: nn.Module, arguments: ForwardArguments) -> bool:
         """Whether a call of `module` is a training forward pass."""
         if not torch.is_grad_enabled():

@@ -1,37 +1,37 @@
 """Linear layers of a model, plain or with LoRA, as one autograd node each.
 
-PEFT's LoRA layer makes three tensors of the size of its result and, where adapters are fp32 and
-the model is not, a copy of its input in fp32. The node here adds the low-rank product to the
-result in place, computes in the dtype of the input and saves the input once, whichever of its
-consumers saves it too.
+PEFT's LoRA layer makes several tensors of the size of its result and, where adapters are fp32 and
+the model is not, a copy of its input in fp32 that is stored; dropout stores a copy, too. The node
+here adds the low-rank products to the result in place and saves the input once, as it came,
+whichever of its consumers saves it too. Copies of the input are made again in backward, a chunk of
+rows at a time.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.models.adapters import adapted
+from lemo.models.dora import apply_dora
+from lemo.models.low_rank import LowRank
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
 
 __all__ = ["apply_linear"]
 
-# PEFT's classes of LoRA around a linear layer, which differ in the layer that they expect.
-_LORA = (
-    ("peft.tuners.lora.layer", "Linear"),
-    ("peft.tuners.lora.bnb", "Linear4bit"),
-)
+T = TypeVar("T")
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     """module(x) of a linear layer.
 
-    A frozen linear layer whose matrix is known (`matrix_of`), alone or inside a plain LoRA layer of
-    PEFT (one active adapter, no active dropout), runs as one node. Everything else runs as the
-    module it is.
+    A frozen linear layer whose matrix is known (`matrix_of`), alone or inside a LoRA layer of PEFT
+    (`lemo.models.adapters`), runs as one node. Another layer inside of a LoRA layer runs by its own
+    forward, and the pairs as one node behind it. Everything else runs as the module it is;
+    `lemo.models.general` says why.
 
     Args:
         module: any module that maps [R, in] to [R, out].
@@ -39,92 +39,99 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
         values: False where only the gradients of the result count: its values are arbitrary then,
             and the large product is left out where it can be.
     """
-    base, adapter = _parts(module)
-    if base is None:
+    layer = adapted(module)
+    if isinstance(layer, str):
         return module(x)
-    dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type):
+    base, pairs, _ = layer
+    dtype, autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
+    if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
-    elif adapter is not None and adapter[0].dtype != dtype:
-        # Without autocast PEFT computes in the adapter's dtype, and so it stays.
-        return module(x)
-    matrix = matrix_of(base, dtype)
-    if matrix is None or (adapter is None and values and is_plain(base)):
-        return module(x)
-    bias = None if base.bias is None else base.bias.to(dtype)
-    a, b, scaling = adapter or (None, None, 0.0)
+    elif not layer.casts and any(pair.a.dtype != dtype for pair in pairs):
+        return module(x)  # which refuses it
+    matrix = matrix_of(base, dtype, autocast)
+    if not pairs and (matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)):
+        return base(x)
+    if pairs and pairs[0].magnitude is not None:
+        if matrix is None:
+            return module(x)
+        product_dtype = dtype if autocast else pairs[0].a.dtype
+        norm_dtype = pairs[0].a.dtype if layer.casts else x.dtype
+        bias = base.bias
+        return apply_dora(x, matrix, bias, pairs[0], dtype, product_dtype, norm_dtype, values)
+    products = tuple(LowRank.of(pair, dtype if autocast else pair.a.dtype) for pair in pairs)
+    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b, pair.bias)]
+    if matrix is None:
+        return _Linear.apply(x, base(x), None, None, None, products, dtype, *tensors)
     width = None if values else base.out_features
-    return _Linear.apply(x, matrix, bias, a, b, scaling, width, dtype)
-
-
-def _parts(module: nn.Module) -> tuple[nn.Module | None, tuple[Tensor, Tensor, float] | None]:
-    """(linear layer, (A, B, scaling) of its LoRA pair or None); (None, None): no such."""
-    if isinstance(module, nn.Linear):
-        return module, None
-    cls = type(module)
-    if (cls.__module__, cls.__name__) not in _LORA:
-        return None, None
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    base = module.base_layer
-    if (
-        module.disable_adapters
-        or module.merged
-        or len(active) != 1
-        or active[0] in getattr(module, "lora_variant", active)
-        or is_intercepted(module)
-        or not has_own_forward(cls)
-        or not isinstance(base, nn.Linear)
-    ):
-        return None, None
-    pair = module.lora_A[active[0]], module.lora_B[active[0]]
-    drop = module.lora_dropout[active[0]]
-    without_dropout = isinstance(drop, nn.Identity) or not drop.training or drop.p == 0
-    if not without_dropout or not all(is_plain(part) and part.bias is None for part in pair):
-        return None, None
-    return base, (pair[0].weight, pair[1].weight, module.scaling[active[0]])
+    return _Linear.apply(x, None, matrix, base.bias, width, products, dtype, *tensors)
 
 
 class _Linear(torch.autograd.Function):
+    """The base layer's product, or its given result, and pairs (three tensors each).
+
+    All operands are in the dtype of autocast before they are multiplied, so it casts nothing.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        matrix: Callable[[], Tensor],
+        result: Tensor | None,
+        matrix: Callable[[], Tensor] | None,
         bias: Tensor | None,
-        a: Tensor | None,
-        b: Tensor | None,
-        scaling: float,
         width: int | None,
+        products: tuple[LowRank, ...],
         dtype: torch.dtype,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.x_dtype, ctx.scaling = x.dtype, scaling
-        # All operands are in the dtype of autocast from here on, so it finds nothing to cast.
-        x = x.to(dtype)
-        low = None if a is None else x @ a.to(dtype).T
-        if width is None:
-            y = linear(x, matrix(), bias)
-            if low is not None:
-                y.addmm_(low, b.to(dtype).T, alpha=scaling)
+        cast, wanted = x.to(dtype), _triples(ctx.needs_input_grad[7:])
+        if width is not None:
+            y = cast.new_empty(1, 1).expand(x.shape[0], width)
+        elif matrix is not None:
+            y = linear(cast, matrix(), None if bias is None else bias.to(dtype))
         else:
-            y = x.new_empty(1, 1).expand(x.shape[0], width)
-        # The weight is frozen, and a quantised one is made again.
-        ctx.matrix = matrix
-        ctx.save_for_backward(None if a is None else x, low, a, b)
+            y = result.clone(memory_format=torch.contiguous_format)
+        lows, masks = [], []
+        for product, (a, b, b_bias), (_, wants_b, _) in zip(products, _triples(tensors), wanted):
+            low, bits = product.lower(cast, a)
+            if width is None:
+                product.add_upper(y, low, b, b_bias)
+            lows.append(low if wants_b else None)
+            masks.append(bits)
+        # The weight is frozen, and one that was made of another kind is made again.
+        ctx.matrix, ctx.products, ctx.dtype = matrix, products, dtype
+        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+        stored = x if any(wants_a for wants_a, _, _ in wanted) else None
+        ctx.save_for_backward(stored, *lows, *masks, *tensors)
         return y
 
     @staticmethod
     @first_order_only("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b = ctx.needs_input_grad[:5]
-        dx = (dy @ ctx.matrix()) if needs_x else None
-        da = db = None
-        if a is not None:
-            d_low = dy @ b.to(dy.dtype)
-            if needs_x:
-                dx.addmm_(d_low, a.to(dy.dtype), alpha=ctx.scaling)
-            if needs_a:
-                da = (d_low.T @ x).mul_(ctx.scaling).to(a.dtype)
-            if needs_b:
-                db = (dy.T @ low).mul_(ctx.scaling).to(b.dtype)
-        return None if dx is None else dx.to(ctx.x_dtype), None, None, da, db, None, None, None
+        x, *saved = ctx.saved_tensors
+        count = len(ctx.products)
+        lows, masks, pairs = saved[:count], saved[count : 2 * count], _triples(saved[2 * count :])
+        wants_x, wants_result, _, wants_bias, *_ = ctx.needs_input_grad
+        wanted = _triples(ctx.needs_input_grad[7:])
+        cast = None if x is None else x.to(ctx.dtype)
+        dx = None
+        if wants_x:
+            if ctx.matrix is not None:
+                dx = dy @ ctx.matrix()
+            else:  # its own node has given the base layer's
+                dx = dy.new_zeros(dy.shape[0], pairs[0][0].shape[1], dtype=ctx.dtype)
+        gradients: list[Tensor | None] = []
+        for product, low, bits, pair, wants in zip(ctx.products, lows, masks, pairs, wanted):
+            gradients += product.backward(dy, cast, low, bits, pair, wants, dx)
+        return (
+            None if dx is None else dx.to(ctx.x_dtype),
+            dy if wants_result else None,
+            None,
+            dy.sum(0).to(ctx.bias_dtype) if wants_bias else None,
+            *(None, None, None),
+            *gradients,
+        )
+
+
+def _triples(values: Sequence[T]) -> list[tuple[T, T, T]]:
+    return list(zip(values[::3], values[1::3], values[2::3]))

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
+from lemo.models.general import general_modules
 from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
 from lemo.models.path import Path, Steering, returned
 from lemo.models.replaced_forward import Implementation, ReplacedForward
@@ -48,6 +49,9 @@ class NativePath(Path[TrainingForward]):
 
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
         verify(self._architecture, self.forward, batch, tokens)
+
+    def general_modules(self) -> dict[str, str]:
+        return general_modules(self._architecture)
 
     @property
     def labelled_states(self) -> LabelledStates | None:

@@ -40,6 +40,10 @@ class Path(ABC, Generic[F]):
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
         """See `lemo.Handle.verify`."""
 
+    @abstractmethod
+    def general_modules(self) -> dict[str, str]:
+        """See `lemo.Handle.general_modules`."""
+
     def install(self) -> None:
         """Called before the forwards are replaced."""
         return

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lemo.ops._call import call
 
-__all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows"]
+__all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows", "slices_of"]
 
 # Elements of the MLP's widest activation in a chunk: 256 MiB in bf16, of which half a dozen live at
 # once in backward. Chunks of a usual model are thousands of rows, so its products lose no speed.
@@ -15,6 +15,9 @@ _CHUNK_ELEMENTS = 1 << 27
 
 # Rows of a chunk are a multiple of this, so that no tile of a matrix product is cut.
 _CHUNK_STEP = 256
+
+# Elements of a copy of rows that is made for a product and not kept: 64 MiB in fp32.
+_COPY_ELEMENTS = 1 << 24
 
 
 def chunk_rows(rows: int, width: int) -> int:
@@ -32,6 +35,13 @@ def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Ten
     for first in range(0, max(count, 1), step):
         part = slice(first, min(first + step, count))
         yield part if rows is None else rows[part]
+
+
+def slices_of(rows: int, width: int) -> Iterator[slice]:
+    """All of `rows` rows in slices, of which copies of `width` columns may be made; one or more."""
+    step = max(1, _COPY_ELEMENTS // max(width, 1))
+    for first in range(0, max(rows, 1), step):
+        yield slice(first, min(first + step, rows))
 
 
 def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:

@@ -1,8 +1,8 @@
-"""Frozen weights of linear layers as matrices: plain ones, and quantised ones made plain again.
+"""Frozen weights of linear layers as matrices: plain ones, and others made plain.
 
 A quantised layer computes with its weight in the dtype of its input, which it makes anew at every
-call. lemo calls a layer several times where it works in chunks of rows; inside `kept_matrices` the
-matrix is made once.
+call, as autocast does with weights of another dtype. lemo calls a layer several times where it
+works in chunks of rows; inside `kept_matrices` the matrix is made once.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,27 +34,32 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def matrix_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], Tensor] | None:
-    """What gives the weight [out, in] of a frozen linear layer in `dtype`.
+def matrix_of(
+    module: nn.Module, dtype: torch.dtype, cast: bool = False
+) -> Callable[[], Tensor] | None:
+    """What gives the weight [out, in] of a linear layer with a frozen one, in `dtype`.
 
     None where the layer's product is not known to be one with such a matrix: its own forward has to
-    run then. Known are `nn.Linear` with a weight of this dtype, and `bitsandbytes.nn.Linear4bit`
-    that computes in this dtype, whose product is that with its dequantised weight (QLoRA, arXiv
-    2305.14314).
+    run then. Known are `nn.Linear` with a weight of this dtype (with `cast` of any, as under
+    autocast), and `bitsandbytes.nn.Linear4bit` that computes in this dtype, whose product is that
+    with its dequantised weight (QLoRA, arXiv 2305.14314).
     """
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-        return None
     if is_plain(module):
-        return (lambda: module.weight) if module.weight.dtype == dtype else None
+        weight = module.weight
+        if weight.requires_grad:
+            return None
+        if weight.dtype == dtype:
+            return lambda: weight
+        return (lambda: _once(module, dtype, weight.to)) if cast else None
     # The layer computes in a dtype of its own where it has one.
     if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
-        return lambda: _once(module, dtype)
+        return lambda: _once(module, dtype, lambda dtype: _dequantised(module).to(dtype))
     return None
 
 
 @contextmanager
 def kept_matrices() -> Iterator[None]:
-    """Matrices that are made of quantised weights inside are kept until the end."""
+    """Matrices that are made of weights of another kind inside are kept until the end."""
     global _depth
     _depth += 1
     try:
@@ -65,11 +70,11 @@ def kept_matrices() -> Iterator[None]:
             _kept.clear()
 
 
-def _once(module: nn.Module, dtype: torch.dtype) -> Tensor:
+def _once(module: nn.Module, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
     found = _kept.get(id(module))
     if found is not None and found[1].dtype == dtype:
         return found[1]
-    matrix = _dequantised(module).to(dtype)
+    matrix = make(dtype)
     if _depth:
         _kept[id(module)] = module, matrix
     return matrix

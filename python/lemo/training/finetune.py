@@ -40,6 +40,7 @@ from lemo.data import (
 )
 from lemo.files import new_folder, write_file
 from lemo.models.architectures import ARCHITECTURES
+from lemo.models.general import by_reason
 from lemo.packing.blocks import block_tokens
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
@@ -237,6 +238,9 @@ class _Run:
             _check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
                 _check_stored_blocks(config.context_length, self.handle.block_size, scores)
+            with accelerator.autocast():
+                for line in by_reason(self.handle.general_modules()):
+                    _log.info("runs as the module it is, not in lemo's code: %s", line)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,

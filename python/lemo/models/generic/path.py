@@ -56,6 +56,11 @@ class GenericPath(Path[GenericForward]):
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
         verify(self._parts, self._forward, batch, tokens)
 
+    def general_modules(self) -> dict[str, str]:
+        decoder = self._parts.decoder
+        name = next(name for name, m in self.causal_lm.named_modules() if m is decoder)
+        return {name: "the generic path runs the model's own modules"}
+
 
 def _forward_of(handle: Steering) -> GenericForward:
     path = handle.path

@@ -1,0 +1,167 @@
+"""The low-rank products of a LoRA pair, forward and backward, from an input that is stored once.
+
+Where the pair has another dtype than the input, or dropout, the products need a copy of the input.
+It is made a chunk of rows at a time, again in backward, and never stored.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lemo.models import dropout
+from lemo.models.adapters import Pair
+from lemo.models.rows import slices_of
+
+__all__ = ["Gradients", "LowRank", "add_product", "summed"]
+
+
+class Gradients(NamedTuple):
+    """Those of a pair's `a`, `b` and `bias`; None: not wanted."""
+
+    a: Tensor | None
+    b: Tensor | None
+    bias: Tensor | None
+
+
+class LowRank(NamedTuple):
+    """How a pair multiplies: scaling * (B (mask * A x)) + bias_scaling * bias.
+
+    Attributes:
+        scaling: the pair's, by the share that dropout leaves.
+        bias_scaling: the pair's.
+        dropout: share of the input that becomes 0.
+        dtype: of the products.
+    """
+
+    scaling: float
+    bias_scaling: float
+    dropout: float
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(pair: Pair, dtype: torch.dtype) -> "LowRank":
+        """With products in `dtype`."""
+        scaling = dropout.rescaled(pair.scaling, pair.dropout)
+        return LowRank(scaling, pair.scaling, pair.dropout, dtype)
+
+    def lower(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(A (mask * x) [R, r], the mask's bits), with a new mask; without dropout no bits.
+
+        Args:
+            x: [R, in].
+            a: [r, in].
+        """
+        a = a.to(self.dtype)
+        if not self._copies(x):
+            return x @ a.T, None
+        low, bits = x.new_empty(x.shape[0], a.shape[0], dtype=self.dtype), None
+        if self.dropout:
+            width = dropout.packed_width(x.shape[1])
+            bits = x.new_empty(x.shape[0], width, dtype=torch.uint8)
+        for part in slices_of(*x.shape):
+            rows = x[part].to(self.dtype)
+            if bits is not None:
+                rows = rows * dropout.draw(rows.shape, self.dropout, bits[part])
+            torch.mm(rows, a.T, out=low[part])
+        return low, bits
+
+    def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
+        """y += scaling * low B + bias_scaling * bias in place.
+
+        Args:
+            y: [R, out].
+            low: [R, r], from `lower`.
+            b: [out, r].
+            bias: [out].
+        """
+        b = b.to(self.dtype)
+        if y.dtype == self.dtype:
+            y.addmm_(low, b.T, alpha=self.scaling)
+            if bias is not None:
+                y.add_(bias, alpha=self.bias_scaling)
+            return
+        for part in slices_of(*y.shape):
+            rows = y[part]
+            wide = rows.to(torch.promote_types(y.dtype, self.dtype))
+            add_product(wide, low[part], b.T, self.scaling)
+            if bias is not None:
+                wide.add_(bias, alpha=self.bias_scaling)
+            if wide is not rows:
+                rows.copy_(wide)
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        low: Tensor | None,
+        bits: Tensor | None,
+        pair: tuple[Tensor, Tensor, Tensor | None],
+        wanted: tuple[bool, bool, bool],
+        dx: Tensor | None,
+    ) -> Gradients:
+        """The pair's gradients; adds that of the input to `dx`.
+
+        Args:
+            dy: [R, out], the gradient of the result.
+            x: [R, in]; read where the gradient of `a` is wanted.
+            low: [R, r]; read where that of `b` is wanted.
+            bits: of the mask.
+            pair: a, b and bias.
+            wanted: which of their gradients.
+            dx: [R, in]; None: not wanted.
+        """
+        (a, b, bias), (wants_a, wants_b, wants_bias) = pair, wanted
+        a_cast, b_cast = a.to(self.dtype), b.to(self.dtype)
+        da = db = None
+        copies = dy.dtype != self.dtype or (x is not None and self._copies(x)) or bits is not None
+        width = max(a.shape[1], b.shape[0])
+        for part in slices_of(dy.shape[0], width) if copies else (slice(None),):
+            dy_rows = dy[part].to(self.dtype)
+            if wants_b:
+                assert low is not None
+                db = summed(db, dy_rows.T @ low[part])
+            if not wants_a and dx is None:
+                continue
+            mask = None if bits is None else dropout.unpack(bits[part], a.shape[1])
+            d_low = dy_rows @ b_cast
+            if wants_a:
+                assert x is not None
+                rows = x[part].to(self.dtype)
+                da = summed(da, d_low.T @ (rows if mask is None else rows * mask))
+            if dx is None:
+                continue
+            if mask is None:
+                add_product(dx[part], d_low, a_cast, self.scaling)
+            else:
+                dx[part].add_((d_low @ a_cast).mul_(mask), alpha=self.scaling)
+        dbias = dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling) if wants_bias else None
+        return Gradients(
+            None if da is None else da.mul_(self.scaling).to(a.dtype),
+            None if db is None else db.mul_(self.scaling).to(b.dtype),
+            None if bias is None or dbias is None else dbias.to(bias.dtype),
+        )
+
+    def _copies(self, x: Tensor) -> bool:
+        return self.dropout > 0 or x.dtype != self.dtype
+
+
+def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """y += scaling * left @ right in place, rounded once to y's dtype."""
+    if y.dtype == left.dtype:
+        y.addmm_(left, right, alpha=scaling)
+        return
+    wide = y.to(torch.promote_types(y.dtype, left.dtype))
+    if wide.dtype == left.dtype:
+        wide.addmm_(left, right, alpha=scaling)
+    else:
+        wide.add_(left @ right, alpha=scaling)
+    if wide is not y:
+        y.copy_(wide)
+
+
+def summed(total: Tensor | None, part: Tensor) -> Tensor:
+    """The sum of a chunk and those before it, in fp32 or wider if there is more than one."""
+    if total is None:
+        return part
+    return total.to(torch.promote_types(total.dtype, torch.float32)) + part
