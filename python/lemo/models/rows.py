@@ -6,22 +6,9 @@ import torch
 from torch import Tensor
 
 from lemo.ops._call import call
+from lemo.packing.chunks import chunk_rows
 
 __all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows"]
-
-# Elements of the MLP's widest activation in a chunk: 256 MiB in bf16, of which half a dozen live at
-# once in backward. Chunks of a usual model are thousands of rows, so its products lose no speed.
-_CHUNK_ELEMENTS = 1 << 27
-
-# Rows of a chunk are a multiple of this, so that no tile of a matrix product is cut.
-_CHUNK_STEP = 256
-
-
-def chunk_rows(rows: int, width: int) -> int:
-    """Rows of a chunk of the MLP: even shares of `rows` for activations of `width` features."""
-    largest = max(1, _CHUNK_ELEMENTS // max(width, 1) // _CHUNK_STEP) * _CHUNK_STEP
-    chunks = max(1, -(-rows // largest))
-    return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
 
 def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
