@@ -136,7 +136,7 @@ class StepMemory:
     def _stored(self, rows: LayerRows) -> LayerBytes:
         shape, size = self._shape, self._step.size
         mlp = rows.mlp * (self._norm() + self._mlp())
-        attention = rows.attention * (self._norm() + self._attention(True))
+        attention = rows.attention * (self._norm() + self._attention(True)) + self._casts()
         hidden = size * shape.hidden
         down = rows.mlp * (hidden + size * shape.width) + self._apart("down_proj", rows.mlp)
         # When attention's backward runs, what the MLP stored is gone.
@@ -222,12 +222,20 @@ class StepMemory:
             wide = 4 if adapters.size == 4 else adapters.size
             return count * width * wide + low * wide
         if adapters.dropout:
-            # What is dropped out, and which of it, for every layer.
-            return count * width * (size + 1) + low * size
+            # What is dropped out, and which of it, for every layer; the CPU has it as numbers.
+            return count * width * (size + (1 if self._step.cuda else size)) + low * size
         if normalised and self._norms_apart:
             # The norm's result is wide, and every layer narrows it for itself.
             return count * width * size + low * size
         return (0 if held or not count else width * size) + low * size
+
+    def _casts(self) -> int:
+        """Stored by PEFT's modules under autocast: adapters in the dtype of the products."""
+        adapters, size = self._adapters, self._step.size
+        if not (adapters.dropout and self._step.autocast) or adapters.size == size:
+            return 0
+        pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
+        return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
 
     def _attention_backward(self) -> int:
         """For a moment: gradients of attention's result, of queries, keys and values, and the
