@@ -48,7 +48,8 @@ void check_limits(const Checker& check, const MemoryLimits& limits) {
 
 /// Removes states that another one surpasses, or equals, in everything.
 void remove_surpassed(std::vector<State>& states) {
-    std::sort(states.begin(), states.end(), [](const State& a, const State& b) {
+    // Stable: of equals the one stays whose earlier layers keep less.
+    std::stable_sort(states.begin(), states.end(), [](const State& a, const State& b) {
         return std::tie(a.kept, a.host, a.seconds) < std::tie(b.kept, b.host, b.seconds);
     });
     // Of the states so far, which keep less: the least time for at most so many bytes of the host.

@@ -38,7 +38,8 @@ struct MemoryPlan {
 MemoryPlan evaluate_plan(const LayerOptions& layers, const std::vector<int32_t>& options,
                          int64_t fixed);
 
-/// The plan of the least time within the limits; of equally fast ones, that which keeps least.
+/// The plan of the least time within the limits; of equally fast ones, that which keeps least, and
+/// least in the first layers.
 /// Empty `options` where no plan fits. Optimal for bytes that are rounded up to multiples of the
 /// granularity: all sets of options of the layers so far are compared, but those that others
 /// surpass in kept bytes, host bytes and time at once. With kept bytes of n multiples and no host

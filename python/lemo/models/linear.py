@@ -17,7 +17,7 @@ from lemo.models.interception import has_own_forward, is_intercepted
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
 
-__all__ = ["apply_linear"]
+__all__ = ["apply_linear", "lora_of"]
 
 # PEFT's classes of LoRA around a linear layer, which differ in the layer that they expect.
 _LORA = (
@@ -55,6 +55,16 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     a, b, scaling = adapter or (None, None, 0.0)
     width = None if values else base.out_features
     return _Linear.apply(x, matrix, bias, a, b, scaling, width, dtype)
+
+
+def lora_of(module: nn.Module) -> tuple[list[Tensor], bool]:
+    """(both matrices of each active LoRA pair of PEFT, whether one has dropout)."""
+    if not hasattr(module, "lora_A") or module.disable_adapters:
+        return [], False
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    pairs = [part[name].weight for name in active for part in (module.lora_A, module.lora_B)]
+    drops = [module.lora_dropout[name] for name in active]
+    return pairs, any(not isinstance(drop, nn.Identity) and drop.p > 0 for drop in drops)
 
 
 def _parts(module: nn.Module) -> tuple[nn.Module | None, tuple[Tensor, Tensor, float] | None]:

@@ -62,6 +62,11 @@ class StepMemory:
         # A norm whose weight has another dtype than the residual runs as Transformers' module.
         self._norms_apart = adapters.norms and adapters.size != size
 
+    @property
+    def step(self) -> Step:
+        """Lengths and kept rows."""
+        return self._step
+
     # The whole step
 
     @property

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-
-from lemo import _C
 
 __all__ = [
     "LINEAR",
@@ -16,9 +13,9 @@ __all__ = [
     "Linear",
     "ModelShape",
     "Step",
-    "kept_rows",
     "shape_of",
     "step_of",
+    "weight_bytes",
 ]
 
 # Classes of Transformers whose layers are modelled: RMSNorm, rotary embedding, gated MLP.
@@ -188,21 +185,6 @@ def shape_of(config: Any) -> ModelShape:
     )
 
 
-def kept_rows(lengths: Sequence[int], keep: float, block_size: int | float, ends: Any) -> int:
-    """Rows of all sequences that a share of their blocks holds, at most.
-
-    Args:
-        lengths: tokens of each sequence.
-        keep: share of the blocks.
-        block_size: tokens of a block, or their share of the longest sequence.
-        ends: (blocks always kept at the start, at the end) of a sequence.
-    """
-    if isinstance(block_size, float):
-        block_size = max(1, math.ceil(block_size * max(lengths) - 1e-9))
-    blocks, rows = _C.plan_selection(list(lengths), block_size, keep, *ends)
-    return min(sum(lengths), blocks * block_size) if rows < 0 else rows
-
-
 def step_of(
     shape: ModelShape,
     lengths: Sequence[int],
@@ -237,8 +219,3 @@ def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> i
     """Bytes of the frozen weights, linear layers of the decoder quantised or not."""
     linear, others = shape.parameters()
     return round(linear * _QUANTISED.get(quantize or "", size)) + others * size
-
-
-def without_norms(adapters: Adapters) -> Adapters:
-    """The same with frozen norms."""
-    return replace(adapters, norms=False)
