@@ -95,7 +95,7 @@ def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
 
 
 def test_memory_that_was_measured_on_gpus():
-    """All recorded steps: three models, 16384 to 1048576 tokens, H100 and H200; nothing is fitted."""
+    """Three models, 16384 to 1048576 tokens, H100 and H200; nothing is fitted."""
     steps = recorded_steps()
     assert len(steps) > 80
     assert {step.model for step in steps} == {"8B", "28M", "135M"}
