@@ -6,6 +6,7 @@ below take it and hand it on.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
@@ -19,6 +20,7 @@ from lemo.models.modes import Modes
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
+from lemo.planner.text import layers_text
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
@@ -64,6 +66,11 @@ class Decoder:
         self._visible_keys = visible_keys
         self._group_size = group_size
         self._modes = modes
+        self._latest = ""
+
+    def describe(self) -> str:
+        """What the latest pass ran on, and what its layers stored, in words."""
+        return self._latest
 
     def run(
         self,
@@ -94,6 +101,7 @@ class Decoder:
             kept = self._select(index, "attention", batch, residual)
             if index == 0:
                 modes = self._modes.of(batch, residual, kept, drop)
+                self._latest = _described(batch.layout.num_tokens, kept.num_rows, modes)
             if drop and index == 0 and kept.rows is not None:
                 rows = kept.rows
                 residual = ops.residual_gather(residual, rows)[1]
@@ -155,3 +163,12 @@ class Decoder:
 
     def _left_out(self, kept: Selection) -> Selection | None:
         return None if kept.rows is None else self._selector.left_out(kept)
+
+
+def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:
+    runs, first = [], 0
+    for mode, group in groupby(modes):
+        end = first + len(list(group))
+        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'")
+        first = end
+    return f"{tokens} tokens, of which the first layer keeps {rows}; {', '.join(runs)}"

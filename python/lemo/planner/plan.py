@@ -10,7 +10,15 @@ from lemo import _C
 from lemo.planner.memory import MODES, LayerBytes, StepMemory
 from lemo.planner.timing import Rates, StepTime
 
-__all__ = ["MARGIN", "NOMINAL", "DoesNotFitError", "Plan", "Planner", "gib", "longest_that_fits"]
+__all__ = [
+    "MARGIN",
+    "NOMINAL",
+    "DoesNotFitError",
+    "Plan",
+    "Planner",
+    "bytes_text",
+    "longest_that_fits",
+]
 
 MARGIN = 0.05
 """Share of the memory that a plan leaves free: what predictions may be wrong by."""
@@ -22,7 +30,7 @@ _GIB = 2**30
 # Kept bytes of a layer are rounded up to it, so that the planner tells few sums apart.
 _GRANULARITY = 2**20
 # Lengths that are tried are multiples of it.
-_TOKENS = 256
+_TOKENS = 16
 _MOST_TOKENS = 2**27
 
 
@@ -118,14 +126,14 @@ class Planner:
 
 
 def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
-    """The most tokens of a sequence, in steps of 256, of which a plan is within a limit.
+    """The most tokens of a sequence, in steps of 16, of which a plan is within a limit.
 
     Args:
         planner_of: plans steps of so many tokens.
         limit: in bytes.
 
     Returns:
-        0 where not even 256 tokens fit.
+        0 where not even 16 tokens fit.
     """
     fits, too_long = 0, _TOKENS
     while too_long <= _MOST_TOKENS and planner_of(too_long).plan(limit) is not None:
@@ -139,6 +147,8 @@ def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
     return fits
 
 
-def gib(size: int) -> str:
-    """Bytes as a text in GiB."""
+def bytes_text(size: int) -> str:
+    """Bytes as a text in GiB, below a tenth of one in MiB."""
+    if size < _GIB / 10:
+        return f"{size / 2**20:.3g} MiB"
     return f"{size / _GIB:.{1 if size >= 10 * _GIB else 2}f} GiB"

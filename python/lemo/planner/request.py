@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import Planner, gib, longest_that_fits
+from lemo.planner.plan import Planner, bytes_text, longest_that_fits
 from lemo.planner.rows import drops_rows, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
@@ -95,13 +95,13 @@ class Request:
         return Planner(memory, time)
 
     def longest(self, limit: int) -> int:
-        """The most tokens of a sequence that fit into so many bytes; 0: not even 256."""
+        """The most tokens of a sequence that fit into so many bytes; 0: not even 16."""
         return longest_that_fits(self.planner, limit)
 
     def advice(self, tokens: int, limit: int) -> str:
         """What would make a step fit that does not."""
         least = self.planner(tokens).least()
-        ways = [f"{gib(least)} of memory"]
+        ways = [f"{bytes_text(least)} of memory"]
         longest = self.longest(limit)
         if longest:
             ways.append(f"at most {longest} tokens")

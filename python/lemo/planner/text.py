@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lemo.planner.plan import Plan, gib
+from lemo.planner.plan import Plan, bytes_text
 
 __all__ = ["ACTIONS", "layers_text", "plan_lines"]
 
@@ -25,6 +25,6 @@ def plan_lines(plan: Plan) -> list[str]:
     """One line for each run of layers that are alike: what happens, and the bytes that each of
     them stores."""
     return [
-        f"{layers_text(layers)}: {ACTIONS[mode]}, {gib(one.kept)} each"
+        f"{layers_text(layers)}: {ACTIONS[mode]}, {bytes_text(one.kept)} each"
         for layers, mode, one in plan.runs()
     ]

@@ -8,7 +8,7 @@ import torch
 
 from lemo.ops import supports_device
 from lemo.planner.calibration import calibrated
-from lemo.planner.plan import NOMINAL, DoesNotFitError, gib
+from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
 from lemo.planner.text import plan_lines
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.model import load_config
@@ -53,7 +53,7 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
     rows = planner.rows
     yield (
         f"model: {model_config.model_type}, {request.shape.layers} layers, "
-        f"{(linear + others) / 1e9:.3g} billion parameters, {gib(planner.weights)} with LoRA and "
+        f"{(linear + others) / 1e9:.3g} billion parameters, {bytes_text(planner.weights)} with LoRA and "
         "its optimizer"
     )
     yield (
@@ -64,7 +64,7 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
         plan = planner.plan(limit)
         if plan is None:
             raise DoesNotFitError(
-                f"memory: {gib(planner.least())} are needed at least, {gib(limit)} may be taken; "
+                f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} may be taken; "
                 f"what would fit: {request.advice(tokens, limit)}"
             )
     else:
@@ -72,11 +72,11 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
         plan = planner.of(modes, limit)
         if plan.peak > limit:
             raise DoesNotFitError(
-                f"memory: {gib(plan.peak)} are needed, {gib(limit)} may be taken; with recompute "
-                f"auto {gib(planner.least())} at least"
+                f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; with recompute "
+                f"auto {bytes_text(planner.least())} at least"
             )
     yield from plan_lines(plan)
-    yield f"peak memory: {gib(plan.peak)} of {gib(limit)}"
+    yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
     if rates is None:
         yield "step time: not known here: no GPU to measure rates on"
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,16 @@ import torch
 
 from lemo.files import write_file
 from lemo.planner.calibration import calibrated
-from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, gib
+from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
 from lemo.planner.text import plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.run_folder import PLAN_NAME
 
-__all__ = ["PLAN_NAME", "RunPlan", "memory_limit", "plan_run", "request_of"]
-
-PLAN_NAME = "plan.json"
+__all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
 
 _GIB = 2**30
 
@@ -66,7 +66,7 @@ class RunPlan:
         """The plan in words."""
         plan = self.plan
         return [
-            f"plan: {gib(plan.peak)} of {gib(plan.limit)}, {plan.seconds:.3g} s a step",
+            f"plan: {bytes_text(plan.peak)} of {bytes_text(plan.limit)}, {plan.seconds:.3g} s a step",
             *(f"  {line}" for line in plan_lines(plan)),
         ]
 
@@ -130,6 +130,41 @@ def _window(model_config: Any) -> int:
     return (model_config.sliding_window or 0) if model_config.model_type == "mistral" else 0
 
 
+def out_of_memory(
+    step: int, error: BaseException, config: FinetuneConfig, plan: RunPlan | None
+) -> MemoryError:
+    """The error of a step that ran out of memory: the plan, what to change, how to go on.
+
+    Args:
+        step: that ran out of it.
+        error: torch's or Python's.
+        config: the run.
+        plan: its plan, if it has one.
+    """
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    elimination, ways = config.elimination, []
+    recompute = "none" if elimination is None else elimination.recompute
+    if plan is not None and recompute == "auto" and set(plan.plan.modes) != {"layer"}:
+        less = plan.plan.peak / _GIB * (1 - 2 * MARGIN)
+        ways.append(f"--memory-limit {less:.3g} (GiB), by which more is recomputed")
+    elif elimination is not None and recompute != "layer" and plan is None:
+        ways.append("--recompute layer")
+    parts = [f"step {step}: {reason}"]
+    if plan is not None:
+        parts += [line.strip() for line in plan.lines()]
+    again = f"lemo finetune --output {shlex.quote(config.output)} --resume"
+    parts.append("the steps up to the newest checkpoint are kept")
+    if ways:
+        parts.append(f"to go on with less memory: {again} {ways[0]}")
+    else:
+        parts.append(f"to go on where there is more memory: {again}")
+    parts.append(
+        "a new run needs less with a smaller keep, context_length or batch_size (and more "
+        "gradient_accumulation), or with --quantize nf4"
+    )
+    return MemoryError("; ".join(parts))
+
+
 def plan_run(
     config: FinetuneConfig,
     elimination: LemoConfig | None,
@@ -185,8 +220,12 @@ def plan_run(
             return RunPlan(plan, asked, request)
     raise DoesNotFitError(
         f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
-        f"fits into {gib(limit)}, got one of {gib(planner.least())} at least"
-        + ("" if recompute == "auto" else f" ({gib(planner.of(modes, limit).peak)} as asked)")
+        f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
+        + (
+            ""
+            if recompute == "auto"
+            else f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
+        )
         + f"; what would fit: {request.advice(config.context_length, limit)}"
     )
 
