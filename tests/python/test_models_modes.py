@@ -89,7 +89,6 @@ def test_auto_stores_what_fits(monkeypatch):
         - memory.weights
         + 3 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     )
-    monkeypatch.setattr("lemo.planner.plan._GRANULARITY", 1)
     sizes = []
     for free in (2 * needed, needed - memory.layer(0, "none").kept, 1):
         monkeypatch.setattr(modes_module, "free_bytes", lambda device, free=free: free)

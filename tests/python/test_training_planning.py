@@ -88,8 +88,7 @@ def test_without_a_limit_nothing_is_planned_on_the_cpu(config):
     assert load_run(config.output).plan is None
 
 
-def test_free_memory_buys_time(config, monkeypatch):
-    monkeypatch.setattr("lemo.planner.plan._GRANULARITY", 1)
+def test_free_memory_buys_time(config):
     most, least = peaks(config)
     modes = []
     for limit in (2 * most, (most + least) / 2 / 0.95, least):
@@ -99,8 +98,7 @@ def test_free_memory_buys_time(config, monkeypatch):
     assert "none" not in modes[2]
 
 
-def test_a_run_keeps_its_plan_and_the_report_shows_it(config, monkeypatch, tmp_path):
-    monkeypatch.setattr("lemo.planner.plan._GRANULARITY", 1)
+def test_a_run_keeps_its_plan_and_the_report_shows_it(config, tmp_path):
     most, least = peaks(config)
     config = changed(config, memory_limit=(most + least) / 2 / 0.95)
     finetune(changed(config, elimination=changed(config.elimination)))

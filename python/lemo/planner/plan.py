@@ -27,8 +27,9 @@ NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5)
 """Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured."""
 
 _GIB = 2**30
-# Kept bytes of a layer are rounded up to it, so that the planner tells few sums apart.
-_GRANULARITY = 2**20
+# Kept bytes of a layer are rounded up to a 2^-16th of the memory, so that the planner tells few sums
+# apart.
+_PARTS = 16
 # Lengths that are tried are multiples of it.
 _TOKENS = 16
 _MOST_TOKENS = 2**27
@@ -94,7 +95,8 @@ class Planner:
         if limit <= 0:
             return None
         for usable in (round((1 - MARGIN) * limit), limit):
-            found, *_ = _C.plan_memory(self._options(), usable, 0, self._fixed, _GRANULARITY)
+            grain = max(1, usable >> _PARTS)
+            found, *_ = _C.plan_memory(self._options(), usable, 0, self._fixed, grain)
             if len(found) > 0:
                 return self.of([MODES[option] for option in found[: self._num_layers]], limit)
         return None
@@ -107,7 +109,8 @@ class Planner:
 
     def least(self) -> int:
         """The fewest bytes that the step needs, whatever is recomputed."""
-        return _C.least_memory(self._options(), 0, self._fixed, _GRANULARITY)
+        most = self.of([MODES[0]] * self._num_layers, 0).peak
+        return _C.least_memory(self._options(), 0, self._fixed, max(1, most >> _PARTS))
 
     def _options(self) -> list[list[tuple[int, int, int, int, float]]]:
         """The modes of each layer, and the loss as one more layer, which has no choice."""

@@ -65,8 +65,9 @@ class RunPlan:
     def lines(self) -> list[str]:
         """The plan in words."""
         plan = self.plan
+        sizes = f"{bytes_text(plan.peak)} of {bytes_text(plan.limit)}"
         return [
-            f"plan: {bytes_text(plan.peak)} of {bytes_text(plan.limit)}, {plan.seconds:.3g} s a step",
+            f"plan: {sizes}, {plan.seconds:.3g} s a step",
             *(f"  {line}" for line in plan_lines(plan)),
         ]
 
