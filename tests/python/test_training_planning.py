@@ -91,7 +91,7 @@ def test_without_a_limit_nothing_is_planned_on_the_cpu(config):
 def test_free_memory_buys_time(config):
     most, least = peaks(config)
     modes = []
-    for limit in (2 * most, (most + least) / 2 / 0.95, least):
+    for limit in (2 * most, (most + least) / 2 / 0.95, 1.01 * least):
         modes.append(planned(changed(config, memory_limit=limit)).plan.modes)
     assert modes[0] == ("none",) * 4
     assert len(set(modes[1])) > 1
@@ -120,7 +120,7 @@ def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, mon
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were loaded"))
     _, least = peaks(config)
     with pytest.raises(DoesNotFitError, match=r"at least.*what would fit") as refused:
-        finetune(changed(config, batch_size=64, memory_limit=4 * least))
+        finetune(changed(config, batch_size=8, memory_limit=1.5 * least))
     assert re.search(r"at most \d+ tokens", str(refused.value))
     assert "one sequence at a time" in str(refused.value)
     assert not Path(config.output, "config.yaml").exists()

@@ -27,7 +27,7 @@ NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5)
 """Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured."""
 
 _GIB = 2**30
-# Kept bytes of a layer are rounded up to a 2^-16th of the memory, so that the planner tells few sums
+# Kept bytes of a layer are rounded up to a 2^-16th of the memory: the planner then tells few sums
 # apart.
 _PARTS = 16
 # Lengths that are tried are multiples of it.

@@ -53,8 +53,8 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
     rows = planner.rows
     yield (
         f"model: {model_config.model_type}, {request.shape.layers} layers, "
-        f"{(linear + others) / 1e9:.3g} billion parameters, {bytes_text(planner.weights)} with LoRA "
-        "and its optimizer"
+        f"{(linear + others) / 1e9:.3g} billion parameters, "
+        f"{bytes_text(planner.weights)} with LoRA and its optimizer"
     )
     yield (
         f"step: {config.batch_size} x {tokens} tokens, of which layers keep "
@@ -64,16 +64,16 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
         plan = planner.plan(limit)
         if plan is None:
             raise DoesNotFitError(
-                f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} may "
-                f"be taken; what would fit: {request.advice(tokens, limit)}"
+                f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} "
+                f"may be taken; what would fit: {request.advice(tokens, limit)}"
             )
     else:
         modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
         plan = planner.of(modes, limit)
         if plan.peak > limit:
             raise DoesNotFitError(
-                f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; with "
-                f"recompute auto {bytes_text(planner.least())} at least"
+                f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
+                f"with recompute auto {bytes_text(planner.least())} at least"
             )
     yield from plan_lines(plan)
     yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
