@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, kept_rows, step_of
+from lemo.planner.rows import kept_rows
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, step_of
+from lemo.planner.timing import Rates, StepTime
 
-__all__ = ["RecordedStep", "recorded_steps"]
+__all__ = [
+    "RecordedStep",
+    "is_fitted",
+    "predicted_seconds",
+    "rates_of",
+    "recorded_steps",
+    "timed_steps",
+]
 
 RESULTS = Path(__file__).parents[1] / "results"
 LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -196,3 +207,89 @@ def _answers() -> Iterator[RecordedStep]:
             row["peak_gib"],
             row["step_s"],
         )
+
+
+# --- time
+
+# Before 47cc4f2 attention ran in kernels that are slower on these cards.
+SLOWER = ("d90a16b", "f639879")
+# The rows that rates are fitted to: (commit, name). Short ones: each takes half a second at most.
+# Products and, by the first two of a card, bandwidth and the host's time for an operation.
+FITTED = {
+    "NVIDIA H200": {
+        "products": ("e562c88", "8B 16384 keep 0.5 none"),
+        "bytes": ("990b344", "28M 8x16384 keep 0.5 none"),
+        "launch": ("990b344", "28M 8x16384 keep 0.3 none"),
+    },
+    "NVIDIA H100 80GB HBM3": {
+        "bytes": ("8a567fb", "28M 8x16384 keep 0.5 none"),
+        "launch": ("8a567fb", "28M 8x16384 keep 0.3 none"),
+    },
+}
+# The rows of h200_attention.jsonl that give attention's rates: of 8192 tokens, at this commit. The
+# H100 has none; its multiprocessors are those of the H200, so it gets the same rates of products
+# and of attention.
+ATTENTION_COMMIT, ATTENTION_TOKENS = "990b344", 8192
+
+
+def predicted_seconds(step: RecordedStep, rates: Rates) -> float:
+    """The time of a recorded step by some rates."""
+    time = StepTime(step.shape, step.adapters, step.step, rates, group_size=step.group_size)
+    return time.seconds([step.recompute] * step.shape.layers)
+
+
+def rates_of(step: RecordedStep) -> Rates:
+    """Those of its card, fitted to the rows of `FITTED`, and of its size of heads."""
+    return replace(_fitted_rates()[step.gpu], **_attention_rates()[step.shape.head_size])
+
+
+def is_fitted(step: RecordedStep) -> bool:
+    """Whether rates were fitted to it."""
+    return (step.commit, step.name) in FITTED[step.gpu].values() and step.seconds is not None
+
+
+def timed_steps() -> list[RecordedStep]:
+    """Recorded steps whose time can be predicted: alone on the card, with the kernels of today."""
+    return [
+        step for step in recorded_steps() if step.seconds is not None and step.commit not in SLOWER
+    ]
+
+
+@cache
+def _attention_rates() -> dict[int, dict[str, float]]:
+    """Rates of attention by the size of heads."""
+    names = {"segment_attention": "attention", "segment_attention_backward": "attention_backward"}
+    found: dict[int, dict[str, float]] = {}
+    for row in _rows("h200_attention"):
+        shape = row["shape"]
+        wanted = row["commit"] == ATTENTION_COMMIT and shape["tokens"] == ATTENTION_TOKENS
+        if wanted and row["bench"] in names and "lengths" not in shape:
+            rate = 1e12 * row["tflops"]
+            found.setdefault(shape["head_size"], {})[names[row["bench"]]] = rate
+    return found
+
+
+@cache
+def _fitted_rates() -> dict[str, Rates]:
+    steps = {(each.gpu, each.commit, each.name): each for each in timed_steps()}
+    rates, found = Rates(7e14, 6e14, 6e14, 3e12, 4e-5), {}
+    for gpu, rows in FITTED.items():
+        # Each of them to its own row, in turn, until nothing changes.
+        for _ in range(8):
+            for name, (commit, row) in rows.items():
+                rates = _fit(rates, name, steps[gpu, commit, row])
+        found[gpu] = rates
+    return found
+
+
+def _fit(rates: Rates, name: str, step: RecordedStep) -> Rates:
+    """The rates with one of them changed so that they give the time of a step."""
+    attention = _attention_rates()[step.shape.head_size]
+    low, high = getattr(rates, name) / 10, getattr(rates, name) * 10
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        changed = replace(rates, **attention, **{name: middle})
+        # Seconds of an operation are no rate: more of them take longer.
+        slow = (predicted_seconds(step, changed) > step.seconds) != (name == "launch")
+        low, high = (middle, high) if slow else (low, middle)
+    return replace(rates, **{name: middle})

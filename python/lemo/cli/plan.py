@@ -10,7 +10,7 @@ import typer
 from lemo.cli import options
 from lemo.cli.streams import printable
 
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "bytes_text": 2**30, "tib": 2**40}
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ __all__ = ["Rates", "StepTime"]
 # autocast to another dtype, where PEFT computes an adapter apart, and for norms that run as
 # modules. Recomputing makes them more by a share.
 _BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 44, 8, 6, 15, 62, 0.3
-# Host and device work at the same time; where neither waits for the other all the time, a step
+# A host and a GPU work at the same time; where neither waits for the other all the time, a step
 # takes a little longer than the longer of both.
 _OVERLAP = 4
 
@@ -79,9 +80,11 @@ class StepTime:
 
     def seconds(self, modes: Iterable[str]) -> float:
         """Of an optimizer step with a mode for each layer."""
-        modes = list(modes)
-        device = sum(self.layer(index, mode) for index, mode in enumerate(modes)) + self.loss
-        host = sum(map(self.host, modes))
+        alike = Counter(zip(self._step.rows, modes))
+        device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
+        host = sum(n * self.host(mode) for (_, mode), n in alike.items())
+        if not self._step.cuda:
+            return self._step.passes * (device + host)
         both = (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
         return self._step.passes * both
 
@@ -110,7 +113,9 @@ class StepTime:
             index: the layer.
             mode: one of `lemo.planner.memory.MODES`.
         """
-        rows = self._step.rows[index]
+        return self._layer(self._step.rows[index], mode)
+
+    def _layer(self, rows: LayerRows, mode: str) -> float:
         total = self._forward(rows) + self._backward(rows)
         if mode != "none":
             # The last product's values are not needed.
