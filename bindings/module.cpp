@@ -1,13 +1,33 @@
-// lemo._C: host objects (block plans, loss chunks, what this build supports). Never tensors.
+// lemo._C: host objects (plans of blocks, loss chunks and memory, what this build supports). Never
+// tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
 
 #include "lemo/blocks.h"
 #include "lemo/check.h"
+#include "lemo/memory_plan.h"
 
 namespace py = pybind11;
+
+namespace {
+
+using Option = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;
+
+lemo::LayerOptions layer_options(const std::vector<std::vector<Option>>& layers) {
+    lemo::LayerOptions made;
+    for (const std::vector<Option>& options : layers) {
+        std::vector<lemo::LayerOption>& layer = made.emplace_back();
+        for (const auto& [kept, forward, backward, host, seconds] : options) {
+            layer.push_back({kept, forward, backward, host, seconds});
+        }
+    }
+    return made;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Host objects of lemo's C++ core.";
@@ -48,6 +68,28 @@ PYBIND11_MODULE(_C, m) {
     m.def("plan_loss_chunk", &lemo::plan_loss_chunk, py::arg("rows"), py::arg("vocabulary"),
           py::arg("budget_bytes"),
           "Rows of one loss chunk whose fp32 logits take at most budget_bytes.");
+    m.def(
+        "plan_memory",
+        [](const std::vector<std::vector<Option>>& layers, int64_t device, int64_t host,
+           int64_t fixed, int64_t granularity) {
+            const lemo::MemoryPlan plan =
+                lemo::plan_memory(layer_options(layers), {device, host, fixed, granularity});
+            return py::make_tuple(plan.options, plan.seconds, plan.peak, plan.host);
+        },
+        py::arg("layers"), py::arg("device"), py::arg("host"), py::arg("fixed"),
+        py::arg("granularity") = 1,
+        "(option of each layer, seconds, peak bytes, host bytes) of the fastest plan within the "
+        "limits; no options where none fits. An option is (kept, forward, backward, host bytes, "
+        "seconds).");
+    m.def(
+        "least_memory",
+        [](const std::vector<std::vector<Option>>& layers, int64_t host, int64_t fixed,
+           int64_t granularity) {
+            return lemo::least_memory(layer_options(layers), {0, host, fixed, granularity});
+        },
+        py::arg("layers"), py::arg("host"), py::arg("fixed"), py::arg("granularity") = 1,
+        "The fewest bytes that a plan of these layers needs; -1 where the host's bound rules out "
+        "every plan.");
     m.def(
         "build_info",
         [] {

@@ -8,4 +8,17 @@ def plan_selection(
     seqlens: Sequence[int], block_size: int, value: float, keep_first: int, keep_last: int
 ) -> tuple[int, int]: ...
 def plan_loss_chunk(rows: int, vocabulary: int, budget_bytes: int) -> int: ...
+def plan_memory(
+    layers: list[list[tuple[int, int, int, int, float]]],
+    device: int,
+    host: int,
+    fixed: int,
+    granularity: int = 1,
+) -> tuple[list[int], float, int, int]: ...
+def least_memory(
+    layers: list[list[tuple[int, int, int, int, float]]],
+    host: int,
+    fixed: int,
+    granularity: int = 1,
+) -> int: ...
 def build_info() -> dict[str, Any]: ...

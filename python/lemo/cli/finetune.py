@@ -18,7 +18,7 @@ _OPTIONS = (
     *("model", "documents", "output", "context_length", "steps", "batch_size"),
     *("gradient_accumulation", "learning_rate", "lora_rank", "lora_targets", "train_norms"),
     *("rope_scaling", "dtype", "quantize", "device", "gradient_checkpointing", "seed"),
-    "save_every",
+    *("memory_limit", "save_every"),
     *("elimination.keep", "elimination.recompute", "elimination.predictor"),
     *("elimination.heads", "elimination.scores", "resume", "overwrite"),
 )

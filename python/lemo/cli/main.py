@@ -13,6 +13,7 @@ import typer
 from lemo import __version__
 from lemo.cli import data, demo, finetune, prepare, relevance, report
 from lemo.cli import eval as eval_module
+from lemo.cli import plan as plan_module
 from lemo.cli.streams import TolerantStream, printable, tolerant_streams
 
 # Errors that a user can cause; anything else is a defect of lemo and is called so. ImportError:
@@ -38,6 +39,7 @@ app = typer.Typer(
 for _command in (
     prepare.prepare,
     finetune.finetune,
+    plan_module.plan,
     eval_module.eval,
     report.report,
     demo.demo,

@@ -4,8 +4,9 @@ The residual [T, H] is one buffer that is updated in place (docs/design/models.m
 below take it and hand it on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from torch import Tensor
@@ -13,11 +14,13 @@ from torch import Tensor
 from lemo import ops
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
-from lemo.models.execution import execution_of
+from lemo.models.execution import Execution, execution_of
 from lemo.models.left_out import LeftOutRows
+from lemo.models.modes import Modes
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
+from lemo.planner.text import layers_text
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
@@ -43,9 +46,9 @@ class Decoder:
         architecture: access to the model.
         selector: decides what each sub-block keeps.
         scorer: where block scores come from.
+        modes: what each layer stores.
         visible_keys: as in `LemoConfig`.
         group_size: tokens of a shifted attention group; 0: no groups.
-        recompute: as in `LemoConfig`.
     """
 
     def __init__(
@@ -53,16 +56,21 @@ class Decoder:
         architecture: Architecture,
         selector: Selector,
         scorer: Scorer,
+        modes: Modes,
         visible_keys: str = "kept",
         group_size: int = 0,
-        recompute: str = "auto",
     ) -> None:
         self._architecture = architecture
         self._selector = selector
         self._scorer = scorer
         self._visible_keys = visible_keys
         self._group_size = group_size
-        self._recompute = recompute
+        self._modes = modes
+        self._latest = ""
+
+    def describe(self) -> str:
+        """What the latest pass ran on, and what its layers stored, in words."""
+        return self._latest
 
     def run(
         self,
@@ -85,22 +93,32 @@ class Decoder:
         self._selector.begin(batch.layout, labelled)
         drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
         rows = None
+        modes: Sequence[str] = ()
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
                 visit_residual(entry)
             kept = self._select(index, "attention", batch, residual)
+            if index == 0:
+                modes = self._modes.of(batch, residual, kept, drop)
+                self._latest = _described(batch.layout.num_tokens, kept.num_rows, modes)
             if drop and index == 0 and kept.rows is not None:
                 rows = kept.rows
                 residual = ops.residual_gather(residual, rows)[1]
                 batch = batch.of_rows(rows)
-            residual = self._layer(index, batch, residual, kept, rows is not None)
+            execution = execution_of(self._architecture.layer(index), modes[index])
+            residual = self._layer(index, batch, residual, kept, rows is not None, execution)
         return Decoded(residual, rows)
 
     def _layer(
-        self, index: int, batch: Batch, residual: Tensor, kept: Selection, dropped: bool
+        self,
+        index: int,
+        batch: Batch,
+        residual: Tensor,
+        kept: Selection,
+        dropped: bool,
+        execution: Execution,
     ) -> Tensor:
-        execution = execution_of(self._architecture.layer(index), self._recompute)
         if dropped:
             kept = kept.of_kept_rows()
         attention = self._attention(index, batch, kept)
@@ -145,3 +163,12 @@ class Decoder:
 
     def _left_out(self, kept: Selection) -> Selection | None:
         return None if kept.rows is None else self._selector.left_out(kept)
+
+
+def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:
+    runs, first = [], 0
+    for mode, group in groupby(modes):
+        end = first + len(list(group))
+        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'")
+        first = end
+    return f"{tokens} tokens, of which the first layer keeps {rows}; {', '.join(runs)}"

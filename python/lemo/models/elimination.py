@@ -2,6 +2,7 @@
 
 from lemo.models.architectures import Architecture
 from lemo.models.decoder import Decoder
+from lemo.models.modes import Modes
 from lemo.models.scout import Scout
 from lemo.selection.scorers import Scorer, make_scorer
 from lemo.selection.selector import Selector
@@ -44,8 +45,10 @@ class Elimination(Choice):
         parts = architecture, self.selector, self.scorer
         self.decoder = Decoder(
             *parts,
+            Modes(architecture, config, config.visible_keys),
             visible_keys=config.visible_keys,
             group_size=config.layerwise.group_size or 0,
-            recompute=config.recompute,
         )
-        self.dense_decoder = Decoder(*parts, visible_keys="computed", recompute=config.recompute)
+        everything = "computed"
+        modes = Modes(architecture, config, everything)
+        self.dense_decoder = Decoder(*parts, modes, visible_keys=everything)

@@ -103,7 +103,7 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
 
     Args:
         layer: the model's module.
-        recompute: as in `LemoConfig`.
+        recompute: of this layer, as in `LemoConfig`; "auto": as gradient checkpointing says.
     """
     if not (layer.training and torch.is_grad_enabled()):
         return Stored()

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lemo import ops
 from lemo.models.architectures import GradientTarget
+from lemo.models.out_of_memory import explained
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
 from lemo.models.unit import Unit
@@ -84,7 +85,12 @@ class _Recomputed(torch.autograd.Function):
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
         dresidual = overwritable(ctx, dresidual)
         gradients = _Gradients(ctx.parameters)
-        with ctx.surroundings.restored(), ctx.surroundings.autocast(), torch.enable_grad():
+        with (
+            explained(lambda: f"in the backward pass of a layer with {rows.shape[0]} kept rows"),
+            ctx.surroundings.restored(),
+            ctx.surroundings.autocast(),
+            torch.enable_grad(),
+        ):
             leaf, attended, edge = rows.detach().requires_grad_(needs_residual), None, None
             if unit.attention is not None:
                 attention = SavedAttention(*saved) if ctx.selective else ops.segment_attention

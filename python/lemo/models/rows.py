@@ -6,25 +6,9 @@ import torch
 from torch import Tensor
 
 from lemo.ops._call import call
+from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
 
 __all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows", "slices_of"]
-
-# Elements of the MLP's widest activation in a chunk: 256 MiB in bf16, of which half a dozen live at
-# once in backward. Chunks of a usual model are thousands of rows, so its products lose no speed.
-_CHUNK_ELEMENTS = 1 << 27
-
-# Rows of a chunk are a multiple of this, so that no tile of a matrix product is cut.
-_CHUNK_STEP = 256
-
-# Elements of a copy of rows that is made for a product and not kept: 64 MiB in fp32.
-_COPY_ELEMENTS = 1 << 24
-
-
-def chunk_rows(rows: int, width: int) -> int:
-    """Rows of a chunk of the MLP: even shares of `rows` for activations of `width` features."""
-    largest = max(1, _CHUNK_ELEMENTS // max(width, 1) // _CHUNK_STEP) * _CHUNK_STEP
-    chunks = max(1, -(-rows // largest))
-    return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
 
 def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
@@ -39,7 +23,7 @@ def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Ten
 
 def slices_of(rows: int, width: int) -> Iterator[slice]:
     """All of `rows` rows in slices, of which copies of `width` columns may be made; one or more."""
-    step = max(1, _COPY_ELEMENTS // max(width, 1))
+    step = max(1, COPY_ELEMENTS // max(width, 1))
     for first in range(0, max(rows, 1), step):
         yield slice(first, min(first + step, rows))
 

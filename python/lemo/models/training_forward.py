@@ -19,6 +19,7 @@ from lemo.models.decoder import Decoded, Decoder
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, next_labels, rows_among
+from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
@@ -42,17 +43,18 @@ class TrainingForward(Training[Elimination]):
         decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
         decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
         del residual
-        loss, counted = causal_lm_loss(
-            architecture,
-            decoded.residual,
-            targets,
-            self.selector.masked_rows(complete=asked),
-            self._loss_chunk,
-            arguments.num_items_in_batch,
-            ignored,
-            lost,
-            decoded.rows,
-        )
+        with explained(decoder.describe):
+            loss, counted = causal_lm_loss(
+                architecture,
+                decoded.residual,
+                targets,
+                self.selector.masked_rows(complete=asked),
+                self._loss_chunk,
+                arguments.num_items_in_batch,
+                ignored,
+                lost,
+                decoded.rows,
+            )
         if counted:
             self.has_trained = True
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
@@ -170,7 +172,8 @@ class TrainingForward(Training[Elimination]):
 
         drop = loss_alone and not with_entries and self.selector.masks_loss
         visits = visit if with_entries else None
-        decoded = decoder.run(batch, residual, labelled, visits, drop)
+        with explained(decoder.describe):
+            decoded = decoder.run(batch, residual, labelled, visits, drop)
         if torch.is_grad_enabled():
             self.selector.check_kept()
         return decoded, entries if with_entries else None

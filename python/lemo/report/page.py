@@ -7,14 +7,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
 import jinja2
 import yaml
 
 from lemo.files import write_file
+from lemo.planner.text import ACTIONS, layers_text
 from lemo.report import plots
-from lemo.report.run import RelevanceMap, Run
+from lemo.report.run import RelevanceMap, Run, RunPlan
 
 ABSENT = "–"
 
@@ -104,8 +106,16 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("tokens", [f"{run.tokens:,}" if run.tokens else ABSENT for run in runs]),
         ("final loss", [_decimal(run.final_loss, 4) for run in runs]),
         ("seconds a step (median)", [_decimal(run.median("seconds"), 2) for run in runs]),
+        (
+            "seconds a step (predicted)",
+            [ABSENT if run.plan is None else _decimal(run.plan.seconds, 2) for run in runs],
+        ),
         ("tokens / s (median)", [_decimal(run.median("tokens_per_second"), 0) for run in runs]),
         ("peak memory", [_bytes(run.peak_memory_bytes) for run in runs]),
+        (
+            "peak memory (predicted)",
+            [ABSENT if run.plan is None else _bytes(run.plan.peak_bytes) for run in runs],
+        ),
         ("token rows kept (mean)", [f"{run.kept_share:.0%}" for run in runs]),
     ]
     return [row for row in rows if any(text != ABSENT for text in row[1])]
@@ -132,6 +142,7 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
                 "rows": _perplexities(runs),
             },
         ],
+        "plans": [_plan(run.name, run.plan) for run in runs if run.plan is not None],
         "sections": sections,
         "configs": [
             (run.name, yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
@@ -141,6 +152,16 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
         "light": plots.LIGHT,
         "dark": plots.DARK,
     }
+
+
+def _plan(name: str, plan: RunPlan) -> dict:
+    """What each run of layers that are alike does, and what one of them stores."""
+    rows, first = [], 0
+    for (mode, kept), group in groupby(zip(plan.modes, plan.kept_bytes)):
+        end = first + len(list(group))
+        rows.append((layers_text(range(first, end)), ACTIONS[mode], _bytes(kept)))
+        first = end
+    return {"name": name, "limit": _bytes(plan.limit_bytes), "rows": rows}
 
 
 def _perplexities(runs: Sequence[Run]) -> list[dict]:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from lemo.planner.text import ACTIONS
+from lemo.training.run_folder import PLAN_NAME
 from lemo.training.run_log import describe_broken, parse_log
 
 SUB_BLOCKS = ("attention", "mlp")
@@ -88,6 +90,24 @@ class RelevanceMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What was planned and predicted of a step.
+
+    Attributes:
+        modes: for each layer "none", "selective" or "layer".
+        kept_bytes: for each layer, stored between its forward and its backward pass.
+        peak_bytes, seconds: predicted of a step.
+        limit_bytes: that it was to fit into.
+    """
+
+    modes: list[str]
+    kept_bytes: list[int]
+    peak_bytes: float
+    seconds: float
+    limit_bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One run folder.
 
@@ -101,6 +121,7 @@ class Run:
         metrics: rows of the evaluation, dicts with ``kind``, ``length``, ``perplexity`` and
             ``tail_perplexity``, or of answers ``exact`` and ``right_tokens``.
         relevance: why the blocks of one prompt were kept, None where nobody wrote it.
+        plan: what was planned, None where memory was not limited.
     """
 
     name: str
@@ -111,6 +132,7 @@ class Run:
     kept_map: KeptMap | None
     metrics: list[dict]
     relevance: RelevanceMap | None
+    plan: RunPlan | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -192,6 +214,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         kept_map=_read_kept_map(folder / "kept_map.json"),
         metrics=_read_metrics(folder / "metrics.json"),
         relevance=_read_relevance(folder / "relevance.json"),
+        plan=_read_plan(folder / PLAN_NAME),
     )
 
 
@@ -284,6 +307,32 @@ def _read_relevance(path: Path) -> RelevanceMap | None:
             f"{len(relevance.scores)} scores and {sorted(set(indices))}"
         )
     return relevance
+
+
+def _read_plan(path: Path) -> RunPlan | None:
+    if not path.is_file():
+        return None
+    data = _read_json(path)
+    try:
+        plan = RunPlan(
+            [str(mode) for mode in data["modes"]],
+            [int(size) for size in data["kept_bytes"]],
+            float(data["peak_bytes"]),
+            float(data["seconds"]),
+            float(data["limit_bytes"]),
+        )
+        complete = len(plan.modes) == len(plan.kept_bytes) and set(plan.modes) <= set(ACTIONS)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: expected modes, kept_bytes, peak_bytes, seconds and limit_bytes, got "
+            f"{error!r}"
+        ) from error
+    if not complete:
+        raise ValueError(
+            f"{path}: expected a mode and bytes of each layer, got {plan.modes} and "
+            f"{len(plan.kept_bytes)} numbers"
+        )
+    return plan
 
 
 def _read_metrics(path: Path) -> list[dict]:

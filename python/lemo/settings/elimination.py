@@ -181,12 +181,16 @@ class LemoConfig(Settings):
         description="Rows of a loss chunk, whose logits exist at a time. null: as many as take 256 "
         "MiB (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.",
     )
-    recompute: Literal["auto", "none", "layer", "selective"] = Field(
+    recompute: (
+        Literal["auto", "none", "layer", "selective"]
+        | tuple[Literal["none", "layer", "selective"], ...]
+    ) = Field(
         "auto",
         description="What backward computes a second time instead of storing it. none; layer: all "
         "of every layer but its gathered rows, the MLP a chunk of rows at a time; selective: the "
-        "same, but attention's output is stored; auto: layer where the model's gradient "
-        "checkpointing is on, else none.",
+        "same, but attention's output is stored; a list: one of these for each layer; auto: layer "
+        "where the model's gradient checkpointing is on; elsewhere, on a GPU, what is fastest for "
+        "each layer within the free memory; else none.",
     )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",

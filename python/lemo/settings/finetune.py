@@ -21,6 +21,9 @@ Quantize = Literal["nf4", "int8", "float8"]
 _NOT_COMPARED = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
     *("model", "documents"),
+    # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
+    # has to go on with less.
+    *("memory_limit", "gradient_checkpointing", "elimination.recompute"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
 
@@ -111,6 +114,12 @@ class FinetuneConfig(Settings):
         False,
         description="Recompute layers in backward. elimination.recompute says more; its default "
         "follows this.",
+    )
+    memory_limit: Annotated[Number, Field(gt=0)] | None = Field(
+        None,
+        description="GiB of device memory that a step may take, by which each layer stores or "
+        "recomputes its activations (elimination.recompute auto); a run that cannot fit is "
+        "refused. null: what is free on the GPU; on the CPU no limit.",
     )
     deterministic: Flag = Field(
         False,

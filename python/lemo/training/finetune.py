@@ -41,11 +41,11 @@ from lemo.data import (
 from lemo.files import new_folder, write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.general import by_reason
-from lemo.packing.blocks import block_tokens
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised
+from lemo.training.block_sizes import check_blocks, check_stored_blocks
 from lemo.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -64,6 +64,7 @@ from lemo.training.model import (
     pick_dtype,
     write_adapter,
 )
+from lemo.training.planning import memory_limit, out_of_memory, plan_run
 from lemo.training.run_folder import (
     ADAPTER_NAME,
     CHECKPOINTS_NAME,
@@ -116,8 +117,10 @@ def finetune(
         FileExistsError: there is a run in `output` and neither resume nor overwrite is set, or
             something that lemo did not write and that overwriting would remove.
         BlockingIOError: another process works in `output`.
-        ValueError: model, documents and settings do not fit each other, or what is resumed differs.
+        ValueError: model, documents and settings do not fit each other, or what is resumed differs;
+            a step does not fit into memory (`lemo.planner.plan.DoesNotFitError`).
         FloatingPointError: the loss is not finite any more.
+        MemoryError: a step ran out of memory; the last checkpoint stays whole.
         OSError: the disk is full or not writable; the last checkpoint stays whole.
     """
     folder = Path(config.output)
@@ -198,6 +201,16 @@ class _Run:
         vocab_size = model_config.get_text_config().vocab_size
         self.windows = _windows(config, tokenizer, vocab_size, scores)
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
+        answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
+        wanted = config.elimination and config.elimination.resolved(answers)
+        self.plan = plan_run(
+            config,
+            wanted,
+            model_config,
+            dtype,
+            accelerator.device,
+            _least_limit(config, accelerator),
+        )
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype, config.quantize, accelerator.device)
         elimination = config.elimination
@@ -229,15 +242,14 @@ class _Run:
         self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
-            answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
             elimination = config.elimination.resolved(answers)
-            self.handle = lemo.enable(self.peft_model, elimination)
+            self.handle = lemo.enable(self.peft_model, self._with_plan(elimination))
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
                 _say_what_is_kept(elimination, answers)
-            _check_blocks(config.context_length, self.handle.block_size, elimination)
+            check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
-                _check_stored_blocks(config.context_length, self.handle.block_size, scores)
+                check_stored_blocks(config.context_length, self.handle.block_size, scores)
             with accelerator.autocast():
                 for line in by_reason(self.handle.general_modules()):
                     _log.info("runs as the module it is, not in lemo's code: %s", line)
@@ -252,6 +264,11 @@ class _Run:
         self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
         self.trainable = trainable
         self.kept = KeptRows()
+
+    def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
+        if self.plan is None:
+            return elimination
+        return elimination.model_copy(update={"recompute": self.plan.recompute})
 
     @property
     def windows_per_step(self) -> int:
@@ -285,6 +302,10 @@ class _Run:
     ) -> None:
         """Run the steps after ``first``, with logs and checkpoints, and write the adapter."""
         config, main = self.config, self.accelerator.is_main_process
+        if self.plan is not None and main:
+            for line in self.plan.lines():
+                _log.info("%s", line)
+            self.plan.write(folder)
         self._verify(first)
         log = RunLog(folder, first) if main else None
         recent: deque[float] = deque(maxlen=20)
@@ -295,7 +316,7 @@ class _Run:
         batches = prefetched(self.windows, self._batches(first), tokenizing_threads(here))
         try:
             for step in range(first + 1, config.steps + 1):
-                record = self._step(step, batches)
+                record = self._explained_step(step, batches)
                 recent.append(record["seconds"])
                 if log is not None:
                     log.write(record)
@@ -328,6 +349,15 @@ class _Run:
             first = step * self.windows_per_step + self.accelerator.process_index * per_process
             for i in range(first, first + per_process, config.batch_size):
                 yield range(i, i + config.batch_size)
+
+    def _explained_step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
+        """A step whose error, where memory runs out, says what to do."""
+        try:
+            return self._step(step, batches)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise out_of_memory(step, error, self.config, self.plan) from error
 
     def _step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
         """One optimizer step on the next batches; returns its log record."""
@@ -470,6 +500,12 @@ def _leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
+def _least_limit(config: FinetuneConfig, accelerator: Accelerator) -> int | None:
+    """Bytes that a step may take in each process."""
+    limits = gather_object([memory_limit(config, accelerator.device)])
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
     size = elimination.block_size
     _log.info(
@@ -482,33 +518,6 @@ def _say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
     )
 
 
-def _check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
-    block_size = block_tokens(block_size, length)
-    blocks = -(-length // block_size)
-    if blocks < 4:
-        _log.warning(
-            "elimination.block_size: a window of %d tokens has %d blocks of %d, which leaves "
-            "little to choose; a quarter of the window, %d, is a good size",
-            length,
-            blocks,
-            block_size,
-            -(-length // 4),
-        )
-    layerwise = elimination.layerwise
-    for name, keep in (("keep", elimination.keep), ("layerwise.keep_mlp", layerwise.keep_mlp)):
-        if layerwise.policy == "ratio" and isinstance(keep, float):
-            kept = math.ceil(keep * blocks - 1e-9) / blocks
-            if kept - keep > 0.05:
-                _log.warning(
-                    "elimination.%s: %g of %d blocks is rounded up to %g of the tokens; smaller "
-                    "blocks come nearer",
-                    name,
-                    keep,
-                    blocks,
-                    kept,
-                )
-
-
 def _stored_scores(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreStore | None:
     if config.elimination is None or config.elimination.scores is None:
         return None
@@ -518,17 +527,6 @@ def _stored_scores(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -
         "tokenizer": fingerprint.of_tokenizer(tokenizer),
     }
     return ScoreStore.read(config.elimination.scores, wanted)
-
-
-def _check_stored_blocks(length: int, block_size: int | float, scores: ScoreStore) -> None:
-    tokens = block_tokens(block_size, length)
-    if tokens < scores.block_size:
-        _log.warning(
-            "elimination.block_size: blocks of %d tokens are shorter than the %d that the stored "
-            "scores are of, so several of them have the same score",
-            tokens,
-            scores.block_size,
-        )
 
 
 def _windows(

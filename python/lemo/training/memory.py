@@ -34,3 +34,11 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or on the host."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        # What torch raises on the CPU.
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

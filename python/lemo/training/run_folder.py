@@ -26,9 +26,10 @@ from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME
 CONFIG_NAME = "config.yaml"
 KEPT_MAP_NAME = "kept_map.json"
 METRICS_NAME = "metrics.json"
+PLAN_NAME = "plan.json"
 CHECKPOINTS_NAME = "checkpoints"
 ADAPTER_NAME = "adapter"
-RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME)
+RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME, PLAN_NAME)
 
 # Every file that lemo writes into the folders of a run.
 _CONTENTS = {

@@ -1,0 +1,159 @@
+#include "lemo/memory_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <tuple>
+
+#include "lemo/blocks.h"
+#include "lemo/check.h"
+
+namespace lemo {
+namespace {
+
+/// Options of the first layers: what they take together, and how they came to be.
+struct State {
+    int64_t kept;
+    int64_t host;
+    double seconds;
+    int32_t parent;  // among the states of one layer less
+    int32_t option;  // of the last layer
+};
+
+void check_layers(const Checker& check, const LayerOptions& layers) {
+    // Sums of all layers stay within int64.
+    const int64_t largest =
+        std::numeric_limits<int64_t>::max() / 4 / (static_cast<int64_t>(layers.size()) + 1);
+    for (const std::vector<LayerOption>& options : layers) {
+        check.that(!options.empty(), "layers", "one or more options of each layer", "none");
+        for (const LayerOption& option : options) {
+            for (const int64_t bytes :
+                 {option.kept, option.forward, option.backward, option.host}) {
+                check.that(bytes >= 0 && bytes <= largest, "layers",
+                           "bytes of at least 0 whose sum is an int64", bytes);
+            }
+            check.that(
+                option.seconds >= 0 && option.seconds < std::numeric_limits<double>::infinity(),
+                "layers", "seconds of at least 0", option.seconds);
+        }
+    }
+}
+
+void check_limits(const Checker& check, const MemoryLimits& limits) {
+    check.that(limits.device >= 0, "device", "at least 0", limits.device);
+    check.that(limits.host >= 0, "host", "at least 0", limits.host);
+    check.that(limits.fixed >= 0, "fixed", "at least 0", limits.fixed);
+    check.that(limits.granularity >= 1, "granularity", "at least 1", limits.granularity);
+}
+
+/// Removes states that another one surpasses, or equals, in everything.
+void remove_surpassed(std::vector<State>& states) {
+    // Stable: of equals the one stays whose earlier layers keep less.
+    std::stable_sort(states.begin(), states.end(), [](const State& a, const State& b) {
+        return std::tie(a.kept, a.host, a.seconds) < std::tie(b.kept, b.host, b.seconds);
+    });
+    // Of the states so far, which keep less: the least time for at most so many bytes of the host.
+    std::map<int64_t, double> fastest;
+    const auto is_surpassed = [&](const State& state) {
+        auto next = fastest.upper_bound(state.host);
+        if (next != fastest.begin() && std::prev(next)->second <= state.seconds) return true;
+        while (next != fastest.end() && next->second >= state.seconds) next = fastest.erase(next);
+        fastest[state.host] = state.seconds;
+        return false;
+    };
+    states.erase(std::remove_if(states.begin(), states.end(), is_surpassed), states.end());
+}
+
+int64_t at_a_time(const LayerOption& option) { return std::max(option.forward, option.backward); }
+
+}  // namespace
+
+MemoryPlan evaluate_plan(const LayerOptions& layers, const std::vector<int32_t>& options,
+                         int64_t fixed) {
+    const Checker check("evaluate_plan");
+    check_layers(check, layers);
+    check.that(fixed >= 0, "fixed", "at least 0", fixed);
+    check.that(options.size() == layers.size(), "options", "one for each layer",
+               static_cast<int64_t>(options.size()));
+    MemoryPlan plan{options, 0, fixed, 0};
+    int64_t kept = fixed;
+    for (size_t layer = 0; layer < layers.size(); ++layer) {
+        const int32_t index = options[layer];
+        check.that(index >= 0 && static_cast<size_t>(index) < layers[layer].size(), "options",
+                   "an option of the layer", index);
+        const LayerOption& option = layers[layer][static_cast<size_t>(index)];
+        kept += option.kept;
+        plan.peak = std::max(plan.peak, kept + at_a_time(option));
+        plan.host += option.host;
+        plan.seconds += option.seconds;
+    }
+    return plan;
+}
+
+MemoryPlan plan_memory(const LayerOptions& layers, const MemoryLimits& limits) {
+    const Checker check("plan_memory");
+    check_layers(check, layers);
+    check_limits(check, limits);
+    const auto rounded = [&](int64_t bytes) {
+        return ceil_div(bytes, limits.granularity) * limits.granularity;
+    };
+    const MemoryPlan none{{}, 0, 0, 0};
+    if (limits.fixed > limits.device) return none;
+    const int64_t room = limits.device - limits.fixed;
+    std::vector<std::vector<State>> states{{{0, 0, 0.0, -1, -1}}};
+    for (const std::vector<LayerOption>& options : layers) {
+        std::vector<State> next;
+        for (size_t parent = 0; parent < states.back().size(); ++parent) {
+            const State& before = states.back()[parent];
+            for (size_t index = 0; index < options.size(); ++index) {
+                const LayerOption& option = options[index];
+                const int64_t kept = before.kept + rounded(option.kept);
+                const int64_t host = before.host + option.host;
+                if (kept + at_a_time(option) > room || host > limits.host) continue;
+                next.push_back({kept, host, before.seconds + option.seconds,
+                                static_cast<int32_t>(parent), static_cast<int32_t>(index)});
+            }
+        }
+        if (next.empty()) return none;
+        remove_surpassed(next);
+        states.push_back(std::move(next));
+    }
+    const std::vector<State>& last = states.back();
+    const auto best =
+        std::min_element(last.begin(), last.end(), [](const State& a, const State& b) {
+            return std::tie(a.seconds, a.kept, a.host) < std::tie(b.seconds, b.kept, b.host);
+        });
+    std::vector<int32_t> chosen(layers.size());
+    const State* state = &*best;
+    for (size_t layer = layers.size(); layer > 0; --layer) {
+        chosen[layer - 1] = state->option;
+        state = &states[layer - 1][static_cast<size_t>(state->parent)];
+    }
+    return evaluate_plan(layers, chosen, limits.fixed);
+}
+
+int64_t least_memory(const LayerOptions& layers, const MemoryLimits& limits) {
+    check_layers(Checker("least_memory"), layers);
+    MemoryLimits tried = limits;
+    // Without a limit of the device every option fits, so any plan is an upper bound.
+    int64_t enough = limits.fixed;
+    for (const std::vector<LayerOption>& options : layers) {
+        int64_t most = 0;
+        for (const LayerOption& option : options) {
+            most = std::max(most, option.kept + limits.granularity + at_a_time(option));
+        }
+        enough += most;
+    }
+    tried.device = enough;
+    if (plan_memory(layers, tried).options.size() != layers.size()) return -1;
+    int64_t too_little = limits.fixed - 1;
+    while (enough - too_little > 1) {
+        const int64_t middle = too_little + (enough - too_little) / 2;
+        tried.device = middle;
+        const bool fits = middle >= 0 && plan_memory(layers, tried).options.size() == layers.size();
+        (fits ? enough : too_little) = middle;
+    }
+    return enough;
+}
+
+}  // namespace lemo

@@ -1,0 +1,95 @@
+"""``lemo plan``: memory and time of a training step, and what each layer stores of it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from lemo.cli import options
+from lemo.cli.streams import printable
+
+_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder with a config.json, or hub name.")],
+    tokens: Annotated[str, typer.Option(help="Tokens of a window, such as 65536 or 64K.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the blocks that is kept.", show_default="0.5")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory that a step may take, such as 80GiB.",
+            show_default="what is free on the GPU here",
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows of a forward pass.")] = 1,
+    gradient_accumulation: Annotated[
+        int, typer.Option(help="Forward passes of an optimizer step.")
+    ] = 1,
+    lora_rank: Annotated[int, typer.Option(help="Rank of every LoRA pair.")] = 16,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(help="Adapted modules, with commas.", show_default="every linear layer"),
+    ] = None,
+    train_norms: Annotated[bool, typer.Option("--train-norms", help="Train norms, too.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights in nf4, int8 or float8.", show_default="no")
+    ] = None,
+    recompute: Annotated[
+        str, typer.Option(help="auto: as planned; or none, selective, layer.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Any setting of `lemo finetune`."),
+    ] = None,
+) -> None:
+    """What each layer of a training step stores or recomputes, its peak memory and its time.
+
+    Nothing is trained and no weights are read. The rates that the time follows from are measured
+    for a second or two, once for each machine and shape; without a GPU here, the plan of one is
+    made by nominal rates, and no time is told.
+    """
+    settings: dict[str, Any] = {
+        "model": model,
+        "documents": "-",
+        "output": "-",
+        "context_length": options.parse_integers(tokens, "--tokens")[0],
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "lora_rank": lora_rank,
+        "lora_targets": lora_targets,
+        "train_norms": train_norms,
+        "dtype": dtype,
+        "quantize": quantize,
+        "device": device,
+        "elimination": {"recompute": recompute} | ({} if keep is None else {"keep": keep}),
+    }
+    options.apply_assignments(settings, assignments or ())
+    limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+
+    from lemo.settings.finetune import FinetuneConfig
+    from lemo.training.dry_run import planned
+
+    screen = options.console()
+    options.show_messages(screen)
+    for line in planned(FinetuneConfig.from_dict(settings), limit):
+        options.result_console().print(printable(line), soft_wrap=True)
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """ "80GiB" -> 85899345920; without a unit bytes.
+
+    Raises:
+        ValueError: not a size; the message names ``option``.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError(f"{option}: expected a size such as 80GiB, got '{text}'")
+    return round(float(match[1]) * _UNITS[match[2]])

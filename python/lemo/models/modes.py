@@ -1,0 +1,191 @@
+"""What each layer stores of a pass: as the settings say, or as the planner does by free memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.models.adapters import adapted
+from lemo.models.architectures import Architecture
+from lemo.models.batch import Batch
+from lemo.packing.blocks import Selection
+from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.plan import NOMINAL, Planner
+from lemo.planner.rows import rows_of
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.timing import StepTime
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["Modes", "free_bytes"]
+
+# Passes of up to an eighth more rows share a plan.
+_PARTS = 8
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a pass may take on a GPU: those that are free, and those that torch's allocator
+    holds without use; None: not a GPU, whose memory is not planned."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
+    return min(free + unused, round(allowed) - torch.cuda.memory_allocated(device))
+
+
+class Modes:
+    """Chooses a mode for each layer in each pass.
+
+    Args:
+        architecture: access to the model.
+        config: the settings, none left open.
+        visible_keys: what kept rows attend to in these passes.
+    """
+
+    def __init__(
+        self, architecture: Architecture, config: LemoConfig, visible_keys: str = "kept"
+    ) -> None:
+        self._architecture, self._config = architecture, config
+        self._visible_keys = visible_keys
+        self._plans: dict[Any, tuple[str, ...]] = {}
+        count, asked = architecture.num_layers, config.recompute
+        if not isinstance(asked, str) and len(asked) != count:
+            raise ValueError(
+                f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
+            )
+
+    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Sequence[str]:
+        """The setting `recompute` of each layer in a pass.
+
+        Args:
+            batch: what the rows are.
+            residual: [T, H], before rows are dropped.
+            kept: what the first layer keeps.
+            one_set: whether all layers keep it, and other rows are dropped.
+        """
+        count, asked = self._architecture.num_layers, self._config.recompute
+        if not isinstance(asked, str):
+            return asked
+        if asked == "auto" and self._is_planned(residual):
+            free = free_bytes(residual.device)
+            if free is not None:
+                planned = self._planned(batch, residual, kept, one_set, free)
+                if planned is not None:
+                    return planned
+        return [asked] * count
+
+    def _is_planned(self, residual: Tensor) -> bool:
+        """Whether the planner decides in this pass."""
+        layer = self._architecture.layer(0)
+        return (
+            torch.is_grad_enabled()
+            and layer.training
+            # Whoever switches it on asks for the least memory.
+            and not layer.gradient_checkpointing
+            and self._visible_keys == self._config.visible_keys == "kept"
+        )
+
+    def _planned(
+        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool, free: int
+    ) -> tuple[str, ...] | None:
+        """The fastest modes within the memory; None where memory cannot be predicted."""
+        try:
+            shape = shape_of(self._architecture.config)
+        except ValueError:
+            return None
+        lengths = batch.layout.seqlens
+        if one_set:
+            rows = [LayerRows(kept.num_rows, kept.num_rows)] * shape.layers
+        else:
+            rows = rows_of(self._config, shape.layers, lengths)
+        rows = [LayerRows(*map(_rounded_up, layer)) for layer in rows]
+        autocast = torch.is_autocast_enabled(residual.device.type)
+        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast
+        if key not in self._plans:
+            adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
+            if adapters is None or _is_trained(self._architecture.lm_head):
+                return None
+            # The bucket's most rows may be more than there are.
+            most = max(sum(lengths), max(max(layer) for layer in rows))
+            lengths = (*lengths[:-1], lengths[-1] + most - sum(lengths))
+            step = step_of(
+                shape,
+                lengths,
+                rows,
+                drops=one_set,
+                size=residual.dtype.itemsize,
+                autocast=autocast,
+                cuda=residual.device.type == "cuda",
+                loss_chunk=self._config.loss_chunk,
+            )
+            self._plans[key] = _modes(shape, adapters, StepMemory(shape, adapters, step), free)
+        return self._plans[key]
+
+
+def _modes(shape: ModelShape, adapters: Adapters, memory: StepMemory, free: int) -> tuple[str, ...]:
+    # Weights are there already; gradients and the optimizer's state may not be.
+    fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
+    time = StepTime(shape, adapters, memory.step, NOMINAL)
+    plan = Planner(memory, time, fixed).plan(free)
+    return (MODES[-1],) * shape.layers if plan is None else plan.modes
+
+
+def _rounded_up(rows: int) -> int:
+    """Rows, at most an eighth more: a multiple of a power of two."""
+    unit = 1 << max(0, rows.bit_length() - _PARTS.bit_length())
+    return -(-rows // unit) * unit
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> Adapters | None:
+    """LoRA on a decoder layer; None where it trains something else.
+
+    Args:
+        layer: of Llama's kind.
+        dtype: of its activations.
+        autocast: whether autocast is on.
+    """
+    known: set[int] = set()
+    ranks, sizes, targets, dropout = [0], set(), set(), False
+    for name in LINEAR:
+        part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+        module = getattr(part, name, None)
+        if module is None:
+            return None
+        linear = adapted(module)
+        if isinstance(linear, str) or len(linear.pairs) > 1:
+            return None
+        for pair in linear.pairs:
+            if pair.bias is not None or pair.magnitude is not None:
+                return None
+            known |= {id(pair.a), id(pair.b)}
+            sizes.add(pair.a.dtype)
+            targets.add(name)
+            ranks.append(pair.a.shape[0])
+            dropout |= pair.dropout > 0
+    norms = False
+    for name, module in layer.named_modules():
+        if "norm" in name.rpartition(".")[2] or ".modules_to_save" in name:
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    known.add(id(parameter))
+                    sizes.add(parameter.dtype)
+                    norms = True
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    if any(id(parameter) not in known for parameter in trained) or len(sizes) > 1:
+        return None
+    adapter = next(iter(sizes), dtype)
+    return Adapters(
+        max(ranks),
+        frozenset(targets),
+        adapter.itemsize,
+        apart=adapter != dtype and not autocast,
+        dropout=dropout,
+        norms=norms,
+    )

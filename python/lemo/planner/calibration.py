@@ -1,0 +1,170 @@
+"""How fast this machine is: short measured runs, stored for each machine, device and shape."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lemo import _C, ops
+from lemo.files import write_file
+from lemo.planner.shape import ModelShape
+from lemo.planner.timing import Rates
+
+__all__ = ["FOLDER", "calibrated", "stored_rates"]
+
+FOLDER = Path.home() / ".cache" / "lemo"
+"""Where rates are stored."""
+
+_NAME = "rates.json"
+# Rows of the products and of attention, by the kind of the device.
+_ROWS = {"cuda": 8192, "cpu": 512}
+# Elements that are copied.
+_ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
+_REPEATS = 5
+# Nodes of the graph that the host's time is measured on, and operations of each in both passes.
+_NODES, _NODE_OPERATIONS = 64, 7
+
+
+def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """The rates that were measured on this machine for such a model, if they were."""
+    found = _read().get(_key(shape, device, dtype))
+    return None if found is None else Rates(**found)
+
+
+def calibrated(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates of this machine for such a model, measured now unless they are stored.
+
+    Args:
+        shape: the model, whose products and heads are measured.
+        device: where the step runs.
+        dtype: of its products.
+    """
+    rates = stored_rates(shape, device, dtype)
+    if rates is None:
+        rates = measure(shape, device, dtype)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        content = _read() | {_key(shape, device, dtype): asdict(rates)}
+        write_file(FOLDER / _NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    return rates
+
+
+def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates, from runs of a second or two."""
+    bandwidth = _bandwidth(device, dtype)
+    with torch.random.fork_rng(devices=[]):
+        return Rates(
+            _products(shape, device, dtype, bandwidth),
+            *_attention(shape, device, dtype),
+            bandwidth,
+            _launch(device, dtype),
+        )
+
+
+def _read() -> dict[str, dict[str, float]]:
+    try:
+        content = json.loads((FOLDER / _NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _key(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
+    """What rates depend on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    sizes = f"{shape.hidden}x{shape.width}, heads {shape.heads}/{shape.key_heads}/{shape.head_size}"
+    version = _C.build_info()["version"]
+    parts = (
+        platform.node(),
+        name,
+        str(dtype),
+        sizes,
+        f"torch {torch.__version__}",
+        f"lemo {version}",
+    )
+    return "; ".join(parts)
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The least time of a run; the first one does not count."""
+    times = []
+    for _ in range(_REPEATS + 1):
+        _wait(device)
+        start = time.perf_counter()
+        run()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _random(device: torch.device, dtype: torch.dtype, *sizes: int) -> Tensor:
+    return torch.randn(sizes, device=device, dtype=torch.float32).to(dtype)
+
+
+def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes that a sum of two tensors reads and writes in a second."""
+    x = torch.zeros(_ELEMENTS[device.type] // dtype.itemsize, device=device, dtype=dtype)
+    y = torch.zeros_like(x)
+    return 3 * x.nbytes / _seconds(lambda: y.add_(x), device)
+
+
+def _products(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, bandwidth: float
+) -> float:
+    """Operations of a second in the products of a layer, moving bytes apart."""
+    rows, seconds, operations, moved = _ROWS[device.type], 0.0, 0, 0
+    for inputs, outputs in {(each.inputs, each.outputs) for each in shape.linears()}:
+        x = _random(device, dtype, rows, inputs)
+        weight = _random(device, dtype, outputs, inputs)
+        seconds += _seconds(lambda x=x, weight=weight: x @ weight.T, device)  # type: ignore[misc]
+        operations += 2 * rows * inputs * outputs
+        moved += rows * (inputs + outputs) * dtype.itemsize
+    return operations / max(seconds - moved / bandwidth, seconds / 4)
+
+
+def _attention(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations of a second of attention, forward and backward."""
+    rows = _ROWS[device.type]
+    heads = (shape.heads, shape.key_heads, shape.key_heads)
+    q, k, v = (
+        _random(device, dtype, rows, count, shape.head_size).requires_grad_() for count in heads
+    )
+    cuts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+    with torch.no_grad():
+        forward = _seconds(lambda: ops.segment_attention(q, k, v, cuts), device)
+
+    def both() -> None:
+        ops.segment_attention(q, k, v, cuts).sum().backward()
+
+    with torch.enable_grad():
+        backward = max(_seconds(both, device) - forward, forward)
+    pairs = shape.queries * rows * rows / 2
+    return 4 * pairs / forward, 10 * pairs / backward
+
+
+def _launch(device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the host for an operation of a layer, forward or backward."""
+    x, weight = _random(device, dtype, 8, 16), _random(device, dtype, 16, 16)
+
+    def run() -> None:
+        y = x.clone().requires_grad_()
+        for _ in range(_NODES):
+            y = ops.swiglu(y @ weight, y @ weight)
+        y.sum().backward()
+
+    with torch.enable_grad():
+        return _seconds(run, device) / (_NODES * _NODE_OPERATIONS)

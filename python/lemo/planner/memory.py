@@ -1,0 +1,254 @@
+"""Bytes of a training step: what each layer stores until backward, and what exists for a moment.
+
+The bytes follow from the tensors that the code keeps (lemo.models.execution, lemo.models.recompute,
+lemo.models.linear, the operators), not from measurements; docs/design/planner.md derives them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lemo import _C
+from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, weight_bytes
+
+__all__ = ["MODES", "LayerBytes", "StepMemory"]
+
+MODES = ("none", "selective", "layer")
+"""What becomes of a layer's activations, from the fastest to the smallest."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_MLP = ("gate_proj", "up_proj")
+# Workspace of matrix products, which torch's allocator holds, on GPUs.
+_WORKSPACE = 32 * 2**20
+# Logits of a loss chunk, see `lemo.ops.linear_cross_entropy`.
+_LOGITS = {True: 768 * 2**20, False: 256 * 2**20}
+# Bytes of a token: its id, label, next label, position, row, and masks.
+_TOKEN = 48
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """Bytes of one layer.
+
+    Attributes:
+        kept: from its forward pass to its backward pass.
+        forward: for a moment of its forward pass, beyond those kept.
+        backward: for a moment of its backward pass, beyond those kept.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+
+
+class StepMemory:
+    """The bytes of a step.
+
+    Args:
+        shape: the model.
+        adapters: LoRA on it.
+        step: lengths and kept rows.
+        quantize: how the weights are stored.
+    """
+
+    def __init__(
+        self, shape: ModelShape, adapters: Adapters, step: Step, quantize: str | None = None
+    ) -> None:
+        self._shape, self._adapters, self._step = shape, adapters, step
+        self._quantize = quantize
+        size = step.size
+        # A norm whose weight has another dtype than the residual runs as Transformers' module.
+        self._norms_apart = adapters.norms and adapters.size != size
+
+    @property
+    def step(self) -> Step:
+        """Lengths and kept rows."""
+        return self._step
+
+    # The whole step
+
+    @property
+    def weights(self) -> int:
+        """Frozen weights, adapters and the optimizer's state."""
+        trainable = self._adapters.parameters(self._shape) * self._adapters.size
+        return weight_bytes(self._shape, self._step.size, self._quantize) + 3 * trainable
+
+    @property
+    def fixed(self) -> int:
+        """What exists in the whole of both passes: weights, the residual or its gradient, tables
+        of rotations, what is known of each token, and gradients of adapters."""
+        step, shape = self._step, self._shape
+        residual = step.residual_rows * shape.hidden * step.size
+        tables = 2 * step.tokens * shape.head_size * step.size
+        gradients = self._adapters.parameters(shape) * self._adapters.size
+        workspace = _WORKSPACE if step.cuda else 0
+        tokens = _TOKEN * step.tokens
+        return self.weights + residual + tables + gradients + tokens + workspace
+
+    @property
+    def loss(self) -> int:
+        """What the loss takes beside what layers keep and `fixed`, at its highest."""
+        step, shape = self._step, self._shape
+        size, rows, hidden = step.size, step.labels, shape.hidden
+        budget = _LOGITS[step.cuda]
+        number = size if step.cuda else 4
+        chunk = step.loss_chunk or _C.plan_loss_chunk(rows, shape.vocabulary, budget * 4 // number)
+        if step.cuda and chunk < rows and step.loss_chunk is None:
+            chunk = 1 << (chunk.bit_length() - 1)
+        chunk = min(chunk, rows)
+        logits = chunk * shape.vocabulary * number + 4 * rows + (_WORKSPACE if step.cuda else 0)
+        # Rows of the norm, its result, and the gradient of that.
+        states = self.loss_kept + size * hidden * rows
+        return states + logits
+
+    @property
+    def loss_kept(self) -> int:
+        """What the loss stores until backward: rows of the last norm, the gradient of its result,
+        which forward computes."""
+        rows, hidden = self._step.labels, self._shape.hidden
+        return rows * (self._norm() + (self._step.size * hidden))
+
+    def after_forward(self, modes: Iterable[str]) -> int:
+        """Bytes between the two passes, in which there is no residual."""
+        residual = self._step.residual_rows * self._shape.hidden * self._step.size
+        gradients = self._adapters.parameters(self._shape) * self._adapters.size
+        kept = sum(self.layer(index, mode).kept for index, mode in enumerate(modes))
+        return self.fixed - residual - gradients + kept + self.loss_kept
+
+    def peak(self, modes: Iterable[str]) -> int:
+        """The highest bytes of a step with a mode for each layer."""
+        stored, highest = 0, 0
+        for index, mode in enumerate(modes):
+            layer = self.layer(index, mode)
+            stored += layer.kept
+            highest = max(highest, stored + max(layer.forward, layer.backward))
+        return self.fixed + max(highest, stored + self.loss)
+
+    # A layer
+
+    def layer(self, index: int, mode: str) -> LayerBytes:
+        """What a layer takes.
+
+        Args:
+            index: the layer.
+            mode: one of `MODES`.
+        """
+        rows = self._step.rows[index]
+        return self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
+
+    def _stored(self, rows: LayerRows) -> LayerBytes:
+        shape, size = self._shape, self._step.size
+        mlp = rows.mlp * (self._norm() + self._mlp())
+        attention = rows.attention * (self._norm() + self._attention(True))
+        hidden = size * shape.hidden
+        down = rows.mlp * (hidden + size * shape.width) + self._apart("down_proj", rows.mlp)
+        # When attention's backward runs, what the MLP stored is gone.
+        attending = rows.attention * (hidden + self._attention_backward()) - mlp
+        forward = rows.mlp * (size * shape.width + 2 * hidden)
+        matrices = self._matrices(all_of_mlp=False)
+        return LayerBytes(attention + mlp, forward + matrices, max(down, attending, 0) + matrices)
+
+    def _recomputed(self, rows: LayerRows, mode: str) -> LayerBytes:
+        shape, step = self._shape, self._step
+        size, hidden = step.size, step.size * shape.hidden
+        selective = mode == "selective"
+        joined = rows.attention == rows.mlp
+        saved = (size * shape.queries + 4 * shape.heads) if selective else 0
+        kept = rows.attention * (hidden + saved) + (0 if joined else rows.mlp * hidden)
+
+        chunk = min(chunk_rows(rows.mlp, shape.width), rows.mlp)
+        gathered = hidden if step.is_indexed(rows.mlp) else 0
+        # Rows, their norm, gate, up and their product; in backward its gradient in place of the
+        # norm's result, unless adapters hold both.
+        forward = chunk * (2 * hidden + 3 * size * shape.width)
+        graph = chunk * (self._norm() + self._mlp())
+        backward = chunk * (gathered + hidden + size * shape.width) + graph
+        backward += self._apart("down_proj", chunk)
+        mlp = max(forward + chunk * gathered, backward) + self._matrices(all_of_mlp=True)
+
+        attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
+        copied = hidden if step.is_indexed(rows.attention) else 0
+        attending = attention + rows.attention * (copied + self._attention_backward())
+        attending += self._matrices(all_of_mlp=False)
+        if joined:
+            # The graph of attention and what it adds exist while the MLP's backward runs.
+            highest = max(attention + rows.attention * hidden + mlp, attending)
+        else:
+            highest = max(mlp, attending)
+        projected = size * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
+        computed = rows.attention * (2 * hidden + projected - saved)
+        return LayerBytes(kept, max(computed, forward + chunk * 2 * hidden), highest)
+
+    # Bytes of a row
+
+    def _norm(self) -> int:
+        """Stored by a norm: its rows and their scale; its result belongs to who reads it."""
+        size, hidden = self._step.size, self._shape.hidden
+        if self._norms_apart:
+            # The module widens the rows, and narrows what it scaled.
+            return 4 * hidden + size * hidden + 4
+        return size * hidden + 4
+
+    def _attention(self, results: bool) -> int:
+        """Stored by attention behind its norm, with or without its result and its logarithms."""
+        shape, size = self._shape, self._step.size
+        total = self._linears(_ATTENTION, shape.hidden, normalised=True)
+        total += size * (shape.queries + 2 * shape.keys)
+        total += self._linears(("o_proj",), shape.queries, held=True)
+        if shape.head_norms:
+            widths, heads = shape.queries + shape.keys, shape.heads + shape.key_heads
+            total += 4 * widths + 4 * heads + (size * widths if self._adapters.norms else 0)
+        return total + (size * shape.queries + 4 * shape.heads if results else 0)
+
+    def _mlp(self) -> int:
+        """Stored by the MLP behind its norm."""
+        shape = self._shape
+        total = self._linears(_MLP, shape.hidden, normalised=True)
+        total += 2 * self._step.size * shape.width
+        return total + self._linears(("down_proj",), shape.width)
+
+    def _linears(
+        self, names: tuple[str, ...], width: int, normalised: bool = False, held: bool = False
+    ) -> int:
+        """Stored by linear layers that read one tensor.
+
+        Args:
+            names: the layers.
+            width: features of what they read.
+            normalised: whether that is a norm's result.
+            held: whether somebody else stores it anyway.
+        """
+        adapters, size = self._adapters, self._step.size
+        count = sum(name in adapters.targets for name in names)
+        low = count * adapters.rank
+        low *= adapters.size if adapters.apart else size
+        if adapters.dropout:
+            low += count * -(-width // 8)  # the mask's bits
+        if normalised and self._norms_apart:
+            # The norm's result is wide, and is stored so, once.
+            return (self._adapters.size * width if count else 0) + low
+        return (0 if held or not count else width * size) + low
+
+    def _attention_backward(self) -> int:
+        """For a moment: gradients of attention's result, of queries, keys and values, and the
+        kernel's sums."""
+        shape, size = self._shape, self._step.size
+        gradients = size * (2 * shape.queries + 2 * shape.keys)
+        sums = 4 * shape.queries + (8 * shape.heads + 8 if self._step.cuda else 4 * shape.heads)
+        return gradients + sums
+
+    def _apart(self, name: str, rows: int) -> int:
+        """For a moment, where an adapter has a dtype of its own: a copy of some of its input."""
+        if not self._adapters.apart or name not in self._adapters.targets:
+            return 0
+        inputs = next(each.inputs for each in self._shape.linears() if each.name == name)
+        return min(rows * inputs, COPY_ELEMENTS) * self._adapters.size
+
+    def _matrices(self, all_of_mlp: bool) -> int:
+        """Matrices that are made of quantised weights: one, or those of an MLP together."""
+        if self._quantize != "nf4":
+            return 0
+        one = self._shape.hidden * self._shape.width * self._step.size
+        return 3 * one if all_of_mlp else one

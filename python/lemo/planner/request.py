@@ -1,0 +1,131 @@
+"""What is to be planned: a model, its adapters and the settings, for any length of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lemo.planner.memory import StepMemory
+from lemo.planner.plan import Planner, bytes_text, longest_that_fits
+from lemo.planner.rows import drops_rows, rows_of
+from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
+from lemo.planner.timing import Rates, StepTime
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["Request", "adapters_of"]
+
+# Shares of the tokens that are proposed where a step does not fit.
+_KEEPS = 32
+
+
+def adapters_of(
+    rank: int, targets: tuple[str, ...] | None, dropout: bool = False, norms: bool = False
+) -> Adapters:
+    """LoRA in fp32, as `lemo finetune` makes it.
+
+    Args:
+        rank: of every pair.
+        targets: names of the adapted layers; None: all linear ones of the decoder.
+        dropout: whether inputs are dropped out.
+        norms: whether norms are trained.
+
+    Raises:
+        ValueError: a target whose bytes are not known.
+    """
+    for name in targets or ():
+        if name not in LINEAR:
+            raise ValueError(
+                f"lora_targets: expected some of {', '.join(LINEAR)}, whose memory can be "
+                f"predicted, got '{name}'"
+            )
+    return Adapters(rank, frozenset(targets or LINEAR), dropout=dropout, norms=norms)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A step whose length is open.
+
+    Attributes:
+        shape: the model.
+        adapters: LoRA on it.
+        elimination: the settings, none left open.
+        rates: of the machine.
+        batch: sequences of a forward pass.
+        size: bytes of a number of weights and activations.
+        autocast: whether autocast is on.
+        cuda: whether it runs on a GPU.
+        passes: forward passes of an optimizer step.
+        quantize: how weights are stored.
+        window: tokens that attention sees back; 0: all.
+    """
+
+    shape: ModelShape
+    adapters: Adapters
+    elimination: LemoConfig
+    rates: Rates
+    batch: int = 1
+    size: int = 2
+    autocast: bool = True
+    cuda: bool = True
+    passes: int = 1
+    quantize: str | None = None
+    window: int = 0
+
+    def planner(self, tokens: int) -> Planner:
+        """Plans the step with sequences of so many tokens.
+
+        Raises:
+            ValueError: settings whose memory cannot be predicted, see `rows_of`.
+        """
+        layers, lengths = self.shape.layers, [tokens] * self.batch
+        step = step_of(
+            self.shape,
+            lengths,
+            rows_of(self.elimination, layers, lengths),
+            drops=drops_rows(self.elimination, layers),
+            size=self.size,
+            autocast=self.autocast,
+            cuda=self.cuda,
+            passes=self.passes,
+            loss_chunk=self.elimination.loss_chunk,
+        )
+        memory = StepMemory(self.shape, self.adapters, step, self.quantize)
+        group = self.elimination.layerwise.group_size or 0
+        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group)
+        return Planner(memory, time)
+
+    def longest(self, limit: int) -> int:
+        """The most tokens of a sequence that fit into so many bytes; 0: not even 16."""
+        return longest_that_fits(self.planner, limit)
+
+    def advice(self, tokens: int, limit: int) -> str:
+        """What would make a step fit that does not."""
+        least = self.planner(tokens).least()
+        ways = [f"{bytes_text(least)} of memory"]
+        longest = self.longest(limit)
+        if longest:
+            ways.append(f"at most {longest} tokens")
+        keep = self._largest_keep(tokens, limit)
+        if keep is not None:
+            ways.append(f"keep {keep:g} or less, with blocks of 64 tokens")
+        if self.batch > 1 and self._fits(replace(self, batch=1), tokens, limit):
+            ways.append("one sequence at a time (batch size 1)")
+        can_quantise = self.quantize is None and self.size == 2
+        if can_quantise and self._fits(replace(self, quantize="nf4"), tokens, limit):
+            ways.append("weights in 4 bits (quantize nf4)")
+        return "; ".join(ways)
+
+    def _largest_keep(self, tokens: int, limit: int) -> float | None:
+        """The largest share, in steps of 1/32 below the one of the settings, that fits."""
+        for parts in range(_KEEPS - 1, 0, -1):
+            keep = parts / _KEEPS
+            if self.elimination.keep is not None and keep >= self.elimination.keep:
+                continue
+            changed = self.elimination.model_copy(update={"keep": keep, "block_size": 64})
+            if self._fits(replace(self, elimination=changed), tokens, limit):
+                return keep
+        return None
+
+    @staticmethod
+    def _fits(request: Any, tokens: int, limit: int) -> bool:
+        return request.planner(tokens).plan(limit) is not None

@@ -1,0 +1,77 @@
+"""The rows that the settings of elimination keep in each layer, before any score is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lemo import _C
+from lemo.packing.blocks import block_tokens
+from lemo.planner.shape import LayerRows
+from lemo.selection.policies import Policies
+from lemo.settings.elimination import LemoConfig
+
+__all__ = ["drops_rows", "kept_rows", "rows_of"]
+
+
+def kept_rows(
+    lengths: Sequence[int], keep: float, block_size: int | float, ends: tuple[int, int]
+) -> int:
+    """Rows of all sequences that a share of their blocks holds, at most.
+
+    Args:
+        lengths: tokens of each sequence.
+        keep: share of the blocks.
+        block_size: tokens of a block, or their share of the longest sequence.
+        ends: blocks always kept at the start and at the end of a sequence.
+    """
+    size = block_tokens(block_size, max(lengths))
+    blocks, rows = _C.plan_selection(list(lengths), size, keep, *ends)
+    return min(sum(lengths), blocks * size) if rows < 0 else rows
+
+
+def rows_of(config: LemoConfig, num_layers: int, lengths: Sequence[int]) -> list[LayerRows]:
+    """The most rows that each layer keeps at any time of the training.
+
+    By a threshold, which scores decide about, a layer may keep all.
+
+    Args:
+        config: the settings, none left open (`LemoConfig.resolved`).
+        num_layers: layers of the model.
+        lengths: tokens of each sequence.
+
+    Raises:
+        ValueError: rows that are left out are computed or seen; settings that do not fit the model.
+    """
+    if config.visible_keys != "kept":
+        raise ValueError(
+            "visible_keys: expected kept, whose memory and time can be predicted, got "
+            f"{config.visible_keys}"
+        )
+    everything = sum(lengths)
+    if config.layerwise.policy == "threshold":
+        return [LayerRows(everything, everything)] * num_layers
+    policies = Policies(config, num_layers)
+    block_size = config.block_size
+    assert block_size is not None
+    moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
+    least = sum(min(length, config.keep_tokens or 0) for length in lengths)
+    ends = config.keep_first, config.keep_last
+
+    def most(layer: int, kind: str) -> int:
+        rows = 0
+        for progress in moments:
+            rule = policies.rule(layer, kind, progress)
+            keep = 1.0 if rule is None else rule.value
+            rows = max(rows, kept_rows(lengths, keep, block_size, ends))
+        return max(rows, least)
+
+    return [LayerRows(most(layer, "attention"), most(layer, "mlp")) for layer in range(num_layers)]
+
+
+def drops_rows(config: LemoConfig, num_layers: int) -> bool:
+    """Whether rows that no layer keeps are dropped before the layers, all the time."""
+    if config.layerwise.policy == "threshold" or config.mask_loss is False:
+        return False
+    policies = Policies(config, num_layers)
+    moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
+    return all(map(policies.has_one_set, moments))

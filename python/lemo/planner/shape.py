@@ -1,0 +1,221 @@
+"""The sizes that memory and time of a training step follow from: the model's, and the step's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = [
+    "LINEAR",
+    "Adapters",
+    "LayerRows",
+    "Linear",
+    "ModelShape",
+    "Step",
+    "shape_of",
+    "step_of",
+    "weight_bytes",
+]
+
+# Classes of Transformers whose layers are modelled: RMSNorm, rotary embedding, gated MLP.
+_KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+# Bytes of a number of nf4 with nested statistics: half a byte, and one statistic for each 64.
+_NF4 = 0.5 + (1 + 4 / 256) / 64
+_QUANTISED = {"nf4": _NF4, "int8": 1.0, "float8": 1.0}
+# Linear layers of a decoder layer, in the order in which they run.
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Linear(NamedTuple):
+    """A linear layer: its name, and the features that it reads and gives."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder of Llama's kind.
+
+    Attributes:
+        layers: decoder layers.
+        hidden: features of the residual, H.
+        width: features of the MLP, F.
+        heads, key_heads, head_size: Hq, Hk and D.
+        vocabulary: V.
+        tied: whether the head's weight is the embedding's.
+        head_norms: whether queries and keys are normalised head by head (Qwen3).
+    """
+
+    layers: int
+    hidden: int
+    width: int
+    heads: int
+    key_heads: int
+    head_size: int
+    vocabulary: int
+    tied: bool = False
+    head_norms: bool = False
+
+    @property
+    def queries(self) -> int:
+        """Features of the queries, Hq D."""
+        return self.heads * self.head_size
+
+    @property
+    def keys(self) -> int:
+        """Features of the keys, Hk D."""
+        return self.key_heads * self.head_size
+
+    def linears(self) -> tuple[Linear, ...]:
+        """The linear layers of a decoder layer, in the order of `LINEAR`."""
+        hidden, width = self.hidden, self.width
+        inputs = (hidden, hidden, hidden, self.queries, hidden, hidden, width)
+        outputs = (self.queries, self.keys, self.keys, hidden, width, width, hidden)
+        return tuple(map(Linear, LINEAR, inputs, outputs))
+
+    def parameters(self) -> tuple[int, int]:
+        """(parameters of linear layers, all others) of the whole model."""
+        linear = self.layers * sum(each.inputs * each.outputs for each in self.linears())
+        norms = self.layers * 2 * self.hidden + self.hidden
+        if self.head_norms:
+            norms += self.layers * 2 * self.head_size
+        return linear, norms + (1 if self.tied else 2) * self.vocabulary * self.hidden
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA on a model.
+
+    Attributes:
+        rank: of every pair.
+        targets: adapted linear layers of a decoder layer.
+        size: bytes of a number of the adapters, of their gradients and of the optimizer's state.
+        apart: whether PEFT computes them in their own dtype, because it is another one than the
+            model's and autocast is off.
+        dropout: whether their inputs are dropped out.
+        norms: whether the norms' weights are trained, too, in the adapters' dtype.
+    """
+
+    rank: int = 16
+    targets: frozenset[str] = frozenset(LINEAR)
+    size: int = 4
+    apart: bool = False
+    dropout: bool = False
+    norms: bool = False
+
+    def parameters(self, shape: ModelShape) -> int:
+        """Trainable numbers."""
+        pairs = [each for each in shape.linears() if each.name in self.targets]
+        count = shape.layers * self.rank * sum(each.inputs + each.outputs for each in pairs)
+        if self.norms:
+            count += (2 * shape.layers + 1) * shape.hidden
+            count += 2 * shape.layers * shape.head_size * shape.head_norms
+        return count
+
+
+class LayerRows(NamedTuple):
+    """Rows that the attention and the MLP of a layer keep."""
+
+    attention: int
+    mlp: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward and backward pass.
+
+    Attributes:
+        lengths: tokens of each sequence.
+        rows: kept rows of each layer, of all sequences.
+        labels: rows whose loss counts.
+        residual_rows: rows of the residual inside of the layers: the kept ones where the others
+            are dropped, else all.
+        size: bytes of a number of activations.
+        autocast: whether autocast is on, under which trainable parameters may be wider.
+        cuda: whether it runs on a GPU.
+        passes: such passes in an optimizer step.
+        loss_chunk: rows of a loss chunk; None: as `lemo.ops.linear_cross_entropy` has it.
+    """
+
+    lengths: tuple[int, ...]
+    rows: tuple[LayerRows, ...]
+    labels: int
+    residual_rows: int
+    size: int = 2
+    autocast: bool = False
+    cuda: bool = True
+    passes: int = 1
+    loss_chunk: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a pass, T."""
+        return sum(self.lengths)
+
+    def is_indexed(self, rows: int) -> bool:
+        """Whether kept rows are gathered out of the residual by an index."""
+        return rows != self.residual_rows
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The sizes of a Transformers configuration.
+
+    Raises:
+        ValueError: a model whose memory lemo does not model.
+    """
+    if config.model_type not in _KNOWN:
+        raise ValueError(
+            f"model: expected one of the types {', '.join(_KNOWN)}, whose memory and time can be "
+            f"predicted, got '{config.model_type}'"
+        )
+    heads = config.num_attention_heads
+    return ModelShape(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        width=config.intermediate_size,
+        heads=heads,
+        key_heads=config.num_key_value_heads or heads,
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        head_norms=config.model_type == "qwen3",
+    )
+
+
+def step_of(
+    shape: ModelShape,
+    lengths: Sequence[int],
+    rows: Sequence[LayerRows],
+    labelled: float = 1.0,
+    drops: bool = True,
+    **settings: Any,
+) -> Step:
+    """The step in which layers keep these rows.
+
+    Args:
+        shape: the model.
+        lengths: tokens of each sequence.
+        rows: of each layer.
+        labelled: share of the kept rows that have a label.
+        drops: whether rows that no layer keeps are dropped before the layers (one kept set, and a
+            loss of kept rows).
+        settings: further attributes of `Step`.
+    """
+    kept = max(max(each) for each in rows)
+    assert len(rows) == shape.layers
+    return Step(
+        tuple(lengths),
+        tuple(rows),
+        labels=max(1, round(labelled * kept)),
+        residual_rows=kept if drops else sum(lengths),
+        **settings,
+    )
+
+
+def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
+    """Bytes of the frozen weights, linear layers of the decoder quantised or not."""
+    linear, others = shape.parameters()
+    return round(linear * _QUANTISED.get(quantize or "", size)) + others * size

@@ -1,0 +1,229 @@
+"""Seconds of a training step: products, attention, and the bytes that everything else moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
+
+__all__ = ["Rates", "StepTime"]
+
+# Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
+# (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
+# autocast to another dtype, where PEFT computes an adapter apart, and for norms that run as
+# modules. Recomputing makes them more by a share.
+_BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 44, 8, 6, 15, 62, 0.3
+# A host and a GPU work at the same time; where neither waits for the other all the time, a step
+# takes a little longer than the longer of both.
+_OVERLAP = 4
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second; from `lemo.planner.calibration`.
+
+    Attributes:
+        products: floating point operations of large matrix products.
+        attention: those of attention's forward pass, of its visible half.
+        attention_backward: the same of its backward pass.
+        bytes: bytes that element-wise operations read or write.
+        launch: seconds of the host for an operation.
+    """
+
+    products: float
+    attention: float
+    attention_backward: float
+    bytes: float
+    launch: float
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Operations of products, and bytes that are moved, for each row."""
+
+    products: float = 0
+    moved: float = 0
+
+    def __add__(self, other: _Work) -> _Work:
+        return _Work(self.products + other.products, self.moved + other.moved)
+
+    def __sub__(self, other: _Work) -> _Work:
+        return _Work(self.products - other.products, self.moved - other.moved)
+
+
+class StepTime:
+    """The seconds of a step.
+
+    Args:
+        shape: the model.
+        adapters: LoRA on it.
+        step: lengths and kept rows.
+        rates: of the machine.
+        window: tokens that attention sees back; 0: all.
+        group_size: tokens of a shifted attention group; 0: no groups.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        adapters: Adapters,
+        step: Step,
+        rates: Rates,
+        window: int = 0,
+        group_size: int = 0,
+    ) -> None:
+        self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
+        self._window, self._group_size = window, group_size
+        self._norms_apart = adapters.norms and adapters.size != step.size
+
+    def seconds(self, modes: Iterable[str]) -> float:
+        """Of an optimizer step with a mode for each layer."""
+        alike = Counter(zip(self._step.rows, modes))
+        device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
+        host = sum(n * self.host(mode) for (_, mode), n in alike.items())
+        if not self._step.cuda:
+            return self._step.passes * (device + host)
+        both = (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
+        return self._step.passes * both
+
+    def host(self, mode: str) -> float:
+        """Of the host, for a layer in both passes."""
+        adapters = self._adapters
+        count = sum(linear.name in adapters.targets for linear in self._shape.linears())
+        one = _APART if adapters.apart else _ADAPTER
+        if self._step.autocast and adapters.size != self._step.size:
+            one += _CAST
+        operations = _BASE + count * one + (_NORMS if self._norms_apart else 0)
+        return self._rates.launch * operations * (1 if mode == "none" else 1 + _AGAIN)
+
+    @property
+    def loss(self) -> float:
+        """Of the head and the loss in both passes: logits, and the gradient of what they are of."""
+        shape, step = self._shape, self._step
+        products = 2 * 2 * step.labels * shape.vocabulary * shape.hidden
+        moved = 6 * step.labels * shape.vocabulary * step.size
+        return products / self._rates.products + moved / self._rates.bytes
+
+    def layer(self, index: int, mode: str) -> float:
+        """Of the device, for a layer in both passes, with what it computes a second time.
+
+        Args:
+            index: the layer.
+            mode: one of `lemo.planner.memory.MODES`.
+        """
+        return self._layer(self._step.rows[index], mode)
+
+    def _layer(self, rows: LayerRows, mode: str) -> float:
+        total = self._forward(rows) + self._backward(rows)
+        if mode != "none":
+            # The last product's values are not needed.
+            again = self._seconds(rows, self._attention_forward(), self._mlp_forward())
+            total += again - self._seconds(rows, _Work(), self._down())
+        if mode == "layer":
+            total += self._attending(rows.attention, 4, self._rates.attention)
+        return total
+
+    def _forward(self, rows: LayerRows) -> float:
+        work = self._seconds(rows, self._attention_forward(), self._mlp_forward())
+        return work + self._attending(rows.attention, 4, self._rates.attention)
+
+    def _backward(self, rows: LayerRows) -> float:
+        work = self._seconds(rows, self._attention_gradient(), self._mlp_gradient())
+        return work + self._attending(rows.attention, 10, self._rates.attention_backward)
+
+    def _seconds(self, rows: LayerRows, attention: _Work, mlp: _Work) -> float:
+        products = rows.attention * attention.products + rows.mlp * mlp.products
+        moved = rows.attention * attention.moved + rows.mlp * mlp.moved
+        return products / self._rates.products + moved / self._rates.bytes
+
+    def _attending(self, rows: int, operations: int, rate: float) -> float:
+        """Seconds of attention among the kept rows of each sequence."""
+        tokens, pairs = self._step.tokens, 0.0
+        for length in self._step.lengths:
+            kept = rows * length / tokens
+            seen = kept
+            if self._window:
+                seen = min(seen, 2 * self._window * rows / tokens)
+            if self._group_size:
+                seen = min(seen, self._group_size * rows / tokens)
+            pairs += kept * seen / 2
+        return operations * self._shape.queries * pairs / rate
+
+    # Work of a row
+
+    def _linear(self, name: str) -> _Work:
+        """A linear layer, forward."""
+        linear = next(each for each in self._shape.linears() if each.name == name)
+        inputs, outputs = linear.inputs, linear.outputs
+        size, rank = self._step.size, self._adapters.rank
+        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        if name not in self._adapters.targets:
+            return work
+        pair = 2 * rank * (inputs + outputs)
+        if self._adapters.apart:
+            wide = self._adapters.size
+            # Widened; read; made; scaled; added; narrowed.
+            moved = inputs * (size + 2 * wide) + outputs * (3 * wide + size + 3 * wide + size)
+            return work + _Work(pair, moved)
+        return work + _Work(pair, size * (inputs + 2 * outputs))
+
+    def _linear_gradient(self, name: str) -> _Work:
+        """The same, backward: the weight is frozen."""
+        linear = next(each for each in self._shape.linears() if each.name == name)
+        inputs, outputs = linear.inputs, linear.outputs
+        size, rank = self._step.size, self._adapters.rank
+        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        if name not in self._adapters.targets:
+            return work
+        pair = 4 * rank * (inputs + outputs)
+        if self._adapters.apart:
+            wide = self._adapters.size
+            moved = outputs * (2 * (size + wide) + 4 * wide) + inputs * (3 * wide + 4 * size)
+            return work + _Work(pair, moved)
+        return work + _Work(pair, size * (2 * outputs + 3 * inputs))
+
+    def _norm(self, readers: int) -> _Work:
+        """A norm on gathered rows, and its result for so many adapted layers, forward."""
+        size, hidden = self._step.size, self._shape.hidden
+        if self._norms_apart:
+            # Gathered, widened, squared, averaged, scaled, narrowed, weighted; narrowed by readers.
+            moved = 2 * size + (size + 4) + 8 + 4 + 8 + (4 + size) + (size + 4)
+            return _Work(0, hidden * (moved + readers * (4 + size)))
+        return _Work(0, 3 * size * hidden)
+
+    def _norm_gradient(self, readers: int) -> _Work:
+        size, hidden = self._step.size, self._shape.hidden
+        if self._norms_apart:
+            moved = 2 * (size + 4) + 12 + (4 + size) + 3 * 12 + (4 + size) + 3 * size
+            return _Work(0, hidden * (moved + readers * (4 + size) + (readers - 1) * 12))
+        return _Work(0, (4 + 3 * (readers - 1)) * size * hidden)
+
+    def _attention_forward(self) -> _Work:
+        shape, size = self._shape, self._step.size
+        work = self._norm(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            work += self._linear(name)
+        return work + _Work(0, 3 * size * shape.hidden)
+
+    def _attention_gradient(self) -> _Work:
+        shape, size = self._shape, self._step.size
+        work = self._norm_gradient(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            work += self._linear_gradient(name)
+        return work + _Work(0, 2 * size * shape.hidden)
+
+    def _down(self) -> _Work:
+        return self._linear("down_proj") + _Work(0, 3 * self._step.size * self._shape.hidden)
+
+    def _mlp_forward(self) -> _Work:
+        work = self._norm(2) + _Work(0, 3 * self._step.size * self._shape.width)
+        return work + self._linear("gate_proj") + self._linear("up_proj") + self._down()
+
+    def _mlp_gradient(self) -> _Work:
+        size, shape = self._step.size, self._shape
+        work = self._norm_gradient(2) + _Work(0, 5 * size * shape.width)
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            work += self._linear_gradient(name)
+        return work + _Work(0, 2 * size * shape.hidden)

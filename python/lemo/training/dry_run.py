@@ -1,0 +1,84 @@
+"""The plan of a step without its weights, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lemo.ops import supports_device
+from lemo.planner.calibration import calibrated
+from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
+from lemo.planner.text import plan_lines
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training.model import load_config
+from lemo.training.planning import memory_limit, request_of
+
+__all__ = ["planned"]
+
+
+def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
+    """The lines of `lemo plan`.
+
+    Args:
+        config: the run.
+        limit: bytes that a step may take; None: what is free on the GPU here.
+
+    Raises:
+        DoesNotFitError: no plan is within the limit.
+        FileNotFoundError, ValueError: no such model; settings whose memory is not predicted.
+    """
+    elimination = config.elimination
+    if elimination is None:
+        raise ValueError("elimination: expected settings of it, got null")
+    elimination = elimination.resolved(answers=False)
+    model_config, tokens = load_config(config.model), config.context_length
+    here = torch.cuda.is_available() and supports_device("cuda")
+    device = torch.device("cpu" if config.device == "cpu" else "cuda")
+    if limit is None:
+        limit = memory_limit(config, device) if here else None
+        if limit is None:
+            raise ValueError("--gpu-memory: expected a size such as 80GiB, because no GPU is here")
+    on_cpu = device.type == "cpu"
+    dtype = torch.float32 if on_cpu else torch.bfloat16
+    if config.dtype != "auto":
+        dtype = getattr(torch, config.dtype)
+    rates = None
+    request = request_of(config, elimination, model_config, dtype, device, NOMINAL)
+    if here or on_cpu:
+        rates = calibrated(request.shape, device, dtype)
+        request = request_of(config, elimination, model_config, dtype, device, rates)
+    planner, asked = request.planner(tokens), elimination.recompute
+    linear, others = request.shape.parameters()
+    rows = planner.rows
+    yield (
+        f"model: {model_config.model_type}, {request.shape.layers} layers, "
+        f"{(linear + others) / 1e9:.3g} billion parameters, "
+        f"{bytes_text(planner.weights)} with LoRA and its optimizer"
+    )
+    yield (
+        f"step: {config.batch_size} x {tokens} tokens, of which layers keep "
+        + (f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}")
+    )
+    if asked == "auto":
+        plan = planner.plan(limit)
+        if plan is None:
+            raise DoesNotFitError(
+                f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} "
+                f"may be taken; what would fit: {request.advice(tokens, limit)}"
+            )
+    else:
+        modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
+        plan = planner.of(modes, limit)
+        if plan.peak > limit:
+            raise DoesNotFitError(
+                f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
+                f"with recompute auto {bytes_text(planner.least())} at least"
+            )
+    yield from plan_lines(plan)
+    yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
+    if rates is None:
+        yield "step time: not known here: no GPU to measure rates on"
+    else:
+        yield f"step time: {plan.seconds:.3g} s"
+    yield f"longest window that fits: {request.longest(limit)} tokens"

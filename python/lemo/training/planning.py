@@ -1,0 +1,247 @@
+"""The plan of a run: what each layer stores, within the memory there is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lemo.files import write_file
+from lemo.planner.calibration import calibrated
+from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
+from lemo.planner.request import Request, adapters_of
+from lemo.planner.shape import shape_of
+from lemo.planner.text import plan_lines
+from lemo.planner.timing import Rates
+from lemo.settings.elimination import LemoConfig
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training.run_folder import PLAN_NAME
+
+__all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
+
+_GIB = 2**30
+
+_log = logging.getLogger("lemo")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The plan of a run.
+
+    Attributes:
+        plan: what each layer does, and what is predicted.
+        asked: the settings that it follows from.
+        request: what was planned, for other lengths.
+    """
+
+    plan: Plan
+    asked: dict[str, Any]
+    request: Request
+
+    @property
+    def recompute(self) -> Any:
+        """The setting `recompute` of the plan: one mode, or that of each layer."""
+        modes = self.plan.modes
+        return modes[0] if len(set(modes)) == 1 else modes
+
+    def write(self, folder: Path) -> None:
+        """Writes plan.json into a run folder."""
+        plan = self.plan
+        content = {
+            "asked": self.asked,
+            "modes": list(plan.modes),
+            "kept_bytes": [layer.kept for layer in plan.layers],
+            "peak_bytes": plan.peak,
+            "seconds": plan.seconds,
+            "limit_bytes": plan.limit,
+        }
+        write_file(folder / PLAN_NAME, json.dumps(content) + "\n")
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        plan = self.plan
+        sizes = f"{bytes_text(plan.peak)} of {bytes_text(plan.limit)}"
+        return [
+            f"plan: {sizes}, {plan.seconds:.3g} s a step",
+            *(f"  {line}" for line in plan_lines(plan)),
+        ]
+
+
+def memory_limit(config: FinetuneConfig, device: torch.device) -> int | None:
+    """Bytes that a run may take: the setting, or what is free on its GPU; None: not limited."""
+    if config.memory_limit is not None:
+        return round(config.memory_limit * _GIB)
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
+def request_of(
+    config: FinetuneConfig,
+    elimination: LemoConfig,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    rates: Rates | None = None,
+) -> Request:
+    """What a run asks of the planner.
+
+    Args:
+        config: the run.
+        elimination: its settings of elimination, none left open.
+        model_config: Transformers' configuration of the model.
+        dtype: of its weights.
+        device: where it runs.
+        rates: of the machine; None: those that are measured here.
+
+    Raises:
+        ValueError: memory and time cannot be predicted.
+    """
+    if elimination.path == "generic":
+        raise ValueError(
+            "elimination.path: expected native, whose memory can be predicted, got generic"
+        )
+    shape = shape_of(model_config)
+    adapters = adapters_of(
+        config.lora_rank, config.lora_targets, config.lora_dropout > 0, config.train_norms
+    )
+    return Request(
+        shape,
+        adapters,
+        elimination,
+        calibrated(shape, device, dtype) if rates is None else rates,
+        batch=config.batch_size,
+        size=dtype.itemsize,
+        autocast=dtype != torch.float32,
+        cuda=device.type == "cuda",
+        passes=config.gradient_accumulation,
+        quantize=config.quantize,
+        window=_window(model_config),
+    )
+
+
+def _window(model_config: Any) -> int:
+    """Tokens that attention of every layer sees back; 0: all, in some layer."""
+    return (model_config.sliding_window or 0) if model_config.model_type == "mistral" else 0
+
+
+def out_of_memory(
+    step: int, error: BaseException, config: FinetuneConfig, plan: RunPlan | None
+) -> MemoryError:
+    """The error of a step that ran out of memory: the plan, what to change, how to go on.
+
+    Args:
+        step: that ran out of it.
+        error: torch's or Python's.
+        config: the run.
+        plan: its plan, if it has one.
+    """
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    elimination, ways = config.elimination, []
+    recompute = "none" if elimination is None else elimination.recompute
+    if plan is not None and recompute == "auto" and set(plan.plan.modes) != {"layer"}:
+        less = plan.plan.peak / _GIB * (1 - 2 * MARGIN)
+        ways.append(f"--memory-limit {less:.3g} (GiB), by which more is recomputed")
+    elif elimination is not None and recompute != "layer" and plan is None:
+        ways.append("--recompute layer")
+    parts = [f"step {step}: {reason}"]
+    if plan is not None:
+        parts += [line.strip() for line in plan.lines()]
+    again = f"lemo finetune --output {shlex.quote(config.output)} --resume"
+    parts.append("the steps up to the newest checkpoint are kept")
+    if ways:
+        parts.append(f"to go on with less memory: {again} {ways[0]}")
+    else:
+        parts.append(f"to go on where there is more memory: {again}")
+    parts.append(
+        "a new run needs less with a smaller keep, context_length or batch_size (and more "
+        "gradient_accumulation), or with --quantize nf4"
+    )
+    return MemoryError("; ".join(parts))
+
+
+def plan_run(
+    config: FinetuneConfig,
+    elimination: LemoConfig | None,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    limit: int | None,
+) -> RunPlan | None:
+    """The plan of a run; None where its memory is not limited, or cannot be predicted.
+
+    A resumed run keeps the plan that it has, as long as it fits.
+
+    Args:
+        config: the run.
+        elimination: its settings of elimination, none left open.
+        model_config: Transformers' configuration of the model.
+        dtype: of its weights.
+        device: where it runs.
+        limit: bytes that a step may take; None: not limited.
+
+    Raises:
+        DoesNotFitError: no plan is within the limit.
+        ValueError: `memory_limit` is given, but memory cannot be predicted.
+    """
+    if limit is None:
+        return None
+    try:
+        if elimination is None:
+            raise ValueError("elimination: expected settings of it, got null")
+        request = request_of(config, elimination, model_config, dtype, device)
+        planner = request.planner(config.context_length)
+    except ValueError as error:
+        if config.memory_limit is None:
+            _log.info("no plan: %s", error)
+            return None
+        raise ValueError(f"memory_limit: memory cannot be predicted: {error}") from None
+    recompute: Any = elimination.recompute
+    if recompute == "auto" and config.gradient_checkpointing:
+        recompute = "layer"
+    asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    layers = request.shape.layers
+    if recompute != "auto":
+        modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
+        plan = planner.of(modes, limit) if len(modes) == layers else None
+        # Left to lemo.enable, which says that there is not one for each layer.
+        if plan is None:
+            return None
+        if (1 - MARGIN) * plan.peak <= limit:
+            return RunPlan(plan, asked, request)
+    else:
+        plan = _recorded(config, asked, planner, limit) or planner.plan(limit)
+        if plan is not None:
+            return RunPlan(plan, asked, request)
+    raise DoesNotFitError(
+        f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
+        f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
+        + (
+            ""
+            if recompute == "auto"
+            else f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
+        )
+        + f"; what would fit: {request.advice(config.context_length, limit)}"
+    )
+
+
+def _recorded(
+    config: FinetuneConfig, asked: dict[str, Any], planner: Any, limit: int
+) -> Plan | None:
+    """The plan of the run that is resumed, if it was asked for in the same way and fits."""
+    if not config.resume:
+        return None
+    try:
+        content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
+        if content["asked"] != asked:
+            return None
+        plan: Plan = planner.of(content["modes"], limit)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return plan if plan.peak <= limit else None

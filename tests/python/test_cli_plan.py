@@ -1,0 +1,109 @@
+"""`lemo plan`: what it prints, and what it refuses."""
+
+import pytest
+from transformers import LlamaConfig, OPTConfig
+
+from lemo.cli.main import main
+from lemo.cli.plan import parse_bytes
+from lemo.planner import calibration
+from lemo.planner.timing import Rates
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The shape of Llama-3-8B, without weights."""
+    LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(capsys, *arguments):
+    """(exit code, standard output, standard error)."""
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def test_a_plan(folder, capsys):
+    arguments = (folder, "--tokens", "128K", "--keep", "0.25", "--gpu-memory", "80GiB")
+    code, out, _ = run(capsys, *arguments, "--dtype", "bfloat16")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0].startswith("model: llama, 32 layers, 8.03 billion parameters, 15.4 GiB")
+    assert lines[1] == "step: 1 x 131072 tokens, of which layers keep 32768"
+    assert lines[2].startswith("layers 0-")
+    assert "recompute all but attention" in lines[2]
+    assert lines[3].startswith("layers ")
+    assert "-31: store everything, 4.26 GiB each" in lines[3]
+    assert lines[4].startswith("peak memory: 7")
+    assert lines[4].endswith("of 80.0 GiB")
+    assert lines[5].startswith("step time: ")
+    longest = int(lines[6].split()[-2])
+    # What is said to fit fits, and a little more does not.
+    for tokens, expected in ((longest, 0), (longest + 64, 1)):
+        assert run(capsys, folder, "--tokens", tokens, *arguments[3:])[0] == expected
+
+
+def test_less_memory_recomputes_more(folder, capsys):
+    arguments = folder, "--tokens", "64K", "--keep", "0.25", "--gpu-memory"
+    _, out, _ = run(capsys, *arguments, "140GiB")
+    assert "layers 0-31: store everything" in out
+    _, out, _ = run(capsys, *arguments, "22.5GiB")
+    assert "recompute all" in out
+    assert "store everything" not in out
+
+
+def test_a_context_that_does_not_fit(folder, capsys):
+    code, out, err = run(
+        capsys, folder, "--tokens", "1024K", "--keep", "0.5", "--gpu-memory", "40GiB"
+    )
+    assert code == 1
+    assert "peak memory" not in out
+    for text in ("are needed at least", "40.0 GiB may be taken", "at most ", "tokens", "keep 0."):
+        assert text in err
+    code, _, err = run(
+        *(capsys, folder, "--tokens", "64K", "--gpu-memory", "40GiB", "--recompute", "none")
+    )
+    assert code == 1
+    assert "with recompute auto" in err
+
+
+def test_rates_of_the_cpu(folder, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(calibration, "measure", lambda *_: Rates(1e11, 2e10, 2e10, 2e10, 2e-5))
+    _, out, _ = run(capsys, folder, "--tokens", "8K", "--gpu-memory", "200GiB", "--device", "cpu")
+    assert " s\n" in next(line + "\n" for line in out.splitlines() if "step time" in line)
+
+
+def test_what_is_refused(folder, capsys, tmp_path):
+    for arguments, message in (
+        (("--gpu-memory", "many"), "--gpu-memory: expected a size such as 80GiB, got 'many'"),
+        (("--recompute", "all"), "recompute: expected one of"),
+        (("--lora-targets", "lm_head"), "lora_targets: expected some of"),
+        (("--set", "elimination.visible_keys=computed"), "visible_keys: expected kept"),
+    ):
+        given = arguments if "--gpu-memory" in arguments else (*arguments, "--gpu-memory", "80GiB")
+        code, _, err = run(capsys, folder, "--tokens", "8K", *given)
+        assert code == 1
+        assert message in err
+    OPTConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2).save_pretrained(
+        tmp_path / "opt"
+    )
+    code, _, err = run(capsys, tmp_path / "opt", "--tokens", "2K", "--gpu-memory", "80GiB")
+    assert code == 1
+    assert "whose memory and time can be predicted, got 'opt'" in err
+
+
+def test_sizes():
+    assert parse_bytes("80GiB", "x") == 80 * 2**30
+    assert parse_bytes("1.5 gb", "x") == 1_500_000_000
+    assert parse_bytes("17", "x") == 17

@@ -1,0 +1,147 @@
+"""Each layer's own mode: as listed in the settings, and as planned by free memory."""
+
+import pytest
+import torch
+
+import lemo
+from lemo.models import modes as modes_module
+from lemo.models.modes import adapters_of_layer, free_bytes
+from lemo.planner.memory import StepMemory
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
+from model_checks import saved_bytes
+from tiny_models import config_of, gradients, lora, make_ids, make_model
+from tolerances import assert_close_fp32
+
+pytestmark = pytest.mark.cpu_only
+
+LAYERS, TOKENS = 4, 256
+MIXED = ["layer", "selective", "none", "layer"]
+
+
+def model_and_batch(**settings):
+    model = make_model("llama", num_hidden_layers=LAYERS, max_position_embeddings=TOKENS)
+    ids = make_ids(1, TOKENS)
+    return lora(model, **settings), {"input_ids": ids, "labels": ids}
+
+
+def enabled(model, recompute, **settings):
+    defaults = {"keep": 0.5, "block_size": 8, "dense_layers": [], "scorer": "random"}
+    return lemo.enable(model, config_of(recompute=recompute, **defaults | settings))
+
+
+def memory_of(model, rows=TOKENS // 2, **settings):
+    shape = shape_of(model.get_base_model().config)
+    kept = [LayerRows(rows, rows)] * shape.layers
+    step = step_of(shape, [TOKENS], kept, size=4, cuda=False, **settings)
+    return StepMemory(shape, Adapters(4), step)
+
+
+def stored(model, batch, recompute):
+    """Bytes that autograd stores with these modes."""
+    handle = enabled(model, recompute)
+    size = saved_bytes(model, batch)
+    handle.remove()
+    return size
+
+
+def test_gradients_of_mixed_modes_are_those_of_none():
+    model, batch = model_and_batch()
+    results = []
+    for recompute in ("none", MIXED):
+        handle = enabled(model, recompute)
+        model(**batch).loss.backward()
+        results.append({name: value.clone() for name, value in gradients(model).items()})
+        model.zero_grad()
+        handle.remove()
+    for name, expected in results[0].items():
+        assert_close_fp32(results[1][name], expected, name)
+
+
+def test_mixed_modes_store_what_each_of_them_stores():
+    model, batch = model_and_batch()
+    memory = memory_of(model)
+    # With one layer of each that stores something, which all of them share (tables, rows).
+    first, second = (
+        ["none", "selective", "layer", "layer"],
+        ["none", "selective", "none", "selective"],
+    )
+    predicted = memory.layer(2, "none").kept + memory.layer(3, "selective").kept
+    predicted -= 2 * memory.layer(2, "layer").kept
+    assert stored(model, batch, second) - stored(model, batch, first) == predicted
+
+
+def test_one_mode_for_each_layer():
+    model, _ = model_and_batch()
+    with pytest.raises(
+        ValueError, match="recompute: expected 4 entries, one for each layer, got 1"
+    ):
+        enabled(model, ["layer"])
+
+
+def test_auto_stores_what_fits(monkeypatch):
+    """Less and less memory: everything is stored, some layers are recomputed, all are."""
+    model, batch = model_and_batch()
+    memory = memory_of(model)
+    none, layer = stored(model, batch, "none"), stored(model, batch, "layer")
+    # Free memory is that beside the weights.
+    needed = (
+        memory.peak(["none"] * LAYERS)
+        - memory.weights
+        + 3 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    )
+    sizes = []
+    for free in (2 * needed, needed - memory.layer(0, "none").kept, 1):
+        monkeypatch.setattr(modes_module, "free_bytes", lambda device, free=free: free)
+        sizes.append(stored(model, batch, "auto"))
+    assert sizes[0] == none
+    assert layer < sizes[1] < none
+    assert sizes[2] == layer
+
+
+def test_auto_without_a_gpu_stores_everything():
+    assert free_bytes(torch.device("cpu")) is None
+    model, batch = model_and_batch()
+    assert stored(model, batch, "auto") == stored(model, batch, "none")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch):
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    model, batch = model_and_batch()
+    model.enable_input_require_grads()
+    expected = stored(model, batch, "layer")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert stored(model, batch, "auto") == expected
+
+
+def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
+    asked = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    make = modes_module._modes
+    monkeypatch.setattr(
+        modes_module, "_modes", lambda *arguments: asked.append(1) or make(*arguments)
+    )
+    model, batch = model_and_batch()
+    enabled(model, "auto")
+    for _ in range(3):
+        model(**batch).loss.backward()
+    assert len(asked) == 1
+    model(**{name: value[:, :64] for name, value in batch.items()}).loss.backward()
+    assert len(asked) == 2
+
+
+def test_adapters_of_a_layer():
+    model, _ = model_and_batch(target_modules=["q_proj", "down_proj"])
+    layer = model.get_base_model().model.layers[0]
+    found = adapters_of_layer(layer, torch.float32, False)
+    assert found == Adapters(4, frozenset(["q_proj", "down_proj"]))
+    assert adapters_of_layer(layer, torch.bfloat16, False).apart
+    assert not adapters_of_layer(layer, torch.bfloat16, True).apart
+    model, _ = model_and_batch(
+        target_modules=LINEAR, lora_dropout=0.1, modules_to_save=["input_layernorm"]
+    )
+    layer = model.get_base_model().model.layers[0]
+    found = adapters_of_layer(layer, torch.float32, False)
+    assert found == Adapters(4, dropout=True, norms=True)
+    layer.mlp.up_proj.base_layer.weight.requires_grad_()
+    assert adapters_of_layer(layer, torch.float32, False) is None

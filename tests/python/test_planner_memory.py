@@ -1,0 +1,105 @@
+"""Bytes that the planner predicts are those that autograd stores, and memory that was measured."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import lemo
+from common.recorded_steps import RecordedMemory, recorded_steps
+from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
+from lemo.training.finetune import _leave_casts_to_autocast
+from model_checks import saved_bytes
+from tiny_models import config_of, make_ids, make_model
+
+pytestmark = pytest.mark.cpu_only
+
+TOKENS, RANK = 256, 4
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"]
+CASES = {
+    "no MLP": (Adapters(RANK, frozenset(LINEAR[:4]), size=2), {}),
+    "one of q, k and v": (Adapters(RANK, frozenset(["k_proj", "up_proj"]), size=2), {}),
+    "all": (Adapters(RANK, size=2), {}),
+    "apart": (Adapters(RANK, apart=True), {}),
+    "autocast": (Adapters(RANK), {"autocast": True}),
+    "norms": (Adapters(RANK, norms=True), {"autocast": True}),
+    "dropout": (Adapters(RANK, dropout=True), {"autocast": True}),
+    "fp32": (Adapters(RANK), {"size": 4}),
+    "fp32 norms": (Adapters(RANK, norms=True), {"size": 4}),
+}
+
+
+def model_of(architecture, layers, adapters, size):
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    model = make_model(
+        architecture,
+        dtype=dtype,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        max_position_embeddings=TOKENS,
+    ).to(dtype)
+    lora = LoraConfig(
+        r=adapters.rank,
+        target_modules=sorted(adapters.targets),
+        lora_dropout=0.1 if adapters.dropout else 0.0,
+        modules_to_save=NORMS if adapters.norms else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if adapters.size == 4 else dtype)
+    if not adapters.apart:
+        _leave_casts_to_autocast(model)
+    return model.train()
+
+
+def measured(architecture, mode, adapters, settings, **elimination):
+    """(bytes that a layer stores, what the model and the kept sets are)."""
+    sizes, layers = [], (2, 5)
+    for count in layers:
+        model = model_of(architecture, count, adapters, settings.get("size", 2))
+        config = {"mask_loss": False, "block_size": 8, "dense_layers": []} | elimination
+        handle = lemo.enable(model, config_of(recompute=mode, **config))
+        ids = make_ids(1, TOKENS)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
+            sizes.append(saved_bytes(model, {"input_ids": ids, "labels": ids}))
+        kept = handle.statistics()[0]
+    shape = shape_of(model.get_base_model().config)
+    return (sizes[1] - sizes[0]) / (layers[1] - layers[0]), shape, kept
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_bytes_that_a_layer_stores(architecture, case, mode):
+    adapters, settings = CASES[case]
+    found, shape, _ = measured(architecture, mode, adapters, settings, keep=0.5)
+    rows = [LayerRows(TOKENS // 2, TOKENS // 2)] * shape.layers
+    step = step_of(shape, [TOKENS], rows, drops=False, cuda=False, **settings)
+    assert StepMemory(shape, adapters, step).layer(0, mode).kept == found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
+    adapters, settings = CASES["all"]
+    own = {"keep": 0.25, "keep_mlp": 0.5, "select_at": "all"}
+    found, shape, _ = measured("llama", mode, adapters, settings, **own)
+    rows = [LayerRows(TOKENS // 4, TOKENS // 2)] * shape.layers
+    step = step_of(shape, [TOKENS], rows, drops=False, cuda=False, **settings)
+    # The sets themselves: rows of either, positions of attention's, and its sequences' bounds.
+    index = 8 * (TOKENS // 4) + 4 * (TOKENS // 2) + 8
+    stored = StepMemory(shape, adapters, step).layer(0, mode).kept
+    assert stored + (index if mode == "none" else 0) == found
+
+
+def test_memory_that_was_measured_on_gpus():
+    """Three models, 16384 to 1048576 tokens, H100 and H200; nothing is fitted."""
+    steps = recorded_steps()
+    assert len(steps) > 80
+    assert {step.model for step in steps} == {"8B", "28M", "135M"}
+    for step in steps:
+        memory = RecordedMemory(step.shape, step.adapters, step.step, step.quantize)
+        predicted = memory.peak([step.recompute] * step.shape.layers) / 2**30
+        assert predicted == pytest.approx(step.peak_gib, rel=0.05), step.name

@@ -1,0 +1,237 @@
+"""Plans of runs: what they store, what is refused, what is said when memory runs out."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lemo
+from lemo import LemoConfig
+from lemo.planner import calibration
+from lemo.planner.plan import DoesNotFitError
+from lemo.planner.timing import Rates
+from lemo.report import load_run, write_report
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training import finetune as module
+from lemo.training.finetune import finetune
+from lemo.training.planning import plan_run
+from lemo.training.run_log import read_log
+from tiny import save_tiny_llama, write_documents
+from tiny_models import config_of, lora, make_ids, make_model
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
+
+RATES = Rates(1e11, 2e10, 2e10, 2e10, 2e-5)
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_llama(folder / "model", layers=4)
+    write_documents(folder / "documents.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def rates(monkeypatch, tmp_path):
+    monkeypatch.setattr(calibration, "FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(calibration, "measure", lambda *_: RATES)
+
+
+@pytest.fixture
+def config(inputs, tmp_path):
+    return FinetuneConfig(
+        model=str(inputs / "model"),
+        documents=str(inputs / "documents.jsonl"),
+        output=str(tmp_path / "run"),
+        context_length=96,
+        steps=4,
+        lora_rank=4,
+        save_every=2,
+        device="cpu",
+        elimination=LemoConfig(keep=0.5, block_size=16),
+    )
+
+
+def changed(config, **values):
+    return config.model_copy(update=values)
+
+
+def peaks(config):
+    """GiB that the run needs with everything stored, and with all recomputed."""
+    found = []
+    for recompute in ("none", "layer"):
+        elimination = changed(config.elimination, recompute=recompute)
+        with_limit = changed(config, memory_limit=1.0, elimination=elimination)
+        found.append(planned(with_limit).plan.peak / GIB)
+    return found
+
+
+def planned(config):
+    from lemo.training.model import load_config
+
+    limit = None if config.memory_limit is None else round(config.memory_limit * GIB)
+    elimination = config.elimination.resolved(False)
+    arguments = load_config(config.model), torch.float32, torch.device("cpu"), limit
+    return plan_run(config, elimination, *arguments)
+
+
+def test_without_a_limit_nothing_is_planned_on_the_cpu(config):
+    assert planned(config) is None
+    finetune(config)
+    assert not (Path(config.output) / "plan.json").exists()
+    assert load_run(config.output).plan is None
+
+
+def test_free_memory_buys_time(config):
+    most, least = peaks(config)
+    modes = []
+    for limit in (2 * most, (most + least) / 2 / 0.95, 1.01 * least):
+        modes.append(planned(changed(config, memory_limit=limit)).plan.modes)
+    assert modes[0] == ("none",) * 4
+    assert len(set(modes[1])) > 1
+    assert "none" not in modes[2]
+
+
+def test_a_run_keeps_its_plan_and_the_report_shows_it(config, tmp_path):
+    most, least = peaks(config)
+    config = changed(config, memory_limit=(most + least) / 2 / 0.95)
+    finetune(changed(config, elimination=changed(config.elimination)))
+    content = json.loads((Path(config.output) / "plan.json").read_text())
+    assert len(set(content["modes"])) > 1
+    run = load_run(config.output)
+    assert run.plan.modes == content["modes"]
+    page = write_report([run], tmp_path / "report").read_text()
+    for text in ("Plan of a step", "recompute all", "peak memory (predicted)"):
+        assert text in page
+    # As long as it fits, whatever else would be planned now.
+    content["modes"] = ["layer", "none", "layer", "selective"]
+    (Path(config.output) / "plan.json").write_text(json.dumps(content))
+    assert planned(changed(config, resume=True)).plan.modes == tuple(content["modes"])
+    assert planned(config).plan.modes != tuple(content["modes"])
+
+
+def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, monkeypatch):
+    monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were loaded"))
+    _, least = peaks(config)
+    with pytest.raises(DoesNotFitError, match=r"at least.*what would fit") as refused:
+        finetune(changed(config, batch_size=8, memory_limit=1.5 * least))
+    assert re.search(r"at most \d+ tokens", str(refused.value))
+    assert "one sequence at a time" in str(refused.value)
+    assert not Path(config.output, "config.yaml").exists()
+    elimination = changed(config.elimination, recompute="none")
+    with pytest.raises(DoesNotFitError, match="as asked"):
+        finetune(changed(config, memory_limit=least, elimination=elimination))
+
+
+@pytest.mark.parametrize(
+    "elimination", [None, LemoConfig(visible_keys="computed"), LemoConfig(path="generic")]
+)
+def test_a_limit_where_memory_cannot_be_predicted(config, elimination):
+    with pytest.raises(ValueError, match="memory_limit: memory cannot be predicted"):
+        finetune(changed(config, memory_limit=1.0, elimination=elimination))
+
+
+def test_a_listed_plan_is_followed(config):
+    modes = ("none", "layer", "selective", "layer")
+    finetune(changed(config, elimination=changed(config.elimination, recompute=modes), steps=2))
+    elimination = changed(config.elimination, recompute=("none",))
+    with pytest.raises(ValueError, match="recompute: expected 4 entries"):
+        finetune(changed(config, elimination=elimination, overwrite=True))
+
+
+class Allocator(TorchDispatchMode):
+    """Refuses tensors of so many elements."""
+
+    def __init__(self, elements, error):
+        super().__init__()
+        self.elements, self.error = elements, error
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.elements:
+            raise self.error
+        return result
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+@pytest.mark.parametrize("limit", [None, 1.0])
+def test_out_of_memory_says_what_to_do_and_the_run_goes_on(config, monkeypatch, error, limit):
+    config = changed(config, memory_limit=limit)
+    step = module._Run._step
+
+    def failing(self, number, batches):
+        if number < 4:
+            return step(self, number, batches)
+        # An activation of the MLP in the kept rows.
+        with Allocator(48 * 64, error):
+            return step(self, number, batches)
+
+    monkeypatch.setattr(module._Run, "_step", failing)
+    with pytest.raises(MemoryError) as raised:
+        finetune(config)
+    text = str(raised.value)
+    assert text.startswith("step 4: ")
+    assert "--resume --memory-limit" in text if limit else "--resume --recompute layer" in text
+    assert ("plan: " in text) == (limit is not None)
+    assert "keep" in text
+    monkeypatch.setattr(module._Run, "_step", step)
+    less = changed(config.elimination, recompute="layer")
+    finetune(changed(config, resume=True, elimination=less))
+    assert [record["step"] for record in read_log(Path(config.output) / "log.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_an_error_of_another_kind_stays_as_it_is(config, monkeypatch):
+    def failing(self, number, batches):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(module._Run, "_step", failing)
+    with pytest.raises(RuntimeError, match=r"^something else$"):
+        finetune(config)
+
+
+@pytest.mark.parametrize("phase", ["forward", "loss", "backward"])
+def test_the_library_says_what_was_stored(phase, monkeypatch):
+    model = lora(make_model("llama", max_position_embeddings=128))
+    lemo.enable(model, config_of(recompute="layer", keep=1.0, block_size=8, dense_layers=[]))
+    ids = make_ids(1, 128)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    # The smallest activation of the MLP, which is larger than the embedded tokens.
+    elements = 128 * 48
+
+    def step():
+        if phase == "loss":
+            training_forward = sys.modules["lemo.models.training_forward"]
+            monkeypatch.setattr(training_forward, "causal_lm_loss", raising)
+        with Allocator(elements if phase == "forward" else 10**9, error):
+            loss = model(input_ids=ids, labels=ids).loss
+        with Allocator(elements, error):
+            loss.backward()
+
+    def raising(*_, **__):
+        raise error
+
+    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate(.|\n)*lemo: ") as raised:
+        step()
+    assert ("backward pass of a layer with 128 kept rows" in str(raised.value)) == (
+        phase == "backward"
+    )
+    assert "recompute='layer'" in str(raised.value)
+    assert raised.value.__cause__ is error
