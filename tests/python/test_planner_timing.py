@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
+import plan
+from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
 from lemo.planner import calibration
 from lemo.planner.memory import MODES
@@ -40,6 +42,21 @@ def test_times_that_were_measured_on_gpus():
         if predicted_seconds(step, rates_of(step)) != pytest.approx(step.seconds, rel=0.15):
             outside.add((step.commit, step.name))
     assert outside == SLOW_SESSIONS
+
+
+def test_recorded_predictions_are_those_of_today():
+    rows = {
+        (row["source"], row["source_commit"], str(row["shape"]), row["measured_gib"])
+        for row in records.read(records.RESULTS / "memory.jsonl", "plan")
+        if "source" in row
+    }
+    found = plan.recorded_rows(plan.parse_arguments(["--recorded"]))
+    assert len(found) > 80
+    for row in found:
+        key = (row["source"], row["source_commit"], str(row["shape"]), row["measured_gib"])
+        assert key in rows
+    recorded = [row["predicted_gib"] for row in records.read(records.RESULTS / "memory.jsonl")]
+    assert [row["predicted_gib"] for row in found] == recorded[: len(found)]
 
 
 def step_with(rows, lengths=(1024,), **settings):
