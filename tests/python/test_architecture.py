@@ -99,6 +99,7 @@ LAYERS = [
     {"report", "training", "preparation", "data"},
     {"__init__"},  # what `import lemo` gives
     {"models", "attention"},
+    {"planner"},
     {"selection"},
     {"predictors", "relevance"},
     {"ops"},

@@ -18,6 +18,7 @@ from lemo.report import load_run, write_report
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
 from lemo.training.finetune import finetune
+from lemo.training.model import load_config
 from lemo.training.planning import plan_run
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
@@ -73,8 +74,6 @@ def peaks(config):
 
 
 def planned(config):
-    from lemo.training.model import load_config
-
     limit = None if config.memory_limit is None else round(config.memory_limit * GIB)
     elimination = config.elimination.resolved(False)
     arguments = load_config(config.model), torch.float32, torch.device("cpu"), limit
@@ -127,6 +126,24 @@ def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, mon
     elimination = changed(config.elimination, recompute="none")
     with pytest.raises(DoesNotFitError, match="as asked"):
         finetune(changed(config, memory_limit=least, elimination=elimination))
+
+
+def test_an_upper_bound_that_does_not_fit_is_no_refusal(config, caplog):
+    """By thresholds scores decide how much is kept; only a limit that is set refuses."""
+    layerwise = {"policy": "threshold", "thresholds": [0.0] * 4}
+    elimination = LemoConfig(scorer="random", block_size=16, layerwise=layerwise)
+    config = changed(config, elimination=elimination, memory_limit=None)
+    limited = changed(config, memory_limit=1e-9)
+    with pytest.raises(DoesNotFitError):
+        planned(limited)
+    arguments = load_config(config.model), torch.float32, torch.device("cpu"), 1
+    found = plan_run(config, elimination.resolved(False), *arguments)
+    assert set(found.plan.modes) == {"layer"}
+    assert "scores may keep fewer rows" in caplog.text
+    with pytest.raises(DoesNotFitError):
+        plan_run(
+            changed(config, elimination=LemoConfig()), LemoConfig().resolved(False), *arguments
+        )
 
 
 @pytest.mark.parametrize(

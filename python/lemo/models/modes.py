@@ -69,15 +69,13 @@ class Modes:
         count, asked = self._architecture.num_layers, self._config.recompute
         if not isinstance(asked, str):
             return asked
-        if asked == "auto" and self._is_planned(residual):
-            free = free_bytes(residual.device)
-            if free is not None:
-                planned = self._planned(batch, residual, kept, one_set, free)
-                if planned is not None:
-                    return planned
+        if asked == "auto" and self._is_planned():
+            planned = self._planned(batch, residual, kept, one_set)
+            if planned is not None:
+                return planned
         return [asked] * count
 
-    def _is_planned(self, residual: Tensor) -> bool:
+    def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
         layer = self._architecture.layer(0)
         return (
@@ -89,9 +87,9 @@ class Modes:
         )
 
     def _planned(
-        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool, free: int
+        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
     ) -> tuple[str, ...] | None:
-        """The fastest modes within the memory; None where memory cannot be predicted."""
+        """The fastest modes within the free memory; None where memory is not planned."""
         try:
             shape = shape_of(self._architecture.config)
         except ValueError:
@@ -105,8 +103,9 @@ class Modes:
         autocast = torch.is_autocast_enabled(residual.device.type)
         key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast
         if key not in self._plans:
+            free = free_bytes(residual.device)
             adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
-            if adapters is None or _is_trained(self._architecture.lm_head):
+            if free is None or adapters is None or _is_trained(self._architecture.lm_head):
                 return None
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))

@@ -31,7 +31,7 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
     elimination = config.elimination
     if elimination is None:
         raise ValueError("elimination: expected settings of it, got null")
-    elimination = elimination.resolved(answers=False)
+    elimination = elimination.resolved(answers=elimination.finds_answers)
     model_config, tokens = load_config(config.model), config.context_length
     here = torch.cuda.is_available() and supports_device("cuda")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")

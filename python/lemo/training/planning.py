@@ -219,16 +219,28 @@ def plan_run(
         plan = _recorded(config, asked, planner, limit) or planner.plan(limit)
         if plan is not None:
             return RunPlan(plan, asked, request)
-    raise DoesNotFitError(
+    message = (
         f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
         f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
-        + (
-            ""
-            if recompute == "auto"
-            else f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
-        )
-        + f"; what would fit: {request.advice(config.context_length, limit)}"
     )
+    if recompute != "auto":
+        message += f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
+    message += f"; what would fit: {request.advice(config.context_length, limit)}"
+    if config.memory_limit is None and _keeps_less(elimination):
+        # What is predicted is an upper bound.
+        _log.warning("%s; scores may keep fewer rows, so the run begins", message)
+        return (
+            None
+            if recompute != "auto"
+            else RunPlan(planner.of(["layer"] * layers, limit), asked, request)
+        )
+    raise DoesNotFitError(message)
+
+
+def _keeps_less(elimination: LemoConfig) -> bool:
+    """Whether layers may keep fewer rows than are planned for, or fewer rows have labels."""
+    by_threshold = elimination.layerwise.policy == "threshold"
+    return by_threshold or elimination.keep_relevance is not None or elimination.finds_answers
 
 
 def _recorded(

@@ -1,0 +1,48 @@
+"""LoRA as users put it on a model, and such models, for tests of the planner."""
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from lemo.planner.shape import LINEAR, Adapters
+from lemo.training.finetune import _leave_casts_to_autocast
+from tiny_models import make_model
+
+TOKENS, RANK = 256, 4
+NORMS = ["input_layernorm", "post_attention_layernorm", "norm", "q_norm", "k_norm"]
+CASES = {
+    "no MLP": (Adapters(RANK, frozenset(LINEAR[:4]), size=2), {}),
+    "one of q, k and v": (Adapters(RANK, frozenset(["k_proj", "up_proj"]), size=2), {}),
+    "all": (Adapters(RANK, size=2), {}),
+    "apart": (Adapters(RANK, apart=True), {}),
+    "autocast": (Adapters(RANK), {"autocast": True}),
+    "norms": (Adapters(RANK, norms=True), {"autocast": True}),
+    "dropout": (Adapters(RANK, dropout=True), {"autocast": True}),
+    "fp32": (Adapters(RANK), {"size": 4}),
+    "fp32 norms": (Adapters(RANK, norms=True), {"size": 4}),
+}
+
+
+def model_of(architecture, layers, adapters, size):
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    model = make_model(
+        architecture,
+        dtype=dtype,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=layers,
+        max_position_embeddings=TOKENS,
+    ).to(dtype)
+    lora = LoraConfig(
+        r=adapters.rank,
+        target_modules=sorted(adapters.targets),
+        lora_dropout=0.1 if adapters.dropout else 0.0,
+        modules_to_save=NORMS if adapters.norms else None,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32 if adapters.size == 4 else dtype)
+    if not adapters.apart:
+        _leave_casts_to_autocast(model)
+    return model.train()
