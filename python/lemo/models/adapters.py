@@ -67,15 +67,18 @@ def adapted(module: nn.Module) -> Adapted | str:
         return f"a {cls.__module__}.{cls.__name__}"
     if is_intercepted(module) or not has_own_forward(cls):
         return "a hook or a forward of somebody else on the LoRA layer"
-    base = layer.base_layer
+    # A module's own getattr is slow, and this is asked for every layer of every pass.
+    parts = layer._modules
+    base = parts["base_layer"]
     if layer.disable_adapters:
         # Its own forward takes merged adapters out of the weight first.
         return "merged adapters that are disabled" if layer.merged else Adapted(base, (), True)
     if layer.merged:
         return Adapted(base, (), True)
+    known = parts["lora_A"]._modules
     pairs = []
     for name in layer.active_adapters:
-        if name in layer.lora_A:
+        if name in known:
             pair = _pair(layer, name)
             if isinstance(pair, str):
                 return pair
@@ -85,24 +88,31 @@ def adapted(module: nn.Module) -> Adapted | str:
     return Adapted(base, tuple(pairs), getattr(layer, "cast_input_dtype_enabled", True))
 
 
-def _pair(module: Any, name: str) -> Pair | str:
-    a, b = module.lora_A[name], module.lora_B[name]
-    if not (is_plain(a) and is_plain(b) and a.bias is None):
+def _pair(layer: Any, name: str) -> Pair | str:
+    parts = layer._modules
+    a, b, drop = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if not (is_plain(a) and is_plain(b)):
         return "a LoRA pair that is more than two products, or has hooks"
-    if a.weight.dtype != b.weight.dtype:
+    of_a, of_b = a._parameters, b._parameters
+    weight_a, weight_b = of_a["weight"], of_b["weight"]
+    if of_a["bias"] is not None:
+        return "a LoRA pair whose first product has a bias"
+    if weight_a.dtype != weight_b.dtype:
         return "a LoRA pair of two dtypes"
-    dropout = _dropout(module.lora_dropout[name])
-    if dropout is None:
-        return f"lora_dropout that is a {type(module.lora_dropout[name]).__name__}, or has hooks"
-    variant, magnitude = getattr(module, "lora_variant", {}).get(name), None
-    if variant is not None:
-        if type(variant).__name__ != "DoraLinearVariant":
-            return f"a variant of LoRA, {type(variant).__name__}"
-        magnitude = module.lora_magnitude_vector[name]
+    share = _dropout(drop)
+    if share is None:
+        return f"lora_dropout that is a {type(drop).__name__}, or has hooks"
+    variants = getattr(layer, "lora_variant", None)
+    magnitude = None
+    if variants and name in variants:
+        variant = type(variants[name]).__name__
+        if variant != "DoraLinearVariant":
+            return f"a variant of LoRA, {variant}"
+        magnitude = layer.lora_magnitude_vector[name]
         if is_intercepted(magnitude):
             return "hooks on DoRA's magnitude"
         magnitude = magnitude.weight
-    return Pair(a.weight, b.weight, b.bias, magnitude, module.scaling[name], dropout)
+    return Pair(weight_a, weight_b, of_b["bias"], magnitude, layer.scaling[name], share)
 
 
 def _dropout(module: nn.Module) -> float | None:

@@ -8,7 +8,7 @@ rows at a time.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,27 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
         return apply_dora(x, matrix, bias, pairs[0], dtype, product_dtype, norm_dtype, values)
     products = tuple(LowRank.of(pair, dtype if autocast else pair.a.dtype) for pair in pairs)
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b, pair.bias)]
+    width = None if values or matrix is None else base.out_features
+    plan = _Plan(matrix, products, dtype, width)
     if matrix is None:
-        return _Linear.apply(x, base(x), None, None, None, products, dtype, *tensors)
-    width = None if values else base.out_features
-    return _Linear.apply(x, None, matrix, base.bias, width, products, dtype, *tensors)
+        return _Linear.apply(x, base(x), None, plan, *tensors)
+    return _Linear.apply(x, None, base.bias, plan, *tensors)
+
+
+class _Plan(NamedTuple):
+    """What a node computes.
+
+    Attributes:
+        matrix: gives the weight; None: the base layer has run already.
+        products: of the pairs.
+        dtype: of the product with the weight.
+        width: of the result where its values do not count; None: they do.
+    """
+
+    matrix: Callable[[], Tensor] | None
+    products: tuple[LowRank, ...]
+    dtype: torch.dtype
+    width: int | None
 
 
 class _Linear(torch.autograd.Function):
@@ -77,14 +94,12 @@ class _Linear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         result: Tensor | None,
-        matrix: Callable[[], Tensor] | None,
         bias: Tensor | None,
-        width: int | None,
-        products: tuple[LowRank, ...],
-        dtype: torch.dtype,
+        plan: _Plan,
         *tensors: Tensor | None,
     ) -> Tensor:
-        cast, wanted = x.to(dtype), _triples(ctx.needs_input_grad[7:])
+        matrix, products, dtype, width = plan
+        cast, wanted = x.to(dtype), _triples(ctx.needs_input_grad[4:])
         if width is not None:
             y = cast.new_empty(1, 1).expand(x.shape[0], width)
         elif matrix is not None:
@@ -99,7 +114,7 @@ class _Linear(torch.autograd.Function):
             lows.append(low if wants_b else None)
             masks.append(bits)
         # The weight is frozen, and one that was made of another kind is made again.
-        ctx.matrix, ctx.products, ctx.dtype = matrix, products, dtype
+        ctx.plan = plan
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         stored = x if any(wants_a for wants_a, _, _ in wanted) else None
         ctx.save_for_backward(stored, *lows, *masks, *tensors)
@@ -109,26 +124,26 @@ class _Linear(torch.autograd.Function):
     @first_order_only("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        count = len(ctx.products)
+        matrix, products, dtype, _ = ctx.plan
+        count = len(products)
         lows, masks, pairs = saved[:count], saved[count : 2 * count], _triples(saved[2 * count :])
-        wants_x, wants_result, _, wants_bias, *_ = ctx.needs_input_grad
-        wanted = _triples(ctx.needs_input_grad[7:])
-        cast = None if x is None else x.to(ctx.dtype)
+        wants_x, wants_result, wants_bias, _, *others = ctx.needs_input_grad
+        wanted = _triples(others)
+        cast = None if x is None else x.to(dtype)
         dx = None
         if wants_x:
-            if ctx.matrix is not None:
-                dx = dy @ ctx.matrix()
+            if matrix is not None:
+                dx = dy @ matrix()
             else:  # its own node has given the base layer's
-                dx = dy.new_zeros(dy.shape[0], pairs[0][0].shape[1], dtype=ctx.dtype)
+                dx = dy.new_zeros(dy.shape[0], pairs[0][0].shape[1], dtype=dtype)
         gradients: list[Tensor | None] = []
-        for product, low, bits, pair, wants in zip(ctx.products, lows, masks, pairs, wanted):
+        for product, low, bits, pair, wants in zip(products, lows, masks, pairs, wanted):
             gradients += product.backward(dy, cast, low, bits, pair, wants, dx)
         return (
             None if dx is None else dx.to(ctx.x_dtype),
             dy if wants_result else None,
-            None,
             dy.sum(0).to(ctx.bias_dtype) if wants_bias else None,
-            *(None, None, None),
+            None,
             *gradients,
         )
 

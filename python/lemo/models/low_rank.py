@@ -13,15 +13,7 @@ from lemo.models import dropout
 from lemo.models.adapters import Pair
 from lemo.models.rows import slices_of
 
-__all__ = ["Gradients", "LowRank", "add_product", "summed"]
-
-
-class Gradients(NamedTuple):
-    """Those of a pair's `a`, `b` and `bias`; None: not wanted."""
-
-    a: Tensor | None
-    b: Tensor | None
-    bias: Tensor | None
+__all__ = ["LowRank", "add_product", "summed"]
 
 
 class LowRank(NamedTuple):
@@ -99,8 +91,8 @@ class LowRank(NamedTuple):
         pair: tuple[Tensor, Tensor, Tensor | None],
         wanted: tuple[bool, bool, bool],
         dx: Tensor | None,
-    ) -> Gradients:
-        """The pair's gradients; adds that of the input to `dx`.
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of `a`, `b` and `bias`, if wanted; adds that of the input to `dx`.
 
         Args:
             dy: [R, out], the gradient of the result.
@@ -112,38 +104,77 @@ class LowRank(NamedTuple):
             dx: [R, in]; None: not wanted.
         """
         (a, b, bias), (wants_a, wants_b, wants_bias) = pair, wanted
-        a_cast, b_cast = a.to(self.dtype), b.to(self.dtype)
-        da = db = None
-        copies = dy.dtype != self.dtype or (x is not None and self._copies(x)) or bits is not None
-        width = max(a.shape[1], b.shape[0])
-        for part in slices_of(dy.shape[0], width) if copies else (slice(None),):
-            dy_rows = dy[part].to(self.dtype)
-            if wants_b:
-                assert low is not None
-                db = summed(db, dy_rows.T @ low[part])
-            if not wants_a and dx is None:
-                continue
-            mask = None if bits is None else dropout.unpack(bits[part], a.shape[1])
-            d_low = dy_rows @ b_cast
-            if wants_a:
-                assert x is not None
-                rows = x[part].to(self.dtype)
-                da = summed(da, d_low.T @ (rows if mask is None else rows * mask))
-            if dx is None:
-                continue
-            if mask is None:
-                add_product(dx[part], d_low, a_cast, self.scaling)
-            else:
-                dx[part].add_((d_low @ a_cast).mul_(mask), alpha=self.scaling)
-        dbias = dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling) if wants_bias else None
-        return Gradients(
+        da, db = self._products(
+            dy, x if wants_a else None, low if wants_b else None, bits, a, b, dx
+        )
+        dbias = None
+        if wants_bias and bias is not None:
+            dbias = dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling).to(bias.dtype)
+        return (
             None if da is None else da.mul_(self.scaling).to(a.dtype),
             None if db is None else db.mul_(self.scaling).to(b.dtype),
-            None if bias is None or dbias is None else dbias.to(bias.dtype),
+            dbias,
         )
+
+    def _products(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        low: Tensor | None,
+        bits: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        dx: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of `a` and `b` before they are scaled; without `x` or `low` None."""
+        columns, dtype = a.shape[1], self.dtype
+        a, b = a.to(dtype), b.to(dtype)
+        if bits is None and dy.dtype == dtype and (x is None or x.dtype == dtype):
+            return _of_rows(dy, x, low, None, a, b, dx, self.scaling)
+        da = db = None
+        for part in slices_of(dy.shape[0], max(columns, b.shape[0])):
+            mask = None if bits is None else dropout.unpack(bits[part], columns)
+            da_rows, db_rows = _of_rows(
+                dy[part].to(dtype),
+                None if x is None else x[part].to(dtype),
+                None if low is None else low[part],
+                mask,
+                a,
+                b,
+                None if dx is None else dx[part],
+                self.scaling,
+            )
+            da = da_rows if da_rows is None else summed(da, da_rows)
+            db = db_rows if db_rows is None else summed(db, db_rows)
+        return da, db
 
     def _copies(self, x: Tensor) -> bool:
         return self.dropout > 0 or x.dtype != self.dtype
+
+
+def _of_rows(
+    dy: Tensor,
+    x: Tensor | None,
+    low: Tensor | None,
+    mask: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    dx: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    db = None if low is None else dy.T @ low
+    if x is None and dx is None:
+        return None, db
+    d_low = dy @ b
+    da = None
+    if x is not None:
+        da = d_low.T @ (x if mask is None else x * mask)
+    if dx is not None:
+        if mask is None:
+            add_product(dx, d_low, a, scaling)
+        else:
+            dx.add_((d_low @ a).mul_(mask), alpha=scaling)
+    return da, db
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

@@ -7,6 +7,7 @@ works in chunks of rows; inside `kept_matrices` the matrix is made once.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,9 @@ def matrix_of(
 
     None where the layer's product is not known to be one with such a matrix: its own forward has to
     run then. Known are `nn.Linear` with a weight of this dtype (with `cast` of any, as under
-    autocast), and `bitsandbytes.nn.Linear4bit` that computes in this dtype, whose product is that
-    with its dequantised weight (QLoRA, arXiv 2305.14314).
+    autocast), and two whose product is that with their dequantised weight:
+    `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314), and
+    `nn.Linear` with torchao's float8 for weights alone.
     """
     if is_plain(module):
         weight = module.weight
@@ -51,6 +53,11 @@ def matrix_of(
         if weight.dtype == dtype:
             return lambda: weight
         return (lambda: _once(module, dtype, weight.to)) if cast else None
+    if _is_torchao_float8(module):
+        quantised = module.weight
+        if quantised.requires_grad or quantised.dtype != dtype:
+            return None
+        return lambda: _once(module, dtype, lambda dtype: _plain(quantised).to(dtype))
     # The layer computes in a dtype of its own where it has one.
     if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
         return lambda: _once(module, dtype, lambda dtype: _dequantised(module).to(dtype))
@@ -89,6 +96,21 @@ def _is_bitsandbytes_4bit(module: nn.Module) -> bool:
     state = getattr(module.weight, "quant_state", None)
     # Not quantised yet, or packed for evaluation on the CPU: left to the layer.
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
+
+
+def _is_torchao_float8(module: nn.Module) -> bool:
+    """Whether its weight is e4m3 of torchao, and its input is not quantised."""
+    if type(module) is not nn.Linear or is_intercepted(module) or not has_own_forward(nn.Linear):
+        return False
+    cls = type(module.weight)
+    if cls.__name__ != "Float8Tensor" or not cls.__module__.startswith("torchao."):
+        return False
+    return getattr(module.weight, "act_quant_kwargs", True) is None
+
+
+@torch.no_grad()
+def _plain(weight: Any) -> Tensor:
+    return weight.dequantize()
 
 
 @torch.no_grad()
