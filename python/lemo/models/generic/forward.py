@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
@@ -80,8 +81,12 @@ class _Pass:
 class GenericForward(Training[Choice]):
     """What the model computes in place of its own forward, in the generic path."""
 
-    def __init__(self, parts: Parts, config: LemoConfig) -> None:
+    def __init__(
+        self, parts: Parts, config: LemoConfig, context: ContextParallel | None = None
+    ) -> None:
         check_settings(parts.name, config)
+        if context is not None:
+            raise NotImplementedError("context_parallel: path generic")
         super().__init__(config, partial(_choice, parts.num_layers))
         self._parts = parts
         self._before = vars(parts.causal_lm).get("forward")

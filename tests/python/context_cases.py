@@ -1,0 +1,210 @@
+"""What a group of processes that share out rows computes, beside one process. Run by every rank."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+import lemo
+from lemo import ops
+from lemo.distributed.attention import SharedKeys, shared_attention
+from lemo.distributed.context import ContextParallel
+from lemo.distributed.dealing import deal
+from lemo.ops.segment_attention import SavedAttention
+from tiny_models import (
+    flat_config,
+    gradients,
+    lora,
+    make_ids,
+    make_model,
+    packed_batch,
+    padded_batch,
+)
+
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+def run_all(names: list[str]) -> dict[str, str]:
+    """What went wrong, by the name of the case: this process's first error ends all of them."""
+    torch.set_num_threads(1)
+    for done, name in enumerate(names):
+        torch.manual_seed(0)
+        try:
+            CASES[name]()
+        except Exception:
+            failures = {later: f"not run after '{name}'" for later in names[done + 1 :]}
+            return failures | {name: traceback.format_exc()}
+    return {}
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    """Equal but for the rounding of fp32 sums in another order."""
+    scale = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-6 * (scale or 1.0))
+
+
+# Attention
+
+
+def lengths(seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.choice([0, 1, 2, 3, 5, 17, 40]) for _ in range(draw.randint(1, 5))] + [11]
+
+
+def attention_inputs(counts: list[int], sinks: bool) -> dict[str, Tensor]:
+    rows, heads, key_heads, size, value_size = sum(counts), 6, 3, 8, 16
+    gaps = [torch.randint(1, 4, (count,)) for count in counts]
+    return {
+        "q": torch.randn(rows, heads, size),
+        "k": torch.randn(rows, key_heads, size),
+        "v": torch.randn(rows, key_heads, value_size),
+        "dout": torch.randn(rows, heads, value_size),
+        "positions": torch.cat([gap.cumsum(0) - 1 for gap in gaps]).int(),
+        "cu_rows": torch.tensor([0, *torch.tensor(counts).cumsum(0)]).int(),
+    } | ({"sinks": torch.randn(heads)} if sinks else {})
+
+
+def check_attention(counts: list[int], window: int, softcap: float, sinks: bool, saves: bool):
+    x = attention_inputs(counts, sinks)
+    named = [name for name in ("q", "k", "v", "sinks") if name in x]
+    whole = {name: x[name].clone().requires_grad_() for name in named}
+    cu_rows, positions = x["cu_rows"], x["positions"]
+    rows = (cu_rows, None, positions, positions)
+    expected = ops.segment_attention(
+        *(whole[name] for name in "qkv"),
+        *rows,
+        scale=0.3,
+        window=window,
+        softcap=softcap,
+        sinks=whole.get("sinks"),
+    )
+    wanted = torch.autograd.grad(expected, list(whole.values()), x["dout"])
+
+    context = ContextParallel(head_groups=2)
+    dealt, cu_mine = deal(counts, context.size, context.rank, torch.device("cpu"))
+    mine = dealt.of(context.rank)
+    keys = SharedKeys(context, dealt, cu_rows, positions)
+    own = {n: (x[n] if n == "sinks" else x[n][mine]).clone().requires_grad_() for n in named}
+    saved = SavedAttention() if saves else None
+
+    def attend() -> Tensor:
+        return shared_attention(
+            *(own[name] for name in "qkv"),
+            keys,
+            cu_mine,
+            positions[mine],
+            0.3,
+            window,
+            softcap,
+            own.get("sinks"),
+            saved,
+        )
+
+    if saves:
+        with torch.no_grad():
+            attend()
+    got = attend()
+    found = torch.autograd.grad(got, list(own.values()), x["dout"][mine])
+    close(got, expected[mine])
+    for name, gradient, of_all in zip(named, found, wanted):
+        if name == "sinks":
+            close(context.summed(gradient), of_all)
+        else:
+            close(gradient, of_all[mine])
+
+
+@case
+def attention_of_random_lengths():
+    for seed in range(6):
+        check_attention(lengths(seed), (0, 9)[seed % 2], 0.0, False, False)
+
+
+@case
+def attention_with_softcap_and_sinks():
+    check_attention([23, 1, 14], 0, 3.0, True, False)
+
+
+@case
+def attention_that_is_saved():
+    check_attention([23, 1, 14], 7, 0.0, True, True)
+
+
+@case
+def attention_of_fewer_rows_than_processes():
+    check_attention([1], 0, 0.0, False, False)
+    check_attention([0, 1, 0, 1], 0, 0.0, False, False)
+
+
+# Models
+
+
+BATCHES = {
+    "plain": lambda: {"input_ids": make_ids(1, 75), "labels": make_ids(1, 75)},
+    "padded right": lambda: padded_batch([61, 8, 45]),
+    "padded left": lambda: padded_batch([50, 30], side="left"),
+    "packed": lambda: packed_batch([40, 3, 37]),
+}
+
+
+@contextmanager
+def context_of(model, config, **settings) -> Iterator[lemo.Handle]:
+    handle = lemo.enable(model, config, ContextParallel(**settings))
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def trained(model, arguments, passes: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    for _ in range(passes):
+        loss = model(**arguments).loss
+        loss.backward()
+    return loss.detach(), {name: g.clone() for name, g in gradients(model).items()}
+
+
+def check_model(architecture: str, batch: str, adapt=lora, items=None, passes=1, **settings):
+    """Loss and gradients of a group, in which all see the same batch, are those of one process."""
+    config = flat_config(**{"block_size": 8, "keep": 0.5, "seed": 3} | settings)
+    arguments = BATCHES[batch]()
+    if items is not None:
+        arguments["num_items_in_batch"] = items
+    model = adapt(make_model(architecture))
+    one = lemo.enable(model, config)
+    # The group draws what the first process draws.
+    for elimination in (one.path.forward._of_text, one.path.forward._of_answers):
+        elimination.scorer.begin_replica(0)
+    one.begin_step(2, 10)
+    expected = trained(model, arguments, passes)
+    kept = [layer.attention_rows for layer in one.statistics()]
+    one.remove()
+    with context_of(model, config) as handle:
+        handle.begin_step(2, 10)
+        got = trained(model, arguments, passes)
+        assert [layer.attention_rows for layer in handle.statistics()] == kept
+    close(got[0], expected[0])
+    assert got[1].keys() == expected[1].keys()
+    assert any(bool(gradient.any()) for gradient in expected[1].values())
+    for name, gradient in got[1].items():
+        close(gradient, expected[1][name])
+
+
+for _batch in BATCHES:
+    for _keep in (1.0, 0.5):
+        for _recompute in ("none", "selective", "layer"):
+            _name = f"llama, {_batch}, keep {_keep}, recompute {_recompute}"
+
+            def _run(batch=_batch, keep=_keep, recompute=_recompute):
+                check_model("llama", batch, keep=keep, recompute=recompute)
+
+            CASES[_name] = _run
