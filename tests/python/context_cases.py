@@ -6,6 +6,8 @@ import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def run_all(names: list[str]) -> dict[str, str]:
         try:
             CASES[name]()
         except Exception:
-            failures = {later: f"not run after '{name}'" for later in names[done + 1 :]}
+            failures = dict.fromkeys(names[done + 1:], f"not run after '{name}'")
             return failures | {name: traceback.format_exc()}
     return {}
 
@@ -153,7 +155,19 @@ BATCHES = {
     "padded right": lambda: padded_batch([61, 8, 45]),
     "padded left": lambda: padded_batch([50, 30], side="left"),
     "packed": lambda: packed_batch([40, 3, 37]),
+    "answers": lambda: answers(),
+    "one label": lambda: answers(tokens=20, labels=slice(-1, None)),
+    "short": lambda: packed_batch([2, 3]),
 }
+
+
+def answers(tokens: int = 70, labels: slice = slice(50, 58)) -> dict[str, Tensor]:
+    """A prompt that repeats some of its words where the labels are."""
+    ids = make_ids(1, tokens)
+    ids[:, labels] = ids[:, 8 : 8 + ids[:, labels].shape[1]]
+    of_answers = torch.full_like(ids, -100)
+    of_answers[:, labels] = ids[:, labels]
+    return {"input_ids": ids, "labels": of_answers}
 
 
 @contextmanager
@@ -163,6 +177,14 @@ def context_of(model, config, **settings) -> Iterator[lemo.Handle]:
         yield handle
     finally:
         handle.remove()
+
+
+def with_everything(model):
+    """LoRA, and every other weight, too, the head's and the embedding's among them."""
+    model = lora(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    return model
 
 
 def trained(model, arguments, passes: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
@@ -179,7 +201,7 @@ def check_model(architecture: str, batch: str, adapt=lora, items=None, passes=1,
     arguments = BATCHES[batch]()
     if items is not None:
         arguments["num_items_in_batch"] = items
-    model = adapt(make_model(architecture))
+    model = adapt(make_model(architecture, num_hidden_layers=2))
     one = lemo.enable(model, config)
     # The group draws what the first process draws.
     for elimination in (one.path.forward._of_text, one.path.forward._of_answers):
@@ -199,12 +221,36 @@ def check_model(architecture: str, batch: str, adapt=lora, items=None, passes=1,
         close(gradient, expected[1][name])
 
 
-for _batch in BATCHES:
-    for _keep in (1.0, 0.5):
-        for _recompute in ("none", "selective", "layer"):
-            _name = f"llama, {_batch}, keep {_keep}, recompute {_recompute}"
+def model_case(name: str, *arguments, **settings) -> None:
+    CASES[name] = partial(check_model, *arguments, **settings)
 
-            def _run(batch=_batch, keep=_keep, recompute=_recompute):
-                check_model("llama", batch, keep=keep, recompute=recompute)
 
-            CASES[_name] = _run
+# Every way to pack with each share, and every mode of recomputation with each of both.
+_MODES = cycle(("none", "selective", "layer"))
+for _keep in (1.0, 0.5):
+    for _batch, _mode in zip(BATCHES, _MODES):
+        model_case(
+            f"keep {_keep}, {_batch}, recompute {_mode}",
+            *("llama", _batch),
+            keep=_keep,
+            recompute=_mode,
+        )
+for _batch, _mode in zip(BATCHES, _MODES):
+    model_case(
+        f"computed, {_batch}, recompute {_mode}",
+        *("llama", _batch),
+        visible_keys="computed",
+        recompute=_mode,
+    )
+for _architecture, _batch in zip(("mistral", "qwen2", "qwen3", "opt"), cycle(BATCHES)):
+    model_case(_architecture, _architecture, _batch)
+model_case("all count in the loss", "llama", "packed", mask_loss=False)
+model_case("burn-in, own chunks", "llama", "plain", burn_in=3, loss_chunk=7)
+model_case("labels of a whole step, accumulated", "llama", "padded left", items=150, passes=2)
+model_case("scores of the residual", "llama", "packed", scorer="pooled")
+model_case("exact scores", "llama", "plain", scorer="exact", keep=0.3)
+model_case("a threshold", "llama", "packed", policy="threshold", thresholds=[0.07] * 2)
+model_case("answers", "llama", "answers", keep=0.3)
+model_case("no label of some process", "llama", "one label", adapt=with_everything)
+model_case("everything is trained", "llama", "padded right", adapt=with_everything)
+model_case("fewer rows than processes", "llama", "short")
