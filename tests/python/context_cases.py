@@ -44,7 +44,7 @@ def run_all(names: list[str]) -> dict[str, str]:
         try:
             CASES[name]()
         except Exception:
-            failures = dict.fromkeys(names[done + 1:], f"not run after '{name}'")
+            failures = dict.fromkeys(names[done + 1 :], f"not run after '{name}'")
             return failures | {name: traceback.format_exc()}
     return {}
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 # Whatever a test does wrong, its processes do not wait for each other longer.
 _PATIENCE = timedelta(seconds=60)
 
+_MEETING = "meeting"
+
 # Started once; the processes are copies of it, which have imported the large libraries.
 _server = get_context("forkserver")
 _server.set_forkserver_preload(["torch", "transformers", "peft", "lemo", "tiny_models"])
@@ -26,12 +28,13 @@ def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any)
     Args:
         count: how many processes.
         function: of a module, so that they can import it.
-        folder: an empty one, where they meet.
+        folder: where they meet.
         arguments: for each process; they can be pickled.
 
     Raises:
         AssertionError: some process raised an error, or ended without a result.
     """
+    (folder / _MEETING).unlink(missing_ok=True)
     results = _server.Queue()
     processes = [
         _server.Process(
@@ -59,7 +62,7 @@ def _member(results, rank, count, folder, function, arguments):
     try:
         dist.init_process_group(
             "gloo",
-            init_method=f"file://{folder}/meeting",
+            init_method=f"file://{folder}/{_MEETING}",
             rank=rank,
             world_size=count,
             timeout=_PATIENCE,

@@ -100,7 +100,7 @@ LAYERS = [
     {"__init__"},  # what `import lemo` gives
     {"models", "attention"},
     {"selection"},
-    {"predictors", "relevance"},
+    {"predictors", "relevance", "distributed"},
     {"ops"},
     {"packing"},
     {"_C"},

@@ -63,6 +63,7 @@ from lemo.training.model import (
     pick_dtype,
     write_adapter,
 )
+from lemo.training.replicas import Replicas
 from lemo.training.run_folder import (
     ADAPTER_NAME,
     CHECKPOINTS_NAME,
@@ -181,6 +182,7 @@ class _Run:
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
+        self.replicas = Replicas.of(config, accelerator)
         supported = None if config.elimination is None else ARCHITECTURES
         model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
@@ -230,7 +232,7 @@ class _Run:
         if config.elimination is not None:
             answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
             elimination = config.elimination.resolved(answers)
-            self.handle = lemo.enable(self.peft_model, elimination)
+            self.handle = lemo.enable(self.peft_model, elimination, self.replicas.context)
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
                 _say_what_is_kept(elimination, answers)
@@ -252,7 +254,7 @@ class _Run:
     @property
     def windows_per_step(self) -> int:
         config = self.config
-        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+        return config.batch_size * config.gradient_accumulation * self.replicas.count
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Go back to the state of ``checkpoint``; returns its step."""
@@ -319,10 +321,10 @@ class _Run:
     def _batches(self, done: int) -> Iterator[range]:
         """The windows of every forward pass in this process, after ``done`` steps."""
         config = self.config
-        per_process = config.batch_size * config.gradient_accumulation
+        per_replica = config.batch_size * config.gradient_accumulation
         for step in range(done, config.steps):
-            first = step * self.windows_per_step + self.accelerator.process_index * per_process
-            for i in range(first, first + per_process, config.batch_size):
+            first = step * self.windows_per_step + self.replicas.index * per_replica
+            for i in range(first, first + per_replica, config.batch_size):
                 yield range(i, i + config.batch_size)
 
     def _step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
@@ -336,7 +338,8 @@ class _Run:
             group["lr"] = rate
 
         # Every label of the step counts the same, whatever forward pass it is in. DDP averages
-        # the gradients of the processes, hence the factor.
+        # the gradients of the processes, hence the factor; where some of them share out a window,
+        # each has a part of its gradient.
         passes = [next(batches) for _ in range(config.gradient_accumulation)]
         labels, tokens = self._totals(passes)
         loss = torch.zeros((), device=accelerator.device)
@@ -356,7 +359,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         # The one time that the host waits for the device in a step without a checkpoint.
-        loss = accelerator.reduce(loss, reduction="sum").item()
+        loss = accelerator.reduce(loss, reduction="sum").item() / self.replicas.size
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
@@ -392,6 +395,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             counted = torch.tensor(totals, device=self.accelerator.device)
             totals = self.accelerator.reduce(counted, reduction="sum").tolist()
+            totals = [total // self.replicas.size for total in totals]
         return totals[0], totals[1]
 
     def _save(self, folder: Path, step: int) -> None:
