@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from itertools import cycle
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 import lemo
 from lemo import ops
@@ -120,7 +126,7 @@ def check_attention(counts: list[int], window: int, softcap: float, sinks: bool,
     close(got, expected[mine])
     for name, gradient, of_all in zip(named, found, wanted):
         if name == "sinks":
-            close(context.summed(gradient), of_all)
+            close(context.size * context.average(gradient), of_all)
         else:
             close(gradient, of_all[mine])
 
@@ -195,9 +201,12 @@ def trained(model, arguments, passes: int = 1) -> tuple[Tensor, dict[str, Tensor
     return loss.detach(), {name: g.clone() for name, g in gradients(model).items()}
 
 
+DEFAULTS = {"block_size": 8, "keep": 0.5, "seed": 3}
+
+
 def check_model(architecture: str, batch: str, adapt=lora, items=None, passes=1, **settings):
     """Loss and gradients of a group, in which all see the same batch, are those of one process."""
-    config = flat_config(**{"block_size": 8, "keep": 0.5, "seed": 3} | settings)
+    config = flat_config(**DEFAULTS | settings)
     arguments = BATCHES[batch]()
     if items is not None:
         arguments["num_items_in_batch"] = items
@@ -253,4 +262,149 @@ model_case("a threshold", "llama", "packed", policy="threshold", thresholds=[0.0
 model_case("answers", "llama", "answers", keep=0.3)
 model_case("no label of some process", "llama", "one label", adapt=with_everything)
 model_case("everything is trained", "llama", "padded right", adapt=with_everything)
+model_case("layers of the model's own", "llama", "packed", path="generic")
+model_case("layers of the model's own, all rows", "qwen3", "padded left", path="generic", keep=1.0)
+model_case(
+    "no label of some process, layers of the model's own", "opt", "one label", path="generic"
+)
 model_case("fewer rows than processes", "llama", "short")
+
+
+# What surrounds a pass
+
+
+@case
+def other_losses_of_the_same_graph_count_once():
+    model = lora(make_model("llama", num_hidden_layers=2))
+    arguments = BATCHES["plain"]()
+    config = flat_config(**DEFAULTS, keep_last=0)
+
+    def penalty() -> Tensor:
+        return sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+
+    def trained_with_penalty() -> dict[str, Tensor]:
+        model.zero_grad()
+        (model(**arguments).loss + 0.1 * penalty()).backward()
+        model.eval()
+        model(**arguments).loss.backward()  # the model's own forward, in every process
+        model.train()
+        return {name: g.clone() for name, g in gradients(model).items()}
+
+    one = lemo.enable(model, config)
+    one.path.forward._of_text.scorer.begin_replica(0)
+    one.begin_step(0, 1)
+    expected = trained_with_penalty()
+    one.remove()
+    with context_of(model, config) as handle:
+        handle.begin_step(0, 1)
+        for name, gradient in trained_with_penalty().items():
+            close(gradient, expected[name])
+
+
+@case
+def nothing_is_averaged_behind_remove():
+    model = lora(make_model("llama", num_hidden_layers=2))
+    arguments = BATCHES["plain"]()
+    with context_of(model, flat_config(**DEFAULTS)):
+        trained(model, arguments)
+    assert dist.get_rank() or trained(model, arguments)  # would wait for the others
+
+
+@case
+def verification_is_of_the_group():
+    for path in ("native", "generic"):
+        model = lora(make_model("llama", num_hidden_layers=2))
+        with context_of(model, flat_config(**DEFAULTS, path=path)) as handle:
+            handle.verify(BATCHES["padded left"]())
+            # As if each process had its own rows alone.
+            handle.path.forward.context.average = lambda gradient: gradient
+            with pytest.raises(ValueError, match="lemo does not compute"):
+                handle.verify(BATCHES["padded left"]())
+
+
+@case
+def ddp_averages_over_the_groups():
+    """Two groups of half of the processes each, with a window of its own each."""
+    count, rank = dist.get_world_size(), dist.get_rank()
+    arguments = padded_batch([45, 61, 30, 20])
+    items = int((arguments["labels"][:, 1:] != -100).sum())
+    config = flat_config(**DEFAULTS, scorer="pooled")
+    model = lora(make_model("llama", num_hidden_layers=2))
+    halves = [
+        {name: values[half] for name, values in arguments.items()}
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    one = lemo.enable(model, config)
+    for half in halves * 2:
+        model(**half, num_items_in_batch=items).loss.backward()
+    expected = {name: g.clone() for name, g in gradients(model).items()}
+    one.remove()
+
+    mesh = init_device_mesh("cpu", (2, count // 2), mesh_dim_names=("dp", "cp"))
+    # DDP takes the mean over the groups.
+    mine = halves[mesh.get_local_rank("dp")] | {"num_items_in_batch": items / 2}
+    for whole in (False, True):
+        context = ContextParallel(mesh, averages_gradients=not whole)
+        assert context.replica == rank // (count // 2)
+        handle = lemo.enable(model, config, context)
+        wrapped = DistributedDataParallel(
+            model, process_group=None if whole else mesh.get_group("dp")
+        )
+        model.zero_grad()
+        with wrapped.no_sync():
+            wrapped(**mine).loss.backward()
+        wrapped(**mine).loss.backward()
+        for name, gradient in gradients(model).items():
+            close(gradient, expected[name])
+        handle.remove()
+
+
+@case
+def what_is_not_supported_is_refused_by_name():
+    model = make_model("llama", num_hidden_layers=2)
+    context = ContextParallel()
+    for name, settings in {
+        "visible_keys": {"visible_keys": "all"},
+        "layerwise.group_size": {"group_size": 16},
+        "layerwise: expected one kept set": {"select_at": "all", "scorer": "pooled"},
+    }.items():
+        with pytest.raises(NotImplementedError, match=name):
+            lemo.enable(model, flat_config(**DEFAULTS | settings), context)
+    settings = {"dense_layers": (0,), "keep_schedule": ((0.5, 1.0),)}
+    with pytest.raises(NotImplementedError, match="one kept set"):
+        lemo.enable(model, flat_config(**DEFAULTS | settings), context)
+    arguments = BATCHES["plain"]()
+    with context_of(model, flat_config(**DEFAULTS)):
+        output = model(**arguments)
+        with pytest.raises(NotImplementedError, match="logits or hidden states"):
+            _ = output.logits
+        with pytest.raises(NotImplementedError, match="logits or hidden states"):
+            model(input_ids=arguments["input_ids"])
+        with pytest.raises(NotImplementedError, match="output_hidden_states"):
+            model(**arguments, output_hidden_states=True)
+        embedded = model.get_input_embeddings()(arguments["input_ids"])
+        with pytest.raises(NotImplementedError, match="inputs_embeds: expected embeddings without"):
+            model(inputs_embeds=embedded, labels=arguments["labels"])
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(model)
+        copied = deepcopy(model)
+        close(trained(copied, arguments)[0], trained(model, arguments)[0])
+    with pytest.raises(TypeError, match="expected a process group, .* got int"):
+        lemo.enable(model, flat_config(**DEFAULTS), 2)
+    mesh = init_device_mesh("cpu", (1, context.size), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match="dimension 'cp', got \\['dp', 'tp'\\]"):
+        ContextParallel(mesh)
+    with pytest.raises(ValueError, match="head_groups: expected a number of at least 1, got 0"):
+        ContextParallel(head_groups=0)
+
+
+@case
+def losses_of_routers_are_refused():
+    from generic_cases import make
+
+    model = make("mixtral")
+    with (
+        context_of(model, flat_config(**DEFAULTS)),
+        pytest.raises(NotImplementedError, match="routers"),
+    ):
+        model(**BATCHES["plain"]())

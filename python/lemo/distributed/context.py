@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.hooks import RemovableHandle
 
 from lemo.ops._autograd import first_order_only
 
@@ -23,7 +24,9 @@ class ContextParallel:
     """The processes that share out the kept rows of one batch (docs/MULTI_GPU.md).
 
     All of them call the model with the same batch, and the kept set is the same. Each computes the
-    layers and the loss for its own rows. The loss is that of all rows in every process.
+    layers and the loss for its own rows. The loss is that of all rows in every process. What a
+    process adds to the gradients is `size` times the part of its own rows, so that the mean over
+    the group is the gradient of the loss, as it is of any other graph that all of them have.
 
     Attributes:
         group: the processes.
@@ -36,18 +39,17 @@ class ContextParallel:
     def __init__(
         self,
         group: ProcessGroup | DeviceMesh | None = None,
-        sums_gradients: bool = True,
+        averages_gradients: bool = True,
         head_groups: int = 4,
     ) -> None:
         """Takes the processes.
 
         Args:
             group: they; or a mesh with a dimension "cp", or with one dimension alone; None: all.
-            sums_gradients: whether the gradients of the parameters are summed over the group, each
-                when backward is done with it, so that every process has the gradient of the whole
-                loss. False: somebody else sums them, such as DDP or FSDP over a group that holds
-                this one. These take the mean, so the loss is to be multiplied by the number of
-                their processes (where the groups' losses are to be summed).
+            averages_gradients: whether the mean of the parameters' gradients over the group is
+                taken, of each when backward is done with it, so that every process has the gradient
+                of the loss. False: somebody else does, such as DDP or FSDP over this group, or over
+                all processes of several groups.
             head_groups: parts of keys and values; while one is computed with, the next is gathered.
 
         Raises:
@@ -70,29 +72,31 @@ class ContextParallel:
             )
         self.size = dist.get_world_size(self.group)
         self.replica = dist.get_global_rank(self.group, 0) if replica is None else replica
-        self.sums_gradients = sums_gradients
+        self.averages_gradients = averages_gradients
         self.head_groups = head_groups
         # Held, because a parameter itself does not hold its node, and the hook goes with it.
-        self._nodes: dict[int, Node] = {}
+        self._nodes: dict[int, tuple[Node, RemovableHandle]] = {}
 
     @classmethod
     def of(cls, given: ContextParallel | ProcessGroup | DeviceMesh) -> ContextParallel:
-        """What `lemo.enable` was given, as one of these."""
-        return given if isinstance(given, ContextParallel) else cls(given)
+        """What `lemo.enable` was given, as one of these for one model alone."""
+        return given.copy() if isinstance(given, ContextParallel) else cls(given)
+
+    def copy(self) -> ContextParallel:
+        """The same processes, for another model."""
+        copied = ContextParallel(self.group, self.averages_gradients, self.head_groups)
+        copied.replica = self.replica
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ContextParallel:
         # Of a copied model: a group cannot be copied, and the hooks are those of its parameters.
-        return ContextParallel(self.group, self.sums_gradients, self.head_groups)._of(self.replica)
+        return self.copy()
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "context_parallel: a group of processes cannot be pickled; call handle.remove() before "
             "the model is pickled"
         )
-
-    def _of(self, replica: int) -> ContextParallel:
-        self.replica = replica
-        return self
 
     def from_first(self, values: Tensor) -> Tensor:
         """`values` of the group's first process, in all of them."""
@@ -101,43 +105,53 @@ class ContextParallel:
         return values
 
     def total(self, part: Tensor) -> Tensor:
-        """The sum over the group of a part that each process has, with a graph to its own part."""
-        return _Total.apply(part, self.group)
+        """The sum over the group of a part that each process has.
 
-    def sum_gradients_of(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sums what every backward pass adds to the gradients from here on, if it is to be done."""
-        if not self.sums_gradients:
+        It has a graph to this process's part, whose gradient is multiplied by `size`.
+        """
+        return _Total.apply(part, self)
+
+    def average_gradients_of(self, parameters: Iterable[nn.Parameter]) -> None:
+        """From here on every backward pass adds the mean over the group, if this is to take it."""
+        if not self.averages_gradients:
             return
         for parameter in parameters:
             if parameter.requires_grad and id(parameter) not in self._nodes:
-                # Before accumulation, so that gradients of earlier passes are not summed again, and
+                # Before accumulation, so that gradients of earlier passes are not sent again, and
                 # before whatever reads them, such as DDP's hooks. It does not run where gradients
                 # are asked for by torch.autograd.grad, as recomputation does inside.
                 node = get_gradient_edge(parameter).node
-                node.register_prehook(self._summed)
-                self._nodes[id(parameter)] = node
+                self._nodes[id(parameter)] = node, node.register_prehook(self._averaged)
 
-    def _summed(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else self.summed(g) for g in gradients)
+    def stop_averaging(self) -> None:
+        """Ends what `average_gradients_of` began."""
+        for _, hook in self._nodes.values():
+            hook.remove()
+        self._nodes = {}
 
-    def summed(self, part: Tensor) -> Tensor:
-        """The sum over the group of a part that each process has, without a graph."""
-        whole = part.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(whole, group=self.group)
-        return whole
+    def _averaged(self, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else self.average(g) for g in gradients)
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over the group, without a graph."""
+        mean = values.detach().clone(memory_format=torch.contiguous_format)
+        # gloo knows no mean.
+        dist.all_reduce(mean, group=self.group)
+        return mean.div_(self.size)
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+    def forward(ctx: Any, part: Tensor, context: ContextParallel) -> Tensor:
+        ctx.size = context.size
         total = part.clone()
-        dist.all_reduce(total, group=group)
+        dist.all_reduce(total, group=context.group)
         return total
 
     @staticmethod
     @first_order_only("context_parallel")
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, None]:
-        return dtotal, None
+        return ctx.size * dtotal, None
 
 
 def _resolved(group: ProcessGroup | DeviceMesh | None) -> tuple[ProcessGroup, int | None]:

@@ -164,6 +164,8 @@ class Handle:
             delattr(forward.__self__, _ATTRIBUTE)
         if self._installed:
             self.path.uninstall()
+            if self._forward.context is not None:
+                self._forward.context.stop_averaging()
         for undo in (*self._undo, *self._detach):
             undo()
         self._installed, self._undo, self._detach = [], [], []

@@ -109,6 +109,9 @@ class SharedOut(Placement):
         batch: the whole batch.
         kept: what the group keeps of it.
         left_out: what it leaves out; None: nothing, or these rows are in no residual.
+
+    Attributes:
+        keys: the kept rows of the group.
     """
 
     def __init__(
@@ -122,8 +125,8 @@ class SharedOut(Placement):
         positions = batch.positions if kept.positions is None else kept.positions
         of_kept, cu_kept = self._deal(kept)
         mine = of_kept.of(context.rank)
-        self._keys = SharedKeys(context, of_kept, kept.cu_rows, positions)
-        self._everything = self._keys
+        self.keys = SharedKeys(context, of_kept, kept.cu_rows, positions)
+        self._everything = self.keys
         own = self._own(kept, positions, mine, cu_kept)
         if left_out is None:
             assert own.rows is not None
@@ -161,7 +164,7 @@ class SharedOut(Placement):
         keys: Selection,
         group_size: int,
     ) -> Attention:
-        return _SharedAttention(architecture, index, batch, kept, self._keys, self._everything)
+        return _SharedAttention(architecture, index, batch, kept, self.keys, self._everything)
 
     def _deal(self, selection: Selection) -> tuple[Deal, Tensor]:
         context, cu_rows = self._context, selection.cu_rows

@@ -106,7 +106,7 @@ class Training(ABC, Generic[C]):
         """Gradients by name, of all rows, from those that this process has."""
         if self.context is None:
             return gradients
-        return {name: self.context.summed(gradient) for name, gradient in gradients.items()}
+        return {name: self.context.average(gradient) for name, gradient in gradients.items()}
 
     def say(self, message: str) -> None:
         """A warning, once for each model."""

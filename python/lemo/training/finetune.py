@@ -338,8 +338,8 @@ class _Run:
             group["lr"] = rate
 
         # Every label of the step counts the same, whatever forward pass it is in. DDP averages
-        # the gradients of the processes, hence the factor; where some of them share out a window,
-        # each has a part of its gradient.
+        # the gradients of the processes, hence the factor; those that share out windows have those
+        # of one loss.
         passes = [next(batches) for _ in range(config.gradient_accumulation)]
         labels, tokens = self._totals(passes)
         loss = torch.zeros((), device=accelerator.device)
@@ -350,7 +350,7 @@ class _Run:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with self._scored(batch):
                     outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
-                accelerator.backward(outputs.loss * accelerator.num_processes)
+                accelerator.backward(outputs.loss * self.replicas.count)
             loss += outputs.loss.detach()
             if self.handle is not None:
                 self.kept.add(self.handle.statistics())

@@ -44,6 +44,6 @@ class Replicas:
             return cls(processes, accelerator.process_index, 1, None)
         shape = processes // size, size
         mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp", "cp"))
-        # All processes' gradients are summed at once, by those who take the mean over the groups.
-        context = ContextParallel(mesh, sums_gradients=False)
+        # Whoever takes the mean over the groups takes that over all of their processes.
+        context = ContextParallel(mesh, averages_gradients=False)
         return cls(shape[0], context.replica, size, context)

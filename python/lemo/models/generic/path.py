@@ -95,6 +95,7 @@ def causal_lm_forward(
         )
         with forward.dense():
             return original()
+    forward.check_call(arguments)
     return returned(forward.loss(arguments), arguments, causal_lm)
 
 
