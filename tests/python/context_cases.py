@@ -399,6 +399,31 @@ def what_is_not_supported_is_refused_by_name():
 
 
 @case
+def other_batches_and_other_weights_are_refused():
+    rank = dist.get_rank()
+    for path in ("native", "generic"):
+        model = lora(make_model("llama", num_hidden_layers=2))
+        arguments = BATCHES["plain"]()
+        with context_of(model, flat_config(**DEFAULTS, path=path)):
+            model(**arguments)
+            for other in (
+                {"input_ids": make_ids(1, 75, seed=rank), "labels": arguments["labels"]},
+                {"input_ids": make_ids(1, 75 + rank), "labels": make_ids(1, 75 + rank)},
+                arguments | ({"attention_mask": torch.ones(1, 75)} if rank else {}),
+            ):
+                with pytest.raises(ValueError, match="batch: expected the same in all processes"):
+                    model(**other)
+            assert model(**arguments).loss.isfinite()
+        with torch.no_grad():
+            next(p for p in model.parameters() if p.requires_grad).add_(rank)
+        with (
+            context_of(model, flat_config(**DEFAULTS, path=path)),
+            pytest.raises(ValueError, match="model: expected the same weights .*lora_A"),
+        ):
+            model(**arguments)
+
+
+@case
 def losses_of_routers_are_refused():
     from generic_cases import make
 

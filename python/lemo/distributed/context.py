@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 
+from lemo.distributed.agreement import check_batch, check_weights
 from lemo.ops._autograd import first_order_only
 
 __all__ = ["ContextParallel"]
@@ -76,6 +77,7 @@ class ContextParallel:
         self.head_groups = head_groups
         # Held, because a parameter itself does not hold its node, and the hook goes with it.
         self._nodes: dict[int, tuple[Node, RemovableHandle]] = {}
+        self._has_begun = False
 
     @classmethod
     def of(cls, given: ContextParallel | ProcessGroup | DeviceMesh) -> ContextParallel:
@@ -111,11 +113,27 @@ class ContextParallel:
         """
         return _Total.apply(part, self)
 
-    def average_gradients_of(self, parameters: Iterable[nn.Parameter]) -> None:
-        """From here on every backward pass adds the mean over the group, if this is to take it."""
+    def begin(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        """Begins a pass with a loss.
+
+        From the first one on every backward pass adds the mean of the gradients over the group, if
+        this is to take it.
+
+        Args:
+            model: whose parameters they are.
+            given: the arguments of the call.
+
+        Raises:
+            ValueError: other processes of the group have another batch, or other weights.
+        """
+        first = next(model.parameters())
+        check_batch(given, first.device, self.group)
+        if not self._has_begun:
+            check_weights(model.named_parameters(), first.device, self.group)
+            self._has_begun = True
         if not self.averages_gradients:
             return
-        for parameter in parameters:
+        for parameter in model.parameters():
             if parameter.requires_grad and id(parameter) not in self._nodes:
                 # Before accumulation, so that gradients of earlier passes are not sent again, and
                 # before whatever reads them, such as DDP's hooks. It does not run where gradients
@@ -124,7 +142,7 @@ class ContextParallel:
                 self._nodes[id(parameter)] = node, node.register_prehook(self._averaged)
 
     def stop_averaging(self) -> None:
-        """Ends what `average_gradients_of` began."""
+        """Ends what `begin` began."""
         for _, hook in self._nodes.values():
             hook.remove()
         self._nodes = {}

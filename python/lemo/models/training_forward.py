@@ -54,7 +54,7 @@ class TrainingForward(Training[Elimination]):
         if context is not None:
             if asked:
                 raise needs_all_rows("output_hidden_states")
-            context.average_gradients_of(architecture.causal_lm.parameters())
+            context.begin(architecture.causal_lm, arguments.given)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         decoder = self.elimination.dense_decoder if asked else self.elimination.decoder

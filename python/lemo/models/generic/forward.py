@@ -146,11 +146,12 @@ class GenericForward(Training[Choice]):
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         parts, ignored = self._parts, arguments.ignored_label
+        if self.context is not None:
+            self.context.begin(parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
         counted = self._counted(arguments, kept, targets, lost)
         count = counted.rows.numel()
         if self.context is not None:
-            self.context.average_gradients_of(parts.causal_lm.parameters())
             assert kept.selection.rows is not None
             counted = counted.among(kept.selection.rows, targets.numel())
         # The own code sees two rows without labels: what is left of its loss does not come from
