@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lemo.distributed.agreement import check_batch, check_weights
@@ -125,11 +126,18 @@ class ContextParallel:
 
         Raises:
             ValueError: other processes of the group have another batch, or other weights.
+            NotImplementedError: weights are sharded, and this is to take the mean.
         """
         first = next(model.parameters())
         check_batch(given, first.device, self.group)
         if not self._has_begun:
             check_weights(model.named_parameters(), first.device, self.group)
+            if self.averages_gradients and any(isinstance(p, DTensor) for p in model.parameters()):
+                raise NotImplementedError(
+                    "context_parallel: expected whole weights where lemo takes the mean of their "
+                    "gradients, got sharded ones; shard over a mesh that holds the group, and use "
+                    "lemo.ContextParallel(..., averages_gradients=False)"
+                )
             self._has_begun = True
         if not self.averages_gradients:
             return
