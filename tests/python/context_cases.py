@@ -193,6 +193,20 @@ def with_everything(model):
     return model
 
 
+def checkpointed(model):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return lora(model)
+
+
+def checkpointed_by_hooks(model):
+    """Parameters with hooks, whose layers torch's checkpoint function runs."""
+    model = checkpointed(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: 2 * gradient)
+    return model
+
+
 def trained(model, arguments, passes: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     for _ in range(passes):
@@ -267,6 +281,9 @@ model_case("layers of the model's own, all rows", "qwen3", "padded left", path="
 model_case(
     "no label of some process, layers of the model's own", "opt", "one label", path="generic"
 )
+model_case("checkpointed", "llama", "packed", adapt=checkpointed)
+model_case("checkpointed, of the model's own", "llama", "plain", adapt=checkpointed, path="generic")
+model_case("checkpointed otherwise", "llama", "padded left", adapt=checkpointed_by_hooks)
 model_case("fewer rows than processes", "llama", "short")
 
 
@@ -308,6 +325,19 @@ def nothing_is_averaged_behind_remove():
     with context_of(model, flat_config(**DEFAULTS)):
         trained(model, arguments)
     assert dist.get_rank() or trained(model, arguments)  # would wait for the others
+
+
+@case
+def the_loss_without_gradients():
+    model = lora(make_model("llama", num_hidden_layers=2)).eval()
+    arguments = BATCHES["padded right"]()
+    config = flat_config(**DEFAULTS, scorer="pooled")
+    with torch.no_grad():
+        one = lemo.enable(model, config)
+        expected = one.loss(**arguments)
+        one.remove()
+        with context_of(model, config) as handle:
+            close(handle.loss(**arguments), expected)
 
 
 @case

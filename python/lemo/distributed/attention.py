@@ -7,6 +7,7 @@ rows, summed (reduce-scatter). So a process stores nothing of the others' rows.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -144,6 +145,7 @@ class _Call:
         return self.cu_q, keys.cu_rows, self.q_positions, keys.positions, *settings
 
 
+@torch.compiler.disable  # what others send is not for a graph of one process
 def shared_attention(
     q: Tensor,
     k: Tensor,
@@ -216,7 +218,9 @@ class _Shared(torch.autograd.Function):
         wants_keys = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dq, dk, dv = torch.empty_like(q), None, None
         dsinks = None if sinks is None else torch.empty_like(sinks)
-        summing = []
+        if wants_keys:
+            dk, dv = torch.empty_like(k), torch.empty_like(v)
+        store = _nothing
         for part, of_k, of_v in told.keys.gathered(k, v, told.keys.parts(q, k)):
             heads = part.queries
             dq[:, heads], *of_keys, of_sinks = call(
@@ -228,10 +232,20 @@ class _Shared(torch.autograd.Function):
             )
             if dsinks is not None:
                 dsinks[heads] = of_sinks
-            if wants_keys:
-                summing.append((part.keys, told.keys.reduce(*of_keys)))
-        if wants_keys:
-            dk, dv = torch.empty_like(k), torch.empty_like(v)
-            for heads, wait in summing:
-                dk[:, heads], dv[:, heads] = wait()
+            if dk is not None and dv is not None:
+                wait = told.keys.reduce(*of_keys)
+                # The part before, whose sums had the time of this one.
+                store()
+                store = partial(_store, wait, dk[:, part.keys], dv[:, part.keys])
+        store()
         return dq, dk, dv, dsinks, None, None
+
+
+def _nothing() -> None:
+    return
+
+
+def _store(wait: Callable[[], tuple[Tensor, Tensor]], dk: Tensor, dv: Tensor) -> None:
+    of_k, of_v = wait()
+    dk.copy_(of_k)
+    dv.copy_(of_v)
