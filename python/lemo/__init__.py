@@ -4,16 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lemo.distributed.context import ContextParallel
     from lemo.models.callback import TrainerCallback
     from lemo.models.enable import Handle, enable
     from lemo.settings.elimination import LemoConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["Handle", "LemoConfig", "TrainerCallback", "__version__", "enable"]
+__all__ = ["ContextParallel", "Handle", "LemoConfig", "TrainerCallback", "__version__", "enable"]
 
 # Imported on first use: Transformers takes seconds, and `import lemo` should not.
 _HOMES = {
+    "ContextParallel": "lemo.distributed.context",
     "Handle": "lemo.models.enable",
     "LemoConfig": "lemo.settings.elimination",
     "TrainerCallback": "lemo.models.callback",

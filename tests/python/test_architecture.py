@@ -101,7 +101,7 @@ LAYERS = [
     {"models", "attention"},
     {"planner"},
     {"selection"},
-    {"predictors", "relevance"},
+    {"predictors", "relevance", "distributed"},
     {"ops"},
     {"packing"},
     {"_C"},

@@ -17,6 +17,7 @@ from lemo.settings.finetune import FinetuneConfig
 _OPTIONS = (
     *("model", "documents", "output", "context_length", "steps", "batch_size"),
     *("gradient_accumulation", "learning_rate", "lora_rank", "lora_targets", "train_norms"),
+    "context_parallel",
     *("rope_scaling", "dtype", "quantize", "device", "gradient_checkpointing", "seed"),
     *("memory_limit", "save_every"),
     *("elimination.keep", "elimination.recompute", "elimination.predictor"),

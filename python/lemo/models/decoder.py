@@ -12,11 +12,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lemo import ops
+from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.execution import Execution, execution_of
 from lemo.models.left_out import LeftOutRows
 from lemo.models.modes import Modes
+from lemo.models.placement import Everywhere, KeptAlone, Placement, SharedOut
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
@@ -49,6 +51,7 @@ class Decoder:
         modes: what each layer stores.
         visible_keys: as in `LemoConfig`.
         group_size: tokens of a shifted attention group; 0: no groups.
+        context: processes that share out the rows; None: this one has them all.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Decoder:
         modes: Modes,
         visible_keys: str = "kept",
         group_size: int = 0,
+        context: ContextParallel | None = None,
     ) -> None:
         self._architecture = architecture
         self._selector = selector
@@ -66,6 +70,7 @@ class Decoder:
         self._visible_keys = visible_keys
         self._group_size = group_size
         self._modes = modes
+        self._context = context
         self._latest = ""
 
     def describe(self) -> str:
@@ -92,7 +97,7 @@ class Decoder:
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
         drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
-        rows = None
+        place: Placement = Everywhere()
         modes: Sequence[str] = ()
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
@@ -102,13 +107,19 @@ class Decoder:
             if index == 0:
                 modes = self._modes.of(batch, residual, kept, drop)
                 self._latest = _described(batch.layout.num_tokens, kept.num_rows, modes)
-            if drop and index == 0 and kept.rows is not None:
-                rows = kept.rows
-                residual = ops.residual_gather(residual, rows)[1]
-                batch = batch.of_rows(rows)
+                place = self._placement(batch, kept, drop)
+                batch, residual = place.enter(batch, residual)
             execution = execution_of(self._architecture.layer(index), modes[index])
-            residual = self._layer(index, batch, residual, kept, rows is not None, execution)
-        return Decoded(residual, rows)
+            residual = self._layer(index, batch, residual, kept, place, execution)
+        return Decoded(residual, place.rows)
+
+    def _placement(self, batch: Batch, kept: Selection, drop: bool) -> Placement:
+        """Which rows the layers run on, from what the first of them keeps."""
+        if self._context is not None:
+            all_kept = drop or kept.rows is None
+            left_out = None if all_kept else self._selector.left_out(kept)
+            return SharedOut(self._context, batch, kept, left_out)
+        return KeptAlone(kept.rows) if drop and kept.rows is not None else Everywhere()
 
     def _layer(
         self,
@@ -116,53 +127,62 @@ class Decoder:
         batch: Batch,
         residual: Tensor,
         kept: Selection,
-        dropped: bool,
+        place: Placement,
         execution: Execution,
     ) -> Tensor:
-        if dropped:
-            kept = kept.of_kept_rows()
-        attention = self._attention(index, batch, kept)
+        kept = place.of(kept)
+        attention = self._attention(index, batch, kept, place)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
-            mlp = self._mlp(index, self._of_mlp(index, batch, residual, dropped))
-            return execution.run(residual, self._unit(index, batch, attention, mlp))
-        residual = execution.run(residual, self._unit(index, batch, attention, None))
-        mlp = self._mlp(index, self._of_mlp(index, batch, residual, dropped))
-        return execution.run(residual, self._unit(index, batch, None, mlp))
+            mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
+            return execution.run(residual, self._unit(index, batch, attention, mlp, place))
+        residual = execution.run(residual, self._unit(index, batch, attention, None, place))
+        mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
+        return execution.run(residual, self._unit(index, batch, None, mlp, place))
 
     def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
         def score() -> Tensor:
-            return self._scorer(index, kind, residual.detach(), batch)
+            scores = self._scorer(index, kind, residual.detach(), batch)
+            # The others' may differ by rounding, and then the sets.
+            return scores if self._context is None else self._context.from_first(scores)
 
         return self._selector.select(index, kind, score)
 
-    def _of_mlp(self, index: int, batch: Batch, residual: Tensor, dropped: bool) -> Selection:
-        kept = self._select(index, "mlp", batch, residual)
-        return kept.of_kept_rows() if dropped else kept
+    def _of_mlp(self, index: int, batch: Batch, residual: Tensor, place: Placement) -> Selection:
+        return place.of(self._select(index, "mlp", batch, residual))
 
-    def _attention(self, index: int, batch: Batch, kept: Selection) -> Attention:
+    def _attention(self, index: int, batch: Batch, kept: Selection, place: Placement) -> Attention:
         keys = kept
         if kept.rows is not None and self._visible_keys == "all":
             keys = Selection.everything(kept.layout)
-        return Attention(self._architecture, index, batch, kept, keys, self._group_size)
+        return place.attention(self._architecture, index, batch, kept, keys, self._group_size)
 
     def _mlp(self, index: int, kept: Selection) -> MLP:
         return MLP(self._architecture, index, kept)
 
-    def _unit(self, index: int, batch: Batch, attention: Attention | None, mlp: MLP | None) -> Unit:
+    def _unit(
+        self,
+        index: int,
+        batch: Batch,
+        attention: Attention | None,
+        mlp: MLP | None,
+        place: Placement,
+    ) -> Unit:
         left_out = LeftOutRows(None, None)
         if self._visible_keys == "computed":
             rows = [
-                None if sub_block is None else self._left_out(sub_block.kept)
+                None if sub_block is None else self._left_out(sub_block.kept, place)
                 for sub_block in (attention, mlp)
             ]
             left_out = LeftOutRows(
-                None if rows[0] is None else self._attention(index, batch, rows[0]),
+                None if rows[0] is None else self._attention(index, batch, rows[0], place),
                 None if rows[1] is None else self._mlp(index, rows[1]),
             )
         return Unit(attention, mlp, left_out)
 
-    def _left_out(self, kept: Selection) -> Selection | None:
-        return None if kept.rows is None else self._selector.left_out(kept)
+    def _left_out(self, kept: Selection, place: Placement) -> Selection | None:
+        if kept.rows is None:
+            return None
+        return place.left_out(kept, self._selector.left_out)
 
 
 def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:

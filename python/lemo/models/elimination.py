@@ -1,9 +1,11 @@
 """Settings at work on a model: where scores come from, what is kept, and how layers run."""
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.decoder import Decoder
 from lemo.models.modes import Modes
 from lemo.models.scout import Scout
+from lemo.models.sharing import check_settings
 from lemo.selection.scorers import Scorer, make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
@@ -39,15 +41,20 @@ class Elimination(Choice):
             come from the kept rows.
     """
 
-    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+    def __init__(
+        self, architecture: Architecture, context: ContextParallel | None, config: LemoConfig
+    ) -> None:
         scorer = make_scorer(config, architecture, Scout(architecture))
         super().__init__(config, architecture.num_layers, scorer)
+        if context is not None:
+            check_settings(config, self.selector)
         parts = architecture, self.selector, self.scorer
         self.decoder = Decoder(
             *parts,
-            Modes(architecture, config, config.visible_keys),
+            Modes(architecture, config, config.visible_keys, alone=context is None),
             visible_keys=config.visible_keys,
             group_size=config.layerwise.group_size or 0,
+            context=context,
         )
         everything = "computed"
         modes = Modes(architecture, config, everything)

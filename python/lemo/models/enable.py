@@ -7,7 +7,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
+from lemo.distributed.context import ContextParallel
 from lemo.models import labels as named_labels
 from lemo.models.architectures import architecture_of, is_known
 from lemo.models.arguments import ForwardArguments
@@ -26,7 +29,11 @@ __all__ = ["Handle", "enable"]
 _ATTRIBUTE = "_lemo_handle"
 
 
-def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None = None) -> "Handle":
+def enable(
+    model: "nn.Module | transformers.Trainer",
+    config: LemoConfig | None = None,
+    context_parallel: ContextParallel | ProcessGroup | DeviceMesh | None = None,
+) -> "Handle":
     """Makes the training forward pass of `model` eliminate tokens, until `handle.remove()`.
 
     Replaces `forward` on two instances, the causal LM and its decoder; classes stay as they are. It
@@ -46,6 +53,9 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
             `transformers.Trainer` of one (TRL's are such), see `Handle.attach`. How its layers run
             is a setting, `LemoConfig.path`.
         config: the settings; None: the defaults.
+        context_parallel: processes that share out the kept rows of each batch, which they all call
+            the model with: a process group, a mesh with a dimension "cp", or a
+            `lemo.ContextParallel` (docs/MULTI_GPU.md); None: this process has them all.
 
     Returns:
         The handle that drives the schedule, tells what was kept, and undoes it all.
@@ -56,18 +66,22 @@ def enable(model: "nn.Module | transformers.Trainer", config: LemoConfig | None 
             are not Transformers' own, leaving rows out is not defined for the model's layers, the
             model uses attention dropout or another unsupported setting, or `config` does not fit
             the model (for example a list without one entry for each layer).
+        NotImplementedError: the settings or the model do not go with `context_parallel`.
     """
     config = LemoConfig() if config is None else config
     if not isinstance(config, LemoConfig):
         raise TypeError(f"config: expected a LemoConfig, got {type(config).__name__}")
     if isinstance(model, transformers.Trainer):
-        handle = enable(model.model, config)
+        handle = enable(model.model, config, context_parallel)
         handle.attach(model)
         return handle
-    return Handle(_path(model, config), config, model)
+    context = None if context_parallel is None else ContextParallel.of(context_parallel)
+    return Handle(_path(model, config, context), config, model)
 
 
-def _path(model: nn.Module, config: LemoConfig) -> Path[Training[Any]]:
+def _path(
+    model: nn.Module, config: LemoConfig, context: ContextParallel | None
+) -> Path[Training[Any]]:
     """The path that the settings ask for, or that fits the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
@@ -77,11 +91,11 @@ def _path(model: nn.Module, config: LemoConfig) -> Path[Training[Any]]:
         _check_free(architecture.decoder)
         if "forward" in vars(architecture.decoder):
             raise _replaced(architecture.decoder)
-        return NativePath(architecture, config)
+        return NativePath(architecture, config, context)
     parts = Parts.of(model)
     for module in {parts.causal_lm, parts.base, parts.decoder}:
         _check_free(module)
-    return GenericPath(parts, config)
+    return GenericPath(parts, config, context)
 
 
 def _check_free(module: nn.Module) -> None:
@@ -150,6 +164,8 @@ class Handle:
             delattr(forward.__self__, _ATTRIBUTE)
         if self._installed:
             self.path.uninstall()
+            if self._forward.context is not None:
+                self._forward.context.stop_averaging()
         for undo in (*self._undo, *self._detach):
             undo()
         self._installed, self._undo, self._detach = [], [], []
@@ -215,7 +231,9 @@ class Handle:
         Args:
             arguments: as the model takes them, with `labels`.
         """
-        return self._forward.loss(ForwardArguments.of(arguments)).loss
+        call = ForwardArguments.of(arguments)
+        self._forward.check_call(call)
+        return self._forward.loss(call).loss
 
     @contextmanager
     def labelled(self, mask: Tensor) -> Iterator[None]:

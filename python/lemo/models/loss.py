@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
+from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.weights import is_plain
@@ -80,6 +81,7 @@ def causal_lm_loss(
     ignore_index: int = IGNORE_INDEX,
     lost: Tensor | None = None,
     computed: Tensor | None = None,
+    context: ContextParallel | None = None,
 ) -> tuple[Tensor, int]:
     """Next-token cross entropy as Transformers' ForCausalLMLoss defines it, and its labels' number.
 
@@ -98,16 +100,22 @@ def causal_lm_loss(
         lost: scalar, labels of the batch that are not among `targets`.
         computed: [R] int32, ascending, which of the T rows the residual has, among them all that
             count; None: all of them.
+        context: processes that share out the rows, of which the residual has this one's; the loss
+            is that of all of them. None: the residual has all rows that count.
     """
     counted = counted_labels(targets, masked, num_items_in_batch, ignore_index, lost)
+    number = counted.rows.numel()
+    if context is not None:
+        assert computed is not None
+        counted = counted.among(computed, targets.numel())
     rows, targets = counted.rows, counted.targets
     residual, hidden = architecture.final_norm(residual, rows_among(rows, residual, computed))
-    if rows.numel() == 0:
+    if number == 0:
         return hidden.sum(dtype=torch.float32), 0
     vocabulary = architecture.config.vocab_size
     head = architecture.lm_head
     loss = head_loss(head, hidden, targets, vocabulary, chunk_rows, counted.divisor, ignore_index)
-    return loss, rows.numel()
+    return loss if context is None else context.total(loss), number
 
 
 class CountedLabels(NamedTuple):
@@ -122,6 +130,18 @@ class CountedLabels(NamedTuple):
     rows: Tensor
     targets: Tensor
     divisor: Tensor | int | None
+
+    def among(self, rows: Tensor, tokens: int) -> "CountedLabels":
+        """Those that some rows predict, with the divisor of all.
+
+        Args:
+            rows: [R] int32, of the `tokens` rows of the batch.
+            tokens: T.
+        """
+        has = torch.zeros(tokens, dtype=torch.bool, device=rows.device)
+        index = has.index_fill_(0, rows.long(), True)[self.rows].nonzero()[:, 0]
+        divisor = max(self.rows.numel(), 1) if self.divisor is None else self.divisor
+        return CountedLabels(self.rows[index], self.targets[index], divisor)
 
 
 def counted_labels(

@@ -43,13 +43,19 @@ class Modes:
         architecture: access to the model.
         config: the settings, none left open.
         visible_keys: what kept rows attend to in these passes.
+        alone: whether this process has all rows. Where others have some, all have to store the
+            same, whatever memory each has left, so "auto" is not planned.
     """
 
     def __init__(
-        self, architecture: Architecture, config: LemoConfig, visible_keys: str = "kept"
+        self,
+        architecture: Architecture,
+        config: LemoConfig,
+        visible_keys: str = "kept",
+        alone: bool = True,
     ) -> None:
         self._architecture, self._config = architecture, config
-        self._visible_keys = visible_keys
+        self._visible_keys, self._alone = visible_keys, alone
         self._plans: dict[Any, tuple[str, ...]] = {}
         count, asked = architecture.num_layers, config.recompute
         if not isinstance(asked, str) and len(asked) != count:
@@ -69,7 +75,7 @@ class Modes:
         count, asked = self._architecture.num_layers, self._config.recompute
         if not isinstance(asked, str):
             return asked
-        if asked == "auto" and self._is_planned():
+        if asked == "auto" and self._alone and self._is_planned():
             planned = self._planned(batch, residual, kept, one_set)
             if planned is not None:
                 return planned

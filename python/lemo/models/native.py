@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.general import general_modules
@@ -26,17 +27,23 @@ class NativePath(Path[TrainingForward]):
     Args:
         architecture: access to the model.
         config: the settings.
+        context: processes that share out the rows; None: this one has them all.
 
     Raises:
         ValueError: layers or attention are not Transformers' own, the model uses attention dropout
             or another unsupported setting, or `config` does not fit the model.
     """
 
-    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: LemoConfig,
+        context: ContextParallel | None = None,
+    ) -> None:
         architecture.check_supported()
         self.causal_lm = architecture.causal_lm
         self._architecture = architecture
-        self._forward = TrainingForward(architecture, config)
+        self._forward = TrainingForward(architecture, config, context)
         self._states: LabelledStates | None = None
 
     @property
@@ -92,6 +99,7 @@ def causal_lm_forward(
     if arguments.labels is None:
         output = forward.logits(arguments)
     elif causal_lm.loss_function is ForCausalLMLoss:
+        forward.check_call(arguments)
         output = forward.loss(arguments)
     else:
         output = forward.custom_loss(arguments)

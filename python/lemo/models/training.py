@@ -9,9 +9,11 @@ from typing import Generic, TypeVar
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
 from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
+from lemo.models.sharing import check_call
 from lemo.packing.batch import PackedBatch
 from lemo.relevance.answers import are_answers
 from lemo.selection.selector import Selector
@@ -37,15 +39,23 @@ class Training(ABC, Generic[C]):
             None: none are given.
         has_trained: whether a pass has trained something.
         elimination: that of the latest pass.
+        context: processes that share out the rows; None: this one has them all.
     """
 
-    def __init__(self, config: LemoConfig, choose: Callable[[LemoConfig], C]) -> None:
+    def __init__(
+        self,
+        config: LemoConfig,
+        choose: Callable[[LemoConfig], C],
+        context: ContextParallel | None = None,
+    ) -> None:
         """Resolves the settings.
 
         Args:
             config: the settings.
             choose: what settings, none left open, ask for.
+            context: processes that share out the rows; None: this one has them all.
         """
+        self.context = context
         self.row_labels: Tensor | None = None
         self.token_scores: Tensor | None = None
         self.has_trained = False
@@ -55,6 +65,9 @@ class Training(ABC, Generic[C]):
             self._of_answers = choose(of_answers)
         self.elimination = self._of_text
         self._said: set[str] = set()
+        if context is not None:
+            for elimination in {self._of_text, self._of_answers}:
+                elimination.scorer.begin_replica(context.replica)
 
     @abstractmethod
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
@@ -83,6 +96,17 @@ class Training(ABC, Generic[C]):
         """Tells that optimizer step `step`, from 0, begins."""
         for elimination in {self._of_text, self._of_answers}:
             elimination.scorer.begin_step(step)
+
+    def check_call(self, arguments: ForwardArguments) -> None:
+        """Refuses a call with labels that is not defined where processes share out the rows."""
+        if self.context is not None:
+            check_call(arguments)
+
+    def whole(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Gradients by name, of all rows, from those that this process has."""
+        if self.context is None:
+            return gradients
+        return {name: self.context.average(gradient) for name, gradient in gradients.items()}
 
     def say(self, message: str) -> None:
         """A warning, once for each model."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from lemo.distributed.context import ContextParallel
 from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
@@ -21,6 +22,7 @@ from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, next_labels, rows_among
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
 
@@ -28,16 +30,32 @@ __all__ = ["TrainingForward"]
 
 
 class TrainingForward(Training[Elimination]):
-    """What the model computes in place of its own forward, in the native path."""
+    """What the model computes in place of its own forward, in the native path.
 
-    def __init__(self, architecture: Architecture, config: LemoConfig) -> None:
-        super().__init__(config, partial(Elimination, architecture))
+    Args:
+        architecture: access to the model.
+        config: the settings.
+        context: processes that share out the rows; None: this one has them all.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        config: LemoConfig,
+        context: ContextParallel | None = None,
+    ) -> None:
+        super().__init__(config, partial(Elimination, architecture, context), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
         asked = arguments.wants_hidden_states(architecture.config)
+        context = self.context
+        if context is not None:
+            if asked:
+                raise needs_all_rows("output_hidden_states")
+            context.begin(architecture.causal_lm, arguments.given)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
@@ -54,6 +72,7 @@ class TrainingForward(Training[Elimination]):
                 ignored,
                 lost,
                 decoded.rows,
+                context,
             )
         if counted:
             self.has_trained = True
@@ -76,6 +95,8 @@ class TrainingForward(Training[Elimination]):
 
     def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
         """What `loss` gives to the head, for a call with labels whose head is somebody else's."""
+        if self.context is not None:
+            raise needs_all_rows("a loss of TRL's head")
         ignored = arguments.ignored_label
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
@@ -120,6 +141,8 @@ class TrainingForward(Training[Elimination]):
 
     def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
         """The decoder's output: in each row what the dense model gives."""
+        if self.context is not None:
+            raise needs_all_rows("logits or hidden states")
         batch, residual = self._embed(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)

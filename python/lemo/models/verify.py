@@ -43,14 +43,16 @@ def verify(
         expected_gradients = gradients(expected, trainable)
         with forward.keeping_everything():
             got = forward.loss(ForwardArguments.of(arguments)).loss
-            got_gradients = gradients(got, trainable)
+            got_gradients = forward.whole(gradients(got, trainable))
         difference = Difference(model, (got, expected), (got_gradients, expected_gradients))
         if difference.is_rounding:
             return
-        place = _first_difference(model, forward, arguments, difference.tolerances[1])
+        place = ""
+        if forward.context is None:
+            place = " " + _first_difference(model, forward, arguments, difference.tolerances[1])
     raise ValueError(
         f"model: lemo does not compute what the model computes, even with every token kept: "
-        f"{difference}. {place} Something changed what the model's own code does; undo it, or "
+        f"{difference}.{place} Something changed what the model's own code does; undo it, or "
         "train without lemo"
     )
 

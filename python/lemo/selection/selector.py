@@ -67,6 +67,12 @@ class Selector:
         return self._keeps_everything or self._policies.has_one_set(self.progress)
 
     @property
+    def always_has_one_set(self) -> bool:
+        """Whether all sub-blocks keep the same rows at every progress of the training."""
+        begins = (begin for begin, _ in self.config.layerwise.keep_schedule)
+        return all(map(self._policies.has_one_set, (0.0, *begins)))
+
+    @property
     def masks_loss(self) -> bool:
         """Whether the loss of rows that no sub-block keeps does not count."""
         return self.config.mask_loss is not False

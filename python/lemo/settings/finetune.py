@@ -59,6 +59,11 @@ class FinetuneConfig(Settings):
     steps: Positive = Field(100, description="Optimizer steps of the run.")
     batch_size: Positive = Field(1, description="Windows of a forward pass, in each process.")
     gradient_accumulation: Positive = Field(1, description="Forward passes of an optimizer step.")
+    context_parallel: Positive = Field(
+        1,
+        description="Processes that share out the kept rows of each window; the others of a run "
+        "take windows of their own. Start them with torchrun.",
+    )
     learning_rate: Annotated[Number, Field(ge=0)] = Field(
         2e-4, description="Learning rate after the warm-up, the highest one."
     )
@@ -150,6 +155,11 @@ class FinetuneConfig(Settings):
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of the two, got both")
         elimination = self.elimination
+        if elimination is None and self.context_parallel > 1:
+            raise ValueError(
+                "context_parallel: expected 1 without elimination, since kept rows are what is "
+                f"shared out, got {self.context_parallel}; elimination.keep=1 keeps all"
+            )
         if elimination is None:
             return self
         if elimination.scorer == "given" and elimination.scores is None:

@@ -65,6 +65,7 @@ from lemo.training.model import (
     write_adapter,
 )
 from lemo.training.planning import memory_limit, out_of_memory, plan_run
+from lemo.training.replicas import Replicas
 from lemo.training.run_folder import (
     ADAPTER_NAME,
     CHECKPOINTS_NAME,
@@ -185,6 +186,7 @@ class _Run:
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
         self.config = config
         self.accelerator = accelerator
+        self.replicas = Replicas.of(config, accelerator)
         supported = None if config.elimination is None else ARCHITECTURES
         model_config = load_config(config.model, supported)
         extend_context(model_config, config.context_length, config.rope_scaling)
@@ -243,7 +245,8 @@ class _Run:
         self.handle = None
         if config.elimination is not None:
             elimination = config.elimination.resolved(answers)
-            self.handle = lemo.enable(self.peft_model, self._with_plan(elimination))
+            enabled = self._with_plan(elimination), self.replicas.context
+            self.handle = lemo.enable(self.peft_model, *enabled)
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
                 _say_what_is_kept(elimination, answers)
@@ -273,7 +276,7 @@ class _Run:
     @property
     def windows_per_step(self) -> int:
         config = self.config
-        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+        return config.batch_size * config.gradient_accumulation * self.replicas.count
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Go back to the state of ``checkpoint``; returns its step."""
@@ -344,10 +347,10 @@ class _Run:
     def _batches(self, done: int) -> Iterator[range]:
         """The windows of every forward pass in this process, after ``done`` steps."""
         config = self.config
-        per_process = config.batch_size * config.gradient_accumulation
+        per_replica = config.batch_size * config.gradient_accumulation
         for step in range(done, config.steps):
-            first = step * self.windows_per_step + self.accelerator.process_index * per_process
-            for i in range(first, first + per_process, config.batch_size):
+            first = step * self.windows_per_step + self.replicas.index * per_replica
+            for i in range(first, first + per_replica, config.batch_size):
                 yield range(i, i + config.batch_size)
 
     def _explained_step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
@@ -370,7 +373,8 @@ class _Run:
             group["lr"] = rate
 
         # Every label of the step counts the same, whatever forward pass it is in. DDP averages
-        # the gradients of the processes, hence the factor.
+        # the gradients of the processes, hence the factor; those that share out windows have those
+        # of one loss.
         passes = [next(batches) for _ in range(config.gradient_accumulation)]
         labels, tokens = self._totals(passes)
         loss = torch.zeros((), device=accelerator.device)
@@ -381,7 +385,7 @@ class _Run:
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with self._scored(batch):
                     outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
-                accelerator.backward(outputs.loss * accelerator.num_processes)
+                accelerator.backward(outputs.loss * self.replicas.count)
             loss += outputs.loss.detach()
             if self.handle is not None:
                 self.kept.add(self.handle.statistics())
@@ -390,7 +394,7 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         # The one time that the host waits for the device in a step without a checkpoint.
-        loss = accelerator.reduce(loss, reduction="sum").item()
+        loss = accelerator.reduce(loss, reduction="sum").item() / self.replicas.size
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
@@ -426,6 +430,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             counted = torch.tensor(totals, device=self.accelerator.device)
             totals = self.accelerator.reduce(counted, reduction="sum").tolist()
+            totals = [total // self.replicas.size for total in totals]
         return totals[0], totals[1]
 
     def _save(self, folder: Path, step: int) -> None:

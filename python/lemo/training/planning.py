@@ -195,6 +195,11 @@ def plan_run(
     try:
         if elimination is None:
             raise ValueError("elimination: expected settings of it, got null")
+        if config.context_parallel > 1:
+            raise ValueError(
+                "context_parallel: expected 1, where each process has all rows of its windows, "
+                f"got {config.context_parallel}"
+            )
         request = request_of(config, elimination, model_config, dtype, device)
         planner = request.planner(config.context_length)
     except ValueError as error:

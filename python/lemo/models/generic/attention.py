@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo import ops
+from lemo.distributed.attention import SharedKeys, shared_attention
 
 __all__ = ["KeptRows", "RowsMask", "making_masks", "register"]
 
@@ -50,7 +51,14 @@ class KeptRows:
         calls: how often attention was called.
     """
 
-    def __init__(self, model: str, count: int, cu_rows: Tensor, positions: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        count: int,
+        cu_rows: Tensor,
+        positions: Tensor | None,
+        keys: SharedKeys | None = None,
+    ) -> None:
         """Takes what `segment_attention` asks for.
 
         Args:
@@ -58,7 +66,9 @@ class KeptRows:
             count: R.
             cu_rows: [N+1] int32, first row of every sequence.
             positions: [R] int32, position of each row in its sequence; None: 0, 1, 2, ...
+            keys: the rows of a group of processes, of which these are one's; None: these alone.
         """
+        self._keys = keys
         self.model = model
         self.count = count
         self.calls = 0
@@ -68,6 +78,29 @@ class KeptRows:
         """(cu_rows, positions) where a layer is; layers may be on several devices."""
         positions = self._positions
         return self._cu_rows.to(device), None if positions is None else positions.to(device)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`segment_attention` from the rows to themselves, or to those of all processes."""
+        cu_rows, positions = self.on(q.device)
+        if self._keys is None:
+            places = cu_rows, None, positions, positions
+            return ops.segment_attention(
+                q, k, v, *places, scale, window, softcap=softcap, sinks=sinks
+            )
+        assert positions is not None
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return shared_attention(
+            q, k, v, self._keys, cu_rows, positions, scale, window, softcap, sinks
+        )
 
 
 @dataclass(frozen=True)
@@ -240,26 +273,14 @@ def _attend(
             f"model: expected {rows.model} to attend from and to the {rows.count} kept rows, got "
             f"queries {list(query.shape)} and keys {list(key.shape)}"
         )
-    cu_rows, positions = rows.on(query.device)
     # Under autocast a norm of the heads gives its weight's dtype.
     device, dtype = query.device.type, value.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
     try:
-        out = ops.segment_attention(
-            q,
-            k,
-            v,
-            cu_rows,
-            None,
-            positions,
-            positions,
-            scaling,
-            mask.window,
-            softcap=float(softcap or 0.0),
-            sinks=None if s_aux is None else s_aux.float(),
-        )
+        sinks = None if s_aux is None else s_aux.float()
+        out = rows.attend(q, k, v, scaling, mask.window, float(softcap or 0.0), sinks)
     except NotImplementedError as error:
         raise NotImplementedError(f"model: {rows.model} needs more: {error}") from error
     return out[None]

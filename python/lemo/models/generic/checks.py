@@ -48,7 +48,7 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
             expected = own_forward(model, arguments).loss
         with forward.keeping(Selection.everything, 1):
             got = forward.loss(ForwardArguments.of(arguments)).loss
-        _compare(parts, got, expected, trainable, "even with every token kept")
+        _compare(parts, forward, got, expected, trainable, "even with every token kept")
         first = _first_sequence(arguments)
         if first < len(_KEPT):
             return
@@ -73,13 +73,18 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
 
         with forward.keeping(choose, size):
             got = forward.loss(ForwardArguments.of(arguments)).loss
-        _compare(parts, got, expected, trainable, "with half of the tokens kept")
+        _compare(parts, forward, got, expected, trainable, "with half of the tokens kept")
 
 
 def _compare(
-    parts: Parts, got: Tensor, expected: Tensor, trainable: Mapping[str, Tensor], when: str
+    parts: Parts,
+    forward: GenericForward,
+    got: Tensor,
+    expected: Tensor,
+    trainable: Mapping[str, Tensor],
+    when: str,
 ) -> None:
-    found = gradients(got, trainable), gradients(expected, trainable)
+    found = forward.whole(gradients(got, trainable)), gradients(expected, trainable)
     difference = Difference(parts.causal_lm, (got, expected), found)
     if not difference.is_rounding:
         raise ValueError(

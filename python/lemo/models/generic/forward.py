@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
@@ -21,6 +22,7 @@ from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.sharing import needs_all_rows
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
@@ -80,9 +82,11 @@ class _Pass:
 class GenericForward(Training[Choice]):
     """What the model computes in place of its own forward, in the generic path."""
 
-    def __init__(self, parts: Parts, config: LemoConfig) -> None:
+    def __init__(
+        self, parts: Parts, config: LemoConfig, context: ContextParallel | None = None
+    ) -> None:
         check_settings(parts.name, config)
-        super().__init__(config, partial(_choice, parts.num_layers))
+        super().__init__(config, partial(_choice, parts.num_layers), context)
         self._parts = parts
         self._before = vars(parts.causal_lm).get("forward")
         self._implementations: tuple[str, ...] = ()
@@ -142,8 +146,14 @@ class GenericForward(Training[Choice]):
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         parts, ignored = self._parts, arguments.ignored_label
+        if self.context is not None:
+            self.context.begin(parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
         counted = self._counted(arguments, kept, targets, lost)
+        count = counted.rows.numel()
+        if self.context is not None:
+            assert kept.selection.rows is not None
+            counted = counted.among(kept.selection.rows, targets.numel())
         # The own code sees two rows without labels: what is left of its loss does not come from
         # labels, but from routers and the like.
         call = self._own_arguments(arguments, kept)
@@ -152,7 +162,11 @@ class GenericForward(Training[Choice]):
         now, own = self._run(kept, partial(self.own, **call), _two_rows)
         assert now.hidden is not None
         hidden = self._rows_of(now, kept, counted)
-        count = counted.rows.numel()
+        if now.has_more and self.context is not None:
+            raise NotImplementedError(
+                f"context_parallel: {parts.name} adds a loss of its routers, which would be that "
+                "of each process's rows; set output_router_logits=False, or train without"
+            )
         if count:
             self.has_trained = True
             loss = self._head.loss(
@@ -163,6 +177,7 @@ class GenericForward(Training[Choice]):
                 counted.divisor,
                 ignored,
             )
+            loss = loss if self.context is None else self.context.total(loss)
         else:
             loss = hidden.sum(dtype=torch.float32)
             if torch.is_grad_enabled() and bool((targets != ignored).any()):
@@ -193,6 +208,8 @@ class GenericForward(Training[Choice]):
         Returns:
             Its result, and the labels of the batch for each label that counts, fp32 scalar.
         """
+        if self.context is not None:
+            raise needs_all_rows("a loss of TRL's head")
         kept, targets, lost = self._keep(arguments)
         counted = self._counted(arguments, kept, targets, lost)
         call = self._own_arguments(arguments, kept)
@@ -284,7 +301,9 @@ class GenericForward(Training[Choice]):
             labelled=targets != arguments.ignored_label,
             scores=self._pack_scores(packed, embedded is not None),
         )
-        return KeptBatch(batch, self._select(batch), self._parts.name), targets, lost
+        whole = self._select(batch)
+        kept = KeptBatch.of_group(batch, whole, self._parts.name, self.context)
+        return kept, targets, lost
 
     def _select(self, batch: Batch) -> Selection:
         if self._forced is not None:
@@ -314,7 +333,7 @@ class GenericForward(Training[Choice]):
         self, arguments: ForwardArguments, kept: KeptBatch, targets: Tensor, lost: Tensor | None
     ) -> CountedLabels:
         config = self.elimination.config
-        masked = masked_rows(kept.batch.layout, [kept.selection], True, config.burn_in)
+        masked = masked_rows(kept.batch.layout, [kept.whole], True, config.burn_in)
         items, ignored = arguments.num_items_in_batch, arguments.ignored_label
         return counted_labels(targets, masked, items, ignored, lost)
 

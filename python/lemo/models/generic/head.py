@@ -60,7 +60,11 @@ class Head:
             )
 
         def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
-            return self._own_sum(rows, labels, 1)
+            if labels.numel():
+                return self._own_sum(rows, labels, 1)
+            # Other processes have some: the head takes part in this one's backward pass, too.
+            row, label = rows.new_zeros(1, rows.shape[1]), labels.new_zeros(1)
+            return rows.sum() + 0.0 * self._own_sum(row, label, 1)
 
         rows = loss_chunk_rows(vocabulary) if chunk_rows is None else chunk_rows
         total = sum_over_chunks(chunk_loss, hidden, targets, rows)

@@ -1,14 +1,17 @@
 """The rows of a batch that are kept, as the model's decoder gets them: one packed sequence."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lemo.distributed.attention import SharedKeys
+from lemo.distributed.context import ContextParallel
 from lemo.models.batch import Batch
 from lemo.models.generic.attention import KeptRows, RowsMask
+from lemo.models.placement import SharedOut
 from lemo.packing.blocks import Selection
 
 __all__ = ["KeptBatch"]
@@ -20,18 +23,41 @@ class KeptBatch:
 
     Attributes:
         batch: what the T rows are.
-        selection: the R of them that are kept.
+        selection: the R of them that are kept, where processes share them out those of this one.
         model: the type of the model, for errors.
+        whole: all that are kept.
+        keys: those of all processes; None: this one has them all.
     """
 
     batch: Batch
     selection: Selection
     model: str
+    whole: Selection
+    keys: SharedKeys | None = None
+
+    @classmethod
+    def of_group(
+        cls, batch: Batch, whole: Selection, model: str, context: ContextParallel | None
+    ) -> "KeptBatch":
+        """The kept rows of this process.
+
+        Args:
+            batch: what the T rows are.
+            whole: what is kept of them.
+            model: the type of the model, for errors.
+            context: processes that share them out; None: this one has them all.
+        """
+        if context is None:
+            return cls(batch, whole, model, whole)
+        place = SharedOut(context, batch, whole, None)
+        own = replace(place.of(whole), rows=place.rows)
+        return cls(batch, own, model, whole, place.keys)
 
     def attention(self) -> KeptRows:
         """What attention has to know of the rows."""
         selection = self.selection
-        return KeptRows(self.model, selection.num_rows, selection.cu_rows, selection.positions)
+        rows = selection.num_rows, selection.cu_rows, selection.positions
+        return KeptRows(self.model, *rows, self.keys)
 
     def of(self, values: Tensor) -> Tensor:
         """[1, R, ...], the kept rows of [B or 1, S, ...]."""

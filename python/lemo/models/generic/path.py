@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
 from lemo.models.generic.checks import verify
 from lemo.models.generic.forward import GenericForward
@@ -24,14 +25,17 @@ class GenericPath(Path[GenericForward]):
     Args:
         parts: the model.
         config: the settings.
+        context: processes that share out the rows; None: this one has them all.
 
     Raises:
         ValueError: the settings need the inside of layers.
     """
 
-    def __init__(self, parts: Parts, config: LemoConfig) -> None:
+    def __init__(
+        self, parts: Parts, config: LemoConfig, context: ContextParallel | None = None
+    ) -> None:
         self.causal_lm = parts.causal_lm
-        self._forward = GenericForward(parts, config)
+        self._forward = GenericForward(parts, config, context)
         self._parts = parts
 
     @property
@@ -96,6 +100,7 @@ def causal_lm_forward(
         )
         with forward.dense():
             return original()
+    forward.check_call(arguments)
     return returned(forward.loss(arguments), arguments, causal_lm)
 
 

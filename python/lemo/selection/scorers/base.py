@@ -91,3 +91,10 @@ class Scorer(Protocol):
     def begin_step(self, step: int) -> None:
         """Tells that optimizer step `step`, from 0, begins. Only random scores depend on it."""
         return
+
+    def begin_replica(self, replica: int) -> None:
+        """Tells which of several groups of processes this one is of, from 0.
+
+        Only random scores depend on it: processes of one group draw the same.
+        """
+        return

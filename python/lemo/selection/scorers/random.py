@@ -19,6 +19,7 @@ class RandomScorer(Scorer):
     """
 
     def __init__(self, seed: int) -> None:
+        self._own_seed = seed
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             seed += torch.distributed.get_rank()
         self._seed = seed
@@ -28,6 +29,10 @@ class RandomScorer(Scorer):
     def begin_step(self, step: int) -> None:
         """From here on the draws depend on the seed, the process and this step alone."""
         self._generator.manual_seed((self._seed + step * _STEP_STRIDE) % 2**63)
+
+    def begin_replica(self, replica: int) -> None:
+        self._seed = self._own_seed + replica
+        self._generator.manual_seed(self._seed)
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         scores = torch.rand(batch.layout.num_blocks, generator=self._generator, device="cpu")

@@ -1,0 +1,80 @@
+"""Groups of processes that tests start, with gloo on the CPU."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+# Whatever a test does wrong, its processes do not wait for each other longer.
+_PATIENCE = timedelta(seconds=60)
+
+_MEETING = "meeting"
+
+# Started once; the processes are copies of it, which have imported what takes seconds.
+_server = get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "lemo.training.finetune",
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
+
+
+def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns in each of `count` processes of one group.
+
+    Args:
+        count: how many processes.
+        function: of a module, so that they can import it.
+        folder: where they meet.
+        arguments: for each process; they can be pickled.
+
+    Raises:
+        AssertionError: some process raised an error, or ended without a result.
+    """
+    (folder / _MEETING).unlink(missing_ok=True)
+    results = _server.Queue()
+    processes = [
+        _server.Process(
+            target=_member, args=(results, rank, count, str(folder), function, arguments)
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            rank, value, error = results.get(timeout=2 * _PATIENCE.total_seconds())
+            assert error is None, f"process {rank}: {error}"
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(0 if len(found) < count else None)
+            process.kill()
+    return [found[rank] for rank in range(count)]
+
+
+def _member(results, rank, count, folder, function, arguments):
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{_MEETING}",
+            rank=rank,
+            world_size=count,
+            timeout=_PATIENCE,
+        )
+        results.put((rank, function(*arguments), None))
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
