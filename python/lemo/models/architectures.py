@@ -16,6 +16,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
+from lemo.models.sharded import own_class
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
@@ -418,7 +419,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     for module in model.modules():
         if _is_known_class(module):
-            return ARCHITECTURES[type(module).__name__](module)
+            return ARCHITECTURES[own_class(module).__name__](module)
     raise TypeError(
         f"model: expected one of {', '.join(ARCHITECTURES)} (possibly wrapped by PEFT), "
         f"got {type(model).__name__}"
@@ -431,7 +432,7 @@ def is_known(model: nn.Module) -> bool:
 
 
 def _is_known_class(module: nn.Module) -> bool:
-    cls = type(module)
+    cls = own_class(module)
     of_transformers = cls.__module__.startswith("transformers.models.")
     return of_transformers and cls.__name__ in ARCHITECTURES
 

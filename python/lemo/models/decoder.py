@@ -5,7 +5,8 @@ below take it and hand it on.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -15,6 +16,7 @@ from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
+from lemo.models.sharded import run_inside
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
@@ -34,6 +36,21 @@ class Decoded(NamedTuple):
 
     residual: Tensor
     rows: Tensor | None
+
+
+@dataclass
+class _Pass:
+    """A pass through the layers.
+
+    Attributes:
+        batch: what the rows of the residual are.
+        drop: whether rows that no sub-block keeps may be dropped.
+        rows: [R] int32, those that were not; None: all are there.
+    """
+
+    batch: Batch
+    drop: bool
+    rows: Tensor | None = None
 
 
 class Decoder:
@@ -84,23 +101,23 @@ class Decoder:
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
         drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
-        rows = None
+        now = _Pass(batch, drop)
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
                 visit_residual(entry)
-            kept = self._select(index, "attention", batch, residual)
-            if drop and index == 0 and kept.rows is not None:
-                rows = kept.rows
-                residual = ops.residual_gather(residual, rows)[1]
-                batch = batch.of_rows(rows)
-            residual = self._layer(index, batch, residual, kept, rows is not None)
-        return Decoded(residual, rows)
+            layer = self._architecture.layer(index)
+            residual = run_inside(layer, partial(self._layer, index, now), residual)
+        return Decoded(residual, now.rows)
 
-    def _layer(
-        self, index: int, batch: Batch, residual: Tensor, kept: Selection, dropped: bool
-    ) -> Tensor:
+    def _layer(self, index: int, now: _Pass, residual: Tensor) -> Tensor:
+        kept = self._select(index, "attention", now.batch, residual)
+        if now.drop and index == 0 and kept.rows is not None:
+            now.rows = kept.rows
+            residual = ops.residual_gather(residual, kept.rows)[1]
+            now.batch = now.batch.of_rows(kept.rows)
         execution = execution_of(self._architecture.layer(index), self._recompute)
+        batch, dropped = now.batch, now.rows is not None
         if dropped:
             kept = kept.of_kept_rows()
         attention = self._attention(index, batch, kept)
