@@ -16,7 +16,13 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
-from lemo.models.sharded import own_class
+from lemo.models.sharded import (
+    check_layers,
+    check_unflattened,
+    check_whole,
+    is_sharded,
+    own_class,
+)
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
@@ -96,7 +102,10 @@ class Architecture:
 
     def check_parts(self) -> None:
         """Raises ValueError where somebody changed what lemo runs itself; cheap."""
-        check_parts(self.decoder, self.config._attn_implementation)
+        decoder = self.decoder
+        check_unflattened(self.causal_lm)
+        check_layers(decoder.layers)
+        check_parts(decoder, self.config._attn_implementation)
 
     def _attention_dropout(self, attention: nn.Module) -> float:
         return attention.attention_dropout
@@ -114,6 +123,9 @@ class Architecture:
         """
         shape = shape_of(arguments.input_ids, arguments.inputs_embeds)
         embedded = arguments.inputs_embeds
+        for module in (*self.decoder.children(), self.lm_head):
+            if module is not self.decoder.layers and not is_sharded(module):
+                check_whole(module, type(module).__name__)
         if embedded is None:
             embedded = self.decoder.embed_tokens(arguments.input_ids)
         mask, position_ids = arguments.attention_mask, arguments.position_ids

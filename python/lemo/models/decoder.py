@@ -16,7 +16,7 @@ from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
-from lemo.models.sharded import run_inside
+from lemo.models.sharded import check_whole, run_inside
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
@@ -111,12 +111,14 @@ class Decoder:
         return Decoded(residual, now.rows)
 
     def _layer(self, index: int, now: _Pass, residual: Tensor) -> Tensor:
+        layer = self._architecture.layer(index)
+        check_whole(layer, f"layer {index}")
         kept = self._select(index, "attention", now.batch, residual)
         if now.drop and index == 0 and kept.rows is not None:
             now.rows = kept.rows
             residual = ops.residual_gather(residual, kept.rows)[1]
             now.batch = now.batch.of_rows(kept.rows)
-        execution = execution_of(self._architecture.layer(index), self._recompute)
+        execution = execution_of(layer, self._recompute)
         batch, dropped = now.batch, now.rows is not None
         if dropped:
             kept = kept.of_kept_rows()
