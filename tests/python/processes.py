@@ -1,83 +1,73 @@
-"""Functions run in several processes of one gloo group, for tests of training on several GPUs.
+"""Groups of processes that tests start, with gloo on the CPU."""
 
-The processes are forked from a server that has imported what takes seconds, so that each of them
-costs little.
-"""
+from __future__ import annotations
 
-import multiprocessing
-import tempfile
+import os
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 
-_SECONDS = 120
+# Whatever a test does wrong, its processes do not wait for each other longer.
+_PATIENCE = timedelta(seconds=60)
+
+_MEETING = "meeting"
+
+# Started once; the processes are copies of it, which have imported the large libraries.
+_server = get_context("forkserver")
+_server.set_forkserver_preload(["torch", "transformers", "peft", "lemo", "tiny_models"])
 
 
-def in_processes(function: Callable[..., Any], count: int, *arguments: Any) -> list[Any]:
-    """What function(*arguments) returns in each of `count` processes, in order of rank.
+def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """What `function(*arguments)` returns in each of `count` processes of one group.
 
     Args:
-        function: of a module that is no test.
-        count: processes; torch.distributed is set up in each, on the CPU.
-        arguments: the same for all; they and the results can be pickled.
+        count: how many processes.
+        function: of a module, so that they can import it.
+        folder: where they meet.
+        arguments: for each process; they can be pickled.
 
     Raises:
-        AssertionError: one of them raised, or they did not end in time.
+        AssertionError: some process raised an error, or ended without a result.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, function.__module__])
-    results = context.SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        store = str(Path(folder) / "store")
-        started = [
-            context.Process(target=_run, args=(function, rank, count, store, arguments, results))
-            for rank in range(count)
-        ]
-        for process in started:
-            process.start()
-        try:
-            found = _collect(started, results)
-        finally:
-            for process in started:
-                process.kill()
-                process.join()
+    (folder / _MEETING).unlink(missing_ok=True)
+    results = _server.Queue()
+    processes = [
+        _server.Process(
+            target=_member, args=(results, rank, count, str(folder), function, arguments)
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in processes:
+            rank, value, error = results.get(timeout=2 * _PATIENCE.total_seconds())
+            assert error is None, f"process {rank}: {error}"
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(0 if len(found) < count else None)
+            process.kill()
     return [found[rank] for rank in range(count)]
 
 
-def _collect(started: list[Any], results: Any) -> dict[int, Any]:
-    found: dict[int, Any] = {}
-    while len(found) < len(started):
-        assert results._reader.poll(_SECONDS), "the processes did not end in time"
-        rank, error, result = results.get()
-        assert error is None, f"process {rank}: {error}"
-        found[rank] = result
-    return found
-
-
-def _run(
-    function: Callable[..., Any],
-    rank: int,
-    count: int,
-    store: str,
-    arguments: tuple[Any, ...],
-    results: Any,
-) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        store=torch.distributed.FileStore(store, count),
-        rank=rank,
-        world_size=count,
-        timeout=timedelta(seconds=_SECONDS),
-    )
+def _member(results, rank, count, folder, function, arguments):
+    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        results.put((rank, None, function(*arguments)))
-        torch.distributed.barrier()
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/{_MEETING}",
+            rank=rank,
+            world_size=count,
+            timeout=_PATIENCE,
+        )
+        results.put((rank, function(*arguments), None))
+        dist.destroy_process_group()
     except BaseException:
-        results.put((rank, traceback.format_exc(), None))
-    finally:
-        torch.distributed.destroy_process_group()
+        results.put((rank, None, traceback.format_exc()))

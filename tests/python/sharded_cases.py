@@ -12,7 +12,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lemo
-from lemo import LemoConfig
 from tiny_models import config_of, gradients, lora, make_ids, make_model
 from tolerances import relative_error
 

@@ -322,6 +322,20 @@ class Handle:
         self.set_progress(step / max(steps, 1))
         self._forward.begin_step(step)
 
+    def begin_pass(self, index: int) -> None:
+        """Tells that forward pass `index` of the step begins, after `begin_step`.
+
+        The passes of all processes are counted, in the order in which one process would do them.
+        Random scores depend on the seed, the step and this number from here on, so that several
+        processes keep what one process keeps on the same data.
+
+        Raises:
+            ValueError: `index` is below 0.
+        """
+        if index < 0:
+            raise ValueError(f"index: expected a number of 0 or more, got {index}")
+        self._forward.begin_pass(index)
+
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()

@@ -344,6 +344,8 @@ class _Run:
         for i, batch in enumerate(passes):
             arguments = batch.arguments(accelerator.device)
             last = i == config.gradient_accumulation - 1
+            if self.handle is not None:
+                self.handle.begin_pass(accelerator.process_index * config.gradient_accumulation + i)
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with self._scored(batch):
                     outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)

@@ -45,6 +45,9 @@ class AnswerScorer(Scorer):
     def begin_step(self, step: int) -> None:
         self._random.begin_step(step)
 
+    def begin_pass(self, index: int) -> None:
+        self._random.begin_pass(index)
+
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         if batch.ids is None or batch.labelled is None:
             missing = "input_ids" if batch.ids is None else "labels"

@@ -91,3 +91,10 @@ class Scorer(Protocol):
     def begin_step(self, step: int) -> None:
         """Tells that optimizer step `step`, from 0, begins. Only random scores depend on it."""
         return
+
+    def begin_pass(self, index: int) -> None:
+        """Tells that forward pass `index` of the step, of all processes' passes, begins.
+
+        Only random scores depend on it, and on the process from then on no more.
+        """
+        return
