@@ -71,7 +71,7 @@ def test_what_does_not_work_is_refused(of_two, name):
 def test_fsdp1_is_refused(path):
     """It needs a GPU to start, so here is what it leaves of a model: its class around a layer."""
     model = lora(make_model("llama"))
-    lemo.enable(model, config_of(keep=0.5, block_size=8, path=path, scorer="random"))
+    lemo.enable(model, config_of(keep=0.5, dense_layers=(), path=path, scorer="random"))
     layers = model.get_base_model().model.layers
     wrapped = object.__new__(FullyShardedDataParallel)
     nn.Module.__init__(wrapped)

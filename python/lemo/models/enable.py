@@ -17,7 +17,9 @@ from lemo.models.generic.path import GenericPath
 from lemo.models.native import NativePath
 from lemo.models.path import Path
 from lemo.models.replaced_forward import ReplacedForward
+from lemo.models.sharded import is_sharded
 from lemo.models.training import Training
+from lemo.models.verify import verify_sharded
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
@@ -110,6 +112,7 @@ class Handle:
     def __init__(self, path: Path[Training[Any]], config: LemoConfig, model: nn.Module) -> None:
         self.config = config
         self.path = path
+        self._model = model
         self._forward = path.forward
         path.install()
         self._installed = [
@@ -205,7 +208,15 @@ class Handle:
             ValueError: they differ; the message says by how much, and in which layer first. Or the
                 batch cannot be used.
         """
-        self.path.verify(batch, tokens)
+        if not any(map(is_sharded, self.causal_lm.modules())):
+            self.path.verify(batch, tokens)
+        elif is_sharded(self._model):
+            verify_sharded(self._model, self._forward, batch, tokens)
+        else:
+            raise ValueError(
+                "model: expected lemo.enable to be called on what fully_shard is called on last, "
+                "which verify has to call, got a model inside of it"
+            )
 
     def loss(self, **arguments: Any) -> Tensor:
         """The loss that a training forward gives, fp32 scalar, in whatever mode the model is.

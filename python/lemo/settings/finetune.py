@@ -19,7 +19,7 @@ Quantize = Literal["nf4", "int8", "float8"]
 # Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
 _NOT_COMPARED = (
-    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
+    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints", "shard"),
     *("model", "documents"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
@@ -56,6 +56,11 @@ class FinetuneConfig(Settings):
     steps: Positive = Field(100, description="Optimizer steps of the run.")
     batch_size: Positive = Field(1, description="Windows of a forward pass, in each process.")
     gradient_accumulation: Positive = Field(1, description="Forward passes of an optimizer step.")
+    shard: Flag = Field(
+        False,
+        description="Cut the weights into a share for each process (FSDP2), and gather those of a "
+        "layer while it runs: for models that do not fit one GPU. Start it with torchrun.",
+    )
     learning_rate: Annotated[Number, Field(ge=0)] = Field(
         2e-4, description="Learning rate after the warm-up, the highest one."
     )

@@ -1,0 +1,62 @@
+"""What is said of the settings of elimination when a run begins."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from lemo.packing.blocks import block_tokens
+from lemo.relevance.store import ScoreStore
+from lemo.settings.elimination import LemoConfig
+
+_log = logging.getLogger("lemo")
+
+
+def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
+    size = elimination.block_size
+    _log.info(
+        "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
+        "answers alone have labels" if answers else "text",
+        elimination.keep,
+        size,
+        " of a window" if isinstance(size, float) else " tokens",
+        elimination.scorer,
+    )
+
+
+def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
+    block_size = block_tokens(block_size, length)
+    blocks = -(-length // block_size)
+    if blocks < 4:
+        _log.warning(
+            "elimination.block_size: a window of %d tokens has %d blocks of %d, which leaves "
+            "little to choose; a quarter of the window, %d, is a good size",
+            length,
+            blocks,
+            block_size,
+            -(-length // 4),
+        )
+    layerwise = elimination.layerwise
+    for name, keep in (("keep", elimination.keep), ("layerwise.keep_mlp", layerwise.keep_mlp)):
+        if layerwise.policy == "ratio" and isinstance(keep, float):
+            kept = math.ceil(keep * blocks - 1e-9) / blocks
+            if kept - keep > 0.05:
+                _log.warning(
+                    "elimination.%s: %g of %d blocks is rounded up to %g of the tokens; smaller "
+                    "blocks come nearer",
+                    name,
+                    keep,
+                    blocks,
+                    kept,
+                )
+
+
+def check_stored_blocks(length: int, block_size: int | float, scores: ScoreStore) -> None:
+    tokens = block_tokens(block_size, length)
+    if tokens < scores.block_size:
+        _log.warning(
+            "elimination.block_size: blocks of %d tokens are shorter than the %d that the stored "
+            "scores are of, so several of them have the same score",
+            tokens,
+            scores.block_size,
+        )
