@@ -32,11 +32,15 @@ def train(folder: str) -> dict[str, dict[str, Any]]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if distributed.is_initialized():
-        # As torchrun says it.
-        rank, count = distributed.get_rank(), distributed.get_world_size()
-        named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        os.environ |= {name: str(value) for name, value in named.items()}
+        as_torchrun()
     return {kind: _train(kind, settings, folder) for kind, settings in KINDS.items()}
+
+
+def as_torchrun() -> None:
+    """Says in the environment which process this is, as torchrun does."""
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {name: str(value) for name, value in named.items()}
 
 
 def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:

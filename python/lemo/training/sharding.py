@@ -72,7 +72,8 @@ def cut(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor
     tensor = tensor.to(like.device)
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    # Each takes its own share: files may be read in another order by every process.
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def cut_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
