@@ -2,17 +2,24 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import lemo
-from tiny_models import config_of, gradients, lora, make_ids, make_model
+from lemo import ops
+from lemo.ops import linear_cross_entropy
+from tiny_models import all_of, config_of, gradients, lora, make_ids, make_model
 from tolerances import relative_error
 
 TOKENS = 40
@@ -66,6 +73,8 @@ CASES = {
     "head": Case(shard="head"),
     "layers alone": Case(shard="layers", first=True),
     "decoder": Case(shard="decoder"),
+    "accelerate": Case(shard="accelerate"),
+    "accelerate, tied": Case(shard="accelerate", model={"tie_word_embeddings": True}, paths=NATIVE),
     "mlps": Case(shard="mlps"),
     "adapters whole": Case({"recompute": "layer"}, shard="ignored", paths=NATIVE),
     "kept gathered": Case(options={"reshard_after_forward": False}),
@@ -127,6 +136,82 @@ def _errors(case: Case, path: str) -> dict[str, float]:
     }
 
 
+def mixed_precision() -> dict[str, float]:
+    """Relative errors of gradients that are computed in bf16, by what computes them."""
+    torch.set_num_threads(1)
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    everything, case = make_ids(2 * count, TOKENS), Case(options={"mp_policy": MIXED})
+    oracle = _model(case)
+    _labels(oracle, None, everything)
+    wanted = all_of(gradients(oracle))
+    errors = {}
+    for path in ("plain", *BOTH):
+        model, handle = _model(case), None
+        if path != "plain":
+            settings = {"keep": 1.0, "block_size": 8, "scorer": "random", "dense_layers": ()}
+            handle = lemo.enable(model, config_of(path=path, **settings))
+        shard(model, case)
+        _labels(model, handle, everything[2 * rank : 2 * rank + 2])
+        got = {name: _full(gradient) for name, gradient in gradients(model).items()}
+        errors[path] = relative_error(all_of(got), wanted)
+    return errors
+
+
+def refusals() -> list[str]:
+    """What is raised where weights are not whole when lemo computes with them."""
+    torch.set_num_threads(1)
+    case, said = Case(), []
+    ids = make_ids(1, TOKENS)
+    config = config_of(keep=0.5, block_size=8, scorer="random", dense_layers=())
+    inner = _model(case)
+    handle = lemo.enable(inner.get_base_model(), config)
+    shard(inner, case)
+    cut = _model(case)
+    lemo.enable(cut, config)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    plan = {"model.layers.1.mlp.down_proj.base_layer": RowwiseParallel()}
+    parallelize_module(cut.get_base_model(), mesh, plan)
+    for call in (
+        lambda: inner.get_base_model()(ids, labels=ids),
+        lambda: handle.verify({"input_ids": ids}),
+        lambda: cut(ids, labels=ids),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def verification() -> list[str]:
+    """What verify says of a sharded model: as it is, and where lemo computes something else."""
+    torch.set_num_threads(1)
+    said = []
+    for path in BOTH:
+        model = _model(Case())
+        settings = {"keep": 0.5, "block_size": 8, "scorer": "random", "dense_layers": ()}
+        handle = lemo.enable(model, config_of(path=path, **settings))
+        shard(model, Case())
+        ids = make_ids(1, TOKENS)
+        handle.verify({"input_ids": ids})
+        assert not gradients(model)
+        with mock.patch.object(ops, "linear_cross_entropy", _doubled):
+            try:
+                handle.verify({"input_ids": ids})
+            except ValueError as error:
+                said.append(str(error))
+    return said
+
+
+def _doubled(*arguments: Any, **options: Any) -> Tensor:
+    return 2 * linear_cross_entropy(*arguments, **options)
+
+
+def others() -> tuple[dict[str, float], list[str], list[str]]:
+    """All that is no case."""
+    return mixed_precision(), refusals(), verification()
+
+
 def _model(case: Case) -> PeftModel:
     base = make_model(case.architecture, dtype=case.dtype, **case.model)
     model = lora(base)
@@ -145,6 +230,9 @@ def shard(model: PeftModel, case: Case) -> None:
     """Shards layers and model in the way of the case."""
     base, decoder = model.get_base_model(), decoder_of(model)
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    if case.shard == "accelerate":
+        _by_accelerate(model, type(decoder.layers[0]).__name__)
+        return
     options = {"mesh": mesh} | case.options
     if case.shard == "ignored":
         options["ignored_params"] = {p for p in model.parameters() if p.requires_grad}
@@ -164,6 +252,23 @@ def shard(model: PeftModel, case: Case) -> None:
         fully_shard(decoder, **options)
     if case.shard != "layers":
         fully_shard(model, **options)
+
+
+def _by_accelerate(model: PeftModel, layer: str) -> None:
+    """As Accelerator.prepare does, which itself does so on GPUs only."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[layer],
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=distributed.get_rank() == 0,
+        device=torch.device("cpu"),
+    )
+    assert fsdp2_prepare_model(accelerator, model) is model
 
 
 def _labels(model: PeftModel, handle: lemo.Handle | None, ids: Tensor) -> Tensor:

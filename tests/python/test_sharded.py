@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lemo
 from processes import run
-from sharded_cases import CASES, measure
+from sharded_cases import CASES, measure, others
 from tiny_models import config_of, lora, make_ids, make_model
 from tolerances import FP32_RELATIVE_ERROR
 
@@ -29,7 +29,9 @@ OF_FOUR = ("keep 1", "layer", "embedding and tail")
 def of_two(tmp_path_factory):
     folder, names = tmp_path_factory.mktemp("two"), [*CASES]
     # A few at a time, for slow machines.
-    parts = [run(2, measure, folder, names[first : first + 8]) for first in range(0, len(names), 8)]
+    parts = [
+        run(2, measure, folder, names[first : first + 14]) for first in range(0, len(names), 14)
+    ]
     return [functools.reduce(operator.or_, found) for found in zip(*parts)]
 
 
@@ -65,6 +67,35 @@ def test_what_does_not_work_is_refused(of_two, name):
     for found in of_two:
         assert isinstance(found[name], str), found[name]
         assert re.search(REFUSED[name], found[name]), found[name]
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    return run(2, others, tmp_path_factory.mktemp("others"))
+
+
+def test_mixed_precision_rounds_as_the_models_own_code_does(more):
+    for errors, _, _ in more:
+        assert errors["plain"] > 1e-3
+        assert max(errors["native"], errors["generic"]) <= 2 * errors["plain"]
+
+
+def test_weights_that_are_not_whole_are_refused(more):
+    wanted = (
+        "expected whole weights while .* call the module that fully_shard was called on last",
+        "expected lemo.enable to be called on what fully_shard is called on last",
+        "expected whole weights while layer 1 runs, .* train without tensor parallelism",
+    )
+    for _, said, _ in more:
+        assert len(said) == len(wanted)
+        for text, pattern in zip(said, wanted):
+            assert re.search(pattern, text), text
+
+
+def test_verify_compares_sharded_models_with_their_own_code(more):
+    for _, _, said in more:
+        assert len(said) == 2
+        assert all("lemo does not compute what the model computes" in text for text in said)
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])
