@@ -499,5 +499,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(config, tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(config.output), rel=1e-6)
     checkpoint = tmp_path / "two" / "checkpoints" / "step-4"
     assert (checkpoint / "random-1.pt").is_file()
-    with pytest.raises(ValueError, match="expected the 2 processes that wrote .* got 1"):
+    with pytest.raises(
+        ValueError, match="written by 2 processes .* gradient_accumulation 2, got 1"
+    ):
         finetune(FinetuneConfig.from_dict(settings | {"resume": True}))

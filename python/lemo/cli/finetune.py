@@ -18,7 +18,7 @@ _OPTIONS = (
     *("model", "documents", "output", "context_length", "steps", "batch_size"),
     *("gradient_accumulation", "learning_rate", "lora_rank", "lora_targets", "train_norms"),
     "context_parallel",
-    *("rope_scaling", "dtype", "quantize", "device", "gradient_checkpointing", "seed"),
+    *("rope_scaling", "dtype", "quantize", "device", "shard", "gradient_checkpointing", "seed"),
     *("memory_limit", "save_every"),
     *("elimination.keep", "elimination.recompute", "elimination.predictor"),
     *("elimination.heads", "elimination.scores", "resume", "overwrite"),
@@ -43,12 +43,19 @@ def finetune(
     """
     settings = collect_settings(given, dense)
 
+    from lemo.training.processes import process_group
+
+    wanted = FinetuneConfig.from_dict(settings)
+    with process_group():
+        _run(wanted)
+
+
+def _run(wanted: FinetuneConfig) -> None:
     from lemo.cli.progress import StepProgress
     from lemo.training.finetune import finetune as run
     from lemo.training.finetune import process_state
     from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME
 
-    wanted = FinetuneConfig.from_dict(settings)
     screen = options.console(quiet=not process_state(wanted).is_main_process)
     options.show_messages(screen)
     try:

@@ -16,6 +16,13 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
+from lemo.models.sharded import (
+    check_layers,
+    check_unflattened,
+    check_whole,
+    is_sharded,
+    own_class,
+)
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
@@ -102,7 +109,10 @@ class Architecture:
 
     def check_parts(self) -> None:
         """Raises ValueError where somebody changed what lemo runs itself; cheap."""
-        check_parts(self.decoder, self.config._attn_implementation)
+        decoder = self.decoder
+        check_unflattened(self.causal_lm)
+        check_layers(decoder.layers)
+        check_parts(decoder, self.config._attn_implementation)
 
     def _attention_dropout(self, attention: nn.Module) -> float:
         return attention.attention_dropout
@@ -120,6 +130,9 @@ class Architecture:
         """
         shape = shape_of(arguments.input_ids, arguments.inputs_embeds)
         embedded = arguments.inputs_embeds
+        for module in (*self.decoder.children(), self.lm_head):
+            if module is not self.decoder.layers and not is_sharded(module):
+                check_whole(module, type(module).__name__)
         if embedded is None:
             embedded = self.decoder.embed_tokens(arguments.input_ids)
         mask, position_ids = arguments.attention_mask, arguments.position_ids
@@ -452,7 +465,7 @@ def architecture_of(model: nn.Module) -> Architecture:
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     for module in model.modules():
         if _is_known_class(module):
-            return ARCHITECTURES[type(module).__name__](module)
+            return ARCHITECTURES[own_class(module).__name__](module)
     raise TypeError(
         f"model: expected one of {', '.join(ARCHITECTURES)} (possibly wrapped by PEFT), "
         f"got {type(model).__name__}"
@@ -465,7 +478,7 @@ def is_known(model: nn.Module) -> bool:
 
 
 def _is_known_class(module: nn.Module) -> bool:
-    cls = type(module)
+    cls = own_class(module)
     of_transformers = cls.__module__.startswith("transformers.models.")
     return of_transformers and cls.__name__ in ARCHITECTURES
 

@@ -27,6 +27,8 @@ class Steered(Protocol):
 
     def begin_step(self, step: int, steps: int) -> None: ...
 
+    def begin_pass(self, index: int) -> None: ...
+
     def watch(self, module: nn.Module) -> Callable[[], None]: ...
 
     def naming(self, rows: Tensor | None) -> AbstractContextManager[None]: ...
@@ -40,8 +42,9 @@ class TrainerCallback(transformers.TrainerCallback):
     """Tells lemo where the training of a `transformers.Trainer` is.
 
     Drives `keep_schedule`, makes random blocks depend on the step, so that a training that is
-    resumed from a checkpoint keeps what one without interruption keeps, and tells lemo which rows
-    have labels, even if the trainer has replaced the model's forward.
+    resumed from a checkpoint keeps what one without interruption keeps, and several processes keep
+    what one keeps that accumulates the gradients of as many batches. Tells lemo which rows have
+    labels, even if the trainer has replaced the model's forward.
 
         handle = lemo.enable(model, config)
         Trainer(model, args, train_dataset=data, callbacks=[lemo.TrainerCallback(handle)]).train()
@@ -62,6 +65,7 @@ class TrainerCallback(transformers.TrainerCallback):
             )
         self._handle = handle
         self._unwatch: Callable[[], None] = lambda: None
+        self._passes = 0
 
     def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
         # The trainer may have wrapped the model since it was enabled.
@@ -80,6 +84,22 @@ class TrainerCallback(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._handle.begin_step(state.global_step, state.max_steps)
+        self._passes = 0
+        self._begin_pass(args)
+
+    def on_substep_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._passes += 1
+        self._begin_pass(args)
+
+    def _begin_pass(self, args: transformers.TrainingArguments) -> None:
+        # Accelerate deals the batches out in turn.
+        self._handle.begin_pass(self._passes * args.world_size + args.process_index)
 
 
 def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]:

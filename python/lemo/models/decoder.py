@@ -5,7 +5,8 @@ below take it and hand it on.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from lemo import ops
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
-from lemo.models.execution import Execution, execution_of
+from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
 from lemo.models.modes import Modes
 from lemo.models.placement import Everywhere, KeptAlone, Placement, SharedOut
+from lemo.models.sharded import check_whole, run_inside
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.models.unit import Unit
 from lemo.packing.blocks import Selection
@@ -39,6 +41,23 @@ class Decoded(NamedTuple):
 
     residual: Tensor
     rows: Tensor | None
+
+
+@dataclass
+class _Pass:
+    """A pass through the layers.
+
+    Attributes:
+        batch: what the rows of the residual are.
+        drop: whether rows that no sub-block keeps may be dropped.
+        place: which rows the residual has.
+        modes: what each layer stores.
+    """
+
+    batch: Batch
+    drop: bool
+    place: Placement = field(default_factory=Everywhere)
+    modes: Sequence[str] = ()
 
 
 class Decoder:
@@ -97,21 +116,14 @@ class Decoder:
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
         drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
-        place: Placement = Everywhere()
-        modes: Sequence[str] = ()
+        now = _Pass(batch, drop)
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
                 visit_residual(entry)
-            kept = self._select(index, "attention", batch, residual)
-            if index == 0:
-                modes = self._modes.of(batch, residual, kept, drop)
-                self._latest = _described(batch.layout.num_tokens, kept.num_rows, modes)
-                place = self._placement(batch, kept, drop)
-                batch, residual = place.enter(batch, residual)
-            execution = execution_of(self._architecture.layer(index), modes[index])
-            residual = self._layer(index, batch, residual, kept, place, execution)
-        return Decoded(residual, place.rows)
+            layer = self._architecture.layer(index)
+            residual = run_inside(layer, partial(self._layer, index, now), residual)
+        return Decoded(residual, now.place.rows)
 
     def _placement(self, batch: Batch, kept: Selection, drop: bool) -> Placement:
         """Which rows the layers run on, from what the first of them keeps."""
@@ -121,15 +133,18 @@ class Decoder:
             return SharedOut(self._context, batch, kept, left_out)
         return KeptAlone(kept.rows) if drop and kept.rows is not None else Everywhere()
 
-    def _layer(
-        self,
-        index: int,
-        batch: Batch,
-        residual: Tensor,
-        kept: Selection,
-        place: Placement,
-        execution: Execution,
-    ) -> Tensor:
+    def _layer(self, index: int, now: _Pass, residual: Tensor) -> Tensor:
+        layer = self._architecture.layer(index)
+        check_whole(layer, f"layer {index}")
+        kept = self._select(index, "attention", now.batch, residual)
+        if index == 0:
+            now.modes = self._modes.of(now.batch, residual, kept, now.drop)
+            tokens = now.batch.layout.num_tokens
+            self._latest = _described(tokens, kept.num_rows, now.modes)
+            now.place = self._placement(now.batch, kept, now.drop)
+            now.batch, residual = now.place.enter(now.batch, residual)
+        execution = execution_of(layer, now.modes[index])
+        batch, place = now.batch, now.place
         kept = place.of(kept)
         attention = self._attention(index, batch, kept, place)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:

@@ -20,7 +20,9 @@ from lemo.models.generic.path import GenericPath
 from lemo.models.native import NativePath
 from lemo.models.path import Path
 from lemo.models.replaced_forward import ReplacedForward
+from lemo.models.sharded import is_sharded
 from lemo.models.training import Training
+from lemo.models.verify import verify_sharded
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.elimination import LemoConfig
 
@@ -124,6 +126,7 @@ class Handle:
     def __init__(self, path: Path[Training[Any]], config: LemoConfig, model: nn.Module) -> None:
         self.config = config
         self.path = path
+        self._model = model
         self._forward = path.forward
         path.install()
         self._installed = [
@@ -221,7 +224,15 @@ class Handle:
             ValueError: they differ; the message says by how much, and in which layer first. Or the
                 batch cannot be used.
         """
-        self.path.verify(batch, tokens)
+        if not any(map(is_sharded, self.causal_lm.modules())):
+            self.path.verify(batch, tokens)
+        elif is_sharded(self._model):
+            verify_sharded(self._model, self._forward, batch, tokens)
+        else:
+            raise ValueError(
+                "model: expected lemo.enable to be called on what fully_shard is called on last, "
+                "which verify has to call, got a model inside of it"
+            )
 
     def loss(self, **arguments: Any) -> Tensor:
         """The loss that a training forward gives, fp32 scalar, in whatever mode the model is.
@@ -339,6 +350,20 @@ class Handle:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
         self._forward.begin_step(step)
+
+    def begin_pass(self, index: int) -> None:
+        """Tells that forward pass `index` of the step begins, after `begin_step`.
+
+        The passes of all processes are counted, in the order in which one process would do them.
+        Random scores depend on the seed, the step and this number from here on, so that several
+        processes keep what one process keeps on the same data.
+
+        Raises:
+            ValueError: `index` is below 0.
+        """
+        if index < 0:
+            raise ValueError(f"index: expected a number of 0 or more, got {index}")
+        self._forward.begin_pass(index)
 
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lemo.models.sharded import is_sharded, own_class
+
 __all__ = ["check_parts", "has_own_forward", "is_intercepted", "origin", "own_module"]
 
 _REMEDY = (
@@ -43,7 +45,7 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
             f"from {origin(type(decoder).forward)}; {_REMEDY}"
         )
     for name, module in _parts(decoder):
-        cls = type(module)
+        cls = own_class(module)
         own = cls.__module__.startswith("transformers.models.")
         if own and has_own_forward(cls) and not is_intercepted(module):
             continue
@@ -113,7 +115,8 @@ def _foreign_hooks(module: nn.Module) -> list[str]:
         *module._backward_pre_hooks.values(),
     )
     origins = map(origin, hooks)
-    return [origin for origin in origins if origin.partition(".")[0] != "transformers"]
+    own = ("transformers", "torch.distributed.fsdp") if is_sharded(module) else ("transformers",)
+    return [origin for origin in origins if not origin.startswith(own)]
 
 
 def _check_functions(attention: type, attention_name: str) -> None:

@@ -1,6 +1,7 @@
 """The loss of a causal LM in chunks of rows: the logits of a whole sequence never exist."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture, active_module
+from lemo.models.interception import has_own_forward
 from lemo.models.labels import IGNORE_INDEX
+from lemo.models.sharded import check_whole, is_sharded, own_class, run_inside
 from lemo.models.weights import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
@@ -189,22 +192,53 @@ def head_loss(
         ignore_index: which is no label.
     """
     active = active_module(head)
-    if is_plain(active):
-        hidden, weight, bias = _autocast(hidden, active.weight, active.bias)
-        return ops.linear_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            bias=bias,
-            ignore_index=ignore_index,
-            chunk_rows=chunk_rows,
-            divisor=divisor,
-        )
-    if chunk_rows is None:
+    outer = head if is_sharded(head) else active
+    logits: Callable[[Tensor], Tensor] = head
+    plain = is_plain(active)
+    if is_sharded(outer):
+        plain = own_class(active) is nn.Linear and has_own_forward(nn.Linear)
+        logits = partial(type(outer).forward, outer)
+    if chunk_rows is None and not plain:
         chunk_rows = loss_chunk_rows(vocabulary)
 
+    def loss(rows: Tensor) -> Tensor:
+        check_whole(active, "the head")
+        if plain:
+            return _of_linear(active, rows, targets, chunk_rows, divisor, ignore_index)
+        return _of_logits(logits, rows, targets, chunk_rows, divisor)
+
+    return run_inside(outer, loss, hidden)
+
+
+def _of_linear(
+    linear: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    chunk_rows: int | None,
+    divisor: Tensor | int | None,
+    ignore_index: int,
+) -> Tensor:
+    hidden, weight, bias = _autocast(hidden, linear.weight, linear.bias)
+    return ops.linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        ignore_index=ignore_index,
+        chunk_rows=chunk_rows,
+        divisor=divisor,
+    )
+
+
+def _of_logits(
+    logits: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    targets: Tensor,
+    chunk_rows: int,
+    divisor: Tensor | int | None,
+) -> Tensor:
     def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
-        return cross_entropy(head(rows).float(), labels, reduction="sum")
+        return cross_entropy(logits(rows).float(), labels, reduction="sum")
 
     total = sum_over_chunks(chunk_loss, hidden, targets, chunk_rows)
     return total / (targets.numel() if divisor is None else divisor)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.plan import NOMINAL, Planner
@@ -87,6 +88,8 @@ class Modes:
         return (
             torch.is_grad_enabled()
             and layer.training
+            # What gathered weights of other layers take is not predicted.
+            and not is_sharded(layer)
             # Whoever switches it on asks for the least memory.
             and not layer.gradient_checkpointing
             and self._visible_keys == self._config.visible_keys == "kept"

@@ -1,6 +1,7 @@
 """The native path: layers that lemo computes itself, of the architectures that it knows."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from lemo.models.general import general_modules
 from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
 from lemo.models.path import Path, Steering, returned
 from lemo.models.replaced_forward import Implementation, ReplacedForward
+from lemo.models.sharded import run_inside
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
 from lemo.settings.elimination import LemoConfig
@@ -51,8 +53,13 @@ class NativePath(Path[TrainingForward]):
         return self._forward
 
     @property
+    def decoder(self) -> nn.Module:
+        """The stack of layers, whose forward is replaced, too."""
+        return self._architecture.decoder
+
+    @property
     def modules(self) -> dict[nn.Module, Implementation]:
-        return {self.causal_lm: causal_lm_forward, self._architecture.decoder: decoder_forward}
+        return {self.causal_lm: causal_lm_forward, self.decoder: decoder_forward}
 
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
         verify(self._architecture, self.forward, batch, tokens)
@@ -69,7 +76,8 @@ class NativePath(Path[TrainingForward]):
         self, arguments: ForwardArguments, call: dict[str, Any], forward: Callable[..., Any]
     ) -> tuple[Any, Tensor]:
         """What a head of somebody else returns for the rows whose loss counts, and their weight."""
-        self._states = self.forward.labelled_states(arguments)
+        compute = partial(self.forward.labelled_states, arguments)
+        self._states = run_inside(self.decoder, compute)
         try:
             return call_head(forward, call, self._states.labels), self._states.weight
         finally:
@@ -95,14 +103,13 @@ def causal_lm_forward(
         # Somebody's own forward calls the decoder, and may make another loss of it.
         with handle.naming(arguments.labelled_rows()):
             return original()
-    forward = path.forward
+    compute = path.forward.custom_loss
     if arguments.labels is None:
-        output = forward.logits(arguments)
+        compute = path.forward.logits
     elif causal_lm.loss_function is ForCausalLMLoss:
-        forward.check_call(arguments)
-        output = forward.loss(arguments)
-    else:
-        output = forward.custom_loss(arguments)
+        path.forward.check_call(arguments)
+        compute = path.forward.loss
+    output = run_inside(path.decoder, partial(compute, arguments))
     return returned(output, arguments, causal_lm)
 
 

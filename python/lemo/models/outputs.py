@@ -1,6 +1,7 @@
 """What a training forward returns: the loss, and logits that exist only when they are read."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -54,8 +55,20 @@ class DeferredLogits:
 class EliminatedOutput(CausalLMOutputWithPast):
     """The output of a causal LM whose `logits` may be `DeferredLogits`, computed when read.
 
-    An index, a name and the attribute read them; iterating over `items()` or `values()` does not.
+    An index, a name and the attribute read them. Whoever goes through `items()`, `values()` or the
+    fields of the dataclass, as FSDP does, does not: their field is `deferred`.
     """
+
+    def __init__(self, *args: Any, deferred: DeferredLogits | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if deferred is not None:
+            self["logits"] = deferred
+
+    @property
+    def deferred(self) -> DeferredLogits | None:
+        """The logits that may still have to be computed."""
+        logits = self.__dict__.get("logits")
+        return logits if isinstance(logits, DeferredLogits) else None
 
     @property
     def logits(self) -> Tensor | None:
@@ -73,6 +86,19 @@ class EliminatedOutput(CausalLMOutputWithPast):
 
     def get(self, key: str, default: Any = None) -> Any:
         return _read(super().get(key, default))
+
+
+def _fields() -> dict[str, Any]:
+    @dataclass
+    class Fields:
+        deferred: DeferredLogits | None = None
+
+    own = {field.name: field for field in fields(CausalLMOutputWithPast) if field.name != "logits"}
+    return own | {field.name: field for field in fields(Fields)}
+
+
+# Somebody who copies an output field by field must not compute the logits.
+setattr(EliminatedOutput, "__dataclass_fields__", _fields())  # noqa: B010
 
 
 def _read(value: Any) -> Any:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.sharded import gathered
 from lemo.models.sub_blocks import MLP, Attention
 from lemo.packing.blocks import Selection
 
@@ -45,6 +46,7 @@ class Scout:
         for index in range(first, last + 1):
             with ExitStack() as stack:
                 stack.enter_context(architecture.without_dropout(index))
+                stack.enter_context(gathered(architecture.layer(index)))
                 attention = Attention(architecture, index, batch, everything)
                 x = attention.normalize(residual)
                 if index == last:

@@ -108,6 +108,11 @@ class Training(ABC, Generic[C]):
             return gradients
         return {name: self.context.average(gradient) for name, gradient in gradients.items()}
 
+    def begin_pass(self, index: int) -> None:
+        """Tells that forward pass `index` of the step, of all processes' passes, begins."""
+        for elimination in {self._of_text, self._of_answers}:
+            elimination.scorer.begin_pass(index)
+
     def say(self, message: str) -> None:
         """A warning, once for each model."""
         if message not in self._said:

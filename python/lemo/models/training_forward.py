@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lemo.distributed.context import ContextParallel
 from lemo.models import labels as named_labels
@@ -117,15 +117,15 @@ class TrainingForward(Training[Elimination]):
             hidden[None], targets[rows][None], count.float() / max(rows.numel(), 1)
         )
 
-    def logits(self, arguments: ForwardArguments) -> EliminatedOutput:
+    def logits(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:
         """The output for a call without labels."""
         states = self.states(arguments)
         keep = arguments.logits_to_keep
         columns = slice(-keep, None) if isinstance(keep, int) else keep  # -0: all
         logits = self._architecture.lm_head(states.last_hidden_state[:, columns])
-        return EliminatedOutput(logits=logits, hidden_states=states.hidden_states)
+        return CausalLMOutputWithPast(logits=logits, hidden_states=states.hidden_states)
 
-    def custom_loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+    def custom_loss(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:
         """The output for a call with labels of a model that has a loss function of its own."""
         with named_labels.named(self, arguments.labelled_rows()):
             output = self.logits(arguments)
@@ -137,7 +137,9 @@ class TrainingForward(Training[Elimination]):
             vocab_size=self._architecture.config.vocab_size,
             **{name: value for name, value in given.items() if value is not None},
         )
-        return EliminatedOutput(loss=loss, logits=output.logits, hidden_states=output.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=output.logits, hidden_states=output.hidden_states
+        )
 
     def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
         """The decoder's output: in each row what the dense model gives."""

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.labels import IGNORE_INDEX
+from lemo.models.training import Training
 from lemo.models.training_forward import TrainingForward
 
-__all__ = ["Difference", "beginning", "gradients", "own_forward", "verify"]
+__all__ = ["Difference", "beginning", "gradients", "own_forward", "verify", "verify_sharded"]
 
 # Largest relative differences of a loss and of all gradients together. Rounding alone stays some
 # seven times below or more (docs/LOG.md, "never silently wrong").
@@ -55,6 +58,45 @@ def verify(
         f"{difference}.{place} Something changed what the model's own code does; undo it, or "
         "train without lemo"
     )
+
+
+def verify_sharded(
+    root: nn.Module, forward: Training[Any], batch: Mapping[str, Any], tokens: int
+) -> None:
+    """The same for weights that FSDP2 shards, by calls of the module that it was called on last.
+
+    Args:
+        root: that module; its gradients are None.
+        forward: what computes in place of the model's own forward.
+        batch, tokens: as of the handle; each process may have its own.
+    """
+    arguments = beginning(batch, tokens, next(root.parameters()).device)
+    trainable = {name: p for name, p in root.named_parameters() if p.requires_grad}
+    found = []
+    with ExitStack() as stack:
+        stack.enter_context(_quiet(root))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(forward.keeping_everything())
+        for call in (partial(root, **arguments), partial(own_forward, root, arguments)):
+            loss = call().loss
+            loss.backward()
+            # Whole ones, so that every process finds the same.
+            whole = {
+                name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                for name, p in trainable.items()
+                if p.grad is not None
+            }
+            for parameter in trainable.values():
+                parameter.grad = None
+            found.append((loss.detach(), whole))
+    (got, got_gradients), (expected, expected_gradients) = found
+    difference = Difference(root, (got, expected), (got_gradients, expected_gradients))
+    if not difference.is_rounding:
+        raise ValueError(
+            f"model: lemo does not compute what the model computes, even with every token kept: "
+            f"{difference}. Something changed what the model's own code does; undo it, or train "
+            "without lemo"
+        )
 
 
 class Difference:

@@ -19,7 +19,7 @@ Quantize = Literal["nf4", "int8", "float8"]
 # Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
 _NOT_COMPARED = (
-    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints"),
+    *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints", "shard"),
     *("model", "documents"),
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
     # has to go on with less.
@@ -63,6 +63,11 @@ class FinetuneConfig(Settings):
         1,
         description="Processes that share out the kept rows of each window; the others of a run "
         "take windows of their own. Start them with torchrun.",
+    )
+    shard: Flag = Field(
+        False,
+        description="Cut the weights into a share for each process (FSDP2), and gather those of a "
+        "layer while it runs: for models that do not fit one GPU. Start it with torchrun.",
     )
     learning_rate: Annotated[Number, Field(ge=0)] = Field(
         2e-4, description="Learning rate after the warm-up, the highest one."

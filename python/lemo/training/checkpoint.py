@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy
 import torch
-from peft import PeftModel, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load as from_safetensors
+from torch import Tensor
 
 from lemo.data.reading import naming
 from lemo.files import new_folder, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
+from lemo.training.sharding import cut
 
 STATE_NAME = "state.json"
 OPTIMIZER_NAME = "optimizer.pt"
@@ -51,6 +53,7 @@ class Checkpoint:
         inputs: fingerprints of model, tokenizer and predictor; None: written by a lemo that took
             none.
         num_processes: processes of the run.
+        gradient_accumulation: forward passes of each of them in a step.
     """
 
     folder: Path
@@ -58,16 +61,19 @@ class Checkpoint:
     data: str
     inputs: dict[str, str] | None
     num_processes: int
+    gradient_accumulation: int
 
 
 def save_checkpoint(
     folder: Path,
     step: int,
     model: PeftModel,
+    weights: dict[str, Tensor],
     optimizer: dict[str, Any],
     random_states: list[dict[str, Any]],
     data: str,
     inputs: dict[str, str],
+    gradient_accumulation: int,
     keep: int,
 ) -> None:
     """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
@@ -78,15 +84,17 @@ def save_checkpoint(
     Args:
         folder: the checkpoints of the run.
         step: optimizer steps that are done; this is the position in the data, too.
-        model: its adapter is saved, in PEFT's format.
+        model: whose adapter is saved, in PEFT's format.
+        weights: those of the adapter, from `adapter_weights`.
         optimizer: state dict of the optimizer, with anything else that steps with it.
         random_states: :func:`random_state` of every process, in order of rank.
         data: fingerprint of the training windows.
         inputs: fingerprints of model, tokenizer and predictor.
+        gradient_accumulation: forward passes of each process in a step.
         keep: how many checkpoints stay.
     """
     with new_folder(folder / f"step-{step}") as target:
-        write_adapter(model, target)
+        write_adapter(model, weights, target)
         write_file(target / OPTIMIZER_NAME, _to_bytes(optimizer))
         for rank, state in enumerate(random_states):
             write_file(target / _random_name(rank), _to_bytes(state))
@@ -96,6 +104,7 @@ def save_checkpoint(
             "data": data,
             "inputs": inputs,
             "num_processes": len(random_states),
+            "gradient_accumulation": gradient_accumulation,
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
         contents["sha256"] = _own_digest(contents)
@@ -111,11 +120,16 @@ def save_checkpoint(
             _log.warning("checkpoint %s stays: %s", old, error)
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; incomplete ones are named in a warning and skipped."""
+def newest_checkpoint(folder: Path, gradient_accumulation: int = 1) -> Checkpoint | None:
+    """The newest whole checkpoint; incomplete ones are named in a warning and skipped.
+
+    Args:
+        folder: the checkpoints of a run.
+        gradient_accumulation: of the run, for checkpoints that do not say.
+    """
     for candidate in checkpoint_folders(folder):
         try:
-            return _verify(candidate)
+            return _verify(candidate, gradient_accumulation)
         except KeyError as error:
             reason = f"{STATE_NAME} has no {error}"
         except _DAMAGE as error:
@@ -124,21 +138,29 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int | None) -> dict[str, Any]:
     """Put the adapter's weights and the random state of process ``rank`` back.
+
+    Args:
+        checkpoint: where they are.
+        model: gets the weights, whole or cut as its own are.
+        rank: None leaves the random state as it is.
 
     Returns:
         The optimizer state given to :func:`save_checkpoint`.
     """
     weights = from_safetensors((checkpoint.folder / ADAPTER_WEIGHTS).read_bytes())
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
     with naming(f"checkpoint {checkpoint.folder}: expected the adapter of this run"):
+        weights = {name: cut(w, own[name]) if name in own else w for name, w in weights.items()}
         outcome = set_peft_model_state_dict(model, weights)
     if outcome.unexpected_keys:
         raise ValueError(
             f"checkpoint {checkpoint.folder}: expected the adapter of this run, got weights it "
             f"does not have: {', '.join(outcome.unexpected_keys[:3])}"
         )
-    set_random_state(_from_file(checkpoint.folder / _random_name(rank)))
+    if rank is not None:
+        set_random_state(_from_file(checkpoint.folder / _random_name(rank)))
     return _from_file(checkpoint.folder / OPTIMIZER_NAME)
 
 
@@ -195,7 +217,7 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _verify(folder: Path) -> Checkpoint:
+def _verify(folder: Path, gradient_accumulation: int) -> Checkpoint:
     contents = _contents(folder)
     for name, expected in contents["files"].items():
         if _describe(folder / name) != expected:
@@ -206,6 +228,8 @@ def _verify(folder: Path) -> Checkpoint:
         contents["data"],
         contents.get("inputs"),
         contents["num_processes"],
+        # Older ones were resumed with the same setting only.
+        contents.get("gradient_accumulation", gradient_accumulation),
     )
 
 

@@ -18,13 +18,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
-    broadcast_object_list,
     gather_object,
     get_int_from_env,
     set_seed,
 )
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import lemo
@@ -45,7 +45,6 @@ from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised
-from lemo.training.block_sizes import check_blocks, check_stored_blocks
 from lemo.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -55,6 +54,7 @@ from lemo.training.checkpoint import (
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
     MODEL_CONFIG,
+    adapter_weights,
     add_lora,
     extend_context,
     load_config,
@@ -65,6 +65,13 @@ from lemo.training.model import (
     write_adapter,
 )
 from lemo.training.planning import memory_limit, out_of_memory, plan_run
+from lemo.training.processes import (
+    check_passes,
+    enter_folder,
+    naming_lost_processes,
+    process_group,
+)
+from lemo.training.remarks import check_blocks, check_stored_blocks, say_what_is_kept
 from lemo.training.replicas import Replicas
 from lemo.training.run_folder import (
     ADAPTER_NAME,
@@ -73,9 +80,9 @@ from lemo.training.run_folder import (
     check_folder,
     start_folder,
     write_config,
-    writing,
 )
 from lemo.training.run_log import LOG_NAME, RunLog, read_log
+from lemo.training.sharding import check_sharding, cut_state, reduces, shard, whole
 
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -106,7 +113,7 @@ def finetune(
 ) -> RunResult:
     """Fine-tune a model and leave a run folder with a plain PEFT adapter.
 
-    With several processes (``accelerate launch``) every process takes windows of its own.
+    With several processes (``torchrun``) every process takes windows of its own.
 
     Args:
         config: everything about the run.
@@ -123,16 +130,24 @@ def finetune(
         FloatingPointError: the loss is not finite any more.
         MemoryError: a step ran out of memory; the last checkpoint stays whole.
         OSError: the disk is full or not writable; the last checkpoint stays whole.
+        ConnectionError: another process of the run is gone.
     """
     folder = Path(config.output)
+    with process_group(), naming_lost_processes(folder):
+        return _finetune(config, folder, progress)
+
+
+def _finetune(
+    config: FinetuneConfig, folder: Path, progress: Callable[[dict[str, Any]], None] | None
+) -> RunResult:
     accelerator = _accelerator(config)
     with ExitStack() as stack:
-        _enter_folder(folder, accelerator, stack)
+        enter_folder(folder, accelerator, stack)
         checkpoint = check_folder(folder, config)
         # No process changes the folder before every process has looked at it.
         accelerator.wait_for_everyone()
         if checkpoint is not None:
-            _check_processes(checkpoint, accelerator)
+            check_passes(checkpoint, config, accelerator.num_processes)
             if checkpoint.step == config.steps and (folder / ADAPTER_NAME).is_dir():
                 _log.info("%s: all %d steps are done already", folder, config.steps)
                 return _result(folder, config.steps)
@@ -189,6 +204,8 @@ class _Run:
         self.replicas = Replicas.of(config, accelerator)
         supported = None if config.elimination is None else ARCHITECTURES
         model_config = load_config(config.model, supported)
+        if config.shard:
+            check_sharding(config, model_config, accelerator)
         extend_context(model_config, config.context_length, config.rope_scaling)
         if config.warmup_steps > config.steps:
             _log.warning(
@@ -241,7 +258,10 @@ class _Run:
             register_attention()
             base.set_attn_implementation("lemo")
         # Before enable: lemo's scorers and predictors go where the weights are.
-        self.peft_model.to(accelerator.device)
+        if config.shard:
+            shard(self.peft_model, accelerator)
+        else:
+            self.peft_model.to(accelerator.device)
         self.handle = None
         if config.elimination is not None:
             elimination = config.elimination.resolved(answers)
@@ -249,11 +269,11 @@ class _Run:
             self.handle = lemo.enable(self.peft_model, *enabled)
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
-                _say_what_is_kept(elimination, answers)
+                say_what_is_kept(elimination, answers)
             check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
                 check_stored_blocks(config.context_length, self.handle.block_size, scores)
-            with accelerator.autocast():
+            with self._autocast():
                 for line in by_reason(self.handle.general_modules()):
                     _log.info("runs as the module it is, not in lemo's code: %s", line)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
@@ -264,7 +284,8 @@ class _Run:
             # One kernel for all parameters.
             fused=accelerator.device.type == "cuda",
         )
-        self.model, self.optimizer = accelerator.prepare(self.peft_model, optimizer)
+        self.optimizer = accelerator.prepare(optimizer)
+        self.model = self.peft_model if config.shard else accelerator.prepare(self.peft_model)
         self.trainable = trainable
         self.kept = KeptRows()
 
@@ -293,8 +314,10 @@ class _Run:
             )
         else:
             fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
-        state = load_checkpoint(checkpoint, self.peft_model, self.accelerator.process_index)
-        self.optimizer.load_state_dict(state["optimizer"])
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        same = processes == checkpoint.num_processes
+        state = load_checkpoint(checkpoint, self.peft_model, rank if same else None)
+        self.optimizer.load_state_dict(cut_state(state["optimizer"], self.optimizer))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         _log.info("resuming %s after step %d", self.config.output, checkpoint.step)
@@ -328,8 +351,9 @@ class _Run:
                         progress(record | {"steps": config.steps, "seconds_left": left})
                 if step % config.save_every == 0 or step == config.steps:
                     self._save(folder, step)
+            weights = adapter_weights(self.peft_model)
             if main:
-                self._write_adapter(folder / ADAPTER_NAME)
+                self._write_adapter(folder / ADAPTER_NAME, weights)
         finally:
             batches.close()
             if log is not None:
@@ -382,8 +406,10 @@ class _Run:
         for i, batch in enumerate(passes):
             arguments = batch.arguments(accelerator.device)
             last = i == config.gradient_accumulation - 1
-            with nullcontext() if last else accelerator.no_sync(self.model):
-                with self._scored(batch):
+            if self.handle is not None:
+                self.handle.begin_pass(self.replicas.index * config.gradient_accumulation + i)
+            with self._reducing(last):
+                with self._scored(batch), self._autocast():
                     outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
                 accelerator.backward(outputs.loss * self.replicas.count)
             loss += outputs.loss.detach()
@@ -415,6 +441,22 @@ class _Run:
             "progress": (step - 1) / config.steps,
         }
 
+    def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether the processes' gradients are reduced by a backward pass inside."""
+        if self.config.shard:
+            reduces(self.model, wanted)
+        elif not wanted:
+            context: AbstractContextManager[None] = self.accelerator.no_sync(self.model)
+            return context
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        # Accelerate puts it around the forward of a model that it prepares.
+        context: AbstractContextManager[None] = nullcontext()
+        if self.config.shard:
+            context = self.accelerator.autocast()
+        return context
+
     def _scored(self, batch: TrainingBatch) -> AbstractContextManager[None]:
         if self.handle is None or batch.scores is None:
             return nullcontext()
@@ -435,28 +477,31 @@ class _Run:
 
     def _save(self, folder: Path, step: int) -> None:
         states = gather_object([random_state()])
+        weights = adapter_weights(self.peft_model)
+        optimizer = {"optimizer": whole(self.optimizer.state_dict())}
         if not self.accelerator.is_main_process:
             return
-        optimizer = {"optimizer": self.optimizer.state_dict()}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         save_checkpoint(
             folder / CHECKPOINTS_NAME,
             step,
             self.peft_model,
+            weights,
             optimizer,
             states,
             data=self.windows.fingerprint,
             inputs=self.inputs,
+            gradient_accumulation=self.config.gradient_accumulation,
             keep=self.config.keep_checkpoints,
         )
         kept_map = self.kept.map()
         if kept_map is not None:
             write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map) + "\n")
 
-    def _write_adapter(self, folder: Path) -> None:
+    def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with new_folder(folder) as target:
-            write_adapter(self.peft_model, target)
+            write_adapter(self.peft_model, weights, target)
             # The base model as it was trained: its scaled rotary embedding is part of the result.
             content = self.peft_model.get_base_model().config.to_json_string(use_diff=False)
             if self.config.quantize is not None:
@@ -511,18 +556,6 @@ def _least_limit(config: FinetuneConfig, accelerator: Accelerator) -> int | None
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
-    size = elimination.block_size
-    _log.info(
-        "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
-        "answers alone have labels" if answers else "text",
-        elimination.keep,
-        size,
-        " of a window" if isinstance(size, float) else " tokens",
-        elimination.scorer,
-    )
-
-
 def _stored_scores(config: FinetuneConfig, tokenizer: PreTrainedTokenizerBase) -> ScoreStore | None:
     if config.elimination is None or config.elimination.scores is None:
         return None
@@ -552,27 +585,6 @@ def _windows(
     for line in windows.remarks():
         _log.info("%s", line)
     return windows
-
-
-def _enter_folder(folder: Path, accelerator: Accelerator, stack: ExitStack) -> None:
-    """Lock the folder in the main process, for all of them; every process raises its error."""
-    errors: list[OSError | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            stack.enter_context(writing(folder))
-        except OSError as error:
-            errors[0] = error
-    broadcast_object_list(errors)
-    if errors[0] is not None:
-        raise errors[0]
-
-
-def _check_processes(checkpoint: Checkpoint, accelerator: Accelerator) -> None:
-    if checkpoint.num_processes != accelerator.num_processes:
-        raise ValueError(
-            f"resume: expected the {checkpoint.num_processes} processes that wrote "
-            f"{checkpoint.folder}, got {accelerator.num_processes}"
-        )
 
 
 def _result(folder: Path, steps: int) -> RunResult:

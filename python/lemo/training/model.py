@@ -11,6 +11,7 @@ from typing import Any, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
 from lemo.training.quantised import is_quantised, quantization_config
+from lemo.training.sharding import whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -338,12 +340,22 @@ def _norm_names(model: PreTrainedModel) -> list[str]:
     return sorted(names)
 
 
-def write_adapter(model: PeftModel, folder: Path) -> None:
+def adapter_weights(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter's weights as PEFT names them, whole; every process of a run has to call it."""
+    found: dict[str, Tensor] = whole(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return found
+
+
+def write_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path) -> None:
     """Write the adapter's weights and configuration into ``folder``, in PEFT's own format.
 
     The bytes are made here and written by Python, so that a full disk arrives as an OSError.
+
+    Args:
+        model: whose configuration is written.
+        weights: from `adapter_weights`.
+        folder: exists.
     """
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
     write_file(folder / ADAPTER_WEIGHTS, to_safetensors(weights, metadata={"format": "pt"}))
     config = copy.deepcopy(model.peft_config["default"])

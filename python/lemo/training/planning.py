@@ -200,6 +200,10 @@ def plan_run(
                 "context_parallel: expected 1, where each process has all rows of its windows, "
                 f"got {config.context_parallel}"
             )
+        if config.shard:
+            raise ValueError(
+                "shard: expected false, where processes have whole weights, got true"
+            )
         request = request_of(config, elimination, model_config, dtype, device)
         planner = request.planner(config.context_length)
     except ValueError as error:

@@ -41,6 +41,8 @@ _ALWAYS = {"model", "documents", "output", "steps", "save_every", "lora_rank", "
 _NEVER = {"resume", "overwrite"}
 # Settings of elimination that are paths.
 _FILES = ("predictor", "heads", "scores")
+# A setting that may change with the number of processes.
+_ACCUMULATION = "gradient_accumulation "
 
 _log = logging.getLogger("lemo")
 
@@ -104,10 +106,14 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
     saved = FinetuneConfig.from_yaml(folder / CONFIG_NAME)
     changed = differences(saved, config)
-    if changed:
+    checkpoint = None
+    # Gradient accumulation is compared with the number of processes, by `check_passes`.
+    if not [line for line in changed if not line.startswith(_ACCUMULATION)]:
+        _check_inputs(folder, saved, config)
+        checkpoints = folder / CHECKPOINTS_NAME
+        checkpoint = newest_checkpoint(checkpoints, saved.gradient_accumulation)
+    if changed and checkpoint is None:
         raise ValueError(f"resume: the run in '{folder}' has other settings: {'; '.join(changed)}")
-    _check_inputs(folder, saved, config)
-    checkpoint = newest_checkpoint(folder / CHECKPOINTS_NAME)
     if checkpoint is None:
         _log.info("%s has no checkpoint to go on from: starting with the first step", folder)
     elif checkpoint.step > config.steps:

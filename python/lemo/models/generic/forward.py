@@ -22,6 +22,7 @@ from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.sharded import check_around, check_unflattened, check_whole, is_sharded
 from lemo.models.sharing import needs_all_rows
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
@@ -190,6 +191,9 @@ class GenericForward(Training[Choice]):
 
         def logits() -> Tensor:
             given = {name: value for name, value in arguments.given.items() if name not in _LABELS}
+            embedding = parts.causal_lm.get_input_embeddings()
+            if not is_sharded(embedding):
+                check_whole(embedding, "the embedding")
             with self.dense():
                 return self.own(**{**given, "return_dict": True}).logits
 
@@ -322,6 +326,9 @@ class GenericForward(Training[Choice]):
         return selections[0]
 
     def _check(self, arguments: ForwardArguments) -> None:
+        parts = self._parts
+        check_unflattened(parts.causal_lm)
+        check_around(parts.causal_lm, parts.base, parts.decoder)
         replace(arguments, unknown={}).check(self._parts.config)
         if arguments.wants_hidden_states(self._parts.config):
             raise ValueError(

@@ -48,6 +48,9 @@ class AnswerScorer(Scorer):
     def begin_replica(self, replica: int) -> None:
         self._random.begin_replica(replica)
 
+    def begin_pass(self, index: int) -> None:
+        self._random.begin_pass(index)
+
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         if batch.ids is None or batch.labelled is None:
             missing = "input_ids" if batch.ids is None else "labels"

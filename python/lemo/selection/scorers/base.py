@@ -98,3 +98,10 @@ class Scorer(Protocol):
         Only random scores depend on it: processes of one group draw the same.
         """
         return
+
+    def begin_pass(self, index: int) -> None:
+        """Tells that forward pass `index` of the step, of all processes' passes, begins.
+
+        Only random scores depend on it, and on the process from then on no more.
+        """
+        return

@@ -19,24 +19,50 @@ class RandomScorer(Scorer):
     """
 
     def __init__(self, seed: int) -> None:
-        self._own_seed = seed
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            seed += torch.distributed.get_rank()
+        self._replica: int | None = None
         self._seed = seed
+        self._step: int | None = None
         # On the CPU whatever the model's device, so that a seed means the same everywhere.
-        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._generator = torch.Generator("cpu")
+        self._is_seeded = False
 
     def begin_step(self, step: int) -> None:
         """From here on the draws depend on the seed, the process and this step alone."""
-        self._generator.manual_seed((self._seed + step * _STEP_STRIDE) % 2**63)
+        self._step = step
+        self._begin(self._which())
+
+    def begin_pass(self, index: int) -> None:
+        """From here on the draws depend on the seed, the step and this pass of it alone.
+
+        So two processes keep what one of twice as many passes keeps.
+        """
+        self._begin(index)
+
+    def _begin(self, which: int) -> None:
+        seed = self._seed + which + (self._step or 0) * _STEP_STRIDE
+        self._generator.manual_seed(seed % 2**63)
+        self._is_seeded = True
 
     def begin_replica(self, replica: int) -> None:
-        self._seed = self._own_seed + replica
-        self._generator.manual_seed(self._seed)
+        """The processes of one group draw the same from here on."""
+        self._replica = replica
+
+    def _which(self) -> int:
+        return _process() if self._replica is None else self._replica
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
+        # Not before: a process may learn which one it is after lemo is enabled.
+        if not self._is_seeded:
+            self._begin(self._which())
         scores = torch.rand(batch.layout.num_blocks, generator=self._generator, device="cpu")
         if residual.device.type == "cuda":
             # A copy that the host does not wait for.
             scores = scores.pin_memory()
         return scores.to(residual.device, non_blocking=True)
+
+
+def _process() -> int:
+    """Which of several processes this one is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0

@@ -1,4 +1,4 @@
-"""What is said of block sizes that leave little to choose, or that do not fit stored scores."""
+"""What is said of the settings of elimination when a run begins."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from lemo.packing.blocks import block_tokens
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["check_blocks", "check_stored_blocks"]
-
 _log = logging.getLogger("lemo")
 
 
+def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
+    size = elimination.block_size
+    _log.info(
+        "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
+        "answers alone have labels" if answers else "text",
+        elimination.keep,
+        size,
+        " of a window" if isinstance(size, float) else " tokens",
+        elimination.scorer,
+    )
+
+
 def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
-    """Warns of windows with few blocks, and of shares that are rounded up by much."""
     block_size = block_tokens(block_size, length)
     blocks = -(-length // block_size)
     if blocks < 4:
@@ -43,7 +52,6 @@ def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) 
 
 
 def check_stored_blocks(length: int, block_size: int | float, scores: ScoreStore) -> None:
-    """Warns of blocks that are shorter than those of stored scores."""
     tokens = block_tokens(block_size, length)
     if tokens < scores.block_size:
         _log.warning(

@@ -1,0 +1,102 @@
+"""The processes of a run: how they begin together, how they end, and what a lost one leaves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
+
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training.checkpoint import Checkpoint
+from lemo.training.run_folder import writing
+
+_log = logging.getLogger("lemo")
+
+# How gloo's errors begin, which are plain RuntimeErrors.
+_GLOO = "gloo/transport"
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Closes the process group that a run opens inside; one that was open before stays so.
+
+    After an error it stays, too: the others may not come to the end that all have to reach.
+    """
+    if not torch.distributed.is_available() or torch.distributed.is_initialized():
+        yield
+        return
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        # Another run of this process opens a group of its own.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def naming_lost_processes(folder: Path) -> Iterator[None]:
+    """Says what it means where this process cannot reach another one any more.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ConnectionError: in place of the errors of torch.distributed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or _GLOO in str(error)
+        if not lost:
+            raise
+        raise ConnectionError(
+            f"processes: another process of the run is gone, and its own message, if it had one, "
+            f"says why; the checkpoints in '{folder}' are whole: start the run again with --resume"
+        ) from error
+
+
+def enter_folder(folder: Path, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Lock the folder in the main process, for all of them; every process raises its error."""
+    errors: list[OSError | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            stack.enter_context(writing(folder))
+        except OSError as error:
+            errors[0] = error
+    broadcast_object_list(errors)
+    if errors[0] is not None:
+        raise errors[0]
+
+
+def check_passes(checkpoint: Checkpoint, config: FinetuneConfig, processes: int) -> None:
+    """Refuses to resume with another number of windows in a step than the run began with.
+
+    The number of processes may change where gradient accumulation makes up for it: forward pass
+    by forward pass the step is the same then, whichever process does it.
+
+    Raises:
+        ValueError: it is another.
+    """
+    passes = checkpoint.num_processes * checkpoint.gradient_accumulation
+    if processes * config.gradient_accumulation != passes:
+        hint = f"expected a number of processes that divides {passes}"
+        if passes % processes == 0:
+            hint = f"expected gradient_accumulation {passes // processes}"
+        raise ValueError(
+            f"resume: {checkpoint.folder} was written by {checkpoint.num_processes} processes with "
+            f"{checkpoint.gradient_accumulation} forward passes of each in a step, {passes} in "
+            f"all; {hint}, got {processes} processes with {config.gradient_accumulation}"
+        )
+    if processes != checkpoint.num_processes and config.lora_dropout > 0:
+        _log.warning(
+            "resume: %d processes draw other dropout than the %d that wrote %s",
+            processes,
+            checkpoint.num_processes,
+            checkpoint.folder,
+        )
