@@ -64,6 +64,12 @@ def test_two_groups_train_as_two_processes(settings, tmp_path):
     assert losses(tmp_path / "scored") == pytest.approx(losses(one["output"]), rel=1e-5)
 
 
+def test_a_group_shares_out_rows_and_weights(settings, one, tmp_path):
+    run = settings | SHARED | {"output": str(tmp_path / "run"), "shard": True}
+    processes.run(2, context_runs.train, tmp_path, run)
+    assert losses(run["output"]) == pytest.approx(one, rel=1e-5)
+
+
 def test_a_group_is_a_part_of_the_processes(settings, tmp_path):
     with pytest.raises(ValueError, match="context_parallel: expected a divisor of the 1 proc"):
         finetune(FinetuneConfig.from_dict(settings | SHARED | {"output": str(tmp_path / "run")}))
