@@ -25,6 +25,7 @@ from lemo.distributed.context import ContextParallel
 from lemo.distributed.dealing import deal
 from lemo.ops.segment_attention import SavedAttention
 from tiny_models import (
+    all_of,
     flat_config,
     gradients,
     lora,
@@ -316,6 +317,25 @@ def other_losses_of_the_same_graph_count_once():
         handle.begin_step(0, 1)
         for name, gradient in trained_with_penalty().items():
             close(gradient, expected[name])
+
+
+@case
+def bf16_errs_as_one_process_does():
+    config, arguments = flat_config(**DEFAULTS, scorer="pooled"), BATCHES["packed"]()
+    model = lora(make_model("llama", num_hidden_layers=2, dtype=torch.bfloat16))
+
+    def of_one() -> Tensor:
+        handle = lemo.enable(model, config)
+        found = all_of(trained(model, arguments)[1])
+        handle.remove()
+        return found
+
+    one = of_one()
+    with context_of(model, config):
+        group = all_of(trained(model, arguments)[1])
+    model.float()
+    exact = of_one()
+    assert (group - exact).norm() <= 1.2 * (one - exact).norm()
 
 
 @case
