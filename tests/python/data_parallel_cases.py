@@ -68,6 +68,7 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
         "report_to": [],
         "disable_tqdm": True,
         "bf16": False,
+        "average_tokens_across_devices": True,
     }
     if kind.startswith("SFT"):
         rows = [{"text": words(count, seed)} for seed, count in enumerate(LENGTHS)]

@@ -201,9 +201,7 @@ def plan_run(
                 f"got {config.context_parallel}"
             )
         if config.shard:
-            raise ValueError(
-                "shard: expected false, where processes have whole weights, got true"
-            )
+            raise ValueError("shard: expected false, where processes have whole weights, got true")
         request = request_of(config, elimination, model_config, dtype, device)
         planner = request.planner(config.context_length)
     except ValueError as error:
