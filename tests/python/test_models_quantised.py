@@ -7,6 +7,7 @@ from torch import nn
 import lemo
 from lemo.models import rows, weights
 from lemo.models.linear import apply_linear
+from lemo.packing import chunks
 from model_checks import assert_same_gradients
 from tiny_models import lora, make_model, padded_batch
 from tolerances import assert_close_fp32, relative_error
@@ -118,8 +119,8 @@ def test_four_bits_train_as_the_weights_that_they_stand_for(architecture, recomp
 def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
     made, make = [], weights._dequantised
     monkeypatch.setattr(weights, "_dequantised", lambda m: made.append(id(m)) or make(m))
-    monkeypatch.setattr(rows, "_CHUNK_STEP", 16)
-    monkeypatch.setattr(rows, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(chunks, "_CHUNK_STEP", 16)
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 1)
     model, batch = quantised_lora("nf4"), padded_batch([61, 45])
     loss = trained(model, batch, lemo.LemoConfig(keep=1.0, recompute="layer"))
     assert loss.isfinite()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu_only
 SHAPE = ModelShape(4, 64, 128, 4, 2, 16, 256)
 RATES = Rates(1e12, 2e12, 1e12, 1e11, 1e-5)
 # Steps of the 28M model that took 0.15 to 0.19 s in two sessions; the first of these settings took
-# 0.152 s in a third one, to which rates are fitted. The host is most of such a step.
+# 0.152 s in a third one, to which rates are fitted.
 SLOW_SESSIONS = {
     ("147a1a2", "28M 8x16384 keep 0.5 none"),
     ("147a1a2", "28M 8x16384 keep 0.28 none"),
