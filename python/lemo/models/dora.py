@@ -102,10 +102,10 @@ class _Dora(torch.autograd.Function):
         dx = x.new_empty(x.shape) if wants_x else None
         for part in slices_of(x.shape[0], max(weight.shape)):
             dy_rows = dy[part]
-            rows = whole = x[part].to(ctx.dtype)
+            rows = x[part].to(ctx.dtype)
             mask = None if bits is None else dropout.unpack(bits[part], x.shape[1])
             if mask is not None:
-                rows = whole * mask
+                rows = dropout.masked(rows, mask)
             if wants_columns:
                 inner = _inner(rows, weight, low[part], b_cast, product)
                 dcolumns = summed(dcolumns, (inner * dy_rows).sum(0, dtype=torch.float32))
@@ -124,7 +124,7 @@ class _Dora(torch.autograd.Function):
                 drows = (dy_rows * (columns - 1)).to(ctx.dtype) @ weight
                 drows.mul_(dropout.rescaled(1.0, product.dropout))
                 add_product(drows, d_low, a_cast, product.scaling)
-                drows = drows.mul_(mask).add_(dy_rows @ weight)
+                drows = dropout.masked(drows, mask).add_(dy_rows @ weight)
             dx[part] = drows
         return (
             dx,
@@ -155,7 +155,7 @@ def _forward(
             add_product(wide, low[part], b.T, product.scaling)
             wide = wide * columns
         else:
-            rows = x[part] * dropout.unpack(bits[part], x.shape[1])
+            rows = dropout.masked(x[part], dropout.unpack(bits[part], x.shape[1]))
             base = linear(rows, weight).mul_(dropout.rescaled(1.0, product.dropout))
             wide = base.to(torch.promote_types(y.dtype, product.dtype), copy=True)
             add_product(wide, low[part], b.T, product.scaling)

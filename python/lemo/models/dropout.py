@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["draw", "packed_width", "rescaled", "unpack"]
+__all__ = ["draw", "masked", "packed_width", "rescaled", "unpack"]
 
 # Eight bytes of 0 or 1 are a number of 64 bits. Times the first constant, its highest byte has
 # bit i set where byte i is 1, and no carry reaches it.
@@ -25,7 +25,7 @@ def packed_width(columns: int) -> int:
 
 
 def draw(shape: torch.Size, dropout: float, out: Tensor) -> Tensor:
-    """A new mask, [rows, columns] bool: False with probability `dropout`, each by itself.
+    """A new mask, [rows, columns] uint8: 0 with probability `dropout`, each by itself, else 1.
 
     Args:
         shape: rows, columns.
@@ -35,13 +35,19 @@ def draw(shape: torch.Size, dropout: float, out: Tensor) -> Tensor:
     mask = torch.empty(shape, dtype=torch.bool, device=out.device).bernoulli_(1 - dropout)
     words = pad(mask, (0, -shape[1] % 8)) if shape[1] % 8 else mask
     out.copy_((words.view(torch.int64) * _GATHER) >> 56)
-    return mask
+    return mask.view(torch.uint8)
 
 
 def unpack(bits: Tensor, columns: int) -> Tensor:
-    """[rows, columns] bool, the mask that `draw` packed into `bits`."""
+    """[rows, columns] uint8, the mask that `draw` packed into `bits`."""
     words = (bits.to(torch.int64) * _REPEAT) & _BITS
-    return words.view(torch.uint8)[:, :columns] != 0
+    return (words.view(torch.uint8)[:, :columns] != 0).view(torch.uint8)
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """x [rows, columns] where the mask is 1, else 0."""
+    # On the CPU twice as fast as with a mask of bool, or of another dtype than x.
+    return x * mask.to(x.dtype)
 
 
 def rescaled(scaling: float, dropout: float) -> float:

@@ -17,7 +17,7 @@ __all__ = ["LowRank", "add_product", "summed"]
 
 
 class LowRank(NamedTuple):
-    """How a pair multiplies: scaling * (B (mask * A x)) + bias_scaling * bias.
+    """How a pair multiplies: scaling * B (A (mask * x)) + bias_scaling * bias.
 
     Attributes:
         scaling: the pair's, by the share that dropout leaves.
@@ -52,10 +52,10 @@ class LowRank(NamedTuple):
             width = dropout.packed_width(x.shape[1])
             bits = x.new_empty(x.shape[0], width, dtype=torch.uint8)
         for part in slices_of(*x.shape):
-            rows = x[part].to(self.dtype)
+            rows = x[part]
             if bits is not None:
-                rows = rows * dropout.draw(rows.shape, self.dropout, bits[part])
-            torch.mm(rows, a.T, out=low[part])
+                rows = dropout.masked(rows, dropout.draw(rows.shape, self.dropout, bits[part]))
+            torch.mm(rows.to(self.dtype), a.T, out=low[part])
         return low, bits
 
     def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -136,7 +136,7 @@ class LowRank(NamedTuple):
             mask = None if bits is None else dropout.unpack(bits[part], columns)
             da_rows, db_rows = _of_rows(
                 dy[part].to(dtype),
-                None if x is None else x[part].to(dtype),
+                None if x is None else x[part],
                 None if low is None else low[part],
                 mask,
                 a,
@@ -168,12 +168,12 @@ def _of_rows(
     d_low = dy @ b
     da = None
     if x is not None:
-        da = d_low.T @ (x if mask is None else x * mask)
+        da = d_low.T @ (x if mask is None else dropout.masked(x, mask)).to(dy.dtype)
     if dx is not None:
         if mask is None:
             add_product(dx, d_low, a, scaling)
         else:
-            dx.add_((d_low @ a).mul_(mask), alpha=scaling)
+            dx.add_(dropout.masked(d_low @ a, mask), alpha=scaling)
     return da, db
 
 
