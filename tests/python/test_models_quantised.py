@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models import rows, weights
+from lemo.models import weights
 from lemo.models.linear import apply_linear
 from lemo.packing import chunks
 from model_checks import assert_same_gradients
