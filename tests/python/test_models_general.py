@@ -3,11 +3,15 @@
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import lemo
+import processes
 from lemo.models.general import by_reason
 from model_checks import saved_bytes
-from tiny_models import ARCHITECTURES, lora, make_model, padded_batch
+from tiny_models import ARCHITECTURES, config_of, lora, make_ids, make_model, padded_batch
 
 
 def reasons(model, autocast=False, **settings):
@@ -90,3 +94,22 @@ def test_what_is_named_stores_more():
         assert len(handle.general_modules()) == 21 * hooked
         sizes.append(saved_bytes(model, padded_batch([64])))
     assert sizes[1] > 1.4 * sizes[0]
+
+
+def _of_sharded_model():
+    """What runs as it is in a model whose weights are cut, before and after a step."""
+    model = lora(make_model("llama"))
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    handle = lemo.enable(model, config_of(keep=0.5, dense_layers=(), scorer="random"))
+    before, ids = handle.general_modules(), make_ids(1, 40)
+    model(input_ids=ids, labels=ids).loss.backward()
+    cut = all(isinstance(weight, DTensor) for weight in model.parameters())
+    return before, handle.general_modules(), cut
+
+
+@pytest.mark.cpu_only
+def test_cut_weights_are_named_as_they_run(tmp_path):
+    assert processes.run(1, _of_sharded_model, tmp_path) == [({}, {}, True)]

@@ -13,6 +13,7 @@ from torch import nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.interception import is_intercepted
+from lemo.models.sharded import as_if_whole
 from lemo.models.weights import is_plain, matrix_of
 
 __all__ = ["by_reason", "general_modules"]
@@ -24,7 +25,9 @@ def general_modules(architecture: Architecture) -> dict[str, str]:
     weight = causal_lm.get_input_embeddings().weight
     # Names of `causal_lm` itself: those that messages and configurations of PEFT use.
     names = {module: name for name, module in causal_lm.named_modules()}
-    return {names[m]: reason for m, reason in _reasons(architecture, weight.dtype, weight.device)}
+    with as_if_whole(causal_lm):
+        reasons = list(_reasons(architecture, weight.dtype, weight.device))
+    return {names[module]: reason for module, reason in reasons}
 
 
 def by_reason(found: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from lemo.ops._autograd import first_order_only, hand_on, is_owned
 
 __all__ = [
+    "as_if_whole",
     "check_around",
     "check_layers",
     "check_unflattened",
@@ -162,6 +163,23 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
                 module.unshard()
                 stack.callback(module.reshard)
         yield
+
+
+@contextmanager
+def as_if_whole(model: nn.Module) -> Iterator[None]:
+    """Weights in parts look whole inside, without values, for whoever asks what would run."""
+    hidden: list[tuple[dict[str, Any], str, Tensor]] = []
+    try:
+        for module in model.modules():
+            for name, weight in module._parameters.items():
+                if isinstance(weight, DTensor):
+                    hidden.append((module._parameters, name, weight))
+                    alike = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+                    module._parameters[name] = nn.Parameter(alike, weight.requires_grad)
+        yield
+    finally:
+        for parameters, name, weight in hidden:
+            parameters[name] = weight
 
 
 class _Overwritable(torch.autograd.Function):
