@@ -1,7 +1,11 @@
 """LoRA as users put it on a model, and such models, for tests of the planner."""
 
+import weakref
+
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lemo.planner.shape import LINEAR, Adapters
 from lemo.training.finetune import _leave_casts_to_autocast
@@ -22,15 +26,15 @@ CASES = {
 }
 
 
-def model_of(architecture, layers, adapters, size):
+def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192):
     dtype = torch.bfloat16 if size == 2 else torch.float32
     model = make_model(
         architecture,
         dtype=dtype,
         hidden_size=128,
-        intermediate_size=192,
+        intermediate_size=width,
         num_hidden_layers=layers,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=tokens,
     ).to(dtype)
     lora = LoraConfig(
         r=adapters.rank,
@@ -46,3 +50,39 @@ def model_of(architecture, layers, adapters, size):
     if not adapters.apart:
         _leave_casts_to_autocast(model)
     return model.train()
+
+
+class PeakOfTensors(TorchDispatchMode):
+    """The highest bytes of tensors at a time; what an operator needs inside is no tensor.
+
+    Attributes:
+        now, peak: bytes.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.now = self.peak = 0
+        self._live = {}
+        for parameter in model.parameters():
+            self._see(parameter)
+
+    def _see(self, tensor):
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._live and self._live[key]() is storage:
+            return
+
+        def gone(_):
+            self.now -= size
+            self._live.pop(key, None)
+
+        self._live[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        return result

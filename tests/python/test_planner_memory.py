@@ -8,7 +8,7 @@ from common.recorded_steps import RecordedMemory, recorded_steps
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.shape import LayerRows, shape_of, step_of
 from model_checks import saved_bytes
-from planner_cases import CASES, TOKENS, model_of
+from planner_cases import CASES, TOKENS, PeakOfTensors, model_of
 from tiny_models import config_of, make_ids
 
 pytestmark = pytest.mark.cpu_only
@@ -51,6 +51,30 @@ def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
     index = 8 * (TOKENS // 4) + 4 * (TOKENS // 2) + 8
     stored = StepMemory(shape, adapters, step).layer(0, mode).kept
     assert stored + (index if mode == "none" else 0) == found
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "modes", [*([mode] * 4 for mode in MODES), ["layer", "selective", "none", "none"]]
+)
+def test_the_highest_bytes_of_a_step(modes, keep):
+    """Of tensors: the sums inside of attention's backward are none, and are a part of it."""
+    tokens, (adapters, settings) = 2048, CASES["all"]
+    model = model_of("llama", len(modes), adapters, 2, tokens, width=384)
+    model = model.to(torch.bfloat16)
+    lemo.enable(model, lemo.LemoConfig(recompute=modes, keep=keep, block_size=8))
+    ids = make_ids(1, tokens)
+    with PeakOfTensors(model) as tensors:
+        model(input_ids=ids, labels=ids).loss.backward()
+    shape, kept = shape_of(model.get_base_model().config), round(keep * tokens)
+    rows = [LayerRows(kept, kept)] * shape.layers
+    step = step_of(shape, [tokens], rows, cuda=False, **settings)
+    memory = StepMemory(shape, adapters, step)
+    # There is no optimizer.
+    predicted = memory.peak(modes) - 2 * adapters.size * adapters.parameters(shape)
+    sums = 4 * kept * shape.queries
+    assert tensors.peak <= predicted
+    assert predicted - sums < 1.05 * tensors.peak
 
 
 def test_memory_that_was_measured_on_gpus():
