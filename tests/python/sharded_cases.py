@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import bitsandbytes
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -39,6 +40,7 @@ class Case:
         model: settings of the model.
         architecture: its name.
         dtype: of the frozen weights; adapters are fp32.
+        quantised: whether the linear layers of the decoder are bitsandbytes' of 4 bits.
         first: whether the model is sharded before lemo is enabled.
         run: one training step, see below.
     """
@@ -49,6 +51,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "llama"
     dtype: torch.dtype = torch.float32
+    quantised: bool = False
     first: bool = False
     run: str = "labels"
     paths: tuple[str, ...] = BOTH
@@ -80,6 +83,7 @@ CASES = {
     "adapters whole": Case({"recompute": "layer"}, shard="ignored", paths=NATIVE),
     "kept gathered": Case(options={"reshard_after_forward": False}),
     "frozen bf16": Case(dtype=torch.bfloat16),
+    "nf4": Case({"recompute": "layer"}, model={"hidden_size": 64}, quantised=True, paths=NATIVE),
     "accumulation": Case(run="accumulation"),
     "without labels": Case(run="logits"),
     "logits read late": Case(run="late"),
@@ -215,11 +219,30 @@ def others() -> tuple[dict[str, float], list[str], list[str]]:
 
 def _model(case: Case) -> PeftModel:
     base = make_model(case.architecture, dtype=case.dtype, **case.model)
+    if case.quantised:
+        _quantise(base)
     model = lora(base)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def _quantise(model: nn.Module) -> None:
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if not isinstance(linear, nn.Linear):
+                    continue
+                new = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, bias=False, quant_type="nf4"
+                )
+                new.weight = bitsandbytes.nn.Params4bit(
+                    linear.weight.data.clone(), quant_type="nf4", module=new
+                )
+                setattr(parent, name, new.to("cpu"))
+    model.is_loaded_in_4bit = True
+    model.requires_grad_(False)
 
 
 def decoder_of(model: PeftModel) -> nn.Module:

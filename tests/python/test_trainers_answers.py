@@ -265,8 +265,9 @@ def test_the_loss_is_that_inside_the_model(name, keep, tmp_path):
     model = adapted()
     handle = lemo.enable(model, config)
     losses = []
-    for batch, divisor in run.batches:
+    for index, (batch, divisor) in enumerate(run.batches):
         batch = {key: value for key, value in batch.items() if key != "use_cache"}
+        handle.begin_pass(index)
         losses.append(model(**batch, num_items_in_batch=divisor).loss)
         losses[-1].backward()
     assert_close_fp32(torch.stack(run.losses), torch.stack(losses).detach())
