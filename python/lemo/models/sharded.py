@@ -168,7 +168,7 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
 @contextmanager
 def as_if_whole(model: nn.Module) -> Iterator[None]:
     """Weights in parts look whole inside, without values, for whoever asks what would run."""
-    hidden: list[tuple[dict[str, Any], str, Tensor]] = []
+    hidden: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     try:
         for module in model.modules():
             for name, weight in module._parameters.items():
