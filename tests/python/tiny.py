@@ -25,15 +25,15 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<s>")
 
 
-def save_tiny_llama(folder: Path, layers: int = 2, context: int = 64) -> Path:
+def save_tiny_llama(folder: Path, layers: int = 2, context: int = 64, width: int = 32) -> Path:
     """Write a Llama with random weights and its tokenizer into ``folder``.
 
-    Its heads are of 8, on a GPU of 64, which the kernels there know.
+    On a GPU it is 256 wide, with heads of 64, which the kernels there know.
     """
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=257,
-        hidden_size=256 if on_gpu() else 32,
+        hidden_size=256 if on_gpu() else width,
         intermediate_size=64,
         num_hidden_layers=layers,
         num_attention_heads=4,
