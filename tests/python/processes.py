@@ -17,9 +17,16 @@ _PATIENCE = timedelta(seconds=60)
 
 _MEETING = "meeting"
 
-# Started once; the processes are copies of it, which have imported the large libraries.
+# Started once; the processes are copies of it, which have imported what takes seconds.
 _server = get_context("forkserver")
-_server.set_forkserver_preload(["torch", "transformers", "peft", "lemo", "tiny_models"])
+_server.set_forkserver_preload(
+    [
+        "lemo.training.finetune",
+        "torch.distributed.tensor",
+        "torch.utils.tensorboard",
+        "transformers.models.llama.modeling_llama",
+    ]
+)
 
 
 def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
