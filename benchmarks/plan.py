@@ -144,17 +144,17 @@ def measured_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def recorded_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each recorded step: measured then, predicted now."""
     from common.recorded_steps import (
+        RecordedMemory,
         is_fitted,
         predicted_seconds,
         rates_of,
         recorded_steps,
         timed_steps,
     )
-    from lemo.planner.memory import StepMemory
 
     timed, rows = set(map(id_of, timed_steps())), []
     for step in recorded_steps():
-        memory = StepMemory(step.shape, step.adapters, step.step, step.quantize)
+        memory = RecordedMemory(step.shape, step.adapters, step.step, step.quantize)
         peak = memory.peak([step.recompute] * step.shape.layers)
         has_time = id_of(step) in timed
         seconds = predicted_seconds(step, rates_of(step)) if has_time else None

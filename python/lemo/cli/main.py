@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 import traceback
@@ -123,6 +124,8 @@ def main(arguments: list[str] | None = None) -> None:
     """
     # Without a command the help is what is asked for, not an error.
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    # PEFT imports bitsandbytes, which on some CPUs recommends another package, whatever is done.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with tolerant_streams() as (out, err):
         code = _run(arguments)
         code = _lost(out, err) or code

@@ -93,7 +93,7 @@ class Adapters:
         rank: of every pair.
         targets: adapted linear layers of a decoder layer.
         size: bytes of a number of the adapters, of their gradients and of the optimizer's state.
-        apart: whether PEFT computes them in their own dtype, because it is another one than the
+        apart: whether their products are in their own dtype, because it is another one than the
             model's and autocast is off.
         dropout: whether their inputs are dropped out.
         norms: whether the norms' weights are trained, too, in the adapters' dtype.
