@@ -8,6 +8,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -155,6 +157,25 @@ def make_qwen_vl():
         "image_grid_thw": grid,
         "mm_token_type_ids": kinds,
     }
+
+
+def make_gemma3():
+    """(Gemma 3, a batch with an image in each prompt, whose tokens see each other both ways)."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 2, "num_hidden_layers": 1}
+    config = Gemma3Config(
+        text_config={**_COMMON, **_GEMMA},
+        vision_config=vision,
+        mm_tokens_per_image=16,
+        image_token_id=IMAGE,
+    )
+    torch.manual_seed(0)
+    model = perturbed(Gemma3ForConditionalGeneration(config))
+    batch = _with_image(make_ids(2, 64))
+    kinds = (batch["input_ids"] == IMAGE).long()
+    generator = torch.Generator("cpu").manual_seed(0)
+    images = torch.randn(2, 3, 8, 8, generator=generator)
+    return model, {**batch, "pixel_values": images, "token_type_ids": kinds}
 
 
 def _with_image(ids):

@@ -25,7 +25,9 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
     """See `lemo.Handle.verify`.
 
     A model's own forward knows kept rows, too: tokens that its attention mask leaves out in the
-    middle are seen by no other, and the others keep their positions.
+    middle are seen by no other, and the others keep their positions. What else a batch holds, such
+    as images, belongs to tokens in a way that the model knows: such a batch is compared as a whole
+    first.
 
     Args:
         parts: the model.
@@ -33,6 +35,8 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
         batch, tokens: as of the handle.
     """
     model = parts.causal_lm
+    if ForwardArguments.of(batch).unknown:
+        _verify_as_called(parts, forward, batch)
     arguments = beginning(batch, tokens, next(model.parameters()).device)
     embedded = model.get_input_embeddings()(arguments.pop("input_ids")).detach().requires_grad_()
     trainable = {"the embedded tokens": embedded}
@@ -74,6 +78,22 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
         with forward.keeping(choose, size):
             got = forward.loss(ForwardArguments.of(arguments)).loss
         _compare(parts, forward, got, expected, trainable, "with half of the tokens kept")
+
+
+def _verify_as_called(parts: Parts, forward: GenericForward, batch: Mapping[str, Any]) -> None:
+    model = parts.causal_lm
+    device = next(model.parameters()).device
+    arguments = {name: x.to(device) if torch.is_tensor(x) else x for name, x in batch.items()}
+    arguments = {"labels": arguments.get("input_ids"), **arguments, "use_cache": False}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        with forward.dense():
+            expected = own_forward(model, arguments).loss
+        with forward.keeping(Selection.everything, 1):
+            got = forward.loss(ForwardArguments.of(arguments)).loss
+        _compare(parts, forward, got, expected, trainable, "even with every token kept")
 
 
 def _compare(

@@ -350,6 +350,10 @@ class GenericForward(Training[Choice]):
         call = {name: value for name, value in arguments.given.items() if name not in _OURS}
         call["use_cache"] = False
         call["return_dict"] = True
+        kinds = call.get("token_type_ids")
+        if torch.is_tensor(kinds) and not bool(kinds.any()):
+            # All tokens are text, as without them; with them Gemma 3 makes masks for images.
+            del call["token_type_ids"]
         if packed.is_padded:
             mask = arguments.attention_mask
             assert mask is not None
