@@ -89,7 +89,7 @@ def test_bits_of_one_chunk_are_those_of_stored_layers(kind, dtype):
 @pytest.mark.parametrize("kind", ["dropout", "DoRA, dropout"])
 def test_dropout_of_dense_steps_is_that_of_peft(kind):
     """On the CPU, where both draw the same masks if they draw them in the same order."""
-    model, batch = adapted(kind, "opt"), {"input_ids": padded_batch([64])["input_ids"]}
+    model, batch = adapted(kind), {"input_ids": padded_batch([64])["input_ids"]}
     batch["labels"] = batch["input_ids"]
     loss, found = step(model, batch, "none", keep=1.0)
     torch.manual_seed(7)
@@ -97,5 +97,4 @@ def test_dropout_of_dense_steps_is_that_of_peft(kind):
     expected.backward()
     assert_close_fp32(loss, expected)
     for name, oracle in gradients(model).items():
-        if "k_proj" not in name or not name.endswith("bias"):
-            assert_close_fp32(found[name], oracle, name)
+        assert_close_fp32(found[name], oracle, name)

@@ -78,6 +78,10 @@ class EliminatedOutput(CausalLMOutputWithPast):
     def logits(self, value: Tensor | DeferredLogits | None) -> None:
         self.__dict__["logits"] = value
 
+    def __setitem__(self, key: str, value: Any) -> None:
+        # An output that is made of another one's fields.
+        super().__setitem__("logits" if key == "deferred" else key, value)
+
     def __getitem__(self, key: str | int | slice) -> Any:
         if isinstance(key, str):
             return _read(super().__getitem__(key))

@@ -64,7 +64,9 @@ class LayoutCheck:
 
     @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for value in (*args, *kwargs.values()):
+        # Where a key-value cache would put the rows.
+        read = (value for name, value in kwargs.items() if name != "cache_position")
+        for value in (*args, *read):
             if not (torch.is_tensor(value) and value.ndim and value.shape[-1] == self._rows.count):
                 continue
             if value.is_floating_point() or value.dtype == torch.bool:
