@@ -1,5 +1,6 @@
 """Whether a model uses kept rows as it should: every layer attends once, at the rows' positions."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -64,9 +65,10 @@ class LayoutCheck:
 
     @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Where a key-value cache would put the rows.
-        read = (value for name, value in kwargs.items() if name != "cache_position")
-        for value in (*args, *read):
+        named = (*zip(inspect.signature(module.forward).parameters, args), *kwargs.items())
+        for name, value in named:
+            if name == "cache_position":
+                continue  # where a key-value cache would put the rows
             if not (torch.is_tensor(value) and value.ndim and value.shape[-1] == self._rows.count):
                 continue
             if value.is_floating_point() or value.dtype == torch.bool:
