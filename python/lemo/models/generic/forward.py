@@ -94,7 +94,7 @@ class GenericForward(Training[Choice]):
         self._loss_chunk = config.loss_chunk
         self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
         self._pass: _Pass | None = None
-        self._stub: ModelOutput | None = None
+        self._prepared: ModelOutput | None = None
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
@@ -235,8 +235,8 @@ class GenericForward(Training[Choice]):
 
     def base_output(self, original: Callable[[], Any]) -> Any:
         """What a call of the causal LM's base gives; None: that of the module."""
-        if self._stub is not None:
-            return self._stub
+        if self._prepared is not None:
+            return self._prepared
         output = original()
         if self._pass is not None:
             self._pass.base = type(output)
@@ -405,11 +405,11 @@ class GenericForward(Training[Choice]):
         call |= {"input_ids": torch.zeros_like(shifted), "use_cache": False, "return_dict": True}
         if self._parts.routes:
             call["output_router_logits"] = False
-        before, self._stub = self._stub, self._base(last_hidden_state=padded)
+        before, self._prepared = self._prepared, self._base(last_hidden_state=padded)
         try:
             loss: Tensor = self.own(**call).loss
         finally:
-            self._stub = before
+            self._prepared = before
         return loss
 
 
