@@ -55,9 +55,11 @@ def test_two_groups_train_as_two_processes(settings, tmp_path):
     scored = drawn | {"elimination": {"block_size": 8, "scorer": "pooled"}}
     runs = {name: drawn | {"output": str(tmp_path / name)} for name in ("two", "four")}
     processes.run(2, context_runs.train, tmp_path, runs["two"])
-    of_four = [runs["four"], scored | {"output": str(tmp_path / "scored")}]
+    cut = drawn | {"output": str(tmp_path / "cut"), "shard": True}
+    of_four = [runs["four"], scored | {"output": str(tmp_path / "scored")}, cut]
     processes.run(4, context_runs.train_all, tmp_path, [run | SHARED for run in of_four])
-    assert losses(tmp_path / "four") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
+    for name in ("four", "cut"):
+        assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
 
     one = scored | {"output": str(tmp_path / "one"), "batch_size": 2}
     finetune(FinetuneConfig.from_dict(one))
