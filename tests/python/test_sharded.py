@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lemo
+from lemo.models import sharded
 from processes import run
 from sharded_cases import CASES, measure, others
 from tiny_models import config_of, lora, make_ids, make_model
@@ -99,8 +100,9 @@ def test_verify_compares_sharded_models_with_their_own_code(more):
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])
-def test_fsdp1_is_refused(path):
+def test_fsdp1_is_refused(path, monkeypatch):
     """It needs a GPU to start, so here is what it leaves of a model: its class around a layer."""
+    monkeypatch.setattr(sharded, "_has_processes", lambda: True)
     model = lora(make_model("llama"))
     lemo.enable(model, config_of(keep=0.5, dense_layers=(), path=path, scorer="random"))
     layers = model.get_base_model().model.layers

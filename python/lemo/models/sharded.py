@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
@@ -46,7 +46,7 @@ def check_unflattened(model: nn.Module) -> None:
     Raises:
         ValueError: it does.
     """
-    if not _has_flat_weights(model):
+    if not (_has_processes() and _has_flat_weights(model)):
         return
     raise ValueError(
         "model: expected weights that are whole, or sharded by FSDP2 "
@@ -61,6 +61,8 @@ def check_layers(layers: nn.ModuleList) -> None:
     Raises:
         ValueError: there are such.
     """
+    if not _has_processes():
+        return
     for index, layer in enumerate(layers):
         for name, module in layer.named_modules():
             if name and is_sharded(module):
@@ -94,16 +96,26 @@ def check_whole(module: nn.Module, name: str) -> None:
     Raises:
         ValueError: as by tensor parallelism, or outside of the forward of what FSDP2 shards.
     """
-    for of, parameter in module.named_parameters(recurse=False):
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"model: expected whole weights while {name} runs, got '{of}' as a DTensor on "
-                f"{parameter.device_mesh}; call the module that fully_shard was called on last, "
-                "and train without tensor parallelism"
-            )
-    for child in module.children():
-        if not is_sharded(child):
-            check_whole(child, name)
+    if not _has_processes():
+        return
+    # Walked by hand: every pass asks for every layer, and PEFT's layers have dozens of modules.
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        for of, parameter in each._parameters.items():
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"model: expected whole weights while {name} runs, got '{of}' as a DTensor on "
+                    f"{parameter.device_mesh}; call the module that fully_shard was called on "
+                    "last, and train without tensor parallelism"
+                )
+        children = (child for child in each._modules.values() if child is not None)
+        waiting += [child for child in children if not is_sharded(child)]
+
+
+def _has_processes() -> bool:
+    """Whether weights can be sharded at all, which takes a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _has_flat_weights(model: nn.Module) -> bool:
