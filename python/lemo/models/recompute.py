@@ -195,7 +195,11 @@ class _Surroundings:
         self._enabled = torch.is_autocast_enabled(self._device_type)
         self._dtype = torch.get_autocast_dtype(self._device_type)
         self._cpu_state = torch.get_rng_state()
-        self._devices, self._states = get_device_states(x)
+        self._devices: list[int] = []
+        self._states: list[Tensor] = []
+        # A pass that draws random numbers here is not captured.
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._devices, self._states = get_device_states(x)
 
     def autocast(self) -> torch.autocast:
         # Without its cache: what forward cast without a graph must not be found by backward.

@@ -16,12 +16,15 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
+from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
 from lemo.models.decoder import Decoded, Decoder
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
-from lemo.models.loss import causal_lm_loss, next_labels, rows_among
+from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
+from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.sharded import is_sharded
 from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
@@ -36,6 +39,9 @@ class TrainingForward(Training[Elimination]):
         architecture: access to the model.
         config: the settings.
         context: processes that share out the rows; None: this one has them all.
+
+    Attributes:
+        graphs: of passes in which all layers keep the same; None: they are switched off.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class TrainingForward(Training[Elimination]):
         super().__init__(config, partial(Elimination, architecture, context), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
+        self._mostly_labelled = False
+        self.graphs = None if config.cuda_graphs == "off" else CudaGraphs()
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
@@ -58,22 +66,27 @@ class TrainingForward(Training[Elimination]):
             context.begin(architecture.causal_lm, arguments.given)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
-        decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
-        del residual
-        with explained(decoder.describe):
-            loss, counted = causal_lm_loss(
-                architecture,
-                decoded.residual,
-                targets,
-                self.selector.masked_rows(complete=asked),
-                self._loss_chunk,
-                arguments.num_items_in_batch,
-                ignored,
-                lost,
-                decoded.rows,
-                context,
-            )
+        entries = None
+        if not asked and self._has_one_set(residual):
+            loss, counted = self._loss_of_one_set(arguments, batch, residual, targets, lost)
+        else:
+            decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
+            labelled = targets != ignored
+            decoded, entries = self._decode(decoder, batch, residual, labelled, asked, True)
+            del residual
+            with explained(decoder.describe):
+                loss, counted = causal_lm_loss(
+                    architecture,
+                    decoded.residual,
+                    targets,
+                    self.selector.masked_rows(complete=asked),
+                    self._loss_chunk,
+                    arguments.num_items_in_batch,
+                    ignored,
+                    lost,
+                    decoded.rows,
+                    context,
+                )
         if counted:
             self.has_trained = True
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
@@ -92,6 +105,70 @@ class TrainingForward(Training[Elimination]):
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
         return output
+
+    def _has_one_set(self, residual: Tensor) -> bool:
+        """Whether all is known before the layers run, which a GPU need not wait for then."""
+        if not (supports_graphs(residual.device) and torch.is_grad_enabled()):
+            return False
+        reason = None
+        if self.context is not None:
+            reason = "processes share out the rows"
+        elif not self.selector.has_one_set:
+            reason = "layers keep rows of their own"
+        elif any(map(is_sharded, (self._architecture.layer(0), self._architecture.lm_head))):
+            reason = "weights are sharded"
+        elif not uses_plain_head(self._architecture):
+            reason = "the head is no plain product"
+        if reason is not None and self.graphs is not None:
+            self.graphs.say(f"CUDA graphs: passes run without one: {reason}")
+        return reason is None
+
+    def _loss_of_one_set(
+        self,
+        arguments: ForwardArguments,
+        batch: Batch,
+        residual: Tensor,
+        targets: Tensor,
+        lost: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        """The loss, and how many labels count as far as it is known; without a device's answer."""
+        decoder, ignored = self.elimination.decoder, arguments.ignored_label
+        labelled = targets != ignored
+        with explained(decoder.describe):
+            now = decoder.begin(batch, labelled, self.selector.masks_loss)
+            residual = decoder.enter(now, residual)
+        self.selector.check_kept()
+        masked = self.selector.masked_rows()
+        counted = labelled if masked is None else labelled & ~masked
+        divisor = divisor_of(labelled, counted, arguments.num_items_in_batch, lost)
+        if divisor is not None and not torch.is_tensor(divisor):
+            divisor = torch.full((), divisor, dtype=torch.float32, device=targets.device)
+        targets = targets.masked_fill(~counted, ignored)
+        if now.place.rows is not None:
+            targets = targets.index_select(0, now.place.rows)
+        most = self._most_labels(arguments, targets)
+        index, targets = labels_of_rows(targets, ignored, most)
+        labels = Labels(index, targets, None if divisor is None else divisor.float())
+        step = OneSet(self._architecture, decoder, now, labels, ignored, self._loss_chunk)
+        inputs, graphs = step.inputs(residual), self.graphs
+        if graphs is None:
+            return step(inputs), most
+        parameters, small = step.parameters(), self.elimination.config.cuda_graphs == "auto"
+        key, obstacle = step.key(parameters), partial(step.obstacle, parameters, small)
+        return graphs.run(key, step, inputs, parameters, obstacle), most
+
+    def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
+        """Labels of `targets` [R] that count at most; until something has been trained exactly."""
+        ignored, rows = arguments.ignored_label, targets.numel()
+        given = arguments.labels if arguments.shift_labels is None else arguments.shift_labels
+        if self.has_trained and given is not None and given.device.type == "cpu":
+            return min(int((given != ignored).sum()), rows)
+        if self.has_trained and self._mostly_labelled:
+            return rows
+        # Waits for the device, in the first passes and where few rows have labels.
+        count = int((targets != ignored).sum())
+        self._mostly_labelled = 8 * count >= 7 * rows
+        return count
 
     def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
         """What `loss` gives to the head, for a call with labels whose head is somebody else's."""

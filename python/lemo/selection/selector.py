@@ -125,6 +125,15 @@ class Selector:
         now.selected[kind].append(selection)
         return selection
 
+    def selected(self, layer: int, kind: str) -> Selection:
+        """What `select` gave to a sub-block in this pass."""
+        return self._pass.selected[kind][layer]
+
+    def keep_everywhere(self, selection: Selection) -> None:
+        """Says that all sub-blocks of this pass keep the same, without asking for each of them."""
+        for of_kind in self._pass.selected.values():
+            of_kind[:] = [selection] * len(self._policies.sources)
+
     def _rule(self, layer: int, kind: str) -> Rule | None:
         if self._keeps_everything:
             return None

@@ -192,6 +192,15 @@ class LemoConfig(Settings):
         "where the model's gradient checkpointing is on; elsewhere, on a GPU, what is fastest for "
         "each layer within the free memory; else none.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
+        "backward, when its shapes come again, so that the host does not issue kernels one by one. "
+        "The results are the same. auto: where a layer's kernels are shorter than that takes; on: "
+        "wherever it can be. It cannot where layers keep rows of their own, modules run as they "
+        "are, or processes share out rows or weights; the log says so. The activations' memory "
+        "stays with the graphs.",
+    )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",
         description="How the layers of a model run. native: lemo computes them, with every setting "
