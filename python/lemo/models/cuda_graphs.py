@@ -54,9 +54,7 @@ class CudaGraphs:
         self.bytes = self.captured = self.replays = 0
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._graphs: dict[Hashable, _Graph | None] = {}
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-        self._home: torch.cuda.Stream | None = None
+        self._place: _Place | None = None
         self._pending: weakref.ref[_Call] | None = None
         self._said: set[str] = set()
 
@@ -93,7 +91,7 @@ class CudaGraphs:
         if self._pending is not None and self._pending() is not None:
             self.say("CUDA graphs: a pass before the backward of another one runs without a graph")
             return function(inputs)
-        if self._home is not None and torch.cuda.current_stream() != self._home:
+        if self._place is not None and not self._place.is_current():
             self.say("CUDA graphs: passes on other streams than the first one run without a graph")
             return function(inputs)
         if key not in self._graphs:
@@ -133,11 +131,10 @@ class CudaGraphs:
     def _capture(
         self, function: Function, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]
     ) -> "_Graph | None":
-        if self._stream is None:
-            self._home, self._stream = torch.cuda.current_stream(), torch.cuda.Stream()
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._place is None:
+            self._place = _Place()
         try:
-            graph = _Graph(function, inputs, parameters, self._stream, self._pool)
+            graph = _Graph(function, inputs, parameters, self._place)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -151,6 +148,23 @@ class CudaGraphs:
         self.bytes += graph.bytes
         _log.info("CUDA graphs: captured a pass of %s", _described(inputs))
         return graph
+
+
+class _Place:
+    """Where graphs of one pool are captured and replayed.
+
+    Attributes:
+        stream: for captures.
+        pool: the graphs' memory.
+    """
+
+    def __init__(self) -> None:
+        self._home = torch.cuda.current_stream()
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def is_current(self) -> bool:
+        """Whether the current stream is that of the first capture, where all replays run."""
+        return torch.cuda.current_stream() == self._home
 
 
 class _Call:
@@ -174,8 +188,7 @@ class _Graph:
         function: Function,
         inputs: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
-        stream: "torch.cuda.Stream",
-        pool: Any,
+        place: _Place,
     ) -> None:
         self._inputs = [None if x is None else torch.empty_like(x) for x in inputs]
         self.load(inputs)
@@ -199,7 +212,7 @@ class _Graph:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(device)
-            self.loss, self.used = self._capture(wanted, pool, stream)
+            self.loss, self.used = self._capture(wanted, place)
             self.bytes = torch.cuda.memory_reserved(device) - before
 
     def _new_graphs(self) -> "tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph]":
@@ -215,10 +228,8 @@ class _Graph:
                 loss = self._forward()
                 torch.autograd.grad(loss, wanted, self._dloss, allow_unused=True)
 
-    def _capture(
-        self, wanted: list[Tensor], pool: Any, stream: "torch.cuda.Stream"
-    ) -> tuple[Tensor, list[bool]]:
-        capture: dict[str, Any] = {"pool": pool, "stream": stream}
+    def _capture(self, wanted: list[Tensor], place: _Place) -> tuple[Tensor, list[bool]]:
+        capture: dict[str, Any] = {"pool": place.pool, "stream": place.stream}
         # Other threads may go on: those that tokenize or write, and those that watch processes.
         capture["capture_error_mode"] = "thread_local"
         with torch.cuda.graph(self._forward_graph, **capture):
