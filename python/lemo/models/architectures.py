@@ -137,6 +137,9 @@ class Architecture:
             embedded = self.decoder.embed_tokens(arguments.input_ids)
         mask, position_ids = arguments.attention_mask, arguments.position_ids
         packed = PackedBatch(shape, mask, position_ids, embedded.device)
+        if position_ids is not None:
+            on_host = position_ids.device.type == "cpu"
+            position_ids = position_ids.to(embedded.device, non_blocking=on_host)
         rotary = self._rotary(embedded, position_ids)
         batch = Batch.of(packed, block_size, rotary, embedded.device)
         if arguments.input_ids is not None:

@@ -57,9 +57,11 @@ def next_labels(
         raise ValueError(
             f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
         )
+    # From pinned memory the copy is not waited for.
+    given = given.to(batch.cu_seqlens.device, non_blocking=given.device.type == "cpu")
     if shift_labels is None:
-        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.to(batch.cu_seqlens.device).reshape(batch.shape)
+        given = pad(given, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = given.reshape(batch.shape)
     padding = batch.padding()
     if padding is None:
         return batch.pack(shift_labels), None

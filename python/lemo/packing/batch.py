@@ -44,7 +44,8 @@ class PackedBatch:
         if attention_mask is not None:
             seqlens = self._remove_padding(attention_mask.to(device))
         elif position_ids is not None:
-            seqlens = _packed_lengths(position_ids.to(device).expand(shape))
+            # Those on the host are read without waiting for a device.
+            seqlens = _packed_lengths(position_ids.expand(shape))
         else:
             seqlens = [shape[1]] * shape[0]
         self.seqlens = tuple(seqlens)
