@@ -73,7 +73,11 @@ class Architecture:
     @property
     def decoder(self) -> nn.Module:
         """The stack of embedding, layers and final norm: token ids -> hidden states [rows, H]."""
-        return self.causal_lm.get_submodule(self.decoder_path)
+        module: nn.Module = self.causal_lm
+        # By hand, as below: a pass asks for each layer a dozen times.
+        for name in self.decoder_path.split("."):
+            module = module._modules[name]
+        return module
 
     @property
     def lm_head(self) -> nn.Module:
@@ -87,7 +91,7 @@ class Architecture:
 
     def layer(self, index: int) -> nn.Module:
         """One layer of the decoder, attention and MLP with their norms."""
-        return own_module(self.decoder.layers[index])
+        return own_module(self.decoder._modules["layers"]._modules[str(index)])
 
     def check_supported(self) -> None:
         """Raises ValueError where elimination in training would not compute what the model does."""

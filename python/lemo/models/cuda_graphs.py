@@ -8,6 +8,7 @@ All graphs of one object share a pool of memory, so whatever one of them holds b
 backward is lost when another one is replayed. A call in between runs without a graph.
 """
 
+import gc
 import logging
 import traceback
 import weakref
@@ -206,7 +207,7 @@ class _Graph:
         self._forward_graph, self._backward_graph = self._new_graphs()
         current = torch.cuda.current_stream(device)
         # The stream is the caller's again even where the end of a capture raises.
-        with _random_state_restored(device), torch.cuda.stream(current):
+        with _random_state_restored(device), torch.cuda.stream(current), _no_collection():
             # On a stream of its own: what libraries keep for the capturing one goes into the pool.
             self._warm_up(wanted, torch.cuda.Stream(device), current)
             torch.cuda.synchronize(device)
@@ -225,8 +226,7 @@ class _Graph:
         stream.wait_stream(after)
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
-                loss = self._forward()
-                torch.autograd.grad(loss, wanted, self._dloss, allow_unused=True)
+                self._backward(self._forward(), wanted)
 
     def _capture(self, wanted: list[Tensor], place: _Place) -> tuple[Tensor, list[bool]]:
         capture: dict[str, Any] = {"pool": place.pool, "stream": place.stream}
@@ -235,7 +235,7 @@ class _Graph:
         with torch.cuda.graph(self._forward_graph, **capture):
             loss = self._forward()
         with torch.cuda.graph(self._backward_graph, **capture):
-            gradients = torch.autograd.grad(loss, wanted, self._dloss, allow_unused=True)
+            gradients = self._backward(loss, wanted)
             pairs = [(to, x) for to, x in zip(self._gradients, gradients) if x is not None]
             if pairs:
                 targets, sources = zip(*pairs)
@@ -251,6 +251,11 @@ class _Graph:
         # Without autocast's cache, which would hand memory of the graph to others.
         with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
             return self._function([copied, *others])
+
+    def _backward(self, loss: Tensor, wanted: list[Tensor]) -> tuple[Tensor | None, ...]:
+        # Outside of autocast, as backward is to run.
+        with torch.autocast(self._dloss.device.type, enabled=False):
+            return torch.autograd.grad(loss, wanted, self._dloss, allow_unused=True)
 
     def load(self, inputs: Sequence[Tensor | None]) -> None:
         """Copies inputs to where the graph reads them."""
@@ -329,5 +334,29 @@ def _flat_buffers(
 
 @contextmanager
 def _random_state_restored(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device.index], device_type=device.type):
+    """The generators' states are afterwards what they were, whatever happens inside."""
+    with torch.random.fork_rng(devices=[], device_type=device.type):
+        generator = torch.cuda.default_generators[device.index]
+        state = generator.get_state()
+        try:
+            yield
+        except BaseException:
+            # A capture that was broken off leaves the generator believing that it goes on.
+            fresh = torch.Generator(device)
+            fresh.set_state(state)
+            generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            raise
+        generator.set_state(state)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing is collected inside: what frees other graphs would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
         yield
+    finally:
+        if enabled:
+            gc.enable()

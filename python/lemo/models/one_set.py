@@ -177,14 +177,14 @@ class OneSet:
 
     # What a graph depends on
 
-    def key(self, parameters: Sequence[Tensor]) -> Hashable:
-        """Equal where the same function is computed, whatever the tensors.
-
-        Args:
-            parameters: those of `parameters`.
-        """
+    def captured(self) -> tuple[Hashable, list[Tensor], list[Tensor]]:
+        """(what is equal where the same function is computed, the parameters that it trains, all
+        that the model computes from)."""
         device = self.now.batch.layout.cu_seqlens.device.type
-        return (
+        state, tensors = _state(self.architecture)
+        found = {id(x): x for x in tensors if x.requires_grad}
+        parameters = list(found.values())
+        key = (
             id(self.decoder),
             tuple(self.now.modes),
             self.ignored,
@@ -193,19 +193,16 @@ class OneSet:
             torch.are_deterministic_algorithms_enabled(),
             torch.get_float32_matmul_precision(),
             _has_hooks(parameters),
-            _state(self.architecture),
+            state,
         )
-
-    def parameters(self) -> list[Tensor]:
-        """The trainable ones of the layers, of the last norm and of the head."""
-        found = {id(x): x for x in _tensors(self.architecture) if x.requires_grad}
-        return list(found.values())
+        embedding = self.architecture.causal_lm.get_input_embeddings()
+        return key, parameters, [*tensors, *embedding._parameters.values()]
 
     def obstacle(self, parameters: Sequence[Tensor], small: bool) -> str | None:
         """Why this pass is not captured; None: nothing stands against it.
 
         Args:
-            parameters: those of `parameters`.
+            parameters: those that it trains.
             small: whether only passes are captured whose kernels are short.
         """
         if not parameters:
@@ -260,56 +257,31 @@ def _norms(architecture: Architecture) -> list[torch.nn.Module]:
     return [*norms, *([] if last is None else [last])]
 
 
-def _state(architecture: Architecture) -> Hashable:
-    """What the layers' modules say of themselves and may say differently in another pass."""
-    layers = []
+def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
+    """What the modules say of themselves and may say differently in another pass; all parameters
+    that the layers, the last norm and the head read, in a fixed order."""
+    said: list[Hashable] = []
+    read: list[Tensor | None] = []
     for index in range(architecture.num_layers):
         layer: Any = architecture.layer(index)
-        linears = tuple(_of_linear(module) for module in _linears(architecture, index))
-        layers.append((layer.training, layer.gradient_checkpointing, linears))
-    return tuple(layers), tuple(map(_of_weights, map(active_module, _others(architecture))))
-
-
-def _others(architecture: Architecture) -> list[torch.nn.Module]:
-    return [*_norms(architecture), architecture.lm_head]
-
-
-def _of_weights(module: torch.nn.Module) -> Hashable:
-    return (
-        id(module),
-        *((x.data_ptr(), x.requires_grad) for x in module._parameters.values() if x is not None),
-    )
-
-
-def _of_linear(module: torch.nn.Module) -> Hashable:
-    layer = adapted(module)
-    if isinstance(layer, str):
-        return layer
-    pairs = tuple(
-        (
-            *(None if x is None else (x.data_ptr(), x.requires_grad) for x in pair[:4]),
-            pair.scaling,
-            pair.dropout,
-        )
-        for pair in layer.pairs
-    )
-    return _of_weights(layer.base), pairs, layer.casts
-
-
-def _tensors(architecture: Architecture) -> list[Tensor]:
-    """All parameters that the layers, the last norm and the head read, in a fixed order."""
-    tensors: list[Tensor | None] = []
-    for index in range(architecture.num_layers):
+        said += (layer.training, layer.gradient_checkpointing)
         for module in _linears(architecture, index):
-            layer = adapted(module)
-            if isinstance(layer, str):
+            linear = adapted(module)
+            if isinstance(linear, str):
+                said.append(linear)
                 continue
-            tensors += layer.base._parameters.values()
-            for pair in layer.pairs:
-                tensors += pair[:4]
-    for module in _others(architecture):
-        tensors += active_module(module)._parameters.values()
-    return [x for x in tensors if x is not None]
+            said += (id(linear.base), linear.casts)
+            read += linear.base._parameters.values()
+            for pair in linear.pairs:
+                said += (pair.scaling, pair.dropout)
+                read += pair[:4]
+    for module in (*_norms(architecture), architecture.lm_head):
+        active = active_module(module)
+        said.append(id(active))
+        read += active._parameters.values()
+    tensors = [x for x in read if x is not None]
+    said += [None if x is None else (x.data_ptr(), x.requires_grad) for x in read]
+    return tuple(said), tensors
 
 
 def _rounded_up(rows: int) -> int:

@@ -27,6 +27,7 @@ from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import is_sharded
 from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
+from lemo.models.weights import parameters_of
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["TrainingForward"]
@@ -66,9 +67,9 @@ class TrainingForward(Training[Elimination]):
             context.begin(architecture.causal_lm, arguments.given)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        entries = None
+        entries, read = None, None
         if not asked and self._has_one_set(residual):
-            loss, counted = self._loss_of_one_set(arguments, batch, residual, targets, lost)
+            loss, counted, read = self._loss_of_one_set(arguments, batch, residual, targets, lost)
         else:
             decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
             labelled = targets != ignored
@@ -100,7 +101,8 @@ class TrainingForward(Training[Elimination]):
             assert computed is not None
             return computed
 
-        output["logits"] = DeferredLogits(logits, architecture.causal_lm.parameters())
+        read = parameters_of(architecture.causal_lm) if read is None else read
+        output["logits"] = DeferredLogits(logits, read)
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
@@ -130,8 +132,9 @@ class TrainingForward(Training[Elimination]):
         residual: Tensor,
         targets: Tensor,
         lost: Tensor | None,
-    ) -> tuple[Tensor, int]:
-        """The loss, and how many labels count as far as it is known; without a device's answer."""
+    ) -> tuple[Tensor, int, list[Tensor] | None]:
+        """The loss, how many labels count as far as it is known without a device's answer, and
+        the parameters that the model computes from; None: nobody looked for them."""
         decoder, ignored = self.elimination.decoder, arguments.ignored_label
         labelled = targets != ignored
         with explained(decoder.describe):
@@ -152,10 +155,11 @@ class TrainingForward(Training[Elimination]):
         step = OneSet(self._architecture, decoder, now, labels, ignored, self._loss_chunk)
         inputs, graphs = step.inputs(residual), self.graphs
         if graphs is None:
-            return step(inputs), most
-        parameters, small = step.parameters(), self.elimination.config.cuda_graphs == "auto"
-        key, obstacle = step.key(parameters), partial(step.obstacle, parameters, small)
-        return graphs.run(key, step, inputs, parameters, obstacle), most
+            return step(inputs), most, None
+        key, parameters, read = step.captured()
+        small = self.elimination.config.cuda_graphs == "auto"
+        obstacle = partial(step.obstacle, parameters, small)
+        return graphs.run(key, step, inputs, parameters, obstacle), most, read
 
     def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
         """Labels of `targets` [R] that count at most; until something has been trained exactly."""
