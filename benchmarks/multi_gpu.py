@@ -21,6 +21,7 @@ Runs with NCCL on GPUs, or with gloo on CPUs (--device cpu, with --shrink and fe
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import time
 from dataclasses import dataclass
@@ -76,10 +77,12 @@ def main() -> None:
             alone = None
             if dist.get_rank() == 0 and not options.no_one_gpu:
                 alone = steps_alone(options, keep, device)
+            free(device)
             dist.monitored_barrier(waiting, PATIENCE)
             together = highest(measured(options, bench, keep, device), device)
             if dist.get_rank() == 0:
                 write(options, bench, keep, together, alone)
+            free(device)
     dist.destroy_process_group()
 
 
@@ -100,9 +103,13 @@ def steps_alone(options: argparse.Namespace, keep: float, device: torch.device) 
         return measured(options, None, keep, device)
     except torch.OutOfMemoryError:
         return None
-    finally:
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def free(device: torch.device) -> None:
+    """Gives back a model that nothing but its own cycles refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def measured(
