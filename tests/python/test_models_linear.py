@@ -106,7 +106,8 @@ def equal_draws(monkeypatch):
     """On GPUs torch's own dropout makes other masks of the same numbers than `bernoulli_` does."""
 
     def dropout(x, p, training, inplace):
-        assert training and not inplace
+        assert training
+        assert not inplace
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
         return x * mask / (1 - p)
 
