@@ -32,7 +32,7 @@ def operations(adapted: int, one: int = _ADAPTER) -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; from `lemo.planner.calibration`.
+    """What a machine does in a second; from `lemo.training.calibration`.
 
     Attributes:
         products: floating point operations of large matrix products.
