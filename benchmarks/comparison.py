@@ -12,10 +12,11 @@ q, k, v and o, on the same tokens with the same loss, the mean over all next tok
 batch 1. Random weights are right for time and memory and meaningless for quality.
 
 Every measurement is a process of its own. While one measures, the next ones import their packages
-and wait; they touch no GPU before their turn. A process first runs a step of at most 8192 tokens,
-which compiles what has to be compiled. Of the steps of full length the first one does not count,
-unless it takes more than 20 s; then it is the measurement. Else there are 3 up to 16384 tokens, 2
-up to 65536, and 1 beyond (--steps: so many of them).
+and wait; they compute nothing on the GPU before their turn. A process first runs a step of at most
+8192 tokens, which compiles what has to be compiled. Of the steps of full length the first one does
+not count, unless it takes more than 20 s (--long-step); then it is the measurement, and "warmed" of
+the row is false. Else there are 3 up to 16384 tokens, 2 up to 65536, and 1 beyond (--steps: so many
+of them).
 
 Rows are appended to --output as soon as they are measured. What is there for the same contender,
 length, shape, memory, GPU and commit is not measured again (--again: it is). A contender that runs
@@ -27,6 +28,7 @@ length and the square of the length. `comparison_page.py` writes tables and plot
 from __future__ import annotations
 
 import argparse
+import subprocess
 import time
 import traceback
 from collections.abc import Callable
@@ -44,7 +46,7 @@ LENGTHS = (8192, 32768, 65536, 131072)
 OUTPUT = records.RESULTS / "comparison.jsonl"
 # The largest length of a number of measured steps.
 STEPS = ((16384, 3), (65536, 2))
-WARM_UP_TOKENS, LONG_STEP = 8192, 20.0
+WARM_UP_TOKENS = 8192
 OUT_OF_MEMORY = "out of memory"
 ALWAYS = ("torch", "transformers", "peft")
 # No look at the network, no folder of generated code in the working directory.
@@ -63,6 +65,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="the shape's own number where left out")
     parser.add_argument("--steps", type=int, help="that count; by the length where left out")
+    parser.add_argument("--long-step", type=float, default=20.0, help="seconds of a first step")
     parser.add_argument("--memory", type=float, help="GiB of the GPU that PyTorch may take")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds of a measurement")
     parser.add_argument("--step-limit", type=float, default=120.0, help="seconds of a step")
@@ -160,9 +163,10 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
     # Before its end it is not known whether the first step counts.
     reset_peak(on_gpu)
     first = milliseconds(lambda: step(ids), device) / 1e3
-    if first > settings["long_step"]:
+    warmed = first <= settings["long_step"]
+    if not warmed:
         times.append(first)
-    while len(times) < settings["steps"] and first <= settings["long_step"]:
+    while warmed and len(times) < settings["steps"]:
         if not times:
             reset_peak(on_gpu)
         times.append(milliseconds(lambda: step(ids), device) / 1e3)
@@ -171,6 +175,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
         "step_s": round(counted.median, 4),
         "range": counted.range,
         "steps": len(times),
+        "warmed": warmed,
         "trained_tokens": ids.shape[1],
         "loss": round(losses[1 if short < ids.shape[1] else 0].item(), 4),
         "weights_gib": round(weights / GIB, 2),
@@ -196,6 +201,7 @@ def held(device: str) -> dict[str, float]:
     found = {"host_gib": round(host, 2)}
     if not device.startswith("cuda") or not torch.cuda.is_initialized():
         return found
+    torch.cuda.synchronize()
     stats = torch.cuda.host_memory_stats()
     return {
         "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
@@ -213,7 +219,9 @@ class Comparison:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._began = time.monotonic()
-        self._common = records.provenance(options.commit, options.device)
+        # This process leaves the GPU alone, too.
+        gpu = card() if options.device.startswith("cuda") else None
+        self._common = records.provenance(options.commit, "cpu") | {"gpu": gpu}
         # What is known of a contender: the last row of each that was measured or found.
         self._known: dict[str, dict[str, Any]] = {}
         self._rows = [row for row in records.read(options.output, "comparison") if self._same(row)]
@@ -278,7 +286,7 @@ class Comparison:
             "device": options.device,
             "steps": options.steps or steps_of(tokens),
             "warm_up_tokens": WARM_UP_TOKENS,
-            "long_step": LONG_STEP,
+            "long_step": options.long_step,
         }
         options.logs.mkdir(parents=True, exist_ok=True)
         log = options.logs / f"{name}-{tokens}.log"
@@ -325,6 +333,16 @@ class Comparison:
         here = {"shape": self._shape(), "memory": self._options.memory}
         here |= {name: self._common[name] for name in ("gpu", "commit")}
         return all(row.get(name) == value for name, value in here.items())
+
+
+def card() -> str | None:
+    """The GPU's name as PyTorch has it; None where the driver's tool does not say."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return names.strip().splitlines()[0]
 
 
 def steps_of(tokens: int) -> int:

@@ -1,8 +1,8 @@
 """What `comparison.py` measures: ways to fine-tune one model with LoRA, each at its best settings.
 
-A contender is imported (`Contender.load`, which touches no GPU) and then built: random weights on
-the device, LoRA on q, k, v and o, and a function of token ids that returns the mean loss of all
-next tokens. Packages that a contender needs are imported where it is loaded.
+A contender is imported (`Contender.load`, which computes nothing on a GPU) and then built: random
+weights on the device, LoRA on q, k, v and o, and a function of token ids that returns the mean loss
+of all next tokens. Packages that a contender needs are imported where it is loaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Contender:
     why_not: str | None = None
 
     def load(self) -> None:
-        """Imports all that its steps need, without touching a GPU.
+        """Imports all that its steps need, and computes nothing on a GPU.
 
         Raises:
             ImportError: a package is missing.
@@ -277,13 +277,12 @@ def unsloth(config: PretrainedConfig, device: str, tokens: int, tiled: bool = Fa
             max_seq_length=tokens,
         )
 
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
+    def loss(ids: Tensor) -> Tensor:
         # Its adapters are in fp32, and its trainer runs in autocast.
-        with fast_attention(), torch.autocast(torch.device(device).type, torch.bfloat16):
-            yield
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return model(input_ids=ids, labels=ids).loss
 
-    return Built(model.train(), labelled(model), around)
+    return Built(model.train(), loss, fast_attention)
 
 
 # --- others' attention

@@ -17,7 +17,7 @@ from contenders import CONTENDERS, POSE_WINDOW, shifted_groups
 
 TOKENS = 256
 # Transformers' offload needs pinned memory, and so a GPU.
-CPU = ("plain", "checkpointing", "selective", "s2", "s2-plain", "pose")
+CPU = ("plain", "checkpointing", "selective", "trl", "s2", "s2-plain", "pose")
 CPU += tuple(name for name in CONTENDERS if name.startswith("lemo"))
 EXACT = [name for name in CPU if CONTENDERS[name].exact]
 
