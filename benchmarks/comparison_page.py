@@ -135,7 +135,7 @@ def left_out(groups: dict[Group, Rows]) -> str:
         for (name, tokens), row in rows.items():
             failed = row.get("failed")
             if failed is not None and failed != OUT_OF_MEMORY and name in CONTENDERS:
-                why[name] = f"`{failed}` at {tokens} tokens"
+                why[name] = f"{failed} (at {tokens} tokens)"
     return "\n".join(f"- {title_of(name)}: {why[name]}." for name in CONTENDERS if name in why)
 
 
