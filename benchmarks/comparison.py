@@ -28,7 +28,10 @@ length and the square of the length. `comparison_page.py` writes tables and plot
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -41,7 +44,12 @@ from common.processes import MEASURE, Worker, WorkerError, run_script
 from contenders import CONTENDERS
 from gpu_finetune import ENVIRONMENT, GIB, RANK, TARGETS
 
-SHAPES = {"llama-3-8b": "Llama-3-8B shape", "qwen3-8b": "Qwen3-8B shape", "tiny": "tiny shape"}
+# What a shape is called, and its number of layers.
+SHAPES = {
+    "llama-3-8b": ("Llama-3-8B shape", 32),
+    "qwen3-8b": ("Qwen3-8B shape", 36),
+    "tiny": ("tiny shape", 2),
+}
 LENGTHS = (8192, 32768, 65536, 131072)
 OUTPUT = records.RESULTS / "comparison.jsonl"
 # The largest length of a number of measured steps.
@@ -228,6 +236,10 @@ class Comparison:
 
     def run(self) -> int:
         """Measures and appends; the number of contenders that failed otherwise than by memory."""
+        with contextlib.ExitStack() as stack:
+            return self._run(stack)
+
+    def _run(self, stack: contextlib.ExitStack) -> int:
         jobs = [(name, tokens) for tokens in self._options.lengths for name in self._options.only]
         waiting: dict[tuple[str, int], Worker] = {}
         failures = 0
@@ -236,28 +248,25 @@ class Comparison:
             why_not = self._why_not(*job)
             if why_not is not None:
                 print(f"{tokens:>8} {name:<20} not measured: {why_not}", flush=True)
-                if job in waiting:
-                    waiting.pop(job).close()
                 continue
             for other in jobs[index : index + 1 + self._options.ahead]:
                 if other not in waiting and (other == job or self._why_not(*other) is None):
-                    waiting[other] = self._start(*other)
+                    waiting[other] = stack.enter_context(self._start(*other))
             worker = waiting.pop(job)
             row = self._measured(name, tokens, worker)
             records.append(self._options.output, [row])
             self._known[name] = row
             failures += row.get("failed") not in (None, OUT_OF_MEMORY)
             print(f"{tokens:>8} {name:<20} {text_of(row)}", flush=True)
-        for worker in waiting.values():
-            worker.close()
         return failures
 
     def _measured(self, name: str, tokens: int, worker: Worker) -> dict[str, Any]:
         try:
-            with worker:
-                result = worker.ask(MEASURE, self._options.timeout)
+            result = worker.ask(MEASURE, self._options.timeout)
         except WorkerError as error:
             result = {"failed": str(error)}
+        # The GPU is free only when the process has ended.
+        worker.close()
         contender = CONTENDERS[name]
         return {
             "bench": "comparison",
@@ -319,9 +328,10 @@ class Comparison:
         return None
 
     def _shape(self) -> dict[str, Any]:
+        model, layers = SHAPES[self._options.shape]
         return {
-            "model": SHAPES[self._options.shape],
-            "layers": self._options.layers,
+            "model": model,
+            "layers": self._options.layers or layers,
             "lora_rank": RANK,
             "lora_targets": ",".join(name.removesuffix("_proj") for name in TARGETS),
             "dtype": "bfloat16",
@@ -360,6 +370,8 @@ def text_of(row: dict[str, Any]) -> str:
 
 def main() -> int:
     options = parse_arguments()
+    # Who ends this process ends the measurement, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return 1 if Comparison(options).run() else 0
 
 

@@ -397,8 +397,8 @@ def flash_attention_4(config: PretrainedConfig, device: str, _tokens: int = 0) -
         rows = [each.transpose(1, 2).contiguous() for each in (q, k, v)]
         return attention(*rows, scaling)[0], None
 
-    AttentionInterface.register("flash_attention_4_cute", attend)
-    model = adapted(config, device, "flash_attention_4_cute")
+    AttentionInterface.register("cute", attend)
+    model = adapted(config, device, "cute")
     base = model.get_base_model()
     operators = {torch.ops.comparison.flash_attention_4.default}
     base.gradient_checkpointing_enable(storing(operators))

@@ -99,7 +99,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # Nobody waits for an answer any more.
+        if kind is not None:
+            self._process.kill()
         self.close()
 
     def close(self) -> None:
