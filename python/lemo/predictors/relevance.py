@@ -1,6 +1,5 @@
 """The predictor of relevance: how much an answer needs each block, before any layer has run."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +18,8 @@ EMBEDDING = 128
 REACH = 2
 # What products of queries and keys are multiplied with.
 SHARPNESS = 0.25
+# Correlation of the weights that both nets begin with.
+_ALIKE = 0.7
 # Tokens before an answer that ask for it: the end of its question.
 _QUESTION = 24
 # The last map starts larger than where scores are regressed: sums of products of two have to begin
@@ -35,7 +36,7 @@ class RelevancePredictor(nn.Module):
     in a block, and the score of the block for the answer is the sum of these products (late
     interaction, as in ColBERT; Khattab and Zaharia, SIGIR 2020).
 
-    Both nets start alike, so that a token fits itself best before anything is learned.
+    Both nets start partly alike, so that a token fits itself best before anything is learned.
 
     Args:
         hidden_size: features of a token.
@@ -51,8 +52,11 @@ class RelevancePredictor(nn.Module):
         self.scale: Tensor
         self.register_buffer("scale", scale)
         self.key = LowRankNet(hidden_size, rank, EMBEDDING, generator)
-        self.key.up.data *= _UP_SCALE
-        self.query = copy.deepcopy(self.key)
+        self.query = LowRankNet(hidden_size, rank, EMBEDDING, generator)
+        for net in (self.key, self.query):
+            net.up.data *= _UP_SCALE
+        for mine, other in zip(self.query.weights, self.key.weights):
+            mine.data = _ALIKE * other.data + math.sqrt(1.0 - _ALIKE**2) * mine.data
         self.key_mix = nn.Parameter(_initial_mix(generator))
         self.query_mix = nn.Parameter(self.key_mix.detach().clone())
 
@@ -66,7 +70,7 @@ class RelevancePredictor(nn.Module):
         for net in (self.key, self.query):
             _, hidden = net.hidden(x * self.scale)
             common = normalize(hidden.mean(0), dim=0)
-            net.up -= (net.up @ common)[:, None] * common
+            net.up.sub_((net.up @ common)[:, None] * common)
 
     @classmethod
     def of_weights(

@@ -15,7 +15,14 @@ PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 
 # Defaults of target relevance where they are others: what is trained has the blocks and the share
 # of prompts with answers, see `LemoConfig`.
-_RELEVANCE_DEFAULTS = {"block_size": 64, "keep": 0.25, "rank": 128, "steps": 1000}
+_RELEVANCE_DEFAULTS = {
+    "block_size": 64,
+    "keep": 0.25,
+    "rank": 128,
+    "steps": 1000,
+    "windows": 1024,
+    "learning_rate": 1e-2,
+}
 
 
 class PredictorSettings(Settings):
@@ -54,7 +61,8 @@ class PredictorSettings(Settings):
     windows_per_step: Positive = Field(4, description="Windows packed into one step.")
     learning_rate: Annotated[Number, Field(gt=0)] = Field(
         3e-3,
-        description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0.",
+        description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0. "
+        "With target relevance the default is 0.01.",
     )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="Of AdamW.")
     rank_weight: Annotated[Number, Field(ge=0)] = Field(
@@ -98,7 +106,8 @@ class PredictorSettings(Settings):
     @classmethod
     def _defaults_of_target(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("target") == "relevance":
-            return _RELEVANCE_DEFAULTS | values
+            defaults = _RELEVANCE_DEFAULTS.items()
+            return {name: value for name, value in defaults if name in cls.model_fields} | values
         return values
 
     @property
@@ -135,7 +144,11 @@ class PrepareConfig(PredictorSettings):
     lengths: Annotated[tuple[Annotated[Integer, Field(ge=2)], ...], Field(min_length=1)] = Field(
         (4096,), description="Tokens of the windows; each length gets as many windows."
     )
-    windows: Positive = Field(64, description="Training windows of each length.")
+    windows: Positive = Field(
+        64,
+        description="Training windows of each length. With target relevance: examples at most, and "
+        "the default is 1024.",
+    )
     held_out_windows: Positive = Field(8, description="Test windows of each length.")
     rope_scaling: RopeScaling = Field(
         "linear",
