@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -99,7 +100,12 @@ def made(mixtures: list[Mixture], count: int, options: argparse.Namespace) -> li
         num_workers=options.workers,
         collate_fn=lambda window: window,
     )
-    return [window for window in loader if Answers.of(window.labelled) is not None]
+    # A copy, because what comes from another process holds a file open.
+    return [
+        replace(window, ids=window.ids.clone(), labelled=window.labelled.clone())
+        for window in loader
+        if Answers.of(window.labelled) is not None
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

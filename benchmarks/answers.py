@@ -434,11 +434,13 @@ def with_rates(options: argparse.Namespace) -> list[tuple[Method, float]]:
     """Every method with each learning rate that it runs with."""
     if options.relevance:
         return [(method, 0.0) for method in options.methods]
-    return [
-        (method, rate)
-        for method in options.methods
-        for rate in options.learning_rate or [method.learning_rate or LEARNING_RATE]
-    ]
+    return [(method, rate) for method in options.methods for rate in rates_of(method, options)]
+
+
+def rates_of(method: Method, options: argparse.Namespace) -> list[float]:
+    if method.steps == 0 or options.learning_rate is None:
+        return [method.learning_rate or LEARNING_RATE]
+    return options.learning_rate
 
 
 def show(row: dict) -> None:
