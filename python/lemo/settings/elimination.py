@@ -103,7 +103,7 @@ class LemoConfig(Settings):
             union_mode="left_to_right",
             description="Tokens of a block, the unit that is kept or left out; or a share of the "
             "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
-            "need, else 0.25. With scorer predictor, null or a share: the size that the predictors "
+            "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
             "were trained for.",
         )
     )
@@ -136,8 +136,9 @@ class LemoConfig(Settings):
         "for text. random: every block is trained in turn; lexical: words that a block shares "
         "with the answers and with what stands around them; attention: the same, and what "
         "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
-        "pooled: queries and keys of block means; predictor: networks trained by `lemo prepare`; "
-        "exact: computed from the model, slow, for experiments.",
+        "pooled: queries and keys of block means; predictor: networks trained by `lemo "
+        "prepare`, of what answers need where the target was relevance; exact: computed from the "
+        "model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
