@@ -9,6 +9,7 @@ import torch
 import lemo
 from lemo import predictors
 from lemo.cli.main import main
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
 from lemo.preparation.relevance import RelevanceWindow, _scores, prepare_relevance
@@ -110,8 +111,17 @@ def test_scores_are_sums_of_the_best_products_of_each_block():
     # One answer in the middle, and one whose last token is the last of the sequence.
     labelled[36:40] = labelled[-4:-1] = True
     answers = Answers.of(labelled)
-    found = predicted_relevance(predictor, x, answers, BLOCK)
+    layout = BlockLayout.from_seqlens([len(x)], BLOCK)
+    [found] = predicted_relevance(predictor, x, layout, [answers])
     assert_close_fp32(found, naive(predictor, x, answers))
+    # Packed behind and before others nothing changes.
+    others = torch.randn(40, 12, generator=draw)
+    layout = BlockLayout.from_seqlens([40, len(x), 40, len(x)], BLOCK)
+    packed = torch.cat([others, x, others, x])
+    results = predicted_relevance(predictor, packed, layout, [None, answers, None, answers])
+    assert results[0] is results[2] is None
+    for result in results[1::2]:
+        assert_close_fp32(result, found)
     # What is trained is what runs.
     free = found > 0
     trained = _scores(predictor, x, answers, BLOCK).masked_fill(~free, -torch.inf).softmax(-1)
@@ -145,7 +155,8 @@ def test_the_folder_gives_back_what_was_measured(made):
     example = window(2001)
     answers = Answers.of(example.labelled)
     x = model.get_input_embeddings()(example.ids).detach()
-    found = predicted_relevance(loaded, x, answers, BLOCK).amax(0)
+    layout = BlockLayout.from_seqlens([len(x)], BLOCK)
+    found = predicted_relevance(loaded, x, layout, [answers])[0].amax(0)
     needed = {span[0] // BLOCK for (span,) in example.needed}
     assert needed <= {*found.topk(3).indices.tolist()}
     assert json.loads((folder / "predictor.json").read_text())["parameters"] == sum(

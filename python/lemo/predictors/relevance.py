@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import LowRankNet
 from lemo.relevance.answers import Answers
 
@@ -93,26 +94,40 @@ class RelevancePredictor(nn.Module):
         yield "key", self.key
         yield "query", self.query
 
-    def keys(self, x: Tensor) -> Tensor:
-        """[S, E] of length 1 of the tokens x [S, H] of one sequence, in the dtype of x."""
-        keys = _mixed(self._features(self.key, x), self.key_mix)
-        return normalize(keys, dim=-1)
+    def keys(self, x: Tensor, layout: BlockLayout) -> Tensor:
+        """[T, E] of length 1 of the tokens x [T, H] of some sequences, in the dtype of x."""
+        features, mix = self._features(self.key, x), self.key_mix.to(x.dtype)
+        tokens, sequences = x.shape[0], len(layout.seqlens)
+        lengths = layout.cu_seqlens.diff()
+        number = torch.arange(sequences, device=x.device)
+        # Rows of zeros between the sequences, so that no token is mixed with one of another.
+        gaps = REACH * (2 * number + 1).repeat_interleave(lengths, output_size=tokens)
+        places = torch.arange(tokens, device=x.device) + gaps
+        spread = features.new_zeros(tokens + 2 * REACH * sequences, features.shape[1])
+        spread = spread.index_copy(0, places, features)
+        inner = spread.shape[0] - 2 * REACH
+        mixed = spread[:inner] * mix[0]
+        for offset in range(1, 2 * REACH + 1):
+            mixed = torch.addcmul(mixed, spread[offset : offset + inner], mix[offset])
+        return normalize(mixed.index_select(0, places - REACH), dim=-1)
 
-    def queries(self, x: Tensor, rows: Sequence[int]) -> Tensor:
-        """[R, E] of some tokens of one sequence.
+    def queries(self, x: Tensor, rows: Sequence[int], spans: Sequence[tuple[int, int]]) -> Tensor:
+        """[R, E] of some tokens.
 
         Args:
-            x: [S, H], all of its tokens.
+            x: [T, H], all tokens.
             rows: the tokens, in any order.
+            spans: for each of them the first token of its sequence, and one more than the last.
         """
+        bounds = torch.tensor(spans, dtype=torch.int64)
         offsets = torch.arange(-REACH, REACH + 1)
         places = torch.tensor(rows, dtype=torch.int64)[:, None] + offsets
-        inside = ((places >= 0) & (places < x.shape[0])).to(x.device)
-        places = places.clamp(0, x.shape[0] - 1).to(x.device)
+        inside = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
         # The rows of several answers are neighbours of each other: each is computed once.
-        used, index = places.unique(return_inverse=True)
-        around = self._features(self.query, x[used])[index] * inside[..., None]
-        return (around * self.query_mix.to(x.dtype)).sum(1)
+        used, index = places.clamp(0, x.shape[0] - 1).unique(return_inverse=True)
+        around = self._features(self.query, x[used.to(x.device)])[index.to(x.device)]
+        weights = inside.to(x.device)[..., None] * self.query_mix.to(x.dtype)
+        return (around * weights).sum(1)
 
     def _features(self, net: LowRankNet, x: Tensor) -> Tensor:
         down, mid, up = net.weights
@@ -138,16 +153,6 @@ def query_rows(answers: Answers, tokens: int) -> tuple[list[int], list[int]]:
         rows += mine
         of_rows += len(mine) * [answer]
     return rows, of_rows
-
-
-def _mixed(features: Tensor, mix: Tensor) -> Tensor:
-    """[S, E]: sums over neighbours, each feature with weights of its own."""
-    padded, tokens = pad(features, (0, 0, REACH, REACH)), features.shape[0]
-    mix = mix.to(features.dtype)
-    result = padded[:tokens] * mix[0]
-    for offset in range(1, 2 * REACH + 1):
-        result = torch.addcmul(result, padded[offset : offset + tokens], mix[offset])
-    return result
 
 
 def _initial_mix(generator: torch.Generator) -> Tensor:

@@ -21,6 +21,7 @@ from lemo import ops
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import (
     RELEVANCE,
@@ -184,7 +185,7 @@ class _Lessons:
             )
         else:
             shares = self._looked_at(window, answers)
-        shares = shares * allowed(answers, self._size, shares)
+        shares = shares * answers.open_blocks(self._size, shares)
         total = shares.sum(-1, keepdim=True)
         return torch.where(total > _TINY, shares / total.clamp(min=_TINY), 0.0)
 
@@ -218,13 +219,6 @@ class _Lessons:
             assert found is not None
             parts.append(found)
         return torch.cat(parts, 1).mean(1).float().cpu()
-
-
-def allowed(answers: Answers, block_size: int, like: Tensor) -> Tensor:
-    """[A, B] of 0 or 1: blocks without labels before each answer."""
-    blocks = torch.arange(like.shape[-1])
-    before = blocks < torch.tensor(answers.firsts)[:, None] // block_size
-    return before.to(like.device) * answers.free_blocks(block_size, like)
 
 
 def _embedded(
@@ -285,7 +279,7 @@ def _loss(predictor: RelevancePredictor, x: Tensor, lesson: _Lesson, block_size:
     """Cross-entropy of the shares that are predicted for the answers that need something."""
     shares = lesson.shares.to(x.device)
     scores = _scores(predictor, x, lesson.answers, block_size)
-    free = allowed(lesson.answers, block_size, shares) > 0
+    free = lesson.answers.open_blocks(block_size, shares)
     predicted = scores.masked_fill(~free, -torch.inf).log_softmax(-1).masked_fill(~free, 0.0)
     needing = shares.sum(-1) > 0
     return -(shares * predicted).sum(-1)[needing].mean()
@@ -296,7 +290,9 @@ def _scores(predictor: RelevancePredictor, x: Tensor, answers: Answers, block_si
     `lemo.selection.scorers.relevance` computes the same without a matrix of all tokens."""
     tokens, blocks = x.shape[0], -(-x.shape[0] // block_size)
     rows, of_rows = query_rows(answers, tokens)
-    queries, keys = predictor.queries(x, rows), predictor.keys(x)
+    layout = BlockLayout.from_seqlens([tokens], block_size, x.device)
+    queries = predictor.queries(x, rows, len(rows) * [(0, tokens)])
+    keys = predictor.keys(x, layout)
     products = SHARPNESS * queries @ keys.T
     products = pad(products, (0, blocks * block_size - tokens), value=-math.inf)
     largest = products.reshape(len(rows), blocks, block_size).amax(-1)
@@ -370,10 +366,12 @@ def _recalls(
     found: dict[str, list[tuple[float, float, float]]] = {}
     size = settings.block_size
     for lesson in lessons:
-        _, x = _embedded(architecture, lesson.window, size)
+        batch, x = _embedded(architecture, lesson.window, size)
         answers = lesson.answers
         words = ops.word_relevance(lesson.window.ids, answers.firsts, answers.ends, size)
-        ranked = predicted_relevance(predictor, x, answers, size).cpu(), words, lesson.shares
+        [predicted] = predicted_relevance(predictor, x, batch.layout, [answers])
+        assert predicted is not None
+        ranked = predicted.cpu(), words, lesson.shares
         held = [_held(each.amax(0), lesson, settings) for each in ranked]
         found.setdefault(lesson.window.kind, []).append((held[0], held[1], held[2]))
     names = ("predicted", "words", "most")

@@ -1,10 +1,12 @@
 """Predicted relevance: what a trained predictor says that an answer needs."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, index_tensors
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import load_relevance
 from lemo.relevance.answers import Answers
@@ -15,34 +17,57 @@ __all__ = ["RelevanceScorer", "predicted_relevance"]
 
 
 def predicted_relevance(
-    predictor: RelevancePredictor, x: Tensor, answers: Answers, block_size: int
-) -> Tensor:
-    """How much each answer of one sequence needs each block, [A, B] fp32.
+    predictor: RelevancePredictor,
+    x: Tensor,
+    layout: BlockLayout,
+    answers: Sequence[Answers | None],
+) -> list[Tensor | None]:
+    """How much each answer of each sequence needs each of its blocks, [A, B] fp32.
 
     Shares that add up to 1 over the blocks before the answer that have no labels; 0 elsewhere.
 
     Args:
         predictor: on the device of `x`.
-        x: [S, H], the sequence at the entry of the first layer.
-        answers: of the sequence.
-        block_size: tokens of a block.
+        x: [T, H], what enters the first layer.
+        layout: how the T rows are cut.
+        answers: of each sequence; None: it has none, and so has the result.
     """
-    tokens = x.shape[0]
-    layout = BlockLayout.from_seqlens([tokens], block_size, x.device)
-    rows, of_rows = query_rows(answers, tokens)
-    queries, keys = predictor.queries(x, rows)[:, None], predictor.keys(x)[:, None]
-    # All tokens of an answer see what stands before its end, also where its question stands first.
-    ends = torch.tensor([min(answers.ends[answer], tokens - 1) for answer in of_rows])
-    largest, _ = ops.block_attention(queries, keys, ends.int().to(x.device), layout, SHARPNESS)
-    index = torch.tensor(of_rows).to(x.device)
-    scores = largest.new_zeros(len(answers), layout.num_blocks)
+    # Packed rows that look, the sequence and the answer of each, and the last row that it sees.
+    rows: list[int] = []
+    spans: list[tuple[int, int]] = []
+    of_rows: list[int] = []
+    ends: list[int] = []
+    first = number = 0
+    for found, tokens in zip(answers, layout.seqlens):
+        if found is not None:
+            mine, of_mine = query_rows(found, tokens)
+            rows += [first + row for row in mine]
+            spans += len(mine) * [(first, first + tokens)]
+            of_rows += [number + answer for answer in of_mine]
+            # All tokens of an answer see what stands before its end, also where it asks first.
+            ends += [first + min(found.ends[answer], tokens - 1) for answer in of_mine]
+            number += len(found)
+        first += tokens
+    if not rows:
+        return [None for _ in answers]
+    queries, keys = predictor.queries(x, rows, spans)[:, None], predictor.keys(x, layout)[:, None]
+    [seen, index] = index_tensors(x.device, ends, of_rows)
+    largest, _ = ops.block_attention(queries, keys, seen, layout, SHARPNESS)
+    scores = largest.new_zeros(number, layout.num_blocks)
     scores.index_add_(0, index, largest[:, 0])
-    free = answers.free_blocks(block_size, scores) > 0
-    blocks = torch.arange(layout.num_blocks, device=x.device)
-    before = blocks < torch.tensor(answers.firsts).to(x.device)[:, None] // block_size
-    shares = scores.masked_fill(~(free & before), -torch.inf).softmax(-1)
-    # An answer with nothing before it.
-    return shares.nan_to_num(0.0)
+    results: list[Tensor | None] = []
+    block = answer = 0
+    for found, count in zip(answers, layout.block_counts):
+        if found is None:
+            results.append(None)
+        else:
+            mine_of = scores[answer : answer + len(found), block : block + count]
+            free = found.open_blocks(layout.block_size, mine_of)
+            # Of an answer with nothing before it the softmax is NaN.
+            results.append(mine_of.masked_fill(~free, -torch.inf).softmax(-1).nan_to_num(0.0))
+            answer += len(found)
+        block += count
+    return results
 
 
 class RelevanceScorer(AnswerScorer):
@@ -79,9 +104,4 @@ class RelevanceScorer(AnswerScorer):
                 "(layerwise)"
             )
         self._predictor.to(residual.device)
-        return [
-            None
-            if found is None
-            else predicted_relevance(self._predictor, x, found, batch.layout.block_size)
-            for x, found in zip(residual.split(batch.layout.seqlens), answers)
-        ]
+        return predicted_relevance(self._predictor, residual, batch.layout, answers)
