@@ -17,6 +17,12 @@ learning rate: --learning-rate takes several and runs every method with each of 
 method has its own (answers.yaml), or 5e-4. Runs that only measure quality may share a card as
 several processes with --shared: their rows have no times, and the field "shared".
 
+Longer windows than a model has seen are learned by way of shorter ones: --grow gives the lengths of
+earlier parts of the steps, the scaling of the rotary embedding being that of --tokens throughout.
+
+    python benchmarks/answers.py ... --method lexical-0.25 --tokens 32768 --grow 16384 \\
+        --steps 200 --micro-batch 4 --learning-rate 1.5e-3
+
 With --relevance nothing is trained: names of methods, or of scorers with blocks of 1/32 of a
 window, are measured by the recall of one forward pass over each held-out window, at each of
 --keeps. Rows are appended to relevance.jsonl. Their `scoring_s` is the median of what a forward

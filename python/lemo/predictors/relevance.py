@@ -20,9 +20,9 @@ REACH = 2
 # What products of queries and keys are multiplied with.
 SHARPNESS = 0.25
 # Correlation of the weights that both nets begin with.
-_ALIKE = 0.7
+_ALIKE = 0.95
 # Tokens before an answer that ask for it: the end of its question.
-_QUESTION = 24
+_QUESTION = 16
 # The last map starts larger than where scores are regressed: sums of products of two have to begin
 # to differ from each other.
 _UP_SCALE = 5.0
@@ -139,7 +139,7 @@ class RelevancePredictor(nn.Module):
 def query_rows(answers: Answers, tokens: int) -> tuple[list[int], list[int]]:
     """The tokens that look for what answers need, and the answer of each.
 
-    Of every answer its own tokens and the 24 before, the end of its question.
+    Of every answer its own tokens and the 16 before, the end of its question.
 
     Args:
         answers: of a sequence.

@@ -18,10 +18,10 @@ PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 _RELEVANCE_DEFAULTS = {
     "block_size": 64,
     "keep": 0.25,
-    "rank": 128,
+    "rank": 256,
     "steps": 1000,
     "windows": 1024,
-    "learning_rate": 1e-2,
+    "learning_rate": 2e-3,
 }
 
 
@@ -34,7 +34,7 @@ class PredictorSettings(Settings):
     rank: Positive | None = Field(
         None,
         description="Hidden units of a predictor's layers; null: a sixteenth of the hidden size, "
-        "at least 8. With target relevance the default is 128.",
+        "at least 8. With target relevance the default is 256.",
     )
     target: Literal["exact", "content", "relevance"] = Field(
         "exact",
@@ -62,7 +62,7 @@ class PredictorSettings(Settings):
     learning_rate: Annotated[Number, Field(gt=0)] = Field(
         3e-3,
         description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0. "
-        "With target relevance the default is 0.01.",
+        "With target relevance the default is 0.002.",
     )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="Of AdamW.")
     rank_weight: Annotated[Number, Field(ge=0)] = Field(
