@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
-__all__ = ["Rates", "StepTime"]
+__all__ = ["Rates", "StepTime", "operations"]
 
 # Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
 # (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
@@ -20,9 +20,19 @@ _BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
 _OVERLAP = 4
 
 
+def operations(adapted: int, one: int = _ADAPTER) -> int:
+    """What the host starts for a layer in both passes where nothing is recomputed.
+
+    Args:
+        adapted: linear layers with adapters.
+        one: operations of an adapter.
+    """
+    return _BASE + adapted * one
+
+
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; from `lemo.planner.calibration`.
+    """What a machine does in a second; from `lemo.training.calibration`.
 
     Attributes:
         products: floating point operations of large matrix products.
@@ -95,8 +105,8 @@ class StepTime:
         one = _APART if adapters.apart else _ADAPTER
         if self._step.autocast and adapters.size != self._step.size:
             one += _CAST
-        operations = _BASE + count * one + (_NORMS if self._norms_apart else 0)
-        return self._rates.launch * operations * (1 if mode == "none" else 1 + _AGAIN)
+        started = operations(count, one) + (_NORMS if self._norms_apart else 0)
+        return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 
     @property
     def loss(self) -> float:

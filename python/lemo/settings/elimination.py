@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -100,7 +103,7 @@ class LemoConfig(Settings):
             union_mode="left_to_right",
             description="Tokens of a block, the unit that is kept or left out; or a share of the "
             "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
-            "need, else 0.25. With scorer predictor, null or a share: the size that the predictors "
+            "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
             "were trained for.",
         )
     )
@@ -133,8 +136,9 @@ class LemoConfig(Settings):
         "for text. random: every block is trained in turn; lexical: words that a block shares "
         "with the answers and with what stands around them; attention: the same, and what "
         "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
-        "pooled: queries and keys of block means; predictor: networks trained by `lemo prepare`; "
-        "exact: computed from the model, slow, for experiments.",
+        "pooled: queries and keys of block means; predictor: networks trained by `lemo "
+        "prepare`, of what answers need where the target was relevance; exact: computed from the "
+        "model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
@@ -244,6 +248,8 @@ class LemoConfig(Settings):
     @property
     def finds_answers(self) -> bool:
         """Whether the scorer finds what answers need."""
+        if self.scorer == "predictor" and self.predictor is not None:
+            return _predicts_relevance(self.predictor)
         return self.scorer in _OF_ANSWERS
 
     def resolved(self, answers: bool) -> Self:
@@ -255,7 +261,7 @@ class LemoConfig(Settings):
         scorer = self.scorer
         if scorer == "auto":
             scorer = "lexical" if answers else "random"
-        finds = answers and scorer in _OF_ANSWERS
+        finds = answers and self.model_copy(update={"scorer": scorer}).finds_answers
         filled: dict[str, object] = {"scorer": scorer}
         if self.block_size is None:
             filled["block_size"] = _ANSWER_BLOCK if finds else _TEXT_BLOCK
@@ -264,3 +270,21 @@ class LemoConfig(Settings):
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
         return self.model_copy(update=filled)
+
+
+def _predicts_relevance(folder: str) -> bool:
+    """Whether a folder of `lemo prepare` says what answers need, not what sub-blocks do.
+
+    One that cannot be read says nothing here; `lemo.predictors.storage` says why when it is loaded.
+    """
+    file = Path(folder, "predictor.json")
+    try:
+        return _target(file, file.stat().st_mtime_ns) == "relevance"
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+@functools.lru_cache(maxsize=16)
+def _target(file: Path, changed: int) -> object:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content.get("target") if isinstance(content, dict) else None

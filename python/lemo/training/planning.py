@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lemo.files import write_file
-from lemo.planner.calibration import calibrated
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -20,6 +19,7 @@ from lemo.planner.text import plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.calibration import calibrated
 from lemo.training.run_folder import PLAN_NAME
 
 __all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
