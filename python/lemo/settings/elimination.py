@@ -197,7 +197,7 @@ class LemoConfig(Settings):
         "each layer within the free memory; else none.",
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        "auto",
+        "off",
         description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
         "backward, when its shapes come again, so that the host does not issue kernels one by one. "
         "The results are the same. auto: where a layer's kernels are shorter than that takes; on: "
