@@ -239,17 +239,20 @@ class Architecture:
         """What products of queries and keys are multiplied with."""
         return self.layer(index).self_attn.scaling
 
-    def queries(self, index: int, x: Tensor) -> Tensor:
-        """[rows, Hq, D], before rotation."""
-        return self._heads(index, x, "q_proj")
+    def queries(self, index: int, x: Tensor, values: bool = True) -> Tensor:
+        """[rows, Hq, D], before rotation.
 
-    def keys(self, index: int, x: Tensor) -> Tensor:
+        Without `values` only gradients of the result count.
+        """
+        return self._heads(index, x, "q_proj", values)
+
+    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         """[rows, Hk, D], before rotation."""
-        return self._heads(index, x, "k_proj")
+        return self._heads(index, x, "k_proj", values)
 
-    def values(self, index: int, x: Tensor) -> Tensor:
+    def values(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         """[rows, Hk, D]."""
-        return self._heads(index, x, "v_proj")
+        return self._heads(index, x, "v_proj", values)
 
     def attention_projections(self, index: int) -> tuple[nn.Module, ...]:
         """The linear layers of a layer's attention."""
@@ -258,9 +261,9 @@ class Architecture:
             getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", self.output_name)
         )
 
-    def _heads(self, index: int, x: Tensor, name: str) -> Tensor:
+    def _heads(self, index: int, x: Tensor, name: str, values: bool) -> Tensor:
         attention = self.layer(index).self_attn
-        projected = apply_linear(getattr(attention, name), x)
+        projected = apply_linear(getattr(attention, name), x, values)
         return projected.unflatten(-1, (-1, attention.head_dim))
 
     def rotated(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -359,12 +362,15 @@ class Qwen2Architecture(Architecture):
 
 
 class Qwen3Architecture(Qwen2Architecture):
-    """Queries and keys are normalized head by head before they are rotated."""
+    """Queries and keys are normalized head by head before they are rotated.
 
-    def queries(self, index: int, x: Tensor) -> Tensor:
+    The gradients of the norms need the values.
+    """
+
+    def queries(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         return self.layer(index).self_attn.q_norm(super().queries(index, x))
 
-    def keys(self, index: int, x: Tensor) -> Tensor:
+    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         return self.layer(index).self_attn.k_norm(super().keys(index, x))
 
 

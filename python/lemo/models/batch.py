@@ -66,8 +66,14 @@ class Batch:
         """[T] int32, the position of every row in its own sequence."""
         return self.packed.positions
 
-    def rotate(self, x: Tensor, selection: Selection | None = None) -> Tensor:
-        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row)."""
+    def rotate(
+        self, x: Tensor, selection: Selection | None = None, transposed: bool = False
+    ) -> Tensor:
+        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row).
+
+        With `transposed` back: what gradients of rotated heads become.
+        """
         if self.rotary is None:
             return x
-        return ops.rope(x, *self.rotary, None if selection is None else selection.rows)
+        rows = None if selection is None else selection.rows
+        return ops.rope(x, *self.rotary, rows, transposed)

@@ -52,12 +52,14 @@ class _Pass:
         drop: whether rows that no sub-block keeps may be dropped.
         place: which rows the residual has.
         modes: what each layer stores.
+        head_groups: of attention's backward where it is recomputed, at most.
     """
 
     batch: Batch
     drop: bool
     place: Placement = field(default_factory=Everywhere)
     modes: Sequence[str] = ()
+    head_groups: int = 1
 
 
 class Decoder:
@@ -138,7 +140,7 @@ class Decoder:
         check_whole(layer, f"layer {index}")
         kept = self._select(index, "attention", now.batch, residual)
         if index == 0:
-            now.modes = self._modes.of(now.batch, residual, kept, now.drop)
+            now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
             tokens = now.batch.layout.num_tokens
             self._latest = _described(tokens, kept.num_rows, now.modes)
             now.place = self._placement(now.batch, kept, now.drop)
@@ -149,10 +151,10 @@ class Decoder:
         attention = self._attention(index, batch, kept, place)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
             mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
-            return execution.run(residual, self._unit(index, batch, attention, mlp, place))
-        residual = execution.run(residual, self._unit(index, batch, attention, None, place))
+            return execution.run(residual, self._unit(index, now, attention, mlp))
+        residual = execution.run(residual, self._unit(index, now, attention, None))
         mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
-        return execution.run(residual, self._unit(index, batch, None, mlp, place))
+        return execution.run(residual, self._unit(index, now, None, mlp))
 
     def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
         def score() -> Tensor:
@@ -174,15 +176,8 @@ class Decoder:
     def _mlp(self, index: int, kept: Selection) -> MLP:
         return MLP(self._architecture, index, kept)
 
-    def _unit(
-        self,
-        index: int,
-        batch: Batch,
-        attention: Attention | None,
-        mlp: MLP | None,
-        place: Placement,
-    ) -> Unit:
-        left_out = LeftOutRows(None, None)
+    def _unit(self, index: int, now: _Pass, attention: Attention | None, mlp: MLP | None) -> Unit:
+        batch, place, left_out = now.batch, now.place, LeftOutRows(None, None)
         if self._visible_keys == "computed":
             rows = [
                 None if sub_block is None else self._left_out(sub_block.kept, place)
@@ -192,7 +187,7 @@ class Decoder:
                 None if rows[0] is None else self._attention(index, batch, rows[0], place),
                 None if rows[1] is None else self._mlp(index, rows[1]),
             )
-        return Unit(attention, mlp, left_out)
+        return Unit(attention, mlp, left_out, now.head_groups)
 
     def _left_out(self, kept: Selection, place: Placement) -> Selection | None:
         if kept.rows is None:

@@ -78,6 +78,7 @@ class Request:
             ValueError: settings whose memory cannot be predicted, see `rows_of`.
         """
         layers, lengths = self.shape.layers, [tokens] * self.batch
+        group = self.elimination.layerwise.group_size or 0
         step = step_of(
             self.shape,
             lengths,
@@ -88,9 +89,10 @@ class Request:
             cuda=self.cuda,
             passes=self.passes,
             loss_chunk=self.elimination.loss_chunk,
+            head_groups=self.elimination.head_groups,
+            shifted=group > 0,
         )
         memory = StepMemory(self.shape, self.adapters, step, self.quantize)
-        group = self.elimination.layerwise.group_size or 0
         time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group)
         return Planner(memory, time)
 

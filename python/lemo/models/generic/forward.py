@@ -446,6 +446,8 @@ def check_settings(model: str, config: LemoConfig) -> None:
     if config.recompute not in ("auto", "none"):
         what = "auto; model.gradient_checkpointing_enable() recomputes"
         asked.append(("recompute", config.recompute, what))
+    if (config.head_groups or 1) > 1:
+        asked.append(("head_groups", config.head_groups, "null or 1"))
     plain = LayerwiseConfig(keep_schedule=config.layerwise.keep_schedule)
     for name, default in plain:
         got = getattr(config.layerwise, name)
