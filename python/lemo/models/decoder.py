@@ -171,7 +171,9 @@ class Decoder:
         keys = kept
         if kept.rows is not None and self._visible_keys == "all":
             keys = Selection.everything(kept.layout)
-        return place.attention(self._architecture, index, batch, kept, keys, self._group_size)
+        # Where everything is kept whatever the settings say, the pass is to be the model's own.
+        group_size = 0 if self._selector.is_overruled else self._group_size
+        return place.attention(self._architecture, index, batch, kept, keys, group_size)
 
     def _mlp(self, index: int, kept: Selection) -> MLP:
         return MLP(self._architecture, index, kept)

@@ -47,6 +47,7 @@ class TrainingForward(Training[Elimination]):
         super().__init__(config, partial(Elimination, architecture, context), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
+        self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
@@ -58,7 +59,10 @@ class TrainingForward(Training[Elimination]):
             context.begin(architecture.causal_lm, arguments.given)
         batch, residual = self._embed(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
+        decoder = self.elimination.decoder
+        if asked:
+            decoder = self.elimination.dense_decoder
+            self._leave_groups_out()
         decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
         del residual
         with explained(decoder.describe):
@@ -148,6 +152,7 @@ class TrainingForward(Training[Elimination]):
         batch, residual = self._embed(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
+        self._leave_groups_out()
         (residual, _), entries = self._decode(
             self.elimination.dense_decoder, batch, residual, labelled, asked
         )
@@ -167,6 +172,13 @@ class TrainingForward(Training[Elimination]):
             last_hidden_state=hidden,
             hidden_states=None if entries is None else (*entries, hidden),
         )
+
+    def _leave_groups_out(self) -> None:
+        if self._has_shifted_groups:
+            self.say(
+                "layerwise.group_size: without effect where logits or hidden states are asked for, "
+                "since attention has no groups in the dense model"
+            )
 
     def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
         arguments.check(self._architecture.config)
