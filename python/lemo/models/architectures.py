@@ -128,32 +128,97 @@ class Architecture:
             arguments: those of a call.
             block_size: tokens of a block, or a share of the longest sequence.
         """
-        shape = shape_of(arguments.input_ids, arguments.inputs_embeds)
-        embedded = arguments.inputs_embeds
+        return self.embed_rows(arguments, self.batch_of(arguments, block_size))
+
+    def batch_of(self, arguments: ForwardArguments, block_size: int | float) -> Batch:
+        """The packed batch without tables of rotations, before anything is embedded.
+
+        Args:
+            arguments: those of a call.
+            block_size: tokens of a block, or a share of the longest sequence.
+        """
+        ids, embedded = arguments.input_ids, arguments.inputs_embeds
+        shape = shape_of(ids, embedded)
+        device = next(given.device for given in (embedded, ids) if given is not None)
+        packed = PackedBatch(shape, arguments.attention_mask, arguments.position_ids, device)
+        batch = Batch.of(packed, block_size, None, device)
+        return batch if ids is None else replace(batch, ids=packed.pack(ids))
+
+    def embed_rows(
+        self, arguments: ForwardArguments, batch: Batch, rows: Tensor | None = None
+    ) -> tuple[Batch, Tensor]:
+        """The batch with the tables of some rows, and their residual, a fresh tensor.
+
+        Other rows cost nothing, unless somebody's hook on the embedding may look at all of them,
+        or the model has learned positions.
+
+        Args:
+            arguments: those of the call.
+            batch: from `batch_of`.
+            rows: [R] int32, ascending; None: all T.
+        """
         for module in (*self.decoder.children(), self.lm_head):
             if module is not self.decoder.layers and not is_sharded(module):
                 check_whole(module, type(module).__name__)
+        packed, embedded = batch.packed, arguments.inputs_embeds
+        mask, position_ids = arguments.attention_mask, arguments.position_ids
+        if rows is not None and self._embeds_row_by_row:
+            if embedded is None:
+                assert batch.ids is not None
+                residual = self.decoder.embed_tokens(batch.ids.index_select(0, rows)[None])[0]
+                residual = residual.clone(memory_format=torch.contiguous_format)
+            else:
+                residual = packed.pack(embedded).index_select(0, rows)
+            return replace(
+                batch, rotary=self._rotary(residual, batch, position_ids, rows)
+            ), residual
         if embedded is None:
             embedded = self.decoder.embed_tokens(arguments.input_ids)
-        mask, position_ids = arguments.attention_mask, arguments.position_ids
-        packed = PackedBatch(shape, mask, position_ids, embedded.device)
-        rotary = self._rotary(embedded, position_ids)
-        batch = Batch.of(packed, block_size, rotary, embedded.device)
-        if arguments.input_ids is not None:
-            batch = replace(batch, ids=packed.pack(arguments.input_ids))
+        rotary = self._rotary(embedded, batch, position_ids)
+        batch = replace(batch, rotary=rotary)
         residual = packed.pack(self._add_positions(embedded, mask, position_ids))
+        if rows is not None:
+            return batch.of_rows(rows), residual.index_select(0, rows)
         # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
         if not packed.is_padded:
             residual = residual.clone(memory_format=torch.contiguous_format)
         return batch, residual
 
+    @property
+    def _embeds_row_by_row(self) -> bool:
+        """Whether the embedding of a token depends on nothing but the token."""
+        return all(map(_works_row_by_row, self.decoder.embed_tokens.modules()))
+
     def _rotary(
-        self, embedded: Tensor, position_ids: Tensor | None
+        self,
+        embedded: Tensor,
+        batch: Batch,
+        position_ids: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin), [B or 1, S, D] each."""
+        """(cos, sin), [T, D] each, or of some rows.
+
+        Args:
+            embedded: of the dtype and on the device of the tables.
+            batch: the packed batch.
+            position_ids: [B or 1, S]; None: 0, 1, 2, ...
+            rows: [R] int32; None: all T.
+        """
+        packed = batch.packed
         if position_ids is None:
-            position_ids = torch.arange(embedded.shape[1], device=embedded.device)[None]
-        return self.decoder.rotary_emb(embedded, position_ids)
+            position_ids = torch.arange(packed.shape[1], device=embedded.device)[None]
+        rotation = self.decoder.rotary_emb
+        if rows is None:
+            tables = (
+                packed.pack(t.expand(*packed.shape, -1)) for t in rotation(embedded, position_ids)
+            )
+        else:
+            # Some kinds of rotation depend on the largest position of the batch.
+            positions = packed.pack(position_ids.expand(packed.shape)).index_select(0, rows)
+            positions = torch.cat((positions, position_ids.max()[None]))[None]
+            tables = (table[0, :-1].contiguous() for table in rotation(embedded, positions))
+        cos, sin = tables
+        return cos, sin
 
     def _add_positions(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -401,9 +466,17 @@ class OPTArchitecture(Architecture):
         return attention.dropout
 
     def _rotary(
-        self, embedded: Tensor, position_ids: Tensor | None
+        self,
+        embedded: Tensor,
+        batch: Batch,
+        position_ids: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         return None
+
+    @property
+    def _embeds_row_by_row(self) -> bool:
+        return False  # positions are counted over the mask
 
     def _add_positions(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -504,6 +577,17 @@ def _is_transformers(module: nn.Module, ending: str) -> bool:
     cls = type(module)
     of_transformers = cls.__module__.startswith("transformers.models.")
     return of_transformers and cls.__name__.endswith(ending) and has_own_forward(cls)
+
+
+def _works_row_by_row(module: nn.Module) -> bool:
+    """Whether nobody's hook on a part of the embedding may look at more than one token.
+
+    That by which checkpointing makes embedded tokens require a gradient does not.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    harmless = "make_inputs_require_grad", "make_inputs_require_grads"
+    known = all(getattr(hook, "__name__", "") in harmless for hook in hooks)
+    return known and "forward" not in vars(module)
 
 
 def _is_silu(activation: nn.Module) -> bool:

@@ -19,7 +19,8 @@ class Batch:
     Attributes:
         packed: the sequences, and the way back to [B, S].
         layout: how they are cut into blocks.
-        rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+        rotary: (cos, sin), [T, D] each, of the tokens' own positions, or of the rows of the
+            residual where it has not all; None without rotation.
         ids: [T] int64, the tokens; None where the model got embeddings.
         labelled: [T] bool, rows that predict a label; None: nothing is known of labels.
         scores: [T] fp32, scores of the tokens that the caller gave; None: none.

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lemo import ops
@@ -53,6 +54,7 @@ class _Pass:
         place: which rows the residual has.
         modes: what each layer stores.
         head_groups: of attention's backward where it is recomputed, at most.
+        kept: what the first attention keeps, where it is known before tokens are embedded.
     """
 
     batch: Batch
@@ -60,6 +62,7 @@ class _Pass:
     place: Placement = field(default_factory=Everywhere)
     modes: Sequence[str] = ()
     head_groups: int = 1
+    kept: Selection | None = None
 
 
 class Decoder:
@@ -101,16 +104,17 @@ class Decoder:
     def run(
         self,
         batch: Batch,
-        residual: Tensor,
+        embed: Callable[[Batch, Tensor | None], tuple[Batch, Tensor]],
         labelled: Tensor | None = None,
         visit_residual: Callable[[Tensor], None] | None = None,
         drop: bool = False,
     ) -> Decoded:
-        """Adds all layers to the residual [T, H] in place.
+        """Adds all layers to the embedded tokens.
 
         Args:
             batch: what the rows are.
-            residual: the embedded tokens; overwritten.
+            embed: gives the batch with tables of rotations and the embedded tokens, [R, H], which
+                are overwritten, of some of its rows or (None) all.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_residual: gets a differentiable copy of the residual at the entry of every layer.
             drop: whether rows that no sub-block keeps may be dropped at once, if it can be known.
@@ -119,6 +123,14 @@ class Decoder:
         self._selector.begin(batch.layout, labelled)
         drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
         now = _Pass(batch, drop)
+        if self._scorer.reads_residual:
+            now.batch, residual = embed(batch, None)
+        else:
+            # Before anything is embedded: rows that are dropped cost nothing then.
+            nowhere = torch.empty(0, device=batch.layout.block_starts.device)
+            now.kept = self._select(0, "attention", batch, nowhere)
+            now.place = self._placement(batch, now.kept, drop)
+            now.batch, residual = embed(batch, now.place.rows)
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
@@ -138,13 +150,10 @@ class Decoder:
     def _layer(self, index: int, now: _Pass, residual: Tensor) -> Tensor:
         layer = self._architecture.layer(index)
         check_whole(layer, f"layer {index}")
-        kept = self._select(index, "attention", now.batch, residual)
         if index == 0:
-            now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
-            tokens = now.batch.layout.num_tokens
-            self._latest = _described(tokens, kept.num_rows, now.modes)
-            now.place = self._placement(now.batch, kept, now.drop)
-            now.batch, residual = now.place.enter(now.batch, residual)
+            residual, kept = self._enter(now, residual)
+        else:
+            kept = self._select(index, "attention", now.batch, residual)
         execution = execution_of(layer, now.modes[index])
         batch, place = now.batch, now.place
         kept = place.of(kept)
@@ -155,6 +164,18 @@ class Decoder:
         residual = execution.run(residual, self._unit(index, now, attention, None))
         mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
         return execution.run(residual, self._unit(index, now, None, mlp))
+
+    def _enter(self, now: _Pass, residual: Tensor) -> tuple[Tensor, Selection]:
+        """The residual of the rows that the layers run on, and what the first attention keeps."""
+        kept = now.kept
+        if kept is None:
+            kept = self._select(0, "attention", now.batch, residual)
+        now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
+        self._latest = _described(now.batch.layout.num_tokens, kept.num_rows, now.modes)
+        if now.kept is None:
+            now.place = self._placement(now.batch, kept, now.drop)
+            now.batch, residual = now.place.enter(now.batch, residual)
+        return residual, kept
 
     def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
         def score() -> Tensor:

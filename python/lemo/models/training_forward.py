@@ -4,6 +4,7 @@ For a loss alone, left-out rows are not computed. For logits or hidden states a 
 computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -27,6 +28,8 @@ from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["TrainingForward"]
+
+Embed = Callable[[Batch, Tensor | None], tuple[Batch, Tensor]]
 
 
 class TrainingForward(Training[Elimination]):
@@ -57,14 +60,13 @@ class TrainingForward(Training[Elimination]):
             if asked:
                 raise needs_all_rows("output_hidden_states")
             context.begin(architecture.causal_lm, arguments.given)
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         decoder = self.elimination.decoder
         if asked:
             decoder = self.elimination.dense_decoder
             self._leave_groups_out()
-        decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
-        del residual
+        decoded, entries = self._decode(decoder, batch, embed, targets != ignored, asked, True)
         with explained(decoder.describe):
             loss, counted = causal_lm_loss(
                 architecture,
@@ -102,11 +104,11 @@ class TrainingForward(Training[Elimination]):
         if self.context is not None:
             raise needs_all_rows("a loss of TRL's head")
         ignored = arguments.ignored_label
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         labelled = targets != ignored
         (residual, computed), _ = self._decode(
-            self.elimination.decoder, batch, residual, labelled, False, True
+            self.elimination.decoder, batch, embed, labelled, False, True
         )
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
@@ -149,12 +151,12 @@ class TrainingForward(Training[Elimination]):
         """The decoder's output: in each row what the dense model gives."""
         if self.context is not None:
             raise needs_all_rows("logits or hidden states")
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
         self._leave_groups_out()
         (residual, _), entries = self._decode(
-            self.elimination.dense_decoder, batch, residual, labelled, asked
+            self.elimination.dense_decoder, batch, embed, labelled, asked
         )
         self.has_trained = True
         hidden = self._architecture.final_norm(residual)[1]
@@ -180,19 +182,21 @@ class TrainingForward(Training[Elimination]):
                 "since attention has no groups in the dense model"
             )
 
-    def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
+    def _begin(self, arguments: ForwardArguments) -> tuple[Batch, Embed]:
+        """The batch of a call, and what embeds its rows."""
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
         self.elimination = self._chosen(arguments)
-        batch, residual = self._architecture.embed(arguments, self.elimination.block_size)
+        batch = self._architecture.batch_of(arguments, self.elimination.block_size)
         scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)
-        return replace(batch, scores=scores), residual
+        embed = partial(self._architecture.embed_rows, arguments)
+        return replace(batch, scores=scores), embed
 
     def _decode(
         self,
         decoder: Decoder,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         labelled: Tensor | None,
         with_entries: bool,
         loss_alone: bool = False,
@@ -210,7 +214,7 @@ class TrainingForward(Training[Elimination]):
         drop = loss_alone and not with_entries and self.selector.masks_loss
         visits = visit if with_entries else None
         with explained(decoder.describe):
-            decoded = decoder.run(batch, residual, labelled, visits, drop)
+            decoded = decoder.run(batch, embed, labelled, visits, drop)
         if torch.is_grad_enabled():
             self.selector.check_kept()
         return decoded, entries if with_entries else None
