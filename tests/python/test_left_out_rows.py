@@ -5,6 +5,10 @@ import torch
 from torch import nn
 
 import lemo
+from lemo import LemoConfig
+from lemo.planner.rows import embeds_all
+from lemo.selection.scorers.answers import AnswerScorer
+from lemo.selection.scorers.base import Scorer
 from model_cases import BATCHES
 from planner_cases import PeakOfTensors
 from tiny_models import config_of, gradients, lora, make_ids, make_model
@@ -12,14 +16,14 @@ from tolerances import assert_close_fp32
 
 # What is known of a token for a moment: its id, label, next label and position in int64, its row
 # and position in int32, masks, and sums of masks.
-BYTES = 96
+BYTES = 48
 
 
 def peak(model, tokens, **settings):
     """The highest bytes of tensors of a step of which 64 tokens are kept."""
     ids = make_ids(1, tokens)
     config = {"keep": 64 / tokens, "block_size": 16, "scorer": "random", "path": "native"}
-    handle = lemo.enable(model, lemo.LemoConfig(**config | settings))
+    handle = lemo.enable(model, LemoConfig(**config | settings))
     with PeakOfTensors(model) as tensors:
         model(input_ids=ids, labels=ids).loss.backward()
     model.zero_grad()
@@ -81,7 +85,7 @@ def test_rotations_that_depend_on_the_length(kind):
         model = make_model("llama", **overrides)
         handle = lemo.enable(
             model,
-            lemo.LemoConfig(keep=0.25, scorer="given", block_size=8, keep_last=0),
+            LemoConfig(keep=0.25, scorer="given", block_size=8, keep_last=0),
         )
         if embed_all:
             whole(handle)
@@ -99,7 +103,7 @@ def test_a_hook_on_the_embedding_sees_all_tokens():
     model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, output: seen.append(tuple(output.shape))
     )
-    lemo.enable(model, lemo.LemoConfig(keep=0.5, scorer="random", block_size=8))
+    lemo.enable(model, LemoConfig(keep=0.5, scorer="random", block_size=8))
     ids = make_ids(2, 40)
     model(input_ids=ids, labels=ids).loss.backward()
     assert [shape[:2] for shape in seen] == [(2, 40)]
@@ -109,10 +113,19 @@ def test_embeddings_of_the_caller():
     ids, found = make_ids(2, 40), []
     for given in (False, True):
         model = make_model("llama")
-        lemo.enable(model, lemo.LemoConfig(keep=0.5, scorer="random", block_size=8))
+        lemo.enable(model, LemoConfig(keep=0.5, scorer="random", block_size=8))
         embedding: nn.Module = model.get_input_embeddings()
         inputs = {"inputs_embeds": embedding(ids)} if given else {"input_ids": ids}
         model(**inputs, labels=ids).loss.backward()
         found.append(gradients(model))
     for name, value in found[0].items():
         assert_close_fp32(found[1][name], value, name)
+
+
+def test_the_planner_knows_which_scorers_read_the_residual():
+    read = {cls.__name__: cls.reads_residual for cls in Scorer.__subclasses__()}
+    read |= {cls.__name__: cls.reads_residual for cls in AnswerScorer.__subclasses__()}
+    names = LemoConfig.model_fields["scorer"].annotation.__args__
+    for name in set(names) - {"auto"}:
+        config = LemoConfig.model_construct(scorer=name)
+        assert embeds_all(config) == read[f"{name.capitalize()}Scorer"], name

@@ -15,7 +15,7 @@ from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, Planner
-from lemo.planner.rows import rows_of
+from lemo.planner.rows import embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
@@ -135,6 +135,7 @@ class Modes:
                 loss_chunk=self._config.loss_chunk,
                 head_groups=self._config.head_groups,
                 shifted=self._config.layerwise.group_size is not None,
+                embeds_all=embeds_all(self._config),
             )
             self._plans[key] = _modes(shape, adapters, StepMemory(shape, adapters, step), free)
         return self._plans[key]

@@ -98,7 +98,8 @@ class StepMemory:
         of rotations, what is known of each token, and gradients of adapters."""
         step, shape = self._step, self._shape
         residual = step.residual_rows * shape.hidden * step.size
-        tables = 2 * step.tokens * shape.head_size * step.size
+        rows = step.tokens if step.embeds_all else step.residual_rows
+        tables = 2 * rows * shape.head_size * step.size
         gradients = self._adapters.parameters(shape) * self._adapters.size
         workspace = _WORKSPACE if step.cuda else 0
         tokens = _TOKEN * step.tokens
@@ -141,7 +142,15 @@ class StepMemory:
             layer = self.layer(index, mode)
             stored += layer.kept
             highest = max(highest, stored + max(layer.forward, layer.backward))
-        return self.fixed + max(highest, stored + self.loss)
+        return self.fixed + max(highest, stored + self.loss, self._embedding)
+
+    @property
+    def _embedding(self) -> int:
+        """Beside `fixed`, while all tokens are embedded before rows are dropped: they, and a copy
+        of theirs in place of the residual."""
+        step = self._step
+        rows = 2 * step.tokens if step.embeds_all else step.residual_rows
+        return (rows - step.residual_rows) * self._shape.hidden * step.size
 
     # A layer
 
