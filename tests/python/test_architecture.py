@@ -77,6 +77,7 @@ EXPECTED_CONFIG_FIELDS = {
     "burn_in",
     "loss_chunk",
     "recompute",
+    "head_groups",
     "path",
     "seed",
     "layerwise",

@@ -11,7 +11,8 @@ other, as autograd orders it: the bits are those of all heads at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +23,24 @@ from lemo.models.sub_blocks import Attention, Heads
 from lemo.ops.segment_attention import SavedAttention, attention_gradients
 from lemo.packing.chunks import split_heads
 
-if TYPE_CHECKING:
-    from lemo.models.recompute import Gradients, Surroundings
-
 __all__ = ["GroupedBackward", "attended"]
+
+
+class Gradients(Protocol):
+    """What sums gradients of parameters."""
+
+    def add(self, edge: Any, leaf: Tensor | None, dy: Tensor) -> Tensor | None:
+        """Backward from one result; returns the gradient of `leaf`, if one is given."""
+
+
+class Surroundings(Protocol):
+    """Random numbers and autocast at a time of the forward pass."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast is inside what it was."""
+
+    def restored(self) -> AbstractContextManager[Any]:
+        """Random numbers are inside what they were."""
 
 
 def attended(attention: Attention, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from lemo.models.weights import kept_matrices
 from lemo.ops._autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import SavedAttention
 
-__all__ = ["Gradients", "Surroundings", "recomputed"]
+__all__ = ["recomputed"]
 
 
 def recomputed(
@@ -61,12 +61,12 @@ class _Recomputed(torch.autograd.Function):
         saved: tuple[Tensor, ...] = ()
         # Before the random numbers that backward draws again.
         left_out = unit.left_out.begin(residual)
-        ctx.surroundings = Surroundings(residual)
+        ctx.surroundings = _Surroundings(residual)
         with ctx.surroundings.autocast():
             rows = gather_rows(residual, unit.read_rows)
             if unit.attention is not None and unit.head_groups > 1:
                 out, lse = attended(unit.attention, rows)
-                ctx.behind_heads = Surroundings(residual)
+                ctx.behind_heads = _Surroundings(residual)
                 add_rows(residual, unit.attention.output(out), unit.kept_rows)
                 saved = (out, lse) if selective else ()
                 del out, lse
@@ -91,7 +91,7 @@ class _Recomputed(torch.autograd.Function):
         rows, *saved = ctx.saved_tensors
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
         dresidual = overwritable(ctx, dresidual)
-        gradients = Gradients(ctx.parameters)
+        gradients = _Gradients(ctx.parameters)
         if unit.attention is not None and unit.head_groups > 1:
             with explained(lambda: f"in the backward pass of a layer with {len(rows)} kept rows"):
                 _backward_in_groups(ctx, rows, saved, dresidual, gradients)
@@ -133,7 +133,7 @@ def _backward_in_groups(
     rows: Tensor,
     saved: Sequence[Tensor],
     dresidual: Tensor,
-    gradients: "Gradients",
+    gradients: "_Gradients",
 ) -> None:
     """The same for units whose attention works on groups of heads.
 
@@ -174,7 +174,7 @@ def _mlp_backward(
     attended: Tensor | None,
     dresidual: Tensor,
     wanted: bool,
-    gradients: "Gradients",
+    gradients: "_Gradients",
 ) -> None:
     """Adds the MLP's gradient to the kept rows of `dresidual`, if `wanted`.
 
@@ -210,7 +210,7 @@ def _mlp_backward(
             add_rows(dresidual, drows, chunk)
 
 
-class Gradients:
+class _Gradients:
     """Gradients of the trainable parameters, summed over chunks in fp32."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -238,7 +238,7 @@ class Gradients:
         ]
 
 
-class Surroundings:
+class _Surroundings:
     """Random numbers and autocast at the time of forward."""
 
     def __init__(self, x: Tensor) -> None:

@@ -70,7 +70,8 @@ class LayerwiseConfig(Settings):
     )
     group_size: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
-        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307); null: no "
+        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
+        "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
         "groups.",
     )
 
