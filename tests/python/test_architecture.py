@@ -78,6 +78,7 @@ EXPECTED_CONFIG_FIELDS = {
     "loss_chunk",
     "recompute",
     "cuda_graphs",
+    "head_groups",
     "path",
     "seed",
     "layerwise",

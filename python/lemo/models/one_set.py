@@ -186,7 +186,7 @@ class OneSet:
         parameters = list(found.values())
         key = (
             id(self.decoder),
-            tuple(self.now.modes),
+            (*self.now.modes, self.now.head_groups),
             self.ignored,
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
@@ -88,6 +88,15 @@ class StepTime:
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
 
+    def with_head_groups(self, groups: int) -> StepTime:
+        """The same step with groups of heads."""
+        if groups == self._step.head_groups:
+            return self
+        step = replace(self._step, head_groups=groups)
+        return StepTime(
+            self._shape, self._adapters, step, self._rates, self._window, self._group_size
+        )
+
     def seconds(self, modes: Iterable[str]) -> float:
         """Of an optimizer step with a mode for each layer."""
         alike = Counter(zip(self._step.rows, modes))
@@ -133,6 +142,8 @@ class StepTime:
             total += again - self._seconds(rows, _Work(), self._down())
         if mode == "layer":
             total += self._attending(rows.attention, 4, self._rates.attention)
+        if mode != "none" and (self._step.head_groups or 1) > 1:
+            total += self._seconds(rows, self._grouped(mode), _Work())
         return total
 
     def _forward(self, rows: LayerRows) -> float:
@@ -216,6 +227,18 @@ class StepTime:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             work += self._linear(name)
         return work + _Work(0, 3 * size * shape.hidden)
+
+    def _grouped(self, mode: str) -> _Work:
+        """What groups of heads take beside all heads at once: copies of their parts, and where
+        attention's result was not stored queries, keys and values once more."""
+        shape, size = self._shape, self._step.size
+        copies = _Work(0, 8 * size * (shape.queries + shape.keys))
+        if mode == "selective":
+            return copies
+        work = self._norm(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            work += self._linear(name)
+        return copies + work
 
     def _attention_gradient(self) -> _Work:
         shape, size = self._shape, self._step.size

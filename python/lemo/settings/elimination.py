@@ -73,7 +73,8 @@ class LayerwiseConfig(Settings):
     )
     group_size: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
-        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307); null: no "
+        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
+        "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
         "groups.",
     )
 
@@ -205,6 +206,13 @@ class LemoConfig(Settings):
         "are, or processes share out rows or weights; the log says so. The activations' memory "
         "stays with the graphs.",
     )
+    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+        None,
+        description="Groups of key heads, with their query heads, by which attention's backward "
+        "runs in layers that are recomputed: more of them take less memory at a time, and a little "
+        "more time; at most one for each key head (for every two with group_size). null: as many "
+        "as the memory asks for where the planner decides, else 1.",
+    )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",
         description="How the layers of a model run. native: lemo computes them, with every setting "
@@ -235,6 +243,11 @@ class LemoConfig(Settings):
             raise ValueError(
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
+            )
+        if (self.head_groups or 1) > 1 and self.visible_keys == "computed":
+            raise ValueError(
+                "head_groups: expected null or 1 with visible_keys 'computed', where keys of other "
+                f"rows are put between, got {self.head_groups}"
             )
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None

@@ -296,7 +296,9 @@ class _Run:
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
             return elimination
-        return elimination.model_copy(update={"recompute": self.plan.recompute})
+        plan = self.plan
+        stored = {"recompute": plan.recompute, "head_groups": plan.plan.head_groups}
+        return elimination.model_copy(update=stored)
 
     @property
     def windows_per_step(self) -> int:
