@@ -15,12 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    get_int_from_env,
-    set_seed,
-)
+from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -47,12 +42,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised
 from lemo.training.behind import Copy, Writer
-from lemo.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-)
+from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
