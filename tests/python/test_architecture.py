@@ -26,6 +26,8 @@ pytestmark = pytest.mark.cpu_only
 EXPECTED_OPS = {
     "block_attention",
     "block_scores",
+    "fp8_rows",
+    "fp8_transpose",
     "gather_rows",
     "linear_cross_entropy",
     "predictor",
@@ -45,6 +47,9 @@ EXPECTED_OPS = {
 EXPECTED_FUNCTIONS = {
     "block_attention",
     "block_scores",
+    "fp8_product",
+    "fp8_rows",
+    "fp8_transpose",
     "left_out",
     "linear_cross_entropy",
     "predictor",
@@ -78,6 +83,7 @@ EXPECTED_CONFIG_FIELDS = {
     "loss_chunk",
     "recompute",
     "path",
+    "products",
     "seed",
     "layerwise",
     "layerwise.policy",

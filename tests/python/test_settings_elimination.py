@@ -30,6 +30,7 @@ FULL = {
     "burn_in": 16,
     "loss_chunk": 4096,
     "recompute": "selective",
+    "products": "fp8",
     "path": "native",
     "seed": 7,
     "layerwise": {

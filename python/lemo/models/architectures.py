@@ -14,6 +14,7 @@ from transformers.activations import SiLUActivation
 from lemo import ops
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
+from lemo.models.fp8 import shared_rows
 from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
 from lemo.models.linear import apply_linear
 from lemo.models.sharded import (
@@ -311,7 +312,8 @@ class Architecture:
     def activation(self, index: int, x: Tensor) -> Tensor:
         """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
         mlp = self.layer(index).mlp
-        gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
+        with shared_rows():
+            gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
         if _is_silu(mlp.act_fn) and gate.dtype == up.dtype:
             return ops.swiglu(gate, up)
         return mlp.act_fn(gate) * up

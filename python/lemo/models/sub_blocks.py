@@ -13,6 +13,7 @@ from torch import Tensor
 from lemo import ops
 from lemo.models.architectures import Architecture, GradientTarget
 from lemo.models.batch import Batch
+from lemo.models.fp8 import shared_rows
 from lemo.packing.blocks import Selection
 
 __all__ = ["MLP", "Attention", "Heads"]
@@ -74,9 +75,10 @@ class Attention:
         architecture, index = self._architecture, self._index
         rows = None if self.keys is self.kept else self.kept.rows
         x_kept = x if rows is None else x.index_select(0, rows)
-        q = self._batch.rotate(architecture.queries(index, x_kept), self.kept)
-        k = self._batch.rotate(architecture.keys(index, x), self.keys)
-        v = architecture.values(index, x)
+        with shared_rows():
+            q = self._batch.rotate(architecture.queries(index, x_kept), self.kept)
+            k = self._batch.rotate(architecture.keys(index, x), self.keys)
+            v = architecture.values(index, x)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         return Heads(q.to(v.dtype), k.to(v.dtype), v)
 
