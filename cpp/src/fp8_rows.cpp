@@ -1,12 +1,10 @@
 #include "lemo/fp8_rows.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 
 #include "convert.h"
+#include "fp8.h"
 #include "lemo/check.h"
-#include "multiversion.h"
 #include "parallel.h"
 
 namespace lemo {
@@ -18,41 +16,6 @@ constexpr int64_t kElementsPerThread = 16384;
 constexpr int64_t kTile = 64;
 // What operands of products on tensor cores are multiples of.
 constexpr int64_t kMultiple = 16;
-
-/// The bits of x as e4m3, to nearest even. Magnitudes beyond the largest number become it.
-[[gnu::always_inline]] inline uint8_t to_e4m3(float x) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x);
-    const uint32_t sign = bits >> 24 & 0x80u, magnitude = bits & 0x7fffffffu;
-    // Added to 2^14, whose last bit stands for e4m3's smallest number, 2^-9: fp32's own rounding.
-    const float sum = std::bit_cast<float>(magnitude) + 0x1p14f;
-    const uint32_t subnormal = std::bit_cast<uint32_t>(sum) - std::bit_cast<uint32_t>(0x1p14f);
-    const uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u);
-    const uint32_t normal = (rounded >> 20) - ((127u - 7u) << 3);
-    uint32_t result = magnitude < std::bit_cast<uint32_t>(0x1p-6f) ? subnormal : normal;
-    result = magnitude > std::bit_cast<uint32_t>(kFp8Largest) ? 0x7eu : result;
-    result = magnitude > 0x7f800000u ? 0x7fu : result;
-    return static_cast<uint8_t>(sign | result);
-}
-
-template <typename T>
-LEMO_MULTIVERSION float largest(const T* x, const float* columns, int64_t n) {
-    float found = 0;
-#pragma omp simd reduction(max : found)
-    for (int64_t i = 0; i < n; ++i) {
-        const float value = std::fabs(cpu::load(x[i]) * (columns ? columns[i] : 1.0f));
-        found = value > found ? value : found;  // false for NaN, which shows in the values
-    }
-    return found;
-}
-
-template <typename T>
-LEMO_MULTIVERSION void quantise(const T* x, const float* columns, float inverse, int64_t n,
-                                uint8_t* values) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-        values[i] = to_e4m3(cpu::load(x[i]) * (columns ? columns[i] : 1.0f) * inverse);
-    }
-}
 
 }  // namespace
 
@@ -80,10 +43,8 @@ void fp8_rows_cpu(const Fp8RowsParams& params) {
     cpu::dispatch_float(params.x.dtype, [&]<typename T>(T) {
         cpu::parallel_ranges(rows, grain, [&](int64_t first, int64_t end) {
             for (int64_t r = first; r < end; ++r) {
-                const T* x = params.x.as<const T>() + r * n;
-                const float magnitude = std::max(largest(x, columns, n), kFp8LeastMagnitude);
-                params.scales.as<float>()[r] = magnitude / kFp8Largest;
-                quantise(x, columns, kFp8Largest / magnitude, n, params.values + r * n);
+                params.scales.as<float>()[r] = cpu::quantise_row(params.x.as<const T>() + r * n,
+                                                                 columns, n, params.values + r * n);
             }
         });
     });

@@ -40,6 +40,7 @@ EXPECTED_OPS = {
     "select_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "swiglu_fp8",
     "token_select",
     "word_relevance",
 }
@@ -61,6 +62,7 @@ EXPECTED_FUNCTIONS = {
     "select_norm",
     "supports_device",
     "swiglu",
+    "swiglu_fp8",
     "token_select",
     "word_relevance",
 }

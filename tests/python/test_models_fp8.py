@@ -193,14 +193,26 @@ def test_rows_are_rounded_once_for_the_layers_that_read_them(monkeypatch):
     model(**batch).loss.backward()
     rounded.clear()
     loss = model(**batch).loss
-    # For each layer: both norms' rows, the heads' and the activation.
-    assert sorted(rounded) == [32] * 9 + [48] * 3
+    # For each layer: both norms' rows and the heads'. The activation comes in 8 bits.
+    assert sorted(rounded) == [32] * 9
     rounded.clear()
     loss.backward()
     assert len(rounded) == 21 - 3, "the first layer's input needs no gradient"
     assert not fp8._shared
     assert not weights._kept
     handle.remove()
+
+
+def test_recomputing_rounds_no_rows_of_products_without_values(monkeypatch):
+    rounded, own = [], ops.fp8_rows
+    model = lora(make_model("llama"))
+    lemo.enable(model, config_of(keep=1.0, recompute="layer"))
+    batch = padded_batch([61])
+    model(**batch).loss.backward()
+    loss = model(**batch).loss
+    monkeypatch.setattr(ops, "fp8_rows", lambda *a: rounded.append(len(a)) or own(*a))
+    loss.backward()
+    assert rounded.count(1) == 3 * 3, "not the activation, whose product is not needed"
 
 
 def test_weights_are_rounded_once_and_again_when_they_change():

@@ -2,16 +2,10 @@
 // such values with rows and columns exchanged, as products on tensor cores read them.
 #pragma once
 
+#include "lemo/fp8.h"
 #include "lemo/tensor.h"
 
 namespace lemo {
-
-/// The largest number of e4m3, which the largest magnitude of a row becomes.
-inline constexpr float kFp8Largest = 448.0f;
-
-/// Magnitudes are taken for this one at least, so that scales and their inverses are normal
-/// numbers of fp32. A row of zeros stays one.
-inline constexpr float kFp8LeastMagnitude = 0x1p-110f;
 
 struct Fp8RowsParams {
     Tensor x;         // [R, C] float

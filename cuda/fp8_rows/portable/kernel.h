@@ -2,12 +2,10 @@
 // between the largest magnitude and the store, so device memory is read once.
 #pragma once
 
-#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
-#include "common/reduce.h"
+#include "common/fp8.h"
 #include "common/vector.h"
-#include "lemo/fp8_rows.h"
 
 namespace lemo::cuda::fp8_rows::portable {
 
@@ -17,28 +15,6 @@ constexpr int kMostVectors = 8;
 // One access is 16 bytes of the row's type.
 template <typename T>
 constexpr int kElements = 16 / static_cast<int>(sizeof(T));
-
-/// What turns a row into e4m3: its scale, and the inverse that its values are multiplied with.
-struct RowScale {
-    float scale, inverse;
-
-    /// `largest`: this thread's largest magnitude. All threads take part.
-    __device__ __forceinline__ static RowScale of(float largest, float* scratch) {
-        const float magnitude = fmaxf(block_max<kThreads>(largest, scratch), kFp8LeastMagnitude);
-        return {__fdiv_rn(magnitude, kFp8Largest), __fdiv_rn(kFp8Largest, magnitude)};
-    }
-};
-
-__device__ __forceinline__ uint8_t to_e4m3(float value) {
-    return __nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3);
-}
-
-/// Four of them as one word, the first in its lowest byte.
-__device__ __forceinline__ uint32_t to_e4m3(float a, float b, float c, float d) {
-    const uint32_t low = __nv_cvt_float2_to_fp8x2({a, b}, __NV_SATFINITE, __NV_E4M3);
-    const uint32_t high = __nv_cvt_float2_to_fp8x2({c, d}, __NV_SATFINITE, __NV_E4M3);
-    return low | high << 16;
-}
 
 /// Rows of at most kThreads * kVectors vectors, at addresses for 16-byte accesses.
 template <typename T, int kVectors>
@@ -69,20 +45,14 @@ held_rows_kernel(const T* __restrict__ x, const float* __restrict__ columns,
         CUTLASS_PRAGMA_UNROLL
         for (int e = 0; e < n; ++e) largest = fmaxf(largest, fabsf(element(v, i, e)));
     }
-    const RowScale found = RowScale::of(largest, scratch);
+    const Fp8Scale found = Fp8Scale::of<kThreads>(largest, scratch);
     if (threadIdx.x == 0) scales[row] = found.scale;
     CUTLASS_PRAGMA_UNROLL
     for (int v = 0; v < kVectors; ++v) {
         const int64_t i = (int64_t{v} * kThreads + threadIdx.x) * n;
         if (i >= num_columns) continue;
-        cutlass::AlignedArray<uint32_t, n / 4> words;
-        CUTLASS_PRAGMA_UNROLL
-        for (int w = 0; w < n / 4; ++w) {
-            const auto scaled = [&](int e) { return element(v, i, 4 * w + e) * found.inverse; };
-            words[w] = to_e4m3(scaled(0), scaled(1), scaled(2), scaled(3));
-        }
-        *reinterpret_cast<cutlass::AlignedArray<uint32_t, n / 4>*>(values + row * num_columns + i) =
-            words;
+        store_e4m3<n>(values + row * num_columns + i,
+                      [&](int e) { return element(v, i, e) * found.inverse; });
     }
 }
 
@@ -101,7 +71,7 @@ any_rows_kernel(const T* __restrict__ x, const float* __restrict__ columns,
     for (int64_t i = threadIdx.x; i < num_columns; i += kThreads) {
         largest = fmaxf(largest, fabsf(element(i)));
     }
-    const RowScale found = RowScale::of(largest, scratch);
+    const Fp8Scale found = Fp8Scale::of<kThreads>(largest, scratch);
     if (threadIdx.x == 0) scales[row] = found.scale;
     for (int64_t i = threadIdx.x; i < num_columns; i += kThreads) {
         values[first + i] = to_e4m3(element(i) * found.inverse);
@@ -127,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
 transpose_kernel(const uint8_t* __restrict__ x, uint8_t* __restrict__ y, int64_t rows,
                  int64_t columns) {
     __shared__ uint32_t from[kTile][kTileStride], to[kTile][kTileStride];
-    const int64_t first_row = int64_t{blockIdx.y} * kTile, first_column = int64_t{blockIdx.x} * kTile;
+    const int64_t first_row = int64_t{blockIdx.y} * kTile;
+    const int64_t first_column = int64_t{blockIdx.x} * kTile;
     constexpr int kRowVectors = kTile / kVectorBytes, kRowsAtOnce = kThreads / kRowVectors;
     const int vector = static_cast<int>(threadIdx.x) % kRowVectors;
     const int first = static_cast<int>(threadIdx.x) / kRowVectors;

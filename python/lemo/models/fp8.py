@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from lemo import ops
 from lemo.models.weights import is_plain, is_torchao_float8, once
 
-__all__ = ["LIMIT", "Fp8Linear", "check_gpu", "fp8_of", "shared_rows"]
+__all__ = ["LIMIT", "Fp8Linear", "check_gpu", "fp8_of", "share", "shared_rows"]
 
 LIMIT = (1 + 2**-4) ** 2 - 1
 """The largest relative error of a product without cancellation: e4m3 rounds each factor by 2^-4 of
@@ -157,6 +157,10 @@ class Fp8Linear:
             self._made_of = made_of
         return self._weight
 
+    def reads_rows(self) -> bool:
+        """Whether the next product is in 8 bits, as far as is known."""
+        return not self.paused and "forward" not in self.reasons
+
     def _takes(self, direction: str, rows: Tensor) -> bool:
         return not self.paused and direction not in self.reasons and rows.shape[0] > 0
 
@@ -196,13 +200,18 @@ def shared_rows() -> Iterator[None]:
             _shared.clear()
 
 
+def share(x: Tensor, rows: tuple[Tensor, Tensor]) -> None:
+    """Names what x is in e4m3, for layers that read it inside the same `shared_rows`."""
+    if _depth:
+        _shared[:] = [(x, rows)]
+
+
 def _quantised(x: Tensor, cast: Tensor) -> tuple[Tensor, Tensor]:
     for rows, quantised in _shared:
         if rows is x:
             return quantised
     quantised = ops.fp8_rows(cast)
-    if _depth:
-        _shared[:] = [(x, quantised)]
+    share(x, quantised)
     return quantised
 
 

@@ -21,7 +21,7 @@ from lemo.models.low_rank import LowRank
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
 
-__all__ = ["apply_linear"]
+__all__ = ["apply_linear", "reads_fp8"]
 
 T = TypeVar("T")
 
@@ -70,6 +70,17 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     if matrix is None:
         return _Linear.apply(x, base(x), None, plan, *tensors)
     return _Linear.apply(x, None, base.bias, plan, *tensors)
+
+
+def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `apply_linear` multiplies rows of `dtype` in 8 bits, as far as is known before."""
+    layer = adapted(module)
+    if isinstance(layer, str) or getattr(module, "merged", False):
+        return False
+    if layer.pairs and layer.pairs[0].magnitude is not None:
+        return False
+    fp8 = fp8_of(layer.base)
+    return fp8 is not None and fp8.reads_rows() and matrix_of(layer.base, dtype) is not None
 
 
 class _Plan(NamedTuple):

@@ -11,7 +11,7 @@ from lemo.ops.residual_scatter import residual_gather, residual_scatter_
 from lemo.ops.rope import rope
 from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import residual_select_norm, select_norm
-from lemo.ops.swiglu import swiglu
+from lemo.ops.swiglu import swiglu, swiglu_fp8
 from lemo.ops.token_select import left_out, token_select
 from lemo.ops.word_relevance import word_relevance
 
@@ -32,6 +32,7 @@ __all__ = [
     "select_norm",
     "supports_device",
     "swiglu",
+    "swiglu_fp8",
     "token_select",
     "word_relevance",
 ]

@@ -30,6 +30,7 @@ class Rates:
         attention_backward: the same of its backward pass.
         bytes: bytes that element-wise operations read or write.
         launch: seconds of the host for an operation.
+        fp8: floating point operations of products in 8 bits; 0: not measured.
     """
 
     products: float
@@ -37,20 +38,23 @@ class Rates:
     attention_backward: float
     bytes: float
     launch: float
+    fp8: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Operations of products, and bytes that are moved, for each row."""
+    """Operations of products, in the model's dtype and in 8 bits, and bytes that are moved, for
+    each row."""
 
     products: float = 0
     moved: float = 0
+    fp8: float = 0
 
     def __add__(self, other: _Work) -> _Work:
-        return _Work(self.products + other.products, self.moved + other.moved)
+        return _Work(self.products + other.products, self.moved + other.moved, self.fp8 + other.fp8)
 
     def __sub__(self, other: _Work) -> _Work:
-        return _Work(self.products - other.products, self.moved - other.moved)
+        return _Work(self.products - other.products, self.moved - other.moved, self.fp8 - other.fp8)
 
 
 class StepTime:
@@ -63,6 +67,7 @@ class StepTime:
         rates: of the machine.
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
+        fp8: whether frozen weights multiply in 8 bits.
     """
 
     def __init__(
@@ -73,7 +78,9 @@ class StepTime:
         rates: Rates,
         window: int = 0,
         group_size: int = 0,
+        fp8: bool = False,
     ) -> None:
+        self._fp8 = fp8
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
@@ -136,7 +143,12 @@ class StepTime:
     def _seconds(self, rows: LayerRows, attention: _Work, mlp: _Work) -> float:
         products = rows.attention * attention.products + rows.mlp * mlp.products
         moved = rows.attention * attention.moved + rows.mlp * mlp.moved
-        return products / self._rates.products + moved / self._rates.bytes
+        eights = rows.attention * attention.fp8 + rows.mlp * mlp.fp8
+        return (
+            products / self._rates.products
+            + moved / self._rates.bytes
+            + (eights / self._rates.fp8 if eights else 0)
+        )
 
     def _attending(self, rows: int, operations: int, rate: float) -> float:
         """Seconds of attention among the kept rows of each sequence."""
@@ -153,12 +165,20 @@ class StepTime:
 
     # Work of a row
 
+    def _frozen(self, read: int, written: int) -> _Work:
+        """A product with a frozen weight, of rows of so many numbers."""
+        work = _Work(0, self._step.size * (read + written))
+        if not self._fp8:
+            return work + _Work(2 * read * written)
+        # Rows are read once more, and written in 8 bits.
+        return work + _Work(0, read * (self._step.size + 1), 2 * read * written)
+
     def _linear(self, name: str) -> _Work:
         """A linear layer, forward."""
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(inputs, outputs)
         if name not in self._adapters.targets:
             return work
         pair = 2 * rank * (inputs + outputs)
@@ -174,7 +194,7 @@ class StepTime:
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(outputs, inputs)
         if name not in self._adapters.targets:
             return work
         pair = 4 * rank * (inputs + outputs)
