@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from lemo import ops
 from lemo.models.weights import is_plain, is_torchao_float8, once
 
-__all__ = ["LIMIT", "Fp8Linear", "check_gpu", "fp8_of", "share", "shared_rows"]
+__all__ = ["LIMIT", "Fp8Linear", "bytes_to_come", "check_gpu", "fp8_of", "share", "shared_rows"]
 
 LIMIT = (1 + 2**-4) ** 2 - 1
 """The largest relative error of a product without cancellation: e4m3 rounds each factor by 2^-4 of
@@ -157,6 +157,12 @@ class Fp8Linear:
             self._made_of = made_of
         return self._weight
 
+    def bytes_to_come(self) -> int:
+        """Bytes of the weight in 8 bits, if it is still to be made."""
+        kept = self._weight is not None or is_torchao_float8(self._module)
+        weight: Any = self._module.weight
+        return 0 if kept or self.unfit() is not None else weight.numel() + 4 * weight.shape[0]
+
     def reads_rows(self) -> bool:
         """Whether the next product is in 8 bits, as far as is known."""
         return not self.paused and "forward" not in self.reasons
@@ -179,6 +185,12 @@ class Fp8Linear:
         )
         _log.warning("products: %s stays in the model's dtype: %s", self.name, self.reasons)
         return False
+
+
+def bytes_to_come(model: nn.Module) -> int:
+    """Bytes of weights in 8 bits that the first pass will make."""
+    found = (vars(module).get(_ATTRIBUTE) for module in model.modules())
+    return sum(layer.bytes_to_come() for layer in found if layer is not None)
 
 
 def fp8_of(module: nn.Module) -> Fp8Linear | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.fp8 import bytes_to_come
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MODES, StepMemory
@@ -129,14 +130,19 @@ class Modes:
                 cuda=residual.device.type == "cuda",
                 loss_chunk=self._config.loss_chunk,
             )
-            self._plans[key] = _modes(shape, adapters, StepMemory(shape, adapters, step), free)
+            fp8 = self._config.products == "fp8"
+            free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
+            memory = StepMemory(shape, adapters, step, fp8=fp8)
+            time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
+            self._plans[key] = _modes(shape, adapters, memory, time, free)
         return self._plans[key]
 
 
-def _modes(shape: ModelShape, adapters: Adapters, memory: StepMemory, free: int) -> tuple[str, ...]:
+def _modes(
+    shape: ModelShape, adapters: Adapters, memory: StepMemory, time: StepTime, free: int
+) -> tuple[str, ...]:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    time = StepTime(shape, adapters, memory.step, NOMINAL)
     plan = Planner(memory, time, fixed).plan(free)
     return (MODES[-1],) * shape.layers if plan is None else plan.modes
 
