@@ -356,6 +356,44 @@ def test_other_quantised_bases_are_refused():
     assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
 
 
+class Float8Tensor(torch.Tensor):
+    """What lemo reads of torchao's tensor of this name."""
+
+    @staticmethod
+    def of(weight):
+        self = weight.detach().as_subclass(Float8Tensor)
+        self.qdata, self.scale = ops.fp8_rows(weight.detach())
+        self.act_quant_kwargs = None
+        return self
+
+    def dequantize(self):
+        return (self.qdata.float() * self.scale).to(torch.bfloat16)
+
+
+Float8Tensor.__module__ = "torchao.quantization"
+
+
+def test_weights_that_are_in_8_bits_are_used_as_they_are():
+    """Nothing is held beside them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False)
+    plain = copy.deepcopy(linear)
+    linear._parameters["weight"] = Float8Tensor.of(linear.weight)
+    x, dy = torch.randn(20, 64).bfloat16(), torch.randn(20, 32).bfloat16()
+    results = []
+    for module in (linear, plain):
+        layer = Fp8Linear(module, "it")
+        assert layer.unfit() is None
+        results.append(of_layer(module, x, dy))
+        assert (layer._weight is None) == (module is linear)
+    for name, value in results[1].items():
+        assert torch.equal(results[0][name], value), name
+    linear.weight.scale = linear.weight.scale[0]
+    assert "without a scale for each output" in vars(linear)["_lemo_fp8"].unfit()
+    linear.weight.act_quant_kwargs = {}
+    assert vars(linear)["_lemo_fp8"].unfit() == "its weight is no plain matrix, or it has hooks"
+
+
 def test_older_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")

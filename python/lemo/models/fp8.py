@@ -99,6 +99,8 @@ class Fp8Linear:
             )
         if not (is_plain(module) or is_torchao_float8(module)):
             return "its weight is no plain matrix, or it has hooks"
+        if not is_plain(module) and module.weight.scale.numel() != module.out_features:
+            return "its weight is float8 of torchao without a scale for each output"
         return "its weight is trained" if module.weight.requires_grad else None
 
     def forward(
@@ -145,7 +147,7 @@ class Fp8Linear:
         """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed."""
         weight: Any = self._module.weight
         if is_torchao_float8(self._module):
-            return weight.qdata, weight.scale.float()
+            return weight.qdata, weight.scale.float().view(-1, 1)
         made_of = weight.device, weight.data_ptr(), weight._version
         if self._weight is None or self._made_of != made_of:
             check_gpu(weight.device)
