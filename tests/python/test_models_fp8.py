@@ -215,6 +215,18 @@ def test_recomputing_rounds_no_rows_of_products_without_values(monkeypatch):
     assert rounded.count(1) == 3 * 3, "not the activation, whose product is not needed"
 
 
+def test_shared_rows_are_known_by_themselves():
+    x, other = torch.randn(2, 5, 32).unbind()
+    with fp8.shared_rows():
+        first = fp8._quantised(x, x)
+        assert fp8._quantised(x, x) is first
+        assert torch.equal(fp8._quantised(other, other)[1], ops.fp8_rows(other)[1])
+        fp8.share(x, first)
+        assert fp8._quantised(x, x) is first
+    assert fp8._quantised(x, x) is not first
+    assert not fp8._shared
+
+
 def test_weights_are_rounded_once_and_again_when_they_change():
     model = lora(make_model("llama"))
     trained(model, padded_batch([61]))

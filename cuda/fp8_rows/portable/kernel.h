@@ -16,8 +16,9 @@ constexpr int kMostVectors = 8;
 template <typename T>
 constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 
-/// Rows of at most kThreads * kVectors vectors, at addresses for 16-byte accesses.
-template <typename T, int kVectors>
+/// Rows of at most kThreads * kVectors vectors, at addresses for 16-byte accesses. With factors of
+/// columns (kScaled) products are held, so that factors are read once.
+template <typename T, int kVectors, bool kScaled>
 __global__ void
 __launch_bounds__(kThreads)
 held_rows_kernel(const T* __restrict__ x, const float* __restrict__ columns,
@@ -27,23 +28,29 @@ held_rows_kernel(const T* __restrict__ x, const float* __restrict__ columns,
     const int64_t row = blockIdx.x;
     const T* from = x + row * num_columns;
 
-    cutlass::AlignedArray<T, n> held[kVectors];
+    cutlass::AlignedArray<T, n> loaded[kVectors];
     CUTLASS_PRAGMA_UNROLL
     for (int v = 0; v < kVectors; ++v) {
         const int64_t i = (int64_t{v} * kThreads + threadIdx.x) * n;
-        if (i < num_columns) held[v] = load_vector<n>(from + i);
+        if (i < num_columns) loaded[v] = load_vector<n>(from + i);
     }
-    const auto element = [&](int v, int64_t i, int e) {
-        const float value = float(held[v][e]);
-        return columns == nullptr ? value : value * __ldg(columns + i + e);
-    };
+    float products[kScaled ? kVectors : 1][n];
     float largest = 0;
     CUTLASS_PRAGMA_UNROLL
     for (int v = 0; v < kVectors; ++v) {
         const int64_t i = (int64_t{v} * kThreads + threadIdx.x) * n;
         if (i >= num_columns) continue;
         CUTLASS_PRAGMA_UNROLL
-        for (int e = 0; e < n; ++e) largest = fmaxf(largest, fabsf(element(v, i, e)));
+        for (int first = 0; first < n; first += 4) {
+            cutlass::AlignedArray<float, 4> factors;
+            if constexpr (kScaled) factors = load_vector<4>(columns + i + first);
+            CUTLASS_PRAGMA_UNROLL
+            for (int e = 0; e < 4; ++e) {
+                float value = float(loaded[v][first + e]);
+                if constexpr (kScaled) products[v][first + e] = value *= factors[e];
+                largest = fmaxf(largest, fabsf(value));
+            }
+        }
     }
     const Fp8Scale found = Fp8Scale::of<kThreads>(largest, scratch);
     if (threadIdx.x == 0) scales[row] = found.scale;
@@ -51,8 +58,10 @@ held_rows_kernel(const T* __restrict__ x, const float* __restrict__ columns,
     for (int v = 0; v < kVectors; ++v) {
         const int64_t i = (int64_t{v} * kThreads + threadIdx.x) * n;
         if (i >= num_columns) continue;
-        store_e4m3<n>(values + row * num_columns + i,
-                      [&](int e) { return element(v, i, e) * found.inverse; });
+        store_e4m3<n>(values + row * num_columns + i, [&](int e) {
+            if constexpr (kScaled) return products[v][e] * found.inverse;
+            return float(loaded[v][e]) * found.inverse;
+        });
     }
 }
 
