@@ -53,7 +53,7 @@ def calibrated(
     if rates is None or (fp8 and not rates.fp8):
         rates = measure(shape, device, dtype) if rates is None else rates
         if fp8:
-            rates = replace(rates, fp8=_fp8_products(shape, device, dtype))
+            rates = replace(rates, fp8=_fp8_products(shape, device, dtype, rates.bytes))
         FOLDER.mkdir(parents=True, exist_ok=True)
         content = _read() | {_key(shape, device, dtype): asdict(rates)}
         write_file(FOLDER / _NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -141,9 +141,11 @@ def _products(
     return operations / max(seconds - moved / bandwidth, seconds / 4)
 
 
-def _fp8_products(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> float:
-    """The same of products in 8 bits alone, without the rounding of their rows."""
-    rows, seconds, operations = _ROWS[device.type], 0.0, 0
+def _fp8_products(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, bandwidth: float
+) -> float:
+    """The same of products in 8 bits, without the rounding of their rows."""
+    rows, seconds, operations, moved = _ROWS[device.type], 0.0, 0, 0
     for inputs, outputs in {(each.inputs, each.outputs) for each in shape.linears()}:
         x = ops.fp8_rows(_random(device, dtype, rows, inputs))
         weight = ops.fp8_rows(_random(device, dtype, outputs, inputs))
@@ -152,7 +154,8 @@ def _fp8_products(shape: ModelShape, device: torch.device, dtype: torch.dtype) -
             device,
         )
         operations += 2 * rows * inputs * outputs
-    return operations / seconds
+        moved += rows * (inputs + outputs * dtype.itemsize)
+    return operations / max(seconds - moved / bandwidth, seconds / 4)
 
 
 def _attention(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

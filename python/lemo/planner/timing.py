@@ -167,11 +167,11 @@ class StepTime:
 
     def _frozen(self, read: int, written: int) -> _Work:
         """A product with a frozen weight, of rows of so many numbers."""
-        work = _Work(0, self._step.size * (read + written))
+        operations, size = 2 * read * written, self._step.size
         if not self._fp8:
-            return work + _Work(2 * read * written)
-        # Rows are read once more, and written in 8 bits.
-        return work + _Work(0, read * (self._step.size + 1), 2 * read * written)
+            return _Work(operations, size * (read + written))
+        # Rows are rounded, which reads and writes them, and then read in 8 bits.
+        return _Work(0, read * (size + 2) + size * written, operations)
 
     def _linear(self, name: str) -> _Work:
         """A linear layer, forward."""
