@@ -127,7 +127,11 @@ def _finetune(name: str) -> Iterator[RecordedStep]:
     for pair in pairs.values():
         time, memory = pair["finetune step"], pair["finetune peak memory"]
         shape, tokens = memory["shape"], memory["shape"]["tokens"]
-        special = shape.get("loss") or shape["scorer"] in ("attention", "predictor")
+        special = (
+            shape.get("loss")
+            or shape.get("products") == "fp8"
+            or shape["scorer"] in ("attention", "predictor")
+        )
         if special or shape.get("visible_keys", "kept") != "kept":
             continue
         ends = shape.get("keep_first", 1), shape.get("keep_last", 1)

@@ -32,6 +32,7 @@ FULL = {
     "recompute": "selective",
     "cuda_graphs": "off",
     "head_groups": 4,
+    "products": "fp8",
     "path": "native",
     "seed": 7,
     "layerwise": {

@@ -14,15 +14,16 @@ from transformers.activations import SiLUActivation
 from lemo import ops
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
-from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
-from lemo.models.linear import apply_linear
-from lemo.models.sharded import (
-    check_layers,
-    check_unflattened,
-    check_whole,
-    is_sharded,
-    own_class,
+from lemo.models.fp8 import share, shared_rows
+from lemo.models.interception import (
+    check_parts,
+    has_own_forward,
+    is_intercepted,
+    own_module,
+    works_row_by_row,
 )
+from lemo.models.linear import apply_linear, reads_fp8
+from lemo.models.sharded import check_layers, check_unflattened, check_whole, is_sharded, own_class
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
@@ -193,7 +194,7 @@ class Architecture:
     @property
     def _embeds_row_by_row(self) -> bool:
         """Whether the embedding of a token depends on nothing but the token."""
-        return all(map(_works_row_by_row, self.decoder.embed_tokens.modules()))
+        return all(map(works_row_by_row, self.decoder.embed_tokens.modules()))
 
     def _rotary(
         self,
@@ -371,9 +372,11 @@ class Architecture:
         mlp = self.layer(index).mlp
         if self.mlp_projections(index) is None:
             return mlp(x)
-        if activation is None:
-            activation = self.activation(index, x)
-        return apply_linear(mlp.down_proj, activation, values)
+        with shared_rows():
+            if activation is None:
+                rounds = values and reads_fp8(mlp.down_proj, x.dtype)
+                activation = self.activation(index, x, rounds)
+            return apply_linear(mlp.down_proj, activation, values)
 
     def mlp_projections(self, index: int) -> tuple[nn.Module, ...] | None:
         """The linear layers of a layer's MLP; None: it runs as the module that it is."""
@@ -382,12 +385,20 @@ class Architecture:
             return None
         return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
-    def activation(self, index: int, x: Tensor) -> Tensor:
-        """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1)."""
+    def activation(self, index: int, x: Tensor, rounds: bool = False) -> Tensor:
+        """What the MLP's last projection sees, [rows, F]: act(gate) * up, or act(fc1).
+
+        With `rounds` it is also rounded to 8 bits where that costs no pass of its own.
+        """
         mlp = self.layer(index).mlp
-        gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
+        with shared_rows():
+            gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
         if _is_silu(mlp.act_fn) and gate.dtype == up.dtype:
-            return ops.swiglu(gate, up)
+            if not rounds:
+                return ops.swiglu(gate, up)
+            y, rows = ops.swiglu_fp8(gate, up)
+            share(y, rows)
+            return y
         return mlp.act_fn(gate) * up
 
     # Output
@@ -514,7 +525,7 @@ class OPTArchitecture(Architecture):
         layer = self.layer(index)
         return layer.fc1, layer.fc2
 
-    def activation(self, index: int, x: Tensor) -> Tensor:
+    def activation(self, index: int, x: Tensor, rounds: bool = False) -> Tensor:
         layer = self.layer(index)
         return layer.activation_fn(apply_linear(layer.fc1, x))
 
@@ -583,17 +594,6 @@ def _is_transformers(module: nn.Module, ending: str) -> bool:
     cls = type(module)
     of_transformers = cls.__module__.startswith("transformers.models.")
     return of_transformers and cls.__name__.endswith(ending) and has_own_forward(cls)
-
-
-def _works_row_by_row(module: nn.Module) -> bool:
-    """Whether nobody's hook on a part of the embedding may look at more than one token.
-
-    That by which checkpointing makes embedded tokens require a gradient does not.
-    """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    harmless = "make_inputs_require_grad", "make_inputs_require_grads"
-    known = all(getattr(hook, "__name__", "") in harmless for hook in hooks)
-    return known and "forward" not in vars(module)
 
 
 def _is_silu(activation: nn.Module) -> bool:

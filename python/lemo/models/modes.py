@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.fp8 import bytes_to_come
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
@@ -137,16 +138,19 @@ class Modes:
                 shifted=self._config.layerwise.group_size is not None,
                 embeds_all=embeds_all(self._config),
             )
-            self._plans[key] = _modes(shape, adapters, StepMemory(shape, adapters, step), free)
+            fp8 = self._config.products == "fp8"
+            free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
+            memory = StepMemory(shape, adapters, step, fp8=fp8)
+            time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
+            self._plans[key] = _modes(shape, adapters, memory, time, free)
         return self._plans[key]
 
 
 def _modes(
-    shape: ModelShape, adapters: Adapters, memory: StepMemory, free: int
+    shape: ModelShape, adapters: Adapters, memory: StepMemory, time: StepTime, free: int
 ) -> tuple[Sequence[str], int]:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    time = StepTime(shape, adapters, memory.step, NOMINAL)
     planner = Planner(memory, time, fixed)
     plan = planner.plan(free) or planner.smallest(free)
     return plan.modes, plan.head_groups

@@ -13,6 +13,7 @@ from torch import Tensor
 from lemo import ops
 from lemo.models.architectures import Architecture, GradientTarget
 from lemo.models.batch import Batch
+from lemo.models.fp8 import shared_rows
 from lemo.packing.blocks import Selection
 
 __all__ = ["MLP", "Attention", "Heads"]
@@ -77,11 +78,12 @@ class Attention:
     def linears(self, x: Tensor, values: bool = True) -> Heads:
         """What `project` rotates; without `values` only gradients of it count."""
         architecture, index = self._architecture, self._index
-        return Heads(
-            architecture.queries(index, self._kept_of(x), values),
-            architecture.keys(index, x, values),
-            architecture.values(index, x, values),
-        )
+        with shared_rows():
+            return Heads(
+                architecture.queries(index, self._kept_of(x), values),
+                architecture.keys(index, x, values),
+                architecture.values(index, x, values),
+            )
 
     def unrotated(self, gradient: Tensor, selection: Selection) -> Tensor:
         """The gradient of heads before they are rotated, from that of rotated ones."""
@@ -94,9 +96,10 @@ class Attention:
     def project(self, x: Tensor) -> Heads:
         """Queries of the kept rows, keys and values of the key rows, from normalized rows."""
         architecture, index = self._architecture, self._index
-        q = self._batch.rotate(architecture.queries(index, self._kept_of(x)), self.kept)
-        k = self._batch.rotate(architecture.keys(index, x), self.keys)
-        v = architecture.values(index, x)
+        with shared_rows():
+            q = self._batch.rotate(architecture.queries(index, self._kept_of(x)), self.kept)
+            k = self._batch.rotate(architecture.keys(index, x), self.keys)
+            v = architecture.values(index, x)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         return Heads(q.to(v.dtype), k.to(v.dtype), v)
 

@@ -51,11 +51,18 @@ class StepMemory:
         adapters: LoRA on it.
         step: lengths and kept rows.
         quantize: how the weights are stored.
+        fp8: whether frozen weights multiply in 8 bits.
     """
 
     def __init__(
-        self, shape: ModelShape, adapters: Adapters, step: Step, quantize: str | None = None
+        self,
+        shape: ModelShape,
+        adapters: Adapters,
+        step: Step,
+        quantize: str | None = None,
+        fp8: bool = False,
     ) -> None:
+        self._fp8 = fp8
         self._shape, self._adapters, self._step = shape, adapters, step
         self._quantize = quantize
         size = step.size
@@ -82,7 +89,7 @@ class StepMemory:
         if groups == self._step.head_groups:
             return self
         step = replace(self._step, head_groups=groups)
-        return StepMemory(self._shape, self._adapters, step, self._quantize)
+        return StepMemory(self._shape, self._adapters, step, self._quantize, self._fp8)
 
     # The whole step
 
@@ -90,7 +97,9 @@ class StepMemory:
     def weights(self) -> int:
         """Frozen weights, adapters and the optimizer's state."""
         trainable = self._adapters.parameters(self._shape) * self._adapters.size
-        return weight_bytes(self._shape, self._step.size, self._quantize) + 3 * trainable
+        copied = self._fp8 and self._quantize != "float8"
+        frozen = weight_bytes(self._shape, self._step.size, self._quantize)
+        return frozen + (self._shape.parameters()[0] if copied else 0) + 3 * trainable
 
     @property
     def fixed(self) -> int:
@@ -172,7 +181,8 @@ class StepMemory:
         down = rows.mlp * (hidden + size * shape.width) + self._apart("down_proj", rows.mlp)
         # When attention's backward runs, what the MLP stored is gone.
         attending = rows.attention * (hidden + self._attention_backward()) - mlp
-        forward = rows.mlp * (size * shape.width + 2 * hidden)
+        forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
+        down += rows.mlp * self._rounded()
         matrices = self._matrices(all_of_mlp=False)
         return LayerBytes(attention + mlp, forward + matrices, max(down, attending, 0) + matrices)
 
@@ -188,9 +198,9 @@ class StepMemory:
         gathered = hidden if step.is_indexed(rows.mlp) else 0
         # Rows, their norm, gate, up and their product; in backward its gradient in place of the
         # norm's result, unless adapters hold both.
-        forward = chunk * (2 * hidden + 3 * size * shape.width)
+        forward = chunk * (2 * hidden + 3 * size * shape.width + self._rounded())
         graph = chunk * (self._norm() + self._mlp())
-        backward = chunk * (gathered + hidden + size * shape.width) + graph
+        backward = chunk * (gathered + hidden + size * shape.width + self._rounded()) + graph
         backward += self._apart("down_proj", chunk)
         mlp = max(forward + chunk * gathered, backward) + self._matrices(all_of_mlp=True)
 
@@ -317,9 +327,13 @@ class StepMemory:
         inputs = next(each.inputs for each in self._shape.linears() if each.name == name)
         return min(rows * inputs, COPY_ELEMENTS) * self._adapters.size
 
+    def _rounded(self) -> int:
+        """The widest rows in 8 bits, and their scales."""
+        return self._shape.width + 4 if self._fp8 else 0
+
     def _matrices(self, all_of_mlp: bool) -> int:
         """Matrices that are made of quantised weights: one, or those of an MLP together."""
-        if self._quantize != "nf4":
+        if self._quantize != "nf4" and not self._fp8:
             return 0
-        one = self._shape.hidden * self._shape.width * self._step.size
+        one = self._shape.hidden * self._shape.width * (1 if self._fp8 else self._step.size)
         return 3 * one if all_of_mlp else one

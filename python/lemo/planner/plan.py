@@ -24,7 +24,7 @@ __all__ = [
 MARGIN = 0.05
 """Share of the memory that a plan leaves free: what predictions may be wrong by."""
 
-NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5)
+NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, fp8=1.3e15)
 """Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured."""
 
 _GIB = 2**30

@@ -93,8 +93,9 @@ class Request:
             shifted=group > 0,
             embeds_all=embeds_all(self.elimination),
         )
-        memory = StepMemory(self.shape, self.adapters, step, self.quantize)
-        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group)
+        fp8 = self.elimination.products == "fp8"
+        memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
+        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
         return Planner(memory, time)
 
     def longest(self, limit: int) -> int:
@@ -114,6 +115,7 @@ class Request:
         if self.batch > 1 and self._fits(replace(self, batch=1), tokens, limit):
             ways.append("one sequence at a time (batch size 1)")
         can_quantise = self.quantize is None and self.size == 2
+        can_quantise = can_quantise and self.elimination.products == "dtype"
         if can_quantise and self._fits(replace(self, quantize="nf4"), tokens, limit):
             ways.append("weights in 4 bits (quantize nf4)")
         return "; ".join(ways)

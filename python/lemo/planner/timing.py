@@ -40,6 +40,7 @@ class Rates:
         attention_backward: the same of its backward pass.
         bytes: bytes that element-wise operations read or write.
         launch: seconds of the host for an operation.
+        fp8: floating point operations of products in 8 bits; 0: not measured.
     """
 
     products: float
@@ -47,20 +48,23 @@ class Rates:
     attention_backward: float
     bytes: float
     launch: float
+    fp8: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Operations of products, and bytes that are moved, for each row."""
+    """Operations of products, in the model's dtype and in 8 bits, and bytes that are moved, for
+    each row."""
 
     products: float = 0
     moved: float = 0
+    fp8: float = 0
 
     def __add__(self, other: _Work) -> _Work:
-        return _Work(self.products + other.products, self.moved + other.moved)
+        return _Work(self.products + other.products, self.moved + other.moved, self.fp8 + other.fp8)
 
     def __sub__(self, other: _Work) -> _Work:
-        return _Work(self.products - other.products, self.moved - other.moved)
+        return _Work(self.products - other.products, self.moved - other.moved, self.fp8 - other.fp8)
 
 
 class StepTime:
@@ -73,6 +77,7 @@ class StepTime:
         rates: of the machine.
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
+        fp8: whether frozen weights multiply in 8 bits.
     """
 
     def __init__(
@@ -83,7 +88,9 @@ class StepTime:
         rates: Rates,
         window: int = 0,
         group_size: int = 0,
+        fp8: bool = False,
     ) -> None:
+        self._fp8 = fp8
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
@@ -93,9 +100,8 @@ class StepTime:
         if groups == self._step.head_groups:
             return self
         step = replace(self._step, head_groups=groups)
-        return StepTime(
-            self._shape, self._adapters, step, self._rates, self._window, self._group_size
-        )
+        more = self._window, self._group_size, self._fp8
+        return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
     def seconds(self, modes: Iterable[str]) -> float:
         """Of an optimizer step with a mode for each layer."""
@@ -157,7 +163,12 @@ class StepTime:
     def _seconds(self, rows: LayerRows, attention: _Work, mlp: _Work) -> float:
         products = rows.attention * attention.products + rows.mlp * mlp.products
         moved = rows.attention * attention.moved + rows.mlp * mlp.moved
-        return products / self._rates.products + moved / self._rates.bytes
+        eights = rows.attention * attention.fp8 + rows.mlp * mlp.fp8
+        return (
+            products / self._rates.products
+            + moved / self._rates.bytes
+            + (eights / self._rates.fp8 if eights else 0)
+        )
 
     def _attending(self, rows: int, operations: int, rate: float) -> float:
         """Seconds of attention among the kept rows of each sequence."""
@@ -174,12 +185,20 @@ class StepTime:
 
     # Work of a row
 
+    def _frozen(self, read: int, written: int) -> _Work:
+        """A product with a frozen weight, of rows of so many numbers."""
+        operations, size = 2 * read * written, self._step.size
+        if not self._fp8:
+            return _Work(operations, size * (read + written))
+        # Rows are rounded, which reads and writes them, and then read in 8 bits.
+        return _Work(0, read * (size + 2) + size * written, operations)
+
     def _linear(self, name: str) -> _Work:
         """A linear layer, forward."""
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(inputs, outputs)
         if name not in self._adapters.targets:
             return work
         pair = 2 * rank * (inputs + outputs)
@@ -195,7 +214,7 @@ class StepTime:
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(outputs, inputs)
         if name not in self._adapters.targets:
             return work
         pair = 4 * rank * (inputs + outputs)

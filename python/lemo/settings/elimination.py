@@ -220,6 +220,14 @@ class LemoConfig(Settings):
         "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
         "where the class is one of these, else generic.",
     )
+    products: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="In what products with the frozen weights of layers are computed, forward and "
+        "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
+        "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
+        "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
+        "name them. The head, attention, norms and adapters are not changed.",
+    )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
         LayerwiseConfig(), description="Policies that differ from layer to layer or in time."

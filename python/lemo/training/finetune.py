@@ -270,6 +270,8 @@ class _Run:
             with self._autocast():
                 for line in by_reason(self.handle.general_modules()):
                     _log.info("runs as the module it is, not in lemo's code: %s", line)
+            for line in by_reason(self.handle.unquantised_products()):
+                _log.info("multiplies in the model's dtype, not in 8 bits: %s", line)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
