@@ -56,8 +56,8 @@ class OnCpu:
 
     bytes = 0
 
-    def __init__(self, function, inputs, parameters, place):
-        self._function, self._parameters = function, parameters
+    def __init__(self, function, inputs, parameters, module, place):
+        self._function, self._parameters, self._module = function, parameters, module
         self._inputs = [None if x is None else x.detach().clone() for x in inputs]
 
     def load(self, inputs):
@@ -67,13 +67,14 @@ class OnCpu:
 
     def forward(self):
         first, *others = self._inputs
-        with torch.enable_grad(), NoWaiting():
-            self._loss = self._function([first.clone(), *others])
-        return self._loss.detach().clone()
+        aliased = cuda_graphs._aliased(self._module, self._parameters)
+        with torch.enable_grad(), NoWaiting(), aliased as wanted:
+            loss = self._function([first.clone(), *others])
+            self._gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return loss.detach().clone()
 
     def backward(self, dloss):
-        with NoWaiting():
-            return list(torch.autograd.grad(self._loss, self._parameters, dloss, allow_unused=True))
+        return [None if x is None else x * dloss for x in self._gradients]
 
 
 class Place:
@@ -261,16 +262,16 @@ def test_a_capture_that_fails_leaves_the_pass_as_it_was(captured, monkeypatch, c
 
 
 def test_graphs_are_bounded_and_shapes_that_do_not_come_again_are_not_captured(captured):
-    graphs, weight = CudaGraphs(), torch.ones(1, requires_grad=True)
+    graphs, module = CudaGraphs(), torch.nn.Linear(1, 1, bias=False)
 
     def function(inputs):
-        return (inputs[0] * weight).sum()
+        return (inputs[0] * module.weight).sum()
 
     for size in range(1, 40):
-        graphs.run("key", function, [torch.ones(size)], [weight])
+        graphs.run("key", function, [torch.ones(size)], [module.weight], module)
     assert graphs.captured == 0
     for size in range(1, 40):
-        graphs.run("key", function, [torch.ones(size)], [weight]).backward()
+        graphs.run("key", function, [torch.ones(size)], [module.weight], module).backward()
     assert graphs.captured == 8
 
 

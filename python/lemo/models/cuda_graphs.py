@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemo.ops._autograd import first_order_only
 
@@ -72,6 +72,7 @@ class CudaGraphs:
         function: Function,
         inputs: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
+        module: nn.Module,
         obstacle: Callable[[], str | None] = lambda: None,
     ) -> Tensor:
         """function(inputs), a scalar that is differentiable in the inputs and in the parameters.
@@ -86,6 +87,7 @@ class CudaGraphs:
                 It may overwrite the first of its inputs, and no others.
             inputs: on one CUDA device.
             parameters: of which it needs gradients.
+            module: has them, and the function finds them there.
             obstacle: asked before the capture, what stands against it; None: nothing.
         """
         key = key, tuple(map(_form, inputs))
@@ -110,7 +112,7 @@ class CudaGraphs:
             if reason is not None:
                 self.say(f"CUDA graphs: passes run without one: {reason}")
             self._graphs[key] = (
-                self._capture(function, inputs, parameters) if reason is None else None
+                self._capture(function, inputs, parameters, module) if reason is None else None
             )
         graph = self._graphs[key]
         if graph is None:
@@ -130,12 +132,16 @@ class CudaGraphs:
             _log.info("%s", message)
 
     def _capture(
-        self, function: Function, inputs: Sequence[Tensor | None], parameters: Sequence[Tensor]
+        self,
+        function: Function,
+        inputs: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        module: nn.Module,
     ) -> "_Graph | None":
         if self._place is None:
             self._place = _Place()
         try:
-            graph = _Graph(function, inputs, parameters, self._place)
+            graph = _Graph(function, inputs, parameters, module, self._place)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -189,6 +195,7 @@ class _Graph:
         function: Function,
         inputs: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
+        module: nn.Module,
         place: _Place,
     ) -> None:
         self._inputs = [None if x is None else torch.empty_like(x) for x in inputs]
@@ -197,9 +204,8 @@ class _Graph:
             if x is not None and given is not None:
                 x.requires_grad_(given.requires_grad)
         leaves = [x for x in self._inputs if x is not None and x.requires_grad]
-        wanted = [*leaves, *parameters]
-        device = wanted[0].device
-        self._gradients, self._flat = _flat_buffers(wanted)
+        device = parameters[0].device
+        self._gradients, self._flat = _flat_buffers([*leaves, *parameters])
         self._dloss = torch.ones((), dtype=torch.float32, device=device)
         # They stay, and so do their addresses, while the graph does.
         self._function, self._parameters = function, parameters
@@ -207,7 +213,13 @@ class _Graph:
         self._forward_graph, self._backward_graph = self._new_graphs()
         current = torch.cuda.current_stream(device)
         # The stream is the caller's again even where the end of a capture raises.
-        with _random_state_restored(device), torch.cuda.stream(current), _no_collection():
+        with (
+            _random_state_restored(device),
+            torch.cuda.stream(current),
+            _no_collection(),
+            _aliased(module, parameters) as aliases,
+        ):
+            wanted = [*leaves, *aliases]
             # On a stream of its own: what libraries keep for the capturing one goes into the pool.
             self._warm_up(wanted, torch.cuda.Stream(device), current)
             torch.cuda.synchronize(device)
@@ -330,6 +342,29 @@ def _flat_buffers(
         shapes = [tensors[index].shape for index in indices]
         flat.append((whole, list(zip(indices, sizes, shapes))))
     return views, flat
+
+
+@contextmanager
+def _aliased(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Other leaves of autograd in the place of parameters, in the same memory.
+
+    A parameter that an earlier pass used is bound to the stream of that pass while somebody holds
+    its loss, and backward would wait for that stream.
+    """
+    aliases = {id(x): nn.Parameter(x.detach()) for x in parameters}
+    places = [
+        (each._parameters, name, x)
+        for each in module.modules()
+        for name, x in each._parameters.items()
+        if x is not None and id(x) in aliases
+    ]
+    try:
+        for of_module, name, x in places:
+            of_module[name] = aliases[id(x)]
+        yield [aliases[id(x)] for x in parameters]
+    finally:
+        for of_module, name, x in places:
+            of_module[name] = x
 
 
 @contextmanager

@@ -105,8 +105,7 @@ class TrainingForward(Training[Elimination]):
             assert computed is not None
             return computed
 
-        read = list(parameters_of(architecture.causal_lm)) if read is None else read
-        output["logits"] = DeferredLogits(logits, read)
+        output["logits"] = DeferredLogits(logits, read or parameters_of(architecture.causal_lm))
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
@@ -163,7 +162,8 @@ class TrainingForward(Training[Elimination]):
         key, parameters, read = step.captured()
         small = self.elimination.config.cuda_graphs == "auto"
         obstacle = partial(step.obstacle, parameters, small)
-        return graphs.run(key, step, inputs, parameters, obstacle), most, read
+        module = self._architecture.causal_lm
+        return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
 
     def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
         """Labels of `targets` [R] that count at most; until something has been trained exactly."""
