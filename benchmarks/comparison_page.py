@@ -26,6 +26,8 @@ PLOTS = {"step_s": "comparison_time.svg", "peak_gib": "comparison_memory.svg"}
 AXES = {"step_s": "seconds of a step", "peak_gib": "peak memory of the GPU, GiB"}
 NOTHING = "Nothing has been measured yet."
 OUT_OF_MEMORY = "out of memory"
+# GiB of pinned host memory that are worth a line.
+LEAST_PINNED = 0.1
 # What README shows of it.
 SHORT = ("plain", "checkpointing", "selective", "offload", "liger", "liger-tiled", "unsloth", "trl")
 SHORT += ("cce", "fa4", "s2", "lemo-1", "lemo-0.5", "lemo-0.5-planned", "lemo-0.25")
@@ -113,7 +115,8 @@ def shares(rows: Rows) -> str:
 
 
 def host_table(rows: Rows) -> str:
-    """Memory of the host at the longest measured length."""
+    """Memory of the host at the longest measured length, of those that pin some; empty where none
+    does."""
     lines = []
     for name in names_of(rows):
         mine = {tokens: row for (other, tokens), row in rows.items() if other == name}
@@ -121,9 +124,12 @@ def host_table(rows: Rows) -> str:
         if not measured:
             continue
         row = mine[max(measured)]
-        pinned = row.get("pinned_gib")
-        cells = [f"{row['host_gib']:.1f}", "" if pinned is None else f"{pinned:.1f}"]
-        lines.append([title_of(name), str(max(measured)), *cells])
+        pinned = row.get("pinned_gib") or 0.0
+        if pinned >= LEAST_PINNED:
+            cells = [str(max(measured)), f"{row['host_gib']:.1f}", f"{pinned:.1f}"]
+            lines.append([title_of(name), *cells])
+    if not lines:
+        return ""
     head = ["", "tokens", "process, GiB", "of it pinned, GiB"]
     return markdown(head, ["---", "---:", "---:", "---:"], lines)
 
@@ -136,7 +142,12 @@ def left_out(groups: dict[Group, Rows]) -> str:
             failed = row.get("failed")
             if failed is not None and failed != OUT_OF_MEMORY and name in CONTENDERS:
                 why[name] = f"{failed} (at {tokens} tokens)"
-    return "\n".join(f"- {title_of(name)}: {why[name]}." for name in CONTENDERS if name in why)
+    seen = {name for rows in groups.values() for name, _ in rows}
+    lines = [f"- {title_of(name)}: {why[name]}." for name in CONTENDERS if name in why]
+    later = [title_of(name) for name in CONTENDERS if name not in seen and name not in why]
+    if later and groups:
+        lines.append(f"- Not measured yet: {'; '.join(later)}.")
+    return "\n".join(lines)
 
 
 def version_table(groups: dict[Group, Rows]) -> str:
@@ -156,8 +167,15 @@ def measured_on(group: Group, rows: Rows) -> str:
     card = "CPU" if gpu is None else gpu.removeprefix("NVIDIA ")
     days = sorted({row["date"] for row in rows.values()})
     commits = sorted({row["commit"] for row in rows.values()})
+    steps = sorted({row["steps"] for row in rows.values() if row.get("steps")})
     bound = "" if memory is None else f", of whose memory PyTorch may take {memory:g} GiB"
-    return f"{model}, {card}{bound}; {', '.join(days)}, commit {', '.join(commits)}"
+    counted = f"measured steps: {' to '.join(map(str, steps[:1] + steps[1:][-1:]))}; "
+    return f"{model}, {card}{bound}; {counted}{', '.join(days)}, commit {', '.join(commits)}"
+
+
+def is_drawn(groups: dict[Group, Rows]) -> bool:
+    """Whether there is a line to draw: more than one length in the first group."""
+    return bool(groups) and len(lengths_of(next(iter(groups.values())))) > 1
 
 
 def figures(rows: Iterable[dict[str, Any]]) -> str:
@@ -171,8 +189,10 @@ def figures(rows: Iterable[dict[str, Any]]) -> str:
         compared = shares(of_group)
         if compared:
             parts += ["Steps of lemo in shares of the fastest exact method's step:", compared]
-        parts += ["Memory of the host at the longest measured length:", host_table(of_group)]
-    if groups:
+        pinned = host_table(of_group)
+        if pinned:
+            parts += ["Who uses memory of the host, at the longest measured length:", pinned]
+    if is_drawn(groups):
         for value, name in PLOTS.items():
             parts.append(f"![{AXES[value]} over the window's length](images/{name})")
     parts += ["### What did not run", left_out(groups)]
@@ -191,7 +211,10 @@ def short_figures(rows: Iterable[dict[str, Any]]) -> str:
         f"{table(of_group, SHORT)}\n\n"
         f"{measured_on(group, of_group)}. Random weights: time and memory only. "
         "All contenders, settings and versions: [docs/COMPARISON.md](docs/COMPARISON.md)."
+    ) + (
         f"\n\n![{AXES['step_s']} over the window's length](docs/images/{PLOTS['step_s']})"
+        if is_drawn(groups)
+        else ""
     )
 
 
@@ -262,7 +285,7 @@ def out_of_date(rows: list[dict[str, Any]], images: Path = IMAGES) -> list[str]:
     found = [
         path.name for path, text in texts(rows).items() if path.read_text(encoding="utf-8") != text
     ]
-    for name in PLOTS.values() if rows else ():
+    for name in PLOTS.values() if is_drawn(groups_of(rows)) else ():
         path = images / name
         if not path.exists() or digest(rows) not in path.read_text(encoding="utf-8"):
             found.append(name)
@@ -282,7 +305,7 @@ def main() -> int:
         return 1 if old else 0
     for path, text in texts(rows).items():
         path.write_text(text, encoding="utf-8")
-    for value, name in PLOTS.items() if rows else ():
+    for value, name in PLOTS.items() if is_drawn(groups_of(rows)) else ():
         plot(rows, value, IMAGES / name)
     return 0
 

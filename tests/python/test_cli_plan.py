@@ -53,6 +53,22 @@ def test_a_plan(folder, capsys):
         assert run(capsys, folder, "--tokens", tokens, *arguments[3:])[0] == expected
 
 
+def test_a_plan_of_products_in_8_bits(folder, capsys):
+    arguments = (folder, "--tokens", "32K", "--keep", "0.25", "--gpu-memory", "140GiB")
+    _, plain, _ = run(capsys, *arguments, "--dtype", "bfloat16")
+    code, out, _ = run(capsys, *arguments, "--dtype", "bfloat16", "--fp8")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("model: llama, 32 layers, 8.03 billion parameters, 21.9 GiB")
+    assert lines[2].startswith("products: fp8; the first step logs layers that err too much")
+
+    def peak(out):
+        line = next(line for line in out.splitlines() if line.startswith("peak memory"))
+        return float(line.split()[2])
+
+    assert 6.4 < peak(out) - peak(plain) < 7.2
+
+
 def test_less_memory_recomputes_more(folder, capsys):
     arguments = folder, "--tokens", "64K", "--keep", "0.25", "--gpu-memory"
     _, out, _ = run(capsys, *arguments, "140GiB")

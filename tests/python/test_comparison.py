@@ -249,6 +249,7 @@ def row(contender, tokens, step, peak=10.0, failed=None, **more):
         "gpu": "NVIDIA G",
         "date": "d",
         "commit": "c",
+        "steps": 1,
         **({"failed": failed} if failed else {}),
         **more,
     }
@@ -286,7 +287,11 @@ def test_tables_show_the_last_row_of_each():
     assert "- Unsloth: ImportError: no unsloth (at 8192 tokens)." in text
     assert "| Liger kernels, checkpointing | 65536 | 4.0 | 1.0 |" in text
     assert "| liger-kernel | 0.8 |" in text
-    assert "M, G; d, commit c" in comparison_page.short_figures(ROWS)
+    assert "M, G; measured steps: 1; d, commit c" in comparison_page.short_figures(ROWS)
+    assert "- Not measured yet: Transformers + PEFT, checkpointing;" in text
+    # One length makes no line.
+    assert "images/" in text
+    assert "images/" not in comparison_page.figures(ROWS[:2])
 
 
 @pytest.mark.cpu_only

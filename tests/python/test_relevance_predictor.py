@@ -15,7 +15,7 @@ from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, quer
 from lemo.preparation.relevance import RelevanceWindow, _scores, prepare_relevance
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads
-from lemo.selection.scorers.relevance import predicted_relevance
+from lemo.selection.scorers.relevance import merged, predicted_relevance
 from lemo.settings.preparation import PredictorSettings, PrepareConfig
 from lemo.training.model import load_config
 from tiny import save_tiny_llama
@@ -135,6 +135,17 @@ def test_tokens_that_look_are_those_of_the_answer_and_of_its_question():
     assert of_rows == [0] * 9 + [1] * 19
 
 
+def test_the_best_of_both_scores_come_in_turn():
+    predicted = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0.0]])
+    words = torch.tensor([[0.0, 0.01, 0.0, 0.0, 0.99]])
+    found = merged(predicted, words)
+    assert_close_fp32(found, torch.tensor([[1.0, 1 / 2, 1 / 3, 1 / 4, 1.0]]))
+    # What a score says nothing of it does not find.
+    assert merged(torch.zeros(1, 3), torch.zeros(1, 3)).sum() == 0
+    found = merged(torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3))
+    assert_close_fp32(found, torch.tensor([[0.0, 0.0, 1.0]]))
+
+
 def test_it_learns_what_other_words_say(made):
     recall = made[2]["recall"]["mean"]
     assert recall["most"] == 1.0
@@ -170,7 +181,7 @@ def test_the_folder_gives_back_what_was_measured(made):
 
 def test_a_step_keeps_what_it_predicts(made):
     model, folder, _ = made
-    config = lemo.LemoConfig(scorer="predictor", predictor=str(folder), keep=0.25, block_size=BLOCK)
+    config = lemo.LemoConfig(scorer="predictor", predictor=str(folder), keep=0.5, block_size=BLOCK)
     assert config.finds_answers
     example = window(2002)
     labels = torch.full_like(example.ids, -100)
@@ -183,7 +194,7 @@ def test_a_step_keeps_what_it_predicts(made):
     finally:
         handle.remove()
     assert {span[0] // BLOCK for (span,) in example.needed} <= {*kept}
-    assert len(kept) == 4
+    assert len(kept) == 6
 
 
 def test_what_is_open_follows_answers(made):

@@ -31,6 +31,8 @@ FULL = {
     "loss_chunk": 4096,
     "recompute": "selective",
     "cuda_graphs": "off",
+    "head_groups": 4,
+    "products": "fp8",
     "path": "native",
     "seed": 7,
     "layerwise": {

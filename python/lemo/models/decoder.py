@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lemo import ops
@@ -52,6 +53,8 @@ class Pass:
         drop: whether rows that no sub-block keeps may be dropped.
         place: which rows the residual has.
         modes: what each layer stores; empty before the first layer is entered.
+        head_groups: of attention's backward where it is recomputed, at most.
+        chosen: what the first attention keeps, where it is known before tokens are embedded.
         kept: the rows of the residual that all sub-blocks keep; None: each chooses its own.
         left_out: those that all of them leave out, where these are computed.
     """
@@ -60,8 +63,14 @@ class Pass:
     drop: bool
     place: Placement = field(default_factory=Everywhere)
     modes: Sequence[str] = ()
+    head_groups: int = 1
+    chosen: Selection | None = None
     kept: Selection | None = None
     left_out: Selection | None = None
+
+
+Embed = Callable[[Batch, Tensor | None], tuple[Batch, Tensor]]
+"""Gives a batch with tables of rotations, and the embedded tokens of some of its rows or all."""
 
 
 class Decoder:
@@ -106,43 +115,58 @@ class Decoder:
     def run(
         self,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         labelled: Tensor | None = None,
         visit_residual: Callable[[Tensor], None] | None = None,
         drop: bool = False,
     ) -> Decoded:
-        """Adds all layers to the residual [T, H] in place.
+        """Adds all layers to the embedded tokens.
 
         Args:
             batch: what the rows are.
-            residual: the embedded tokens; overwritten.
+            embed: gives the batch with tables of rotations and the embedded tokens, [R, H], which
+                are overwritten, of some of its rows or (None) all.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_residual: gets a differentiable copy of the residual at the entry of every layer.
             drop: whether rows that no sub-block keeps may be dropped at once, if it can be known.
         """
-        now = self.begin(batch, labelled, drop)
+        now, residual = self.begin(batch, embed, labelled, drop)
         residual = self.layers(now, residual, visit_residual)
         return Decoded(residual, now.place.rows)
 
-    def begin(self, batch: Batch, labelled: Tensor | None, drop: bool) -> Pass:
-        """Begins a pass; the arguments are those of `run`."""
+    def begin(
+        self, batch: Batch, embed: Embed, labelled: Tensor | None, drop: bool
+    ) -> tuple[Pass, Tensor]:
+        """Begins a pass and embeds its tokens; the arguments are those of `run`."""
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
         drop = drop and self.visible_keys == "kept" and self._selector.has_one_set
-        return Pass(batch, drop)
+        now = Pass(batch, drop)
+        if self._scorer.reads_residual:
+            now.batch, residual = embed(batch, None)
+        else:
+            # Before anything is embedded: rows that are dropped cost nothing then.
+            nowhere = torch.empty(0, device=batch.layout.block_starts.device)
+            now.chosen = self._select(0, "attention", now, nowhere)
+            now.place = self._placement(batch, now.chosen, drop)
+            now.batch, residual = embed(batch, now.place.rows)
+        return now, residual
 
     def enter(self, now: Pass, residual: Tensor) -> Tensor:
         """Decides what the first layer keeps and what all of them store; the residual for them.
 
         Args:
             now: a pass that has begun.
-            residual: [T, H], at the entry of the first layer; overwritten.
+            residual: [R, H], at the entry of the first layer; overwritten.
         """
-        kept = self._select(0, "attention", now, residual)
-        now.modes = self._modes.of(now.batch, residual, kept, now.drop)
+        kept = now.chosen
+        if kept is None:
+            kept = self._select(0, "attention", now, residual)
+        now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
         self._latest = _described(now.batch.layout.num_tokens, kept.num_rows, now.modes)
-        now.place = self._placement(now.batch, kept, now.drop)
-        now.batch, residual = now.place.enter(now.batch, residual)
+        if now.chosen is None:
+            now.place = self._placement(now.batch, kept, now.drop)
+            now.batch, residual = now.place.enter(now.batch, residual)
         if self._selector.has_one_set:
             self._selector.keep_everywhere(kept)
             now.kept = now.place.of(kept)
@@ -206,8 +230,9 @@ class Decoder:
         keys = kept
         if kept.rows is not None and self.visible_keys == "all":
             keys = Selection.everything(kept.layout)
-        architecture, size = self._architecture, self._group_size
-        return now.place.attention(architecture, index, now.batch, kept, keys, size)
+        # Where everything is kept whatever the settings say, the pass is to be the model's own.
+        size = 0 if self._selector.is_overruled else self._group_size
+        return now.place.attention(self._architecture, index, now.batch, kept, keys, size)
 
     def _mlp(self, index: int, kept: Selection) -> MLP:
         return MLP(self._architecture, index, kept)
@@ -223,7 +248,7 @@ class Decoder:
                 None if rows[0] is None else self._attention(index, now, rows[0]),
                 None if rows[1] is None else self._mlp(index, rows[1]),
             )
-        return Unit(attention, mlp, left_out)
+        return Unit(attention, mlp, left_out, now.head_groups)
 
     def _left_out(self, kept: Selection, now: Pass) -> Selection | None:
         if kept.rows is None:

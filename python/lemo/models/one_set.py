@@ -15,6 +15,7 @@ from torch import Tensor
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.decoder import Decoder, Pass
+from lemo.models.fp8 import fp8_of
 from lemo.models.general import by_reason, general_modules
 from lemo.models.loss import head_loss
 from lemo.models.out_of_memory import explained
@@ -186,7 +187,7 @@ class OneSet:
         parameters = list(found.values())
         key = (
             id(self.decoder),
-            tuple(self.now.modes),
+            (*self.now.modes, self.now.head_groups),
             self.ignored,
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
@@ -214,6 +215,8 @@ class OneSet:
             return "hooks on the gradients of parameters"
         if small and self._work() > _MOST_WORK:
             return "its kernels take longer than the host takes to issue them"
+        if any(map(fp8_of, self.architecture.causal_lm.modules())):
+            return "products in 8 bits"
         general = general_modules(self.architecture)
         if general:
             return f"modules that run as they are: {by_reason(general)[0]}"

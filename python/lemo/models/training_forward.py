@@ -17,7 +17,7 @@ from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
-from lemo.models.decoder import Decoded, Decoder
+from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
@@ -56,6 +56,7 @@ class TrainingForward(Training[Elimination]):
         self._loss_chunk = config.loss_chunk
         self._mostly_labelled = False
         self.graphs = None if config.cuda_graphs == "off" else CudaGraphs()
+        self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
@@ -65,16 +66,19 @@ class TrainingForward(Training[Elimination]):
             if asked:
                 raise needs_all_rows("output_hidden_states")
             context.begin(architecture.causal_lm, arguments.given)
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        entries, read = None, None
-        if not asked and self._has_one_set(residual):
-            loss, counted, read = self._loss_of_one_set(arguments, batch, residual, targets, lost)
+        entries: list[Tensor] | None = None
+        read: list[Tensor] | None = None
+        if not asked and self._has_one_set(targets.device):
+            loss, counted, read = self._loss_of_one_set(arguments, batch, embed, targets, lost)
         else:
-            decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
+            decoder = self.elimination.decoder
+            if asked:
+                decoder = self.elimination.dense_decoder
+                self._leave_groups_out()
             labelled = targets != ignored
-            decoded, entries = self._decode(decoder, batch, residual, labelled, asked, True)
-            del residual
+            decoded, entries = self._decode(decoder, batch, embed, labelled, asked, True)
             with explained(decoder.describe):
                 loss, counted = causal_lm_loss(
                     architecture,
@@ -107,9 +111,9 @@ class TrainingForward(Training[Elimination]):
             output["hidden_states"] = tuple(entries)
         return output
 
-    def _has_one_set(self, residual: Tensor) -> bool:
+    def _has_one_set(self, device: torch.device) -> bool:
         """Whether all is known before the layers run, which a GPU need not wait for then."""
-        if not (supports_graphs(residual.device) and torch.is_grad_enabled()):
+        if not (supports_graphs(device) and torch.is_grad_enabled()):
             return False
         reason = None
         if self.context is not None:
@@ -128,7 +132,7 @@ class TrainingForward(Training[Elimination]):
         self,
         arguments: ForwardArguments,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         targets: Tensor,
         lost: Tensor | None,
     ) -> tuple[Tensor, int, list[Tensor] | None]:
@@ -137,7 +141,7 @@ class TrainingForward(Training[Elimination]):
         decoder, ignored = self.elimination.decoder, arguments.ignored_label
         labelled = targets != ignored
         with explained(decoder.describe):
-            now = decoder.begin(batch, labelled, self.selector.masks_loss)
+            now, residual = decoder.begin(batch, embed, labelled, self.selector.masks_loss)
             residual = decoder.enter(now, residual)
         self.selector.check_kept()
         masked = self.selector.masked_rows()
@@ -179,11 +183,11 @@ class TrainingForward(Training[Elimination]):
         if self.context is not None:
             raise needs_all_rows("a loss of TRL's head")
         ignored = arguments.ignored_label
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         labelled = targets != ignored
         (residual, computed), _ = self._decode(
-            self.elimination.decoder, batch, residual, labelled, False, True
+            self.elimination.decoder, batch, embed, labelled, False, True
         )
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
@@ -226,11 +230,12 @@ class TrainingForward(Training[Elimination]):
         """The decoder's output: in each row what the dense model gives."""
         if self.context is not None:
             raise needs_all_rows("logits or hidden states")
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
+        self._leave_groups_out()
         (residual, _), entries = self._decode(
-            self.elimination.dense_decoder, batch, residual, labelled, asked
+            self.elimination.dense_decoder, batch, embed, labelled, asked
         )
         self.has_trained = True
         hidden = self._architecture.final_norm(residual)[1]
@@ -249,19 +254,28 @@ class TrainingForward(Training[Elimination]):
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
-    def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
+    def _leave_groups_out(self) -> None:
+        if self._has_shifted_groups:
+            self.say(
+                "layerwise.group_size: without effect where logits or hidden states are asked for, "
+                "since attention has no groups in the dense model"
+            )
+
+    def _begin(self, arguments: ForwardArguments) -> tuple[Batch, Embed]:
+        """The batch of a call, and what embeds its rows."""
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
         self.elimination = self._chosen(arguments)
-        batch, residual = self._architecture.embed(arguments, self.elimination.block_size)
+        batch = self._architecture.batch_of(arguments, self.elimination.block_size)
         scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)
-        return replace(batch, scores=scores), residual
+        embed = partial(self._architecture.embed_rows, arguments)
+        return replace(batch, scores=scores), embed
 
     def _decode(
         self,
         decoder: Decoder,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         labelled: Tensor | None,
         with_entries: bool,
         loss_alone: bool = False,
@@ -279,7 +293,7 @@ class TrainingForward(Training[Elimination]):
         drop = loss_alone and not with_entries and self.selector.masks_loss
         visits = visit if with_entries else None
         with explained(decoder.describe):
-            decoded = decoder.run(batch, residual, labelled, visits, drop)
+            decoded = decoder.run(batch, embed, labelled, visits, drop)
         if torch.is_grad_enabled():
             self.selector.check_kept()
         return decoded, entries if with_entries else None

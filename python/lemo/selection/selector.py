@@ -77,6 +77,11 @@ class Selector:
         """Whether the loss of rows that no sub-block keeps does not count."""
         return self.config.mask_loss is not False
 
+    @property
+    def is_overruled(self) -> bool:
+        """Whether everything is kept, whatever the settings say."""
+        return self._keeps_everything
+
     @contextmanager
     def keeping_everything(self) -> Iterator[None]:
         """Every sub-block keeps everything inside, whatever the settings say."""

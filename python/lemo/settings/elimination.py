@@ -73,7 +73,8 @@ class LayerwiseConfig(Settings):
     )
     group_size: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
-        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307); null: no "
+        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
+        "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
         "groups.",
     )
 
@@ -205,12 +206,27 @@ class LemoConfig(Settings):
         "are, or processes share out rows or weights; the log says so. The activations' memory "
         "stays with the graphs.",
     )
+    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+        None,
+        description="Groups of key heads, with their query heads, by which attention's backward "
+        "runs in layers that are recomputed: more of them take less memory at a time, and a little "
+        "more time; at most one for each key head (for every two with group_size). null: as many "
+        "as the memory asks for where the planner decides, else 1.",
+    )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",
         description="How the layers of a model run. native: lemo computes them, with every setting "
         "(Llama, Mistral, Qwen2, Qwen3, OPT); generic: the model's own layers run on the kept "
         "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
         "where the class is one of these, else generic.",
+    )
+    products: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="In what products with the frozen weights of layers are computed, forward and "
+        "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
+        "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
+        "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
+        "name them. The head, attention, norms and adapters are not changed.",
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
@@ -235,6 +251,11 @@ class LemoConfig(Settings):
             raise ValueError(
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
+            )
+        if (self.head_groups or 1) > 1 and self.visible_keys == "computed":
+            raise ValueError(
+                "head_groups: expected null or 1 with visible_keys 'computed', where keys of other "
+                f"rows are put between, got {self.head_groups}"
             )
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None

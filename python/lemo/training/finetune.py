@@ -15,12 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    get_int_from_env,
-    set_seed,
-)
+from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -47,12 +42,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised
 from lemo.training.behind import Copy, Writer
-from lemo.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-)
+from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
@@ -280,6 +270,8 @@ class _Run:
             with self._autocast():
                 for line in by_reason(self.handle.general_modules()):
                     _log.info("runs as the module it is, not in lemo's code: %s", line)
+            for line in by_reason(self.handle.unquantised_products()):
+                _log.info("multiplies in the model's dtype, not in 8 bits: %s", line)
         trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -296,7 +288,9 @@ class _Run:
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
             return elimination
-        return elimination.model_copy(update={"recompute": self.plan.recompute})
+        plan = self.plan
+        stored = {"recompute": plan.recompute, "head_groups": plan.plan.head_groups}
+        return elimination.model_copy(update=stored)
 
     @property
     def windows_per_step(self) -> int:

@@ -55,6 +55,7 @@ class RunPlan:
         content = {
             "asked": self.asked,
             "modes": list(plan.modes),
+            "head_groups": plan.head_groups,
             "kept_bytes": [layer.kept for layer in plan.layers],
             "peak_bytes": plan.peak,
             "seconds": plan.seconds,
@@ -115,7 +116,7 @@ def request_of(
         shape,
         adapters,
         elimination,
-        calibrated(shape, device, dtype) if rates is None else rates,
+        calibrated(shape, device, dtype, elimination.products == "fp8") if rates is None else rates,
         batch=config.batch_size,
         size=dtype.itemsize,
         autocast=dtype != torch.float32,
@@ -213,6 +214,8 @@ def plan_run(
     if recompute == "auto" and config.gradient_checkpointing:
         recompute = "layer"
     asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.head_groups is not None:
+        asked["head_groups"] = elimination.head_groups
     layers = request.shape.layers
     if recompute != "auto":
         modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
@@ -236,11 +239,7 @@ def plan_run(
     if config.memory_limit is None and _keeps_less(elimination):
         # What is predicted is an upper bound.
         _log.warning("%s; scores may keep fewer rows, so the run begins", message)
-        return (
-            None
-            if recompute != "auto"
-            else RunPlan(planner.of(["layer"] * layers, limit), asked, request)
-        )
+        return None if recompute != "auto" else RunPlan(planner.smallest(limit), asked, request)
     raise DoesNotFitError(message)
 
 
@@ -260,7 +259,7 @@ def _recorded(
         content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
         if content["asked"] != asked:
             return None
-        plan: Plan = planner.of(content["modes"], limit)
+        plan: Plan = planner.of(content["modes"], limit, content["head_groups"])
     except (OSError, ValueError, KeyError, IndexError):
         return None
     return plan if plan.peak <= limit else None

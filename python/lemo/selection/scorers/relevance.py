@@ -70,11 +70,29 @@ def predicted_relevance(
     return results
 
 
+def merged(predicted: Tensor, words: Tensor) -> Tensor:
+    """[A, B] fp32: one over the better rank of a block among those of its answer.
+
+    So the best blocks of either score come in turn, whatever their scales: a share of the blocks
+    holds what either finds with half of it.
+
+    Args:
+        predicted, words: [A, B], scores of at least 0.
+    """
+    parts = []
+    for scores in (predicted, words):
+        ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        parts.append((scores > 0) / (1.0 + ranks))
+    return torch.maximum(parts[0], parts[1])
+
+
 class RelevanceScorer(AnswerScorer):
-    """Scores a block by a predictor that `lemo prepare --target relevance` trained for the model.
+    """Scores a block by a predictor that `lemo prepare --target relevance` trained for the model,
+    and by shared words.
 
     It reads the tokens' embeddings, so it costs no layer: two small nets, and a product of each
-    answer's tokens with all keys. It finds what it has learned to find; see docs/ANSWERS.md.
+    answer's tokens with all keys. The predictor finds what it has learned to find, words (see
+    `LexicalScorer`) what is repeated; the best of both are kept in turn, see `merged`.
 
     Args:
         predictor: what runs.
@@ -104,4 +122,15 @@ class RelevanceScorer(AnswerScorer):
                 "(layerwise)"
             )
         self._predictor.to(residual.device)
-        return predicted_relevance(self._predictor, residual, batch.layout, answers)
+        assert batch.ids is not None
+        predicted = predicted_relevance(self._predictor, residual, batch.layout, answers)
+        size = batch.layout.block_size
+        texts = batch.ids.cpu().split(batch.layout.seqlens)
+        relevance: list[Tensor | None] = []
+        for ids, found, shares in zip(texts, answers, predicted):
+            if found is None or shares is None:
+                relevance.append(None)
+                continue
+            words = ops.word_relevance(ids, found.firsts, found.ends, size).to(shares.device)
+            relevance.append(merged(shares, words * found.open_blocks(size, shares)))
+        return relevance
