@@ -9,7 +9,7 @@ from torch import nn
 
 import lemo
 from lemo import ops, reference
-from lemo.models import fp8, weights
+from lemo.models import fp8, products, weights
 from lemo.models.fp8 import LIMIT, Fp8Linear
 from lemo.models.linear import apply_linear
 from model_checks import assert_same_gradients
@@ -174,9 +174,9 @@ def test_under_autocast_with_fp32_adapters():
     model = lora(make_model("llama", dtype=torch.bfloat16))
     plain = copy.deepcopy(model)
     batch, losses = padded_batch([61, 45]), []
-    for each, products in ((model, "fp8"), (plain, "dtype")):
+    for each, kind in ((model, "fp8"), (plain, "dtype")):
         with torch.autocast("cpu", torch.bfloat16):
-            handle, loss = trained(each, batch, products=products)
+            handle, loss = trained(each, batch, products=kind)
         assert handle.unquantised_products() == {}
         assert all(gradient.isfinite().all() for gradient in gradients(each).values())
         losses.append(loss)
@@ -366,6 +366,17 @@ def test_other_quantised_bases_are_refused():
     with pytest.raises(ValueError, match=r"got 'fp8' and a bitsandbytes.nn.modules.Linear4bit as"):
         lemo.enable(model, config_of())
     assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
+
+
+def test_sharded_weights_are_refused_whenever_they_are(monkeypatch):
+    model, batch = lora(make_model("llama")), padded_batch([61])
+    lemo.enable(model, config_of())
+    monkeypatch.setattr(products, "is_sharded", lambda module: True)
+    message = "products: expected 'dtype' where weights are sharded"
+    with pytest.raises(ValueError, match=message):
+        model(**batch)
+    with pytest.raises(ValueError, match=message):
+        lemo.enable(lora(make_model("llama")), config_of())
 
 
 class Float8Tensor(torch.Tensor):
