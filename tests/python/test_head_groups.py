@@ -11,7 +11,10 @@ from lemo.models import rows
 from lemo.packing.chunks import split_heads
 from lemo.planner import memory
 from lemo.planner.memory import StepMemory
-from lemo.planner.shape import LayerRows, shape_of, step_of
+from lemo.planner.plan import NOMINAL, Planner
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.text import plan_lines
+from lemo.planner.timing import StepTime
 from model_cases import BATCHES
 from planner_cases import CASES, PeakOfTensors, model_of
 from tiny_models import config_of, gradients, lora, make_ids, make_model
@@ -206,3 +209,31 @@ def test_the_highest_bytes_of_a_step_are_predicted(how, mask_loss, keep, monkeyp
         assert measured <= predicted
         assert predicted - sums < 1.05 * measured
     assert peaks[2][0] < peaks[0][0]
+
+
+def planner_of(groups, **overrides):
+    shape = ModelShape(4, 512, 512, 8, 4, 64, 1000, **overrides)
+    adapters, kept = Adapters(size=2), [LayerRows(2**16, 2**16)] * 4
+    step = step_of(shape, [2**16], kept, labelled=1e-3, head_groups=groups)
+    return Planner(StepMemory(shape, adapters, step), StepTime(shape, adapters, step, NOMINAL))
+
+
+def test_the_planner_groups_heads_where_memory_asks_for_it():
+    planner = planner_of(None)
+    whole, grouped = (planner.of(["layer"] * 4, 0, groups).peak for groups in (1, 4))
+    limit = (whole + grouped) // 2
+    assert grouped < limit < whole
+    plan = planner.plan(limit)
+    assert plan.head_groups > 1
+    assert plan.peak <= limit
+    assert planner.plan(10 * whole).head_groups == 1
+    assert planner.plan(grouped - 1) is None
+    assert planner.least() < 1.001 * grouped  # kept bytes are rounded up
+    assert planner_of(1).plan(limit) is None
+    # Asked for as they are, the fewest groups that fit.
+    assert planner.of(["layer"] * 4, limit).head_groups == plan.head_groups
+    assert planner.of(["layer"] * 4, whole).head_groups == 1
+    assert planner.of(["layer"] * 4, 0) == planner.smallest(0)
+    # Norms of heads take as much.
+    assert planner_of(None, head_norms=True).plan(limit) is None
+    assert plan_lines(plan)[-1] == f"attention's backward: by {plan.head_groups} groups of heads"
