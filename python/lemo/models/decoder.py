@@ -19,6 +19,7 @@ from lemo.models.batch import Batch
 from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
 from lemo.models.modes import Modes
+from lemo.models.offload import LayerOffload, Offload, OffloadedPass
 from lemo.models.placement import Everywhere, KeptAlone, Placement, SharedOut
 from lemo.models.sharded import check_whole, run_inside
 from lemo.models.sub_blocks import MLP, Attention
@@ -52,12 +53,14 @@ class _Pass:
         drop: whether rows that no sub-block keeps may be dropped.
         place: which rows the residual has.
         modes: what each layer stores.
+        offload: moves it to the host.
     """
 
     batch: Batch
     drop: bool
     place: Placement = field(default_factory=Everywhere)
     modes: Sequence[str] = ()
+    offload: OffloadedPass | None = None
 
 
 class Decoder:
@@ -68,6 +71,7 @@ class Decoder:
         selector: decides what each sub-block keeps.
         scorer: where block scores come from.
         modes: what each layer stores.
+        offload: moves it to the host.
         visible_keys: as in `LemoConfig`.
         group_size: tokens of a shifted attention group; 0: no groups.
         context: processes that share out the rows; None: this one has them all.
@@ -79,6 +83,7 @@ class Decoder:
         selector: Selector,
         scorer: Scorer,
         modes: Modes,
+        offload: Offload,
         visible_keys: str = "kept",
         group_size: int = 0,
         context: ContextParallel | None = None,
@@ -89,6 +94,7 @@ class Decoder:
         self._visible_keys = visible_keys
         self._group_size = group_size
         self._modes = modes
+        self._offload = offload
         self._context = context
         self._latest = ""
 
@@ -123,6 +129,8 @@ class Decoder:
                 visit_residual(entry)
             layer = self._architecture.layer(index)
             residual = run_inside(layer, partial(self._layer, index, now), residual)
+        if now.offload is not None:
+            now.offload.finish()
         return Decoded(residual, now.place.rows)
 
     def _placement(self, batch: Batch, kept: Selection, drop: bool) -> Placement:
@@ -138,15 +146,31 @@ class Decoder:
         check_whole(layer, f"layer {index}")
         kept = self._select(index, "attention", now.batch, residual)
         if index == 0:
-            now.modes = self._modes.of(now.batch, residual, kept, now.drop)
+            now.modes, shares = self._modes.of(now.batch, residual, kept, now.drop)
+            now.offload = self._offload.begin(shares, residual.device)
             tokens = now.batch.layout.num_tokens
-            self._latest = _described(tokens, kept.num_rows, now.modes)
+            self._latest = _described(tokens, kept.num_rows, now.modes, shares)
             now.place = self._placement(now.batch, kept, now.drop)
             now.batch, residual = now.place.enter(now.batch, residual)
-        execution = execution_of(layer, now.modes[index])
+        assert now.offload is not None
+        with now.offload.layer(index, layer) as moved:
+            return self._run(index, now, kept, residual, moved)
+
+    def _run(
+        self,
+        index: int,
+        now: _Pass,
+        kept: Selection,
+        residual: Tensor,
+        moved: LayerOffload | None,
+    ) -> Tensor:
+        execution = execution_of(self._architecture.layer(index), now.modes[index])
         batch, place = now.batch, now.place
         kept = place.of(kept)
         attention = self._attention(index, batch, kept, place)
+        if moved is not None:
+            # They belong to all layers.
+            moved.leave_out(residual, batch, vars(batch.packed), kept, attention.keys)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
             mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
             return execution.run(residual, self._unit(index, batch, attention, mlp, place))
@@ -200,10 +224,11 @@ class Decoder:
         return place.left_out(kept, self._selector.left_out)
 
 
-def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:
+def _described(tokens: int, rows: int, modes: Sequence[str], shares: Sequence[float]) -> str:
     runs, first = [], 0
-    for mode, group in groupby(modes):
+    for (mode, share), group in groupby(zip(modes, shares)):
         end = first + len(list(group))
-        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'")
+        host = f", {share:.0%} on the host" if share else ""
+        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'{host}")
         first = end
     return f"{tokens} tokens, of which the first layer keeps {rows}; {', '.join(runs)}"

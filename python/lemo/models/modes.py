@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +14,28 @@ from lemo.models.batch import Batch
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MODES, StepMemory
-from lemo.planner.plan import NOMINAL, Planner
+from lemo.planner.plan import NOMINAL, HostRules, Planner
 from lemo.planner.rows import rows_of
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Modes", "free_bytes"]
+__all__ = ["Actions", "Modes", "free_bytes"]
 
 # Passes of up to an eighth more rows share a plan.
 _PARTS = 8
+
+
+class Actions(NamedTuple):
+    """What becomes of the activations of each layer.
+
+    Attributes:
+        modes: the setting `recompute`.
+        shares: of what it saves, what goes to the host.
+    """
+
+    modes: Sequence[str]
+    shares: Sequence[float]
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -57,15 +69,16 @@ class Modes:
     ) -> None:
         self._architecture, self._config = architecture, config
         self._visible_keys, self._alone = visible_keys, alone
-        self._plans: dict[Any, tuple[str, ...]] = {}
+        self._plans: dict[Any, Actions] = {}
+        self._shares = config.offload_shares(architecture.num_layers)
         count, asked = architecture.num_layers, config.recompute
         if not isinstance(asked, str) and len(asked) != count:
             raise ValueError(
                 f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
             )
 
-    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Sequence[str]:
-        """The setting `recompute` of each layer in a pass.
+    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Actions:
+        """What becomes of the activations of each layer in a pass.
 
         Args:
             batch: what the rows are.
@@ -74,13 +87,17 @@ class Modes:
             one_set: whether all layers keep it, and other rows are dropped.
         """
         count, asked = self._architecture.num_layers, self._config.recompute
-        if not isinstance(asked, str):
-            return asked
-        if asked == "auto" and self._alone and self._is_planned():
-            planned = self._planned(batch, residual, kept, one_set)
+        modes = [asked] * count if isinstance(asked, str) else list(asked)
+        # Whoever switches it on asks for the least memory.
+        chooses = asked == "auto" and not self._architecture.layer(0).gradient_checkpointing
+        if (chooses or self._shares is None) and self._alone and self._is_planned():
+            fixed = (
+                None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
+            )
+            planned = self._planned(batch, residual, kept, one_set, fixed)
             if planned is not None:
-                return planned
-        return [asked] * count
+                return planned if chooses else planned._replace(modes=modes)
+        return Actions(modes, self._shares or [0.0] * count)
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
@@ -90,15 +107,18 @@ class Modes:
             and layer.training
             # What gathered weights of other layers take is not predicted.
             and not is_sharded(layer)
-            # Whoever switches it on asks for the least memory.
-            and not layer.gradient_checkpointing
             and self._visible_keys == self._config.visible_keys == "kept"
         )
 
     def _planned(
-        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
-    ) -> tuple[str, ...] | None:
-        """The fastest modes within the free memory; None where memory is not planned."""
+        self,
+        batch: Batch,
+        residual: Tensor,
+        kept: Selection,
+        one_set: bool,
+        modes: tuple[str, ...] | None,
+    ) -> Actions | None:
+        """The fastest actions within the free memory; None where memory is not planned."""
         try:
             shape = shape_of(self._architecture.config)
         except ValueError:
@@ -110,7 +130,7 @@ class Modes:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(_rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
-        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast
+        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast, modes
         if key not in self._plans:
             free = free_bytes(residual.device)
             adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
@@ -129,16 +149,31 @@ class Modes:
                 cuda=residual.device.type == "cuda",
                 loss_chunk=self._config.loss_chunk,
             )
-            self._plans[key] = _modes(shape, adapters, StepMemory(shape, adapters, step), free)
+            host = HostRules(self._config.host_bytes, self._shares)
+            memory = StepMemory(shape, adapters, step)
+            self._plans[key] = _actions(shape, adapters, memory, free, host, modes)
         return self._plans[key]
 
 
-def _modes(shape: ModelShape, adapters: Adapters, memory: StepMemory, free: int) -> tuple[str, ...]:
+def _actions(
+    shape: ModelShape,
+    adapters: Adapters,
+    memory: StepMemory,
+    free: int,
+    host: HostRules,
+    modes: tuple[str, ...] | None,
+) -> Actions:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
     time = StepTime(shape, adapters, memory.step, NOMINAL)
-    plan = Planner(memory, time, fixed).plan(free)
-    return (MODES[-1],) * shape.layers if plan is None else plan.modes
+    plan = Planner(memory, time, fixed, host).plan(free, modes)
+    if plan is not None:
+        return Actions(plan.modes, plan.shares)
+    modes = (MODES[-1],) * shape.layers if modes is None else modes
+    if host.shares is not None:
+        return Actions(modes, host.shares)
+    whole = sum(memory.layer(index, mode, 1.0).host for index, mode in enumerate(modes))
+    return Actions(modes, (min(1.0, host.limit / max(whole, 1)),) * shape.layers)
 
 
 def _rounded_up(rows: int) -> int:

@@ -20,6 +20,7 @@ from lemo.models.decoder import Decoded, Decoder
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, next_labels, rows_among
+from lemo.models.offload import Offload
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharing import needs_all_rows
@@ -31,6 +32,9 @@ __all__ = ["TrainingForward"]
 
 class TrainingForward(Training[Elimination]):
     """What the model computes in place of its own forward, in the native path.
+
+    Attributes:
+        offload: moves what layers save to the host.
 
     Args:
         architecture: access to the model.
@@ -44,7 +48,9 @@ class TrainingForward(Training[Elimination]):
         config: LemoConfig,
         context: ContextParallel | None = None,
     ) -> None:
-        super().__init__(config, partial(Elimination, architecture, context), context)
+        self.offload = Offload(config.host_bytes)
+        parts = architecture, context, self.offload
+        super().__init__(config, partial(Elimination, *parts), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
 

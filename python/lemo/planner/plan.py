@@ -14,6 +14,7 @@ __all__ = [
     "MARGIN",
     "NOMINAL",
     "DoesNotFitError",
+    "HostRules",
     "Plan",
     "Planner",
     "bytes_text",
@@ -23,13 +24,20 @@ __all__ = [
 MARGIN = 0.05
 """Share of the memory that a plan leaves free: what predictions may be wrong by."""
 
-NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5)
-"""Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured."""
+NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, 5e10)
+"""Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured. That
+of the link to the host is what its PCIe 5 gives."""
 
 _GIB = 2**30
 # Kept bytes of a layer are rounded up to a 2^-16th of the memory: the planner then tells few sums
 # apart.
 _PARTS = 16
+# The same of bytes on the host.
+_HOST_PARTS = 9
+# Sets of options that are compared after each layer, where something may go to the host.
+_STATES = 512
+# Shares of a layer's bytes that are tried.
+_SHARES = 4
 # Lengths that are tried are multiples of it.
 _TOKENS = 16
 _MOST_TOKENS = 2**27
@@ -37,6 +45,35 @@ _MOST_TOKENS = 2**27
 
 class DoesNotFitError(ValueError):
     """A step needs more memory than there is, whatever is recomputed."""
+
+
+@dataclass(frozen=True)
+class HostRules:
+    """What may go to the host.
+
+    Attributes:
+        limit: its bytes that a step may take.
+        shares: of each layer's bytes, what goes there; None: what the planner chooses.
+    """
+
+    limit: int = 0
+    shares: tuple[float, ...] | None = None
+
+    def choices(self, mode_bytes: int, hidden: int, index: int) -> tuple[float, ...]:
+        """The shares of a layer's bytes that a plan may move.
+
+        Args:
+            mode_bytes: what the layer keeps in some mode.
+            hidden: bytes whose copies the device does not wait for.
+            index: the layer.
+        """
+        if self.shares is not None:
+            return (self.shares[index],)
+        if not self.limit or not mode_bytes:
+            return (0.0,)
+        # Rounded down, to few numbers.
+        most = min(1.0, hidden / mode_bytes) * _PARTS // 1 / _PARTS
+        return tuple(sorted({most, *(part / _SHARES for part in range(_SHARES + 1))}))
 
 
 @dataclass(frozen=True)
@@ -49,6 +86,7 @@ class Plan:
         peak: highest bytes of the step on the device.
         seconds: of the step.
         limit: bytes that it may take.
+        shares: of each layer's bytes, what goes to the host.
     """
 
     modes: tuple[str, ...]
@@ -56,6 +94,12 @@ class Plan:
     peak: int
     seconds: float
     limit: int
+    shares: tuple[float, ...]
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host."""
+        return sum(layer.host for layer in self.layers)
 
     def runs(self) -> Iterator[tuple[range, str, LayerBytes]]:
         """(layers, mode, bytes of one of them) of neighbours that are alike."""
@@ -73,10 +117,17 @@ class Planner:
         memory: its bytes.
         time: its seconds.
         fixed: bytes that no mode changes; None: those that are predicted.
+        host: what may go to the host.
     """
 
-    def __init__(self, memory: StepMemory, time: StepTime, fixed: int | None = None) -> None:
-        self._memory, self._time = memory, time
+    def __init__(
+        self,
+        memory: StepMemory,
+        time: StepTime,
+        fixed: int | None = None,
+        host: HostRules = HostRules(),
+    ) -> None:
+        self._memory, self._time, self._host = memory, time, host
         self._fixed = memory.fixed if fixed is None else fixed
         self._num_layers = len(memory.step.rows)
 
@@ -90,42 +141,136 @@ class Planner:
         """Bytes of weights, adapters and the optimizer's state."""
         return self._memory.weights
 
-    def plan(self, limit: int) -> Plan | None:
-        """The fastest plan within a limit in bytes, less the margin where that leaves one."""
+    def plan(self, limit: int, modes: Sequence[str] | None = None) -> Plan | None:
+        """The fastest plan within a limit in bytes, less the margin where that leaves one.
+
+        Args:
+            limit: of the device.
+            modes: of each layer; None: what is fastest.
+        """
         if limit <= 0:
             return None
+        if self._host.limit and self._host.shares is None:
+            # Where nothing has to go there, nothing does.
+            alone = Planner(self._memory, self._time, self._fixed).plan(limit, modes)
+            if alone is not None and set(alone.modes) <= {MODES[0], *(modes or ())}:
+                return alone
+        choices, options = self._options(modes)
         for usable in (round((1 - MARGIN) * limit), limit):
-            grain = max(1, usable >> _PARTS)
-            found, *_ = _C.plan_memory(self._options(), usable, 0, self._fixed, grain)
+            grains = max(1, usable >> _PARTS), self._host_grain
+            limits = usable, self._host.limit, self._fixed
+            # Few of those that differ in what goes to the host are compared.
+            states = [_STATES] if self._host.limit else []
+            found, *_ = _C.plan_memory(options, *limits, *grains, *states)
+            if states and not found:
+                found, *_ = _C.plan_memory(_timeless(options), *limits, *grains)
             if len(found) > 0:
-                return self.of([MODES[option] for option in found[: self._num_layers]], limit)
+                chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
+                return self.of([mode for mode, _ in chosen], limit, [share for _, share in chosen])
         return None
 
-    def of(self, modes: Sequence[str], limit: int) -> Plan:
-        """The plan with these modes, whether it is within the limit or not."""
-        layers = tuple(self._memory.layer(index, mode) for index, mode in enumerate(modes))
-        peak = self._memory.peak(modes) - self._memory.fixed + self._fixed
-        return Plan(tuple(modes), layers, peak, self._time.seconds(modes), limit)
+    def of(self, modes: Sequence[str], limit: int, shares: Sequence[float] | None = None) -> Plan:
+        """The plan with these modes, whether it is within the limit or not.
+
+        Args:
+            modes: of each layer.
+            limit: of the device.
+            shares: of each layer's bytes, what goes to the host; None: as it was given, or nothing.
+        """
+        if shares is None:
+            shares = self._host.shares or [0.0] * self._num_layers
+        pairs = zip(modes, shares)
+        layers = tuple(self._memory.layer(index, *pair) for index, pair in enumerate(pairs))
+        peak = self._memory.peak(modes, shares) - self._memory.fixed + self._fixed
+        seconds = self._time.seconds(modes, [layer.host for layer in layers])
+        return Plan(tuple(modes), layers, peak, seconds, limit, tuple(shares))
+
+    def sensitive_shares(self, mode: str, size: int) -> tuple[float, ...]:
+        """Shares of the layers' bytes by which so many bytes, at most, go to the host.
+
+        Those whose copies the device does not wait for come first; the others come from all layers
+        alike, by what they have left.
+
+        Args:
+            mode: of all layers.
+            size: bytes.
+        """
+        count = self._num_layers
+        kept = [self._memory.layer(index, mode).kept for index in range(count)]
+        hidden = [min(kept[index], self._time.hidden(index)) for index in range(count)]
+        size = min(size, sum(kept))
+        free, rest = sum(hidden), [k - h for k, h in zip(kept, hidden)]
+        first = min(1.0, size / free) if free else 0.0
+        more = max(0, size - free) / sum(rest) if sum(rest) else 0.0
+        return tuple(
+            min(1.0, (first * h + more * r) / k) if k else 0.0
+            for h, r, k in zip(hidden, rest, kept)
+        )
+
+    def fits(self, limit: int) -> bool:
+        """Whether a plan is within a limit in bytes."""
+        if limit <= self._fixed:
+            return False
+        grains = max(1, limit >> _PARTS), self._host_grain
+        options = _timeless(self._options(None)[1])
+        found, *_ = _C.plan_memory(options, limit, self._host.limit, self._fixed, *grains)
+        return len(found) > 0
 
     def least(self) -> int:
-        """The fewest bytes that the step needs, whatever is recomputed."""
-        most = self.of([MODES[0]] * self._num_layers, 0).peak
-        return _C.least_memory(self._options(), 0, self._fixed, max(1, most >> _PARTS))
+        """The fewest bytes that the step needs, whatever is recomputed, or goes to the host.
 
-    def _options(self) -> list[list[tuple[int, int, int, int, float]]]:
-        """The modes of each layer, and the loss as one more layer, which has no choice."""
-        made: dict[tuple[int, int], list[tuple[int, int, int, int, float]]] = {}
-        for index, rows in enumerate(self._memory.step.rows):
-            if rows in made:
-                continue
-            made[rows] = []
-            for mode in MODES:
-                layer = self._memory.layer(index, mode)
-                # Whole nanoseconds, so that sums of the same numbers are equal in any order.
-                time = round(1e9 * self._time.layer(index, mode))
-                made[rows].append((layer.kept, layer.forward, layer.backward, 0, float(time)))
-        loss = [(0, 0, self._memory.loss, 0, 0.0)]
-        return [*(made[rows] for rows in self._memory.step.rows), loss]
+        -1 where the host is too small for what goes there anyway.
+        """
+        most = self.of([MODES[0]] * self._num_layers, 0).peak
+        grains = max(1, most >> _PARTS), self._host_grain
+        options = _timeless(self._options(None)[1])
+        return _C.least_memory(options, self._host.limit, self._fixed, *grains)
+
+    @property
+    def _host_grain(self) -> int:
+        return max(1, self._host.limit >> _HOST_PARTS)
+
+    def _options(
+        self, modes: Sequence[str] | None
+    ) -> tuple[list[list[tuple[str, float]]], list[list[tuple[int, int, int, int, float, int]]]]:
+        """(mode and share of each option, the options) of each layer.
+
+        The loss is one more layer, which has no choice.
+        """
+        memory, time, rows = self._memory, self._time, self._memory.step.rows
+        known: dict[object, list[tuple[int, int, int, int, float, int]]] = {}
+        choices, options = [], []
+        for index in range(self._num_layers):
+            allowed = MODES if modes is None else (modes[index],)
+            hidden = time.hidden(index) if self._host.limit else 0
+            pairs = [
+                (mode, share)
+                for mode in allowed
+                for share in self._host.choices(memory.layer(index, mode).kept, hidden, index)
+            ]
+            choices.append(pairs)
+            key = rows[index], rows[index + 1 : index + 2], *pairs
+            if key not in known:
+                known[key] = [self._option(index, *pair) for pair in pairs]
+            options.append(known[key])
+        return choices, [*options, [(0, 0, memory.loss, 0, 0.0, 0)]]
+
+    def _option(self, index: int, mode: str, share: float) -> tuple[int, int, int, int, float, int]:
+        layer = self._memory.layer(index, mode, share)
+        seconds = self._time.layer(index, mode) + self._time.waiting(index, layer.host)
+        # The loss comes when all of the last layer has left.
+        moving = 0 if index + 1 == self._num_layers else layer.moving
+        # Whole nanoseconds, so that sums of the same numbers are equal in any order.
+        time = float(round(1e9 * seconds))
+        return layer.kept, layer.forward, layer.backward, layer.host, time, moving
+
+
+_Options = list[list[tuple[int, int, int, int, float, int]]]
+
+
+def _timeless(options: _Options) -> _Options:
+    """Options of which only the bytes count: far fewer sets of them differ."""
+    return [[(*each[:4], 0.0, each[5]) for each in layer] for layer in options]
 
 
 def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
@@ -139,14 +284,14 @@ def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
         0 where not even 16 tokens fit.
     """
     fits, too_long = 0, _TOKENS
-    while too_long <= _MOST_TOKENS and planner_of(too_long).plan(limit) is not None:
+    while too_long <= _MOST_TOKENS and planner_of(too_long).fits(limit):
         fits, too_long = too_long, 2 * too_long
     while too_long - fits > _TOKENS:
         middle = (fits + too_long) // 2 // _TOKENS * _TOKENS
-        if planner_of(middle).plan(limit) is None:
-            too_long = middle
-        else:
+        if planner_of(middle).fits(limit):
             fits = middle
+        else:
+            too_long = middle
     return fits
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lemo.planner.plan import Plan, bytes_text
 
-__all__ = ["ACTIONS", "layers_text", "plan_lines"]
+__all__ = ["ACTIONS", "action_text", "layers_text", "plan_lines"]
 
 ACTIONS = {
     "none": "store everything",
@@ -25,6 +25,11 @@ def plan_lines(plan: Plan) -> list[str]:
     """One line for each run of layers that are alike: what happens, and the bytes that each of
     them stores."""
     return [
-        f"{layers_text(layers)}: {ACTIONS[mode]}, {bytes_text(one.kept)} each"
+        f"{layers_text(layers)}: {action_text(mode, one.host)}, {bytes_text(one.kept)} each"
         for layers, mode, one in plan.runs()
     ]
+
+
+def action_text(mode: str, host: int) -> str:
+    """What happens to a layer, and how many of its bytes go to the host."""
+    return ACTIONS[mode] + (f", {bytes_text(host)} to the host" if host else "")

@@ -24,6 +24,7 @@ _NOT_COMPARED = (
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
     # has to go on with less.
     *("memory_limit", "gradient_checkpointing", "elimination.recompute"),
+    *("elimination.offload", "elimination.host_memory"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
 

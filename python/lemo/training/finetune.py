@@ -292,7 +292,7 @@ class _Run:
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
             return elimination
-        return elimination.model_copy(update={"recompute": self.plan.recompute})
+        return elimination.model_copy(update=self.plan.settings)
 
     @property
     def windows_per_step(self) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from lemo.files import write_file
 from lemo.planner.calibration import calibrated
+from lemo.planner.memory import MODES
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -49,13 +50,21 @@ class RunPlan:
         modes = self.plan.modes
         return modes[0] if len(set(modes)) == 1 else modes
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings `recompute` and `offload` of the plan."""
+        shares = self.plan.shares
+        return {"recompute": self.recompute, "offload": shares if any(shares) else 0.0}
+
     def write(self, folder: Path) -> None:
         """Writes plan.json into a run folder."""
         plan = self.plan
         content = {
             "asked": self.asked,
             "modes": list(plan.modes),
+            "shares": list(plan.shares),
             "kept_bytes": [layer.kept for layer in plan.layers],
+            "host_bytes": [layer.host for layer in plan.layers],
             "peak_bytes": plan.peak,
             "seconds": plan.seconds,
             "limit_bytes": plan.limit,
@@ -66,6 +75,8 @@ class RunPlan:
         """The plan in words."""
         plan = self.plan
         sizes = f"{bytes_text(plan.peak)} of {bytes_text(plan.limit)}"
+        if plan.host:
+            sizes += f", {bytes_text(plan.host)} of the host"
         return [
             f"plan: {sizes}, {plan.seconds:.3g} s a step",
             *(f"  {line}" for line in plan_lines(plan)),
@@ -205,32 +216,47 @@ def plan_run(
         request = request_of(config, elimination, model_config, dtype, device)
         planner = request.planner(config.context_length)
     except ValueError as error:
+        name = "memory_limit"
         if config.memory_limit is None:
-            _log.info("no plan: %s", error)
-            return None
-        raise ValueError(f"memory_limit: memory cannot be predicted: {error}") from None
+            if elimination is None or not elimination.host_memory or elimination.moves:
+                _log.info("no plan: %s", error)
+                return None
+            name = "elimination.host_memory"
+        raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
     recompute: Any = elimination.recompute
     if recompute == "auto" and config.gradient_checkpointing:
         recompute = "layer"
     asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.host_memory:
+        asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
     layers = request.shape.layers
+    modes = None
     if recompute != "auto":
         modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
-        plan = planner.of(modes, limit) if len(modes) == layers else None
         # Left to lemo.enable, which says that there is not one for each layer.
-        if plan is None:
+        if len(modes) != layers:
             return None
-        if (1 - MARGIN) * plan.peak <= limit:
+    plan: Plan | None
+    if modes is not None and (elimination.moves or not elimination.host_memory):
+        plan = planner.of(modes, limit)
+        if (1 - MARGIN) * plan.peak <= limit and plan.host <= elimination.host_bytes:
             return RunPlan(plan, asked, request)
     else:
-        plan = _recorded(config, asked, planner, limit) or planner.plan(limit)
+        plan = _recorded(config, asked, planner, limit) or planner.plan(limit, modes)
         if plan is not None:
             return RunPlan(plan, asked, request)
+    if elimination.moves:
+        least = planner.of(modes or [MODES[-1]] * layers, limit).host
+        if least > elimination.host_bytes:
+            raise DoesNotFitError(
+                f"elimination.host_memory: expected {bytes_text(least)} or more for offload "
+                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
+            )
     message = (
         f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
         f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
     )
-    if recompute != "auto":
+    if modes is not None:
         message += f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
     message += f"; what would fit: {request.advice(config.context_length, limit)}"
     if config.memory_limit is None and _keeps_less(elimination):
@@ -238,7 +264,7 @@ def plan_run(
         _log.warning("%s; scores may keep fewer rows, so the run begins", message)
         return (
             None
-            if recompute != "auto"
+            if modes is not None
             else RunPlan(planner.of(["layer"] * layers, limit), asked, request)
         )
     raise DoesNotFitError(message)
@@ -258,9 +284,10 @@ def _recorded(
         return None
     try:
         content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
-        if content["asked"] != asked:
+        if content["asked"] != json.loads(json.dumps(asked)):
             return None
-        plan: Plan = planner.of(content["modes"], limit)
+        plan: Plan = planner.of(content["modes"], limit, content.get("shares"))
     except (OSError, ValueError, KeyError, IndexError):
         return None
-    return plan if plan.peak <= limit else None
+    fits = plan.peak <= limit and plan.host <= round(asked.get("host_memory", 0) * _GIB)
+    return plan if fits else None
