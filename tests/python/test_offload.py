@@ -310,9 +310,9 @@ def test_slow_copies_change_no_bits(recompute, monkeypatch):
 
     def slowly(streams, copies, stream):
         def delayed():
-            for copy in copies:
+            for pair in copies:
                 torch.cuda._sleep(2_000_000)
-                yield copy
+                yield pair
                 torch.cuda._sleep(2_000_000)
 
         return copy_all(streams, delayed(), stream)
