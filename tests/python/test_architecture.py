@@ -77,6 +77,8 @@ EXPECTED_CONFIG_FIELDS = {
     "burn_in",
     "loss_chunk",
     "recompute",
+    "offload",
+    "host_memory",
     "path",
     "seed",
     "layerwise",
