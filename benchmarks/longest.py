@@ -84,6 +84,8 @@ def worker(settings: dict) -> Callable[[str], dict]:
         if plan.host:
             chosen |= {"offload": plan.shares, "host_memory": plan.host / GIB}
         handle = lemo.enable(model, request.elimination.model_copy(update=chosen))
+        if plan.host:
+            handle.path.forward.offload.pin(device)  # not a part of the step
         parameters = [each for each in model.parameters() if each.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=on_gpu)
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)

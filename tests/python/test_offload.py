@@ -282,6 +282,8 @@ def test_a_pool(monkeypatch):
     assert [piece.unique().tolist() for piece in third.pieces] == [[0], [1], [2]]
     pool.give_back(third)
     pool.give_back(second)
+    pool.pin()  # nothing, where no GPU copies
+    assert pool.pinned_bytes == 0
     assert pool.take(pool.capacity).runs == ((0, pool.capacity),)
     with pytest.raises(TypeError, match="cannot be copied"):
         copy.deepcopy(pool)
@@ -326,6 +328,7 @@ def test_slow_copies_change_no_bits(recompute, monkeypatch):
 @pytest.mark.gpu_only
 def test_the_host_does_not_wait_once_pages_are_pinned():
     made, module = offload.Offload(MIB * 64), torch.nn.Linear(1, 1)
+    made.pin(torch.device("cuda"))
     x = torch.randn(512, 512, requires_grad=True)
 
     def step():

@@ -34,11 +34,12 @@ RATES = Rates(1e11, 2e10, 2e10, 2e10, 2e-5, 1e9)
 SHAPE = ModelShape(3, 512, 1024, 8, 4, 64, 1024)
 
 
-def planner(rows, host=HostRules(), cuda=True, link=2e9):
+def planner(rows, host=None, cuda=True, link=2e9):
     step = step_of(SHAPE, [4096], [LayerRows(count, count) for count in rows], cuda=cuda)
     memory = StepMemory(SHAPE, Adapters(8), step)
     rates = Rates(1e12, 1e12, 1e12, 1e12, 1e-9, link)
-    return Planner(memory, StepTime(SHAPE, Adapters(8), step, rates), host=host)
+    time = StepTime(SHAPE, Adapters(8), step, rates)
+    return Planner(memory, time, host=host or HostRules())
 
 
 @pytest.mark.parametrize("mode", ["none", "layer"])

@@ -114,6 +114,11 @@ class HostPool:
                 joined.append((first, end))
         self._free = joined
 
+    def pin(self) -> None:
+        """Pins all pages."""
+        for segment in range(-(-self.capacity // _SEGMENT)):
+            self._pin(segment)
+
     def _pin(self, segment: int) -> None:
         if not self._is_pinned or segment in self._pinned:
             return

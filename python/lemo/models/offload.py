@@ -69,9 +69,18 @@ class Offload:
         Raises:
             ValueError: the host does not have the memory.
         """
-        if self._pool is None and any(shares):
-            self._pool = HostPool(self._capacity, pinned=device.type == "cuda")
+        if any(shares):
+            self._made(device)
         return OffloadedPass(self, shares)
+
+    def pin(self, device: torch.device) -> None:
+        """Pins all of the pool's pages now, instead of when they are taken."""
+        self._made(device).pin()
+
+    def _made(self, device: torch.device) -> HostPool:
+        if self._pool is None:
+            self._pool = HostPool(self._capacity, pinned=device.type == "cuda")
+        return self._pool
 
     def streams(self, device: torch.device) -> _Streams:
         """The streams of a device."""
