@@ -9,7 +9,9 @@ import torch
 import lemo
 from devices import no_synchronisation, on_gpu
 from lemo.models import host_pool, offload
+from lemo.models.architectures import architecture_of
 from lemo.models.host_pool import HostPool
+from lemo.models.training_forward import TrainingForward
 from model_cases import BATCHES
 from planner_cases import PeakOfTensors
 from tiny_models import config_of, gradients, lora, make_model
@@ -155,6 +157,25 @@ def test_more_than_the_host_has_is_refused_by_enable():
         lemo.enable(model, config_of(offload=[1.0, 0.5], host_memory=0.1))
     with pytest.raises(ValueError, match="offload: expected a share of each layer"):
         lemo.enable(model, config_of(path="generic", host_memory=0.1, scorer="random"))
+
+
+def test_what_is_not_supported_is_refused(monkeypatch):
+    model, batch = lora(make_model("llama")), BATCHES["right"]()
+    config = config_of(offload=1.0, host_memory=0.25).resolved(False)
+    with pytest.raises(NotImplementedError, match="host_memory: expected 0 with context_parallel"):
+        TrainingForward(architecture_of(model), config, context=object())
+    monkeypatch.setattr(offload, "is_sharded", lambda module: True)
+    lemo.enable(model, config)
+    with pytest.raises(NotImplementedError, match="host_memory: expected 0 with fully_shard"):
+        model(**batch)
+
+
+@pytest.mark.cpu_only
+def test_auto_says_where_nothing_is_planned():
+    model, batch = lora(make_model("llama")), BATCHES["right"]()
+    with pytest.warns(UserWarning, match="nothing goes to the host, since memory is not predicted"):
+        *_, pool = steps(model, batch, keep=1.0, host_memory=0.25)
+    assert pool is None
 
 
 def test_passes_without_a_graph_move_nothing():

@@ -75,25 +75,26 @@ def test_the_fastest_of_all_plans():
     rows = [4096, 1024, 2048]
     everything = planner(rows).of(["none"] * 3, 1)
     whole = sum(layer.kept for layer in everything.layers)
+    every = []
+    made = planner(rows, HostRules(whole))
+    for chosen in product(*made._options(None)[0]):
+        plan = made.of([mode for mode, _ in chosen], 1, [share for _, share in chosen])
+        every.append((plan.peak, plan.host, plan.seconds))
     kinds = set()
     for limit, host in product((0.5, 0.65, 0.8), (0.0, 0.1, 0.3, 2.0)):
-        device = round(limit * everything.peak)
-        made = planner(rows, HostRules(round(host * whole)))
-        choices, _ = made._options(None)
-        best = [float("inf"), float("inf")]
-        for index, usable in enumerate((0.95 * device, 0.949 * device)):
-            for chosen in product(*choices):
-                plan = made.of([mode for mode, _ in chosen], device, [share for _, share in chosen])
-                if plan.peak <= usable and plan.host <= host * whole * (1 - 0.006 * index):
-                    best[index] = min(best[index], plan.seconds)
-        plan = made.plan(device)
+        device, room = round(limit * everything.peak), round(host * whole)
+        best = []
+        # What is rounded up may rule out what just fits.
+        for usable, free in ((0.95 * device, room), (0.949 * device, 0.994 * room)):
+            fitting = [s for peak, taken, s in every if peak <= usable and taken <= free]
+            best.append(min(fitting, default=float("inf")))
+        plan = planner(rows, HostRules(room)).plan(device)
         if plan is None or best[1] == float("inf"):
             assert plan is None or plan.peak <= device
             continue
         kinds |= {*plan.modes, *(share > 0 for share in plan.shares)}
         assert plan.peak <= 0.95 * device
-        assert plan.host <= host * whole
-        # What is rounded up may rule out what just fits.
+        assert plan.host <= room
         assert best[0] * (1 - 1e-6) <= plan.seconds <= best[1] * (1 + 1e-6)
     assert {True, False} < kinds
 
@@ -204,7 +205,10 @@ def changed(config, memory=None, **elimination):
 
 
 def planned(config):
-    limit = round(config.memory_limit * GIB)
+    return planned_by_free_memory(config, round(config.memory_limit * GIB))
+
+
+def planned_by_free_memory(config, limit=GIB):
     arguments = load_config(config.model), torch.float32, torch.device("cpu"), limit
     return plan_run(config, config.elimination.resolved(False), *arguments)
 
@@ -238,6 +242,10 @@ def test_too_little_host_memory_is_refused_before_training(config):
         ):
             finetune(changed(config, 1.0, host_memory=1e-4, **settings))
     assert not Path(config.output, "config.yaml").exists()
+    with pytest.raises(ValueError, match="memory_limit: expected GiB beside elimination.host_"):
+        finetune(changed(config, None, host_memory=0.01))
+    with pytest.raises(ValueError, match="elimination.host_memory: memory cannot be predicted"):
+        planned_by_free_memory(changed(config, None, host_memory=0.01, visible_keys="computed"))
     with pytest.raises(ValueError, match="offload: expected 4 entries, one for each layer, got 1"):
         finetune(changed(config, 1.0, host_memory=0.01, offload=(1.0,)))
 

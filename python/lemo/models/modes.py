@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,6 +72,7 @@ class Modes:
         self._visible_keys, self._alone = visible_keys, alone
         self._plans: dict[Any, Actions] = {}
         self._shares = config.offload_shares(architecture.num_layers)
+        self._has_said = False
         count, asked = architecture.num_layers, config.recompute
         if not isinstance(asked, str) and len(asked) != count:
             raise ValueError(
@@ -97,6 +99,13 @@ class Modes:
             planned = self._planned(batch, residual, kept, one_set, fixed)
             if planned is not None:
                 return planned if chooses else planned._replace(modes=modes)
+        if self._shares is None and torch.is_grad_enabled() and not self._has_said:
+            self._has_said = True
+            warnings.warn(
+                "lemo: nothing goes to the host, since memory is not predicted here "
+                "(docs/design/planner.md says where); offload can say a share of each layer",
+                stacklevel=2,
+            )
         return Actions(modes, self._shares or [0.0] * count)
 
     def _is_planned(self) -> bool:

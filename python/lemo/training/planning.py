@@ -199,9 +199,15 @@ def plan_run(
 
     Raises:
         DoesNotFitError: no plan is within the limit.
-        ValueError: `memory_limit` is given, but memory cannot be predicted.
+        ValueError: `memory_limit` or a share of the host that is to be planned is given, but memory
+            cannot be predicted.
     """
     if limit is None:
+        if elimination is not None and elimination.host_memory and not elimination.moves:
+            raise ValueError(
+                "memory_limit: expected GiB beside elimination.host_memory on the CPU, by which is "
+                "planned what goes there, got null; or say elimination.offload"
+            )
         return None
     try:
         if elimination is None:
