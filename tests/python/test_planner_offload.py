@@ -47,7 +47,7 @@ def planner(rows, host=None, cuda=True, link=2e9):
 def test_the_highest_bytes_of_a_step(mode, shares, monkeypatch):
     """As without the host (tests of the planner's memory), of all tensors but the pool."""
     monkeypatch.setattr(offload, "SMALLEST", 256)
-    tokens, (adapters, settings) = 2048, CASES["all"]
+    tokens, (adapters, settings) = 1024, CASES["all"]
     model = model_of("llama", len(shares), adapters, 2, tokens, width=384).to(torch.bfloat16)
     config = {"recompute": mode, "keep": 1.0, "block_size": 8}
     handle = lemo.enable(model, LemoConfig(offload=shares, host_memory=0.125, **config))
