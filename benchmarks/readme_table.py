@@ -70,7 +70,11 @@ def main_job_table(results: Path) -> str:
 
 def gpu_table(results: Path) -> str:
     """Fine-tuning steps on a GPU as Markdown: of each length those of the latest commit."""
-    found = [record for record in records.read(results) if record["bench"] in GPU_BENCHES]
+    found = [
+        record
+        for record in records.read(results)
+        if record["bench"] in GPU_BENCHES and record["shape"].get("products") != "fp8"
+    ]
     if not found:
         return "No fine-tuning step has been recorded yet."
     commits = {record["shape"]["tokens"]: record["commit"] for record in found}

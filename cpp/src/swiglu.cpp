@@ -2,6 +2,7 @@
 
 #include "convert.h"
 #include "exp2.h"
+#include "fp8.h"
 #include "lemo/check.h"
 #include "multiversion.h"
 #include "parallel.h"
@@ -58,6 +59,11 @@ void check(const SwigluParams& params) {
     check_same(check, "y", params.y, params.gate);
 }
 
+void check(const SwigluFp8Params& params) {
+    check(params.product);
+    Checker("swiglu_fp8").typed("scales", params.scales, DType::kFloat32, 2);
+}
+
 void check(const SwigluBackwardParams& params) {
     const Checker check("swiglu_backward");
     check.floating("gate", params.gate, 2);
@@ -75,6 +81,21 @@ void swiglu_cpu(const SwigluParams& params) {
                              [&](int64_t first, int64_t end) {
                                  forward(gate + first, up + first, end - first, y + first);
                              });
+    });
+}
+
+void swiglu_fp8_cpu(const SwigluFp8Params& params) {
+    swiglu_cpu(params.product);
+    const int64_t rows = params.product.y.size(0), columns = params.product.y.size(1);
+    const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(columns, 1));
+    cpu::dispatch_float(params.product.y.dtype, [&]<typename T>(T) {
+        const T* y = params.product.y.as<const T>();
+        cpu::parallel_ranges(rows, grain, [&](int64_t first, int64_t end) {
+            for (int64_t r = first; r < end; ++r) {
+                params.scales.as<float>()[r] = cpu::quantise_row(y + r * columns, nullptr, columns,
+                                                                 params.values + r * columns);
+            }
+        });
     });
 }
 

@@ -23,6 +23,27 @@ void swiglu_cuda(const SwigluParams& params, void* stream) {
     cuda::check_launch("swiglu");
 }
 
+void swiglu_fp8_cuda(const SwigluFp8Params& params, void* stream) {
+    const auto& [gate, up, y] = params.product;
+    const int64_t rows = gate.size(0), columns = gate.size(1);
+    if (rows == 0) return;
+    cuda::dispatch_float(gate.dtype, [&]<typename T>(T) {
+        constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
+        const int64_t vectors = columns / kWidth;
+        const bool held = vectors <= int64_t{kMostVectors} * kRowThreads &&
+                          cuda::vectorisable(columns * static_cast<int64_t>(sizeof(T)),
+                                             {gate.data, up.data, y.data, params.values});
+        const auto kernel = !held                        ? swiglu_any_rows_kernel<T>
+                            : vectors <= 2 * kRowThreads ? swiglu_rows_kernel<T, 2>
+                            : vectors <= 4 * kRowThreads ? swiglu_rows_kernel<T, 4>
+                                                         : swiglu_rows_kernel<T, kMostVectors>;
+        kernel<<<static_cast<unsigned>(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+            gate.as<const T>(), up.as<const T>(), y.as<T>(), params.values,
+            params.scales.as<float>(), columns);
+    });
+    cuda::check_launch("swiglu_fp8");
+}
+
 void swiglu_backward_cuda(const SwigluBackwardParams& params, void* stream) {
     const int64_t n = params.gate.num_elements();
     if (n == 0) return;

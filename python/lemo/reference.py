@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = [
     "block_attention",
     "block_scores",
+    "fp8_rows",
     "linear_cross_entropy",
     "predictor",
     "residual_scatter",
@@ -209,6 +210,13 @@ def rope(x, cos, sin, rows, transposed) -> Tensor:
 def swiglu(gate, up) -> Tensor:
     """gate * sigmoid(gate) * up."""
     return gate * torch.sigmoid(gate) * up
+
+
+def fp8_rows(x, columns) -> tuple[Tensor, Tensor]:
+    """(values in e4m3 as fp32, scales): the largest magnitude of a row becomes 448."""
+    x = x.float() if columns is None else x.float() * columns
+    largest = x.abs().amax(1, keepdim=True).clamp(min=2.0**-110)
+    return (x * (448 / largest)).to(torch.float8_e4m3fn).float(), largest / 448
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Tensor, Tensor]:

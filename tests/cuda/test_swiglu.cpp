@@ -4,6 +4,7 @@
 
 #include "compare.h"
 #include "device_views.h"
+#include "fp8.h"
 #include "lemo/check.h"
 
 namespace lemo {
@@ -72,6 +73,37 @@ TYPED_TEST(SwigluCuda, MatchesCpu) {
          {std::pair{1, 1}, {1, 7}, {3, 8}, {13, 341}, {64, 14336}, {5, 0}, {0, 5}, {1, 4097}}) {
         forward_matches_cpu<TypeParam>(rows, columns);
         backward_matches_cpu<TypeParam>(rows, columns);
+    }
+}
+
+// The same bits as on the CPU, whose e4m3 is that of y as it is stored: the GPU's y, here.
+TYPED_TEST(SwigluCuda, ResultIn8Bits) {
+    for (const auto& [rows, columns] :
+         {std::pair{3, 8}, {13, 341}, {64, 14336}, {5, 4096}, {7, 1536}, {2, 20000}, {0, 16}}) {
+        const int64_t n = int64_t{rows} * columns;
+        const auto gate = random_values<TypeParam>(n, 1, kGateScale);
+        const auto up = random_values<TypeParam>(n, 2);
+        const DeviceArray<TypeParam> device_gate(gate), device_up(up), y(gate.size());
+        const DeviceArray<TypeParam> plain(gate.size());
+        const DeviceArray<uint8_t> values(gate.size());
+        const DeviceArray<float> scales(static_cast<size_t>(rows));
+        const SwigluFp8Params params{{device_gate.view({rows, columns}),
+                                      device_up.view({rows, columns}), y.view({rows, columns})},
+                                     scales.view({rows, 1}),
+                                     values.data()};
+        check(params);
+        swiglu_fp8_cuda(params, nullptr);
+        swiglu_cuda({params.product.gate, params.product.up, plain.view({rows, columns})}, nullptr);
+        const auto found = y.download();
+        expect_same_bits(found, plain.download());
+        std::vector<uint8_t> expected(gate.size());
+        std::vector<float> expected_scales(static_cast<size_t>(rows));
+        for (int64_t r = 0; r < rows; ++r) {
+            expected_scales[r] = cpu::quantise_row(found.data() + r * columns, nullptr, columns,
+                                                   expected.data() + r * columns);
+        }
+        expect_same_bits(values.download(), expected);
+        expect_same_bits(scales.download(), expected_scales);
     }
 }
 

@@ -26,6 +26,8 @@ pytestmark = pytest.mark.cpu_only
 EXPECTED_OPS = {
     "block_attention",
     "block_scores",
+    "fp8_rows",
+    "fp8_transpose",
     "gather_rows",
     "linear_cross_entropy",
     "predictor",
@@ -38,6 +40,7 @@ EXPECTED_OPS = {
     "select_norm_backward",
     "swiglu",
     "swiglu_backward",
+    "swiglu_fp8",
     "token_select",
     "word_relevance",
 }
@@ -45,6 +48,9 @@ EXPECTED_OPS = {
 EXPECTED_FUNCTIONS = {
     "block_attention",
     "block_scores",
+    "fp8_product",
+    "fp8_rows",
+    "fp8_transpose",
     "left_out",
     "linear_cross_entropy",
     "predictor",
@@ -56,6 +62,7 @@ EXPECTED_FUNCTIONS = {
     "select_norm",
     "supports_device",
     "swiglu",
+    "swiglu_fp8",
     "token_select",
     "word_relevance",
 }
@@ -79,7 +86,10 @@ EXPECTED_CONFIG_FIELDS = {
     "recompute",
     "offload",
     "host_memory",
+    "cuda_graphs",
+    "head_groups",
     "path",
+    "products",
     "seed",
     "layerwise",
     "layerwise.policy",

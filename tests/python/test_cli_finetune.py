@@ -80,6 +80,22 @@ def test_finetune_then_eval(lemo):
     ]
 
 
+def test_products_in_8_bits(lemo):
+    """They change the losses, by a little, and nothing else of a run."""
+    losses = []
+    for name, more in (("run", " --fp8"), ("plain", "")):
+        line = TRAIN.replace("--output run", f"--output {name}") + " --steps 3 --lora-rank 4"
+        code, _, err = lemo(line + " --learning-rate 0.01 --keep 0.5" + more)
+        assert code == 0, err
+        log = [json.loads(line) for line in Path(f"{name}/log.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in log])
+        config = json.loads(Path(f"{name}/adapter/adapter_config.json").read_text())
+        assert config["r"] == 4
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert "products: fp8" in Path("run/config.yaml").read_text()
+
+
 def test_eval_is_the_perplexity_that_transformers_gives(lemo, inputs):
     documents = [json.loads(line) for line in (inputs / "documents.jsonl").open()]
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")
@@ -140,6 +156,10 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         (TRAIN + " --device gpu", "device: expected one of auto, cpu, cuda"),
         (TRAIN + " --recompute all", "elimination.recompute: expected one of auto, none"),
         (TRAIN + " --predictor none", "expected a folder written by 'lemo prepare'"),
+        (TRAIN + " --fp8 --dense", "--dense: expected no setting of elimination beside"),
+        (TRAIN + " --fp8 --quantize nf4", "quantize: expected null or float8 beside"),
+        (TRAIN + " --fp8 --set shard=true", "shard: expected false beside"),
+        (TRAIN + " --fp8 --set elimination.path=generic", "products: expected 'dtype' in the gen"),
         (TRAIN + " --predictor p --dense", "--dense: expected no setting of elimination beside"),
         (TRAIN + " --context-length 9999", "all 4 documents are shorter"),
         (TRAIN + " --lora-targets w_query", "lora_targets: "),

@@ -5,8 +5,8 @@ from transformers import LlamaConfig, OPTConfig
 
 from lemo.cli.main import main
 from lemo.cli.plan import parse_bytes
-from lemo.planner import calibration
 from lemo.planner.timing import Rates
+from lemo.training import calibration
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
 
@@ -51,6 +51,22 @@ def test_a_plan(folder, capsys):
     # What is said to fit fits, and a little more does not.
     for tokens, expected in ((longest, 0), (longest + 64, 1)):
         assert run(capsys, folder, "--tokens", tokens, *arguments[3:])[0] == expected
+
+
+def test_a_plan_of_products_in_8_bits(folder, capsys):
+    arguments = (folder, "--tokens", "32K", "--keep", "0.25", "--gpu-memory", "140GiB")
+    _, plain, _ = run(capsys, *arguments, "--dtype", "bfloat16")
+    code, out, _ = run(capsys, *arguments, "--dtype", "bfloat16", "--fp8")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("model: llama, 32 layers, 8.03 billion parameters, 21.9 GiB")
+    assert lines[2].startswith("products: fp8; the first step logs layers that err too much")
+
+    def peak(out):
+        line = next(line for line in out.splitlines() if line.startswith("peak memory"))
+        return float(line.split()[2])
+
+    assert 6.4 < peak(out) - peak(plain) < 7.2
 
 
 def test_less_memory_recomputes_more(folder, capsys):

@@ -41,6 +41,21 @@ def test_bytes_that_a_layer_stores(architecture, case, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_products_in_8_bits_store_nothing_more_of_a_layer(mode):
+    adapters, settings = CASES["all"]
+    found, shape, _ = measured("llama", mode, adapters, settings, keep=0.5, products="fp8")
+    rows = [LayerRows(TOKENS // 2, TOKENS // 2)] * shape.layers
+    step = step_of(shape, [TOKENS], rows, drops=False, cuda=False, **settings)
+    plain, fp8 = StepMemory(shape, adapters, step), StepMemory(shape, adapters, step, fp8=True)
+    assert fp8.layer(0, mode).kept == plain.layer(0, mode).kept == found
+    assert fp8.layer(0, mode).backward > plain.layer(0, mode).backward
+    # A byte for each weight, and none beside weights that have one byte.
+    assert fp8.weights - plain.weights == shape.parameters()[0]
+    alone = StepMemory(shape, adapters, step, "float8", fp8=True)
+    assert alone.weights == StepMemory(shape, adapters, step, "float8").weights
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
     adapters, settings = CASES["all"]
     own = {"keep": 0.25, "keep_mlp": 0.5, "select_at": "all"}

@@ -11,14 +11,14 @@ import lemo
 from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.models import host_pool, modes, offload
-from lemo.planner import calibration
-from lemo.planner.calibration import stored_rates
 from lemo.planner.memory import HOST_ALIGNMENT, StepMemory
 from lemo.planner.plan import DoesNotFitError, HostRules, Planner
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.report import load_run, write_report
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training import calibration
+from lemo.training.calibration import stored_rates
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config
 from lemo.training.planning import plan_run
@@ -35,7 +35,8 @@ SHAPE = ModelShape(3, 512, 1024, 8, 4, 64, 1024)
 
 
 def planner(rows, host=None, cuda=True, link=2e9):
-    step = step_of(SHAPE, [4096], [LayerRows(count, count) for count in rows], cuda=cuda)
+    kept = [LayerRows(count, count) for count in rows]
+    step = step_of(SHAPE, [4096], kept, cuda=cuda, head_groups=1)
     memory = StepMemory(SHAPE, Adapters(8), step)
     rates = Rates(1e12, 1e12, 1e12, 1e12, 1e-9, link)
     time = StepTime(SHAPE, Adapters(8), step, rates)
@@ -78,7 +79,7 @@ def test_the_fastest_of_all_plans():
     every = []
     made = planner(rows, HostRules(whole))
     for chosen in product(*made._options(None)[0]):
-        plan = made.of([mode for mode, _ in chosen], 1, [share for _, share in chosen])
+        plan = made.of([mode for mode, _ in chosen], 1, 1, [share for _, share in chosen])
         every.append((plan.peak, plan.host, plan.seconds))
     kinds = set()
     for limit, host in product((0.5, 0.65, 0.8), (0.0, 0.1, 0.3, 2.0)):
@@ -111,7 +112,7 @@ def test_bytes_that_hide_behind_the_next_layer_come_first():
     assert made.sensitive_shares("selective", sum(sizes)) == (1.0, 1.0, 1.0)
     uniform = [0.5] * 3
     fitting = made.sensitive_shares("selective", sum(sizes) // 2)
-    seconds = [made.of(["selective"] * 3, 1, each).seconds for each in (fitting, uniform)]
+    seconds = [made.of(["selective"] * 3, 1, 1, each).seconds for each in (fitting, uniform)]
     assert seconds[0] < seconds[1]
 
 

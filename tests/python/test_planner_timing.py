@@ -1,5 +1,6 @@
 """Predicted times against steps that were measured on GPUs, and operations against a count."""
 
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -10,10 +11,10 @@ import lemo
 import plan
 from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
-from lemo.planner import calibration
 from lemo.planner.memory import MODES
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
+from lemo.training import calibration
 from planner_cases import CASES, model_of
 from tiny_models import config_of, make_ids
 
@@ -70,6 +71,20 @@ def test_what_is_recomputed_takes_longer():
     assert layer - selective == pytest.approx(4 * 64 * 512**2 / 2 / RATES.attention)
     assert none < selective
     assert time.seconds(["none"] * 4) < time.seconds(["none", "layer", "none", "none"])
+
+
+def test_products_in_8_bits_have_a_rate_of_their_own():
+    rates = dataclasses.replace(RATES, fp8=2 * RATES.products)
+    for mode in MODES:
+        plain = StepTime(SHAPE, Adapters(4), step_with(512), RATES).layer(0, mode)
+        found = StepTime(SHAPE, Adapters(4), step_with(512), rates, fp8=True).layer(0, mode)
+        linear = 512 * 2 * sum(each.inputs * each.outputs for each in SHAPE.linears())
+        saved = (linear / RATES.products - linear / rates.fp8) * (2 if mode == "none" else 3)
+        if mode != "none":  # the last product's values are not needed again
+            down = SHAPE.linears()[-1]
+            last = 512 * 2 * down.inputs * down.outputs
+            saved -= last / RATES.products - last / rates.fp8
+        assert 0 < found - (plain - saved) < 0.02 * plain + 512 * 30 * 128 / RATES.bytes
 
 
 def test_sequences_windows_and_groups_shorten_attention():
@@ -134,6 +149,12 @@ def test_rates_are_measured_once_and_stored(monkeypatch, tmp_path):
         assert getattr(rates, name) > 0
     monkeypatch.setattr(calibration, "measure", lambda *_: pytest.fail("measured again"))
     assert calibration.calibrated(SHAPE, device, torch.float32) == rates
+    # Those in 8 bits are measured when they are first wanted.
+    assert rates.fp8 == 0
+    more = calibration.calibrated(SHAPE, device, torch.float32, fp8=True)
+    assert more.fp8 > 0
+    assert dataclasses.replace(more, fp8=0.0) == rates
+    assert calibration.calibrated(SHAPE, device, torch.float32) == more
     # Others are not those of another dtype or shape.
     assert calibration.stored_rates(SHAPE, device, torch.bfloat16) is None
     other = ModelShape(4, 128, 128, 4, 2, 16, 256)

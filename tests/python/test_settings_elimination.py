@@ -32,6 +32,9 @@ FULL = {
     "recompute": "selective",
     "offload": [0.5, 1.0],
     "host_memory": 8.0,
+    "cuda_graphs": "off",
+    "head_groups": 4,
+    "products": "fp8",
     "path": "native",
     "seed": 7,
     "layerwise": {

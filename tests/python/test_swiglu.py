@@ -51,6 +51,20 @@ def test_ends_of_the_number_range():
     assert torch.allclose(dup, expected, rtol=2e-5, atol=1e-30, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 64), (33, 200), (3, 7), (0, 16), (2, 0)])
+def test_the_result_in_8_bits_comes_with_it(shape, dtype):
+    """The same bits as by two passes, and the same gradients."""
+    gate, up, dout = torch.randn(3, *shape, dtype=dtype).unbind()
+    y, (values, scales) = ops.swiglu_fp8(3 * gate, up)
+    assert torch.equal(y, ops.swiglu(3 * gate, up))
+    expected, expected_scales = ops.fp8_rows(y)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(scales, expected_scales)
+    results = forward_and_grads(lambda *x: ops.swiglu_fp8(*x)[0], gate, up, dout)
+    assert all(map(torch.equal, results, forward_and_grads(ops.swiglu, gate, up, dout)))
+
+
 def test_strided_inputs():
     fused = torch.randn(7, 24)
     gate, up = fused.chunk(2, -1)
@@ -142,6 +156,8 @@ def test_backward_allocates_nothing_and_saves_its_inputs_only():
 def test_opcheck():
     gate, up, dout = torch.randn(3, 5, 6).unbind()
     torch.library.opcheck(torch.ops.lemo.swiglu.default, (gate, up))
+    tests = ("test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.lemo.swiglu_fp8.default, (gate, up), test_utils=tests)
     torch.library.opcheck(torch.ops.lemo.swiglu_backward.default, (dout, gate.clone(), up.clone()))
 
 

@@ -1,6 +1,7 @@
 // The kernels of swiglu: element by element, 16-byte accesses, bound by bandwidth.
 #pragma once
 
+#include "common/fp8.h"
 #include "common/vector.h"
 #include "lemo/blocks.h"
 
@@ -58,6 +59,72 @@ swiglu_kernel(const T* __restrict__ gate, const T* __restrict__ up, T* __restric
         }
         store_vector<w>(y + i, at.gate);
     });
+}
+
+// A thread block takes a row where rows get scales, and its threads hold it until they are known.
+constexpr int kRowThreads = 256;
+constexpr int kMostVectors = 8;
+
+/// y, and y in e4m3, of rows of at most kRowThreads * kVectors vectors.
+template <typename T, int kVectors>
+__global__ void __launch_bounds__(kRowThreads)
+swiglu_rows_kernel(const T* __restrict__ gate, const T* __restrict__ up, T* __restrict__ y,
+                   uint8_t* __restrict__ values, float* __restrict__ scales, int64_t columns) {
+    constexpr int w = 16 / static_cast<int>(sizeof(T));
+    __shared__ float scratch[kReduceScratch];
+    const int64_t first = int64_t{blockIdx.x} * columns;
+    cutlass::AlignedArray<T, w> held[kVectors], factor[kVectors];
+    CUTLASS_PRAGMA_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t i = (int64_t{v} * kRowThreads + threadIdx.x) * w;
+        if (i >= columns) continue;
+        held[v] = load_vector<w>(gate + first + i);
+        factor[v] = load_vector<w>(up + first + i);
+    }
+    float largest = 0;
+    CUTLASS_PRAGMA_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t i = (int64_t{v} * kRowThreads + threadIdx.x) * w;
+        if (i >= columns) continue;
+        CUTLASS_PRAGMA_UNROLL
+        for (int e = 0; e < w; ++e) {
+            const float g = float(held[v][e]);
+            held[v][e] = T(g * sigmoid(g) * float(factor[v][e]));
+            // Of what is stored, so that the bits are those of fp8_rows.
+            largest = fmaxf(largest, fabsf(float(held[v][e])));
+        }
+        store_vector<w>(y + first + i, held[v]);
+    }
+    const Fp8Scale found = Fp8Scale::of<kRowThreads>(largest, scratch);
+    if (threadIdx.x == 0) scales[blockIdx.x] = found.scale;
+    CUTLASS_PRAGMA_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+        const int64_t i = (int64_t{v} * kRowThreads + threadIdx.x) * w;
+        if (i >= columns) continue;
+        store_e4m3<w>(values + first + i,
+                      [&](int e) { return float(held[v][e]) * found.inverse; });
+    }
+}
+
+/// The same for rows of any length, anywhere: what a thread stored it reads again.
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads)
+swiglu_any_rows_kernel(const T* __restrict__ gate, const T* __restrict__ up, T* y,
+                       uint8_t* __restrict__ values, float* __restrict__ scales, int64_t columns) {
+    __shared__ float scratch[kReduceScratch];
+    const int64_t first = int64_t{blockIdx.x} * columns;
+    float largest = 0;
+    for (int64_t i = first + threadIdx.x; i < first + columns; i += kRowThreads) {
+        const float g = float(gate[i]);
+        const T product = T(g * sigmoid(g) * float(up[i]));
+        y[i] = product;
+        largest = fmaxf(largest, fabsf(float(product)));
+    }
+    const Fp8Scale found = Fp8Scale::of<kRowThreads>(largest, scratch);
+    if (threadIdx.x == 0) scales[blockIdx.x] = found.scale;
+    for (int64_t i = first + threadIdx.x; i < first + columns; i += kRowThreads) {
+        store_e4m3<1>(values + i, [&](int) { return float(y[i]) * found.inverse; });
+    }
 }
 
 template <typename T, int n>

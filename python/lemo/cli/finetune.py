@@ -34,6 +34,12 @@ def finetune(
     dense: Annotated[
         bool, typer.Option("--dense", help="Plain LoRA, nothing is left out.")
     ] = False,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8", help="Multiply with frozen weights in 8 bits (elimination.products fp8)."
+        ),
+    ] = False,
 ) -> None:
     """Fine-tune a model with LoRA on windows of long documents.
 
@@ -42,7 +48,7 @@ def finetune(
     --resume alone a run goes on with the settings it was started with; settings that are given must
     not differ from them.
     """
-    settings = collect_settings(given, dense)
+    settings = collect_settings(given, dense, fp8)
 
     from lemo.training.processes import process_group
 
@@ -73,12 +79,13 @@ def _run(wanted: FinetuneConfig) -> None:
     screen.print(printable(f"adapter: {result.folder / ADAPTER_NAME}"))
 
 
-def collect_settings(given: Given, dense: bool) -> dict[str, Any]:
-    """The settings of a run, with what --resume, --dense, --predictor, --heads and --scores mean.
+def collect_settings(given: Given, dense: bool, fp8: bool = False) -> dict[str, Any]:
+    """The settings of a run, with what --resume, --dense, --fp8, --predictor and the like mean.
 
     Args:
         given: what the command line says. A resumed run without a file takes its own.
         dense: whether nothing is left out.
+        fp8: whether frozen weights multiply in 8 bits.
 
     Raises:
         ValueError: a setting of elimination beside `dense`; two scorers; others as for
@@ -94,6 +101,8 @@ def collect_settings(given: Given, dense: bool) -> dict[str, Any]:
         raise ValueError(f"{both}: expected one of them, for one scorer")
     for option in named:
         values["elimination.scorer"] = _SCORERS[option]
+    if fp8:
+        values["elimination.products"] = "fp8"
     if dense:
         assigned = (assignment.partition("=")[0].strip() for assignment in given.assignments)
         for name in (*values, *assigned):

@@ -47,6 +47,9 @@ def plan(
     quantize: Annotated[
         str | None, typer.Option(help="Weights in nf4, int8 or float8.", show_default="no")
     ] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Multiply with frozen weights in 8 bits.")
+    ] = False,
     recompute: Annotated[
         str, typer.Option(help="auto: as planned; or none, selective, layer.")
     ] = "auto",
@@ -75,7 +78,9 @@ def plan(
         "dtype": dtype,
         "quantize": quantize,
         "device": device,
-        "elimination": {"recompute": recompute} | ({} if keep is None else {"keep": keep}),
+        "elimination": {"recompute": recompute}
+        | ({} if keep is None else {"keep": keep})
+        | ({"products": "fp8"} if fp8 else {}),
     }
     if host_memory is not None:
         size = parse_bytes(host_memory, "--host-memory")

@@ -15,6 +15,7 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import architecture_of, is_known
 from lemo.models.arguments import ForwardArguments
 from lemo.models.callback import attach
+from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.path import GenericPath
 from lemo.models.native import NativePath
@@ -94,6 +95,11 @@ def _path(
         if "forward" in vars(architecture.decoder):
             raise _replaced(architecture.decoder)
         return NativePath(architecture, config, context)
+    if config.products != "dtype":
+        raise ValueError(
+            f"products: expected 'dtype' in the generic path, where layers run by their own code, "
+            f"got '{config.products}'"
+        )
     parts = Parts.of(model)
     for module in {parts.causal_lm, parts.base, parts.decoder}:
         _check_free(module)
@@ -369,6 +375,11 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
+    @property
+    def graphs(self) -> CudaGraphs | None:
+        """CUDA graphs of training passes (`LemoConfig.cuda_graphs`); None: off, or none here."""
+        return self._forward.graphs
+
     def general_modules(self) -> dict[str, str]:
         """Modules that training runs as they are, not in lemo's own code, and why.
 
@@ -380,6 +391,17 @@ class Handle:
             Reasons by the modules' names in `causal_lm`; empty: everything runs in lemo's code.
         """
         return self.path.general_modules()
+
+    def unquantised_products(self) -> dict[str, str]:
+        """Linear layers whose products stay in the model's dtype with products "fp8", and why.
+
+        Errors are measured in the first training pass, which also logs those that are too large.
+
+        Returns:
+            Reasons by the modules' names in `causal_lm`; empty: all are computed in 8 bits, or none
+            were asked to be.
+        """
+        return self.path.unquantised_products()
 
     def acts_on(self, module: nn.Module, arguments: ForwardArguments) -> bool:
         """Whether a call of `module` is a training forward pass."""

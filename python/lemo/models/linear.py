@@ -16,11 +16,12 @@ from torch.nn.functional import linear
 
 from lemo.models.adapters import adapted
 from lemo.models.dora import apply_dora
+from lemo.models.fp8 import Fp8Linear, fp8_of
 from lemo.models.low_rank import LowRank
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
 
-__all__ = ["apply_linear"]
+__all__ = ["apply_linear", "reads_fp8"]
 
 T = TypeVar("T")
 
@@ -49,7 +50,11 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     elif not layer.casts and any(pair.a.dtype != dtype for pair in pairs):
         return module(x)  # which refuses it
     matrix = matrix_of(base, dtype, autocast)
-    if not pairs and (matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)):
+    # The weight of merged adapters is another one.
+    merged = getattr(module, "merged", False)
+    fp8 = None if matrix is None or merged else fp8_of(base)
+    own = matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)
+    if not pairs and own and fp8 is None:
         return base(x)
     if pairs and pairs[0].magnitude is not None:
         if matrix is None:
@@ -61,10 +66,21 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     products = tuple(LowRank.of(pair, dtype if autocast else pair.a.dtype) for pair in pairs)
     tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b, pair.bias)]
     width = None if values or matrix is None else base.out_features
-    plan = _Plan(matrix, products, dtype, width)
+    plan = _Plan(matrix, products, dtype, width, fp8)
     if matrix is None:
         return _Linear.apply(x, base(x), None, plan, *tensors)
     return _Linear.apply(x, None, base.bias, plan, *tensors)
+
+
+def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether `apply_linear` multiplies rows of `dtype` in 8 bits, as far as is known before."""
+    layer = adapted(module)
+    if isinstance(layer, str) or getattr(module, "merged", False):
+        return False
+    if layer.pairs and layer.pairs[0].magnitude is not None:
+        return False
+    fp8 = fp8_of(layer.base)
+    return fp8 is not None and fp8.reads_rows() and matrix_of(layer.base, dtype) is not None
 
 
 class _Plan(NamedTuple):
@@ -75,12 +91,14 @@ class _Plan(NamedTuple):
         products: of the pairs.
         dtype: of the product with the weight.
         width: of the result where its values do not count; None: they do.
+        fp8: multiplies with the weight in 8 bits; None: that is done in `dtype`.
     """
 
     matrix: Callable[[], Tensor] | None
     products: tuple[LowRank, ...]
     dtype: torch.dtype
     width: int | None
+    fp8: Fp8Linear | None
 
 
 class _Linear(torch.autograd.Function):
@@ -98,12 +116,14 @@ class _Linear(torch.autograd.Function):
         plan: _Plan,
         *tensors: Tensor | None,
     ) -> Tensor:
-        matrix, products, dtype, width = plan
+        matrix, products, dtype, width, fp8 = plan
         cast, wanted = x.to(dtype), _triples(ctx.needs_input_grad[4:])
         if width is not None:
             y = cast.new_empty(1, 1).expand(x.shape[0], width)
         elif matrix is not None:
-            y = linear(cast, matrix(), None if bias is None else bias.to(dtype))
+            bias_cast = None if bias is None else bias.to(dtype)
+            found = None if fp8 is None else fp8.forward(x, cast, matrix, bias_cast)
+            y = linear(cast, matrix(), bias_cast) if found is None else found
         else:
             y = result.clone(memory_format=torch.contiguous_format)
         lows, masks = [], []
@@ -124,7 +144,7 @@ class _Linear(torch.autograd.Function):
     @first_order_only("linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
-        matrix, products, dtype, _ = ctx.plan
+        matrix, products, dtype, _, fp8 = ctx.plan
         count = len(products)
         lows, masks, pairs = saved[:count], saved[count : 2 * count], _triples(saved[2 * count :])
         wants_x, wants_result, wants_bias, _, *others = ctx.needs_input_grad
@@ -133,7 +153,8 @@ class _Linear(torch.autograd.Function):
         dx = None
         if wants_x:
             if matrix is not None:
-                dx = dy @ matrix()
+                found = None if fp8 is None else fp8.input_gradient(dy, matrix)
+                dx = dy @ matrix() if found is None else found
             else:  # its own node has given the base layer's
                 dx = dy.new_zeros(dy.shape[0], pairs[0][0].shape[1], dtype=dtype)
         gradients: list[Tensor | None] = []

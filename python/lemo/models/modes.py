@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.fp8 import bytes_to_come
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
-from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, HostRules, Planner
-from lemo.planner.rows import rows_of
+from lemo.planner.rows import embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
@@ -33,10 +34,12 @@ class Actions(NamedTuple):
     Attributes:
         modes: the setting `recompute`.
         shares: of what it saves, what goes to the host.
+        head_groups: of attention's backward where it is recomputed, of all layers.
     """
 
     modes: Sequence[str]
     shares: Sequence[float]
+    head_groups: int = 1
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -73,6 +76,9 @@ class Modes:
         self._plans: dict[Any, Actions] = {}
         self._shares = config.offload_shares(architecture.num_layers)
         self._has_said = False
+        # Heads of rows that are computed or shared out meet those of others.
+        groups = config.head_groups or 1
+        self._head_groups = groups if alone and visible_keys != "computed" else 1
         count, asked = architecture.num_layers, config.recompute
         if not isinstance(asked, str) and len(asked) != count:
             raise ValueError(
@@ -106,7 +112,7 @@ class Modes:
                 "(docs/design/planner.md says where); offload can say a share of each layer",
                 stacklevel=2,
             )
-        return Actions(modes, self._shares or [0.0] * count)
+        return Actions(modes, self._shares or [0.0] * count, self._head_groups)
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
@@ -157,10 +163,16 @@ class Modes:
                 autocast=autocast,
                 cuda=residual.device.type == "cuda",
                 loss_chunk=self._config.loss_chunk,
+                head_groups=self._config.head_groups,
+                shifted=self._config.layerwise.group_size is not None,
+                embeds_all=embeds_all(self._config),
             )
             host = HostRules(self._config.host_bytes, self._shares)
-            memory = StepMemory(shape, adapters, step)
-            self._plans[key] = _actions(shape, adapters, memory, free, host, modes)
+            fp8 = self._config.products == "fp8"
+            free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
+            memory = StepMemory(shape, adapters, step, fp8=fp8)
+            time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
+            self._plans[key] = _actions(shape, adapters, memory, time, free, host, modes)
         return self._plans[key]
 
 
@@ -168,21 +180,16 @@ def _actions(
     shape: ModelShape,
     adapters: Adapters,
     memory: StepMemory,
+    time: StepTime,
     free: int,
     host: HostRules,
     modes: tuple[str, ...] | None,
 ) -> Actions:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    time = StepTime(shape, adapters, memory.step, NOMINAL)
-    plan = Planner(memory, time, fixed, host).plan(free, modes)
-    if plan is not None:
-        return Actions(plan.modes, plan.shares)
-    modes = (MODES[-1],) * shape.layers if modes is None else modes
-    if host.shares is not None:
-        return Actions(modes, host.shares)
-    whole = sum(memory.layer(index, mode, 1.0).host for index, mode in enumerate(modes))
-    return Actions(modes, (min(1.0, host.limit / max(whole, 1)),) * shape.layers)
+    planner = Planner(memory, time, fixed, host)
+    plan = planner.plan(free, modes) or planner.smallest(free, modes)
+    return Actions(plan.modes, plan.shares, plan.head_groups)
 
 
 def _rounded_up(rows: int) -> int:

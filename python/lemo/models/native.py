@@ -1,6 +1,7 @@
 """The native path: layers that lemo computes itself, of the architectures that it knows."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.general import general_modules
 from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
 from lemo.models.path import Path, Steering, returned
+from lemo.models.products import Fp8Products
 from lemo.models.replaced_forward import Implementation, ReplacedForward
 from lemo.models.sharded import run_inside
 from lemo.models.training_forward import TrainingForward
@@ -47,6 +49,7 @@ class NativePath(Path[TrainingForward]):
         self._architecture = architecture
         self._forward = TrainingForward(architecture, config, context)
         self._states: LabelledStates | None = None
+        self._products = Fp8Products(architecture) if config.products == "fp8" else None
 
     @property
     def forward(self) -> TrainingForward:
@@ -62,7 +65,25 @@ class NativePath(Path[TrainingForward]):
         return {self.causal_lm: causal_lm_forward, self.decoder: decoder_forward}
 
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
-        verify(self._architecture, self.forward, batch, tokens)
+        # Rounding to 8 bits would hide what it looks for.
+        with nullcontext() if self._products is None else self._products.paused():
+            verify(self._architecture, self.forward, batch, tokens)
+
+    def install(self) -> None:
+        if self._products is not None:
+            self._products.install()
+
+    def uninstall(self) -> None:
+        if self._products is not None:
+            self._products.remove()
+
+    def check(self) -> None:
+        """Raises ValueError where the model has changed so that the settings do not fit it."""
+        if self._products is not None:
+            self._products.check()
+
+    def unquantised_products(self) -> dict[str, str]:
+        return {} if self._products is None else self._products.left()
 
     def general_modules(self) -> dict[str, str]:
         return general_modules(self._architecture)
@@ -93,6 +114,7 @@ def causal_lm_forward(
     assert isinstance(path, NativePath)
     if not handle.acts_on(causal_lm, arguments):
         return original()
+    path.check()
     if replaced.previous is not None:
         weights = handle.weights
         fused = None if weights is None else fused_call(call)
@@ -122,6 +144,7 @@ def decoder_forward(
     assert isinstance(path, NativePath)
     if not handle.acts_on(decoder, arguments):
         return original()
+    path.check()
     if path.labelled_states is not None:
         states = BaseModelOutputWithPast(last_hidden_state=path.labelled_states.hidden)
     else:

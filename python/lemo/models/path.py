@@ -44,6 +44,10 @@ class Path(ABC, Generic[F]):
     def general_modules(self) -> dict[str, str]:
         """See `lemo.Handle.general_modules`."""
 
+    def unquantised_products(self) -> dict[str, str]:
+        """See `lemo.Handle.unquantised_products`."""
+        return {}
+
     def install(self) -> None:
         """Called before the forwards are replaced."""
         return

@@ -14,12 +14,33 @@ from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
 
-__all__ = ["is_plain", "kept_matrices", "matrix_of"]
+__all__ = [
+    "is_plain",
+    "is_torchao_float8",
+    "kept_matrices",
+    "matrix_of",
+    "once",
+    "parameters_of",
+]
 
-# What `kept_matrices` keeps: by a layer's id, the layer (so that the id stays its own) and its
+# What `kept_matrices` keeps: by its owner's id, the owner (so that the id stays its own) and its
 # matrix. Backward runs in another thread than forward.
-_kept: dict[int, tuple[nn.Module, Tensor]] = {}
+_kept: dict[int, tuple[object, Tensor]] = {}
 _depth = 0
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module and of those inside, each once, in whatever order."""
+    # Walked by hand: every pass asks for them, and torch's own walk takes milliseconds.
+    found: dict[int, nn.Parameter] = {}
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        for parameter in each._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        waiting += [child for child in each._modules.values() if child is not None]
+    return list(found.values())
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -52,15 +73,15 @@ def matrix_of(
             return None
         if weight.dtype == dtype:
             return lambda: weight
-        return (lambda: _once(module, dtype, weight.to)) if cast else None
-    if _is_torchao_float8(module):
+        return (lambda: once(module, dtype, weight.to)) if cast else None
+    if is_torchao_float8(module):
         quantised = module.weight
         if quantised.requires_grad or quantised.dtype != dtype:
             return None
-        return lambda: _once(module, dtype, lambda dtype: _plain(quantised).to(dtype))
+        return lambda: once(module, dtype, lambda dtype: _plain(quantised).to(dtype))
     # The layer computes in a dtype of its own where it has one.
     if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
-        return lambda: _once(module, dtype, lambda dtype: _dequantised(module).to(dtype))
+        return lambda: once(module, dtype, lambda dtype: _dequantised(module).to(dtype))
     return None
 
 
@@ -77,13 +98,20 @@ def kept_matrices() -> Iterator[None]:
             _kept.clear()
 
 
-def _once(module: nn.Module, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
-    found = _kept.get(id(module))
+def once(owner: object, dtype: torch.dtype, make: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """make(dtype), or what it gave before inside the same `kept_matrices`.
+
+    Args:
+        owner: whose matrix it is.
+        dtype: of the matrix.
+        make: makes it.
+    """
+    found = _kept.get(id(owner))
     if found is not None and found[1].dtype == dtype:
         return found[1]
     matrix = make(dtype)
     if _depth:
-        _kept[id(module)] = module, matrix
+        _kept[id(owner)] = owner, matrix
     return matrix
 
 
@@ -98,7 +126,7 @@ def _is_bitsandbytes_4bit(module: nn.Module) -> bool:
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
 
 
-def _is_torchao_float8(module: nn.Module) -> bool:
+def is_torchao_float8(module: nn.Module) -> bool:
     """Whether its weight is e4m3 of torchao, and its input is not quantised."""
     if type(module) is not nn.Linear or is_intercepted(module) or not has_own_forward(nn.Linear):
         return False

@@ -14,6 +14,13 @@ def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
+@torch.library.register_fake("lemo::swiglu_fp8")
+def _(gate, up):
+    values = gate.new_empty(gate.shape, dtype=torch.float8_e4m3fn)
+    scales = gate.new_empty((gate.shape[0], 1), dtype=torch.float32)
+    return gate.new_empty(gate.shape), values, scales
+
+
 @torch.library.register_fake("lemo::swiglu_backward")
 def _(dout, gate, up):
     return None
@@ -21,13 +28,19 @@ def _(dout, gate, up):
 
 class _Swiglu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, fp8):
         ctx.save_for_backward(gate, up)
-        return call(_ops.swiglu, gate, up)
+        if not fp8:
+            return call(_ops.swiglu, gate, up)
+        # No zeros for what has no gradient.
+        ctx.set_materialize_grads(False)
+        y, values, scales = call(_ops.swiglu_fp8, gate, up)
+        ctx.mark_non_differentiable(values, scales)
+        return y, values, scales
 
     @staticmethod
     @first_order_only("swiglu")
-    def backward(ctx, dout):
+    def backward(ctx, dout, *_):
         gate, up = ctx.saved_tensors
         call(_ops.swiglu_backward, dout, gate, up)
         # Whoever still wants the values, a second backward pass included, gets autograd's error.
@@ -36,6 +49,7 @@ class _Swiglu(torch.autograd.Function):
         return (
             dgate if ctx.needs_input_grad[0] else None,
             dup if ctx.needs_input_grad[1] else None,
+            None,
         )
 
 
@@ -43,6 +57,12 @@ def _consumable(x: Tensor) -> Tensor:
     """`x` if backward may overwrite it: contiguous, and in no leaf's storage; else a copy."""
     owner = x if x._base is None else x._base
     return x.clone(memory_format=torch.contiguous_format) if owner.is_leaf else x.contiguous()
+
+
+def _consumables(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = _consumable(gate), _consumable(up)
+    # Backward would write the one's gradient over the other, where they overlap.
+    return gate, up.clone() if _share_storage(gate, up) else up
 
 
 def _share_storage(a: Tensor, b: Tensor) -> bool:
@@ -68,7 +88,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError, TypeError: a shape, dtype or device does not fit.
     """
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        gate, up = _consumable(gate), _consumable(up)
-        # Backward would write the one's gradient over the other, where they overlap.
-        return _Swiglu.apply(gate, up.clone() if _share_storage(gate, up) else up)
+        return _Swiglu.apply(*_consumables(gate, up), False)
     return call(_ops.swiglu, gate, up)
+
+
+def swiglu_fp8(gate: Tensor, up: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(y, rows): `swiglu`, and what `fp8_rows` makes of its result, in one pass over memory.
+
+    Args:
+        gate, up: as for `swiglu`.
+    """
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        y, *rows = _Swiglu.apply(*_consumables(gate, up), True)
+    else:
+        y, *rows = call(_ops.swiglu_fp8, gate, up)
+    return y, (rows[0], rows[1])

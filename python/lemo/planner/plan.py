@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lemo import _C
+from lemo.packing.chunks import split_heads
 from lemo.planner.memory import MODES, LayerBytes, StepMemory
 from lemo.planner.timing import Rates, StepTime
 
@@ -24,7 +25,7 @@ __all__ = [
 MARGIN = 0.05
 """Share of the memory that a plan leaves free: what predictions may be wrong by."""
 
-NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, 5e10)
+NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, fp8=1.3e15, link=5e10)
 """Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured. That
 of the link to the host is what its PCIe 5 gives."""
 
@@ -38,6 +39,8 @@ _HOST_PARTS = 9
 _STATES = 512
 # Shares of a layer's bytes that are tried.
 _SHARES = 4
+# Groups of heads that are tried, besides one for each key head.
+_HEAD_GROUPS = (1, 2, 4, 8, 16, 32)
 # Lengths that are tried are multiples of it.
 _TOKENS = 16
 _MOST_TOKENS = 2**27
@@ -86,6 +89,7 @@ class Plan:
         peak: highest bytes of the step on the device.
         seconds: of the step.
         limit: bytes that it may take.
+        head_groups: by which attention's backward runs in layers that are recomputed, at most.
         shares: of each layer's bytes, what goes to the host.
     """
 
@@ -94,7 +98,8 @@ class Plan:
     peak: int
     seconds: float
     limit: int
-    shares: tuple[float, ...]
+    shares: tuple[float, ...] = ()
+    head_groups: int = 1
 
     @property
     def host(self) -> int:
@@ -144,6 +149,8 @@ class Planner:
     def plan(self, limit: int, modes: Sequence[str] | None = None) -> Plan | None:
         """The fastest plan within a limit in bytes, less the margin where that leaves one.
 
+        Heads are worked on in groups where that gives a faster plan than all at once.
+
         Args:
             limit: of the device.
             modes: of each layer; None: what is fastest.
@@ -155,35 +162,92 @@ class Planner:
             alone = Planner(self._memory, self._time, self._fixed).plan(limit, modes)
             if alone is not None and set(alone.modes) <= {MODES[0], *(modes or ())}:
                 return alone
-        choices, options = self._options(modes)
         for usable in (round((1 - MARGIN) * limit), limit):
-            grains = max(1, usable >> _PARTS), self._host_grain
-            limits = usable, self._host.limit, self._fixed
-            # Few of those that differ in what goes to the host are compared.
-            states = [_STATES] if self._host.limit else []
-            found, *_ = _C.plan_memory(options, *limits, *grains, *states)
-            if states and not found:
-                found, *_ = _C.plan_memory(_timeless(options), *limits, *grains)
-            if len(found) > 0:
-                chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
-                return self.of([mode for mode, _ in chosen], limit, [share for _, share in chosen])
+            plans = [
+                plan
+                for groups in self._choices()
+                if (plan := self._within(usable, groups, limit, modes)) is not None
+            ]
+            if plans:
+                return min(plans, key=lambda plan: plan.seconds)
         return None
 
-    def of(self, modes: Sequence[str], limit: int, shares: Sequence[float] | None = None) -> Plan:
+    def _within(
+        self, usable: int, groups: int, limit: int, modes: Sequence[str] | None
+    ) -> Plan | None:
+        choices, options = self._with(groups)._options(modes)
+        grains = max(1, usable >> _PARTS), self._host_grain
+        limits = usable, self._host.limit, self._fixed
+        # Few of those that differ in what goes to the host are compared.
+        states = [_STATES] if self._host.limit else []
+        found, *_ = _C.plan_memory(options, *limits, *grains, *states)
+        if states and not found:
+            found, *_ = _C.plan_memory(_timeless(options), *limits, *grains)
+        if len(found) == 0:
+            return None
+        chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
+        shares = [share for _, share in chosen]
+        return self.of([mode for mode, _ in chosen], limit, groups, shares)
+
+    def smallest(self, limit: int, modes: Sequence[str] | None = None) -> Plan:
+        """The plan that takes the least memory, whether it is within the limit or not.
+
+        Args:
+            limit: of the device.
+            modes: of each layer; None: all are recomputed.
+        """
+        modes = [MODES[-1]] * self._num_layers if modes is None else modes
+        shares = self._host.shares
+        if shares is None and self._host.limit:
+            layers = [self._memory.layer(index, mode, 1.0) for index, mode in enumerate(modes)]
+            share = min(1.0, self._host.limit / max(sum(layer.host for layer in layers), 1))
+            shares = (share,) * self._num_layers
+        return self.of(modes, limit, self._choices()[-1], shares)
+
+    def _choices(self) -> list[int]:
+        """The numbers of groups of heads that there are to choose from, ascending."""
+        step, key_heads = self._memory.step, self._memory.key_heads
+        if step.head_groups is not None:
+            return [step.head_groups]
+        if self._memory.has_head_norms:
+            return [1]  # the backward passes of the norms take as much
+        most = len(split_heads(key_heads, key_heads, step.shifted))
+        return [groups for groups in _HEAD_GROUPS if groups < most] + [most]
+
+    def _with(self, groups: int) -> Planner:
+        """The same with groups of heads."""
+        memory, time = self._memory, self._time
+        memory, time = memory.with_head_groups(groups), time.with_head_groups(groups)
+        return Planner(memory, time, self._fixed, self._host)
+
+    def of(
+        self,
+        modes: Sequence[str],
+        limit: int,
+        head_groups: int | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> Plan:
         """The plan with these modes, whether it is within the limit or not.
 
         Args:
             modes: of each layer.
-            limit: of the device.
+            limit: in bytes.
+            head_groups: of the plan; None: those of the step, or where they are open all heads at
+                once if that is within the limit, else the fewest groups that are.
             shares: of each layer's bytes, what goes to the host; None: as it was given, or nothing.
         """
         if shares is None:
-            shares = self._host.shares or [0.0] * self._num_layers
+            shares = self._host.shares or (0.0,) * self._num_layers
+        if head_groups is None:
+            plans = [self.of(modes, limit, groups, shares) for groups in self._choices()]
+            return next((plan for plan in plans if plan.peak <= limit), plans[-1])
+        memory, time = self._memory, self._time
+        memory, time = memory.with_head_groups(head_groups), time.with_head_groups(head_groups)
         pairs = zip(modes, shares)
-        layers = tuple(self._memory.layer(index, *pair) for index, pair in enumerate(pairs))
-        peak = self._memory.peak(modes, shares) - self._memory.fixed + self._fixed
-        seconds = self._time.seconds(modes, [layer.host for layer in layers])
-        return Plan(tuple(modes), layers, peak, seconds, limit, tuple(shares))
+        layers = tuple(memory.layer(index, *pair) for index, pair in enumerate(pairs))
+        peak = memory.peak(modes, shares) - memory.fixed + self._fixed
+        seconds = time.seconds(modes, [layer.host for layer in layers])
+        return Plan(tuple(modes), layers, peak, seconds, limit, tuple(shares), head_groups)
 
     def sensitive_shares(self, mode: str, size: int) -> tuple[float, ...]:
         """Shares of the layers' bytes by which so many bytes, at most, go to the host.
@@ -212,7 +276,7 @@ class Planner:
         if limit <= self._fixed:
             return False
         grains = max(1, limit >> _PARTS), self._host_grain
-        options = _timeless(self._options(None)[1])
+        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
         found, *_ = _C.plan_memory(options, limit, self._host.limit, self._fixed, *grains)
         return len(found) > 0
 
@@ -223,7 +287,7 @@ class Planner:
         """
         most = self.of([MODES[0]] * self._num_layers, 0).peak
         grains = max(1, most >> _PARTS), self._host_grain
-        options = _timeless(self._options(None)[1])
+        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
         return _C.least_memory(options, self._host.limit, self._fixed, *grains)
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import HostRules, Planner, bytes_text, longest_that_fits
-from lemo.planner.rows import drops_rows, rows_of
+from lemo.planner.rows import drops_rows, embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.settings.elimination import LemoConfig
@@ -80,6 +80,7 @@ class Request:
             ValueError: settings whose memory cannot be predicted, see `rows_of`.
         """
         layers, lengths = self.shape.layers, [tokens] * self.batch
+        group = self.elimination.layerwise.group_size or 0
         step = step_of(
             self.shape,
             lengths,
@@ -90,10 +91,13 @@ class Request:
             cuda=self.cuda,
             passes=self.passes,
             loss_chunk=self.elimination.loss_chunk,
+            head_groups=self.elimination.head_groups,
+            shifted=group > 0,
+            embeds_all=embeds_all(self.elimination),
         )
-        memory = StepMemory(self.shape, self.adapters, step, self.quantize)
-        group = self.elimination.layerwise.group_size or 0
-        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group)
+        fp8 = self.elimination.products == "fp8"
+        memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
+        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
         host = HostRules(self.elimination.host_bytes, self.elimination.offload_shares(layers))
         return Planner(memory, time, host=host)
 
@@ -117,6 +121,7 @@ class Request:
         if self.batch > 1 and self._fits(replace(self, batch=1), tokens, limit):
             ways.append("one sequence at a time (batch size 1)")
         can_quantise = self.quantize is None and self.size == 2
+        can_quantise = can_quantise and self.elimination.products == "dtype"
         if can_quantise and self._fits(replace(self, quantize="nf4"), tokens, limit):
             ways.append("weights in 4 bits (quantize nf4)")
         return "; ".join(ways)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
-__all__ = ["Rates", "StepTime"]
+__all__ = ["Rates", "StepTime", "operations"]
 
 # Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
 # (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
@@ -20,9 +20,19 @@ _BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
 _OVERLAP = 4
 
 
+def operations(adapted: int, one: int = _ADAPTER) -> int:
+    """What the host starts for a layer in both passes where nothing is recomputed.
+
+    Args:
+        adapted: linear layers with adapters.
+        one: operations of an adapter.
+    """
+    return _BASE + adapted * one
+
+
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; from `lemo.planner.calibration`.
+    """What a machine does in a second; from `lemo.training.calibration`.
 
     Attributes:
         products: floating point operations of large matrix products.
@@ -31,6 +41,7 @@ class Rates:
         bytes: bytes that element-wise operations read or write.
         launch: seconds of the host for an operation.
         link: bytes that are copied to pinned memory of the host, or back.
+        fp8: floating point operations of products in 8 bits; 0: not measured.
     """
 
     products: float
@@ -39,20 +50,23 @@ class Rates:
     bytes: float
     launch: float
     link: float = 5e10
+    fp8: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Operations of products, and bytes that are moved, for each row."""
+    """Operations of products, in the model's dtype and in 8 bits, and bytes that are moved, for
+    each row."""
 
     products: float = 0
     moved: float = 0
+    fp8: float = 0
 
     def __add__(self, other: _Work) -> _Work:
-        return _Work(self.products + other.products, self.moved + other.moved)
+        return _Work(self.products + other.products, self.moved + other.moved, self.fp8 + other.fp8)
 
     def __sub__(self, other: _Work) -> _Work:
-        return _Work(self.products - other.products, self.moved - other.moved)
+        return _Work(self.products - other.products, self.moved - other.moved, self.fp8 - other.fp8)
 
 
 class StepTime:
@@ -65,6 +79,7 @@ class StepTime:
         rates: of the machine.
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
+        fp8: whether frozen weights multiply in 8 bits.
     """
 
     def __init__(
@@ -75,10 +90,20 @@ class StepTime:
         rates: Rates,
         window: int = 0,
         group_size: int = 0,
+        fp8: bool = False,
     ) -> None:
+        self._fp8 = fp8
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
+
+    def with_head_groups(self, groups: int) -> StepTime:
+        """The same step with groups of heads."""
+        if groups == self._step.head_groups:
+            return self
+        step = replace(self._step, head_groups=groups)
+        more = self._window, self._group_size, self._fp8
+        return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
     def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
         """Of an optimizer step.
@@ -103,8 +128,8 @@ class StepTime:
         one = _APART if adapters.apart else _ADAPTER
         if self._step.autocast and adapters.size != self._step.size:
             one += _CAST
-        operations = _BASE + count * one + (_NORMS if self._norms_apart else 0)
-        return self._rates.launch * operations * (1 if mode == "none" else 1 + _AGAIN)
+        started = operations(count, one) + (_NORMS if self._norms_apart else 0)
+        return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 
     @property
     def loss(self) -> float:
@@ -156,6 +181,8 @@ class StepTime:
             total += again - self._seconds(rows, _Work(), self._down())
         if mode == "layer":
             total += self._attending(rows.attention, 4, self._rates.attention)
+        if mode != "none" and (self._step.head_groups or 1) > 1:
+            total += self._seconds(rows, self._grouped(mode), _Work())
         return total
 
     def _forward(self, rows: LayerRows) -> float:
@@ -169,7 +196,12 @@ class StepTime:
     def _seconds(self, rows: LayerRows, attention: _Work, mlp: _Work) -> float:
         products = rows.attention * attention.products + rows.mlp * mlp.products
         moved = rows.attention * attention.moved + rows.mlp * mlp.moved
-        return products / self._rates.products + moved / self._rates.bytes
+        eights = rows.attention * attention.fp8 + rows.mlp * mlp.fp8
+        return (
+            products / self._rates.products
+            + moved / self._rates.bytes
+            + (eights / self._rates.fp8 if eights else 0)
+        )
 
     def _attending(self, rows: int, operations: int, rate: float) -> float:
         """Seconds of attention among the kept rows of each sequence."""
@@ -186,12 +218,20 @@ class StepTime:
 
     # Work of a row
 
+    def _frozen(self, read: int, written: int) -> _Work:
+        """A product with a frozen weight, of rows of so many numbers."""
+        operations, size = 2 * read * written, self._step.size
+        if not self._fp8:
+            return _Work(operations, size * (read + written))
+        # Rows are rounded, which reads and writes them, and then read in 8 bits.
+        return _Work(0, read * (size + 2) + size * written, operations)
+
     def _linear(self, name: str) -> _Work:
         """A linear layer, forward."""
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(inputs, outputs)
         if name not in self._adapters.targets:
             return work
         pair = 2 * rank * (inputs + outputs)
@@ -207,7 +247,7 @@ class StepTime:
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank
-        work = _Work(2 * inputs * outputs, size * (inputs + outputs))
+        work = self._frozen(outputs, inputs)
         if name not in self._adapters.targets:
             return work
         pair = 4 * rank * (inputs + outputs)
@@ -239,6 +279,18 @@ class StepTime:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             work += self._linear(name)
         return work + _Work(0, 3 * size * shape.hidden)
+
+    def _grouped(self, mode: str) -> _Work:
+        """What groups of heads take beside all heads at once: copies of their parts, and where
+        attention's result was not stored queries, keys and values once more."""
+        shape, size = self._shape, self._step.size
+        copies = _Work(0, 8 * size * (shape.queries + shape.keys))
+        if mode == "selective":
+            return copies
+        work = self._norm(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            work += self._linear(name)
+        return copies + work
 
     def _attention_gradient(self) -> _Work:
         shape, size = self._shape, self._step.size

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -70,7 +73,8 @@ class LayerwiseConfig(Settings):
     )
     group_size: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
-        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307); null: no "
+        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
+        "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
         "groups.",
     )
 
@@ -100,7 +104,7 @@ class LemoConfig(Settings):
             union_mode="left_to_right",
             description="Tokens of a block, the unit that is kept or left out; or a share of the "
             "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
-            "need, else 0.25. With scorer predictor, null or a share: the size that the predictors "
+            "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
             "were trained for.",
         )
     )
@@ -133,8 +137,9 @@ class LemoConfig(Settings):
         "for text. random: every block is trained in turn; lexical: words that a block shares "
         "with the answers and with what stands around them; attention: the same, and what "
         "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
-        "pooled: queries and keys of block means; predictor: networks trained by `lemo prepare`; "
-        "exact: computed from the model, slow, for experiments.",
+        "pooled: queries and keys of block means; predictor: networks trained by `lemo "
+        "prepare`, of what answers need where the target was relevance; exact: computed from the "
+        "model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
@@ -203,12 +208,36 @@ class LemoConfig(Settings):
         description="GiB of the host that saved activations may take, as one pool of pinned "
         "memory. 0: they stay on the device.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
+        "backward, when its shapes come again, so that the host does not issue kernels one by one. "
+        "The results are the same. auto: where a layer's kernels are shorter than that takes; on: "
+        "wherever it can be. It cannot where layers keep rows of their own, modules run as they "
+        "are, or processes share out rows or weights; the log says so. The activations' memory "
+        "stays with the graphs.",
+    )
+    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+        None,
+        description="Groups of key heads, with their query heads, by which attention's backward "
+        "runs in layers that are recomputed: more of them take less memory at a time, and a little "
+        "more time; at most one for each key head (for every two with group_size). null: as many "
+        "as the memory asks for where the planner decides, else 1.",
+    )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",
         description="How the layers of a model run. native: lemo computes them, with every setting "
         "(Llama, Mistral, Qwen2, Qwen3, OPT); generic: the model's own layers run on the kept "
         "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
         "where the class is one of these, else generic.",
+    )
+    products: Literal["dtype", "fp8"] = Field(
+        "dtype",
+        description="In what products with the frozen weights of layers are computed, forward and "
+        "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
+        "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
+        "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
+        "name them. The head, attention, norms and adapters are not changed.",
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
@@ -237,6 +266,11 @@ class LemoConfig(Settings):
         if self.host_memory == 0 and self.moves:
             raise ValueError(
                 f"host_memory: expected GiB of the host for offload {self.offload}, got 0"
+            )
+        if (self.head_groups or 1) > 1 and self.visible_keys == "computed":
+            raise ValueError(
+                "head_groups: expected null or 1 with visible_keys 'computed', where keys of other "
+                f"rows are put between, got {self.head_groups}"
             )
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None
@@ -279,6 +313,8 @@ class LemoConfig(Settings):
     @property
     def finds_answers(self) -> bool:
         """Whether the scorer finds what answers need."""
+        if self.scorer == "predictor" and self.predictor is not None:
+            return _predicts_relevance(self.predictor)
         return self.scorer in _OF_ANSWERS
 
     def resolved(self, answers: bool) -> Self:
@@ -290,7 +326,7 @@ class LemoConfig(Settings):
         scorer = self.scorer
         if scorer == "auto":
             scorer = "lexical" if answers else "random"
-        finds = answers and scorer in _OF_ANSWERS
+        finds = answers and self.model_copy(update={"scorer": scorer}).finds_answers
         filled: dict[str, object] = {"scorer": scorer}
         if self.block_size is None:
             filled["block_size"] = _ANSWER_BLOCK if finds else _TEXT_BLOCK
@@ -299,3 +335,21 @@ class LemoConfig(Settings):
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
         return self.model_copy(update=filled)
+
+
+def _predicts_relevance(folder: str) -> bool:
+    """Whether a folder of `lemo prepare` says what answers need, not what sub-blocks do.
+
+    One that cannot be read says nothing here; `lemo.predictors.storage` says why when it is loaded.
+    """
+    file = Path(folder, "predictor.json")
+    try:
+        return _target(file, file.stat().st_mtime_ns) == "relevance"
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+@functools.lru_cache(maxsize=16)
+def _target(file: Path, changed: int) -> object:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content.get("target") if isinstance(content, dict) else None

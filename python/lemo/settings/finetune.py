@@ -23,7 +23,9 @@ _NOT_COMPARED = (
     *("model", "documents"),
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
     # has to go on with less.
-    *("memory_limit", "gradient_checkpointing", "elimination.recompute"),
+    *("memory_limit", "gradient_checkpointing", "elimination.recompute", "elimination.head_groups"),
+    # The results are the same.
+    "elimination.cuda_graphs",
     *("elimination.offload", "elimination.host_memory"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
@@ -168,6 +170,17 @@ class FinetuneConfig(Settings):
             )
         if elimination is None:
             return self
+        if elimination.products == "fp8":
+            for name, value, known in (
+                ("quantize", self.quantize, (None, "float8")),
+                ("shard", self.shard, (False,)),
+            ):
+                if value not in known:
+                    expected = " or ".join("null" if each is None else str(each) for each in known)
+                    raise ValueError(
+                        f"{name}: expected {expected.lower()} beside elimination.products fp8, got "
+                        f"{str(value).lower()}"
+                    )
         if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(
                 "elimination.scores: scorer 'given' needs the folder written by 'lemo relevance "

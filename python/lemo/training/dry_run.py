@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from lemo.ops import supports_device
-from lemo.planner.calibration import calibrated
 from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
 from lemo.planner.text import plan_lines
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.calibration import calibrated
 from lemo.training.model import load_config
 from lemo.training.planning import memory_limit, request_of
 
@@ -46,7 +46,7 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
     rates = None
     request = request_of(config, elimination, model_config, dtype, device, NOMINAL)
     if here or on_cpu:
-        rates = calibrated(request.shape, device, dtype)
+        rates = calibrated(request.shape, device, dtype, elimination.products == "fp8")
         request = request_of(config, elimination, model_config, dtype, device, rates)
     planner, asked = request.planner(tokens), elimination.recompute
     linear, others = request.shape.parameters()
@@ -60,6 +60,11 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
         f"step: {config.batch_size} x {tokens} tokens, of which layers keep "
         + (f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}")
     )
+    if elimination.products == "fp8":
+        yield "products: fp8; the first step logs layers that err too much, which stay in dtype"
+        for each in request.shape.linears():
+            if each.inputs % 16 or each.outputs % 16:
+                yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"
     modes = None
     if asked != "auto":
         modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lemo.files import write_file
-from lemo.planner.calibration import calibrated
 from lemo.planner.memory import MODES
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
@@ -21,6 +20,7 @@ from lemo.planner.text import plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.calibration import calibrated
 from lemo.training.run_folder import PLAN_NAME
 
 __all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
@@ -52,9 +52,13 @@ class RunPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings `recompute` and `offload` of the plan."""
+        """The settings `recompute`, `offload` and `head_groups` of the plan."""
         shares = self.plan.shares
-        return {"recompute": self.recompute, "offload": shares if any(shares) else 0.0}
+        return {
+            "recompute": self.recompute,
+            "offload": shares if any(shares) else 0.0,
+            "head_groups": self.plan.head_groups,
+        }
 
     def write(self, folder: Path) -> None:
         """Writes plan.json into a run folder."""
@@ -63,6 +67,7 @@ class RunPlan:
             "asked": self.asked,
             "modes": list(plan.modes),
             "shares": list(plan.shares),
+            "head_groups": plan.head_groups,
             "kept_bytes": [layer.kept for layer in plan.layers],
             "host_bytes": [layer.host for layer in plan.layers],
             "peak_bytes": plan.peak,
@@ -126,7 +131,7 @@ def request_of(
         shape,
         adapters,
         elimination,
-        calibrated(shape, device, dtype) if rates is None else rates,
+        calibrated(shape, device, dtype, elimination.products == "fp8") if rates is None else rates,
         batch=config.batch_size,
         size=dtype.itemsize,
         autocast=dtype != torch.float32,
@@ -235,6 +240,8 @@ def plan_run(
     asked = {"recompute": recompute, "memory_limit": config.memory_limit}
     if elimination.host_memory:
         asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
+    if elimination.head_groups is not None:
+        asked["head_groups"] = elimination.head_groups
     layers = request.shape.layers
     modes = None
     if recompute != "auto":
@@ -268,11 +275,8 @@ def plan_run(
     if config.memory_limit is None and _keeps_less(elimination):
         # What is predicted is an upper bound.
         _log.warning("%s; scores may keep fewer rows, so the run begins", message)
-        return (
-            None
-            if modes is not None
-            else RunPlan(planner.of(["layer"] * layers, limit), asked, request)
-        )
+        smallest = planner.smallest(limit, modes)
+        return None if modes is not None else RunPlan(smallest, asked, request)
     raise DoesNotFitError(message)
 
 
@@ -292,7 +296,9 @@ def _recorded(
         content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
         if content["asked"] != json.loads(json.dumps(asked)):
             return None
-        plan: Plan = planner.of(content["modes"], limit, content.get("shares"))
+        plan: Plan = planner.of(
+            content["modes"], limit, content["head_groups"], content.get("shares")
+        )
     except (OSError, ValueError, KeyError, IndexError):
         return None
     fits = plan.peak <= limit and plan.host <= round(asked.get("host_memory", 0) * _GIB)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lemo import _C, ops
 from lemo.files import write_file
 from lemo.planner.shape import ModelShape
-from lemo.planner.timing import Rates
+from lemo.planner.timing import Rates, operations
 
 __all__ = ["FOLDER", "calibrated", "stored_rates"]
 
@@ -30,8 +31,10 @@ _ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
 # Bytes that are copied to the host and back.
 _LINK = {"cuda": 1 << 28, "cpu": 1 << 24}
 _REPEATS = 5
-# Nodes of the graph that the host's time is measured on, and operations of each in both passes.
-_NODES, _NODE_OPERATIONS = 64, 7
+# Seconds for which a GPU is kept busy before its time counts, and while it does.
+_LOAD = 0.25
+# Layers of the two small models whose steps tell the host's time.
+_LAYERS = (2, 10)
 
 
 def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
@@ -42,17 +45,22 @@ def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) ->
     return None if found is None or found.keys() != known else Rates(**found)
 
 
-def calibrated(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates:
+def calibrated(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, fp8: bool = False
+) -> Rates:
     """The rates of this machine for such a model, measured now unless they are stored.
 
     Args:
         shape: the model, whose products and heads are measured.
         device: where the step runs.
         dtype: of its products.
+        fp8: whether those in 8 bits are wanted, too.
     """
     rates = stored_rates(shape, device, dtype)
-    if rates is None:
-        rates = measure(shape, device, dtype)
+    if rates is None or (fp8 and not rates.fp8):
+        rates = measure(shape, device, dtype) if rates is None else rates
+        if fp8:
+            rates = replace(rates, fp8=_fp8_products(shape, device, dtype, rates.bytes))
         FOLDER.mkdir(parents=True, exist_ok=True)
         content = _read() | {_key(shape, device, dtype): asdict(rates)}
         write_file(FOLDER / _NAME, json.dumps(content, indent=1, sort_keys=True) + "\n")
@@ -100,15 +108,26 @@ def _key(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The least time of a run; the first one does not count."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        _wait(device)
-        start = time.perf_counter()
+    """The time of a run; the first one does not count.
+
+    On a GPU the mean of many in a row, at the clock that it holds under load: the first ones on a
+    cool GPU take a tenth less, which no step does. On a CPU the least time.
+    """
+    _time(run, device)
+    if device.type != "cuda":
+        return min(_time(run, device) for _ in range(_REPEATS))
+    count = math.ceil(_LOAD / _time(run, device))
+    _time(run, device, count)
+    return _time(run, device, count) / count
+
+
+def _time(run: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
         run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
@@ -150,6 +169,23 @@ def _products(
     return operations / max(seconds - moved / bandwidth, seconds / 4)
 
 
+def _fp8_products(
+    shape: ModelShape, device: torch.device, dtype: torch.dtype, bandwidth: float
+) -> float:
+    """The same of products in 8 bits, without the rounding of their rows."""
+    rows, seconds, operations, moved = _ROWS[device.type], 0.0, 0, 0
+    for inputs, outputs in {(each.inputs, each.outputs) for each in shape.linears()}:
+        x = ops.fp8_rows(_random(device, dtype, rows, inputs))
+        weight = ops.fp8_rows(_random(device, dtype, outputs, inputs))
+        seconds += _seconds(
+            lambda x=x, weight=weight: ops.fp8_product(x, weight, dtype),  # type: ignore[misc]
+            device,
+        )
+        operations += 2 * rows * inputs * outputs
+        moved += rows * (inputs + outputs * dtype.itemsize)
+    return operations / max(seconds - moved / bandwidth, seconds / 4)
+
+
 def _attention(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Operations of a second of attention, forward and backward."""
     rows = _ROWS[device.type]
@@ -171,14 +207,41 @@ def _attention(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> t
 
 
 def _launch(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the host for an operation of a layer, forward or backward."""
-    x, weight = _random(device, dtype, 8, 16), _random(device, dtype, 16, 16)
+    """Seconds of the host for an operation of a layer: what layers add to a step too small to keep
+    a GPU busy."""
+    few, many = (_seconds(_small_step(layers, device, dtype), device) for layers in _LAYERS)
+    layer = max(many - few, many / 10) / (_LAYERS[1] - _LAYERS[0])
+    return layer / operations(len(_ADAPTED))
+
+
+_ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _small_step(layers: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Both passes of a model of this many small layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lemo.models.enable import enable
+    from lemo.settings.elimination import LemoConfig
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    base = LlamaForCausalLM(config).to(device, dtype)
+    lora = LoraConfig(r=8, target_modules=_ADAPTED, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False).train()
+    enable(model, LemoConfig(keep=0.5, scorer="random", recompute="none"))
+    ids = torch.zeros(1, 256, dtype=torch.int64, device=device)
 
     def run() -> None:
-        y = x.clone().requires_grad_()
-        for _ in range(_NODES):
-            y = ops.swiglu(y @ weight, y @ weight)
-        y.sum().backward()
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            model(input_ids=ids, labels=ids).loss.backward()
 
-    with torch.enable_grad():
-        return _seconds(run, device) / (_NODES * _NODE_OPERATIONS)
+    return run

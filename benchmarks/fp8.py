@@ -1,0 +1,134 @@
+"""Steps of the Llama-3-8B shape whose frozen weights multiply in 8 bits, beside the same in bf16.
+
+    python benchmarks/fp8.py --output FILE.jsonl [--tokens 32768] [--variants 1-layer 0.25-none]
+
+Measured: milliseconds of a step and peak memory with products "fp8". Against: products "dtype",
+which is bf16, in the same process: the two take turns, and each is enabled anew. A variant is
+KEEP-RECOMPUTE as in gpu_finetune.py, whose records these are, with `products` in their shape. Takes
+about half a minute a variant. Random weights: right for time and memory, meaningless for quality.
+
+    python benchmarks/fp8.py --device cpu --shrink 32 --layers 2 --tokens 512 --output /dev/null
+
+tries everything on the CPU with a small model; such times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import lemo
+from common import records
+from common.models import llama_config, random_llama, with_lora
+from common.timing import milliseconds, summary
+from gpu_finetune import GIB, RANK, TARGETS, config_of, recorded
+
+PRODUCTS = ("dtype", "fp8")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = records.parser(__doc__, records.BUILD / "fp8.jsonl")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument(
+        "--variants", nargs="+", default=["1-layer", "1-selective", "0.25-layer", "0.25-none"]
+    )
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2, help="turns of either")
+    parser.add_argument("--reps", type=int, default=3, help="steps of a turn that count")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
+    return parser.parse_args(arguments)
+
+
+def step_of(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """One optimizer step, which returns its loss."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step() -> torch.Tensor:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def turn(model: torch.nn.Module, ids: torch.Tensor, options: Any, config: Any) -> dict[str, Any]:
+    """Times and memory of some steps after one that makes what is made once."""
+    cuda = options.device.startswith("cuda")
+    handle, step = lemo.enable(model, config), step_of(model, ids)
+    first = step().item()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = [milliseconds(step, options.device) for _ in range(options.reps)]
+    peak = torch.cuda.max_memory_allocated() / GIB if cuda else 0.0
+    left = handle.unquantised_products()
+    handle.remove()
+    return {"times": times, "peak": peak, "loss": first, "left": left}
+
+
+def measure(model: torch.nn.Module, options: argparse.Namespace, variant: str) -> list[dict]:
+    """The records of a variant."""
+    vocabulary = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (1, options.tokens), device=options.device)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PRODUCTS}
+    for _ in range(options.rounds):
+        for name in PRODUCTS:
+            config = config_of(variant, None).model_copy(update={"products": name})
+            found[name].append(turn(model, ids, options, config))
+    times = {
+        name: summary([ms for each in turns for ms in each["times"]], digits=1)
+        for name, turns in found.items()
+    }
+    peaks = {name: max(each["peak"] for each in turns) for name, turns in found.items()}
+    shape = {
+        "model": "Llama-3-8B shape",
+        "tokens": options.tokens,
+        "layers": options.layers,
+        "lora_rank": RANK,
+        "lora_targets": ",".join(name.removesuffix("_proj") for name in TARGETS),
+        "dtype": "bfloat16",
+        **recorded(variant),
+        "products": "fp8",
+    }
+    left = found["fp8"][-1]["left"]
+    losses = {name: statistics.fmean(each["loss"] for each in found[name]) for name in PRODUCTS}
+    print(f"{variant}: losses {losses}, left in bf16: {left or 'none'}", flush=True)
+    ours, peer = times["fp8"], times["dtype"]
+    return [
+        records.figure(
+            *("finetune step", shape, "ms", round(ours.median, 1)),
+            *("products in bf16", round(peer.median, 1)),
+            range=ours.range,
+            reps=options.rounds * options.reps,
+            peer_range=peer.range,
+            left=len(left),
+        ),
+        records.figure(
+            *("finetune peak memory", shape, "GiB", round(peaks["fp8"], 2)),
+            *("products in bf16", round(peaks["dtype"], 2)),
+            range=[round(peaks["fp8"], 2)] * 2,
+        ),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    common = records.provenance(options.commit, options.device)
+    config = llama_config(options.tokens, options.layers, options.shrink)
+    model = with_lora(random_llama(config, options.device), RANK, TARGETS).train()
+    for variant in options.variants:
+        for row in measure(model, options, variant):
+            records.append(options.output, [row | common])
+            shape = row["shape"]
+            records.show(row, f"{shape['tokens']:>7} keep {shape['keep']:<5} {variant:<16} ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Products of a frozen linear layer in 8 bits (e4m3), forward and for the gradient of its input.
+
+Rows of inputs and of gradients have a scale each, the weight one for each output (FP8 formats:
+arXiv 2209.05433). One copy of the weight serves both directions: for the gradient of the input,
+which sums over outputs, their scales are multiplied into the columns of the result's gradient
+before that is rounded. Sums are in fp32.
+
+Tensor cores read both factors along the dimension that is summed over, so the gradient's product
+needs the copy transposed; that is made anew each time, in a small share of the product's time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from lemo import ops
+from lemo.models.weights import is_plain, is_torchao_float8, once
+
+__all__ = ["LIMIT", "Fp8Linear", "bytes_to_come", "check_gpu", "fp8_of", "share", "shared_rows"]
+
+LIMIT = (1 + 2**-4) ** 2 - 1
+"""The largest relative error of a product without cancellation: e4m3 rounds each factor by 2^-4 of
+itself at most. Where a product errs by more, numbers are lost below e4m3's range, or terms cancel;
+the layer's products are then left as they are."""
+
+# Rows on which the error is measured.
+_SAMPLE = 256
+# Sizes that tensor cores take.
+_MULTIPLE = 16
+_LEAST_CAPABILITY = (8, 9)
+_ATTRIBUTE = "_lemo_fp8"
+
+_log = logging.getLogger("lemo")
+
+# What `shared_rows` keeps: rows, and what they are in e4m3.
+_shared: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
+_depth = 0
+
+
+def check_gpu(device: torch.device) -> None:
+    """Refuses a GPU without tensor cores for e4m3.
+
+    Raises:
+        NotImplementedError: it has none.
+    """
+    if device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _LEAST_CAPABILITY:
+        raise NotImplementedError(
+            "products: 'fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper), got "
+            f"{torch.cuda.get_device_name(device)} of {capability[0]}.{capability[1]}"
+        )
+
+
+class Fp8Linear:
+    """The products of one frozen layer.
+
+    At the first product of each direction the error is measured on some of its rows; it stays in
+    the model's dtype from then on where that is too large.
+
+    Attributes:
+        name: of the module, for messages.
+        paused: whether products are computed as without this.
+        reasons: why products stay as they are, by direction, "forward" or "backward".
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        """Puts itself on the module, until `remove`."""
+        self.name, self.paused = name, False
+        self.reasons: dict[str, str] = {}
+        self._module = module
+        self._measured: set[str] = set()
+        self._weight: tuple[Tensor, Tensor] | None = None
+        self._made_of: tuple[object, ...] = ()
+        vars(module)[_ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Takes it off the module, and frees the weight in 8 bits."""
+        vars(self._module).pop(_ATTRIBUTE, None)
+        self._weight = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or pickled model makes its own.
+        return vars(self) | {"_weight": None, "_made_of": ()}
+
+    def unfit(self) -> str | None:
+        """Why the layer as it is now has no products in 8 bits; None: it has."""
+        module: Any = self._module
+        if any(size % _MULTIPLE for size in (module.in_features, module.out_features)):
+            return (
+                f"its sizes {module.in_features} and {module.out_features} are not both multiples "
+                f"of {_MULTIPLE}"
+            )
+        if not (is_plain(module) or is_torchao_float8(module)):
+            return "its weight is no plain matrix, or it has hooks"
+        if not is_plain(module) and module.weight.scale.numel() != module.out_features:
+            return "its weight is float8 of torchao without a scale for each output"
+        return "its weight is trained" if module.weight.requires_grad else None
+
+    def forward(
+        self, x: Tensor, cast: Tensor, matrix: Callable[[], Tensor], bias: Tensor | None
+    ) -> Tensor | None:
+        """The layer's product, [R, out]; None: it stays in the model's dtype.
+
+        Args:
+            x: [R, in], by which rows are known again (`shared_rows`).
+            cast: the same in the dtype of the result.
+            matrix: gives the weight [out, in] in that dtype.
+            bias: [out] of it.
+        """
+        if not self._takes("forward", cast):
+            return None
+        weight = self.weight()
+        if "forward" not in self._measured:
+            rows = _sample(cast)
+            y = ops.fp8_product(ops.fp8_rows(rows), weight, cast.dtype)
+            if not self._fits("forward", y, linear(rows, matrix())):
+                return None
+        return ops.fp8_product(_quantised(x, cast), weight, cast.dtype, bias)
+
+    def input_gradient(self, dy: Tensor, matrix: Callable[[], Tensor]) -> Tensor | None:
+        """The gradient of the input, [R, in]; None: it stays in the model's dtype.
+
+        Args:
+            dy: [R, out].
+            matrix: gives the weight.
+        """
+        if not self._takes("backward", dy):
+            return None
+        values, scales = self.weight()
+        transposed = once(self, values.dtype, lambda dtype: ops.fp8_transpose(values))
+        weight, factors = (transposed, scales.new_ones(transposed.shape[0], 1)), scales.flatten()
+        if "backward" not in self._measured:
+            rows = _sample(dy)
+            dx = ops.fp8_product(ops.fp8_rows(rows, factors), weight, dy.dtype)
+            if not self._fits("backward", dx, rows @ matrix()):
+                return None
+        return ops.fp8_product(ops.fp8_rows(dy, factors), weight, dy.dtype)
+
+    def weight(self) -> tuple[Tensor, Tensor]:
+        """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed."""
+        weight: Any = self._module.weight
+        if is_torchao_float8(self._module):
+            return weight.qdata, weight.scale.float().view(-1, 1)
+        made_of = weight.device, weight.data_ptr(), weight._version
+        if self._weight is None or self._made_of != made_of:
+            check_gpu(weight.device)
+            if not bool(weight.detach().isfinite().all()):
+                raise ValueError(
+                    f"products: expected finite weights for 'fp8', got inf or nan in {self.name}"
+                )
+            self._weight = ops.fp8_rows(weight.detach())
+            self._made_of = made_of
+        return self._weight
+
+    def bytes_to_come(self) -> int:
+        """Bytes of the weight in 8 bits, if it is still to be made."""
+        kept = self._weight is not None or is_torchao_float8(self._module)
+        weight: Any = self._module.weight
+        return 0 if kept or self.unfit() is not None else weight.numel() + 4 * weight.shape[0]
+
+    def reads_rows(self) -> bool:
+        """Whether the next product is in 8 bits, as far as is known."""
+        return not self.paused and "forward" not in self.reasons
+
+    def _takes(self, direction: str, rows: Tensor) -> bool:
+        return not self.paused and direction not in self.reasons and rows.shape[0] > 0
+
+    def _fits(self, direction: str, found: Tensor, expected: Tensor) -> bool:
+        """Whether the error is one that e4m3 allows; decides it for good."""
+        norm = expected.float().norm()
+        error, size = torch.stack([(found.float() - expected.float()).norm(), norm]).tolist()
+        if not 0 < size < float("inf"):
+            return True  # nothing to tell by: next time
+        self._measured.add(direction)
+        if error <= LIMIT * size:
+            return True
+        self.reasons[direction] = (
+            f"its {direction} product errs by {error / size:.2g} of itself, more than the "
+            f"{LIMIT:.2g} that rounding its factors to 8 bits explains"
+        )
+        _log.warning("products: %s stays in the model's dtype: %s", self.name, self.reasons)
+        return False
+
+
+def bytes_to_come(model: nn.Module) -> int:
+    """Bytes of weights in 8 bits that the first pass will make."""
+    found = (vars(module).get(_ATTRIBUTE) for module in model.modules())
+    return sum(layer.bytes_to_come() for layer in found if layer is not None)
+
+
+def fp8_of(module: nn.Module) -> Fp8Linear | None:
+    """What computes a layer's products in 8 bits; None: nothing does."""
+    found: Fp8Linear | None = vars(module).get(_ATTRIBUTE)
+    return None if found is None or found.paused or found.unfit() is not None else found
+
+
+@contextmanager
+def shared_rows() -> Iterator[None]:
+    """Rows that several layers read inside are rounded once."""
+    global _depth
+    _depth += 1
+    try:
+        yield
+    finally:
+        _depth -= 1
+        if _depth == 0:
+            _shared.clear()
+
+
+def share(x: Tensor, rows: tuple[Tensor, Tensor]) -> None:
+    """Names what x is in e4m3, for layers that read it inside the same `shared_rows`."""
+    if _depth:
+        _shared[:] = [(x, rows)]
+
+
+def _quantised(x: Tensor, cast: Tensor) -> tuple[Tensor, Tensor]:
+    for rows, quantised in _shared:
+        if rows is x:
+            return quantised
+    quantised = ops.fp8_rows(cast)
+    share(x, quantised)
+    return quantised
+
+
+def _sample(rows: Tensor) -> Tensor:
+    step = max(1, rows.shape[0] // _SAMPLE)
+    return rows[::step][:_SAMPLE].contiguous()

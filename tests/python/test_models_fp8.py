@@ -1,0 +1,419 @@
+"""products="fp8": the training of layers whose frozen weights multiply in 8 bits."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import lemo
+from lemo import ops, reference
+from lemo.models import fp8, weights
+from lemo.models.fp8 import LIMIT, Fp8Linear
+from lemo.models.linear import apply_linear
+from model_checks import assert_same_gradients
+from tiny_models import all_of, gradients, lora, make_model, padded_batch
+from tolerances import relative_error
+
+# The GPU's attention knows no fp32.
+pytestmark = pytest.mark.cpu_only
+
+BLOCK = 8
+# Of a product of independent factors: each is rounded by 2^-4 of itself at most, evenly between,
+# so 2^-4 / sqrt(3) of its power of two in the mean square, and numbers are evenly spread between
+# powers of two by their logarithm. Both factors together.
+TYPICAL = (2 * 2**-8 / 3 * (1 - 1 / 4) / (2 * torch.tensor(2.0).log().item())) ** 0.5
+
+
+def config_of(**settings):
+    fixed = {"keep": 0.5, "block_size": BLOCK, "products": "fp8", "recompute": "none"}
+    return lemo.LemoConfig(**fixed | settings)
+
+
+def trained(model, batch, **settings):
+    """(handle, loss), after a backward pass."""
+    handle = lemo.enable(model, config_of(**settings))
+    loss = model(**batch).loss
+    loss.backward()
+    return handle, loss.detach()
+
+
+def layers_of(model):
+    return next(m for name, m in model.named_modules() if name.endswith("layers"))
+
+
+def projection(model, name="up_proj"):
+    return getattr(layers_of(model)[0].mlp, name)
+
+
+def of_layer(module, x, dy):
+    """The result and all gradients of lemo's node."""
+    leaf = x.clone().requires_grad_()
+    module.zero_grad()
+    torch.manual_seed(1)
+    y = apply_linear(module, leaf)
+    y.backward(dy)
+    return {"y": y.detach(), "x": leaf.grad} | gradients(module)
+
+
+def base_of(module):
+    return getattr(module, "base_layer", module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.3}, {"lora_bias": True}])
+def test_the_frozen_product_alone_is_rounded(settings, dtype):
+    """Both directions are those of the oracle's factors; what pairs add is the same as before."""
+    torch.manual_seed(0)
+    module = projection(lora(make_model("llama", dtype=dtype), **settings))
+    base = base_of(module)
+    base.weight.data *= torch.randn(base.out_features, 1).exp()
+    x = torch.randn(40, base.in_features).to(dtype)
+    dy = torch.randn(40, base.out_features).to(dtype)
+    plain = of_layer(module, x, dy)
+    layer = Fp8Linear(base, "up_proj")
+    found = of_layer(module, x, dy)
+    layer.remove()
+    assert of_layer(module, x, dy)["y"].equal(plain["y"])
+
+    weight = base.weight.detach().float()
+    values, scales = reference.fp8_rows(weight, None)
+    row_values, row_scales = reference.fp8_rows(x, None)
+    y = (row_values * row_scales) @ (values * scales).T - x.float() @ weight.T
+    row_values, row_scales = reference.fp8_rows(dy, scales[:, 0])
+    dx = (row_values * row_scales) @ values - dy.float() @ weight
+    rounding = 1e-5 if dtype == torch.float32 else 2**-7
+    for name, expected in (("y", y), ("x", dx)):
+        scale = plain[name].float().norm()
+        difference = found[name].float() - plain[name].float()
+        assert (difference - expected).norm() < rounding * scale, name
+        assert difference.norm() > 0.01 * scale, "it is rounded to 8 bits"
+    for name in found.keys() - {"y", "x"}:
+        assert torch.equal(found[name], plain[name]), name
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+def test_products_err_as_rounding_does(architecture):
+    """Of random factors, by what rounding to three bits gives in the mean square."""
+    torch.manual_seed(0)
+    model = lora(make_model(architecture))
+    handle = lemo.enable(model, config_of())
+    for module in layers_of(model).modules():
+        layer = vars(module).get("_lemo_fp8")
+        if layer is None:
+            continue
+        x = torch.randn(200, module.in_features)
+        weight = module.weight
+        y = layer.forward(x, x, lambda weight=weight: weight, module.bias)
+        expected = nn.functional.linear(x, weight)
+        error = relative_error(y if module.bias is None else y - module.bias, expected)
+        assert 0.8 * TYPICAL < error < 1.2 * TYPICAL
+    assert handle.unquantised_products() == {}
+
+
+class Rounded(torch.autograd.Function):
+    """The oracle: a plain product whose factors are rounded in both directions."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.values, ctx.scales = reference.fp8_rows(weight, None)
+        values, scales = reference.fp8_rows(x, None)
+        return (values * scales) @ (ctx.values * ctx.scales).T
+
+    @staticmethod
+    def backward(ctx, dy):
+        values, scales = reference.fp8_rows(dy, ctx.scales[:, 0])
+        return (values * scales) @ ctx.values, None
+
+
+class RoundedLinear(nn.Linear):
+    def forward(self, x):
+        y = Rounded.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def rounded(model):
+    """The plain model, with the oracle in place of its layers' linear ones."""
+    for module in layers_of(model).modules():
+        if type(module) is nn.Linear and not module.weight.requires_grad:
+            module.__class__ = RoundedLinear
+    return model
+
+
+@pytest.mark.parametrize("recompute", ["none", "layer"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "opt"])
+def test_with_everything_kept_it_is_the_model_with_rounded_factors(architecture, recompute):
+    model, oracle = lora(make_model(architecture)), rounded(lora(make_model(architecture)))
+    batch = padded_batch([61, 45])
+    handle, loss = trained(model, batch, keep=1.0, recompute=recompute)
+    expected = oracle(**batch).loss
+    expected.backward()
+    assert handle.unquantised_products() == {}
+    assert relative_error(loss, expected) < 1e-3
+    # A number next to the middle between two of e4m3 may be rounded the other way.
+    found, wanted = all_of(gradients(model)), all_of(gradients(oracle))
+    assert relative_error(found, wanted) < 0.01
+    plain = lora(make_model(architecture))
+    trained(plain, batch, keep=1.0, products="dtype")
+    assert relative_error(all_of(gradients(plain)), wanted) > 0.05
+
+
+@pytest.mark.parametrize("recompute", ["layer", "selective"])
+@pytest.mark.parametrize("visible_keys", ["kept", "all", "computed"])
+def test_recomputing_changes_nothing(recompute, visible_keys):
+    model, stored = lora(make_model("llama")), lora(make_model("llama"))
+    batch = padded_batch([61, 45])
+    _, loss = trained(model, batch, recompute=recompute, visible_keys=visible_keys)
+    _, expected = trained(stored, batch, visible_keys=visible_keys)
+    assert torch.equal(loss, expected)
+    assert_same_gradients(model, stored)
+
+
+def test_under_autocast_with_fp32_adapters():
+    model = lora(make_model("llama", dtype=torch.bfloat16))
+    plain = copy.deepcopy(model)
+    batch, losses = padded_batch([61, 45]), []
+    for each, products in ((model, "fp8"), (plain, "dtype")):
+        with torch.autocast("cpu", torch.bfloat16):
+            handle, loss = trained(each, batch, products=products)
+        assert handle.unquantised_products() == {}
+        assert all(gradient.isfinite().all() for gradient in gradients(each).values())
+        losses.append(loss)
+    # A logit is behind 21 products that err by a few hundredths of themselves.
+    assert 0 < relative_error(*losses) < 0.05
+
+
+def test_rows_are_rounded_once_for_the_layers_that_read_them(monkeypatch):
+    rounded, own = [], ops.fp8_rows
+    monkeypatch.setattr(ops, "fp8_rows", lambda *a: rounded.append(a[0].shape[1]) or own(*a))
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, config_of(keep=1.0))
+    batch = padded_batch([61])
+    model(**batch).loss.backward()
+    rounded.clear()
+    loss = model(**batch).loss
+    # For each layer: both norms' rows and the heads'. The activation comes in 8 bits.
+    assert sorted(rounded) == [32] * 9
+    rounded.clear()
+    loss.backward()
+    assert len(rounded) == 21 - 3, "the first layer's input needs no gradient"
+    assert not fp8._shared
+    assert not weights._kept
+    handle.remove()
+
+
+def test_recomputing_rounds_no_rows_of_products_without_values(monkeypatch):
+    rounded, own = [], ops.fp8_rows
+    model = lora(make_model("llama"))
+    lemo.enable(model, config_of(keep=1.0, recompute="layer"))
+    batch = padded_batch([61])
+    model(**batch).loss.backward()
+    loss = model(**batch).loss
+    monkeypatch.setattr(ops, "fp8_rows", lambda *a: rounded.append(len(a)) or own(*a))
+    loss.backward()
+    assert rounded.count(1) == 3 * 3, "not the activation, whose product is not needed"
+
+
+def test_shared_rows_are_known_by_themselves():
+    x, other = torch.randn(2, 5, 32).unbind()
+    with fp8.shared_rows():
+        first = fp8._quantised(x, x)
+        assert fp8._quantised(x, x) is first
+        assert torch.equal(fp8._quantised(other, other)[1], ops.fp8_rows(other)[1])
+        fp8.share(x, first)
+        assert fp8._quantised(x, x) is first
+    assert fp8._quantised(x, x) is not first
+    assert not fp8._shared
+
+
+def test_weights_are_rounded_once_and_again_when_they_change():
+    model = lora(make_model("llama"))
+    trained(model, padded_batch([61]))
+    base = base_of(projection(model))
+    layer = vars(base)["_lemo_fp8"]
+    first = layer.weight()
+    assert layer.weight()[0] is first[0]
+    with torch.no_grad():
+        base.weight.mul_(2)
+    assert torch.equal(layer.weight()[1], 2 * first[1])
+
+
+def test_merged_adapters_and_removal():
+    """Merging and saving see the weights as they are; a merged layer's product stays in dtype."""
+    model, batch = lora(make_model("llama")), padded_batch([61])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    handle, loss = trained(model, batch)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not [name for name in model.state_dict() if "fp8" in name]
+    module, x = projection(model), torch.randn(8, 32)
+    expected = module(x)
+    module.merge()
+    assert relative_error(apply_linear(module, x), expected) < 1e-5
+    module.unmerge()
+    handle.remove()
+    assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
+    assert relative_error(apply_linear(module, x), expected) < 1e-5
+    assert torch.equal(trained(copy.deepcopy(model), batch)[1], loss)
+
+
+def test_evaluation_and_verify_run_in_the_models_dtype():
+    model, batch = lora(make_model("llama")), padded_batch([61, 45])
+    expected = model.eval()(**batch).loss
+    handle = lemo.enable(model, config_of())
+    assert torch.equal(model(**batch).loss, expected)
+    model.train()
+    handle.verify(batch)
+    assert not vars(base_of(projection(model)))["_lemo_fp8"].paused
+
+
+def test_a_layer_that_errs_too_much_stays(caplog):
+    """Its weight cancels: what is left is what rounding makes."""
+    model = lora(make_model("llama"))
+    base = base_of(projection(model, "down_proj"))
+    with torch.no_grad():
+        # Columns in pairs that nearly cancel where the activations are alike.
+        projection(model, "gate_proj").base_layer.weight[1::2] = projection(
+            model, "gate_proj"
+        ).base_layer.weight[::2]
+        projection(model, "up_proj").base_layer.weight[1::2] = projection(
+            model, "up_proj"
+        ).base_layer.weight[::2]
+        for name in ("gate_proj", "up_proj"):
+            for part in projection(model, name).lora_B.values():
+                part.weight.zero_()
+        base.weight[:, 1::2] = -base.weight[:, ::2] * (1 + 1e-2)
+    batch = padded_batch([61, 45])
+    with caplog.at_level(logging.WARNING, "lemo"):
+        handle, _ = trained(model, batch)
+    name = "model.layers.0.mlp.down_proj.base_layer"
+    reasons = handle.unquantised_products()
+    assert reasons.keys() == {name}
+    assert "forward product errs by" in reasons[name]
+    assert name in caplog.text
+    layer, x = vars(base)["_lemo_fp8"], torch.randn(4, 48)
+    assert layer.forward(x, x, lambda: base.weight, None) is None
+    assert layer.input_gradient(torch.randn(4, 32), lambda: base.weight) is not None
+
+
+def test_outliers_beyond_the_range_are_found():
+    """Beside numbers 2^20 times as large, others fall below e4m3's range."""
+    linear = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    layer = Fp8Linear(linear, "it")
+    x = torch.randn(50, 64)
+    x[:, 3] = 2.0**12
+    assert layer.forward(x, x, lambda: linear.weight, None) is not None
+    with torch.no_grad():
+        linear.weight[:, 3] = 0
+    x[:, 3] = 2.0**20
+    layer = Fp8Linear(linear, "it")
+    assert layer.forward(x, x, lambda: linear.weight, None) is None
+    assert "product errs by 0.9" in layer.reasons["forward"]
+
+
+def test_rows_of_zeros_decide_nothing():
+    linear = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    layer = Fp8Linear(linear, "it")
+    zeros = torch.zeros(5, 64)
+    assert not layer.forward(zeros, zeros, lambda: linear.weight, None).any()
+    assert layer.forward(zeros[:0], zeros[:0], lambda: linear.weight, None) is None
+    bad = zeros.clone()
+    bad[2] = torch.nan
+    y = layer.forward(bad, bad, lambda: linear.weight, None)
+    assert y.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert not layer.reasons
+    assert not layer._measured
+
+
+def test_what_cannot_be_is_named():
+    model = lora(make_model("llama", intermediate_size=40, num_hidden_layers=2))
+    model.base_model.model.model.layers[1].self_attn.q_proj.base_layer.requires_grad_(True)
+    handle, _ = trained(model, padded_batch([61]))
+    reasons = handle.unquantised_products()
+    assert len(reasons) == 7
+    size = "its sizes 32 and 40 are not both multiples of 16"
+    assert reasons["model.layers.0.mlp.up_proj.base_layer"] == size
+    assert reasons["model.layers.1.self_attn.q_proj.base_layer"] == "its weight is trained"
+
+
+def test_dora_stays_in_dtype_and_is_right():
+    model, batch = lora(make_model("llama"), use_dora=True), padded_batch([61])
+    plain = lora(make_model("llama"), use_dora=True)
+    _, loss = trained(model, batch)
+    _, expected = trained(plain, batch, products="dtype")
+    assert torch.equal(loss, expected)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    model = lora(make_model("llama"))
+    base_of(projection(model)).weight.data[3, 4] = torch.inf
+    with pytest.raises(ValueError, match=r"expected finite weights .* in model.layers.0.mlp.up"):
+        trained(model, padded_batch([61]))
+
+
+def test_the_generic_path_is_refused():
+    with pytest.raises(ValueError, match="products: expected 'dtype' in the generic path"):
+        lemo.enable(lora(make_model("llama")), config_of(path="generic"))
+
+
+def test_other_quantised_bases_are_refused():
+    class Linear4bit(nn.Linear):
+        pass
+
+    Linear4bit.__module__ = "bitsandbytes.nn.modules"
+    model = make_model("llama").requires_grad_(False)
+    layers_of(model)[1].mlp.up_proj = Linear4bit(32, 48, bias=False)
+    with pytest.raises(ValueError, match=r"got 'fp8' and a bitsandbytes.nn.modules.Linear4bit as"):
+        lemo.enable(model, config_of())
+    assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
+
+
+class Float8Tensor(torch.Tensor):
+    """What lemo reads of torchao's tensor of this name."""
+
+    @staticmethod
+    def of(weight):
+        self = weight.detach().as_subclass(Float8Tensor)
+        self.qdata, self.scale = ops.fp8_rows(weight.detach())
+        self.act_quant_kwargs = None
+        return self
+
+    def dequantize(self):
+        return (self.qdata.float() * self.scale).to(torch.bfloat16)
+
+
+Float8Tensor.__module__ = "torchao.quantization"
+
+
+def test_weights_that_are_in_8_bits_are_used_as_they_are():
+    """Nothing is held beside them."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 32, bias=False).bfloat16().requires_grad_(False)
+    plain = copy.deepcopy(linear)
+    linear._parameters["weight"] = Float8Tensor.of(linear.weight)
+    x, dy = torch.randn(20, 64).bfloat16(), torch.randn(20, 32).bfloat16()
+    results = []
+    for module in (linear, plain):
+        layer = Fp8Linear(module, "it")
+        assert layer.unfit() is None
+        results.append(of_layer(module, x, dy))
+        assert (layer._weight is None) == (module is linear)
+    for name, value in results[1].items():
+        assert torch.equal(results[0][name], value), name
+    linear.weight.scale = linear.weight.scale[0]
+    assert "without a scale for each output" in vars(linear)["_lemo_fp8"].unfit()
+    linear.weight.act_quant_kwargs = {}
+    assert vars(linear)["_lemo_fp8"].unfit() == "its weight is no plain matrix, or it has hooks"
+
+
+def test_older_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(NotImplementedError, match=r"8.9 or higher .* got NVIDIA A100 of 8.0"):
+        fp8.check_gpu(torch.device("cuda"))
+    fp8.check_gpu(torch.device("cpu"))
+
+
+def test_the_limit_is_what_rounding_both_factors_makes():
+    assert LIMIT == 17 / 16 * 17 / 16 - 1
+    assert TYPICAL < LIMIT / 3
