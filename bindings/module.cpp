@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
 #include <string>
 #include <tuple>
 
@@ -14,14 +15,14 @@ namespace py = pybind11;
 
 namespace {
 
-using Option = std::tuple<int64_t, int64_t, int64_t, int64_t, double>;
+using Option = std::tuple<int64_t, int64_t, int64_t, int64_t, double, int64_t>;
 
 lemo::LayerOptions layer_options(const std::vector<std::vector<Option>>& layers) {
     lemo::LayerOptions made;
     for (const std::vector<Option>& options : layers) {
         std::vector<lemo::LayerOption>& layer = made.emplace_back();
-        for (const auto& [kept, forward, backward, host, seconds] : options) {
-            layer.push_back({kept, forward, backward, host, seconds});
+        for (const auto& [kept, forward, backward, host, seconds, moving] : options) {
+            layer.push_back({kept, forward, backward, host, seconds, moving});
         }
     }
     return made;
@@ -71,23 +72,27 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "plan_memory",
         [](const std::vector<std::vector<Option>>& layers, int64_t device, int64_t host,
-           int64_t fixed, int64_t granularity) {
+           int64_t fixed, int64_t granularity, int64_t host_granularity, int64_t states) {
             const lemo::MemoryPlan plan =
-                lemo::plan_memory(layer_options(layers), {device, host, fixed, granularity});
+                lemo::plan_memory(layer_options(layers),
+                                  {device, host, fixed, granularity, host_granularity, states});
             return py::make_tuple(plan.options, plan.seconds, plan.peak, plan.host);
         },
         py::arg("layers"), py::arg("device"), py::arg("host"), py::arg("fixed"),
-        py::arg("granularity") = 1,
+        py::arg("granularity") = 1, py::arg("host_granularity") = 1,
+        py::arg("states") = std::numeric_limits<int64_t>::max(),
         "(option of each layer, seconds, peak bytes, host bytes) of the fastest plan within the "
         "limits; no options where none fits. An option is (kept, forward, backward, host bytes, "
-        "seconds).");
+        "seconds, bytes that move while the next layer runs).");
     m.def(
         "least_memory",
         [](const std::vector<std::vector<Option>>& layers, int64_t host, int64_t fixed,
-           int64_t granularity) {
-            return lemo::least_memory(layer_options(layers), {0, host, fixed, granularity});
+           int64_t granularity, int64_t host_granularity) {
+            return lemo::least_memory(layer_options(layers),
+                                      {0, host, fixed, granularity, host_granularity});
         },
         py::arg("layers"), py::arg("host"), py::arg("fixed"), py::arg("granularity") = 1,
+        py::arg("host_granularity") = 1,
         "The fewest bytes that a plan of these layers needs; -1 where the host's bound rules out "
         "every plan.");
     m.def(

@@ -9,16 +9,19 @@ def plan_selection(
 ) -> tuple[int, int]: ...
 def plan_loss_chunk(rows: int, vocabulary: int, budget_bytes: int) -> int: ...
 def plan_memory(
-    layers: list[list[tuple[int, int, int, int, float]]],
+    layers: list[list[tuple[int, int, int, int, float, int]]],
     device: int,
     host: int,
     fixed: int,
     granularity: int = 1,
+    host_granularity: int = 1,
+    states: int = ...,
 ) -> tuple[list[int], float, int, int]: ...
 def least_memory(
-    layers: list[list[tuple[int, int, int, int, float]]],
+    layers: list[list[tuple[int, int, int, int, float, int]]],
     host: int,
     fixed: int,
     granularity: int = 1,
+    host_granularity: int = 1,
 ) -> int: ...
 def build_info() -> dict[str, Any]: ...

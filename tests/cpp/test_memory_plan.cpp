@@ -37,8 +37,13 @@ LayerOptions random_layers(std::mt19937& random, int64_t most) {
         options.resize(static_cast<size_t>(1 + draw(4)));
         for (LayerOption& option : options) {
             // Whole seconds, so that sums in any order are the same.
-            option = {draw(most), draw(most), draw(most), draw(3) == 0 ? draw(most) : 0,
-                      static_cast<double>(draw(20))};
+            const bool moves = draw(3) == 0;
+            option = {draw(most),
+                      draw(most),
+                      draw(most),
+                      moves ? draw(most) : 0,
+                      static_cast<double>(draw(20)),
+                      moves ? draw(most) : 0};
         }
     }
     return layers;
@@ -95,13 +100,15 @@ TEST(MemoryPlan, RoundedBytesNeverExceedTheLimits) {
     std::mt19937 random(2);
     for (int trial = 0; trial < 500; ++trial) {
         const LayerOptions layers = random_layers(random, 100);
-        MemoryLimits limits{300, 100, 10, 8};
+        MemoryLimits limits{300, 100, 10, 8, 4};
         const MemoryPlan plan = plan_memory(layers, limits);
         if (!plan.options.empty()) {
             ASSERT_LE(plan.peak, limits.device);
+            ASSERT_LE(plan.host, limits.host);
         }
-        // Every layer takes at most the granularity more than it needs.
-        MemoryLimits exact{limits.device - 8 * static_cast<int64_t>(layers.size()), 100, 10};
+        // Every layer takes at most the granularities more than it needs.
+        const auto count = static_cast<int64_t>(layers.size());
+        MemoryLimits exact{limits.device - 8 * count, limits.host - 4 * count, 10};
         const std::optional<MemoryPlan> slower = try_all(layers, exact);
         if (slower) {
             ASSERT_FALSE(plan.options.empty());
@@ -128,6 +135,11 @@ TEST(MemoryPlan, ByHand) {
     EXPECT_EQ(plan_memory({offloaded, offloaded}, {12, 10, 0}).host, 10);
     EXPECT_EQ(least_memory({offloaded, offloaded}, {0, 0, 0}), 21);
     EXPECT_EQ(least_memory({{{0, 0, 0, 9, 1.0}}}, {0, 8, 0}), -1);
+    // What moves to the host is still there while the next layer runs.
+    const std::vector<LayerOption> leaving{{0, 2, 2, 10, 1.5, 10}};
+    EXPECT_EQ(plan_memory({leaving, offloaded}, {30, 20, 0}).peak, 21);
+    EXPECT_EQ(plan_memory({leaving, leaving}, {30, 20, 0}).peak, 12);
+    EXPECT_EQ(least_memory({leaving, leaving, leaving}, {0, 30, 0}), 12);
     // No layers: the rest has to fit.
     EXPECT_EQ(plan_memory({}, {5, 0, 5}).peak, 5);
 }

@@ -117,9 +117,9 @@ def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch
 def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     asked = []
     monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
-    make = modes_module._modes
+    make = modes_module._actions
     monkeypatch.setattr(
-        modes_module, "_modes", lambda *arguments: asked.append(1) or make(*arguments)
+        modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)
     )
     model, batch = model_and_batch()
     enabled(model, "auto")

@@ -30,6 +30,8 @@ FULL = {
     "burn_in": 16,
     "loss_chunk": 4096,
     "recompute": "selective",
+    "offload": [0.5, 1.0],
+    "host_memory": 8.0,
     "cuda_graphs": "off",
     "head_groups": 4,
     "products": "fp8",

@@ -20,7 +20,8 @@ _OPTIONS = (
     "context_parallel",
     *("rope_scaling", "dtype", "quantize", "device", "shard", "gradient_checkpointing", "seed"),
     *("memory_limit", "save_every"),
-    *("elimination.keep", "elimination.recompute", "elimination.predictor"),
+    *("elimination.keep", "elimination.recompute", "elimination.host_memory"),
+    "elimination.predictor",
     *("elimination.heads", "elimination.scores", "resume", "overwrite"),
 )
 # Options that name what a scorer reads, and that scorer.

@@ -27,6 +27,12 @@ def plan(
             show_default="what is free on the GPU here",
         ),
     ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory of the host for activations, such as 64GiB.", show_default="none"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows of a forward pass.")] = 1,
     gradient_accumulation: Annotated[
         int, typer.Option(help="Forward passes of an optimizer step.")
@@ -76,6 +82,9 @@ def plan(
         | ({} if keep is None else {"keep": keep})
         | ({"products": "fp8"} if fp8 else {}),
     }
+    if host_memory is not None:
+        size = parse_bytes(host_memory, "--host-memory")
+        settings["elimination"]["host_memory"] = size / _UNITS["gib"]
     options.apply_assignments(settings, assignments or ())
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
 

@@ -20,6 +20,7 @@ from lemo.models.batch import Batch
 from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
 from lemo.models.modes import Modes
+from lemo.models.offload import LayerOffload, Offload, OffloadedPass
 from lemo.models.placement import Everywhere, KeptAlone, Placement, SharedOut
 from lemo.models.sharded import check_whole, run_inside
 from lemo.models.sub_blocks import MLP, Attention
@@ -57,6 +58,7 @@ class Pass:
         chosen: what the first attention keeps, where it is known before tokens are embedded.
         kept: the rows of the residual that all sub-blocks keep; None: each chooses its own.
         left_out: those that all of them leave out, where these are computed.
+        offload: moves what layers store to the host.
     """
 
     batch: Batch
@@ -67,6 +69,7 @@ class Pass:
     chosen: Selection | None = None
     kept: Selection | None = None
     left_out: Selection | None = None
+    offload: OffloadedPass | None = None
 
 
 Embed = Callable[[Batch, Tensor | None], tuple[Batch, Tensor]]
@@ -84,6 +87,7 @@ class Decoder:
         selector: decides what each sub-block keeps.
         scorer: where block scores come from.
         modes: what each layer stores.
+        offload: moves it to the host.
         visible_keys: as in `LemoConfig`.
         group_size: tokens of a shifted attention group; 0: no groups.
         context: processes that share out the rows; None: this one has them all.
@@ -95,6 +99,7 @@ class Decoder:
         selector: Selector,
         scorer: Scorer,
         modes: Modes,
+        offload: Offload,
         visible_keys: str = "kept",
         group_size: int = 0,
         context: ContextParallel | None = None,
@@ -105,6 +110,7 @@ class Decoder:
         self.visible_keys = visible_keys
         self._group_size = group_size
         self._modes = modes
+        self._offload = offload
         self._context = context
         self._latest = ""
 
@@ -162,8 +168,11 @@ class Decoder:
         kept = now.chosen
         if kept is None:
             kept = self._select(0, "attention", now, residual)
-        now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
-        self._latest = _described(now.batch.layout.num_tokens, kept.num_rows, now.modes)
+        actions = self._modes.of(now.batch, residual, kept, now.drop)
+        now.modes, now.head_groups = actions.modes, actions.head_groups
+        now.offload = self._offload.begin(actions.shares, residual.device)
+        tokens = now.batch.layout.num_tokens
+        self._latest = _described(tokens, kept.num_rows, actions.modes, actions.shares)
         if now.chosen is None:
             now.place = self._placement(now.batch, kept, now.drop)
             now.batch, residual = now.place.enter(now.batch, residual)
@@ -187,6 +196,8 @@ class Decoder:
                 visit_residual(entry)
             layer = self._architecture.layer(index)
             residual = run_inside(layer, partial(self._layer, index, now), residual)
+        if now.offload is not None:
+            now.offload.finish()
         return residual
 
     def _placement(self, batch: Batch, kept: Selection, drop: bool) -> Placement:
@@ -206,8 +217,24 @@ class Decoder:
             kept = now.kept or now.place.of(self._selector.selected(0, "attention"))
         else:
             kept = now.kept or now.place.of(self._select(index, "attention", now, residual))
-        execution = execution_of(layer, now.modes[index])
+        assert now.offload is not None
+        with now.offload.layer(index, layer) as moved:
+            return self._run(index, now, kept, residual, moved)
+
+    def _run(
+        self,
+        index: int,
+        now: Pass,
+        kept: Selection,
+        residual: Tensor,
+        moved: LayerOffload | None,
+    ) -> Tensor:
+        execution = execution_of(self._architecture.layer(index), now.modes[index])
         attention = self._attention(index, now, kept)
+        if moved is not None:
+            # They belong to all layers.
+            batch = now.batch
+            moved.leave_out(residual, batch, vars(batch.packed), kept, attention.keys, now.left_out)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
             mlp = self._mlp(index, self._of_mlp(index, now, residual))
             return execution.run(residual, self._unit(index, now, attention, mlp))
@@ -256,10 +283,11 @@ class Decoder:
         return now.left_out or now.place.left_out(kept, self._selector.left_out)
 
 
-def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:
+def _described(tokens: int, rows: int, modes: Sequence[str], shares: Sequence[float]) -> str:
     runs, first = [], 0
-    for mode, group in groupby(modes):
+    for (mode, share), group in groupby(zip(modes, shares)):
         end = first + len(list(group))
-        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'")
+        host = f", {share:.0%} on the host" if share else ""
+        runs.append(f"{layers_text(range(first, end))} recompute '{mode}'{host}")
         first = end
     return f"{tokens} tokens, of which the first layer keeps {rows}; {', '.join(runs)}"

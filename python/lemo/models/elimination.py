@@ -4,6 +4,7 @@ from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.decoder import Decoder
 from lemo.models.modes import Modes
+from lemo.models.offload import Offload
 from lemo.models.scout import Scout
 from lemo.models.sharing import check_settings
 from lemo.selection.scorers import Scorer, make_scorer
@@ -42,7 +43,11 @@ class Elimination(Choice):
     """
 
     def __init__(
-        self, architecture: Architecture, context: ContextParallel | None, config: LemoConfig
+        self,
+        architecture: Architecture,
+        context: ContextParallel | None,
+        offload: Offload,
+        config: LemoConfig,
     ) -> None:
         scorer = make_scorer(config, architecture, Scout(architecture))
         super().__init__(config, architecture.num_layers, scorer)
@@ -52,10 +57,11 @@ class Elimination(Choice):
         self.decoder = Decoder(
             *parts,
             Modes(architecture, config, config.visible_keys, alone=context is None),
+            offload,
             visible_keys=config.visible_keys,
             group_size=config.layerwise.group_size or 0,
             context=context,
         )
         everything = "computed"
         modes = Modes(architecture, config, everything)
-        self.dense_decoder = Decoder(*parts, modes, visible_keys=everything)
+        self.dense_decoder = Decoder(*parts, modes, offload, visible_keys=everything)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,30 @@ from lemo.models.fp8 import bytes_to_come
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import NOMINAL, Planner
+from lemo.planner.plan import NOMINAL, HostRules, Planner
 from lemo.planner.rows import embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Modes", "free_bytes"]
+__all__ = ["Actions", "Modes", "free_bytes"]
 
 # Passes of up to an eighth more rows share a plan.
 _PARTS = 8
+
+
+class Actions(NamedTuple):
+    """What becomes of the activations of each layer.
+
+    Attributes:
+        modes: the setting `recompute`.
+        shares: of what it saves, what goes to the host.
+        head_groups: of attention's backward where it is recomputed, of all layers.
+    """
+
+    modes: Sequence[str]
+    shares: Sequence[float]
+    head_groups: int = 1
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -58,7 +73,9 @@ class Modes:
     ) -> None:
         self._architecture, self._config = architecture, config
         self._visible_keys, self._alone = visible_keys, alone
-        self._plans: dict[Any, tuple[Sequence[str], int]] = {}
+        self._plans: dict[Any, Actions] = {}
+        self._shares = config.offload_shares(architecture.num_layers)
+        self._has_said = False
         # Heads of rows that are computed or shared out meet those of others.
         groups = config.head_groups or 1
         self._head_groups = groups if alone and visible_keys != "computed" else 1
@@ -68,10 +85,8 @@ class Modes:
                 f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
             )
 
-    def of(
-        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
-    ) -> tuple[Sequence[str], int]:
-        """The settings `recompute` of each layer and `head_groups` in a pass.
+    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Actions:
+        """What becomes of the activations of each layer in a pass.
 
         Args:
             batch: what the rows are.
@@ -80,13 +95,24 @@ class Modes:
             one_set: whether all layers keep it, and other rows are dropped.
         """
         count, asked = self._architecture.num_layers, self._config.recompute
-        if not isinstance(asked, str):
-            return asked, self._head_groups
-        if asked == "auto" and self._alone and self._is_planned():
-            planned = self._planned(batch, residual, kept, one_set)
+        modes = [asked] * count if isinstance(asked, str) else list(asked)
+        # Whoever switches it on asks for the least memory.
+        chooses = asked == "auto" and not self._architecture.layer(0).gradient_checkpointing
+        if (chooses or self._shares is None) and self._alone and self._is_planned():
+            fixed = (
+                None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
+            )
+            planned = self._planned(batch, residual, kept, one_set, fixed)
             if planned is not None:
-                return planned
-        return [asked] * count, self._head_groups
+                return planned if chooses else planned._replace(modes=modes)
+        if self._shares is None and torch.is_grad_enabled() and not self._has_said:
+            self._has_said = True
+            warnings.warn(
+                "lemo: nothing goes to the host, since memory is not predicted here "
+                "(docs/design/planner.md says where); offload can say a share of each layer",
+                stacklevel=2,
+            )
+        return Actions(modes, self._shares or [0.0] * count, self._head_groups)
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
@@ -96,15 +122,18 @@ class Modes:
             and layer.training
             # What gathered weights of other layers take is not predicted.
             and not is_sharded(layer)
-            # Whoever switches it on asks for the least memory.
-            and not layer.gradient_checkpointing
             and self._visible_keys == self._config.visible_keys == "kept"
         )
 
     def _planned(
-        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
-    ) -> tuple[Sequence[str], int] | None:
-        """What is fastest within the free memory; None where memory is not planned."""
+        self,
+        batch: Batch,
+        residual: Tensor,
+        kept: Selection,
+        one_set: bool,
+        modes: tuple[str, ...] | None,
+    ) -> Actions | None:
+        """The fastest actions within the free memory; None where memory is not planned."""
         try:
             shape = shape_of(self._architecture.config)
         except ValueError:
@@ -116,7 +145,7 @@ class Modes:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(_rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
-        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast
+        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast, modes
         if key not in self._plans:
             free = free_bytes(residual.device)
             adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
@@ -138,22 +167,29 @@ class Modes:
                 shifted=self._config.layerwise.group_size is not None,
                 embeds_all=embeds_all(self._config),
             )
+            host = HostRules(self._config.host_bytes, self._shares)
             fp8 = self._config.products == "fp8"
             free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
             memory = StepMemory(shape, adapters, step, fp8=fp8)
             time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
-            self._plans[key] = _modes(shape, adapters, memory, time, free)
+            self._plans[key] = _actions(shape, adapters, memory, time, free, host, modes)
         return self._plans[key]
 
 
-def _modes(
-    shape: ModelShape, adapters: Adapters, memory: StepMemory, time: StepTime, free: int
-) -> tuple[Sequence[str], int]:
+def _actions(
+    shape: ModelShape,
+    adapters: Adapters,
+    memory: StepMemory,
+    time: StepTime,
+    free: int,
+    host: HostRules,
+    modes: tuple[str, ...] | None,
+) -> Actions:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    planner = Planner(memory, time, fixed)
-    plan = planner.plan(free) or planner.smallest(free)
-    return plan.modes, plan.head_groups
+    planner = Planner(memory, time, fixed, host)
+    plan = planner.plan(free, modes) or planner.smallest(free, modes)
+    return Actions(plan.modes, plan.shares, plan.head_groups)
 
 
 def _rounded_up(rows: int) -> int:

@@ -59,6 +59,11 @@ class Training(ABC, Generic[C]):
             choose: what settings, none left open, ask for.
             context: processes that share out the rows; None: this one has them all.
         """
+        if context is not None and config.host_memory:
+            raise NotImplementedError(
+                "host_memory: expected 0 with context_parallel, whose processes exchange keys and "
+                f"values while layers run, got {config.host_memory:g}"
+            )
         self.context = context
         self.row_labels: Tensor | None = None
         self.token_scores: Tensor | None = None

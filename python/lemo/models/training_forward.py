@@ -21,6 +21,7 @@ from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
+from lemo.models.offload import Offload
 from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
@@ -35,6 +36,9 @@ __all__ = ["TrainingForward"]
 
 class TrainingForward(Training[Elimination]):
     """What the model computes in place of its own forward, in the native path.
+
+    Attributes:
+        offload: moves what layers save to the host.
 
     Args:
         architecture: access to the model.
@@ -51,7 +55,9 @@ class TrainingForward(Training[Elimination]):
         config: LemoConfig,
         context: ContextParallel | None = None,
     ) -> None:
-        super().__init__(config, partial(Elimination, architecture, context), context)
+        self.offload = Offload(config.host_bytes)
+        parts = architecture, context, self.offload
+        super().__init__(config, partial(Elimination, *parts), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         self._mostly_labelled = False
@@ -157,6 +163,10 @@ class TrainingForward(Training[Elimination]):
         labels = Labels(index, targets, None if divisor is None else divisor.float())
         step = OneSet(self._architecture, decoder, now, labels, ignored, self._loss_chunk)
         inputs, graphs = step.inputs(residual), self.graphs
+        assert now.offload is not None
+        if graphs is not None and now.offload.is_needed:
+            graphs.say("CUDA graphs: passes run without one: activations go to the host")
+            graphs = None
         if graphs is None:
             return step(inputs), most, None
         key, parameters, read = step.captured()

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from lemo import _C
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows, split_heads
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, weight_bytes
 
-__all__ = ["MODES", "LayerBytes", "StepMemory"]
+__all__ = ["HOST_ALIGNMENT", "MODES", "LayerBytes", "StepMemory"]
 
 MODES = ("none", "selective", "layer")
 """What becomes of a layer's activations, from the fastest to the smallest."""
 
+HOST_ALIGNMENT = 4096
+"""What bytes of a tensor on the host are rounded up to."""
+
+# Tensors that a layer stores, at most.
+_TENSORS = 64
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj")
 # Workspace of matrix products, which torch's allocator holds, on GPUs.
@@ -36,11 +42,15 @@ class LayerBytes:
         kept: from its forward pass to its backward pass.
         forward: for a moment of its forward pass, beyond those kept.
         backward: for a moment of its backward pass, beyond those kept.
+        host: on the host, from its forward pass to its backward pass.
+        moving: on the way to the host, or back, while the next layer runs.
     """
 
     kept: int
     forward: int
     backward: int
+    host: int = 0
+    moving: int = 0
 
 
 class StepMemory:
@@ -144,13 +154,20 @@ class StepMemory:
         kept = sum(self.layer(index, mode).kept for index, mode in enumerate(modes))
         return self.fixed - residual - gradients + kept + self.loss_kept
 
-    def peak(self, modes: Iterable[str]) -> int:
-        """The highest bytes of a step with a mode for each layer."""
-        stored, highest = 0, 0
-        for index, mode in enumerate(modes):
-            layer = self.layer(index, mode)
+    def peak(self, modes: Iterable[str], shares: Iterable[float] = ()) -> int:
+        """The highest bytes of a step with a mode for each layer.
+
+        Args:
+            modes: of each layer.
+            shares: of its bytes, what goes to the host; empty: nothing.
+        """
+        stored = highest = moving = 0
+        for index, (mode, share) in enumerate(zip_longest(modes, shares, fillvalue=0.0)):
+            layer = self.layer(index, str(mode), float(share))
             stored += layer.kept
-            highest = max(highest, stored + max(layer.forward, layer.backward))
+            highest = max(highest, stored + max(layer.forward, layer.backward) + moving)
+            moving = layer.moving
+        # What the last layer moves is gone before the loss.
         return self.fixed + max(highest, stored + self.loss, self._embedding)
 
     @property
@@ -163,15 +180,30 @@ class StepMemory:
 
     # A layer
 
-    def layer(self, index: int, mode: str) -> LayerBytes:
+    def layer(self, index: int, mode: str, share: float = 0.0) -> LayerBytes:
         """What a layer takes.
 
         Args:
             index: the layer.
             mode: one of `MODES`.
+            share: of what it keeps, what goes to the host.
         """
         rows = self._step.rows[index]
-        return self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
+        layer = self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
+        if not share or not layer.kept:
+            return layer
+        moved = round(share * layer.kept)
+        # Of one tensor a part stays, which comes back as a whole.
+        width = self._shape.width if mode == "none" else self._shape.hidden
+        cut = max(rows) * width * self._step.size if share < 1 else 0
+        moving = min(layer.kept, moved + cut)
+        return LayerBytes(
+            layer.kept - moved,
+            layer.forward + moving,
+            layer.backward + moving,
+            moved + _TENSORS * HOST_ALIGNMENT,
+            moving,
+        )
 
     def _stored(self, rows: LayerRows) -> LayerBytes:
         shape, size = self._shape, self._step.size

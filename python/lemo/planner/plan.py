@@ -15,6 +15,7 @@ __all__ = [
     "MARGIN",
     "NOMINAL",
     "DoesNotFitError",
+    "HostRules",
     "Plan",
     "Planner",
     "bytes_text",
@@ -24,13 +25,20 @@ __all__ = [
 MARGIN = 0.05
 """Share of the memory that a plan leaves free: what predictions may be wrong by."""
 
-NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, fp8=1.3e15)
-"""Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured."""
+NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, fp8=1.3e15, link=5e10)
+"""Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured. That
+of the link to the host is what its PCIe 5 gives."""
 
 _GIB = 2**30
 # Kept bytes of a layer are rounded up to a 2^-16th of the memory: the planner then tells few sums
 # apart.
 _PARTS = 16
+# The same of bytes on the host.
+_HOST_PARTS = 9
+# Sets of options that are compared after each layer, where something may go to the host.
+_STATES = 512
+# Shares of a layer's bytes that are tried.
+_SHARES = 4
 # Groups of heads that are tried, besides one for each key head.
 _HEAD_GROUPS = (1, 2, 4, 8, 16, 32)
 # Lengths that are tried are multiples of it.
@@ -40,6 +48,35 @@ _MOST_TOKENS = 2**27
 
 class DoesNotFitError(ValueError):
     """A step needs more memory than there is, whatever is recomputed."""
+
+
+@dataclass(frozen=True)
+class HostRules:
+    """What may go to the host.
+
+    Attributes:
+        limit: its bytes that a step may take.
+        shares: of each layer's bytes, what goes there; None: what the planner chooses.
+    """
+
+    limit: int = 0
+    shares: tuple[float, ...] | None = None
+
+    def choices(self, mode_bytes: int, hidden: int, index: int) -> tuple[float, ...]:
+        """The shares of a layer's bytes that a plan may move.
+
+        Args:
+            mode_bytes: what the layer keeps in some mode.
+            hidden: bytes whose copies the device does not wait for.
+            index: the layer.
+        """
+        if self.shares is not None:
+            return (self.shares[index],)
+        if not self.limit or not mode_bytes:
+            return (0.0,)
+        # Rounded down, to few numbers.
+        most = min(1.0, hidden / mode_bytes) * _PARTS // 1 / _PARTS
+        return tuple(sorted({most, *(part / _SHARES for part in range(_SHARES + 1))}))
 
 
 @dataclass(frozen=True)
@@ -53,6 +90,7 @@ class Plan:
         seconds: of the step.
         limit: bytes that it may take.
         head_groups: by which attention's backward runs in layers that are recomputed, at most.
+        shares: of each layer's bytes, what goes to the host.
     """
 
     modes: tuple[str, ...]
@@ -60,7 +98,13 @@ class Plan:
     peak: int
     seconds: float
     limit: int
+    shares: tuple[float, ...] = ()
     head_groups: int = 1
+
+    @property
+    def host(self) -> int:
+        """Bytes on the host."""
+        return sum(layer.host for layer in self.layers)
 
     def runs(self) -> Iterator[tuple[range, str, LayerBytes]]:
         """(layers, mode, bytes of one of them) of neighbours that are alike."""
@@ -78,10 +122,17 @@ class Planner:
         memory: its bytes.
         time: its seconds.
         fixed: bytes that no mode changes; None: those that are predicted.
+        host: what may go to the host.
     """
 
-    def __init__(self, memory: StepMemory, time: StepTime, fixed: int | None = None) -> None:
-        self._memory, self._time = memory, time
+    def __init__(
+        self,
+        memory: StepMemory,
+        time: StepTime,
+        fixed: int | None = None,
+        host: HostRules = HostRules(),
+    ) -> None:
+        self._memory, self._time, self._host = memory, time, host
         self._fixed = memory.fixed if fixed is None else fixed
         self._num_layers = len(memory.step.rows)
 
@@ -95,34 +146,63 @@ class Planner:
         """Bytes of weights, adapters and the optimizer's state."""
         return self._memory.weights
 
-    def plan(self, limit: int) -> Plan | None:
+    def plan(self, limit: int, modes: Sequence[str] | None = None) -> Plan | None:
         """The fastest plan within a limit in bytes, less the margin where that leaves one.
 
         Heads are worked on in groups where that gives a faster plan than all at once.
+
+        Args:
+            limit: of the device.
+            modes: of each layer; None: what is fastest.
         """
         if limit <= 0:
             return None
+        if self._host.limit and self._host.shares is None:
+            # Where nothing has to go there, nothing does.
+            alone = Planner(self._memory, self._time, self._fixed).plan(limit, modes)
+            if alone is not None and set(alone.modes) <= {MODES[0], *(modes or ())}:
+                return alone
         for usable in (round((1 - MARGIN) * limit), limit):
             plans = [
                 plan
                 for groups in self._choices()
-                if (plan := self._within(usable, groups, limit)) is not None
+                if (plan := self._within(usable, groups, limit, modes)) is not None
             ]
             if plans:
                 return min(plans, key=lambda plan: plan.seconds)
         return None
 
-    def _within(self, usable: int, groups: int, limit: int) -> Plan | None:
-        grain = max(1, usable >> _PARTS)
-        options = self._with(groups)._options()
-        found, *_ = _C.plan_memory(options, usable, 0, self._fixed, grain)
+    def _within(
+        self, usable: int, groups: int, limit: int, modes: Sequence[str] | None
+    ) -> Plan | None:
+        choices, options = self._with(groups)._options(modes)
+        grains = max(1, usable >> _PARTS), self._host_grain
+        limits = usable, self._host.limit, self._fixed
+        # Few of those that differ in what goes to the host are compared.
+        states = [_STATES] if self._host.limit else []
+        found, *_ = _C.plan_memory(options, *limits, *grains, *states)
+        if states and not found:
+            found, *_ = _C.plan_memory(_timeless(options), *limits, *grains)
         if len(found) == 0:
             return None
-        return self.of([MODES[option] for option in found[: self._num_layers]], limit, groups)
+        chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
+        shares = [share for _, share in chosen]
+        return self.of([mode for mode, _ in chosen], limit, groups, shares)
 
-    def smallest(self, limit: int) -> Plan:
-        """The plan that takes the least memory, whether it is within the limit or not."""
-        return self.of([MODES[-1]] * self._num_layers, limit, self._choices()[-1])
+    def smallest(self, limit: int, modes: Sequence[str] | None = None) -> Plan:
+        """The plan that takes the least memory, whether it is within the limit or not.
+
+        Args:
+            limit: of the device.
+            modes: of each layer; None: all are recomputed.
+        """
+        modes = [MODES[-1]] * self._num_layers if modes is None else modes
+        shares = self._host.shares
+        if shares is None and self._host.limit:
+            layers = [self._memory.layer(index, mode, 1.0) for index, mode in enumerate(modes)]
+            share = min(1.0, self._host.limit / max(sum(layer.host for layer in layers), 1))
+            shares = (share,) * self._num_layers
+        return self.of(modes, limit, self._choices()[-1], shares)
 
     def _choices(self) -> list[int]:
         """The numbers of groups of heads that there are to choose from, ascending."""
@@ -136,11 +216,17 @@ class Planner:
 
     def _with(self, groups: int) -> Planner:
         """The same with groups of heads."""
-        return Planner(
-            self._memory.with_head_groups(groups), self._time.with_head_groups(groups), self._fixed
-        )
+        memory, time = self._memory, self._time
+        memory, time = memory.with_head_groups(groups), time.with_head_groups(groups)
+        return Planner(memory, time, self._fixed, self._host)
 
-    def of(self, modes: Sequence[str], limit: int, head_groups: int | None = None) -> Plan:
+    def of(
+        self,
+        modes: Sequence[str],
+        limit: int,
+        head_groups: int | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> Plan:
         """The plan with these modes, whether it is within the limit or not.
 
         Args:
@@ -148,36 +234,107 @@ class Planner:
             limit: in bytes.
             head_groups: of the plan; None: those of the step, or where they are open all heads at
                 once if that is within the limit, else the fewest groups that are.
+            shares: of each layer's bytes, what goes to the host; None: as it was given, or nothing.
         """
+        if shares is None:
+            shares = self._host.shares or (0.0,) * self._num_layers
         if head_groups is None:
-            plans = [self.of(modes, limit, groups) for groups in self._choices()]
+            plans = [self.of(modes, limit, groups, shares) for groups in self._choices()]
             return next((plan for plan in plans if plan.peak <= limit), plans[-1])
         memory, time = self._memory, self._time
         memory, time = memory.with_head_groups(head_groups), time.with_head_groups(head_groups)
-        layers = tuple(memory.layer(index, mode) for index, mode in enumerate(modes))
-        peak = memory.peak(modes) - memory.fixed + self._fixed
-        return Plan(tuple(modes), layers, peak, time.seconds(modes), limit, head_groups)
+        pairs = zip(modes, shares)
+        layers = tuple(memory.layer(index, *pair) for index, pair in enumerate(pairs))
+        peak = memory.peak(modes, shares) - memory.fixed + self._fixed
+        seconds = time.seconds(modes, [layer.host for layer in layers])
+        return Plan(tuple(modes), layers, peak, seconds, limit, tuple(shares), head_groups)
+
+    def sensitive_shares(self, mode: str, size: int) -> tuple[float, ...]:
+        """Shares of the layers' bytes by which so many bytes, at most, go to the host.
+
+        Those whose copies the device does not wait for come first; the others come from all layers
+        alike, by what they have left.
+
+        Args:
+            mode: of all layers.
+            size: bytes.
+        """
+        count = self._num_layers
+        kept = [self._memory.layer(index, mode).kept for index in range(count)]
+        hidden = [min(kept[index], self._time.hidden(index)) for index in range(count)]
+        size = min(size, sum(kept))
+        free, rest = sum(hidden), [k - h for k, h in zip(kept, hidden)]
+        first = min(1.0, size / free) if free else 0.0
+        more = max(0, size - free) / sum(rest) if sum(rest) else 0.0
+        return tuple(
+            min(1.0, (first * h + more * r) / k) if k else 0.0
+            for h, r, k in zip(hidden, rest, kept)
+        )
+
+    def fits(self, limit: int) -> bool:
+        """Whether a plan is within a limit in bytes."""
+        if limit <= self._fixed:
+            return False
+        grains = max(1, limit >> _PARTS), self._host_grain
+        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
+        found, *_ = _C.plan_memory(options, limit, self._host.limit, self._fixed, *grains)
+        return len(found) > 0
 
     def least(self) -> int:
-        """The fewest bytes that the step needs, whatever is recomputed."""
-        most = self.of([MODES[0]] * self._num_layers, 0).peak
-        options = self._with(self._choices()[-1])._options()
-        return _C.least_memory(options, 0, self._fixed, max(1, most >> _PARTS))
+        """The fewest bytes that the step needs, whatever is recomputed, or goes to the host.
 
-    def _options(self) -> list[list[tuple[int, int, int, int, float]]]:
-        """The modes of each layer, and the loss as one more layer, which has no choice."""
-        made: dict[tuple[int, int], list[tuple[int, int, int, int, float]]] = {}
-        for index, rows in enumerate(self._memory.step.rows):
-            if rows in made:
-                continue
-            made[rows] = []
-            for mode in MODES:
-                layer = self._memory.layer(index, mode)
-                # Whole nanoseconds, so that sums of the same numbers are equal in any order.
-                time = round(1e9 * self._time.layer(index, mode))
-                made[rows].append((layer.kept, layer.forward, layer.backward, 0, float(time)))
-        loss = [(0, 0, self._memory.loss, 0, 0.0)]
-        return [*(made[rows] for rows in self._memory.step.rows), loss]
+        -1 where the host is too small for what goes there anyway.
+        """
+        most = self.of([MODES[0]] * self._num_layers, 0).peak
+        grains = max(1, most >> _PARTS), self._host_grain
+        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
+        return _C.least_memory(options, self._host.limit, self._fixed, *grains)
+
+    @property
+    def _host_grain(self) -> int:
+        return max(1, self._host.limit >> _HOST_PARTS)
+
+    def _options(
+        self, modes: Sequence[str] | None
+    ) -> tuple[list[list[tuple[str, float]]], list[list[tuple[int, int, int, int, float, int]]]]:
+        """(mode and share of each option, the options) of each layer.
+
+        The loss is one more layer, which has no choice.
+        """
+        memory, time, rows = self._memory, self._time, self._memory.step.rows
+        known: dict[object, list[tuple[int, int, int, int, float, int]]] = {}
+        choices, options = [], []
+        for index in range(self._num_layers):
+            allowed = MODES if modes is None else (modes[index],)
+            hidden = time.hidden(index) if self._host.limit else 0
+            pairs = [
+                (mode, share)
+                for mode in allowed
+                for share in self._host.choices(memory.layer(index, mode).kept, hidden, index)
+            ]
+            choices.append(pairs)
+            key = rows[index], rows[index + 1 : index + 2], *pairs
+            if key not in known:
+                known[key] = [self._option(index, *pair) for pair in pairs]
+            options.append(known[key])
+        return choices, [*options, [(0, 0, memory.loss, 0, 0.0, 0)]]
+
+    def _option(self, index: int, mode: str, share: float) -> tuple[int, int, int, int, float, int]:
+        layer = self._memory.layer(index, mode, share)
+        seconds = self._time.layer(index, mode) + self._time.waiting(index, layer.host)
+        # The loss comes when all of the last layer has left.
+        moving = 0 if index + 1 == self._num_layers else layer.moving
+        # Whole nanoseconds, so that sums of the same numbers are equal in any order.
+        time = float(round(1e9 * seconds))
+        return layer.kept, layer.forward, layer.backward, layer.host, time, moving
+
+
+_Options = list[list[tuple[int, int, int, int, float, int]]]
+
+
+def _timeless(options: _Options) -> _Options:
+    """Options of which only the bytes count: far fewer sets of them differ."""
+    return [[(*each[:4], 0.0, each[5]) for each in layer] for layer in options]
 
 
 def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
@@ -191,14 +348,14 @@ def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
         0 where not even 16 tokens fit.
     """
     fits, too_long = 0, _TOKENS
-    while too_long <= _MOST_TOKENS and planner_of(too_long).plan(limit) is not None:
+    while too_long <= _MOST_TOKENS and planner_of(too_long).fits(limit):
         fits, too_long = too_long, 2 * too_long
     while too_long - fits > _TOKENS:
         middle = (fits + too_long) // 2 // _TOKENS * _TOKENS
-        if planner_of(middle).plan(limit) is None:
-            too_long = middle
-        else:
+        if planner_of(middle).fits(limit):
             fits = middle
+        else:
+            too_long = middle
     return fits
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import Planner, bytes_text, longest_that_fits
+from lemo.planner.plan import HostRules, Planner, bytes_text, longest_that_fits
 from lemo.planner.rows import drops_rows, embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
@@ -16,6 +16,8 @@ __all__ = ["Request", "adapters_of"]
 
 # Shares of the tokens that are proposed where a step does not fit.
 _KEEPS = 32
+# GiB of the host that are proposed at most.
+_MOST_HOST = 1024
 
 
 def adapters_of(
@@ -96,7 +98,8 @@ class Request:
         fp8 = self.elimination.products == "fp8"
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
         time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
-        return Planner(memory, time)
+        host = HostRules(self.elimination.host_bytes, self.elimination.offload_shares(layers))
+        return Planner(memory, time, host=host)
 
     def longest(self, limit: int) -> int:
         """The most tokens of a sequence that fit into so many bytes; 0: not even 16."""
@@ -112,6 +115,9 @@ class Request:
         keep = self._largest_keep(tokens, limit)
         if keep is not None:
             ways.append(f"keep {keep:g} or less, with blocks of 64 tokens")
+        host = self._least_host(tokens, limit)
+        if host is not None:
+            ways.append(f"{host} GiB of the host for activations (host_memory {host})")
         if self.batch > 1 and self._fits(replace(self, batch=1), tokens, limit):
             ways.append("one sequence at a time (batch size 1)")
         can_quantise = self.quantize is None and self.size == 2
@@ -131,6 +137,28 @@ class Request:
                 return keep
         return None
 
+    def _least_host(self, tokens: int, limit: int) -> int | None:
+        """The fewest GiB of the host, more than the settings have, with which the step fits."""
+        if self.elimination.offload != "auto" or not self.cuda:
+            return None
+
+        def fits(host: int) -> bool:
+            changed = self.elimination.model_copy(update={"host_memory": float(host)})
+            return self._fits(replace(self, elimination=changed), tokens, limit)
+
+        too_little, host = int(self.elimination.host_memory), 1
+        while not (host > too_little and fits(host)):
+            too_little, host = max(too_little, host), 2 * host
+            if host > _MOST_HOST:
+                return None
+        while host - too_little > 1:
+            middle = (too_little + host) // 2
+            if fits(middle):
+                host = middle
+            else:
+                too_little = middle
+        return host
+
     @staticmethod
     def _fits(request: Any, tokens: int, limit: int) -> bool:
-        return request.planner(tokens).plan(limit) is not None
+        return request.planner(tokens).fits(limit)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lemo.planner.plan import Plan, bytes_text
 
-__all__ = ["ACTIONS", "layers_text", "plan_lines"]
+__all__ = ["ACTIONS", "action_text", "layers_text", "plan_lines"]
 
 ACTIONS = {
     "none": "store everything",
@@ -25,9 +25,14 @@ def plan_lines(plan: Plan) -> list[str]:
     """One line for each run of layers that are alike: what happens, and the bytes that each of
     them stores."""
     lines = [
-        f"{layers_text(layers)}: {ACTIONS[mode]}, {bytes_text(one.kept)} each"
+        f"{layers_text(layers)}: {action_text(mode, one.host)}, {bytes_text(one.kept)} each"
         for layers, mode, one in plan.runs()
     ]
     if plan.head_groups > 1 and set(plan.modes) != {"none"}:
         lines.append(f"attention's backward: by {plan.head_groups} groups of heads")
     return lines
+
+
+def action_text(mode: str, host: int) -> str:
+    """What happens to a layer, and how many of its bytes go to the host."""
+    return ACTIONS[mode] + (f", {bytes_text(host)} to the host" if host else "")

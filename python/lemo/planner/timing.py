@@ -40,6 +40,7 @@ class Rates:
         attention_backward: the same of its backward pass.
         bytes: bytes that element-wise operations read or write.
         launch: seconds of the host for an operation.
+        link: bytes that are copied to pinned memory of the host, or back.
         fp8: floating point operations of products in 8 bits; 0: not measured.
     """
 
@@ -48,6 +49,7 @@ class Rates:
     attention_backward: float
     bytes: float
     launch: float
+    link: float = 5e10
     fp8: float = 0.0
 
 
@@ -103,10 +105,16 @@ class StepTime:
         more = self._window, self._group_size, self._fp8
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
-    def seconds(self, modes: Iterable[str]) -> float:
-        """Of an optimizer step with a mode for each layer."""
+    def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
+        """Of an optimizer step.
+
+        Args:
+            modes: of each layer.
+            moved: bytes of each layer that go to the host; empty: none.
+        """
         alike = Counter(zip(self._step.rows, modes))
         device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
+        device += sum(self.waiting(index, size) for index, size in enumerate(moved))
         host = sum(n * self.host(mode) for (_, mode), n in alike.items())
         if not self._step.cuda:
             return self._step.passes * (device + host)
@@ -139,6 +147,31 @@ class StepTime:
             mode: one of `lemo.planner.memory.MODES`.
         """
         return self._layer(self._step.rows[index], mode)
+
+    def waiting(self, index: int, size: int) -> float:
+        """Seconds for which the device waits because bytes of a layer go to the host and back.
+
+        The copies run beside the next layer, in both passes.
+
+        Args:
+            index: the layer.
+            size: its bytes that are copied.
+        """
+        copying = size / self._rates.link
+        if not self._step.cuda:
+            return 2 * copying
+        return sum(max(0.0, copying - hidden) for hidden in self._beside(index))
+
+    def hidden(self, index: int) -> int:
+        """Bytes of a layer whose copies the device does not wait for."""
+        return int(min(self._beside(index)) * self._rates.link) if self._step.cuda else 0
+
+    def _beside(self, index: int) -> tuple[float, float]:
+        """Seconds of the next layer, forward and (at least) backward."""
+        if index + 1 == len(self._step.rows):
+            return 0.0, 0.0
+        rows = self._step.rows[index + 1]
+        return self._forward(rows), self._backward(rows)
 
     def _layer(self, rows: LayerRows, mode: str) -> float:
         total = self._forward(rows) + self._backward(rows)

@@ -14,7 +14,7 @@ import jinja2
 import yaml
 
 from lemo.files import write_file
-from lemo.planner.text import ACTIONS, layers_text
+from lemo.planner.text import action_text, layers_text
 from lemo.report import plots
 from lemo.report.run import RelevanceMap, Run, RunPlan
 
@@ -116,6 +116,15 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
             "peak memory (predicted)",
             [ABSENT if run.plan is None else _bytes(run.plan.peak_bytes) for run in runs],
         ),
+        (
+            "host memory (predicted)",
+            [
+                ABSENT
+                if run.plan is None or not any(run.plan.host_bytes)
+                else _bytes(sum(run.plan.host_bytes))
+                for run in runs
+            ],
+        ),
         ("token rows kept (mean)", [f"{run.kept_share:.0%}" for run in runs]),
     ]
     return [row for row in rows if any(text != ABSENT for text in row[1])]
@@ -157,9 +166,10 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
 def _plan(name: str, plan: RunPlan) -> dict:
     """What each run of layers that are alike does, and what one of them stores."""
     rows, first = [], 0
-    for (mode, kept), group in groupby(zip(plan.modes, plan.kept_bytes)):
+    host = plan.host_bytes or [0] * len(plan.modes)
+    for (mode, kept, moved), group in groupby(zip(plan.modes, plan.kept_bytes, host)):
         end = first + len(list(group))
-        rows.append((layers_text(range(first, end)), ACTIONS[mode], _bytes(kept)))
+        rows.append((layers_text(range(first, end)), action_text(mode, moved), _bytes(kept)))
         first = end
     return {"name": name, "limit": _bytes(plan.limit_bytes), "rows": rows}
 

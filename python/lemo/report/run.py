@@ -98,6 +98,7 @@ class RunPlan:
         kept_bytes: for each layer, stored between its forward and its backward pass.
         peak_bytes, seconds: predicted of a step.
         limit_bytes: that it was to fit into.
+        host_bytes: for each layer, on the host in between; empty: nothing was to go there.
     """
 
     modes: list[str]
@@ -105,6 +106,7 @@ class RunPlan:
     peak_bytes: float
     seconds: float
     limit_bytes: float
+    host_bytes: list[int] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,8 +322,10 @@ def _read_plan(path: Path) -> RunPlan | None:
             float(data["peak_bytes"]),
             float(data["seconds"]),
             float(data["limit_bytes"]),
+            [int(size) for size in data.get("host_bytes", [])],
         )
-        complete = len(plan.modes) == len(plan.kept_bytes) and set(plan.modes) <= set(ACTIONS)
+        complete = len(plan.host_bytes) in (0, len(plan.modes))
+        complete &= len(plan.modes) == len(plan.kept_bytes) and set(plan.modes) <= set(ACTIONS)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected modes, kept_bytes, peak_bytes, seconds and limit_bytes, got "

@@ -197,6 +197,17 @@ class LemoConfig(Settings):
         "where the model's gradient checkpointing is on; elsewhere, on a GPU, what is fastest for "
         "each layer within the free memory; else none.",
     )
+    offload: Literal["auto"] | Share | tuple[Share, ...] = Field(
+        "auto",
+        description="Share of what each layer saves for backward that is on the host in between; a "
+        "list: one for each layer. auto: none where host_memory is 0; else, on a GPU, what is "
+        "fastest for each layer within the free memory.",
+    )
+    host_memory: Annotated[Number, Field(ge=0)] = Field(
+        0.0,
+        description="GiB of the host that saved activations may take, as one pool of pinned "
+        "memory. 0: they stay on the device.",
+    )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         "off",
         description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
@@ -252,6 +263,10 @@ class LemoConfig(Settings):
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
             )
+        if self.host_memory == 0 and self.moves:
+            raise ValueError(
+                f"host_memory: expected GiB of the host for offload {self.offload}, got 0"
+            )
         if (self.head_groups or 1) > 1 and self.visible_keys == "computed":
             raise ValueError(
                 "head_groups: expected null or 1 with visible_keys 'computed', where keys of other "
@@ -265,6 +280,35 @@ class LemoConfig(Settings):
                 f"(scorer '{self.scorer}' brings none of its own)"
             )
         return self
+
+    @property
+    def moves(self) -> bool:
+        """Whether `offload` itself says that something goes to the host."""
+        if isinstance(self.offload, str):
+            return False
+        return any(self.offload) if isinstance(self.offload, tuple) else self.offload > 0
+
+    @property
+    def host_bytes(self) -> int:
+        """`host_memory` in bytes."""
+        return round(self.host_memory * 2**30)
+
+    def offload_shares(self, num_layers: int) -> tuple[float, ...] | None:
+        """The share of each layer's bytes that goes to the host; None: what the planner chooses.
+
+        Raises:
+            ValueError: there is not one for each layer.
+        """
+        if self.offload == "auto":
+            return None if self.host_memory else (0.0,) * num_layers
+        if not isinstance(self.offload, tuple):
+            return (float(self.offload),) * num_layers
+        if len(self.offload) != num_layers:
+            raise ValueError(
+                f"offload: expected {num_layers} entries, one for each layer, got "
+                f"{len(self.offload)}"
+            )
+        return self.offload
 
     @property
     def finds_answers(self) -> bool:

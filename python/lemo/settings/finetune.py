@@ -26,6 +26,7 @@ _NOT_COMPARED = (
     *("memory_limit", "gradient_checkpointing", "elimination.recompute", "elimination.head_groups"),
     # The results are the same.
     "elimination.cuda_graphs",
+    *("elimination.offload", "elimination.host_memory"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
 

@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -28,6 +28,8 @@ _NAME = "rates.json"
 _ROWS = {"cuda": 8192, "cpu": 512}
 # Elements that are copied.
 _ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
+# Bytes that are copied to the host and back.
+_LINK = {"cuda": 1 << 28, "cpu": 1 << 24}
 _REPEATS = 5
 # Seconds for which a GPU is kept busy before its time counts, and while it does.
 _LOAD = 0.25
@@ -38,7 +40,9 @@ _LAYERS = (2, 10)
 def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
     """The rates that were measured on this machine for such a model, if they were."""
     found = _read().get(_key(shape, device, dtype))
-    return None if found is None else Rates(**found)
+    # Those of an earlier version may lack some.
+    known = {field.name for field in fields(Rates)}
+    return None if found is None or found.keys() != known else Rates(**found)
 
 
 def calibrated(
@@ -72,6 +76,7 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
             *_attention(shape, device, dtype),
             bandwidth,
             _launch(device, dtype),
+            _link(device),
         )
 
 
@@ -139,6 +144,15 @@ def _bandwidth(device: torch.device, dtype: torch.dtype) -> float:
     x = torch.zeros(_ELEMENTS[device.type] // dtype.itemsize, device=device, dtype=dtype)
     y = torch.zeros_like(x)
     return 3 * x.nbytes / _seconds(lambda: y.add_(x), device)
+
+
+def _link(device: torch.device) -> float:
+    """Bytes of a second between the device and pinned memory of the host, the slower way."""
+    on_gpu = device.type == "cuda"
+    host = torch.empty(_LINK[device.type], dtype=torch.uint8, device="cpu", pin_memory=on_gpu)
+    there = torch.zeros_like(host, device=device)
+    ways = (lambda: host.copy_(there, non_blocking=True), lambda: there.copy_(host))
+    return host.nbytes / max(_seconds(way, device) for way in ways)
 
 
 def _products(

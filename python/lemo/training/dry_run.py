@@ -65,16 +65,23 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
         for each in request.shape.linears():
             if each.inputs % 16 or each.outputs % 16:
                 yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"
-    if asked == "auto":
-        plan = planner.plan(limit)
+    modes = None
+    if asked != "auto":
+        modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
+    if modes is None or (elimination.host_memory and not elimination.moves):
+        plan = planner.plan(limit, modes)
         if plan is None:
             raise DoesNotFitError(
                 f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} "
                 f"may be taken; what would fit: {request.advice(tokens, limit)}"
             )
     else:
-        modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
         plan = planner.of(modes, limit)
+        if plan.host > elimination.host_bytes:
+            raise DoesNotFitError(
+                f"elimination.host_memory: expected {bytes_text(plan.host)} or more for offload "
+                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
+            )
         if plan.peak > limit:
             raise DoesNotFitError(
                 f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
@@ -82,6 +89,8 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
             )
     yield from plan_lines(plan)
     yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
+    if elimination.host_memory:
+        yield f"host memory: {bytes_text(plan.host)} of {bytes_text(elimination.host_bytes)}"
     if rates is None:
         yield "step time: not known here: no GPU to measure rates on"
     else:

@@ -288,9 +288,7 @@ class _Run:
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
             return elimination
-        plan = self.plan
-        stored = {"recompute": plan.recompute, "head_groups": plan.plan.head_groups}
-        return elimination.model_copy(update=stored)
+        return elimination.model_copy(update=self.plan.settings)
 
     @property
     def windows_per_step(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lemo.files import write_file
+from lemo.planner.memory import MODES
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -49,14 +50,26 @@ class RunPlan:
         modes = self.plan.modes
         return modes[0] if len(set(modes)) == 1 else modes
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings `recompute`, `offload` and `head_groups` of the plan."""
+        shares = self.plan.shares
+        return {
+            "recompute": self.recompute,
+            "offload": shares if any(shares) else 0.0,
+            "head_groups": self.plan.head_groups,
+        }
+
     def write(self, folder: Path) -> None:
         """Writes plan.json into a run folder."""
         plan = self.plan
         content = {
             "asked": self.asked,
             "modes": list(plan.modes),
+            "shares": list(plan.shares),
             "head_groups": plan.head_groups,
             "kept_bytes": [layer.kept for layer in plan.layers],
+            "host_bytes": [layer.host for layer in plan.layers],
             "peak_bytes": plan.peak,
             "seconds": plan.seconds,
             "limit_bytes": plan.limit,
@@ -67,6 +80,8 @@ class RunPlan:
         """The plan in words."""
         plan = self.plan
         sizes = f"{bytes_text(plan.peak)} of {bytes_text(plan.limit)}"
+        if plan.host:
+            sizes += f", {bytes_text(plan.host)} of the host"
         return [
             f"plan: {sizes}, {plan.seconds:.3g} s a step",
             *(f"  {line}" for line in plan_lines(plan)),
@@ -189,9 +204,15 @@ def plan_run(
 
     Raises:
         DoesNotFitError: no plan is within the limit.
-        ValueError: `memory_limit` is given, but memory cannot be predicted.
+        ValueError: `memory_limit` or a share of the host that is to be planned is given, but memory
+            cannot be predicted.
     """
     if limit is None:
+        if elimination is not None and elimination.host_memory and not elimination.moves:
+            raise ValueError(
+                "memory_limit: expected GiB beside elimination.host_memory on the CPU, by which is "
+                "planned what goes there, got null; or say elimination.offload"
+            )
         return None
     try:
         if elimination is None:
@@ -206,40 +227,56 @@ def plan_run(
         request = request_of(config, elimination, model_config, dtype, device)
         planner = request.planner(config.context_length)
     except ValueError as error:
+        name = "memory_limit"
         if config.memory_limit is None:
-            _log.info("no plan: %s", error)
-            return None
-        raise ValueError(f"memory_limit: memory cannot be predicted: {error}") from None
+            if elimination is None or not elimination.host_memory or elimination.moves:
+                _log.info("no plan: %s", error)
+                return None
+            name = "elimination.host_memory"
+        raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
     recompute: Any = elimination.recompute
     if recompute == "auto" and config.gradient_checkpointing:
         recompute = "layer"
     asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.host_memory:
+        asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
     if elimination.head_groups is not None:
         asked["head_groups"] = elimination.head_groups
     layers = request.shape.layers
+    modes = None
     if recompute != "auto":
         modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
-        plan = planner.of(modes, limit) if len(modes) == layers else None
         # Left to lemo.enable, which says that there is not one for each layer.
-        if plan is None:
+        if len(modes) != layers:
             return None
-        if (1 - MARGIN) * plan.peak <= limit:
+    plan: Plan | None
+    if modes is not None and (elimination.moves or not elimination.host_memory):
+        plan = planner.of(modes, limit)
+        if (1 - MARGIN) * plan.peak <= limit and plan.host <= elimination.host_bytes:
             return RunPlan(plan, asked, request)
     else:
-        plan = _recorded(config, asked, planner, limit) or planner.plan(limit)
+        plan = _recorded(config, asked, planner, limit) or planner.plan(limit, modes)
         if plan is not None:
             return RunPlan(plan, asked, request)
+    if elimination.moves:
+        least = planner.of(modes or [MODES[-1]] * layers, limit).host
+        if least > elimination.host_bytes:
+            raise DoesNotFitError(
+                f"elimination.host_memory: expected {bytes_text(least)} or more for offload "
+                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
+            )
     message = (
         f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
         f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
     )
-    if recompute != "auto":
+    if modes is not None:
         message += f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
     message += f"; what would fit: {request.advice(config.context_length, limit)}"
     if config.memory_limit is None and _keeps_less(elimination):
         # What is predicted is an upper bound.
         _log.warning("%s; scores may keep fewer rows, so the run begins", message)
-        return None if recompute != "auto" else RunPlan(planner.smallest(limit), asked, request)
+        smallest = planner.smallest(limit, modes)
+        return None if modes is not None else RunPlan(smallest, asked, request)
     raise DoesNotFitError(message)
 
 
@@ -257,9 +294,12 @@ def _recorded(
         return None
     try:
         content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
-        if content["asked"] != asked:
+        if content["asked"] != json.loads(json.dumps(asked)):
             return None
-        plan: Plan = planner.of(content["modes"], limit, content["head_groups"])
+        plan: Plan = planner.of(
+            content["modes"], limit, content["head_groups"], content.get("shares")
+        )
     except (OSError, ValueError, KeyError, IndexError):
         return None
-    return plan if plan.peak <= limit else None
+    fits = plan.peak <= limit and plan.host <= round(asked.get("host_memory", 0) * _GIB)
+    return plan if fits else None

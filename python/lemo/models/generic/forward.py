@@ -19,9 +19,11 @@ from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
+from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
+from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import check_around, check_unflattened, check_whole, is_sharded
 from lemo.models.sharing import needs_all_rows
@@ -82,7 +84,11 @@ class _Pass:
 
 
 class GenericForward(Training[Choice]):
-    """What the model computes in place of its own forward, in the generic path."""
+    """What the model computes in place of its own forward, in the generic path.
+
+    Attributes:
+        offload: moves what layers save to the host.
+    """
 
     def __init__(
         self, parts: Parts, config: LemoConfig, context: ContextParallel | None = None
@@ -93,6 +99,8 @@ class GenericForward(Training[Choice]):
             sharing.check_settings(config, self.selector)
         self._group_size = config.layerwise.group_size or 0
         self._parts = parts
+        self.offload = Offload(config.host_bytes)
+        self._shares = config.offload_shares(parts.num_layers) or ()
         self._before = vars(parts.causal_lm).get("forward")
         self._implementations: tuple[str, ...] = ()
         self._loss_chunk = config.loss_chunk
@@ -264,6 +272,10 @@ class GenericForward(Training[Choice]):
             if not self._has_checked_layout:
                 check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
                 stack.enter_context(check.watching())
+            if any(self._shares):
+                layers = layers_of(parts.decoder, parts.num_layers)
+                moved = self.offload.begin(self._shares, next(layers[0].parameters()).device)
+                stack.enter_context(moving_by_layer(moved, layers))
             output = self._decoded(original, given)
         self._has_checked_layout |= now.kept.selection.rows is not None
         if now.rows.calls != parts.num_layers:
@@ -451,6 +463,10 @@ def check_settings(model: str, config: LemoConfig) -> None:
     if config.recompute not in ("auto", "none"):
         what = "auto; model.gradient_checkpointing_enable() recomputes"
         asked.append(("recompute", config.recompute, what))
+    if config.host_memory and config.offload == "auto":
+        asked.append(
+            ("offload", "auto", "a share of each layer, or one for each, with host_memory")
+        )
     if (config.head_groups or 1) > 1:
         asked.append(("head_groups", config.head_groups, "null or 1"))
     layerwise = config.layerwise

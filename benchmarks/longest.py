@@ -1,0 +1,145 @@
+"""One whole training step of a context that needs what each layer's plan saves, under a memory cap.
+
+    python benchmarks/longest.py --memory 80 --tokens 1048576 --keep 0.25 --host-memory 60
+    python benchmarks/longest.py --memory 80 --tokens 262144 --keep 1 --host-memory 60
+    python benchmarks/longest.py --memory 139 --tokens 4194304 --keep 0.0625
+
+Measured: a step of the Llama-3-8B shape with random bf16 weights, LoRA on q, k, v and o, batch 1,
+after one of --warmup tokens by which libraries and kernels are loaded. Each layer does what the
+planner chooses for --memory GiB of the GPU and --host-memory of the host; PyTorch's allocator may
+take no more than --memory, of which its own context takes a part. What does not fit is named before
+anything runs. With --quantize nf4 the linear layers of the decoder are stored in 4 bits.
+
+Appends a row of bench "longest" to --output: predicted_gib, peak_gib, reserved_gib, cap_gib,
+predicted_host_gib, host_gib, predicted_s, step_s, modes ([layers, mode, share on the host]), loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any
+
+from common import records
+from common.processes import measure, run_script
+from gpu_finetune import ENVIRONMENT, RANK, TARGETS
+
+GIB = 2**30
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = records.parser(__doc__, records.RESULTS / "memory.jsonl")
+    parser.add_argument("--memory", type=float, default=80.0, help="GiB that a step may take")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1048576])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--host-memory", type=float, default=0.0, help="GiB of the host")
+    parser.add_argument("--quantize", choices=["nf4"], help="how weights are stored")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--warmup", type=int, default=4096, help="tokens of a step before; 0: none")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
+    return parser.parse_args(arguments)
+
+
+def worker(settings: dict) -> Callable[[str], dict]:
+    import torch
+
+    import lemo
+    from common.models import llama_config, random_llama, random_llama_in_4_bits, with_lora
+    from common.timing import milliseconds
+    from lemo.planner.request import Request
+    from lemo.planner.shape import Adapters, shape_of
+    from lemo.training.calibration import calibrated
+
+    def answer(_: str) -> dict:
+        device, tokens = torch.device(settings["device"]), settings["tokens"]
+        on_gpu, limit = device.type == "cuda", round(settings["memory"] * GIB)
+        config = llama_config(tokens, settings["layers"], settings["shrink"])
+        shape = shape_of(config)
+        rates = calibrated(shape, device, torch.bfloat16)
+        elimination = lemo.LemoConfig(keep=settings["keep"], host_memory=settings["host_memory"])
+        cap = None
+        if on_gpu:
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info()
+            # What the driver and the context hold is a part of what a GPU of this size has.
+            cap = min(limit - (total - free), free)
+            torch.cuda.set_per_process_memory_fraction(cap / total)
+        request = Request(
+            shape,
+            Adapters(RANK, frozenset(TARGETS), size=2),
+            elimination.resolved(answers=False),
+            rates,
+            autocast=False,
+            cuda=on_gpu,
+            quantize=settings["quantize"],
+        )
+        plan = request.planner(tokens).plan(limit if cap is None else cap)
+        if plan is None:
+            return {"refused": request.advice(tokens, limit if cap is None else cap)}
+        make = random_llama if settings["quantize"] is None else random_llama_in_4_bits
+        model = with_lora(make(config, settings["device"]), RANK, TARGETS).train()
+        chosen: dict[str, Any] = {"recompute": plan.modes, "offload": 0.0, "host_memory": 0.0}
+        if plan.host:
+            chosen |= {"offload": plan.shares, "host_memory": plan.host / GIB}
+        handle = lemo.enable(model, request.elimination.model_copy(update=chosen))
+        if plan.host:
+            handle.path.forward.offload.pin(device)  # not a part of the step
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=on_gpu)
+        ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
+        losses = []
+
+        def step(length: int) -> None:
+            loss = model(input_ids=ids[:, :length], labels=ids[:, :length]).loss
+            losses.append(loss.detach())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        if settings["warmup"]:
+            step(min(settings["warmup"], tokens))
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        seconds = milliseconds(lambda: step(tokens), settings["device"]) / 1e3
+        pool = handle.path.forward.offload.pool
+        actions = groupby(zip(plan.modes, plan.shares))
+        return {
+            "predicted_gib": round(plan.peak / GIB, 3),
+            "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else None,
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 3) if on_gpu else None,
+            "cap_gib": None if cap is None else round(cap / GIB, 3),
+            "predicted_host_gib": round(plan.host / GIB, 3),
+            "host_gib": 0.0 if pool is None else round(pool.most / GIB, 3),
+            "predicted_s": round(plan.seconds, 3),
+            "step_s": round(seconds, 3),
+            "modes": [[len([*group]), mode, round(share, 4)] for (mode, share), group in actions],
+            "loss": losses[-1].item(),
+        }
+
+    return answer
+
+
+def main() -> int:
+    options, failed = parse_arguments(), False
+    names = ("layers", "warmup", "device", "shrink", "memory", "host_memory", "quantize")
+    common = {name: getattr(options, name) for name in names}
+    for tokens in options.tokens:
+        for keep in options.keep:
+            settings = common | {"tokens": tokens, "keep": keep}
+            result = measure(__file__, settings, ENVIRONMENT)
+            print(f"{tokens:>8} keep {keep:<8} {result or 'failed'}", flush=True)
+            if result is None or "refused" in result:
+                failed = True
+                continue
+            shape = {"model": "Llama-3-8B shape", **settings, "lora_rank": RANK}
+            row = {"bench": "longest", "shape": shape, **result}
+            records.append(
+                options.output, [row | records.provenance(options.commit, options.device)]
+            )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    run_script(main, worker)
