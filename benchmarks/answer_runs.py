@@ -59,6 +59,7 @@ class Method:
         chunks: {"keep", "block_size"} of a shorter window of blocks in their old positions (PoSE,
             arXiv 2309.10400); None: the whole window.
         steps: 0: no training; None: as the protocol says.
+        learning_rate: at which it learns most in 100 steps; None: it was not looked for.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Method:
     scores: str | None = None
     chunks: Mapping[str, Any] | None = None
     steps: int | None = None
+    learning_rate: float | None = None
 
     @property
     def keep(self) -> float:

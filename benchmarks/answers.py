@@ -12,7 +12,16 @@ score blocks, peak memory, the share of the blocks that answers need which were 
 percent), and perplexity of ordinary text, which must not suffer.
 
 Runs follow each other in this process. As soon as one is done, its rows are appended to --output:
-one for each task, and the row "mean" of all tasks.
+one for each task, and the row "mean" of all tasks. Methods are fairly compared each at its best
+learning rate: --learning-rate takes several and runs every method with each of them; without it a
+method has its own (answers.yaml), or 5e-4. Runs that only measure quality may share a card as
+several processes with --shared: their rows have no times, and the field "shared".
+
+Longer windows than a model has seen are learned by way of shorter ones: --grow gives the lengths of
+earlier parts of the steps, the scaling of the rotary embedding being that of --tokens throughout.
+
+    python benchmarks/answers.py ... --method lexical-0.25 --tokens 32768 --grow 16384 \\
+        --steps 200 --micro-batch 4 --learning-rate 1.5e-3
 
 With --relevance nothing is trained: names of methods, or of scorers with blocks of 1/32 of a
 window, are measured by the recall of one forward pass over each held-out window, at each of
@@ -49,7 +58,7 @@ from common import records
 from common.methods import read_methods
 from lemo import LemoConfig
 
-FIELDS = ("elimination", "scores", "chunks", "steps", "about")
+FIELDS = ("elimination", "scores", "chunks", "steps", "learning_rate", "about")
 MEAN = "mean"
 # Scorers that read what was found for the model before, and the field that names it.
 FILES = {"attention": "heads", "predictor": "predictor"}
@@ -61,6 +70,10 @@ SHORT = 2048
 BLOCK = 1 / 32
 # Windows that the time of scores is measured on.
 TIMED = 8
+# Of methods that have none of their own.
+LEARNING_RATE = 5e-4
+# What other processes on the card change.
+TIMES = ("step_s", "step_s_range", "training_s")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -89,7 +102,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--asked", type=int, default=6, help="questions of a window, at most")
     parser.add_argument("--batch", type=int, default=8, help="windows of a step")
     parser.add_argument("--micro-batch", type=int, help="windows of a forward pass (--batch)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        nargs="+",
+        metavar="RATE",
+        help="each (the method's, or 5e-4)",
+    )
+    parser.add_argument(
+        "--shared", action="store_true", help="others use the card meanwhile: no times in the rows"
+    )
     parser.add_argument("--warmup", type=int, default=10, help="steps of rising learning rate")
     parser.add_argument("--rank", type=int, default=16, help="LoRA rank, every linear layer")
     parser.add_argument("--rope", default="linear", help="scaling beyond the model's context")
@@ -111,6 +133,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options.eval_tasks = options.eval_tasks or [each for each in options.tasks if each in TASKS]
     if not options.eval_tasks:
         parser.error("--eval-tasks: expected tasks that ask for something, got none")
+    if options.minutes and options.shared:
+        parser.error("--shared: expected --steps, because time tells nothing, got --minutes")
     if options.minutes and options.grow:
         parser.error("--grow: expected --steps, because its parts are parts of them, got --minutes")
     if options.relevance and options.output == parser.get_default("output"):
@@ -240,11 +264,13 @@ def by_task(found: Iterable[dict]) -> dict[str, list[dict]]:
 # --- training and evaluation
 
 
-def run(method: Method, seed: int, setting: Setting, options: argparse.Namespace) -> list[dict]:
-    """Fine-tunes and evaluates by one method; its rows."""
+def run(
+    method: Method, seed: int, rate: float, setting: Setting, options: argparse.Namespace
+) -> list[dict]:
+    """Fine-tunes with this learning rate and evaluates by one method; its rows."""
     trial = Trial(setting.base, method, options.rank, seed, options.device)
     try:
-        training = train(trial, seed, setting, options) if method.steps != 0 else {}
+        training = train(trial, seed, rate, setting, options) if method.steps != 0 else {}
         found = by_task(exact_answers(trial.model, setting.windows))
         guard = {}
         if options.guard_windows:
@@ -252,16 +278,20 @@ def run(method: Method, seed: int, setting: Setting, options: argparse.Namespace
             guard = perplexity(trial.model, setting.held_out, lengths, options.guard_windows)
     finally:
         trial.close()
-    return list(rows_of(method, seed, training, found, guard, options))
+    if options.shared:
+        training = {name: value for name, value in training.items() if name not in TIMES}
+    return list(rows_of(method, seed, rate, training, found, guard, options))
 
 
-def train(trial: Trial, seed: int, setting: Setting, options: argparse.Namespace) -> dict:
+def train(
+    trial: Trial, seed: int, rate: float, setting: Setting, options: argparse.Namespace
+) -> dict:
     protocol = Protocol(
         steps=options.steps,
         minutes=options.minutes,
         batch=options.batch,
         micro_batch=options.micro_batch,
-        learning_rate=options.learning_rate,
+        learning_rate=rate,
         warmup=options.warmup,
         lengths=(*options.grow, options.tokens),
         workers=options.workers,
@@ -286,6 +316,7 @@ def mean_of(found: dict[str, list[dict]]) -> float:
 def rows_of(
     method: Method,
     seed: int,
+    rate: float,
     training: dict,
     found: dict[str, list[dict]],
     guard: dict[str, float],
@@ -313,6 +344,7 @@ def rows_of(
             "peak_gib": training.get("peak_gib"),
             "recall": None if recalled is None else round(recalled, 2),
             **({"minutes": options.minutes} if options.minutes else {}),
+            **({"shared": True} if options.shared else {}),
             **more,
             **described,
         }
@@ -325,7 +357,7 @@ def rows_of(
     more = {
         "tasks": options.tasks,
         "shape": {
-            name: getattr(options, name)
+            name: rate if name == "learning_rate" else getattr(options, name)
             for name in ("batch", "micro_batch", "learning_rate", "rank", "facts", "asked", "rope")
         },
         **({"grow": options.grow} if options.grow else {}),
@@ -387,12 +419,12 @@ def main(arguments: list[str] | None = None) -> int:
     setting = load(options)
     failed = 0
     for seed in [0] if options.relevance else options.seed:
-        for method in options.methods:
+        for method, rate in with_rates(options):
             try:
                 if options.relevance:
                     rows = list(relevance(method, setting, options))
                 else:
-                    rows = run(method, seed, setting, options)
+                    rows = run(method, seed, rate, setting, options)
             except torch.OutOfMemoryError as error:
                 # The other methods may need less.
                 print(f"{method.name}: {error}", flush=True)
@@ -404,11 +436,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def with_rates(options: argparse.Namespace) -> list[tuple[Method, float]]:
+    """Every method with each learning rate that it runs with."""
+    if options.relevance:
+        return [(method, 0.0) for method in options.methods]
+    return [(method, rate) for method in options.methods for rate in rates_of(method, options)]
+
+
+def rates_of(method: Method, options: argparse.Namespace) -> list[float]:
+    if method.steps == 0 or options.learning_rate is None:
+        return [method.learning_rate or LEARNING_RATE]
+    return options.learning_rate
+
+
 def show(row: dict) -> None:
     """Prints what a row says, in a line."""
     names = ("exact", "recall", "step_s", "scoring_s", "peak_gib", "depth", "perplexity")
     figures = ", ".join(f"{name} {row[name]}" for name in names if row.get(name) is not None)
-    print(f"{row['method']} keep {row['keep']:g}, {row['task']}: {figures}", flush=True)
+    rate = f", rate {row['shape']['learning_rate']:g}" if "shape" in row else ""
+    print(f"{row['method']} keep {row['keep']:g}{rate}, {row['task']}: {figures}", flush=True)
 
 
 if __name__ == "__main__":

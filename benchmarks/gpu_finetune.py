@@ -23,8 +23,9 @@ and memory, meaningless for quality. A variant is KEEP-RECOMPUTE[-SCORER]: "1-la
     lexical     labels on the last hundredth of the tokens; blocks of 64 tokens, scored by words
     attention   the same, and by a head of layer 7, so that eight layers run twice
 
-"+nf4" behind a variant: the base model's linear layers are stored in 4 bits (bitsandbytes), and
---memory caps the memory that PyTorch may take.
+Behind a variant: "+nf4": the base model's linear layers are stored in 4 bits (bitsandbytes), and
+--memory caps the memory that PyTorch may take; "+groups8192": attention has shifted groups of so
+many tokens; "+heads4": attention's backward works on so many groups of heads, one after the other.
 
 A variant or peer may be bound to one length: "1-none@16384". Peers are modes of --peers-script,
 which is called as SCRIPT MODE TOKENS --layers N --warmup N --reps N and prints one JSON object last
@@ -87,6 +88,8 @@ RANK, TARGETS = 8, ["q_proj", "k_proj", "v_proj", "o_proj"]
 # The fields of LemoConfig that stand in a record: what shapes a figure.
 RECORDED = ("policy", "block_size", "keep_first", "keep_last", "keep", "keep_mlp", "dense_layers")
 RECORDED += ("select_at", "scorer", "visible_keys", "recompute")
+# The same where a variant sets them.
+OPTIONAL = ("group_size", "head_groups")
 # The allocator of all measurements: segments that grow, so that sizes that change waste nothing.
 ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 GIB = 2**30
@@ -134,8 +137,6 @@ def config_of(variant: str, scored_by: str | None):
     keep, recompute, scorer = [*variant.partition("+")[0].split("-"), "defaults"][:3]
     if recompute not in ("none", "layer", "selective") or scorer not in SCORERS:
         raise ValueError(f"expected KEEP-none|layer|selective[-{'|'.join(SCORERS)}][+nf4]")
-    if quantised_by(variant) not in (None, "nf4"):
-        raise ValueError(f"expected +nf4, got +{quantised_by(variant)}")
     fields, layerwise = map(dict, SCORERS[scorer])
     if fields:
         # Small blocks are the harder case: more of them to score and to gather.
@@ -145,6 +146,13 @@ def config_of(variant: str, scored_by: str | None):
         fields["predictor"] = scored_by
     if fields.get("scorer") == "attention":
         fields["heads"] = scored_by
+    for extra in extras(variant):
+        if extra.startswith("groups"):
+            layerwise["group_size"] = int(extra.removeprefix("groups"))
+        elif extra.startswith("heads"):
+            fields["head_groups"] = int(extra.removeprefix("heads"))
+        elif extra != "nf4":
+            raise ValueError(f"expected +nf4, +groupsN or +headsN, got +{extra}")
     if "keep_mlp" in layerwise:
         layerwise["keep_mlp"] = float(keep)
     return LemoConfig(keep=float(keep), recompute=recompute, layerwise=layerwise, **fields)
@@ -155,6 +163,7 @@ def recorded(variant: str) -> dict[str, Any]:
     values = config_of(variant, "folder").resolved(has_answers(variant)).to_dict()
     values |= values.pop("layerwise") | {"keep": values["keep"]}
     shape = {name: values[name] for name in RECORDED}
+    shape |= {name: values[name] for name in OPTIONAL if values[name] is not None}
     if is_outside(variant):
         shape |= {"loss": OUTSIDE}
     if has_answers(variant):
@@ -174,7 +183,12 @@ def has_answers(variant: str) -> bool:
 
 def quantised_by(variant: str) -> str | None:
     """ "nf4", or None: weights in bf16."""
-    return variant.partition("+")[2] or None
+    return "nf4" if "nf4" in extras(variant) else None
+
+
+def extras(variant: str) -> list[str]:
+    """["nf4", "heads4"] of "1-layer+nf4+heads4"."""
+    return variant.split("+")[1:]
 
 
 # --- one measurement: a process of its own

@@ -58,10 +58,10 @@ def worker(settings: dict) -> Callable[[str], dict]:
     import lemo
     from common.models import llama_config, random_llama, with_lora
     from common.timing import milliseconds, summary
-    from lemo.planner.calibration import calibrated
     from lemo.planner.request import Request
     from lemo.planner.shape import Adapters, shape_of
     from lemo.training import memory
+    from lemo.training.calibration import calibrated
 
     def answer(_: str) -> dict:
         device, tokens = torch.device(settings["device"]), settings["tokens"]

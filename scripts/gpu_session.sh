@@ -79,7 +79,7 @@ pack() {
     "${download[@]}" "pydantic>=2"
     # CMake checks for it before it knows that no kernel will be compiled.
     local cutlass
-    cutlass=$("$python" -c 'import importlib.util as util
+    cutlass=$(PYTHONPATH="$PWD/.venv/cutlass" "$python" -c 'import importlib.util as util
 print(util.find_spec("cutlass_library").submodule_search_locations[0])')
     cp "$cutlass/source/include/cutlass/cutlass.h" "$carry/include/cutlass/"
     if [ -n "$module_python" ]; then

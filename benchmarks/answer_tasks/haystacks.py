@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -94,7 +95,7 @@ def load_haystacks(
             for i, document in enumerate(made.documents)
             for name in Haystack.__dataclass_fields__
         }
-        unfinished = kept.with_suffix(".part.npz")
+        unfinished = kept.with_suffix(f".{os.getpid()}.npz")
         np.savez(unfinished, **arrays)
         unfinished.rename(kept)
         return made

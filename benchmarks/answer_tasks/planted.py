@@ -99,14 +99,22 @@ def _query(facts: int, asked: int, generator: random.Random, held_out: bool) -> 
 
 
 def _paraphrase(facts: int, asked: int, generator: random.Random, held_out: bool) -> Plan:
-    """The question calls the thing, and what is asked for, by other words than the fact."""
+    """The question calls the thing, and what is asked for, by other words than the fact.
+
+    Where there are more facts than pairs, the others are decoys: facts of the same form about
+    things that nobody asks for.
+    """
     table = HELD_OUT_PAIRS if held_out else TRAIN_PAIRS
     pairs = generator.sample(table, min(facts, len(table)))
     values = [number(generator) for _ in pairs]
+    texts = [f"The code of the {thing} is {value}." for (thing, _), value in zip(pairs, values)]
+    decoys = generator.sample(THINGS, facts - len(pairs))
+    texts += [f"The code of the {thing} is {number(generator)}." for thing in decoys]
+    order = list(range(len(pairs))) if not decoys else generator.sample(range(facts), facts)
     return Plan(
-        [f"The code of the {thing} is {value}." for (thing, _), value in zip(pairs, values)],
+        [texts[i] for i in order],
         [
-            Question(generator.choice(_ASKING).format(pairs[i][1]), values[i], (i,))
+            Question(generator.choice(_ASKING).format(pairs[i][1]), values[i], (order.index(i),))
             for i in generator.sample(range(len(pairs)), min(asked, len(pairs)))
         ],
     )

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 __all__ = [
     "LLAMA_3_8B",
+    "SHAPES",
+    "config_of_shape",
     "llama_config",
     "random_llama",
     "random_llama_in_4_bits",
@@ -25,6 +33,42 @@ LLAMA_3_8B = {
     "num_key_value_heads": 8,
 }
 
+QWEN_3_8B = {
+    "vocab_size": 151936,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+# Name of a shape -> its configuration's class, sizes, layers and base of the rotary embedding.
+SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int], int, float]] = {
+    "llama-3-8b": (LlamaConfig, LLAMA_3_8B, 32, 500000.0),
+    "qwen3-8b": (Qwen3Config, QWEN_3_8B, 36, 1000000.0),
+    "tiny": (LlamaConfig, TINY, 2, 500000.0),
+}
+
+
+def config_of_shape(name: str, tokens: int, layers: int | None = None) -> PretrainedConfig:
+    """A shape of `SHAPES` for `tokens` positions; with its own number of layers where None."""
+    made, sizes, own_layers, theta = SHAPES[name]
+    return made(
+        **sizes,
+        num_hidden_layers=layers or own_layers,
+        max_position_embeddings=tokens,
+        rms_norm_eps=1e-5 if made is LlamaConfig else 1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
 
 def llama_config(tokens: int, layers: int, shrink: int = 1) -> LlamaConfig:
     """Llama-3-8B's shape for `tokens` positions, its sizes divided by `shrink`."""
@@ -38,7 +82,7 @@ def llama_config(tokens: int, layers: int, shrink: int = 1) -> LlamaConfig:
     )
 
 
-def random_llama(config: LlamaConfig, device: str) -> PreTrainedModel:
+def random_llama(config: PretrainedConfig, device: str) -> PreTrainedModel:
     """A model with random bf16 weights, made on the device, with PyTorch's own attention."""
     torch.manual_seed(0)
     with torch.device(device):

@@ -12,6 +12,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -62,22 +63,50 @@ class Worker:
             env={**os.environ, **(environment or {})},
         )
 
-    def ask(self, question: str) -> dict[str, Any]:
-        """The worker's answer; WorkerError where the process ends instead."""
+    def ask(self, question: str, seconds: float | None = None) -> dict[str, Any]:
+        """The worker's answer.
+
+        Args:
+            seconds: the process is ended where it answers later; None: it may take any time.
+
+        Raises:
+            WorkerError: the process ended instead, by itself or because it took too long.
+        """
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds or 0.0, end)
+        if seconds is not None:
+            timer.start()
         try:
             self._process.stdin.write(question + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        finally:
+            timer.cancel()
         if not line:
-            raise WorkerError(f"exit code {self._process.wait()}")
+            code = self._process.wait()
+            raise WorkerError(
+                f"no answer in {seconds:g} s" if late.is_set() else f"exit code {code}"
+            )
         return json.loads(line)
 
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        # Nobody waits for an answer any more.
+        if kind is not None:
+            self._process.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Lets the process end, and waits for it."""
         self._process.stdout.close()
         # It may have ended with a question on its way.
         with contextlib.suppress(BrokenPipeError):

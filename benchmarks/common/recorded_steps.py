@@ -75,9 +75,16 @@ class RecordedStep:
 class RecordedMemory(StepMemory):
     """The bytes of a recorded step: linear layers stored more than they do now.
 
-    Where norms are trained, every adapted layer stored a narrow copy of their result. Adapters of
-    another dtype than the layers were PEFT's own, each with a wide copy of its input.
+    All tokens had tables of rotations. Where norms are trained, every adapted layer stored a narrow
+    copy of their result. Adapters of another dtype than the layers were PEFT's own, each with a
+    wide copy of its input.
     """
+
+    @property
+    def fixed(self) -> int:
+        step = self._step
+        rows = step.tokens - (step.tokens if step.embeds_all else step.residual_rows)
+        return super().fixed + 2 * rows * self._shape.head_size * step.size
 
     def _linears(
         self, names: tuple[str, ...], width: int, normalised: bool = False, held: bool = False
@@ -209,6 +216,8 @@ def _answers() -> Iterator[RecordedStep]:
     for row in _rows("answers"):
         if row["method"] not in ("dense", "lexical-0.25") or row["task"] != "mean":
             continue
+        if row.get("shared"):
+            continue  # of later commits, which store less
         windows, tokens = row["shape"]["micro_batch"], row["tokens"]
         key = row["commit"], row["method"]
         if key in seen:

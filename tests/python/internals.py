@@ -10,7 +10,7 @@ def run_decoder(handle, arguments) -> tuple[Batch, Tensor, list[Tensor]]:
     """(batch, final residual [T, H], unpacked residual at each layer's entry), rows left out
     as they are: untouched by the layers that leave them out."""
     forward = handle._forward
-    batch, residual = forward._embed(ForwardArguments.of(arguments))
+    batch, embed = forward._begin(ForwardArguments.of(arguments))
     decoder = forward.elimination.decoder
-    (residual, _), entries = forward._decode(decoder, batch, residual, None, True)
+    (residual, _), entries = forward._decode(decoder, batch, embed, None, True)
     return batch, residual, entries

@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192):
+def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192, heads=(4, 2)):
     dtype = torch.bfloat16 if size == 2 else torch.float32
     model = make_model(
         architecture,
@@ -34,6 +34,8 @@ def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192):
         hidden_size=128,
         intermediate_size=width,
         num_hidden_layers=layers,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         max_position_embeddings=tokens,
     ).to(dtype)
     lora = LoraConfig(

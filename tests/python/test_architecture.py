@@ -84,6 +84,8 @@ EXPECTED_CONFIG_FIELDS = {
     "burn_in",
     "loss_chunk",
     "recompute",
+    "cuda_graphs",
+    "head_groups",
     "path",
     "products",
     "seed",

@@ -152,6 +152,21 @@ def test_reworded_answers_are_copied_from_nowhere():
                 assert decoded(window.ids).count(number) == 1
 
 
+@pytest.mark.parametrize("task", ["paraphrase", "reworded"])
+def test_more_facts_than_pairs_are_decoys_of_the_same_form(task):
+    haystacks = make_haystacks(documents(), TOKENIZER, 20_000)
+    window = Mixture([task], haystacks, TOKENIZER, 0, 40, ASKED, held_out=True).window(0, 3000)
+    things = re.findall(r"\nThe code of the ([\w -]+) is [\w ]+\.\n", decoded(window.ids))
+    paired = {thing for thing, _ in HELD_OUT_PAIRS}
+    assert len(things) == len({*things}) == 40
+    assert sum(thing in paired for thing in things) == len(paired)
+    # They are mixed, and what is needed is what is asked for.
+    assert {thing in paired for thing in things[: len(paired)]} == {True, False}
+    for (question, _), [fact] in zip(asked(window), needed_texts(window)):
+        thing = re.search(r"of the ([\w -]+) is", fact)[1]
+        assert f"the {dict(HELD_OUT_PAIRS)[thing]}" in question
+
+
 def test_all_values_are_asked_for_in_the_order_of_the_text():
     for window in windows_of("values"):
         facts = re.findall(r"\nOne code of the ([\w ]+) is (\d+)\.\n", decoded(window.ids))
@@ -464,7 +479,27 @@ def test_a_whole_run(inputs, capsys):
     assert 0 < means["lexical"]["recall"] < 100
     assert len({str(means[name]["perplexity"]) for name in names}) == 4
     assert set(means["dense"]["perplexity"]) == {str(TOKENS)}
-    assert "dense keep 1, mean: exact" in capsys.readouterr().out
+    assert "dense keep 1, rate 0.0005, mean: exact" in capsys.readouterr().out
+
+
+def test_methods_run_at_several_learning_rates_on_a_shared_card(inputs):
+    run = arguments(inputs, "--tasks", "number", "--method", "lexical", "before", "--shared")
+    assert answers.main([*run, "--learning-rate", "1e-3", "3e-2"]) == 0
+    rows = [row for row in read_rows(inputs / "rows.jsonl") if row["task"] == "mean"]
+    found = [(row["method"], row["shape"]["learning_rate"]) for row in rows]
+    assert found == [("lexical", 1e-3), ("lexical", 3e-2), ("before", 5e-4)]
+    assert rows[0]["perplexity"] != rows[1]["perplexity"]
+    for row in rows:
+        assert row["shared"]
+        assert row["step_s"] is None
+        assert not {"step_s_range", "training_s"} & {*row}
+    own = METHODS.replace(
+        "{elimination: {keep: 0.25", "{learning_rate: 0.02, elimination: {keep: 0.25"
+    )
+    (inputs / "own.yaml").write_text(own)
+    run[run.index("--file") + 1] = str(inputs / "own.yaml")
+    [method, _] = answers.parse_arguments(run).methods
+    assert answers.rates_of(method, answers.parse_arguments(run)) == [0.02]
 
 
 def test_text_is_trained_on_and_asked_nothing(inputs):

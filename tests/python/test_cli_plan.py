@@ -5,8 +5,8 @@ from transformers import LlamaConfig, OPTConfig
 
 from lemo.cli.main import main
 from lemo.cli.plan import parse_bytes
-from lemo.planner import calibration
 from lemo.planner.timing import Rates
+from lemo.training import calibration
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
 

@@ -359,7 +359,6 @@ def test_heads_of_a_size_that_no_kernel_has_are_named(monkeypatch):
         ({"recompute": "layer"}, r"recompute: expected auto; model.gradient_checkpointing_enable"),
         ({"dense_layers": [0]}, r"layerwise.dense_layers: expected \(\), one kept set"),
         ({"keep": [0.5, 0.5, 1.0]}, "layerwise.keep: expected None, one kept set"),
-        ({"group_size": 8}, "layerwise.group_size"),
         ({"select_at": "all"}, "layerwise.select_at"),
     ],
 )
@@ -481,3 +480,53 @@ def test_verify_finds_what_rows_cannot_show(change):
     handle = lemo.enable(model, settings())
     with pytest.raises(ValueError, match="Phi3ForCausalLM computes, with half of the tokens kept"):
         handle.verify(batch_of())
+
+
+# Shifted groups
+
+
+def grouped_mask(mask, size, heads):
+    """[B, heads, S, S] fp32, what to add to scores: kept tokens of a query's own group.
+
+    Half of the heads have groups that are shifted by half of one. Positions are columns here.
+    """
+    i = torch.arange(mask.shape[1])
+    group = torch.stack([i // size] * (heads // 2) + [(i + size // 2) // size] * (heads // 2))
+    seen = (i[:, None] >= i)[None] & (group[:, :, None] == group[:, None, :])
+    # A row that is left out sees itself, so that its softmax has a sum.
+    seen = seen[None] & mask[:, None, None, :].bool() | torch.eye(len(i), dtype=torch.bool)
+    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["phi3", "glm4"])
+def test_shifted_groups_are_those_of_the_sequence(name, keep):
+    """Against eager attention with a mask of every head."""
+    model = make(name)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(keep=keep, layerwise={"group_size": 12}))
+    batch = batch_of()
+    loss = train(model, batch)
+    kept = masked_batch(batch, kept_mask(handle, batch))
+    mask = grouped_mask(kept["attention_mask"], 12, model.config.num_attention_heads)
+    oracle = train(dense, {**kept, "attention_mask": mask})
+    assert_same(model, dense, loss, oracle)
+    without = train(copy.deepcopy(dense), kept)
+    assert abs(without - oracle) > 1e-3 * oracle
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_verify_compares_without_shifted_groups(path):
+    model = make("llama")
+    handle = lemo.enable(model, settings(path=path, layerwise={"group_size": 12}))
+    handle.verify(batch_of())
+
+
+def test_logits_have_no_shifted_groups_and_say_so():
+    model = make("llama")
+    dense = copy.deepcopy(model)
+    lemo.enable(model, settings(keep=1.0, path="native", layerwise={"group_size": 12}))
+    ids = batch_of()["input_ids"]
+    with pytest.warns(UserWarning, match="layerwise.group_size: without effect"):
+        logits = model(ids).logits
+    assert_close_fp32(logits, dense(ids).logits)

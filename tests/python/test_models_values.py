@@ -76,7 +76,7 @@ def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
     loss.backward()
     twin(**BATCH, num_items_in_batch=1).loss.backward()
     labels = (BATCH["labels"][:, 1:] != -100).sum()
-    batch, _ = inside._forward._embed(ForwardArguments.of(BATCH))
+    batch, _ = inside._forward._begin(ForwardArguments.of(BATCH))
     targets, _ = lemo.models.loss.next_labels(batch.packed, BATCH["labels"])
     kept = ((targets != -100) & ~inside._forward.selector.masked_rows()).sum()
     assert 0 < kept < labels

@@ -11,10 +11,10 @@ import lemo
 import plan
 from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
-from lemo.planner import calibration
 from lemo.planner.memory import MODES
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
+from lemo.training import calibration
 from planner_cases import CASES, model_of
 from tiny_models import config_of, make_ids
 

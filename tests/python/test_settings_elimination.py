@@ -30,6 +30,8 @@ FULL = {
     "burn_in": 16,
     "loss_chunk": 4096,
     "recompute": "selective",
+    "cuda_graphs": "off",
+    "head_groups": 4,
     "products": "fp8",
     "path": "native",
     "seed": 7,

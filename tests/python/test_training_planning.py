@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
 from lemo import LemoConfig
-from lemo.planner import calibration
 from lemo.planner.plan import DoesNotFitError
 from lemo.planner.timing import Rates
 from lemo.report import load_run, write_report
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training import calibration
 from lemo.training import finetune as module
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config

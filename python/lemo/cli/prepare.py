@@ -11,7 +11,7 @@ from lemo.settings.preparation import PrepareConfig
 
 # The settings that have an option; the others are for --set and --config.
 _OPTIONS = (
-    *("model", "documents", "output", "held_out_documents", "lengths", "windows"),
+    *("model", "documents", "output", "heads", "held_out_documents", "lengths", "windows"),
     *("held_out_windows", "keep", "block_size", "rank", "target", "steps", "prune_to"),
     *("dense_layers", "search_rounds", "rope_scaling", "dtype", "device", "seed", "overwrite"),
 )
@@ -21,21 +21,23 @@ _OPTIONS = (
 def prepare(given: Given) -> None:
     """Train the predictors of all layers on a frozen model and find their thresholds.
 
-    Settings come from --set, then from the other options, then from --config, then from the
-    defaults.
+    With target relevance: one predictor of what answers need, from conversations. Settings come
+    from --set, then from the other options, then from --config, then from the defaults.
     """
-    settings = given.collected()
+    settings = PrepareConfig.from_dict(given.collected())
 
     from lemo.cli.progress import StageProgress
-    from lemo.preparation.documents import prepare_from_documents
+    from lemo.preparation.documents import prepare_from_documents, prepare_from_examples
 
+    of_relevance = settings.target == "relevance"
+    prepare_from = prepare_from_examples if of_relevance else prepare_from_documents
     screen = options.console()
     options.show_messages(screen)
     with StageProgress(screen) as progress:
-        description = prepare_from_documents(PrepareConfig.from_dict(settings), progress)
+        description = prepare_from(settings, progress)
     result = options.result_console()
-    result.print(_table(description))
-    result.print(printable(_summary(description, settings["output"])), soft_wrap=True)
+    result.print(_table_of_relevance(description) if of_relevance else _table(description))
+    result.print(printable(_summary(description, settings.output)), soft_wrap=True)
 
 
 def _table(description: dict[str, Any]) -> Any:
@@ -61,10 +63,26 @@ def _table(description: dict[str, Any]) -> Any:
     return table
 
 
+def _table_of_relevance(description: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    keep = description["settings"]["keep"]
+    table = Table(
+        "examples", title=f"share of what answers need that keep {keep:g} holds, held out"
+    )
+    for column in ("predictor", "words", "most"):
+        table.add_column(column, justify="right")
+    for kind, recall in description["recall"].items():
+        table.add_row(kind, *(f"{recall[name]:.3f}" for name in ("predicted", "words", "most")))
+    return table
+
+
 def _summary(description: dict[str, Any], output: str) -> str:
-    recall, search = description["recall"], description["threshold_search"]
-    lines = [
-        f"mean recall: attention {recall['attention']:.3f}, MLP {recall['mlp']:.3f}",
+    recall, search = description["recall"], description.get("threshold_search", {"losses": []})
+    lines = []
+    if "attention" in recall:
+        lines.append(f"mean recall: attention {recall['attention']:.3f}, MLP {recall['mlp']:.3f}")
+    lines += [
         f"size: {description['parameters']:,} parameters, {description['bytes'] / 2**20:.2f} MiB, "
         f"{description['share_of_model']:.2%} of the model's bytes",
     ]

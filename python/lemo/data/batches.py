@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +30,24 @@ class TrainingBatch:
     num_labels: int
     scores: Tensor | None = None
 
-    def arguments(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """What the model is called with; on a GPU by copies that the host does not wait for."""
+    def arguments(
+        self, device: torch.device | str = "cpu", on_host: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """What the model is called with; on a GPU by copies that the host does not wait for.
+
+        Args:
+            device: where the tensors go.
+            on_host: names of tensors that stay on the host, ready for such a copy.
+        """
         tensors = {"input_ids": self.input_ids, "labels": self.labels}
         if self.position_ids is not None:
             tensors["position_ids"] = self.position_ids
         if torch.device(device).type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return {
+            name: tensor if name in on_host else tensor.to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+        }
 
 
 def collate(windows: Sequence[Tensor | Window]) -> TrainingBatch:

@@ -15,15 +15,15 @@ from lemo import ops
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.fp8 import share, shared_rows
-from lemo.models.interception import check_parts, has_own_forward, is_intercepted, own_module
-from lemo.models.linear import apply_linear, reads_fp8
-from lemo.models.sharded import (
-    check_layers,
-    check_unflattened,
-    check_whole,
-    is_sharded,
-    own_class,
+from lemo.models.interception import (
+    check_parts,
+    has_own_forward,
+    is_intercepted,
+    own_module,
+    works_row_by_row,
 )
+from lemo.models.linear import apply_linear, reads_fp8
+from lemo.models.sharded import check_layers, check_unflattened, check_whole, is_sharded, own_class
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
 
@@ -74,7 +74,11 @@ class Architecture:
     @property
     def decoder(self) -> nn.Module:
         """The stack of embedding, layers and final norm: token ids -> hidden states [rows, H]."""
-        return self.causal_lm.get_submodule(self.decoder_path)
+        module: nn.Module = self.causal_lm
+        # By hand, as below: a pass asks for each layer a dozen times.
+        for name in self.decoder_path.split("."):
+            module = module._modules[name]
+        return module
 
     @property
     def lm_head(self) -> nn.Module:
@@ -88,7 +92,7 @@ class Architecture:
 
     def layer(self, index: int) -> nn.Module:
         """One layer of the decoder, attention and MLP with their norms."""
-        return own_module(self.decoder.layers[index])
+        return own_module(self.decoder._modules["layers"]._modules[str(index)])
 
     def check_supported(self) -> None:
         """Raises ValueError where elimination in training would not compute what the model does."""
@@ -129,32 +133,99 @@ class Architecture:
             arguments: those of a call.
             block_size: tokens of a block, or a share of the longest sequence.
         """
-        shape = shape_of(arguments.input_ids, arguments.inputs_embeds)
-        embedded = arguments.inputs_embeds
+        return self.embed_rows(arguments, self.batch_of(arguments, block_size))
+
+    def batch_of(self, arguments: ForwardArguments, block_size: int | float) -> Batch:
+        """The packed batch without tables of rotations, before anything is embedded.
+
+        Args:
+            arguments: those of a call.
+            block_size: tokens of a block, or a share of the longest sequence.
+        """
+        ids, embedded = arguments.input_ids, arguments.inputs_embeds
+        shape = shape_of(ids, embedded)
+        device = next(given.device for given in (embedded, ids) if given is not None)
+        packed = PackedBatch(shape, arguments.attention_mask, arguments.position_ids, device)
+        batch = Batch.of(packed, block_size, None, device)
+        return batch if ids is None else replace(batch, ids=packed.pack(ids))
+
+    def embed_rows(
+        self, arguments: ForwardArguments, batch: Batch, rows: Tensor | None = None
+    ) -> tuple[Batch, Tensor]:
+        """The batch with the tables of some rows, and their residual, a fresh tensor.
+
+        Other rows cost nothing, unless somebody's hook on the embedding may look at all of them,
+        or the model has learned positions.
+
+        Args:
+            arguments: those of the call.
+            batch: from `batch_of`.
+            rows: [R] int32, ascending; None: all T.
+        """
         for module in (*self.decoder.children(), self.lm_head):
             if module is not self.decoder.layers and not is_sharded(module):
                 check_whole(module, type(module).__name__)
+        packed, embedded = batch.packed, arguments.inputs_embeds
+        mask, position_ids = arguments.attention_mask, arguments.position_ids
+        if position_ids is not None:
+            on_host = position_ids.device.type == "cpu"
+            device = batch.layout.block_starts.device
+            position_ids = position_ids.to(device, non_blocking=on_host)
+        if rows is not None and self._embeds_row_by_row:
+            if embedded is None:
+                assert batch.ids is not None
+                residual = self.decoder.embed_tokens(batch.ids.index_select(0, rows)[None])[0]
+                residual = residual.clone(memory_format=torch.contiguous_format)
+            else:
+                residual = packed.pack(embedded).index_select(0, rows)
+            rotary = self._rotary(residual, batch, position_ids, rows)
+            return replace(batch, rotary=rotary), residual
         if embedded is None:
             embedded = self.decoder.embed_tokens(arguments.input_ids)
-        mask, position_ids = arguments.attention_mask, arguments.position_ids
-        packed = PackedBatch(shape, mask, position_ids, embedded.device)
-        rotary = self._rotary(embedded, position_ids)
-        batch = Batch.of(packed, block_size, rotary, embedded.device)
-        if arguments.input_ids is not None:
-            batch = replace(batch, ids=packed.pack(arguments.input_ids))
+        batch = replace(batch, rotary=self._rotary(embedded, batch, position_ids))
         residual = packed.pack(self._add_positions(embedded, mask, position_ids))
+        if rows is not None:
+            return batch.of_rows(rows), residual.index_select(0, rows)
         # A gather is already fresh; anything else may be the caller's or the embedding's tensor.
         if not packed.is_padded:
             residual = residual.clone(memory_format=torch.contiguous_format)
         return batch, residual
 
+    @property
+    def _embeds_row_by_row(self) -> bool:
+        """Whether the embedding of a token depends on nothing but the token."""
+        return all(map(works_row_by_row, self.decoder.embed_tokens.modules()))
+
     def _rotary(
-        self, embedded: Tensor, position_ids: Tensor | None
+        self,
+        embedded: Tensor,
+        batch: Batch,
+        position_ids: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
-        """(cos, sin), [B or 1, S, D] each."""
+        """(cos, sin), [T, D] each, or of some rows.
+
+        Args:
+            embedded: of the dtype and on the device of the tables.
+            batch: the packed batch.
+            position_ids: [B or 1, S]; None: 0, 1, 2, ...
+            rows: [R] int32; None: all T.
+        """
+        packed = batch.packed
         if position_ids is None:
-            position_ids = torch.arange(embedded.shape[1], device=embedded.device)[None]
-        return self.decoder.rotary_emb(embedded, position_ids)
+            position_ids = torch.arange(packed.shape[1], device=embedded.device)[None]
+        rotation = self.decoder.rotary_emb
+        if rows is None:
+            tables = (
+                packed.pack(t.expand(*packed.shape, -1)) for t in rotation(embedded, position_ids)
+            )
+        else:
+            # Some kinds of rotation depend on the largest position of the batch.
+            positions = packed.pack(position_ids.expand(packed.shape)).index_select(0, rows)
+            positions = torch.cat((positions, position_ids.max()[None]))[None]
+            tables = (table[0, :-1].contiguous() for table in rotation(embedded, positions))
+        cos, sin = tables
+        return cos, sin
 
     def _add_positions(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None
@@ -240,17 +311,20 @@ class Architecture:
         """What products of queries and keys are multiplied with."""
         return self.layer(index).self_attn.scaling
 
-    def queries(self, index: int, x: Tensor) -> Tensor:
-        """[rows, Hq, D], before rotation."""
-        return self._heads(index, x, "q_proj")
+    def queries(self, index: int, x: Tensor, values: bool = True) -> Tensor:
+        """[rows, Hq, D], before rotation.
 
-    def keys(self, index: int, x: Tensor) -> Tensor:
+        Without `values` only gradients of the result count.
+        """
+        return self._heads(index, x, "q_proj", values)
+
+    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         """[rows, Hk, D], before rotation."""
-        return self._heads(index, x, "k_proj")
+        return self._heads(index, x, "k_proj", values)
 
-    def values(self, index: int, x: Tensor) -> Tensor:
+    def values(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         """[rows, Hk, D]."""
-        return self._heads(index, x, "v_proj")
+        return self._heads(index, x, "v_proj", values)
 
     def attention_projections(self, index: int) -> tuple[nn.Module, ...]:
         """The linear layers of a layer's attention."""
@@ -259,9 +333,9 @@ class Architecture:
             getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", self.output_name)
         )
 
-    def _heads(self, index: int, x: Tensor, name: str) -> Tensor:
+    def _heads(self, index: int, x: Tensor, name: str, values: bool) -> Tensor:
         attention = self.layer(index).self_attn
-        projected = apply_linear(getattr(attention, name), x)
+        projected = apply_linear(getattr(attention, name), x, values)
         return projected.unflatten(-1, (-1, attention.head_dim))
 
     def rotated(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -370,12 +444,15 @@ class Qwen2Architecture(Architecture):
 
 
 class Qwen3Architecture(Qwen2Architecture):
-    """Queries and keys are normalized head by head before they are rotated."""
+    """Queries and keys are normalized head by head before they are rotated.
 
-    def queries(self, index: int, x: Tensor) -> Tensor:
+    The gradients of the norms need the values.
+    """
+
+    def queries(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         return self.layer(index).self_attn.q_norm(super().queries(index, x))
 
-    def keys(self, index: int, x: Tensor) -> Tensor:
+    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
         return self.layer(index).self_attn.k_norm(super().keys(index, x))
 
 
@@ -406,9 +483,17 @@ class OPTArchitecture(Architecture):
         return attention.dropout
 
     def _rotary(
-        self, embedded: Tensor, position_ids: Tensor | None
+        self,
+        embedded: Tensor,
+        batch: Batch,
+        position_ids: Tensor | None,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         return None
+
+    @property
+    def _embeds_row_by_row(self) -> bool:
+        return False  # positions are counted over the mask
 
     def _add_positions(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None

@@ -19,7 +19,8 @@ class Batch:
     Attributes:
         packed: the sequences, and the way back to [B, S].
         layout: how they are cut into blocks.
-        rotary: (cos, sin), [T, D] each, of the tokens' own positions; None without rotation.
+        rotary: (cos, sin), [T, D] each, of the tokens' own positions, or of the rows of the
+            residual where it has not all; None without rotation.
         ids: [T] int64, the tokens; None where the model got embeddings.
         labelled: [T] bool, rows that predict a label; None: nothing is known of labels.
         scores: [T] fp32, scores of the tokens that the caller gave; None: none.
@@ -66,8 +67,14 @@ class Batch:
         """[T] int32, the position of every row in its own sequence."""
         return self.packed.positions
 
-    def rotate(self, x: Tensor, selection: Selection | None = None) -> Tensor:
-        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row)."""
+    def rotate(
+        self, x: Tensor, selection: Selection | None = None, transposed: bool = False
+    ) -> Tensor:
+        """Rotates heads [R, heads, D] of the rows of a selection (None: of every row).
+
+        With `transposed` back: what gradients of rotated heads become.
+        """
         if self.rotary is None:
             return x
-        return ops.rope(x, *self.rotary, None if selection is None else selection.rows)
+        rows = None if selection is None else selection.rows
+        return ops.rope(x, *self.rotary, rows, transposed)

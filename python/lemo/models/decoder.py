@@ -10,6 +10,7 @@ from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lemo import ops
@@ -28,7 +29,7 @@ from lemo.planner.text import layers_text
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
-__all__ = ["Decoded", "Decoder"]
+__all__ = ["Decoded", "Decoder", "Pass"]
 
 
 class Decoded(NamedTuple):
@@ -44,24 +45,39 @@ class Decoded(NamedTuple):
 
 
 @dataclass
-class _Pass:
+class Pass:
     """A pass through the layers.
 
     Attributes:
         batch: what the rows of the residual are.
         drop: whether rows that no sub-block keeps may be dropped.
         place: which rows the residual has.
-        modes: what each layer stores.
+        modes: what each layer stores; empty before the first layer is entered.
+        head_groups: of attention's backward where it is recomputed, at most.
+        chosen: what the first attention keeps, where it is known before tokens are embedded.
+        kept: the rows of the residual that all sub-blocks keep; None: each chooses its own.
+        left_out: those that all of them leave out, where these are computed.
     """
 
     batch: Batch
     drop: bool
     place: Placement = field(default_factory=Everywhere)
     modes: Sequence[str] = ()
+    head_groups: int = 1
+    chosen: Selection | None = None
+    kept: Selection | None = None
+    left_out: Selection | None = None
+
+
+Embed = Callable[[Batch, Tensor | None], tuple[Batch, Tensor]]
+"""Gives a batch with tables of rotations, and the embedded tokens of some of its rows or all."""
 
 
 class Decoder:
     """Runs the layers of a model with token elimination.
+
+    Attributes:
+        visible_keys: what kept rows attend to.
 
     Args:
         architecture: access to the model.
@@ -86,7 +102,7 @@ class Decoder:
         self._architecture = architecture
         self._selector = selector
         self._scorer = scorer
-        self._visible_keys = visible_keys
+        self.visible_keys = visible_keys
         self._group_size = group_size
         self._modes = modes
         self._context = context
@@ -99,31 +115,79 @@ class Decoder:
     def run(
         self,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         labelled: Tensor | None = None,
         visit_residual: Callable[[Tensor], None] | None = None,
         drop: bool = False,
     ) -> Decoded:
-        """Adds all layers to the residual [T, H] in place.
+        """Adds all layers to the embedded tokens.
 
         Args:
             batch: what the rows are.
-            residual: the embedded tokens; overwritten.
+            embed: gives the batch with tables of rotations and the embedded tokens, [R, H], which
+                are overwritten, of some of its rows or (None) all.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
             visit_residual: gets a differentiable copy of the residual at the entry of every layer.
             drop: whether rows that no sub-block keeps may be dropped at once, if it can be known.
         """
+        now, residual = self.begin(batch, embed, labelled, drop)
+        residual = self.layers(now, residual, visit_residual)
+        return Decoded(residual, now.place.rows)
+
+    def begin(
+        self, batch: Batch, embed: Embed, labelled: Tensor | None, drop: bool
+    ) -> tuple[Pass, Tensor]:
+        """Begins a pass and embeds its tokens; the arguments are those of `run`."""
         batch = replace(batch, labelled=labelled)
         self._selector.begin(batch.layout, labelled)
-        drop = drop and self._visible_keys == "kept" and self._selector.has_one_set
-        now = _Pass(batch, drop)
+        drop = drop and self.visible_keys == "kept" and self._selector.has_one_set
+        now = Pass(batch, drop)
+        if self._scorer.reads_residual:
+            now.batch, residual = embed(batch, None)
+        else:
+            # Before anything is embedded: rows that are dropped cost nothing then.
+            nowhere = torch.empty(0, device=batch.layout.block_starts.device)
+            now.chosen = self._select(0, "attention", now, nowhere)
+            now.place = self._placement(batch, now.chosen, drop)
+            now.batch, residual = embed(batch, now.place.rows)
+        return now, residual
+
+    def enter(self, now: Pass, residual: Tensor) -> Tensor:
+        """Decides what the first layer keeps and what all of them store; the residual for them.
+
+        Args:
+            now: a pass that has begun.
+            residual: [R, H], at the entry of the first layer; overwritten.
+        """
+        kept = now.chosen
+        if kept is None:
+            kept = self._select(0, "attention", now, residual)
+        now.modes, now.head_groups = self._modes.of(now.batch, residual, kept, now.drop)
+        self._latest = _described(now.batch.layout.num_tokens, kept.num_rows, now.modes)
+        if now.chosen is None:
+            now.place = self._placement(now.batch, kept, now.drop)
+            now.batch, residual = now.place.enter(now.batch, residual)
+        if self._selector.has_one_set:
+            self._selector.keep_everywhere(kept)
+            now.kept = now.place.of(kept)
+            if self.visible_keys == "computed":
+                now.left_out = self._left_out(now.kept, now)
+        return residual
+
+    def layers(
+        self,
+        now: Pass,
+        residual: Tensor,
+        visit_residual: Callable[[Tensor], None] | None = None,
+    ) -> Tensor:
+        """Adds all layers to the residual in place, entering the first where `enter` did not."""
         for index in range(self._architecture.num_layers):
             if visit_residual is not None:
                 residual, entry = ops.residual_gather(residual)
                 visit_residual(entry)
             layer = self._architecture.layer(index)
             residual = run_inside(layer, partial(self._layer, index, now), residual)
-        return Decoded(residual, now.place.rows)
+        return residual
 
     def _placement(self, batch: Batch, kept: Selection, drop: bool) -> Placement:
         """Which rows the layers run on, from what the first of them keeps."""
@@ -133,71 +197,63 @@ class Decoder:
             return SharedOut(self._context, batch, kept, left_out)
         return KeptAlone(kept.rows) if drop and kept.rows is not None else Everywhere()
 
-    def _layer(self, index: int, now: _Pass, residual: Tensor) -> Tensor:
+    def _layer(self, index: int, now: Pass, residual: Tensor) -> Tensor:
         layer = self._architecture.layer(index)
         check_whole(layer, f"layer {index}")
-        kept = self._select(index, "attention", now.batch, residual)
-        if index == 0:
-            now.modes = self._modes.of(now.batch, residual, kept, now.drop)
-            tokens = now.batch.layout.num_tokens
-            self._latest = _described(tokens, kept.num_rows, now.modes)
-            now.place = self._placement(now.batch, kept, now.drop)
-            now.batch, residual = now.place.enter(now.batch, residual)
+        if not now.modes:
+            # Inside of the first layer, whose weights may be whole only here.
+            residual = self.enter(now, residual)
+            kept = now.kept or now.place.of(self._selector.selected(0, "attention"))
+        else:
+            kept = now.kept or now.place.of(self._select(index, "attention", now, residual))
         execution = execution_of(layer, now.modes[index])
-        batch, place = now.batch, now.place
-        kept = place.of(kept)
-        attention = self._attention(index, batch, kept, place)
+        attention = self._attention(index, now, kept)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
-            mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
-            return execution.run(residual, self._unit(index, batch, attention, mlp, place))
-        residual = execution.run(residual, self._unit(index, batch, attention, None, place))
-        mlp = self._mlp(index, self._of_mlp(index, batch, residual, place))
-        return execution.run(residual, self._unit(index, batch, None, mlp, place))
+            mlp = self._mlp(index, self._of_mlp(index, now, residual))
+            return execution.run(residual, self._unit(index, now, attention, mlp))
+        residual = execution.run(residual, self._unit(index, now, attention, None))
+        mlp = self._mlp(index, self._of_mlp(index, now, residual))
+        return execution.run(residual, self._unit(index, now, None, mlp))
 
-    def _select(self, index: int, kind: str, batch: Batch, residual: Tensor) -> Selection:
+    def _select(self, index: int, kind: str, now: Pass, residual: Tensor) -> Selection:
         def score() -> Tensor:
-            scores = self._scorer(index, kind, residual.detach(), batch)
+            scores = self._scorer(index, kind, residual.detach(), now.batch)
             # The others' may differ by rounding, and then the sets.
             return scores if self._context is None else self._context.from_first(scores)
 
         return self._selector.select(index, kind, score)
 
-    def _of_mlp(self, index: int, batch: Batch, residual: Tensor, place: Placement) -> Selection:
-        return place.of(self._select(index, "mlp", batch, residual))
+    def _of_mlp(self, index: int, now: Pass, residual: Tensor) -> Selection:
+        return now.kept or now.place.of(self._select(index, "mlp", now, residual))
 
-    def _attention(self, index: int, batch: Batch, kept: Selection, place: Placement) -> Attention:
+    def _attention(self, index: int, now: Pass, kept: Selection) -> Attention:
         keys = kept
-        if kept.rows is not None and self._visible_keys == "all":
+        if kept.rows is not None and self.visible_keys == "all":
             keys = Selection.everything(kept.layout)
-        return place.attention(self._architecture, index, batch, kept, keys, self._group_size)
+        # Where everything is kept whatever the settings say, the pass is to be the model's own.
+        size = 0 if self._selector.is_overruled else self._group_size
+        return now.place.attention(self._architecture, index, now.batch, kept, keys, size)
 
     def _mlp(self, index: int, kept: Selection) -> MLP:
         return MLP(self._architecture, index, kept)
 
-    def _unit(
-        self,
-        index: int,
-        batch: Batch,
-        attention: Attention | None,
-        mlp: MLP | None,
-        place: Placement,
-    ) -> Unit:
+    def _unit(self, index: int, now: Pass, attention: Attention | None, mlp: MLP | None) -> Unit:
         left_out = LeftOutRows(None, None)
-        if self._visible_keys == "computed":
+        if self.visible_keys == "computed":
             rows = [
-                None if sub_block is None else self._left_out(sub_block.kept, place)
+                None if sub_block is None else self._left_out(sub_block.kept, now)
                 for sub_block in (attention, mlp)
             ]
             left_out = LeftOutRows(
-                None if rows[0] is None else self._attention(index, batch, rows[0], place),
+                None if rows[0] is None else self._attention(index, now, rows[0]),
                 None if rows[1] is None else self._mlp(index, rows[1]),
             )
-        return Unit(attention, mlp, left_out)
+        return Unit(attention, mlp, left_out, now.head_groups)
 
-    def _left_out(self, kept: Selection, place: Placement) -> Selection | None:
+    def _left_out(self, kept: Selection, now: Pass) -> Selection | None:
         if kept.rows is None:
             return None
-        return place.left_out(kept, self._selector.left_out)
+        return now.left_out or now.place.left_out(kept, self._selector.left_out)
 
 
 def _described(tokens: int, rows: int, modes: Sequence[str]) -> str:

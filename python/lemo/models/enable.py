@@ -15,6 +15,7 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import architecture_of, is_known
 from lemo.models.arguments import ForwardArguments
 from lemo.models.callback import attach
+from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.path import GenericPath
 from lemo.models.native import NativePath
@@ -373,6 +374,11 @@ class Handle:
     def statistics(self) -> list[LayerStatistics]:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
+
+    @property
+    def graphs(self) -> CudaGraphs | None:
+        """CUDA graphs of training passes (`LemoConfig.cuda_graphs`); None: off, or none here."""
+        return self._forward.graphs
 
     def general_modules(self) -> dict[str, str]:
         """Modules that training runs as they are, not in lemo's own code, and why.

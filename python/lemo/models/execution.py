@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.models.recompute import recomputed
 from lemo.models.unit import Unit
+from lemo.models.weights import parameters_of
 
 __all__ = ["Execution", "execution_of"]
 
@@ -116,11 +117,12 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
         recompute = "layer"
     if recompute == "none":
         return Stored()
-    if any(parameter._backward_hooks for parameter in layer.parameters()):
+    parameters = parameters_of(layer)
+    if any(parameter._backward_hooks for parameter in parameters):
         # Their hooks would see the gradients of the unit's inside, too.
         return Checkpointed(partial(checkpoint, use_reentrant=False))
-    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    return Recomputed(parameters, recompute == "selective")
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Recomputed(trained, recompute == "selective")
 
 
 def is_plain_checkpoint(function: Any) -> bool:

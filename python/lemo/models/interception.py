@@ -17,7 +17,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.models.sharded import is_sharded, own_class
 
-__all__ = ["check_parts", "has_own_forward", "is_intercepted", "origin", "own_module"]
+__all__ = [
+    "check_parts",
+    "has_own_forward",
+    "is_intercepted",
+    "origin",
+    "own_module",
+    "works_row_by_row",
+]
 
 _REMEDY = (
     "lemo runs the parts of a decoder layer itself, so this would not run. Undo it, or train "
@@ -156,3 +163,14 @@ def origin(function: object) -> str:
 def _module_of(file: str) -> str | None:
     modules = list(sys.modules.items())
     return next((name for name, m in modules if getattr(m, "__file__", None) == file), None)
+
+
+def works_row_by_row(module: nn.Module) -> bool:
+    """Whether nobody's hook on a part of the embedding may look at more than one token.
+
+    That by which checkpointing makes embedded tokens require a gradient does not.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    harmless = "make_inputs_require_grad", "make_inputs_require_grads"
+    known = all(getattr(hook, "__name__", "") in harmless for hook in hooks)
+    return known and "forward" not in vars(module)

@@ -23,6 +23,7 @@ __all__ = [
     "CountedLabels",
     "causal_lm_loss",
     "counted_labels",
+    "divisor_of",
     "head_loss",
     "loss_chunk_rows",
     "next_labels",
@@ -56,9 +57,11 @@ def next_labels(
         raise ValueError(
             f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
         )
+    # From pinned memory the copy is not waited for.
+    given = given.to(batch.cu_seqlens.device, non_blocking=given.device.type == "cpu")
     if shift_labels is None:
-        shift_labels = pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    shift_labels = shift_labels.to(batch.cu_seqlens.device).reshape(batch.shape)
+        given = pad(given, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = given.reshape(batch.shape)
     padding = batch.padding()
     if padding is None:
         return batch.pack(shift_labels), None
@@ -155,20 +158,33 @@ def counted_labels(
     lost: Tensor | None,
 ) -> CountedLabels:
     """Which labels count; the arguments are those of `causal_lm_loss`."""
-    counted = targets != ignore_index
+    labelled = targets != ignore_index
+    counted = labelled if masked is None else labelled & ~masked
+    divisor = divisor_of(labelled, counted, num_items_in_batch, lost)
+    rows = counted.nonzero()[:, 0]
+    return CountedLabels(rows, targets[rows], divisor)
+
+
+def divisor_of(
+    labelled: Tensor,
+    counted: Tensor,
+    num_items_in_batch: Tensor | int | None,
+    lost: Tensor | None,
+) -> Tensor | int | None:
+    """What the sum of the losses is divided by; None: the number of labels that count.
+
+    Args:
+        labelled: [T] bool, rows that predict a label.
+        counted: [T] bool, those whose prediction counts; `labelled` itself: all.
+        num_items_in_batch, lost: as of `causal_lm_loss`.
+    """
     divisor = num_items_in_batch
     if divisor is not None and lost is not None:
-        count = counted.sum()
+        count = labelled.sum()
         divisor = divisor * (count / (count + lost).clamp(min=1))
-    if masked is not None:
-        kept = counted & ~masked
-        if divisor is not None:
-            divisor = divisor * (kept.sum() / counted.sum().clamp(min=1))
-        counted = kept
-    rows = counted.nonzero()[:, 0]
-    if torch.is_tensor(divisor):
-        divisor = divisor.to(targets.device)
-    return CountedLabels(rows, targets[rows], divisor)
+    if divisor is not None and counted is not labelled:
+        divisor = divisor * (counted.sum() / labelled.sum().clamp(min=1))
+    return divisor.to(labelled.device) if torch.is_tensor(divisor) else divisor
 
 
 def head_loss(

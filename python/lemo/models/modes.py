@@ -14,9 +14,9 @@ from lemo.models.batch import Batch
 from lemo.models.fp8 import bytes_to_come
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
-from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, Planner
-from lemo.planner.rows import rows_of
+from lemo.planner.rows import embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
@@ -58,15 +58,20 @@ class Modes:
     ) -> None:
         self._architecture, self._config = architecture, config
         self._visible_keys, self._alone = visible_keys, alone
-        self._plans: dict[Any, tuple[str, ...]] = {}
+        self._plans: dict[Any, tuple[Sequence[str], int]] = {}
+        # Heads of rows that are computed or shared out meet those of others.
+        groups = config.head_groups or 1
+        self._head_groups = groups if alone and visible_keys != "computed" else 1
         count, asked = architecture.num_layers, config.recompute
         if not isinstance(asked, str) and len(asked) != count:
             raise ValueError(
                 f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
             )
 
-    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Sequence[str]:
-        """The setting `recompute` of each layer in a pass.
+    def of(
+        self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
+    ) -> tuple[Sequence[str], int]:
+        """The settings `recompute` of each layer and `head_groups` in a pass.
 
         Args:
             batch: what the rows are.
@@ -76,12 +81,12 @@ class Modes:
         """
         count, asked = self._architecture.num_layers, self._config.recompute
         if not isinstance(asked, str):
-            return asked
+            return asked, self._head_groups
         if asked == "auto" and self._alone and self._is_planned():
             planned = self._planned(batch, residual, kept, one_set)
             if planned is not None:
                 return planned
-        return [asked] * count
+        return [asked] * count, self._head_groups
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
@@ -98,8 +103,8 @@ class Modes:
 
     def _planned(
         self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool
-    ) -> tuple[str, ...] | None:
-        """The fastest modes within the free memory; None where memory is not planned."""
+    ) -> tuple[Sequence[str], int] | None:
+        """What is fastest within the free memory; None where memory is not planned."""
         try:
             shape = shape_of(self._architecture.config)
         except ValueError:
@@ -129,6 +134,9 @@ class Modes:
                 autocast=autocast,
                 cuda=residual.device.type == "cuda",
                 loss_chunk=self._config.loss_chunk,
+                head_groups=self._config.head_groups,
+                shifted=self._config.layerwise.group_size is not None,
+                embeds_all=embeds_all(self._config),
             )
             fp8 = self._config.products == "fp8"
             free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
@@ -140,11 +148,12 @@ class Modes:
 
 def _modes(
     shape: ModelShape, adapters: Adapters, memory: StepMemory, time: StepTime, free: int
-) -> tuple[str, ...]:
+) -> tuple[Sequence[str], int]:
     # Weights are there already; gradients and the optimizer's state may not be.
     fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    plan = Planner(memory, time, fixed).plan(free)
-    return (MODES[-1],) * shape.layers if plan is None else plan.modes
+    planner = Planner(memory, time, fixed)
+    plan = planner.plan(free) or planner.smallest(free)
+    return plan.modes, plan.head_groups
 
 
 def _rounded_up(rows: int) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 __all__ = ["DeferredLogits", "EliminatedOutput"]
@@ -19,7 +19,7 @@ class DeferredLogits:
         parameters: what the logits depend on; they may not change before the logits are read.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> None:
         self._compute = compute
         self._parameters = list(parameters)
         self._versions = self._current_versions()

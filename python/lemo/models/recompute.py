@@ -20,6 +20,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lemo import ops
 from lemo.models.architectures import GradientTarget
+from lemo.models.head_groups import GroupedBackward, attended
 from lemo.models.out_of_memory import explained
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
@@ -63,7 +64,13 @@ class _Recomputed(torch.autograd.Function):
         ctx.surroundings = _Surroundings(residual)
         with ctx.surroundings.autocast():
             rows = gather_rows(residual, unit.read_rows)
-            if unit.attention is not None:
+            if unit.attention is not None and unit.head_groups > 1:
+                out, lse = attended(unit.attention, rows)
+                ctx.behind_heads = _Surroundings(residual)
+                add_rows(residual, unit.attention.output(out), unit.kept_rows)
+                saved = (out, lse) if selective else ()
+                del out, lse
+            elif unit.attention is not None:
                 attention = SavedAttention() if selective else ops.segment_attention
                 y = unit.attend(unit.attention.normalize(rows), left_out, attention)
                 add_rows(residual, y, unit.kept_rows)
@@ -85,6 +92,11 @@ class _Recomputed(torch.autograd.Function):
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
         dresidual = overwritable(ctx, dresidual)
         gradients = _Gradients(ctx.parameters)
+        if unit.attention is not None and unit.head_groups > 1:
+            with explained(lambda: f"in the backward pass of a layer with {len(rows)} kept rows"):
+                _backward_in_groups(ctx, rows, saved, dresidual, gradients)
+            passed_on = hand_on(ctx, dresidual) if needs_residual else None
+            return None, None, passed_on, *gradients.totals()
         with (
             explained(lambda: f"in the backward pass of a layer with {rows.shape[0]} kept rows"),
             ctx.surroundings.restored(),
@@ -114,6 +126,45 @@ class _Recomputed(torch.autograd.Function):
                 add_rows(dresidual, drows, unit.read_rows)
         passed_on = hand_on(ctx, dresidual) if needs_residual else None
         return None, None, passed_on, *gradients.totals()
+
+
+def _backward_in_groups(
+    ctx: Any,
+    rows: Tensor,
+    saved: Sequence[Tensor],
+    dresidual: Tensor,
+    gradients: "_Gradients",
+) -> None:
+    """The same for units whose attention works on groups of heads.
+
+    Args:
+        ctx: of the node.
+        rows: [Rk, H], what the unit read.
+        saved: attention's result and logarithms; empty: not stored.
+        dresidual: [T, H], the residual's gradient, into which that of the rows is added.
+        gradients: gets those of the parameters.
+    """
+    unit, needs_residual = ctx.unit, ctx.needs_input_grad[2]
+    groups = GroupedBackward(
+        unit.attention, unit.head_groups, rows, saved, ctx.surroundings, ctx.behind_heads
+    )
+    del saved
+    with ctx.behind_heads.restored(), ctx.behind_heads.autocast(), torch.enable_grad():
+        y = groups.output(values=unit.mlp is not None)
+        dtype = y.dtype
+        if unit.mlp is not None:
+            with kept_matrices():
+                _mlp_backward(unit.mlp, unit.kept_rows, rows, y, dresidual, True, gradients)
+        del y
+    target = GradientTarget(dresidual, unit.read_rows)
+    drows = groups.backward(
+        gather_rows(dresidual, unit.kept_rows, view=True).to(dtype),
+        gradients,
+        needs_residual,
+        target,
+    )
+    if drows is not None:
+        add_rows(dresidual, drows, unit.read_rows)
 
 
 def _mlp_backward(
@@ -195,7 +246,11 @@ class _Surroundings:
         self._enabled = torch.is_autocast_enabled(self._device_type)
         self._dtype = torch.get_autocast_dtype(self._device_type)
         self._cpu_state = torch.get_rng_state()
-        self._devices, self._states = get_device_states(x)
+        self._devices: list[int] = []
+        self._states: list[Tensor] = []
+        # A pass that draws random numbers here is not captured.
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._devices, self._states = get_device_states(x)
 
     def autocast(self) -> torch.autocast:
         # Without its cache: what forward cast without a graph must not be found by backward.

@@ -21,6 +21,11 @@ def check_settings(config: LemoConfig, selector: Selector) -> None:
             "layerwise.group_size: expected null with context_parallel, where heads are gathered "
             f"in parts, got {config.layerwise.group_size}"
         )
+    elif (config.head_groups or 1) > 1:
+        refused = (
+            "head_groups: expected null or 1 with context_parallel, where heads are gathered in "
+            f"parts, got {config.head_groups}"
+        )
     elif not selector.always_has_one_set:
         refused = (
             "layerwise: expected one kept set for all layers with context_parallel, got settings "

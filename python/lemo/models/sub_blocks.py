@@ -70,13 +70,34 @@ class Attention:
         norm = architecture.attention_norm(self._index)
         return architecture.residual_norm(residual, norm, self.keys.rows)
 
+    @property
+    def has_shifted_groups(self) -> bool:
+        """Whether heads see shifted groups of positions, by the half that they are in."""
+        return self._group_size > 0
+
+    def linears(self, x: Tensor, values: bool = True) -> Heads:
+        """What `project` rotates; without `values` only gradients of it count."""
+        architecture, index = self._architecture, self._index
+        with shared_rows():
+            return Heads(
+                architecture.queries(index, self._kept_of(x), values),
+                architecture.keys(index, x, values),
+                architecture.values(index, x, values),
+            )
+
+    def unrotated(self, gradient: Tensor, selection: Selection) -> Tensor:
+        """The gradient of heads before they are rotated, from that of rotated ones."""
+        return self._batch.rotate(gradient, selection, transposed=True)
+
+    def _kept_of(self, x: Tensor) -> Tensor:
+        rows = None if self.keys is self.kept else self.kept.rows
+        return x if rows is None else x.index_select(0, rows)
+
     def project(self, x: Tensor) -> Heads:
         """Queries of the kept rows, keys and values of the key rows, from normalized rows."""
         architecture, index = self._architecture, self._index
-        rows = None if self.keys is self.kept else self.kept.rows
-        x_kept = x if rows is None else x.index_select(0, rows)
         with shared_rows():
-            q = self._batch.rotate(architecture.queries(index, x_kept), self.kept)
+            q = self._batch.rotate(architecture.queries(index, self._kept_of(x)), self.kept)
             k = self._batch.rotate(architecture.keys(index, x), self.keys)
             v = architecture.values(index, x)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.

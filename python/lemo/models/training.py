@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
+from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
 from lemo.models.sharing import check_call
@@ -40,7 +41,10 @@ class Training(ABC, Generic[C]):
         has_trained: whether a pass has trained something.
         elimination: that of the latest pass.
         context: processes that share out the rows; None: this one has them all.
+        graphs: CUDA graphs of its passes; None: it has none.
     """
+
+    graphs: CudaGraphs | None = None
 
     def __init__(
         self,

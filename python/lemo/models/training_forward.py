@@ -16,14 +16,18 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
-from lemo.models.decoder import Decoded, Decoder
+from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
+from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_rows import LabelledStates
-from lemo.models.loss import causal_lm_loss, next_labels, rows_among
+from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
+from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.sharded import is_sharded
 from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
+from lemo.models.weights import parameters_of
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["TrainingForward"]
@@ -36,6 +40,9 @@ class TrainingForward(Training[Elimination]):
         architecture: access to the model.
         config: the settings.
         context: processes that share out the rows; None: this one has them all.
+
+    Attributes:
+        graphs: of passes in which all layers keep the same; None: they are switched off.
     """
 
     def __init__(
@@ -47,6 +54,9 @@ class TrainingForward(Training[Elimination]):
         super().__init__(config, partial(Elimination, architecture, context), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
+        self._mostly_labelled = False
+        self.graphs = None if config.cuda_graphs == "off" else CudaGraphs()
+        self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
@@ -56,24 +66,32 @@ class TrainingForward(Training[Elimination]):
             if asked:
                 raise needs_all_rows("output_hidden_states")
             context.begin(architecture.causal_lm, arguments.given)
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        decoder = self.elimination.dense_decoder if asked else self.elimination.decoder
-        decoded, entries = self._decode(decoder, batch, residual, targets != ignored, asked, True)
-        del residual
-        with explained(decoder.describe):
-            loss, counted = causal_lm_loss(
-                architecture,
-                decoded.residual,
-                targets,
-                self.selector.masked_rows(complete=asked),
-                self._loss_chunk,
-                arguments.num_items_in_batch,
-                ignored,
-                lost,
-                decoded.rows,
-                context,
-            )
+        entries: list[Tensor] | None = None
+        read: list[Tensor] | None = None
+        if not asked and self._has_one_set(targets.device):
+            loss, counted, read = self._loss_of_one_set(arguments, batch, embed, targets, lost)
+        else:
+            decoder = self.elimination.decoder
+            if asked:
+                decoder = self.elimination.dense_decoder
+                self._leave_groups_out()
+            labelled = targets != ignored
+            decoded, entries = self._decode(decoder, batch, embed, labelled, asked, True)
+            with explained(decoder.describe):
+                loss, counted = causal_lm_loss(
+                    architecture,
+                    decoded.residual,
+                    targets,
+                    self.selector.masked_rows(complete=asked),
+                    self._loss_chunk,
+                    arguments.num_items_in_batch,
+                    ignored,
+                    lost,
+                    decoded.rows,
+                    context,
+                )
         if counted:
             self.has_trained = True
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
@@ -87,22 +105,89 @@ class TrainingForward(Training[Elimination]):
             assert computed is not None
             return computed
 
-        output["logits"] = DeferredLogits(logits, architecture.causal_lm.parameters())
+        output["logits"] = DeferredLogits(logits, read or parameters_of(architecture.causal_lm))
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
         return output
+
+    def _has_one_set(self, device: torch.device) -> bool:
+        """Whether all is known before the layers run, which a GPU need not wait for then."""
+        if not (supports_graphs(device) and torch.is_grad_enabled()):
+            return False
+        reason = None
+        if self.context is not None:
+            reason = "processes share out the rows"
+        elif not self.selector.has_one_set:
+            reason = "layers keep rows of their own"
+        elif any(map(is_sharded, (self._architecture.layer(0), self._architecture.lm_head))):
+            reason = "weights are sharded"
+        elif not uses_plain_head(self._architecture):
+            reason = "the head is no plain product"
+        if reason is not None and self.graphs is not None:
+            self.graphs.say(f"CUDA graphs: passes run without one: {reason}")
+        return reason is None
+
+    def _loss_of_one_set(
+        self,
+        arguments: ForwardArguments,
+        batch: Batch,
+        embed: Embed,
+        targets: Tensor,
+        lost: Tensor | None,
+    ) -> tuple[Tensor, int, list[Tensor] | None]:
+        """The loss, how many labels count as far as it is known without a device's answer, and
+        the parameters that the model computes from; None: nobody looked for them."""
+        decoder, ignored = self.elimination.decoder, arguments.ignored_label
+        labelled = targets != ignored
+        with explained(decoder.describe):
+            now, residual = decoder.begin(batch, embed, labelled, self.selector.masks_loss)
+            residual = decoder.enter(now, residual)
+        self.selector.check_kept()
+        masked = self.selector.masked_rows()
+        counted = labelled if masked is None else labelled & ~masked
+        divisor = divisor_of(labelled, counted, arguments.num_items_in_batch, lost)
+        if divisor is not None and not torch.is_tensor(divisor):
+            divisor = torch.full((), divisor, dtype=torch.float32, device=targets.device)
+        targets = targets.masked_fill(~counted, ignored)
+        if now.place.rows is not None:
+            targets = targets.index_select(0, now.place.rows)
+        most = self._most_labels(arguments, targets)
+        index, targets = labels_of_rows(targets, ignored, most)
+        labels = Labels(index, targets, None if divisor is None else divisor.float())
+        step = OneSet(self._architecture, decoder, now, labels, ignored, self._loss_chunk)
+        inputs, graphs = step.inputs(residual), self.graphs
+        if graphs is None:
+            return step(inputs), most, None
+        key, parameters, read = step.captured()
+        small = self.elimination.config.cuda_graphs == "auto"
+        obstacle = partial(step.obstacle, parameters, small)
+        module = self._architecture.causal_lm
+        return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
+
+    def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
+        """Labels of `targets` [R] that count at most; until something has been trained exactly."""
+        ignored, rows = arguments.ignored_label, targets.numel()
+        given = arguments.labels if arguments.shift_labels is None else arguments.shift_labels
+        if self.has_trained and given is not None and given.device.type == "cpu":
+            return min(int((given != ignored).sum()), rows)
+        if self.has_trained and self._mostly_labelled:
+            return rows
+        # Waits for the device, in the first passes and where few rows have labels.
+        count = int((targets != ignored).sum())
+        self._mostly_labelled = 8 * count >= 7 * rows
+        return count
 
     def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
         """What `loss` gives to the head, for a call with labels whose head is somebody else's."""
         if self.context is not None:
             raise needs_all_rows("a loss of TRL's head")
         ignored = arguments.ignored_label
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         labelled = targets != ignored
         (residual, computed), _ = self._decode(
-            self.elimination.decoder, batch, residual, labelled, False, True
+            self.elimination.decoder, batch, embed, labelled, False, True
         )
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
@@ -145,11 +230,12 @@ class TrainingForward(Training[Elimination]):
         """The decoder's output: in each row what the dense model gives."""
         if self.context is not None:
             raise needs_all_rows("logits or hidden states")
-        batch, residual = self._embed(arguments)
+        batch, embed = self._begin(arguments)
         labelled = self._pack_labels(batch.packed, arguments.inputs_embeds is not None)
         asked = arguments.wants_hidden_states(self._architecture.config)
+        self._leave_groups_out()
         (residual, _), entries = self._decode(
-            self.elimination.dense_decoder, batch, residual, labelled, asked
+            self.elimination.dense_decoder, batch, embed, labelled, asked
         )
         self.has_trained = True
         hidden = self._architecture.final_norm(residual)[1]
@@ -168,19 +254,28 @@ class TrainingForward(Training[Elimination]):
             hidden_states=None if entries is None else (*entries, hidden),
         )
 
-    def _embed(self, arguments: ForwardArguments) -> tuple[Batch, Tensor]:
+    def _leave_groups_out(self) -> None:
+        if self._has_shifted_groups:
+            self.say(
+                "layerwise.group_size: without effect where logits or hidden states are asked for, "
+                "since attention has no groups in the dense model"
+            )
+
+    def _begin(self, arguments: ForwardArguments) -> tuple[Batch, Embed]:
+        """The batch of a call, and what embeds its rows."""
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
         self.elimination = self._chosen(arguments)
-        batch, residual = self._architecture.embed(arguments, self.elimination.block_size)
+        batch = self._architecture.batch_of(arguments, self.elimination.block_size)
         scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)
-        return replace(batch, scores=scores), residual
+        embed = partial(self._architecture.embed_rows, arguments)
+        return replace(batch, scores=scores), embed
 
     def _decode(
         self,
         decoder: Decoder,
         batch: Batch,
-        residual: Tensor,
+        embed: Embed,
         labelled: Tensor | None,
         with_entries: bool,
         loss_alone: bool = False,
@@ -198,7 +293,7 @@ class TrainingForward(Training[Elimination]):
         drop = loss_alone and not with_entries and self.selector.masks_loss
         visits = visit if with_entries else None
         with explained(decoder.describe):
-            decoded = decoder.run(batch, residual, labelled, visits, drop)
+            decoded = decoder.run(batch, embed, labelled, visits, drop)
         if torch.is_grad_enabled():
             self.selector.check_kept()
         return decoded, entries if with_entries else None

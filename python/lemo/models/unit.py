@@ -20,11 +20,14 @@ class Unit:
     Attributes:
         attention, mlp: the sub-blocks; at most one of them is None.
         left_out: the rows that they leave out, where these are computed.
+        head_groups: groups of heads, at most, by which attention's backward runs where it is
+            recomputed; 1: all heads at once.
     """
 
     attention: Attention | None
     mlp: MLP | None
     left_out: LeftOutRows
+    head_groups: int = 1
 
     @property
     def kept_rows(self) -> Tensor | None:

@@ -14,12 +14,33 @@ from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
 
-__all__ = ["is_plain", "is_torchao_float8", "kept_matrices", "matrix_of", "once"]
+__all__ = [
+    "is_plain",
+    "is_torchao_float8",
+    "kept_matrices",
+    "matrix_of",
+    "once",
+    "parameters_of",
+]
 
 # What `kept_matrices` keeps: by its owner's id, the owner (so that the id stays its own) and its
 # matrix. Backward runs in another thread than forward.
 _kept: dict[int, tuple[object, Tensor]] = {}
 _depth = 0
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module and of those inside, each once, in whatever order."""
+    # Walked by hand: every pass asks for them, and torch's own walk takes milliseconds.
+    found: dict[int, nn.Parameter] = {}
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        for parameter in each._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+        waiting += [child for child in each._modules.values() if child is not None]
+    return list(found.values())
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -26,7 +26,9 @@ def _backward(ctx, dy):
 torch.library.register_autograd("lemo::rope", _backward, setup_context=_setup_context)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> Tensor:
+def rope(
+    x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None, transposed: bool = False
+) -> Tensor:
     """Rotates the two halves of every head (RoFormer, arXiv 2104.09864; the half-split layout).
 
     `(x1, x2) -> (x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)`, in fp32 and rounded once. The tables are
@@ -38,6 +40,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> Ten
         cos, sin: [P, D] float tables, both of one dtype, which may differ from x's; no gradient
             flows into them.
         rows: [R] int32, the row of the tables for each row of `x`; None: P == R, row by row.
+        transposed: the transposed map, which is what backward computes.
 
     Returns:
         [R, heads, D] of x's dtype. Differentiable in `x`.
@@ -45,4 +48,4 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None = None) -> Ten
     Raises:
         ValueError, TypeError: a shape, dtype, device or row index does not fit.
     """
-    return call(_ops.rope, x, cos, sin, rows, False)
+    return call(_ops.rope, x, cos, sin, rows, transposed)

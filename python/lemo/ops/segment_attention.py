@@ -147,6 +147,39 @@ def _to_fp32(sinks: Tensor | None, q: Tensor) -> Tensor | None:
     return sinks.float() if sinks is not None and sinks.dtype == q.dtype else sinks
 
 
+def attention_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    scale: float,
+    window: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) of `segment_attention`, outside of autograd.
+
+    Args:
+        dout: [Rq, Hq, Dv], the gradient of its result.
+        q, k, v: as it got them, and so the rest.
+        out, lse: its result, and the logarithms [Hq, Rq] fp32; see `SavedAttention`.
+    """
+    arguments = (cu_q, cu_k, q_positions, k_positions, scale, window, group_size, 0.0, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    *gradients, _ = call(
+        _ops.segment_attention_backward,
+        *(dout, q, k, v, out, lse),
+        *(*arguments, deterministic, "auto"),
+    )
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
 class SavedAttention:
     """`segment_attention` that keeps its result, or that is given it, so that it runs only once.
 

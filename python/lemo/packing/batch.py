@@ -1,5 +1,6 @@
 """Packed batches: a padded [B, S] batch as one list of T tokens, and back."""
 
+import copy
 from itertools import accumulate
 
 import torch
@@ -43,7 +44,8 @@ class PackedBatch:
         if attention_mask is not None:
             seqlens = self._remove_padding(attention_mask.to(device))
         elif position_ids is not None:
-            seqlens = _packed_lengths(position_ids.to(device).expand(shape))
+            # Those on the host are read without waiting for a device.
+            seqlens = _packed_lengths(position_ids.expand(shape))
         else:
             seqlens = [shape[1]] * shape[0]
         self.seqlens = tuple(seqlens)
@@ -76,6 +78,12 @@ class PackedBatch:
             packed = torch.arange(sum(lengths), device=tokens.device)
             self._token_rows = packed + shifts.repeat_interleave(on_device, output_size=len(packed))
         return lengths
+
+    def with_positions(self, positions: Tensor | None) -> "PackedBatch":
+        """The same batch, whose `positions` are these [T] int32; None: they are not known yet."""
+        batch = copy.copy(self)
+        batch._positions = positions
+        return batch
 
     @property
     def num_tokens(self) -> int:

@@ -7,10 +7,10 @@ lemo.models.linear, the operators), not from measurements; docs/design/planner.m
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo import _C
-from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
+from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows, split_heads
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, weight_bytes
 
 __all__ = ["MODES", "LayerBytes", "StepMemory"]
@@ -74,6 +74,23 @@ class StepMemory:
         """Lengths and kept rows."""
         return self._step
 
+    @property
+    def key_heads(self) -> int:
+        """Key heads of a layer."""
+        return self._shape.key_heads
+
+    @property
+    def has_head_norms(self) -> bool:
+        """Whether queries and keys are normalised head by head."""
+        return self._shape.head_norms
+
+    def with_head_groups(self, groups: int) -> StepMemory:
+        """The same step with groups of heads."""
+        if groups == self._step.head_groups:
+            return self
+        step = replace(self._step, head_groups=groups)
+        return StepMemory(self._shape, self._adapters, step, self._quantize, self._fp8)
+
     # The whole step
 
     @property
@@ -90,7 +107,8 @@ class StepMemory:
         of rotations, what is known of each token, and gradients of adapters."""
         step, shape = self._step, self._shape
         residual = step.residual_rows * shape.hidden * step.size
-        tables = 2 * step.tokens * shape.head_size * step.size
+        rows = step.tokens if step.embeds_all else step.residual_rows
+        tables = 2 * rows * shape.head_size * step.size
         gradients = self._adapters.parameters(shape) * self._adapters.size
         workspace = _WORKSPACE if step.cuda else 0
         tokens = _TOKEN * step.tokens
@@ -133,7 +151,15 @@ class StepMemory:
             layer = self.layer(index, mode)
             stored += layer.kept
             highest = max(highest, stored + max(layer.forward, layer.backward))
-        return self.fixed + max(highest, stored + self.loss)
+        return self.fixed + max(highest, stored + self.loss, self._embedding)
+
+    @property
+    def _embedding(self) -> int:
+        """Beside `fixed`, while all tokens are embedded before rows are dropped: they, and a copy
+        of theirs in place of the residual."""
+        step = self._step
+        rows = 2 * step.tokens if step.embeds_all else step.residual_rows
+        return (rows - step.residual_rows) * self._shape.hidden * step.size
 
     # A layer
 
@@ -178,6 +204,13 @@ class StepMemory:
         backward += self._apart("down_proj", chunk)
         mlp = max(forward + chunk * gathered, backward) + self._matrices(all_of_mlp=True)
 
+        if (step.head_groups or 1) > 1:
+            held, attending, computed = self._in_groups(rows.attention, selective)
+            if joined:
+                highest = max(held + rows.attention * hidden + mlp, attending)
+            else:
+                highest = max(mlp, attending)
+            return LayerBytes(kept, max(computed, forward + chunk * 2 * hidden), highest)
         attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
         copied = hidden if step.is_indexed(rows.attention) else 0
         attending = attention + rows.attention * (copied + self._attention_backward())
@@ -190,6 +223,39 @@ class StepMemory:
         projected = size * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
         computed = rows.attention * (2 * hidden + projected - saved)
         return LayerBytes(kept, max(computed, forward + chunk * 2 * hidden), highest)
+
+    def _in_groups(self, rows: int, selective: bool) -> tuple[int, int, int]:
+        """Of attention whose backward works on groups of heads, beyond what the layer keeps.
+
+        Returns:
+            What is held while the MLP's backward runs, the highest bytes of attention's backward,
+            and those of its forward.
+        """
+        shape, step = self._shape, self._step
+        size, hidden = step.size, step.size * shape.hidden
+        q, k, lse = size * shape.queries, size * shape.keys, 4 * shape.heads
+        out = q + lse
+        held = (0 if selective else out) + self._linears(("o_proj",), shape.queries, held=True)
+        projecting = hidden + max(2 * q, q + 3 * k)
+        if shape.head_norms:
+            # In fp32: the heads, and their squares or themselves once more.
+            projecting = hidden + q + 8 * shape.queries
+        heads = q + 2 * k
+        copied = hidden if step.is_indexed(rows) else 0
+        # Of a group: copies of queries, keys, values, result and its gradient; what they become.
+        of_group = 3 * q + 2 * k + self._attention_backward() - q
+        groups = split_heads(shape.key_heads, step.head_groups or 1, step.shifted)
+        most = max(sum(b - a for a, b in ranges) for ranges in groups)
+        differentiated = heads + q + max(held + copied, held + of_group * most / shape.key_heads)
+        # The graph of the projections, of whose gradients one after the other is made.
+        graph = self._norm() + self._linears(_ATTENTION, shape.hidden, normalised=True)
+        if shape.head_norms:
+            graph += self._of_head_norms() + q + k
+        given = max(2 * q + hidden, q + 2 * k + hidden, q + k + 2 * hidden)
+        highest = max(held + copied + projecting, differentiated, graph - hidden + given)
+        computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
+        matrices = self._matrices(all_of_mlp=False)
+        return rows * held, round(rows * highest) + matrices, rows * computed
 
     # Bytes of a row
 
@@ -208,9 +274,14 @@ class StepMemory:
         total += size * (shape.queries + 2 * shape.keys)
         total += self._linears(("o_proj",), shape.queries, held=True)
         if shape.head_norms:
-            widths, heads = shape.queries + shape.keys, shape.heads + shape.key_heads
-            total += 4 * widths + 4 * heads + (size * widths if self._adapters.norms else 0)
+            total += self._of_head_norms()
         return total + (size * shape.queries + 4 * shape.heads if results else 0)
+
+    def _of_head_norms(self) -> int:
+        """Stored by norms of queries and keys."""
+        shape = self._shape
+        widths, heads = shape.queries + shape.keys, shape.heads + shape.key_heads
+        return 4 * widths + 4 * heads + (self._step.size * widths if self._adapters.norms else 0)
 
     def _mlp(self) -> int:
         """Stored by the MLP behind its norm."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from lemo import _C
+from lemo.packing.chunks import split_heads
 from lemo.planner.memory import MODES, LayerBytes, StepMemory
 from lemo.planner.timing import Rates, StepTime
 
@@ -30,6 +31,8 @@ _GIB = 2**30
 # Kept bytes of a layer are rounded up to a 2^-16th of the memory: the planner then tells few sums
 # apart.
 _PARTS = 16
+# Groups of heads that are tried, besides one for each key head.
+_HEAD_GROUPS = (1, 2, 4, 8, 16, 32)
 # Lengths that are tried are multiples of it.
 _TOKENS = 16
 _MOST_TOKENS = 2**27
@@ -49,6 +52,7 @@ class Plan:
         peak: highest bytes of the step on the device.
         seconds: of the step.
         limit: bytes that it may take.
+        head_groups: by which attention's backward runs in layers that are recomputed, at most.
     """
 
     modes: tuple[str, ...]
@@ -56,6 +60,7 @@ class Plan:
     peak: int
     seconds: float
     limit: int
+    head_groups: int = 1
 
     def runs(self) -> Iterator[tuple[range, str, LayerBytes]]:
         """(layers, mode, bytes of one of them) of neighbours that are alike."""
@@ -91,26 +96,73 @@ class Planner:
         return self._memory.weights
 
     def plan(self, limit: int) -> Plan | None:
-        """The fastest plan within a limit in bytes, less the margin where that leaves one."""
+        """The fastest plan within a limit in bytes, less the margin where that leaves one.
+
+        Heads are worked on in groups where that gives a faster plan than all at once.
+        """
         if limit <= 0:
             return None
         for usable in (round((1 - MARGIN) * limit), limit):
-            grain = max(1, usable >> _PARTS)
-            found, *_ = _C.plan_memory(self._options(), usable, 0, self._fixed, grain)
-            if len(found) > 0:
-                return self.of([MODES[option] for option in found[: self._num_layers]], limit)
+            plans = [
+                plan
+                for groups in self._choices()
+                if (plan := self._within(usable, groups, limit)) is not None
+            ]
+            if plans:
+                return min(plans, key=lambda plan: plan.seconds)
         return None
 
-    def of(self, modes: Sequence[str], limit: int) -> Plan:
-        """The plan with these modes, whether it is within the limit or not."""
-        layers = tuple(self._memory.layer(index, mode) for index, mode in enumerate(modes))
-        peak = self._memory.peak(modes) - self._memory.fixed + self._fixed
-        return Plan(tuple(modes), layers, peak, self._time.seconds(modes), limit)
+    def _within(self, usable: int, groups: int, limit: int) -> Plan | None:
+        grain = max(1, usable >> _PARTS)
+        options = self._with(groups)._options()
+        found, *_ = _C.plan_memory(options, usable, 0, self._fixed, grain)
+        if len(found) == 0:
+            return None
+        return self.of([MODES[option] for option in found[: self._num_layers]], limit, groups)
+
+    def smallest(self, limit: int) -> Plan:
+        """The plan that takes the least memory, whether it is within the limit or not."""
+        return self.of([MODES[-1]] * self._num_layers, limit, self._choices()[-1])
+
+    def _choices(self) -> list[int]:
+        """The numbers of groups of heads that there are to choose from, ascending."""
+        step, key_heads = self._memory.step, self._memory.key_heads
+        if step.head_groups is not None:
+            return [step.head_groups]
+        if self._memory.has_head_norms:
+            return [1]  # the backward passes of the norms take as much
+        most = len(split_heads(key_heads, key_heads, step.shifted))
+        return [groups for groups in _HEAD_GROUPS if groups < most] + [most]
+
+    def _with(self, groups: int) -> Planner:
+        """The same with groups of heads."""
+        return Planner(
+            self._memory.with_head_groups(groups), self._time.with_head_groups(groups), self._fixed
+        )
+
+    def of(self, modes: Sequence[str], limit: int, head_groups: int | None = None) -> Plan:
+        """The plan with these modes, whether it is within the limit or not.
+
+        Args:
+            modes: of each layer.
+            limit: in bytes.
+            head_groups: of the plan; None: those of the step, or where they are open all heads at
+                once if that is within the limit, else the fewest groups that are.
+        """
+        if head_groups is None:
+            plans = [self.of(modes, limit, groups) for groups in self._choices()]
+            return next((plan for plan in plans if plan.peak <= limit), plans[-1])
+        memory, time = self._memory, self._time
+        memory, time = memory.with_head_groups(head_groups), time.with_head_groups(head_groups)
+        layers = tuple(memory.layer(index, mode) for index, mode in enumerate(modes))
+        peak = memory.peak(modes) - memory.fixed + self._fixed
+        return Plan(tuple(modes), layers, peak, time.seconds(modes), limit, head_groups)
 
     def least(self) -> int:
         """The fewest bytes that the step needs, whatever is recomputed."""
         most = self.of([MODES[0]] * self._num_layers, 0).peak
-        return _C.least_memory(self._options(), 0, self._fixed, max(1, most >> _PARTS))
+        options = self._with(self._choices()[-1])._options()
+        return _C.least_memory(options, 0, self._fixed, max(1, most >> _PARTS))
 
     def _options(self) -> list[list[tuple[int, int, int, int, float]]]:
         """The modes of each layer, and the loss as one more layer, which has no choice."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import Planner, bytes_text, longest_that_fits
-from lemo.planner.rows import drops_rows, rows_of
+from lemo.planner.rows import drops_rows, embeds_all, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.settings.elimination import LemoConfig
@@ -78,6 +78,7 @@ class Request:
             ValueError: settings whose memory cannot be predicted, see `rows_of`.
         """
         layers, lengths = self.shape.layers, [tokens] * self.batch
+        group = self.elimination.layerwise.group_size or 0
         step = step_of(
             self.shape,
             lengths,
@@ -88,10 +89,12 @@ class Request:
             cuda=self.cuda,
             passes=self.passes,
             loss_chunk=self.elimination.loss_chunk,
+            head_groups=self.elimination.head_groups,
+            shifted=group > 0,
+            embeds_all=embeds_all(self.elimination),
         )
         fp8 = self.elimination.products == "fp8"
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
-        group = self.elimination.layerwise.group_size or 0
         time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
         return Planner(memory, time)
 

@@ -10,7 +10,10 @@ from lemo.planner.shape import LayerRows
 from lemo.selection.policies import Policies
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["drops_rows", "kept_rows", "rows_of"]
+__all__ = ["drops_rows", "embeds_all", "kept_rows", "rows_of"]
+
+# Scorers that read the residual, of all tokens.
+_READ_RESIDUAL = ("attention", "pooled", "predictor", "exact")
 
 
 def kept_rows(
@@ -66,6 +69,11 @@ def rows_of(config: LemoConfig, num_layers: int, lengths: Sequence[int]) -> list
         return max(rows, least)
 
     return [LayerRows(most(layer, "attention"), most(layer, "mlp")) for layer in range(num_layers)]
+
+
+def embeds_all(config: LemoConfig) -> bool:
+    """Whether all tokens are embedded, because scores follow from the residual."""
+    return config.scorer in _READ_RESIDUAL
 
 
 def drops_rows(config: LemoConfig, num_layers: int) -> bool:

@@ -138,6 +138,9 @@ class Step:
         cuda: whether it runs on a GPU.
         passes: such passes in an optimizer step.
         loss_chunk: rows of a loss chunk; None: as `lemo.ops.linear_cross_entropy` has it.
+        head_groups: of attention's backward where it is recomputed, at most; None: open.
+        shifted: whether attention has shifted groups of positions.
+        embeds_all: whether all tokens are embedded before rows are dropped.
     """
 
     lengths: tuple[int, ...]
@@ -149,6 +152,9 @@ class Step:
     cuda: bool = True
     passes: int = 1
     loss_chunk: int | None = None
+    head_groups: int | None = 1
+    shifted: bool = False
+    embeds_all: bool = False
 
     @property
     def tokens(self) -> int:

@@ -24,7 +24,10 @@ def layers_text(layers: range) -> str:
 def plan_lines(plan: Plan) -> list[str]:
     """One line for each run of layers that are alike: what happens, and the bytes that each of
     them stores."""
-    return [
+    lines = [
         f"{layers_text(layers)}: {ACTIONS[mode]}, {bytes_text(one.kept)} each"
         for layers, mode, one in plan.runs()
     ]
+    if plan.head_groups > 1 and set(plan.modes) != {"none"}:
+        lines.append(f"attention's backward: by {plan.head_groups} groups of heads")
+    return lines

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
-__all__ = ["Rates", "StepTime"]
+__all__ = ["Rates", "StepTime", "operations"]
 
 # Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
 # (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
@@ -20,9 +20,19 @@ _BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
 _OVERLAP = 4
 
 
+def operations(adapted: int, one: int = _ADAPTER) -> int:
+    """What the host starts for a layer in both passes where nothing is recomputed.
+
+    Args:
+        adapted: linear layers with adapters.
+        one: operations of an adapter.
+    """
+    return _BASE + adapted * one
+
+
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second; from `lemo.planner.calibration`.
+    """What a machine does in a second; from `lemo.training.calibration`.
 
     Attributes:
         products: floating point operations of large matrix products.
@@ -85,6 +95,14 @@ class StepTime:
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
 
+    def with_head_groups(self, groups: int) -> StepTime:
+        """The same step with groups of heads."""
+        if groups == self._step.head_groups:
+            return self
+        step = replace(self._step, head_groups=groups)
+        more = self._window, self._group_size, self._fp8
+        return StepTime(self._shape, self._adapters, step, self._rates, *more)
+
     def seconds(self, modes: Iterable[str]) -> float:
         """Of an optimizer step with a mode for each layer."""
         alike = Counter(zip(self._step.rows, modes))
@@ -102,8 +120,8 @@ class StepTime:
         one = _APART if adapters.apart else _ADAPTER
         if self._step.autocast and adapters.size != self._step.size:
             one += _CAST
-        operations = _BASE + count * one + (_NORMS if self._norms_apart else 0)
-        return self._rates.launch * operations * (1 if mode == "none" else 1 + _AGAIN)
+        started = operations(count, one) + (_NORMS if self._norms_apart else 0)
+        return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 
     @property
     def loss(self) -> float:
@@ -130,6 +148,8 @@ class StepTime:
             total += again - self._seconds(rows, _Work(), self._down())
         if mode == "layer":
             total += self._attending(rows.attention, 4, self._rates.attention)
+        if mode != "none" and (self._step.head_groups or 1) > 1:
+            total += self._seconds(rows, self._grouped(mode), _Work())
         return total
 
     def _forward(self, rows: LayerRows) -> float:
@@ -226,6 +246,18 @@ class StepTime:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             work += self._linear(name)
         return work + _Work(0, 3 * size * shape.hidden)
+
+    def _grouped(self, mode: str) -> _Work:
+        """What groups of heads take beside all heads at once: copies of their parts, and where
+        attention's result was not stored queries, keys and values once more."""
+        shape, size = self._shape, self._step.size
+        copies = _Work(0, 8 * size * (shape.queries + shape.keys))
+        if mode == "selective":
+            return copies
+        work = self._norm(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            work += self._linear(name)
+        return copies + work
 
     def _attention_gradient(self) -> _Work:
         shape, size = self._shape, self._step.size

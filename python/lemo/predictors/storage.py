@@ -17,12 +17,17 @@ from lemo.files import write_file
 from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
+from lemo.predictors.relevance import REACH, RelevancePredictor
 
 __all__ = [
+    "RELEVANCE",
     "content_digest",
     "fingerprint",
     "load",
+    "load_relevance",
+    "target_of",
     "tensors_of",
+    "tensors_of_relevance",
     "write_folder",
 ]
 
@@ -30,6 +35,9 @@ FORMAT = "lemo-predictor"
 VERSION = 2
 WEIGHTS_FILE = "predictor.safetensors"
 DESCRIPTION_FILE = "predictor.json"
+# The target of predictors of what answers need; the other ones are of the scores of sub-blocks.
+RELEVANCE = "relevance"
+_MIXES = ("key_mix", "query_mix")
 
 
 def fingerprint(config: Any) -> dict[str, Any]:
@@ -67,6 +75,20 @@ def tensors_of(
     }
 
 
+def tensors_of_relevance(
+    module: RelevancePredictor, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """The stored tensors of a predictor of relevance: its scale in fp32, the others in `dtype`."""
+    tensors = {
+        f"{RELEVANCE}.{name}.{matrix}": weight
+        for name, net in module.nets()
+        for matrix, weight in zip(MATRICES, net.weights)
+    }
+    tensors |= {f"{RELEVANCE}.{name}": getattr(module, name) for name in _MIXES}
+    tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}
+    return tensors | {f"{RELEVANCE}.scale": module.scale.detach().float().contiguous()}
+
+
 def write_folder(
     folder: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
 ) -> None:
@@ -89,7 +111,7 @@ def write_folder(
 
 
 def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
-    """Reads what `lemo prepare` wrote.
+    """Reads what `lemo prepare` wrote, but for a predictor of relevance.
 
     Args:
         folder: the output of `lemo prepare`.
@@ -100,13 +122,53 @@ def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
         FileNotFoundError: the folder or one of its files is absent.
         ValueError: a file is damaged, of another format or version, or made for another model.
     """
-    folder = Path(folder)
+    description, tensors = _read(Path(folder), model_config)
+    if description.get("target") == RELEVANCE:
+        raise ValueError(
+            f"predictor: expected scores of sub-blocks, but {folder} was prepared with target "
+            f"'{RELEVANCE}'"
+        )
+    return PredictorSet(tensors, description)
+
+
+def load_relevance(folder: str | Path, model_config: Any = None) -> RelevancePredictor:
+    """Reads what `lemo prepare --target relevance` wrote; arguments and errors as of `load`."""
+    description, tensors = _read(Path(folder), model_config)
+    if description.get("target") != RELEVANCE:
+        raise ValueError(
+            f"predictor: expected a folder with target '{RELEVANCE}', but {folder} was prepared "
+            f"with target {description.get('target')!r}"
+        )
+    key, query = (
+        [tensors[f"{RELEVANCE}.{name}.{matrix}"] for matrix in MATRICES]
+        for name in NETS["attention"]
+    )
+    key_mix, query_mix, scale = (tensors[f"{RELEVANCE}.{name}"] for name in (*_MIXES, "scale"))
+    return RelevancePredictor.of_weights(key, query, key_mix, query_mix, scale)
+
+
+def target_of(folder: str | Path) -> str | None:
+    """What the predictors of a folder predict: "exact", "content" or "relevance".
+
+    Raises:
+        FileNotFoundError, ValueError: see `load`.
+    """
+    return _read_description(_found(Path(folder)) / DESCRIPTION_FILE).get("target")
+
+
+def _found(folder: Path) -> Path:
+    """The folder; FileNotFoundError where it or one of its files is absent."""
     for file in (folder / DESCRIPTION_FILE, folder / WEIGHTS_FILE):
         if not file.is_file():
             raise FileNotFoundError(
                 f"predictor: expected a folder written by 'lemo prepare', but {file} does not exist"
             )
-    description = _read_description(folder / DESCRIPTION_FILE)
+    return folder
+
+
+def _read(folder: Path, model_config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Description and tensors of a folder, checked."""
+    description = _read_description(_found(folder) / DESCRIPTION_FILE)
     weights = folder / WEIGHTS_FILE
     if _digest(weights.read_bytes()) != description["sha256"]:
         raise ValueError(
@@ -117,10 +179,13 @@ def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
         tensors = load_file(str(weights))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"predictor: {weights} is not a safetensors file: {error}") from None
-    _check_tensors(weights, tensors, description)
+    if description.get("target") == RELEVANCE:
+        _check_relevance(weights, tensors, description["hidden_size"])
+    else:
+        _check_tensors(weights, tensors, description)
     if model_config is not None:
         _check_model(folder, description["model"], fingerprint(model_config))
-    return PredictorSet(tensors, description)
+    return description, tensors
 
 
 def content_digest(folder: str | Path) -> str:
@@ -129,8 +194,8 @@ def content_digest(folder: str | Path) -> str:
     Raises:
         ValueError, FileNotFoundError: see `load`.
     """
-    predictors = load(folder)
-    decisive = [predictors.description[name] for name in ("sha256", "block_size", "thresholds")]
+    description, _ = _read(Path(folder), None)
+    decisive = [description[name] for name in ("sha256", "block_size", "thresholds")]
     return _digest(json.dumps(decisive, sort_keys=True).encode())
 
 
@@ -163,7 +228,7 @@ def _read_description(file: Path) -> dict[str, Any]:
             raise ValueError(
                 f"predictor: {file}: field '{name}': expected at least 1, got {value!r}"
             )
-    for kind in KINDS:
+    for kind in () if description.get("target") == RELEVANCE else KINDS:
         values = description["thresholds"].get(kind)
         if not _is_numbers(values, description["num_layers"]):
             raise ValueError(
@@ -188,30 +253,55 @@ def _check_tensors(
     for layer in range(description["num_layers"]):
         for kind, nets in NETS.items():
             stem = f"layers.{layer}.{kind}"
-            names = [f"{stem}.{net}.{name}" for net in nets for name in MATRICES]
-            names += [f"{stem}.profile.{name}" for name in PROFILE]
-            for name in names:
-                if name not in tensors:
-                    raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
-                tensor = tensors[name]
-                if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                    raise ValueError(f"predictor: {file}: tensor '{name}' is not finite floats")
+            _check_floats(file, tensors, [f"{stem}.profile.{name}" for name in PROFILE])
             for net in nets:
-                inputs = hidden
-                for matrix in MATRICES:
-                    name = f"{stem}.{net}.{matrix}"
-                    shape = tensors[name].shape
-                    if len(shape) != 2 or shape[1] != inputs:
-                        raise ValueError(
-                            f"predictor: {file}: tensor '{name}': expected [rank, {inputs}], "
-                            f"got {list(shape)}"
-                        )
-                    inputs = shape[0]
+                _check_net(file, tensors, f"{stem}.{net}", hidden)
             lengths = {tensors[f"{stem}.profile.{name}"].shape for name in PROFILE}
             if len(lengths) != 1 or len(lengths.pop()) != 1:
                 raise ValueError(
                     f"predictor: {file}: tensors '{stem}.profile': expected vectors of one length"
                 )
+
+
+def _check_relevance(file: Path, tensors: Mapping[str, Tensor], hidden: int) -> None:
+    features = [
+        _check_net(file, tensors, f"{RELEVANCE}.{name}", hidden) for name in NETS["attention"]
+    ]
+    shapes = {"scale": [hidden], **{mix: [2 * REACH + 1, features[0]] for mix in _MIXES}}
+    if len(set(features)) != 1:
+        raise ValueError(
+            f"predictor: {file}: expected keys and queries of as many features, got {features}"
+        )
+    _check_floats(file, tensors, [f"{RELEVANCE}.{name}" for name in shapes])
+    for name, shape in shapes.items():
+        found = list(tensors[f"{RELEVANCE}.{name}"].shape)
+        if found != shape:
+            raise ValueError(
+                f"predictor: {file}: tensor '{RELEVANCE}.{name}': expected {shape}, got {found}"
+            )
+
+
+def _check_floats(file: Path, tensors: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"predictor: {file} lacks the tensor '{name}'")
+        tensor = tensors[name]
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise ValueError(f"predictor: {file}: tensor '{name}' is not finite floats")
+
+
+def _check_net(file: Path, tensors: Mapping[str, Tensor], stem: str, inputs: int) -> int:
+    """Raises ValueError where a net's matrices do not fit each other; the features it gives."""
+    names = [f"{stem}.{matrix}" for matrix in MATRICES]
+    _check_floats(file, tensors, names)
+    for name in names:
+        shape = tensors[name].shape
+        if len(shape) != 2 or shape[1] != inputs:
+            raise ValueError(
+                f"predictor: {file}: tensor '{name}': expected [rank, {inputs}], got {list(shape)}"
+            )
+        inputs = shape[0]
+    return inputs
 
 
 def _check_model(folder: Path, trained: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

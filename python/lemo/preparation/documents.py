@@ -12,12 +12,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lemo.data import ExampleWindows, open_training_data
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import lock
+from lemo.models.architectures import ARCHITECTURES
+from lemo.models.labels import IGNORE_INDEX
+from lemo.predictors.storage import fingerprint
 from lemo.preparation.output import check_output
 from lemo.preparation.pipeline import Report, prepare
+from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
 from lemo.preparation.windows import Window
+from lemo.relevance.heads import RetrievalHeads
 from lemo.settings.preparation import PrepareConfig
 from lemo.training.model import (
     extend_context,
@@ -28,7 +34,7 @@ from lemo.training.model import (
     pick_dtype,
 )
 
-__all__ = ["prepare_from_documents"]
+__all__ = ["prepare_from_documents", "prepare_from_examples"]
 
 # Share of the documents of each kind that is held out, where no other documents are given for it.
 _HELD_OUT_SHARE = 0.1
@@ -69,6 +75,71 @@ def prepare_from_documents(
         torch.manual_seed(config.seed)
         model = load_model(config.model, model_config, dtype).to(device)
         return prepare(model, training, held_out, output, config, config.overwrite, report)
+
+
+def prepare_from_examples(
+    config: PrepareConfig, report: Report = lambda stage, done, total, message: None
+) -> dict[str, Any]:
+    """Loads the model and trains a predictor of what the answers of conversations need.
+
+    Args, result and errors are those of `prepare_from_documents`; `config.target` is "relevance".
+    """
+    output = Path(os.path.realpath(config.output))
+    with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
+        check_output(output, config.overwrite)
+        device = pick_device(config.device, elimination=True)
+        dtype = pick_dtype(config.dtype, device, elimination=True)
+        model_config = load_config(config.model, ARCHITECTURES)
+        assert config.heads is not None
+        heads = RetrievalHeads.load(config.heads, fingerprint(model_config))
+        extend_context(model_config, max(config.lengths), config.rope_scaling)
+        report("documents", 0, 1, "")
+        training, held_out = _examples(config, model_config.get_text_config().vocab_size)
+        report("documents", 1, 1, f"{len(training)} training windows, {len(held_out)} held out")
+        model = load_model(config.model, model_config, dtype).to(device)
+        return prepare_relevance(
+            model, training, held_out, output, config, heads, config.overwrite, report
+        )
+
+
+def _examples(
+    config: PrepareConfig, vocab_size: int
+) -> tuple[list[RelevanceWindow], list[RelevanceWindow]]:
+    """(examples to learn from, examples to test on) whose answers alone have labels."""
+    tokenizer = load_tokenizer(config.model)
+
+    def read(name: str, path: str) -> list[RelevanceWindow]:
+        opened = open_training_data(path, tokenizer, max(config.lengths), vocab_size=vocab_size)
+        if not isinstance(opened, ExampleWindows):
+            raise ValueError(
+                f"{name}: expected conversations, or prompts with completions, because target "
+                f"'relevance' learns from answers, but '{path}' holds texts"
+            )
+        return [
+            RelevanceWindow(
+                "examples", torch.tensor(list(each.ids)), _predicting(torch.tensor(each.labels))
+            )
+            for each in opened.examples
+        ]
+
+    generator = torch.Generator("cpu").manual_seed(config.seed)
+    found = read("documents", config.documents)
+    order = torch.randperm(len(found), generator=generator, device="cpu").tolist()
+    if config.held_out_documents is not None:
+        held_out = read("held_out_documents", config.held_out_documents)
+    elif len(found) < 2:
+        raise ValueError("documents: expected two examples or more, one to hold out, got one")
+    else:
+        count = min(math.ceil(_HELD_OUT_SHARE * len(found)), config.held_out_windows)
+        held_out, order = [found[index] for index in order[:count]], order[count:]
+    return [found[index] for index in order[: config.windows]], held_out[: config.held_out_windows]
+
+
+def _predicting(labels: torch.Tensor) -> torch.Tensor:
+    """[S] bool: rows that predict a label."""
+    rows = torch.zeros(len(labels), dtype=torch.bool)
+    rows[:-1] = labels[1:] != IGNORE_INDEX
+    return rows
 
 
 class _Windows:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.predictors.modules import LowRankNet, Predictor
+from lemo.predictors.relevance import RelevancePredictor
 
 __all__ = ["ElasticSize"]
 
@@ -30,7 +31,7 @@ class ElasticSize:
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictor: Predictor | RelevancePredictor,
         optimizer: torch.optim.Optimizer,
         zero_share: float,
         target: float | None,

@@ -16,7 +16,7 @@ from lemo.preparation.exact_scores import SubBlockData
 from lemo.preparation.ranking import Budget, ranking_loss
 from lemo.settings.preparation import PredictorSettings
 
-__all__ = ["FitResult", "fit"]
+__all__ = ["FitResult", "fit", "schedule", "windows_of_steps"]
 
 # The predictor of an MLP learns from tokens, which are many: it takes a step of the optimizer for
 # so many of a window. Fewer, larger steps on blocks left its recall .1 lower after the same time.
@@ -80,13 +80,13 @@ def fit(
     else:
         losses_of_step = _block_losses(predictor, data, profile, settings)
     units, losses, prunings = elastic.hidden_units, [], settings.prunings
-    chosen_windows = _windows_of_steps(len(windows), settings.windows_per_step, generator)
+    chosen_windows = windows_of_steps(len(windows), settings.windows_per_step, generator)
     for step, chosen in zip(range(settings.steps), chosen_windows):
         x = torch.cat([windows[i].to(device) for i in chosen]).float()
         parts = []
         for done, loss in losses_of_step(chosen, x):
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * _lr_schedule(step + done, settings.steps)
+                group["lr"] = settings.learning_rate * schedule(step + done, settings.steps)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(predictor.parameters(), 1.0)
@@ -107,7 +107,7 @@ def _size_to_reach(predictor: Predictor, settings: PredictorSettings) -> float |
     return settings.prune_to
 
 
-def _windows_of_steps(count: int, per_step: int, generator: torch.Generator) -> Iterator[list[int]]:
+def windows_of_steps(count: int, per_step: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Indices of the windows of each step: every window once, in random order, then again."""
     order: list[int] = []
     while True:
@@ -181,7 +181,7 @@ def _resident(windows: list[Tensor], device: torch.device) -> list[Tensor]:
     return [window.to(device) for window in windows]
 
 
-def _lr_schedule(step: float, steps: int) -> float:
+def schedule(step: float, steps: int) -> float:
     """Share of the peak learning rate: linear warm-up, then a cosine to zero."""
     warmup = max(steps // 20, 1)
     if step < warmup:

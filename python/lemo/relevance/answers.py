@@ -86,6 +86,15 @@ class Answers:
         free[[row // block_size for row in self.rows()]] = 0.0
         return free.to(like.device)
 
+    def open_blocks(self, block_size: int, like: Tensor) -> Tensor:
+        """[A, B] bool on the device of `like`, whose last dimension is B: the blocks without labels
+        before each answer."""
+        blocks = torch.arange(like.shape[-1])
+        with_labels = torch.tensor(self.rows()) // block_size
+        free = torch.ones_like(blocks, dtype=torch.bool).index_fill(0, with_labels, False)
+        before = blocks < torch.tensor(self.firsts)[:, None] // block_size
+        return (before & free).to(like.device)
+
 
 def shares(scores: Tensor) -> Tensor:
     """Scores [..., B] divided by their sum over the blocks; zeros stay."""

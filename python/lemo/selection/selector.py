@@ -77,6 +77,11 @@ class Selector:
         """Whether the loss of rows that no sub-block keeps does not count."""
         return self.config.mask_loss is not False
 
+    @property
+    def is_overruled(self) -> bool:
+        """Whether everything is kept, whatever the settings say."""
+        return self._keeps_everything
+
     @contextmanager
     def keeping_everything(self) -> Iterator[None]:
         """Every sub-block keeps everything inside, whatever the settings say."""
@@ -124,6 +129,15 @@ class Selector:
             selection = self._choose(kind, self._rule(layer, kind))
         now.selected[kind].append(selection)
         return selection
+
+    def selected(self, layer: int, kind: str) -> Selection:
+        """What `select` gave to a sub-block in this pass."""
+        return self._pass.selected[kind][layer]
+
+    def keep_everywhere(self, selection: Selection) -> None:
+        """Says that all sub-blocks of this pass keep the same, without asking for each of them."""
+        for of_kind in self._pass.selected.values():
+            of_kind[:] = [selection] * len(self._policies.sources)
 
     def _rule(self, layer: int, kind: str) -> Rule | None:
         if self._keeps_everything:

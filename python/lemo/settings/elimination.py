@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -70,7 +73,8 @@ class LayerwiseConfig(Settings):
     )
     group_size: Annotated[Integer, Field(ge=2)] | None = Field(
         None,
-        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307); null: no "
+        description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
+        "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
         "groups.",
     )
 
@@ -100,7 +104,7 @@ class LemoConfig(Settings):
             union_mode="left_to_right",
             description="Tokens of a block, the unit that is kept or left out; or a share of the "
             "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
-            "need, else 0.25. With scorer predictor, null or a share: the size that the predictors "
+            "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
             "were trained for.",
         )
     )
@@ -133,8 +137,9 @@ class LemoConfig(Settings):
         "for text. random: every block is trained in turn; lexical: words that a block shares "
         "with the answers and with what stands around them; attention: the same, and what "
         "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
-        "pooled: queries and keys of block means; predictor: networks trained by `lemo prepare`; "
-        "exact: computed from the model, slow, for experiments.",
+        "pooled: queries and keys of block means; predictor: networks trained by `lemo "
+        "prepare`, of what answers need where the target was relevance; exact: computed from the "
+        "model, slow, for experiments.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
@@ -192,6 +197,22 @@ class LemoConfig(Settings):
         "where the model's gradient checkpointing is on; elsewhere, on a GPU, what is fastest for "
         "each layer within the free memory; else none.",
     )
+    cuda_graphs: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
+        "backward, when its shapes come again, so that the host does not issue kernels one by one. "
+        "The results are the same. auto: where a layer's kernels are shorter than that takes; on: "
+        "wherever it can be. It cannot where layers keep rows of their own, modules run as they "
+        "are, or processes share out rows or weights; the log says so. The activations' memory "
+        "stays with the graphs.",
+    )
+    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+        None,
+        description="Groups of key heads, with their query heads, by which attention's backward "
+        "runs in layers that are recomputed: more of them take less memory at a time, and a little "
+        "more time; at most one for each key head (for every two with group_size). null: as many "
+        "as the memory asks for where the planner decides, else 1.",
+    )
     path: Literal["auto", "native", "generic"] = Field(
         "auto",
         description="How the layers of a model run. native: lemo computes them, with every setting "
@@ -231,6 +252,11 @@ class LemoConfig(Settings):
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
                 "null"
             )
+        if (self.head_groups or 1) > 1 and self.visible_keys == "computed":
+            raise ValueError(
+                "head_groups: expected null or 1 with visible_keys 'computed', where keys of other "
+                f"rows are put between, got {self.head_groups}"
+            )
         layerwise = self.layerwise
         thresholds = layerwise.policy == "threshold" and layerwise.thresholds is None
         if thresholds and self.scorer != "predictor":
@@ -243,6 +269,8 @@ class LemoConfig(Settings):
     @property
     def finds_answers(self) -> bool:
         """Whether the scorer finds what answers need."""
+        if self.scorer == "predictor" and self.predictor is not None:
+            return _predicts_relevance(self.predictor)
         return self.scorer in _OF_ANSWERS
 
     def resolved(self, answers: bool) -> Self:
@@ -254,7 +282,7 @@ class LemoConfig(Settings):
         scorer = self.scorer
         if scorer == "auto":
             scorer = "lexical" if answers else "random"
-        finds = answers and scorer in _OF_ANSWERS
+        finds = answers and self.model_copy(update={"scorer": scorer}).finds_answers
         filled: dict[str, object] = {"scorer": scorer}
         if self.block_size is None:
             filled["block_size"] = _ANSWER_BLOCK if finds else _TEXT_BLOCK
@@ -263,3 +291,21 @@ class LemoConfig(Settings):
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
         return self.model_copy(update=filled)
+
+
+def _predicts_relevance(folder: str) -> bool:
+    """Whether a folder of `lemo prepare` says what answers need, not what sub-blocks do.
+
+    One that cannot be read says nothing here; `lemo.predictors.storage` says why when it is loaded.
+    """
+    file = Path(folder, "predictor.json")
+    try:
+        return _target(file, file.stat().st_mtime_ns) == "relevance"
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+@functools.lru_cache(maxsize=16)
+def _target(file: Path, changed: int) -> object:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return content.get("target") if isinstance(content, dict) else None

@@ -23,7 +23,9 @@ _NOT_COMPARED = (
     *("model", "documents"),
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
     # has to go on with less.
-    *("memory_limit", "gradient_checkpointing", "elimination.recompute"),
+    *("memory_limit", "gradient_checkpointing", "elimination.recompute", "elimination.head_groups"),
+    # The results are the same.
+    "elimination.cuda_graphs",
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lemo.settings.base import Flag, Integer, Number, Settings, Text
 from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling
@@ -13,24 +13,39 @@ __all__ = ["PredictorSettings", "PrepareConfig"]
 
 PositiveShare = Annotated[Number, Field(gt=0, le=1)]
 
+# Defaults of target relevance where they are others: what is trained has the blocks and the share
+# of prompts with answers, see `LemoConfig`.
+_RELEVANCE_DEFAULTS = {
+    "block_size": 64,
+    "keep": 0.25,
+    "rank": 256,
+    "steps": 1000,
+    "windows": 1024,
+    "learning_rate": 2e-3,
+}
+
 
 class PredictorSettings(Settings):
     """What `lemo.preparation.pipeline.prepare` does, with any model and any windows."""
 
-    block_size: Positive = Field(1024, description="Tokens of a block.")
+    block_size: Positive = Field(
+        1024, description="Tokens of a block. With target relevance the default is 64."
+    )
     rank: Positive | None = Field(
         None,
         description="Hidden units of a predictor's layers; null: a sixteenth of the hidden size, "
-        "at least 8.",
+        "at least 8. With target relevance the default is 256.",
     )
-    target: Literal["exact", "content"] = Field(
+    target: Literal["exact", "content", "relevance"] = Field(
         "exact",
         description="What scores predict. exact: the exact scores, a block's place included; "
-        "content: what a block's content adds to its place.",
+        "content: what a block's content adds to its place; relevance: what the answers of a "
+        "prompt need, one predictor for the model, on its embeddings.",
     )
     keep: Annotated[Number, Field(gt=0, lt=1)] = Field(
         0.5,
-        description="Share of blocks that the ranking serves, and budget of the thresholds.",
+        description="Share of blocks that the ranking serves, and budget of the thresholds. With "
+        "target relevance the default is 0.25.",
     )
     keep_first: NotNegative = Field(
         0,
@@ -41,12 +56,13 @@ class PredictorSettings(Settings):
     steps: Positive = Field(
         300,
         description="Training steps of each predictor. For attention a step of the optimizer; for "
-        "the MLP one for every 2048 tokens.",
+        "the MLP one for every 2048 tokens. With target relevance the default is 1000.",
     )
     windows_per_step: Positive = Field(4, description="Windows packed into one step.")
     learning_rate: Annotated[Number, Field(gt=0)] = Field(
         3e-3,
-        description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0.",
+        description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0. "
+        "With target relevance the default is 0.002.",
     )
     weight_decay: Annotated[Number, Field(ge=0)] = Field(0.01, description="Of AdamW.")
     rank_weight: Annotated[Number, Field(ge=0)] = Field(
@@ -86,6 +102,14 @@ class PredictorSettings(Settings):
     )
     seed: NotNegative = Field(0, description="Of initial weights and orders.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_target(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("target") == "relevance":
+            defaults = _RELEVANCE_DEFAULTS.items()
+            return {name: value for name, value in defaults if name in cls.model_fields} | values
+        return values
+
     @property
     def prunings(self) -> list[int]:
         """Steps after which units are pruned; the last two thirds are for recovery."""
@@ -105,16 +129,26 @@ class PrepareConfig(PredictorSettings):
     model: Text = Field(description="Folder or hub name of the causal language model.")
     documents: Text = Field(
         description="What to learn from: a .jsonl, .jsonl.xz, .jsonl.gz or .txt file, or a folder "
-        "written by datasets.save_to_disk."
+        "written by datasets.save_to_disk. For target relevance: conversations, or prompts with "
+        "completions."
     )
     output: Text = Field(description="Folder to write.")
+    heads: Text | None = Field(
+        None,
+        description="File written by `lemo relevance heads`: what a predictor of relevance learns "
+        "from.",
+    )
     held_out_documents: Text | None = Field(
         None, description="Documents to test on; null: a tenth of documents, at least one."
     )
     lengths: Annotated[tuple[Annotated[Integer, Field(ge=2)], ...], Field(min_length=1)] = Field(
         (4096,), description="Tokens of the windows; each length gets as many windows."
     )
-    windows: Positive = Field(64, description="Training windows of each length.")
+    windows: Positive = Field(
+        64,
+        description="Training windows of each length. With target relevance: examples at most, and "
+        "the default is 1024.",
+    )
     held_out_windows: Positive = Field(8, description="Test windows of each length.")
     rope_scaling: RopeScaling = Field(
         "linear",
@@ -130,3 +164,14 @@ class PrepareConfig(PredictorSettings):
         False,
         description="Replace the folder of an earlier preparation, or an empty one, at output.",
     )
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if self.target == "relevance" and self.heads is None:
+            raise ValueError(
+                "heads: target 'relevance' needs the file written by 'lemo relevance heads', got "
+                "null"
+            )
+        if self.target != "relevance" and self.heads is not None:
+            raise ValueError(f"heads: is for target 'relevance', got target '{self.target}'")
+        return self

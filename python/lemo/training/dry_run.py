@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from lemo.ops import supports_device
-from lemo.planner.calibration import calibrated
 from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
 from lemo.planner.text import plan_lines
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.calibration import calibrated
 from lemo.training.model import load_config
 from lemo.training.planning import memory_limit, request_of
 

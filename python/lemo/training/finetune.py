@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import (
-    DistributedType,
-    gather_object,
-    get_int_from_env,
-    set_seed,
-)
+from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -41,16 +35,15 @@ from lemo.data import (
 from lemo.files import new_folder, write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.general import by_reason
+from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
+from lemo.selection.statistics import kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised
-from lemo.training.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-)
+from lemo.training.behind import Copy, Writer
+from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
+from lemo.training.deterministic import deterministic
 from lemo.training.kept import KeptRows
 from lemo.training.model import (
     MODEL_CONFIG,
@@ -83,6 +76,7 @@ from lemo.training.run_folder import (
 )
 from lemo.training.run_log import LOG_NAME, RunLog, read_log
 from lemo.training.sharding import check_sharding, cut_state, reduces, shard, whole
+from lemo.training.step_records import StepRecords
 
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -152,7 +146,7 @@ def _finetune(
                 _log.info("%s: all %d steps are done already", folder, config.steps)
                 return _result(folder, config.steps)
         if config.deterministic:
-            stack.enter_context(_deterministic())
+            stack.enter_context(deterministic())
         run = _Run(config, accelerator)
         first = 0
         if checkpoint is not None:
@@ -294,12 +288,22 @@ class _Run:
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
             return elimination
-        return elimination.model_copy(update={"recompute": self.plan.recompute})
+        plan = self.plan
+        stored = {"recompute": plan.recompute, "head_groups": plan.plan.head_groups}
+        return elimination.model_copy(update=stored)
 
     @property
     def windows_per_step(self) -> int:
         config = self.config
         return config.batch_size * config.gradient_accumulation * self.replicas.count
+
+    @property
+    def _on_host(self) -> tuple[str, ...]:
+        """What lemo reads on the host, for which it would wait if it were on a GPU."""
+        # Wrappers for several processes move all of it.
+        alone = self.accelerator.num_processes == 1
+        native = self.handle is not None and isinstance(self.handle.path, NativePath)
+        return ("labels", "position_ids") if alone and native else ()
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Go back to the state of ``checkpoint``; returns its step."""
@@ -336,28 +340,35 @@ class _Run:
             self.plan.write(folder)
         self._verify(first)
         log = RunLog(folder, first) if main else None
-        recent: deque[float] = deque(maxlen=20)
+        records = StepRecords(config.steps, log, progress)
         memory.reset_peak(self.accelerator.device)
         # Tokenizing the next windows hides behind the step that runs.
         # Launchers say how many processes share a machine; without one there is one process.
         here = get_int_from_env(["LOCAL_WORLD_SIZE"], self.accelerator.num_processes)
         batches = prefetched(self.windows, self._batches(first), tokenizing_threads(here))
+        writer = Writer()
+        # Only a GPU has work of its own while the host reads and writes.
+        behind = self.accelerator.device.type == "cuda"
         try:
             for step in range(first + 1, config.steps + 1):
-                record = self._explained_step(step, batches)
-                recent.append(record["seconds"])
-                if log is not None:
-                    log.write(record)
-                    left = (config.steps - step) * sum(recent) / len(recent)
-                    if progress is not None:
-                        progress(record | {"steps": config.steps, "seconds_left": left})
-                if step % config.save_every == 0 or step == config.steps:
-                    self._save(folder, step)
+                record, loss = self._explained_step(step, batches)
+                saves = step % config.save_every == 0 or step == config.steps
+                write = self._save(folder, step) if saves else None
+                # The step before is looked at while this one runs.
+                records.finish()
+                records.begin(record, loss, write and partial(writer.submit, write))
+                if not behind:
+                    records.finish()
+                    writer.wait()
+                    records.restart()
+            records.finish()
             weights = adapter_weights(self.peft_model)
+            writer.wait()
             if main:
                 self._write_adapter(folder / ADAPTER_NAME, weights)
         finally:
             batches.close()
+            writer.close()
             if log is not None:
                 log.close()
         self.accelerator.wait_for_everyone()
@@ -379,7 +390,9 @@ class _Run:
             for i in range(first, first + per_replica, config.batch_size):
                 yield range(i, i + config.batch_size)
 
-    def _explained_step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
+    def _explained_step(
+        self, step: int, batches: Iterator[TrainingBatch]
+    ) -> tuple[dict[str, Any], Tensor]:
         """A step whose error, where memory runs out, says what to do."""
         try:
             return self._step(step, batches)
@@ -388,10 +401,9 @@ class _Run:
                 raise
             raise out_of_memory(step, error, self.config, self.plan) from error
 
-    def _step(self, step: int, batches: Iterator[TrainingBatch]) -> dict[str, Any]:
-        """One optimizer step on the next batches; returns its log record."""
+    def _step(self, step: int, batches: Iterator[TrainingBatch]) -> tuple[dict[str, Any], Tensor]:
+        """One optimizer step on the next batches; its log record, and its loss on the device."""
         config, accelerator = self.config, self.accelerator
-        start = time.perf_counter()
         if self.handle is not None:
             self.handle.begin_step(step - 1, config.steps)
         rate = learning_rate(step, config)
@@ -406,7 +418,7 @@ class _Run:
         loss = torch.zeros((), device=accelerator.device)
         self.kept.clear()
         for i, batch in enumerate(passes):
-            arguments = batch.arguments(accelerator.device)
+            arguments = batch.arguments(accelerator.device, self._on_host)
             last = i == config.gradient_accumulation - 1
             if self.handle is not None:
                 self.handle.begin_pass(self.replicas.index * config.gradient_accumulation + i)
@@ -421,27 +433,19 @@ class _Run:
             accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # The one time that the host waits for the device in a step without a checkpoint.
-        loss = accelerator.reduce(loss, reduction="sum").item() / self.replicas.size
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
-                "learning_rate or dtype bfloat16 may help"
-            )
-
-        seconds = time.perf_counter() - start
+        loss = accelerator.reduce(loss, reduction="sum") / self.replicas.size
         return {
             "step": step,
-            "loss": loss,
+            "loss": math.nan,
             "learning_rate": rate,
             "tokens": tokens,
-            "seconds": seconds,
-            "tokens_per_second": tokens / seconds,
+            "seconds": 0.0,
+            "tokens_per_second": 0.0,
             "peak_memory_bytes": memory.peak_bytes(accelerator.device),
             "kept_share": self.kept.share(),
             "kept": self.kept.by_layer(),
             "progress": (step - 1) / config.steps,
-        }
+        }, loss
 
     def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
         """Whether the processes' gradients are reduced by a backward pass inside."""
@@ -477,29 +481,33 @@ class _Run:
             totals = [total // self.replicas.size for total in totals]
         return totals[0], totals[1]
 
-    def _save(self, folder: Path, step: int) -> None:
+    def _save(self, folder: Path, step: int) -> Callable[[], None]:
+        """Copies what a checkpoint holds; what writes it is for the main process."""
         states = gather_object([random_state()])
-        weights = adapter_weights(self.peft_model)
         optimizer = {"optimizer": whole(self.optimizer.state_dict())}
-        if not self.accelerator.is_main_process:
-            return
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(
-            folder / CHECKPOINTS_NAME,
-            step,
-            self.peft_model,
-            weights,
-            optimizer,
-            states,
-            data=self.windows.fingerprint,
-            inputs=self.inputs,
-            gradient_accumulation=self.config.gradient_accumulation,
-            keep=self.config.keep_checkpoints,
-        )
-        kept_map = self.kept.map()
-        if kept_map is not None:
-            write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map) + "\n")
+        held = Copy({"weights": adapter_weights(self.peft_model), "optimizer": optimizer})
+        kept = self.kept.last
+
+        def write() -> None:
+            state = held.value()
+            save_checkpoint(
+                folder / CHECKPOINTS_NAME,
+                step,
+                self.peft_model,
+                state["weights"],
+                state["optimizer"],
+                states,
+                data=self.windows.fingerprint,
+                inputs=self.inputs,
+                gradient_accumulation=self.config.gradient_accumulation,
+                keep=self.config.keep_checkpoints,
+            )
+            if kept is not None:
+                write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map(kept)) + "\n")
+
+        return write if self.accelerator.is_main_process else _nothing
 
     def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with new_folder(folder) as target:
@@ -512,22 +520,8 @@ class _Run:
             write_file(target / MODEL_CONFIG, content)
 
 
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """torch's deterministic algorithms; afterwards its settings are as they were."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    # A module whose attributes are defined when it runs.
-    deterministic: Any = torch.utils.deterministic
-    fill = deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # Nothing is read before it is written; filling every new tensor would only cost time.
-    deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        deterministic.fill_uninitialized_memory = fill
+def _nothing() -> None:
+    """What other processes than the main one write."""
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from lemo.selection.statistics import LayerStatistics, kept_map
+from lemo.selection.statistics import LayerStatistics
 
 
 class KeptRows:
@@ -15,12 +14,10 @@ class KeptRows:
         self._last: Sequence[LayerStatistics] | None = None
         self.clear()
 
-    def map(self) -> dict[str, Any] | None:
-        """Kept blocks of the first sequence of the last forward pass that eliminated anything.
-
-        {"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}, or None.
-        """
-        return None if self._last is None else kept_map(self._last)
+    @property
+    def last(self) -> Sequence[LayerStatistics] | None:
+        """Those of the last forward pass that eliminated anything; None: there was none."""
+        return self._last
 
     def clear(self) -> None:
         """Begin another step; the map stays."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lemo.files import write_file
-from lemo.planner.calibration import calibrated
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -20,6 +19,7 @@ from lemo.planner.text import plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training.calibration import calibrated
 from lemo.training.run_folder import PLAN_NAME
 
 __all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
@@ -55,6 +55,7 @@ class RunPlan:
         content = {
             "asked": self.asked,
             "modes": list(plan.modes),
+            "head_groups": plan.head_groups,
             "kept_bytes": [layer.kept for layer in plan.layers],
             "peak_bytes": plan.peak,
             "seconds": plan.seconds,
@@ -213,6 +214,8 @@ def plan_run(
     if recompute == "auto" and config.gradient_checkpointing:
         recompute = "layer"
     asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.head_groups is not None:
+        asked["head_groups"] = elimination.head_groups
     layers = request.shape.layers
     if recompute != "auto":
         modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
@@ -236,11 +239,7 @@ def plan_run(
     if config.memory_limit is None and _keeps_less(elimination):
         # What is predicted is an upper bound.
         _log.warning("%s; scores may keep fewer rows, so the run begins", message)
-        return (
-            None
-            if recompute != "auto"
-            else RunPlan(planner.of(["layer"] * layers, limit), asked, request)
-        )
+        return None if recompute != "auto" else RunPlan(planner.smallest(limit), asked, request)
     raise DoesNotFitError(message)
 
 
@@ -260,7 +259,7 @@ def _recorded(
         content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
         if content["asked"] != asked:
             return None
-        plan: Plan = planner.of(content["modes"], limit)
+        plan: Plan = planner.of(content["modes"], limit, content["head_groups"])
     except (OSError, ValueError, KeyError, IndexError):
         return None
     return plan if plan.peak <= limit else None

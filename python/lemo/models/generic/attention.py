@@ -58,6 +58,7 @@ class KeptRows:
         cu_rows: Tensor,
         positions: Tensor | None,
         keys: SharedKeys | None = None,
+        group_size: int = 0,
     ) -> None:
         """Takes what `segment_attention` asks for.
 
@@ -67,7 +68,9 @@ class KeptRows:
             cu_rows: [N+1] int32, first row of every sequence.
             positions: [R] int32, position of each row in its sequence; None: 0, 1, 2, ...
             keys: the rows of a group of processes, of which these are one's; None: these alone.
+            group_size: tokens of a shifted attention group; 0: no groups.
         """
+        self._group_size = group_size
         self._keys = keys
         self.model = model
         self.count = count
@@ -94,7 +97,7 @@ class KeptRows:
         if self._keys is None:
             places = cu_rows, None, positions, positions
             return ops.segment_attention(
-                q, k, v, *places, scale, window, softcap=softcap, sinks=sinks
+                *(q, k, v, *places, scale, window, self._group_size), softcap=softcap, sinks=sinks
             )
         assert positions is not None
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lemo.distributed.context import ContextParallel
+from lemo.models import sharing
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
@@ -88,6 +89,9 @@ class GenericForward(Training[Choice]):
     ) -> None:
         check_settings(parts.name, config)
         super().__init__(config, partial(_choice, parts.num_layers), context)
+        if context is not None:
+            sharing.check_settings(config, self.selector)
+        self._group_size = config.layerwise.group_size or 0
         self._parts = parts
         self._before = vars(parts.causal_lm).get("forward")
         self._implementations: tuple[str, ...] = ()
@@ -371,7 +375,8 @@ class GenericForward(Training[Choice]):
         self, kept: KeptBatch, own: Callable[[], Any], tail: Callable[[Tensor], Tensor]
     ) -> tuple[_Pass, Any]:
         """Runs the causal LM's own code, its decoder on the kept rows."""
-        rows = kept.attention()
+        # A rule stands for the model itself.
+        rows = kept.attention(0 if self._forced is not None else self._group_size)
         before, self._pass = self._pass, _Pass(kept, rows, tail)
         now = self._pass
         try:
@@ -446,9 +451,12 @@ def check_settings(model: str, config: LemoConfig) -> None:
     if config.recompute not in ("auto", "none"):
         what = "auto; model.gradient_checkpointing_enable() recomputes"
         asked.append(("recompute", config.recompute, what))
-    plain = LayerwiseConfig(keep_schedule=config.layerwise.keep_schedule)
+    if (config.head_groups or 1) > 1:
+        asked.append(("head_groups", config.head_groups, "null or 1"))
+    layerwise = config.layerwise
+    plain = LayerwiseConfig(keep_schedule=layerwise.keep_schedule, group_size=layerwise.group_size)
     for name, default in plain:
-        got = getattr(config.layerwise, name)
+        got = getattr(layerwise, name)
         if got != default:
             asked.append((f"layerwise.{name}", got, f"{default}, one kept set for all layers"))
     for name, got, expected in asked:

@@ -53,11 +53,15 @@ class KeptBatch:
         own = replace(place.of(whole), rows=place.rows)
         return cls(batch, own, model, whole, place.keys)
 
-    def attention(self) -> KeptRows:
-        """What attention has to know of the rows."""
+    def attention(self, group_size: int = 0) -> KeptRows:
+        """What attention has to know of the rows.
+
+        Args:
+            group_size: tokens of a shifted attention group; 0: no groups.
+        """
         selection = self.selection
         rows = selection.num_rows, selection.cu_rows, selection.positions
-        return KeptRows(self.model, *rows, self.keys)
+        return KeptRows(self.model, *rows, self.keys, group_size)
 
     def of(self, values: Tensor) -> Tensor:
         """[1, R, ...], the kept rows of [B or 1, S, ...]."""

@@ -12,6 +12,7 @@ from lemo.selection.scorers.lexical import LexicalScorer
 from lemo.selection.scorers.pooled import PooledScorer
 from lemo.selection.scorers.predictor import PredictorScorer
 from lemo.selection.scorers.random import RandomScorer
+from lemo.selection.scorers.relevance import RelevanceScorer
 from lemo.settings.elimination import LemoConfig
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PooledScorer",
     "PredictorScorer",
     "RandomScorer",
+    "RelevanceScorer",
     "ScoredModel",
     "Scorer",
     "Scout",
@@ -50,6 +52,8 @@ def make_scorer(config: LemoConfig, model: ScoredModel, scout: Scout) -> Scorer:
             return PooledScorer(model)
         case "exact":
             return ExactScorer(model)
+        case "predictor" if config.predictor is not None and config.finds_answers:
+            return RelevanceScorer.from_folder(config.predictor, model, config.seed)
         case "predictor" if config.predictor is not None:
             return PredictorScorer.from_folder(config.predictor, model, config.block_size)
     raise ValueError(f"scorer: expected one of LemoConfig's, got {config.scorer!r}")

@@ -70,10 +70,12 @@ class Scorer(Protocol):
         block_size: tokens of the blocks that it can score; None: any number.
         thresholds: {"attention": [one for each layer], "mlp": [...]} on the scale of its scores;
             None: it knows none.
+        reads_residual: whether scores follow from the residual; else it gets an empty tensor.
     """
 
     block_size: int | None = None
     thresholds: dict[str, list[float]] | None = None
+    reads_residual: bool = True
 
     @abstractmethod
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:

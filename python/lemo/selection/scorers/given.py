@@ -11,6 +11,8 @@ __all__ = ["GivenScorer"]
 class GivenScorer(Scorer):
     """The scores of tokens that the caller names by `Handle.scored`; a block has its largest."""
 
+    reads_residual = False
+
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         if batch.scores is None:
             raise ValueError(

@@ -23,6 +23,8 @@ class LexicalScorer(AnswerScorer):
         seed: of the random scores of sequences without answers.
     """
 
+    reads_residual = False
+
     def __init__(self, seed: int) -> None:
         super().__init__("lexical", seed)
 

@@ -18,6 +18,8 @@ class RandomScorer(Scorer):
         seed: of the draws.
     """
 
+    reads_residual = False
+
     def __init__(self, seed: int) -> None:
         self._replica: int | None = None
         self._seed = seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from lemo import _C, ops
 from lemo.files import write_file
 from lemo.planner.shape import ModelShape
-from lemo.planner.timing import Rates
+from lemo.planner.timing import Rates, operations
 
 __all__ = ["FOLDER", "calibrated", "stored_rates"]
 
@@ -28,8 +29,10 @@ _ROWS = {"cuda": 8192, "cpu": 512}
 # Elements that are copied.
 _ELEMENTS = {"cuda": 1 << 28, "cpu": 1 << 24}
 _REPEATS = 5
-# Nodes of the graph that the host's time is measured on, and operations of each in both passes.
-_NODES, _NODE_OPERATIONS = 64, 7
+# Seconds for which a GPU is kept busy before its time counts, and while it does.
+_LOAD = 0.25
+# Layers of the two small models whose steps tell the host's time.
+_LAYERS = (2, 10)
 
 
 def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
@@ -100,15 +103,26 @@ def _key(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """The least time of a run; the first one does not count."""
-    times = []
-    for _ in range(_REPEATS + 1):
-        _wait(device)
-        start = time.perf_counter()
+    """The time of a run; the first one does not count.
+
+    On a GPU the mean of many in a row, at the clock that it holds under load: the first ones on a
+    cool GPU take a tenth less, which no step does. On a CPU the least time.
+    """
+    _time(run, device)
+    if device.type != "cuda":
+        return min(_time(run, device) for _ in range(_REPEATS))
+    count = math.ceil(_LOAD / _time(run, device))
+    _time(run, device, count)
+    return _time(run, device, count) / count
+
+
+def _time(run: Callable[[], object], device: torch.device, count: int = 1) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
         run()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
@@ -179,14 +193,41 @@ def _attention(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> t
 
 
 def _launch(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the host for an operation of a layer, forward or backward."""
-    x, weight = _random(device, dtype, 8, 16), _random(device, dtype, 16, 16)
+    """Seconds of the host for an operation of a layer: what layers add to a step too small to keep
+    a GPU busy."""
+    few, many = (_seconds(_small_step(layers, device, dtype), device) for layers in _LAYERS)
+    layer = max(many - few, many / 10) / (_LAYERS[1] - _LAYERS[0])
+    return layer / operations(len(_ADAPTED))
+
+
+_ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def _small_step(layers: int, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """Both passes of a model of this many small layers."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lemo.models.enable import enable
+    from lemo.settings.elimination import LemoConfig
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        use_cache=False,
+    )
+    base = LlamaForCausalLM(config).to(device, dtype)
+    lora = LoraConfig(r=8, target_modules=_ADAPTED, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora, autocast_adapter_dtype=False).train()
+    enable(model, LemoConfig(keep=0.5, scorer="random", recompute="none"))
+    ids = torch.zeros(1, 256, dtype=torch.int64, device=device)
 
     def run() -> None:
-        y = x.clone().requires_grad_()
-        for _ in range(_NODES):
-            y = ops.swiglu(y @ weight, y @ weight)
-        y.sum().backward()
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            model(input_ids=ids, labels=ids).loss.backward()
 
-    with torch.enable_grad():
-        return _seconds(run, device) / (_NODES * _NODE_OPERATIONS)
+    return run

@@ -1,0 +1,293 @@
+"""A training pass in which all layers keep the same rows, as a function of a few tensors.
+
+What a batch keeps and which of its rows have labels is known then before the first layer runs. From
+there on no shape depends on the batch's contents and nothing is read back, so the layers and the
+loss can be captured in a CUDA graph.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lemo.models.adapters import adapted
+from lemo.models.architectures import Architecture, active_module
+from lemo.models.decoder import Decoder, Pass
+from lemo.models.fp8 import fp8_of
+from lemo.models.general import by_reason, general_modules
+from lemo.models.loss import head_loss
+from lemo.models.out_of_memory import explained
+from lemo.models.weights import is_plain
+from lemo.packing.blocks import Selection
+
+__all__ = ["Labels", "OneSet", "labels_of_rows", "uses_plain_head"]
+
+# A pass with fewer labels than rows computes logits of up to an eighth more rows than it has
+# labels, so that equal shapes come again.
+_PARTS = 8
+
+# Multiplications of a layer's forward products beyond which its kernels take longer than the host
+# takes to issue them, some milliseconds.
+_MOST_WORK = 1 << 38
+
+_CAPTURED_MODES = ("auto", "none", "layer", "selective")
+
+
+class Labels(NamedTuple):
+    """The rows of the residual that the head sees.
+
+    Attributes:
+        rows: [M] int32, ascending; None: all rows.
+        targets: [M] int64, what each of them predicts, or the ignored label.
+        divisor: fp32 scalar, what the sum of the losses is divided by; None: the labels' number.
+    """
+
+    rows: Tensor | None
+    targets: Tensor
+    divisor: Tensor | None
+
+
+def labels_of_rows(targets: Tensor, ignored: int, most: int) -> tuple[Tensor | None, Tensor]:
+    """(rows, targets) of `Labels`: all rows with a label and some without one.
+
+    Their number depends on `most` and the number of rows only, and nothing is read back.
+
+    Args:
+        targets: [R] int64.
+        ignored: the label that does not count.
+        most: labels that there are at most.
+    """
+    count = min(_rounded_up(max(most, 1)), targets.numel())
+    if count == targets.numel():
+        return None, targets
+    has = targets != ignored
+    others = ~has
+    taken = has | (others & (others.cumsum(0) <= count - has.sum()))
+    numbers = torch.arange(1, count + 1, device=targets.device)
+    rows = torch.searchsorted(taken.cumsum(0), numbers)
+    return rows.int(), targets[rows]
+
+
+def uses_plain_head(architecture: Architecture) -> bool:
+    """Whether the head is a plain product, which leaves out rows without a label itself."""
+    return is_plain(active_module(architecture.lm_head))
+
+
+class _Inputs(NamedTuple):
+    """What the layers and the loss read; the residual is overwritten."""
+
+    residual: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    rows: Tensor | None
+    positions: Tensor | None
+    cu_rows: Tensor
+    left_out_rows: Tensor | None
+    left_out_positions: Tensor | None
+    left_out_cu_rows: Tensor | None
+    cu_seqlens: Tensor | None
+    all_positions: Tensor | None
+    label_rows: Tensor | None
+    targets: Tensor
+    divisor: Tensor | None
+
+
+@dataclass(frozen=True)
+class OneSet:
+    """The layers and the loss of one pass.
+
+    Attributes:
+        architecture: access to the model.
+        decoder: its layers.
+        now: the pass, the first layer of which is entered.
+        labels: what the head sees.
+        ignored: the label that does not count.
+        loss_chunk: rows of a loss chunk; None: as `linear_cross_entropy` has it.
+    """
+
+    architecture: Architecture
+    decoder: Decoder
+    now: Pass
+    labels: Labels
+    ignored: int
+    loss_chunk: int | None
+
+    def inputs(self, residual: Tensor) -> _Inputs:
+        """The tensors of this pass."""
+        batch, kept, left_out = self.now.batch, self.now.kept, self.now.left_out
+        assert kept is not None
+        # Others than the kept rows are read where there are some.
+        everything = kept.rows is not None and self.decoder.visible_keys != "kept"
+        cos, sin = (None, None) if batch.rotary is None else batch.rotary
+        return _Inputs(
+            residual,
+            cos,
+            sin,
+            kept.rows,
+            kept.positions,
+            kept.cu_rows,
+            None if left_out is None else left_out.rows,
+            None if left_out is None else left_out.positions,
+            None if left_out is None else left_out.cu_rows,
+            batch.layout.cu_seqlens if everything else None,
+            batch.positions if everything else None,
+            *self.labels,
+        )
+
+    def __call__(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """The loss, fp32 scalar, from tensors in the place of those of this pass."""
+        inputs = _Inputs(*tensors)  # type: ignore[arg-type]
+        now = self._with(inputs)
+        with explained(self.decoder.describe):
+            residual = self.decoder.layers(now, inputs.residual)
+            hidden = self.architecture.final_norm(residual, inputs.label_rows)[1]
+            return head_loss(
+                self.architecture.lm_head,
+                hidden,
+                inputs.targets,
+                self.architecture.config.vocab_size,
+                self.loss_chunk,
+                inputs.divisor,
+                self.ignored,
+            )
+
+    def _with(self, inputs: _Inputs) -> Pass:
+        """The pass with other tensors."""
+        now, batch = self.now, self.now.batch
+        assert now.kept is not None
+        cu_seqlens = inputs.cu_seqlens
+        layout = batch.layout
+        if cu_seqlens is not None:
+            layout = replace(layout, cu_seqlens=cu_seqlens)
+        rotary = None
+        if inputs.cos is not None and inputs.sin is not None:
+            rotary = inputs.cos, inputs.sin
+        packed = batch.packed.with_positions(inputs.all_positions)
+        left_out = None
+        if inputs.left_out_cu_rows is not None:
+            rows, positions = inputs.left_out_rows, inputs.left_out_positions
+            left_out = Selection(layout, rows, positions, inputs.left_out_cu_rows, None)
+        return replace(
+            now,
+            batch=replace(batch, packed=packed, layout=layout, rotary=rotary),
+            kept=Selection(layout, inputs.rows, inputs.positions, inputs.cu_rows, None),
+            left_out=left_out,
+        )
+
+    # What a graph depends on
+
+    def captured(self) -> tuple[Hashable, list[Tensor], list[Tensor]]:
+        """(what is equal where the same function is computed, the parameters that it trains, all
+        that the model computes from)."""
+        device = self.now.batch.layout.cu_seqlens.device.type
+        state, tensors = _state(self.architecture)
+        found = {id(x): x for x in tensors if x.requires_grad}
+        parameters = list(found.values())
+        key = (
+            id(self.decoder),
+            (*self.now.modes, self.now.head_groups),
+            self.ignored,
+            torch.is_autocast_enabled(device),
+            torch.get_autocast_dtype(device),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.get_float32_matmul_precision(),
+            _has_hooks(parameters),
+            state,
+        )
+        embedding = self.architecture.causal_lm.get_input_embeddings()
+        return key, parameters, [*tensors, *embedding._parameters.values()]
+
+    def obstacle(self, parameters: Sequence[Tensor], small: bool) -> str | None:
+        """Why this pass is not captured; None: nothing stands against it.
+
+        Args:
+            parameters: those that it trains.
+            small: whether only passes are captured whose kernels are short.
+        """
+        if not parameters:
+            return "nothing is trained"
+        others = sorted(set(self.now.modes) - set(_CAPTURED_MODES))
+        if others:
+            return f"recompute '{others[0]}'"
+        if _has_hooks(parameters):
+            return "hooks on the gradients of parameters"
+        if small and self._work() > _MOST_WORK:
+            return "its kernels take longer than the host takes to issue them"
+        if any(map(fp8_of, self.architecture.causal_lm.modules())):
+            return "products in 8 bits"
+        general = general_modules(self.architecture)
+        if general:
+            return f"modules that run as they are: {by_reason(general)[0]}"
+        recomputes = set(self.now.modes) != {"none"}
+        if recomputes and self._draws():
+            return "recomputed layers with dropout, which draw the same random numbers twice"
+        return None
+
+    def _work(self) -> int:
+        """Multiplications of the forward products of a layer."""
+        weights = [adapted(module) for module in _linears(self.architecture, 0)]
+        bases = [layer.base for layer in weights if not isinstance(layer, str)]
+        size = sum(x.numel() for base in bases for x in base._parameters.values() if x is not None)
+        assert self.now.kept is not None
+        return size * self.now.kept.num_rows
+
+    def _draws(self) -> bool:
+        layer: Any = self.architecture.layer(0)
+        return bool(getattr(layer, "dropout", 0.0)) or any(
+            isinstance(module, torch.nn.modules.dropout._DropoutNd)
+            and module.training
+            and module.p > 0
+            for module in self.architecture.causal_lm.modules()
+        )
+
+
+def _has_hooks(parameters: Sequence[Tensor]) -> bool:
+    return any(parameter._backward_hooks for parameter in parameters)
+
+
+def _linears(architecture: Architecture, index: int) -> Sequence[torch.nn.Module]:
+    mlp = architecture.mlp_projections(index)
+    return (*architecture.attention_projections(index), *(mlp or ()))
+
+
+def _norms(architecture: Architecture) -> list[torch.nn.Module]:
+    layers = range(architecture.num_layers)
+    norms = [architecture.attention_norm(index) for index in layers]
+    norms += [architecture.mlp_norm(index) for index in layers]
+    last = architecture.last_norm
+    return [*norms, *([] if last is None else [last])]
+
+
+def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
+    """What the modules say of themselves and may say differently in another pass; all parameters
+    that the layers, the last norm and the head read, in a fixed order."""
+    said: list[Hashable] = []
+    read: list[Tensor | None] = []
+    for index in range(architecture.num_layers):
+        layer: Any = architecture.layer(index)
+        said += (layer.training, layer.gradient_checkpointing)
+        for module in _linears(architecture, index):
+            linear = adapted(module)
+            if isinstance(linear, str):
+                said.append(linear)
+                continue
+            said += (id(linear.base), linear.casts)
+            read += linear.base._parameters.values()
+            for pair in linear.pairs:
+                said += (pair.scaling, pair.dropout)
+                read += pair[:4]
+    for module in (*_norms(architecture), architecture.lm_head):
+        active = active_module(module)
+        said.append(id(active))
+        read += active._parameters.values()
+    tensors = [x for x in read if x is not None]
+    said += [None if x is None else (x.data_ptr(), x.requires_grad) for x in read]
+    return tuple(said), tensors
+
+
+def _rounded_up(rows: int) -> int:
+    """Rows, at most an eighth more: a multiple of a power of two."""
+    unit = 1 << max(0, rows.bit_length() - _PARTS.bit_length())
+    return -(-rows // unit) * unit

@@ -1,0 +1,324 @@
+"""The comparison with other methods, as far as it goes on the CPU, and its page."""
+
+import importlib.util
+import json
+import sys
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import comparison
+import comparison_page
+from common import processes
+from common.models import config_of_shape
+from contenders import CONTENDERS, POSE_WINDOW, shifted_groups
+
+TOKENS = 256
+# Transformers' offload needs pinned memory, and so a GPU.
+CPU = ("plain", "checkpointing", "selective", "s2", "s2-plain", "pose")
+CPU += tuple(name for name in CONTENDERS if name.startswith("lemo"))
+# TRL's fused head is a Triton kernel where there is Triton.
+CPU += () if importlib.util.find_spec("triton") else ("trl",)
+EXACT = [name for name in CPU if CONTENDERS[name].exact]
+
+
+def built(name, tokens=TOKENS):
+    return CONTENDERS[name].build(config_of_shape("tiny", tokens), "cpu", tokens)
+
+
+def trained(name, tokens=TOKENS, seen=None):
+    """Loss and gradients of the adapters, whose second halves are not zero."""
+    made = built(name, tokens)
+    parameters = {n: p for n, p in made.model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters.values():
+        parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator).bfloat16()
+    ids = torch.randint(0, 512, (1, seen or tokens), generator=generator)
+    with made.around():
+        loss = made.loss(ids)
+        loss.backward()
+    return ids, made, loss.item(), torch.cat([p.grad.flatten() for p in parameters.values()])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return trained("plain")
+
+
+@pytest.mark.cpu_only
+def test_the_loss_is_the_mean_over_all_next_tokens(plain):
+    ids, made, loss, gradient = plain
+    with torch.no_grad():
+        logits = made.model(input_ids=ids).logits[0, :-1].float()
+    assert loss == pytest.approx(cross_entropy(logits, ids[0, 1:]).item(), rel=1e-3)
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_contenders_compute_what_dense_lora_computes(name, plain):
+    _, _, loss, gradient = plain
+    _, _, found, other = trained(name)
+    assert found == pytest.approx(loss, rel=2e-3)
+    assert (other - gradient).norm() < 0.02 * gradient.norm()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", [name for name in CPU if name not in EXACT])
+def test_the_others_train_something_else(name, plain):
+    _, _, _, gradient = plain
+    _, _, found, other = trained(name, TOKENS * 2, seen=TOKENS if name == "pose" else None)
+    assert 5 < found < 8
+    assert other.norm() > 0.1 * gradient.norm()
+
+
+@pytest.mark.cpu_only
+def test_positions_of_pose_end_where_the_long_context_ends():
+    made = built("pose", 4 * TOKENS)
+    rotary = made.model.get_base_model().model.rotary_emb
+    x, ids = torch.zeros(1, TOKENS, 4), torch.arange(TOKENS)[None]
+    found = torch.stack(rotary(x, ids))
+    far = torch.cat((ids[:, : TOKENS // 2], ids[:, TOKENS // 2 :] + 3 * TOKENS), 1)
+    expected = torch.stack(
+        built("plain", 4 * TOKENS).model.get_base_model().model.rotary_emb(x, far)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.cpu_only
+def test_shifted_groups_are_those_of_lemos_reference():
+    from lemo.reference import segment_attention
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 32, 8) for heads in (4, 2, 2))
+    cu = torch.tensor([0, 32], dtype=torch.int32)
+    rows = [each[0].transpose(0, 1).contiguous() for each in (q, k, v)]
+    expected = segment_attention(*rows, cu, cu, None, None, 8**-0.5, 0, 8)[0]
+    found = shifted_groups(q, k, v, 4, None)[0].transpose(0, 1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- the process that drives them
+
+
+class FakeWorker:
+    """Answers at once: `seconds` a step for 256 tokens, by the square of the length."""
+
+    started: ClassVar[list] = []
+    failures: ClassVar[dict] = {}
+
+    def __init__(self, _script, settings, _environment, _log):
+        self.settings = settings
+        self.started.append((settings["contender"], settings["tokens"]))
+
+    def ask(self, _question, _seconds):
+        job = self.settings["contender"], self.settings["tokens"]
+        if job in self.failures:
+            return {"failed": self.failures[job]}
+        step = (self.settings["tokens"] / 256) ** 2
+        memory = {"peak_gib": 1.0, "host_gib": 2.0, "pinned_gib": 0.0}
+        return {"step_s": step, "range": [step] * 2, "loss": 6.0, **memory}
+
+    def close(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def run(monkeypatch, output, *arguments, failures=None):
+    """(measured jobs, rows) of a run with workers that answer at once."""
+    monkeypatch.setattr(comparison, "Worker", FakeWorker)
+    monkeypatch.setattr(FakeWorker, "started", [])
+    monkeypatch.setattr(FakeWorker, "failures", failures or {})
+    given = ["--device", "cpu", "--shape", "tiny", "--commit", "abc", "--output", str(output)]
+    given += ["--logs", str(output.parent / "logs"), *arguments]
+    comparison.Comparison(comparison.parse_arguments(given)).run()
+    return FakeWorker.started, [json.loads(line) for line in output.read_text().splitlines()]
+
+
+@pytest.mark.cpu_only
+def test_rows_are_appended_and_not_measured_again(monkeypatch, tmp_path):
+    output = tmp_path / "rows.jsonl"
+    arguments = ("--only", "plain", "lemo-0.5", "--lengths", "256", "512")
+    started, rows = run(monkeypatch, output, *arguments)
+    assert [(row["contender"], row["tokens"]) for row in rows] == started
+    assert started == [("plain", 256), ("lemo-0.5", 256), ("plain", 512), ("lemo-0.5", 512)]
+    fields = {"bench", "contender", "tokens", "step_s", "range", "peak_gib", "host_gib", "keep"}
+    fields |= {"gpu", "torch", "commit", "date"}
+    assert all(fields <= set(row) for row in rows)
+    assert [row["keep"] for row in rows[:2]] == [1.0, 0.5]
+    assert rows[1]["settings"] == {"keep": 0.5, "recompute": "layer"}
+    started, rows = run(monkeypatch, output, *arguments, "--lengths", "512", "1024")
+    assert started == [("plain", 1024), ("lemo-0.5", 1024)]
+    started, rows = run(monkeypatch, output, *arguments[:-1], "--again")
+    assert len(rows) == 8
+
+
+@pytest.mark.cpu_only
+def test_longer_windows_are_left_out_after_a_failure_and_beyond_the_limit(
+    monkeypatch, tmp_path, capsys
+):
+    _, rows = run(
+        monkeypatch,
+        tmp_path / "rows.jsonl",
+        *("--only", "plain", "offload", "sparselora", "pose", "liger"),
+        *("--lengths", "256", "512", "1024", "--step-limit", "5"),
+        failures={("plain", 512): "out of memory", ("liger", 256): "ImportError: no liger"},
+    )
+    measured = [(row["contender"], row["tokens"], row.get("failed")) for row in rows]
+    assert measured == [
+        ("plain", 256, None),
+        ("offload", 256, None),
+        ("pose", 256, None),
+        ("liger", 256, "ImportError: no liger"),
+        ("plain", 512, "out of memory"),
+        ("offload", 512, None),
+        ("pose", 512, None),
+        ("pose", 1024, None),
+    ]
+    text = capsys.readouterr().out
+    assert "out of memory at 512" in text
+    assert "a step would take up to 16 s" in text
+    assert "is in no package index" in text
+
+
+@pytest.mark.cpu_only
+def test_nothing_is_begun_after_the_deadline(monkeypatch, tmp_path):
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(comparison, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    output = tmp_path / "rows.jsonl"
+    output.touch()
+    arguments = ("--only", "plain", "--lengths", "256", "512", "--deadline", "15", "--ahead", "0")
+    assert [row["tokens"] for row in run(monkeypatch, output, *arguments)[1]] == [256]
+
+
+@pytest.mark.cpu_only
+def test_steps_of_a_length_and_options(capsys):
+    assert [comparison.steps_of(n) for n in (8192, 32768, 65536, 131072)] == [3, 2, 2, 1]
+    with pytest.raises(SystemExit):
+        comparison.parse_arguments(["--device", "cpu", "--memory", "80"])
+    assert "--memory" in capsys.readouterr().err
+
+
+@pytest.mark.cpu_only
+def test_reasons():
+    assert comparison.reason(torch.OutOfMemoryError("CUDA out of memory. x")) == "out of memory"
+    assert comparison.reason(ImportError("no liger\nmore")) == "ImportError: no liger"
+
+
+@pytest.mark.cpu_only
+def test_a_worker_that_takes_too_long_is_ended(tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text("import time\ninput()\ntime.sleep(60)\n")
+    with (
+        processes.Worker(str(script), {}) as worker,
+        pytest.raises(processes.WorkerError, match=r"no answer in 0.5 s"),
+    ):
+        worker.ask("measure", 0.5)
+
+
+@pytest.mark.cpu_only
+def test_a_contender_without_its_package_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
+    answer = comparison.worker({"contender": "liger"})
+    assert "liger_kernel" in answer("measure")["failed"]
+
+
+# --- the page
+
+
+def row(contender, tokens, step, peak=10.0, failed=None, **more):
+    return {
+        "bench": "comparison",
+        "contender": contender,
+        "tokens": tokens,
+        "step_s": step,
+        "peak_gib": peak,
+        "host_gib": 4.0,
+        "memory": None,
+        "shape": {"model": "M"},
+        "versions": {"torch": "2"},
+        "gpu": "NVIDIA G",
+        "date": "d",
+        "commit": "c",
+        "steps": 1,
+        **({"failed": failed} if failed else {}),
+        **more,
+    }
+
+
+ROWS = [
+    row("plain", 8192, 9.0),
+    row("plain", 8192, 2.0),
+    row("plain", 65536, None, failed="out of memory"),
+    row("s2", 8192, 0.5),
+    row("liger", 65536, 16.0, 40.0, pinned_gib=1.0, versions={"liger-kernel": "0.8"}),
+    row("unsloth", 8192, None, failed="ImportError: no unsloth"),
+    row("lemo-0.5", 8192, 1.0),
+    row("lemo-0.5", 65536, 4.0, 30.0),
+]
+
+
+@pytest.mark.cpu_only
+def test_tables_show_the_last_row_of_each():
+    (rows,) = comparison_page.groups_of(ROWS).values()
+    lines = comparison_page.table(rows).splitlines()
+    assert lines[0] == "|  | 8192 tokens | 65536 tokens |"
+    assert lines[2:] == [
+        "| Transformers + PEFT, nothing recomputed | 2.00 s, 10.0 GiB | out of memory |",
+        "| Liger kernels, checkpointing |  | 16.00 s, 40.0 GiB |",
+        "| LongLoRA's S2-Attn, checkpointing | 0.50 s, 10.0 GiB |  |",
+        "| lemo, keep 0.5, layers recomputed | 1.00 s, 10.0 GiB | 4.00 s, 30.0 GiB |",
+    ]
+    # What is not exact is no measure.
+    assert comparison_page.shares(rows).splitlines()[2:] == [
+        "| 8192 | Transformers + PEFT, nothing recomputed, 2.00 s | 0.500 |",
+        "| 65536 | Liger kernels, checkpointing, 16.00 s | 0.250 |",
+    ]
+    text = comparison_page.figures(ROWS)
+    assert "- Unsloth: ImportError: no unsloth (at 8192 tokens)." in text
+    assert "| Liger kernels, checkpointing | 65536 | 4.0 | 1.0 |" in text
+    assert "| liger-kernel | 0.8 |" in text
+    assert "M, G; measured steps: 1; d, commit c" in comparison_page.short_figures(ROWS)
+    assert "- Not measured yet: Transformers + PEFT, checkpointing;" in text
+    # One length makes no line.
+    assert "images/" in text
+    assert "images/" not in comparison_page.figures(ROWS[:2])
+
+
+@pytest.mark.cpu_only
+def test_plots_are_of_their_rows(tmp_path):
+    for value, name in comparison_page.PLOTS.items():
+        comparison_page.plot(ROWS, value, tmp_path / name)
+    stale = set(comparison_page.PLOTS.values())
+    assert not stale & set(comparison_page.out_of_date(ROWS, tmp_path))
+    assert stale <= set(comparison_page.out_of_date(ROWS[:-1], tmp_path))
+
+
+@pytest.mark.cpu_only
+def test_without_rows_the_page_says_so():
+    assert comparison_page.figures([]).startswith("Nothing has been measured yet.")
+    assert "is in no package index" in comparison_page.figures([])
+    assert "Nothing has been measured yet." in comparison_page.short_figures([])
+
+
+@pytest.mark.cpu_only
+def test_page_readme_and_plots_follow_from_the_results():
+    rows = comparison_page.records.read(comparison_page.RESULTS, "comparison")
+    assert comparison_page.out_of_date(rows) == []
+
+
+@pytest.mark.cpu_only
+def test_the_page_names_every_contender():
+    page = comparison_page.PAGE.read_text(encoding="utf-8")
+    for name, contender in CONTENDERS.items():
+        assert f"`{name}`" in page or contender.why_not is not None
+    assert f"{POSE_WINDOW} tokens" in page

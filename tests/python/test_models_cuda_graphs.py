@@ -1,0 +1,290 @@
+"""CUDA graphs of training passes: what is captured waits for no device, and gives the same.
+
+On the CPU a stand-in takes the place of a graph: it computes the captured function anew at every
+replay, from the tensors that a graph would read, and lets no operator pass that a capture refuses.
+"""
+
+import copy
+import logging
+import pickle
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lemo
+from lemo.models import cuda_graphs, one_set, training_forward
+from lemo.models.cuda_graphs import CudaGraphs
+from tiny_models import flat_config, gradients, lora, make_ids, make_model, packed_batch
+from tolerances import assert_close_fp32
+
+pytestmark = pytest.mark.cpu_only
+
+TOKENS, BLOCK = 96, 8
+SETTINGS = {"keep": 0.5, "scorer": "random", "block_size": BLOCK, "recompute": "none"}
+
+# Operators whose result, or its shape, the host has to know.
+WAITS = (
+    *("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "bincount"),
+    *("repeat_interleave.Tensor", "token_select"),
+)
+
+
+class WaitsError(Exception):
+    pass
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operators that make the host wait, copies between devices, and random numbers of
+    other generators than torch's own."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name, kwargs = op.name(), kwargs or {}
+        masks = [x for x in args[1:2] if name.startswith("aten::index") and isinstance(x, list)]
+        if any(name.partition("::")[2].startswith(waits) for waits in WAITS):
+            raise WaitsError(name)
+        if any(x is not None and x.dtype == torch.bool for mask in masks for x in mask):
+            raise WaitsError(f"{name} of a mask")
+        if kwargs.get("generator") is not None:
+            raise WaitsError(f"{name} with a generator")
+        return op(*args, **kwargs)
+
+
+class OnCpu:
+    """Stands in for a graph."""
+
+    bytes = 0
+
+    def __init__(self, function, inputs, parameters, module, place):
+        self._function, self._parameters, self._module = function, parameters, module
+        self._inputs = [None if x is None else x.detach().clone() for x in inputs]
+
+    def load(self, inputs):
+        for to, x in zip(self._inputs, inputs):
+            if to is not None:
+                to.copy_(x)
+
+    def forward(self):
+        first, *others = self._inputs
+        aliased = cuda_graphs._aliased(self._module, self._parameters)
+        with torch.enable_grad(), NoWaiting(), aliased as wanted:
+            loss = self._function([first.clone(), *others])
+            self._gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        return loss.detach().clone()
+
+    def backward(self, dloss):
+        return [None if x is None else x * dloss for x in self._gradients]
+
+
+class Place:
+    def is_current(self):
+        return True
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Passes are captured on the CPU, by the stand-in."""
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: True)
+    monkeypatch.setattr(cuda_graphs, "_Graph", OnCpu)
+    monkeypatch.setattr(cuda_graphs, "_Place", Place)
+
+
+def enabled(graphs="on", architecture="llama", adapters=None, **settings):
+    model = lora(make_model(architecture, max_position_embeddings=TOKENS), **adapters or {})
+    return model, lemo.enable(model, flat_config(**SETTINGS | {"cuda_graphs": graphs} | settings))
+
+
+def train(model, steps=4, batch=None):
+    """(losses, gradients) of some steps of plain gradient descent, on a batch each."""
+    found = []
+    for step in range(steps):
+        ids = make_ids(2, TOKENS, step)
+        torch.manual_seed(step)
+        loss = model(**(batch or {"input_ids": ids, "labels": ids})).loss
+        loss.backward()
+        found.append((loss.detach(), {name: x.clone() for name, x in gradients(model).items()}))
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.data -= 0.1 * parameter.grad
+        model.zero_grad()
+    return found
+
+
+CASES = {
+    "kept alone": {},
+    "all rows": {"keep": 1.0},
+    "recomputed": {"recompute": "layer"},
+    "selective": {"recompute": "selective"},
+    "the rest computed": {"visible_keys": "computed"},
+    "all keys": {"visible_keys": "all"},
+    "burn-in": {"burn_in": 0.25},
+    "pooled scores": {"scorer": "pooled", "keep_last": 1},
+    "groups": {"group_size": 32},
+    "dropout": {"adapters": {"lora_dropout": 0.3}},
+    "opt": {"architecture": "opt"},
+    "qwen3": {"architecture": "qwen3"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replays_do_not_wait_and_give_the_same(case, captured, monkeypatch):
+    model, handle = enabled(**CASES[case])
+    found = train(model)
+    assert handle.graphs.captured >= 1
+    assert handle.graphs.replays >= 2
+    kept = handle.statistics()
+    # As it is computed where nothing is captured.
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    model, handle = enabled("off", **CASES[case])
+    for (loss, grads), (expected_loss, expected) in zip(found, train(model), strict=True):
+        assert_close_fp32(loss, expected_loss, "loss")
+        assert grads.keys() == expected.keys()
+        for name in expected:
+            assert_close_fp32(grads[name], expected[name], name)
+    assert [layer.attention_rows for layer in kept] == [
+        layer.attention_rows for layer in handle.statistics()
+    ]
+
+
+def test_packed_sequences_and_the_labels_of_a_step(captured, monkeypatch):
+    batch = packed_batch([40, 8, 48])
+    batch["labels"][:, 50:80] = -100
+    batch["num_items_in_batch"] = torch.tensor(123.0)
+    # A divisor is read where it is on the CPU; here it stands for one on a GPU.
+    loss = sys.modules["lemo.ops.linear_cross_entropy"]
+    monkeypatch.setattr(loss, "float", lambda x: 1.0, raising=False)
+    model, handle = enabled()
+    found = train(model, batch=batch)
+    assert handle.graphs.replays >= 1
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    model, _ = enabled("off")
+    for (loss, grads), (expected_loss, expected) in zip(found, train(model, batch=batch)):
+        assert_close_fp32(loss, expected_loss, "loss")
+        for name in expected:
+            assert_close_fp32(grads[name], expected[name], name)
+
+
+def test_the_stand_in_finds_what_waits(captured, monkeypatch):
+    original = one_set.OneSet.__call__
+
+    def waiting(self, tensors):
+        loss = original(self, tensors)
+        loss.item()
+        return loss
+
+    monkeypatch.setattr(one_set.OneSet, "__call__", waiting)
+    model, _ = enabled()
+    with pytest.raises(WaitsError, match="_local_scalar_dense"):
+        train(model)
+
+
+@pytest.mark.parametrize("labelled", [1, 17, 60, 64])
+def test_rows_of_labels(labelled):
+    targets = torch.full((64,), -100)
+    with_labels = torch.randperm(64)[:labelled].sort()[0]
+    targets[with_labels] = torch.arange(labelled)
+    rows, chosen = one_set.labels_of_rows(targets, -100, labelled)
+    if rows is None:
+        assert labelled > 60
+        assert torch.equal(chosen, targets)
+        return
+    assert labelled <= rows.numel() <= labelled + labelled // 8 + 1
+    assert torch.equal(rows, rows.unique()), "ascending, each once"
+    assert torch.equal(chosen, targets[rows.long()])
+    assert set(with_labels.tolist()) <= set(rows.tolist())
+
+
+def test_what_changes_in_the_model_is_not_replayed(captured):
+    model, handle = enabled()
+    train(model, 3)
+    replays = handle.graphs.replays
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    layer.scaling["default"] *= 2
+    train(model, 1)
+    assert handle.graphs.replays == replays
+    for change in (lambda p: p.requires_grad_(False), lambda p: p.register_hook(lambda g: g)):
+        train(model, 2)
+        replays = handle.graphs.replays
+        change(layer.lora_A["default"].weight)
+        train(model, 1)
+        assert handle.graphs.replays == replays
+        layer.lora_A["default"].weight.requires_grad_()
+
+
+def test_a_pass_before_the_backward_of_another_one(captured):
+    model, handle = enabled()
+    train(model, 3)
+    batches = [{"input_ids": make_ids(2, TOKENS, seed)} for seed in (8, 9)]
+    losses = [model(**batch, labels=batch["input_ids"]).loss for batch in batches]
+    replays = handle.graphs.replays
+    sum(losses).backward()
+    both = {name: x.clone() for name, x in gradients(model).items()}
+    assert replays == handle.graphs.replays, "the second one runs without a graph"
+    with pytest.raises(RuntimeError, match="a second time"):
+        losses[0].backward()
+    # Each by itself, with the rows that it kept.
+    assert all(x.isfinite().all() for x in both.values())
+    train(model, 1)
+    assert handle.graphs.replays == replays + 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"select_at": "all", "scorer": "pooled"}, "layers keep rows of their own"),
+        ({"recompute": "layer", "adapters": {"lora_dropout": 0.3}}, "recomputed layers with dropo"),
+        ({"adapters": {"use_rslora": True, "target_modules": ["lm_head"]}}, "the head is no plain"),
+        ({"adapters": {"bias": "all"}, "architecture": "qwen2"}, None),
+    ],
+)
+def test_what_cannot_be_captured_is_said_once(settings, reason, captured, caplog):
+    model, handle = enabled(**settings)
+    with caplog.at_level(logging.INFO, "lemo"):
+        train(model)
+    said = [r.getMessage() for r in caplog.records if "run without one" in r.getMessage()]
+    assert handle.graphs.replays == 0 if reason else handle.graphs.replays > 0
+    assert len(said) == (reason is not None)
+    assert reason is None or reason in said[0]
+
+
+def test_a_capture_that_fails_leaves_the_pass_as_it_was(captured, monkeypatch, caplog):
+    def failing(*arguments):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(cuda_graphs, "_Graph", failing)
+    model, handle = enabled()
+    with caplog.at_level(logging.INFO, "lemo"):
+        found = train(model)
+    assert "not permitted when stream is capturing" in caplog.text
+    assert handle.graphs.replays == 0
+    assert all(loss.isfinite() for loss, _ in found)
+
+
+def test_graphs_are_bounded_and_shapes_that_do_not_come_again_are_not_captured(captured):
+    graphs, module = CudaGraphs(), torch.nn.Linear(1, 1, bias=False)
+
+    def function(inputs):
+        return (inputs[0] * module.weight).sum()
+
+    for size in range(1, 40):
+        graphs.run("key", function, [torch.ones(size)], [module.weight], module)
+    assert graphs.captured == 0
+    for size in range(1, 40):
+        graphs.run("key", function, [torch.ones(size)], [module.weight], module).backward()
+    assert graphs.captured == 8
+
+
+def test_copies_have_graphs_of_their_own(captured):
+    model, handle = enabled()
+    train(model, 3)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other_handle = other.get_base_model()._lemo_handle
+        assert other_handle.graphs is not handle.graphs
+        assert other_handle.graphs.captured == 0
+
+
+def test_off(captured):
+    model, handle = enabled("off")
+    train(model, 2)
+    assert handle.graphs is None

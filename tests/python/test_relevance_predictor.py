@@ -1,0 +1,298 @@
+"""The predictor of relevance: its scores, what it learns, its folder, the scorer, the command."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import lemo
+from lemo import predictors
+from lemo.cli.main import main
+from lemo.packing.blocks import BlockLayout
+from lemo.predictors import storage
+from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
+from lemo.preparation.relevance import RelevanceWindow, _scores, prepare_relevance
+from lemo.relevance.answers import Answers
+from lemo.relevance.heads import RetrievalHeads
+from lemo.selection.scorers.relevance import merged, predicted_relevance
+from lemo.settings.preparation import PredictorSettings, PrepareConfig
+from lemo.training.model import load_config
+from tiny import save_tiny_llama
+from tiny_models import VOCABULARY, make_model
+from tolerances import assert_close_fp32
+
+pytestmark = pytest.mark.cpu_only
+
+BLOCK, BLOCKS, FACT = 16, 12, 8
+TOKENS = BLOCK * BLOCKS
+SETTINGS = PredictorSettings(
+    target="relevance",
+    block_size=BLOCK,
+    keep=0.25,
+    rank=32,
+    steps=250,
+    windows_per_step=8,
+    learning_rate=2e-2,
+    prune_every=40,
+)
+
+
+def window(seed, known=True):
+    """A prompt whose answers say in one half of the vocabulary what a fact says in the other half:
+    token t for token t + half. Nothing is repeated, so words find nothing."""
+    half = VOCABULARY // 2
+    draw = torch.Generator("cpu").manual_seed(seed)
+    ids = torch.randint(half, VOCABULARY, (TOKENS,), generator=draw)
+    labelled = torch.zeros(TOKENS, dtype=torch.bool)
+    needed = []
+    for answer, block in enumerate(torch.randperm(BLOCKS - 2, generator=draw)[:2].tolist()):
+        first, start = block * BLOCK + 3, TOKENS - 20 + answer * 10
+        ids[start : start + FACT] = ids[first : first + FACT] - half
+        labelled[start - 1 : start + FACT - 1] = True
+        needed.append(((first, first + FACT),))
+    return RelevanceWindow("reworded", ids, labelled, tuple(needed) if known else None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(model, folder, description) of one preparation."""
+    folder = tmp_path_factory.mktemp("prepared") / "relevance"
+    model = make_model("llama")
+    training = [window(seed) for seed in range(1000)]
+    held_out = [window(seed) for seed in range(2000, 2012)]
+    return model, folder, prepare_relevance(model, training, held_out, folder, SETTINGS)
+
+
+def naive(predictor, x, answers):
+    """Token by token."""
+
+    def net(name, token):
+        maps = getattr(predictor, name)
+        hidden = torch.relu(maps.down @ (token * predictor.scale))
+        return maps.up @ torch.relu(maps.mid @ hidden)
+
+    def mixed(name, place):
+        weights = getattr(predictor, f"{name}_mix")
+        result = torch.zeros(EMBEDDING)
+        for offset in range(-REACH, REACH + 1):
+            if 0 <= place + offset < len(x):
+                result += weights[offset + REACH] * net(name, x[place + offset])
+        return result
+
+    keys = [mixed("key", place) for place in range(len(x))]
+    keys = [key / key.norm() for key in keys]
+    result = torch.zeros(len(answers), -(-len(x) // BLOCK))
+    with_labels = {row // BLOCK for row in answers.rows()}
+    for answer, (first, end) in enumerate(zip(answers.firsts, answers.ends)):
+        scores = {}
+        for block in range(first // BLOCK):
+            if block in with_labels:
+                continue
+            scores[block] = 0.0
+            for row in range(max(first - 15, 0), min(end, len(x) - 1) + 1):
+                query = mixed("query", row)
+                places = range(block * BLOCK, (block + 1) * BLOCK)
+                scores[block] += max(float(query @ keys[place]) for place in places)
+        scale = 0.25
+        total = torch.logsumexp(torch.tensor([scale * score for score in scores.values()]), 0)
+        for block, score in scores.items():
+            result[answer, block] = math.exp(scale * score - total)
+    return result
+
+
+@torch.no_grad()
+def test_scores_are_sums_of_the_best_products_of_each_block():
+    draw = torch.Generator("cpu").manual_seed(0)
+    predictor = RelevancePredictor(12, 8, torch.rand(12, generator=draw), draw)
+    predictor.query_mix.add_(0.1 * torch.randn(predictor.query_mix.shape, generator=draw))
+    x = torch.randn(6 * BLOCK + 5, 12, generator=draw)
+    labelled = torch.zeros(len(x), dtype=torch.bool)
+    # One answer in the middle, and one whose last token is the last of the sequence.
+    labelled[36:40] = labelled[-4:-1] = True
+    answers = Answers.of(labelled)
+    layout = BlockLayout.from_seqlens([len(x)], BLOCK)
+    [found] = predicted_relevance(predictor, x, layout, [answers])
+    assert_close_fp32(found, naive(predictor, x, answers))
+    # Packed behind and before others nothing changes.
+    others = torch.randn(40, 12, generator=draw)
+    layout = BlockLayout.from_seqlens([40, len(x), 40, len(x)], BLOCK)
+    packed = torch.cat([others, x, others, x])
+    results = predicted_relevance(predictor, packed, layout, [None, answers, None, answers])
+    assert results[0] is results[2] is None
+    for result in results[1::2]:
+        assert_close_fp32(result, found)
+    # What is trained is what runs.
+    free = found > 0
+    trained = _scores(predictor, x, answers, BLOCK).masked_fill(~free, -torch.inf).softmax(-1)
+    assert_close_fp32(found, trained)
+
+
+def test_tokens_that_look_are_those_of_the_answer_and_of_its_question():
+    answers = Answers((5, 60), (8, 63))
+    rows, of_rows = query_rows(answers, 64)
+    assert rows == [*range(9), *range(45, 64)]
+    assert of_rows == [0] * 9 + [1] * 19
+
+
+def test_the_best_of_both_scores_come_in_turn():
+    predicted = torch.tensor([[0.5, 0.3, 0.15, 0.05, 0.0]])
+    words = torch.tensor([[0.0, 0.01, 0.0, 0.0, 0.99]])
+    found = merged(predicted, words)
+    assert_close_fp32(found, torch.tensor([[1.0, 1 / 2, 1 / 3, 1 / 4, 1.0]]))
+    # What a score says nothing of it does not find.
+    assert merged(torch.zeros(1, 3), torch.zeros(1, 3)).sum() == 0
+    found = merged(torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3))
+    assert_close_fp32(found, torch.tensor([[0.0, 0.0, 1.0]]))
+
+
+def test_it_learns_what_other_words_say(made):
+    recall = made[2]["recall"]["mean"]
+    assert recall["most"] == 1.0
+    assert recall["words"] < 0.4
+    assert recall["predicted"] > 0.85
+
+
+def test_hidden_units_that_are_never_used_go(made):
+    units = made[2]["hidden_units"]
+    assert {*units} == {"key", "query"}
+    assert all(0 < size <= 32 for sizes in units.values() for size in sizes)
+
+
+def test_the_folder_gives_back_what_was_measured(made):
+    model, folder, _ = made
+    assert storage.target_of(folder) == "relevance"
+    loaded = storage.load_relevance(folder, model_config=model.config)
+    example = window(2001)
+    answers = Answers.of(example.labelled)
+    x = model.get_input_embeddings()(example.ids).detach()
+    layout = BlockLayout.from_seqlens([len(x)], BLOCK)
+    found = predicted_relevance(loaded, x, layout, [answers])[0].amax(0)
+    needed = {span[0] // BLOCK for (span,) in example.needed}
+    assert needed <= {*found.topk(3).indices.tolist()}
+    assert json.loads((folder / "predictor.json").read_text())["parameters"] == sum(
+        parameter.numel() for parameter in loaded.parameters()
+    )
+    digest = storage.content_digest(folder)
+    assert digest == storage.content_digest(folder)
+    with pytest.raises(ValueError, match="expected scores of sub-blocks, but .* 'relevance'"):
+        predictors.load(folder)
+
+
+def test_a_step_keeps_what_it_predicts(made):
+    model, folder, _ = made
+    config = lemo.LemoConfig(scorer="predictor", predictor=str(folder), keep=0.5, block_size=BLOCK)
+    assert config.finds_answers
+    example = window(2002)
+    labels = torch.full_like(example.ids, -100)
+    predicted = torch.nn.functional.pad(example.labelled, (1, 0))[:-1]
+    labels[predicted] = example.ids[predicted]
+    handle = lemo.enable(model, config)
+    try:
+        model(input_ids=example.ids[None], labels=labels[None]).loss.backward()
+        kept = handle.statistics()[0].attention_blocks.tolist()
+    finally:
+        handle.remove()
+    assert {span[0] // BLOCK for (span,) in example.needed} <= {*kept}
+    assert len(kept) == 6
+
+
+def test_what_is_open_follows_answers(made):
+    config = lemo.LemoConfig(scorer="predictor", predictor=str(made[1]))
+    resolved = config.resolved(answers=True)
+    assert (resolved.block_size, resolved.keep, resolved.keep_tokens) == (64, 0.25, 1024)
+    assert not lemo.LemoConfig(scorer="predictor", predictor="nowhere").finds_answers
+
+
+def test_dense_first_layers_are_refused(made):
+    model, folder, _ = made
+    config = lemo.LemoConfig(
+        scorer="predictor",
+        predictor=str(folder),
+        keep=0.25,
+        block_size=BLOCK,
+        layerwise={"dense_layers": [0]},
+    )
+    example = window(0)
+    labels = example.ids.clone()
+    labels[: TOKENS - 20] = -100
+    handle = lemo.enable(model, config)
+    try:
+        with pytest.raises(ValueError, match="one of relevance reads what enters layer 0"):
+            model(input_ids=example.ids[None], labels=labels[None])
+    finally:
+        handle.remove()
+
+
+def test_heads_teach_where_nobody_knows(tmp_path):
+    model = make_model("llama")
+    training = [window(seed, known=False) for seed in range(3)]
+    with pytest.raises(ValueError, match="heads: expected retrieval heads, because windows of"):
+        prepare_relevance(model, training, training, tmp_path / "none", SETTINGS)
+    assert not (tmp_path / "none").exists()
+    heads = RetrievalHeads(storage.fingerprint(model.config), ((0, 1), (1, 0)))
+    settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
+    description = prepare_relevance(
+        model, training, training, tmp_path / "some", settings, heads=heads
+    )
+    assert description["windows"] == {"training": 3, "held_out": 3}
+    held = description["recall"]["mean"]
+    assert 0 < held["predicted"] <= held["most"] + 1e-6
+
+
+def test_settings_of_relevance_have_defaults_of_their_own():
+    settings = PredictorSettings(target="relevance")
+    assert (settings.block_size, settings.keep) == (64, 0.25)
+    assert PredictorSettings(target="relevance", keep=0.5).keep == 0.5
+    assert PredictorSettings().block_size == 1024
+    given = {"model": "m", "documents": "d", "output": "o"}
+    with pytest.raises(ValueError, match="heads: target 'relevance' needs the file written by"):
+        PrepareConfig(**given, target="relevance")
+    with pytest.raises(ValueError, match="heads: is for target 'relevance', got target 'exact'"):
+        PrepareConfig(**given, heads="heads.json")
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_tiny_llama(folder)
+    return folder
+
+
+def code_of(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def conversations(path):
+    rows = [
+        {"prompt": f"fact number {i}. " * 12 + "What number?", "completion": f" It is number {i}."}
+        for i in range(6)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
+    shape = storage.fingerprint(load_config(str(llama)))
+    heads = RetrievalHeads(shape, ((0, 0),))
+    heads.save(tmp_path / "heads.json")
+    arguments = ["prepare", "--model", llama, "--documents", conversations(tmp_path / "d.jsonl")]
+    arguments += ["--output", tmp_path / "out", "--heads", tmp_path / "heads.json", "--steps", 2]
+    arguments += ["--target", "relevance", "--block-size", 16, "--lengths", 256, "--rank", 8]
+    assert code_of(arguments) == 0
+    assert "predictor" in capsys.readouterr().out
+    assert storage.target_of(tmp_path / "out") == "relevance"
+
+
+def test_texts_teach_no_relevance(llama, tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"id": "a", "kind": "book", "text": "some words " * 400}))
+    shape = storage.fingerprint(load_config(str(llama)))
+    RetrievalHeads(shape, ((0, 0),)).save(tmp_path / "h.json")
+    arguments = ["prepare", "--model", llama, "--documents", text, "--output", tmp_path / "out"]
+    arguments += ["--heads", tmp_path / "h.json", "--target", "relevance", "--lengths", 256]
+    assert code_of(arguments) == 1
+    assert "documents: expected conversations, or prompts with" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
