@@ -232,13 +232,18 @@ def test_parameters_and_what_all_layers_share_stay(monkeypatch):
 
     monkeypatch.setattr(offload._Storage, "leave", listen)
     handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.25, recompute="none"))
-    embed, batches = handle.path.forward._embed, []
+    begin, batches = handle.path.forward._begin, []
 
-    def embedded(arguments):
-        batches.append(embed(arguments))
-        return batches[-1]
+    def begun(arguments):
+        batch, embed = begin(arguments)
 
-    monkeypatch.setattr(handle.path.forward, "_embed", embedded)
+        def embedded(*given):
+            batches.append(embed(*given))
+            return batches[-1]
+
+        return batch, embedded
+
+    monkeypatch.setattr(handle.path.forward, "_begin", begun)
     model(**batch).loss.backward()
     (made, _), stay = batches[0], [p.data_ptr() for p in model.parameters()]
     assert moved
