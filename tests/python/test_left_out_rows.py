@@ -109,6 +109,26 @@ def test_a_hook_on_the_embedding_sees_all_tokens():
     assert [shape[:2] for shape in seen] == [(2, 40)]
 
 
+class SoftPrompt(nn.Embedding):
+    """The first tokens of a sequence are vectors of its own."""
+
+    def forward(self, ids):
+        embedded = super().forward(ids)
+        return torch.cat((self.weight[:3].expand(len(ids), 3, -1), embedded[:, 3:]), dim=1)
+
+
+def test_an_embedding_of_the_user_sees_all_tokens():
+    model, ids, found = make_model("llama"), make_ids(2, 40), []
+    embedding = SoftPrompt(*model.get_input_embeddings().weight.shape)
+    embedding.weight = model.get_input_embeddings().weight
+    model.set_input_embeddings(embedding)
+    handle = lemo.enable(model, LemoConfig(keep=0.5, scorer="random", block_size=8))
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": embedding(ids)}):
+        handle.begin_step(0, 1)
+        found.append(model(**inputs, labels=ids).loss)
+    assert_close_fp32(found[0].detach(), found[1].detach())
+
+
 def test_embeddings_of_the_caller():
     ids, found = make_ids(2, 40), []
     for given in (False, True):

@@ -212,6 +212,64 @@ def test_what_changes_in_the_model_is_not_replayed(captured):
         layer.lora_A["default"].weight.requires_grad_()
 
 
+def test_hooks_that_come_later_are_called(captured):
+    model, _ = enabled()
+    train(model, 3)
+    layer, called = model.get_base_model().model.layers[1], []
+    for module in (layer.self_attn.q_proj.base_layer, layer.mlp.up_proj, layer.input_layernorm):
+        hook = module.register_forward_hook(lambda *_: called.append(1))
+        train(model, 2)
+        assert called
+        called.clear()
+        hook.remove()
+
+
+def test_norms_of_heads_are_trained(captured):
+    """Qwen3 has norms of queries and keys."""
+    found = {}
+    for graphs in ("off", "on"):
+        model, handle = enabled(graphs, "qwen3")
+        for layer in model.get_base_model().model.layers:
+            layer.self_attn.q_norm.weight.requires_grad_()
+        found[graphs] = train(model)
+    assert handle.graphs.replays
+    for (_, expected), (_, result) in zip(found["off"], found["on"]):
+        assert any("q_norm" in name for name in expected)
+        assert result.keys() == expected.keys()
+        for name, oracle in expected.items():
+            assert_close_fp32(result[name], oracle, name)
+
+
+def test_a_trained_weight_that_nothing_reads_is_an_obstacle(captured, caplog):
+    model, handle = enabled()
+    model.get_base_model().model.layers[0].mlp.register_parameter(
+        "scale", torch.nn.Parameter(torch.ones(1))
+    )
+    with caplog.at_level(logging.INFO, "lemo"):
+        train(model)
+    assert not handle.graphs.replays
+    assert "a trained weight that is read elsewhere: layers.0.mlp.scale" in caplog.text
+
+
+def test_a_step_between_forward_and_backward_is_an_error(captured):
+    model, _ = enabled()
+    train(model, 3)
+    ids = make_ids(2, TOKENS)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1)
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
+
+
+def test_memory_is_given_back_with_the_handle(captured):
+    model, handle = enabled()
+    train(model, 3)
+    assert handle.graphs.captured
+    handle.remove()
+    assert handle.graphs.captured == 0
+
+
 def test_a_pass_before_the_backward_of_another_one(captured):
     model, handle = enabled()
     train(model, 3)
@@ -227,6 +285,24 @@ def test_a_pass_before_the_backward_of_another_one(captured):
     assert all(x.isfinite().all() for x in both.values())
     train(model, 1)
     assert handle.graphs.replays == replays + 1
+
+
+def test_captures_that_fail_again_and_again_end(captured, monkeypatch):
+    tried = []
+
+    def failing(*arguments):
+        tried.append(arguments)
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(cuda_graphs, "_Graph", failing)
+    graphs, module = CudaGraphs(), torch.nn.Linear(1, 1, bias=False)
+    for size in range(1, 10):
+        for _ in range(4):
+            inputs = [torch.ones(size)]
+            graphs.run(
+                "key", lambda x: (x[0] * module.weight).sum(), inputs, [module.weight], module
+            )
+    assert len(tried) == 3
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ _MOST_GRAPHS = 8
 # Keys that are remembered as seen once: a batch of a shape that does not come again is no reason
 # to capture.
 _MOST_SEEN = 256
+# Captures that fail before none is tried any more.
+_MOST_FAILURES = 3
 _WARM_UPS = 2
 
 
@@ -52,12 +54,18 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        self.bytes = self.captured = self.replays = 0
+        self.replays = 0
+        self._said: set[str] = set()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all graphs and gives their memory back."""
+        self.bytes = self.captured = self._failures = 0
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
-        self._graphs: dict[Hashable, _Graph | None] = {}
+        self._refused: OrderedDict[Hashable, None] = OrderedDict()
+        self._graphs: dict[Hashable, _Graph] = {}
         self._place: _Place | None = None
         self._pending: weakref.ref[_Call] | None = None
-        self._said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs are neither copied nor pickled; a copy captures its own.
@@ -91,6 +99,17 @@ class CudaGraphs:
             obstacle: asked before the capture, what stands against it; None: nothing.
         """
         key = key, tuple(map(_form, inputs))
+        if self._failures >= _MOST_FAILURES or key in self._refused:
+            return function(inputs)
+        device = parameters[0].device if parameters else None
+        if device is not None and device.type == "cuda":
+            current = torch.cuda.current_device()
+            if device.index != current:
+                self.say(
+                    f"CUDA graphs: passes on {device} run without one, since the current device is "
+                    f"cuda:{current}; call torch.cuda.set_device"
+                )
+                return function(inputs)
         if self._pending is not None and self._pending() is not None:
             self.say("CUDA graphs: a pass before the backward of another one runs without a graph")
             return function(inputs)
@@ -99,9 +118,7 @@ class CudaGraphs:
             return function(inputs)
         if key not in self._graphs:
             if key not in self._seen:
-                self._seen[key] = None
-                if len(self._seen) > _MOST_SEEN:
-                    self._seen.popitem(last=False)
+                _remember(self._seen, key)
                 return function(inputs)
             if self.captured >= _MOST_GRAPHS:
                 self.say(
@@ -111,14 +128,14 @@ class CudaGraphs:
             reason = obstacle()
             if reason is not None:
                 self.say(f"CUDA graphs: passes run without one: {reason}")
-            self._graphs[key] = (
-                self._capture(function, inputs, parameters, module) if reason is None else None
-            )
+            made = self._capture(function, inputs, parameters, module) if reason is None else None
+            if made is None:
+                _remember(self._refused, key)
+                return function(inputs)
+            self._graphs[key] = made
         graph = self._graphs[key]
-        if graph is None:
-            return function(inputs)
         self.replays += 1
-        call = _Call(graph)
+        call = _Call(graph, parameters)
         graph.load(inputs)
         leaves = [x for x in inputs if x is not None and x.requires_grad]
         loss: Tensor = _Replayed.apply(call, *leaves, *parameters)
@@ -142,9 +159,11 @@ class CudaGraphs:
             self._place = _Place()
         try:
             graph = _Graph(function, inputs, parameters, module, self._place)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            self._failures += 1
+            if isinstance(error, torch.OutOfMemoryError):
+                gc.collect()
+                torch.cuda.empty_cache()
             self.say(
                 f"CUDA graphs: a pass could not be captured and runs without: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
@@ -177,8 +196,17 @@ class _Place:
 class _Call:
     """One replay of a graph, of which backward is still to come; it ends with that."""
 
-    def __init__(self, graph: "_Graph") -> None:
-        self.graph = graph
+    def __init__(self, graph: "_Graph", parameters: Sequence[Tensor]) -> None:
+        self.graph, self._parameters = graph, parameters
+        self._versions = [x._version for x in parameters]
+
+    def check(self) -> None:
+        """Raises RuntimeError where a parameter has another value than in forward."""
+        if self._versions != [x._version for x in self._parameters]:
+            raise RuntimeError(
+                "lemo: a parameter was changed in place between forward and backward of a pass; "
+                "step the optimizer after backward"
+            )
 
 
 class _Graph:
@@ -310,7 +338,14 @@ class _Replayed(torch.autograd.Function):
                 "lemo: backward of a pass that was replayed by a CUDA graph is run a second time, "
                 "but its activations are gone; switch cuda_graphs off"
             )
+        call.check()
         return None, *call.graph.backward(dloss)
+
+
+def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:
+    keys[key] = None
+    if len(keys) > _MOST_SEEN:
+        keys.popitem(last=False)
 
 
 def _form(x: Tensor | None) -> Hashable:

@@ -114,6 +114,11 @@ class Decoder:
         self._context = context
         self._latest = ""
 
+    @property
+    def is_overruled(self) -> bool:
+        """Whether everything is kept, whatever the settings say."""
+        return self._selector.is_overruled
+
     def describe(self) -> str:
         """What the latest pass ran on, and what its layers stored, in words."""
         return self._latest

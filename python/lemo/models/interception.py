@@ -32,6 +32,8 @@ _REMEDY = (
 )
 # Libraries that put a rotation in place of Transformers' that computes the same.
 _SAME_ROTATION = ("transformers", "liger_kernel")
+# Packages whose embeddings map each token by itself.
+_ROW_BY_ROW = ("torch.nn.", "peft.tuners.", "peft.utils.", "bitsandbytes.", "transformers.")
 
 
 def check_parts(decoder: nn.Module, attention_name: str) -> None:
@@ -166,10 +168,14 @@ def _module_of(file: str) -> str | None:
 
 
 def works_row_by_row(module: nn.Module) -> bool:
-    """Whether nobody's hook on a part of the embedding may look at more than one token.
+    """Whether nothing in a part of the embedding may look at more than one token.
 
-    That by which checkpointing makes embedded tokens require a gradient does not.
+    Known is what torch, PEFT, bitsandbytes and Transformers wrote, without anybody's hook. The hook
+    by which checkpointing makes embedded tokens require a gradient is harmless.
     """
+    cls = own_class(module)
+    if not cls.__module__.startswith(_ROW_BY_ROW) or not has_own_forward(cls):
+        return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     harmless = "make_inputs_require_grad", "make_inputs_require_grads"
     known = all(getattr(hook, "__name__", "") in harmless for hook in hooks)

@@ -201,10 +201,10 @@ def head_loss(
     Args:
         head: [N, H] -> [N, V].
         hidden: [N, H], N > 0.
-        targets: [N], every one a label.
+        targets: [N], every one a label; where the head is a plain linear layer some may be ignored.
         vocabulary: V.
         chunk_rows: rows whose logits exist at a time; None: as `linear_cross_entropy` has it.
-        divisor: None: N.
+        divisor: None: the number of labels.
         ignore_index: which is no label.
     """
     active = active_module(head)

@@ -22,7 +22,7 @@ from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Actions", "Modes", "free_bytes"]
+__all__ = ["Actions", "Modes", "free_bytes", "rounded_up"]
 
 # Passes of up to an eighth more rows share a plan.
 _PARTS = 8
@@ -143,9 +143,9 @@ class Modes:
             rows = [LayerRows(kept.num_rows, kept.num_rows)] * shape.layers
         else:
             rows = rows_of(self._config, shape.layers, lengths)
-        rows = [LayerRows(*map(_rounded_up, layer)) for layer in rows]
+        rows = [LayerRows(*map(rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
-        key = len(lengths), _rounded_up(sum(lengths)), tuple(rows), one_set, autocast, modes
+        key = len(lengths), rounded_up(sum(lengths)), tuple(rows), one_set, autocast, modes
         if key not in self._plans:
             free = free_bytes(residual.device)
             adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
@@ -192,7 +192,7 @@ def _actions(
     return Actions(plan.modes, plan.shares, plan.head_groups)
 
 
-def _rounded_up(rows: int) -> int:
+def rounded_up(rows: int) -> int:
     """Rows, at most an eighth more: a multiple of a power of two."""
     unit = 1 << max(0, rows.bit_length() - _PARTS.bit_length())
     return -(-rows // unit) * unit

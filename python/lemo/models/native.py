@@ -74,6 +74,8 @@ class NativePath(Path[TrainingForward]):
             self._products.install()
 
     def uninstall(self) -> None:
+        if self.forward.graphs is not None:
+            self.forward.graphs.clear()
         if self._products is not None:
             self._products.remove()
 

@@ -17,16 +17,15 @@ from lemo.models.architectures import Architecture, active_module
 from lemo.models.decoder import Decoder, Pass
 from lemo.models.fp8 import fp8_of
 from lemo.models.general import by_reason, general_modules
+from lemo.models.interception import is_intercepted
 from lemo.models.loss import head_loss
+from lemo.models.modes import rounded_up
 from lemo.models.out_of_memory import explained
 from lemo.models.weights import is_plain
 from lemo.packing.blocks import Selection
 
 __all__ = ["Labels", "OneSet", "labels_of_rows", "uses_plain_head"]
 
-# A pass with fewer labels than rows computes logits of up to an eighth more rows than it has
-# labels, so that equal shapes come again.
-_PARTS = 8
 
 # Multiplications of a layer's forward products beyond which its kernels take longer than the host
 # takes to issue them, some milliseconds.
@@ -59,7 +58,7 @@ def labels_of_rows(targets: Tensor, ignored: int, most: int) -> tuple[Tensor | N
         ignored: the label that does not count.
         most: labels that there are at most.
     """
-    count = min(_rounded_up(max(most, 1)), targets.numel())
+    count = min(rounded_up(max(most, 1)), targets.numel())
     if count == targets.numel():
         return None, targets
     has = targets != ignored
@@ -187,6 +186,7 @@ class OneSet:
         parameters = list(found.values())
         key = (
             id(self.decoder),
+            self.decoder.is_overruled,
             (*self.now.modes, self.now.head_groups),
             self.ignored,
             torch.is_autocast_enabled(device),
@@ -217,6 +217,11 @@ class OneSet:
             return "its kernels take longer than the host takes to issue them"
         if any(map(fp8_of, self.architecture.causal_lm.modules())):
             return "products in 8 bits"
+        known = set(map(id, parameters))
+        for index in range(self.architecture.num_layers):
+            for name, parameter in self.architecture.layer(index).named_parameters():
+                if parameter.requires_grad and id(parameter) not in known:
+                    return f"a trained weight that is read elsewhere: layers.{index}.{name}"
         general = general_modules(self.architecture)
         if general:
             return f"modules that run as they are: {by_reason(general)[0]}"
@@ -253,41 +258,39 @@ def _linears(architecture: Architecture, index: int) -> Sequence[torch.nn.Module
 
 
 def _norms(architecture: Architecture) -> list[torch.nn.Module]:
-    layers = range(architecture.num_layers)
-    norms = [architecture.attention_norm(index) for index in layers]
-    norms += [architecture.mlp_norm(index) for index in layers]
-    last = architecture.last_norm
-    return [*norms, *([] if last is None else [last])]
+    norms: list[torch.nn.Module | None] = [architecture.last_norm]
+    for index in range(architecture.num_layers):
+        attention: Any = architecture.layer(index).self_attn
+        norms += [architecture.attention_norm(index), architecture.mlp_norm(index)]
+        # Of the heads of queries and keys, where there are some.
+        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return [norm for norm in norms if norm is not None]
 
 
 def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
     """What the modules say of themselves and may say differently in another pass; all parameters
     that the layers, the last norm and the head read, in a fixed order."""
-    said: list[Hashable] = []
+    said: list[Hashable] = [getattr(architecture.config, "sliding_window", None)]
     read: list[Tensor | None] = []
     for index in range(architecture.num_layers):
         layer: Any = architecture.layer(index)
-        said += (layer.training, layer.gradient_checkpointing)
+        said += (layer.training, layer.gradient_checkpointing, getattr(layer, "dropout", None))
+        said.append(id(getattr(getattr(layer, "mlp", layer), "act_fn", None)))
         for module in _linears(architecture, index):
             linear = adapted(module)
             if isinstance(linear, str):
                 said.append(linear)
                 continue
-            said += (id(linear.base), linear.casts)
+            said += (id(linear.base), linear.casts, is_intercepted(linear.base))
             read += linear.base._parameters.values()
             for pair in linear.pairs:
                 said += (pair.scaling, pair.dropout)
                 read += pair[:4]
     for module in (*_norms(architecture), architecture.lm_head):
         active = active_module(module)
-        said.append(id(active))
+        eps = getattr(active, "variance_epsilon", getattr(active, "eps", None))
+        said += (id(active), is_intercepted(active), eps)
         read += active._parameters.values()
     tensors = [x for x in read if x is not None]
     said += [None if x is None else (x.data_ptr(), x.requires_grad) for x in read]
     return tuple(said), tensors
-
-
-def _rounded_up(rows: int) -> int:
-    """Rows, at most an eighth more: a multiple of a power of two."""
-    unit = 1 << max(0, rows.bit_length() - _PARTS.bit_length())
-    return -(-rows // unit) * unit
