@@ -69,6 +69,20 @@ def test_a_plan_of_products_in_8_bits(folder, capsys):
     assert 6.4 < peak(out) - peak(plain) < 7.2
 
 
+@pytest.mark.parametrize(
+    ("tokens", "memory", "message"),
+    [
+        ("0", "1GiB", "--tokens: expected one length >= 2, such as 65536 or 64K, got '0'"),
+        ("4K,8K", "1GiB", "--tokens: expected one length >= 2"),
+        ("4K", "0GiB", "--gpu-memory: expected a size above 0, got '0GiB'"),
+    ],
+)
+def test_what_cannot_be_planned_is_named_as_it_was_given(tokens, memory, message, folder, capsys):
+    code, _, error = run(capsys, folder, "--tokens", tokens, "--gpu-memory", memory)
+    assert code == 1
+    assert message in error
+
+
 def test_less_memory_recomputes_more(folder, capsys):
     arguments = folder, "--tokens", "64K", "--keep", "0.25", "--gpu-memory"
     _, out, _ = run(capsys, *arguments, "140GiB")

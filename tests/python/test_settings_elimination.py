@@ -103,6 +103,16 @@ def test_round_trips(values, tmp_path):
     assert pickle.loads(pickle.dumps(config)) == config
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_yaml_reads_on_and_off_as_booleans(value, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"cuda_graphs: {value}\n")
+    config = LemoConfig.from_yaml(path)
+    assert config.cuda_graphs == value
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert LemoConfig.from_yaml(path) == config
+
+
 def test_every_field_is_in_the_round_trip():
     assert set(FULL) == set(LemoConfig.model_fields)
     assert set(FULL["layerwise"]) == set(LayerwiseConfig.model_fields)

@@ -65,11 +65,19 @@ def plan(
     for a second or two, once for each machine and shape; without a GPU here, the plan of one is
     made by nominal rates, and no time is told.
     """
+    lengths = options.parse_integers(tokens, "--tokens")
+    if len(lengths) != 1 or lengths[0] < 2:
+        raise ValueError(
+            f"--tokens: expected one length >= 2, such as 65536 or 64K, got '{tokens}'"
+        )
+    limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    if limit == 0:
+        raise ValueError(f"--gpu-memory: expected a size above 0, got '{gpu_memory}'")
     settings: dict[str, Any] = {
         "model": model,
         "documents": "-",
         "output": "-",
-        "context_length": options.parse_integers(tokens, "--tokens")[0],
+        "context_length": lengths[0],
         "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation,
         "lora_rank": lora_rank,
@@ -86,7 +94,6 @@ def plan(
         size = parse_bytes(host_memory, "--host-memory")
         settings["elimination"]["host_memory"] = size / _UNITS["gib"]
     options.apply_assignments(settings, assignments or ())
-    limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
 
     from lemo.settings.finetune import FinetuneConfig
     from lemo.training.dry_run import planned

@@ -68,7 +68,9 @@ def _table_of_relevance(description: dict[str, Any]) -> Any:
 
     keep = description["settings"]["keep"]
     table = Table(
-        "examples", title=f"share of what answers need that keep {keep:g} holds, held out"
+        "examples",
+        title=f"share of what answers need that keep {keep:g} holds, held out",
+        caption="most: by the heads' own attention, which is what is learned",
     )
     for column in ("predictor", "words", "most"):
         table.add_column(column, justify="right")
@@ -86,6 +88,12 @@ def _summary(description: dict[str, Any], output: str) -> str:
         f"size: {description['parameters']:,} parameters, {description['bytes'] / 2**20:.2f} MiB, "
         f"{description['share_of_model']:.2%} of the model's bytes",
     ]
+    mean = recall.get("mean")
+    if mean is not None and mean["predicted"] <= mean["words"]:
+        lines.append(
+            "warning: this predictor finds no more than words alone (scorer lexical) do; train it "
+            "longer, or on more examples"
+        )
     if search["losses"]:
         lines.append(
             f"threshold search: loss {search['losses'][0]:.4f} -> {search['losses'][-1]:.4f} "

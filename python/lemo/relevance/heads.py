@@ -58,6 +58,8 @@ class RetrievalHeads:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"{place}: expected a file, found none") from None
+        except IsADirectoryError:
+            raise ValueError(f"{place}: expected a file, got a folder") from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{place}: expected JSON written by lemo, got: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:

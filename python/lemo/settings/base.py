@@ -24,6 +24,7 @@ __all__ = [
     "Number",
     "Settings",
     "Share",
+    "Switch",
     "Text",
     "expected",
     "fields_of",
@@ -48,7 +49,13 @@ def _text(value: Any) -> Any:
     return value
 
 
+def _switch(value: Any) -> Any:
+    # YAML 1.1 reads on and off as booleans.
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
 Integer = Annotated[int, Strict()]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Flag = Annotated[bool, Strict()]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lemo.settings.base import Flag, Integer, Number, Settings, Share, Text
+from lemo.settings.base import Flag, Integer, Number, Settings, Share, Switch, Text
 
 __all__ = ["LayerwiseConfig", "LemoConfig"]
 
@@ -208,7 +208,7 @@ class LemoConfig(Settings):
         description="GiB of the host that saved activations may take, as one pool of pinned "
         "memory. 0: they stay on the device.",
     )
-    cuda_graphs: Literal["auto", "on", "off"] = Field(
+    cuda_graphs: Switch = Field(
         "off",
         description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
         "backward, when its shapes come again, so that the host does not issue kernels one by one. "
