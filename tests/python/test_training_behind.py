@@ -2,11 +2,18 @@
 
 import math
 import threading
+import time
+import weakref
+from concurrent.futures import wait
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lemo.settings.finetune import FinetuneConfig
+from lemo.training import behind, finetune
 from lemo.training.behind import Copy, Writer
+from lemo.training.run_log import _SCALARS, LOG_NAME, read_log
 from lemo.training.step_records import StepRecords
 
 pytestmark = pytest.mark.cpu_only
@@ -67,3 +74,216 @@ def test_a_record_is_complete_when_the_next_step_has_begun():
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
         records.finish()
     assert written == [1], "no checkpoint of it"
+
+
+def test_a_copy_takes_one_piece_of_the_device_at_a_time(monkeypatch):
+    taken = []
+    cat = torch.cat
+    monkeypatch.setattr(behind, "_PIECE", 64)
+    monkeypatch.setattr(torch, "cat", lambda parts: taken.append(cat(parts)) or taken[-1])
+    numbers = torch.arange(400.0)
+    value = [
+        *numbers[:30].split(3),  # small ones
+        numbers[30:130].view(4, 25),  # larger than a piece
+        numbers[130:330].view(4, 5, 10).transpose(0, 2),  # not contiguous
+        numbers[330:400].view(1, 7, 10).transpose(1, 2),
+        numbers[0],
+        numbers[:0],
+    ]
+    held = Copy(value).value()
+    assert all(torch.equal(x, y) for x, y in zip(held, value, strict=True))
+    assert taken
+    assert max(x.nbytes for x in taken) <= 64
+
+
+def test_a_copy_keeps_nothing_on_the_device():
+    value = {"a": torch.ones(3), "b": [torch.ones(2)]}
+    left = [weakref.ref(value["a"]), weakref.ref(value["b"][0])]
+    copy = Copy(value)
+    del value
+    assert [x() for x in left] == [None, None]
+    assert torch.equal(copy.value()["a"], torch.ones(3))
+
+
+def full():
+    raise OSError("no space left on device")
+
+
+def test_the_writer_is_asked_for_errors_without_waiting():
+    writer, go = Writer(), threading.Event()
+    writer.check()
+    writer.submit(lambda: go.wait(10) and full())
+    writer.check()
+    go.set()
+    wait([writer._last], 10)
+    with pytest.raises(OSError, match="no space"):
+        writer.check()
+    writer.check()
+    writer.close()
+
+
+def test_a_writer_that_is_closed_logs_the_error_that_nobody_gets(caplog):
+    writer = Writer()
+    writer.submit(full)
+    writer.close()
+    assert "no space left on device" in caplog.text
+    caplog.clear()
+    writer = Writer()
+    writer.submit(full)
+    with pytest.raises(OSError, match="no space"):
+        writer.wait()
+    writer.close()
+    assert not caplog.text, "it was raised"
+
+
+class Run(finetune._Run):
+    """The loop of a run on a GPU whose steps and files are functions of the test."""
+
+    def __init__(self, act, write, steps=4, save_every=2, main=True):
+        self.act, self.write, self.saved = act, write, []
+        self.config = FinetuneConfig(
+            model="m", documents="d", output="o", steps=steps, save_every=save_every
+        )
+        self.accelerator = SimpleNamespace(
+            is_main_process=main,
+            device=torch.device("cuda"),
+            num_processes=1,
+            wait_for_everyone=lambda: None,
+            scaler=None,
+        )
+        self.plan = self.handle = self.windows = self.peft_model = None
+        self.kept = SimpleNamespace(last=None)
+        self.optimizer = SimpleNamespace(state_dict=lambda: {"a": torch.ones(2)})
+
+    def _batches(self, done):
+        return iter(())
+
+    def _step(self, step, batches):
+        loss = self.act(step)
+        record = dict.fromkeys(_SCALARS, 0.0) | {"step": step, "tokens": 1, "kept": []}
+        return record, torch.tensor(1.0 if loss is None else loss)
+
+    def _save(self, folder, step):
+        def write():
+            self.write(step)
+            self.saved.append(step)
+
+        return write
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.setattr(finetune.memory, "reset_peak", lambda device: None)
+    monkeypatch.setattr(finetune, "prefetched", lambda *a: (x for x in ()))
+    monkeypatch.setattr(finetune, "get_int_from_env", lambda *a: 1)
+
+
+def logged(folder) -> list[int]:
+    return [record["step"] for record in read_log(folder / LOG_NAME)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, MemoryError, SystemExit])
+def test_a_finished_step_outlives_an_error_of_the_next_one(tmp_path, on_a_gpu, error):
+    def act(step):
+        if step == 4:
+            raise error
+
+    run = Run(act, lambda step: None)
+    with pytest.raises(error):
+        run.train(tmp_path, 0, None)
+    assert logged(tmp_path) == [1, 2, 3]
+    assert run.saved == [2]
+
+
+def test_a_checkpoint_does_not_wait_for_the_next_step(tmp_path, on_a_gpu):
+    written = threading.Event()
+
+    def act(step):
+        if step == 3:
+            assert written.wait(5), "a kill would lose it"
+            raise EOFError
+
+    run = Run(act, lambda step: written.set())
+    with pytest.raises(EOFError):
+        run.train(tmp_path, 0, None)
+
+
+def test_an_interrupt_while_the_host_waits_loses_nothing(tmp_path, on_a_gpu, monkeypatch):
+    value, times = Copy.value, []
+
+    def interrupted(self):
+        times.append(1)
+        if len(times) == 2:
+            raise KeyboardInterrupt
+        return value(self)
+
+    monkeypatch.setattr(Copy, "value", interrupted)
+    run = Run(lambda step: None, lambda step: None)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(tmp_path, 0, None)
+    assert logged(tmp_path) == [1, 2]
+    assert run.saved == [2]
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, on_a_gpu, caplog):
+    run = Run(lambda step: math.nan if step == 2 else None, lambda step: None)
+    with pytest.raises(FloatingPointError, match="step 2"):
+        run.train(tmp_path, 0, None)
+    assert run.saved == []
+    assert logged(tmp_path) == [1]
+
+    def act(step):
+        if step == 2:
+            raise EOFError
+        return math.nan
+
+    with pytest.raises(EOFError):
+        Run(act, lambda step: None).train(tmp_path, 0, None)
+    assert logged(tmp_path) == []
+    assert "step 1: the loss is nan" in caplog.text, "said, though another error ends the run"
+
+
+def test_a_checkpoint_that_failed_stops_the_run_at_the_next_step(tmp_path, on_a_gpu):
+    began = []
+
+    def act(step):
+        began.append(step)
+        if step > 50:
+            failed.wait(10)
+            time.sleep(0.02)
+
+    failed = threading.Event()
+
+    def write(step):
+        failed.set()
+        full()
+
+    with pytest.raises(OSError, match="no space"):
+        Run(act, write, steps=100, save_every=50).train(tmp_path, 0, None)
+    assert began[-1] < 60
+    assert logged(tmp_path) == began
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_all_processes_gather_and_the_main_one_copies(tmp_path, monkeypatch, main):
+    gathered, copied = [], []
+    monkeypatch.setattr(finetune, "gather_object", lambda x: gathered.append("random") or x)
+    monkeypatch.setattr(finetune, "whole", lambda x: gathered.append("optimizer") or x)
+    monkeypatch.setattr(finetune, "adapter_weights", lambda x: gathered.append("weights") or {})
+    monkeypatch.setattr(finetune, "Copy", copied.append)
+    run = Run(None, None, main=main)
+    write = finetune._Run._save(run, tmp_path, 2)
+    assert sorted(gathered) == ["optimizer", "random", "weights"]
+    assert len(copied) == main
+    assert callable(write) == main
+
+
+def test_a_checkpoint_that_runs_out_of_memory_is_explained(tmp_path, on_a_gpu):
+    def fails(folder, step):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = Run(lambda step: None, None)
+    run._save = fails
+    with pytest.raises(MemoryError, match=r"step 2: CUDA out of memory; .*go on"):
+        run.train(tmp_path, 0, None)
+    assert logged(tmp_path) == [1]

@@ -6,8 +6,9 @@ next work is under way. Files are made of such copies, in a thread of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -15,22 +16,31 @@ from torch import Tensor
 
 __all__ = ["Copy", "Writer"]
 
+# Bytes on the device that one copy to the host may take.
+_PIECE = 64 << 20
+
+_log = logging.getLogger("lemo")
+
 
 class Copy:
     """Tensors as they are when the work that is under way is done.
+
+    The device holds no more for it than one piece at a time, of at most 64 MiB.
 
     Args:
         value: a tensor, or nested dicts and lists of tensors and other values.
     """
 
     def __init__(self, value: Any) -> None:
-        self._value = value
-        self._found = list(_tensors(value))
-        # All of a dtype by one copy: they are hundreds of small ones.
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for x in self._found:
-            groups.setdefault((x.device, x.dtype), []).append(x.detach().reshape(-1))
-        self._flat = {key: _to_host(torch.cat(parts)) for key, parts in groups.items()}
+        for x in _tensors(value):
+            groups.setdefault((x.device, x.dtype), []).append(x.detach())
+        parts = {
+            key: iter(_to_host(found).split([x.numel() for x in found]))
+            for key, found in groups.items()
+        }
+        # Only what is on the host: tensors gathered for this may go.
+        self._held = _replaced(value, lambda x: next(parts[x.device, x.dtype]).view(x.shape))
         self._done: torch.cuda.Event | None = None
         if any(device.type == "cuda" for device, _ in groups):
             self._done = torch.cuda.Event()
@@ -40,21 +50,45 @@ class Copy:
         """The same with tensors of their own on the host; waits until they are there."""
         if self._done is not None:
             self._done.synchronize()
-        sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {key: [] for key in self._flat}
-        for x in self._found:
-            sizes[x.device, x.dtype].append(x.numel())
-        parts = {key: iter(flat.split(sizes[key])) for key, flat in self._flat.items()}
-
-        def own(x: Tensor) -> Tensor:
-            return next(parts[x.device, x.dtype]).clone().view(x.shape)
-
-        return _replaced(self._value, own)
+        return _replaced(self._held, Tensor.clone)
 
 
-def _to_host(x: Tensor) -> Tensor:
-    if x.device.type == "cpu":
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+def _to_host(found: list[Tensor]) -> Tensor:
+    """The elements of tensors of one device and dtype, one after the other."""
+    first, size = found[0], sum(x.numel() for x in found)
+    host = torch.empty(size, dtype=first.dtype, pin_memory=first.device.type == "cuda")
+    at = 0
+    for pieces in _batches(piece for x in found for piece in _pieces(x)):
+        # Small ones by one copy: they are hundreds.
+        piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        host[at : at + piece.numel()].copy_(piece, non_blocking=True)
+        at += piece.numel()
+    return host
+
+
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    """The elements of `x` in order, flat, in pieces of at most `_PIECE` bytes."""
+    if x.nbytes <= _PIECE:
+        yield x.reshape(-1)
+    elif x.is_contiguous():
+        yield from x.view(-1).split(_PIECE // x.element_size())
+    else:
+        # Flat it would be a copy.
+        for part in x.tensor_split(2) if len(x) > 1 else x.unbind():
+            yield from _pieces(part)
+
+
+def _batches(pieces: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The pieces, in order, by lists of at most `_PIECE` bytes."""
+    batch: list[Tensor] = []
+    size = 0
+    for piece in pieces:
+        if batch and size + piece.nbytes > _PIECE:
+            yield batch
+            batch, size = [], 0
+        batch.append(piece)
+        size += piece.nbytes
+    yield batch
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -89,12 +123,23 @@ class Writer:
         self.wait()
         self._last = self._pool.submit(write)
 
+    def check(self) -> None:
+        """Raises the error of what was begun, if it has failed by now; does not wait."""
+        if self._last is not None and self._last.done():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until everything is written, and raises the error that prevented it."""
-        last, self._last = self._last, None
-        if last is not None:
+        if self._last is not None:
+            # An interrupt leaves what is under way to `close`.
+            wait([self._last])
+            last, self._last = self._last, None
             last.result()
 
     def close(self) -> None:
-        """Waits for what is under way, whatever comes of it."""
+        """Waits for what is under way; logs its error, which nobody waits for any more."""
         self._pool.shutdown()
+        last, self._last = self._last, None
+        error = None if last is None else last.exception()
+        if error is not None:
+            _log.error("a file could not be written: %s", error)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -349,14 +349,18 @@ class _Run:
         behind = self.accelerator.device.type == "cuda"
         try:
             for step in range(first + 1, config.steps + 1):
-                record, loss = self._explained_step(step, batches)
+                writer.check()
                 saves = step % config.save_every == 0 or step == config.steps
-                write = self._save(folder, step) if saves else None
+                with self._explained(step):
+                    record, loss = self._step(step, batches)
+                    write = self._save(folder, step) if saves else None
                 # The step before is looked at while this one runs.
                 records.finish()
                 records.begin(record, loss, write and partial(writer.submit, write))
-                if not behind:
+                if saves or not behind:
+                    # A checkpoint waits for no other step: a kill would lose it.
                     records.finish()
+                if not behind:
                     writer.wait()
                     records.restart()
             records.finish()
@@ -364,6 +368,9 @@ class _Run:
             writer.wait()
             if main:
                 self._write_adapter(folder / ADAPTER_NAME, weights)
+        except BaseException:
+            records.leave()
+            raise
         finally:
             batches.close()
             writer.close()
@@ -388,12 +395,11 @@ class _Run:
             for i in range(first, first + per_replica, config.batch_size):
                 yield range(i, i + config.batch_size)
 
-    def _explained_step(
-        self, step: int, batches: Iterator[TrainingBatch]
-    ) -> tuple[dict[str, Any], Tensor]:
-        """A step whose error, where memory runs out, says what to do."""
+    @contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Around a step, whose error, where memory runs out, says what to do."""
         try:
-            return self._step(step, batches)
+            yield
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -479,13 +485,16 @@ class _Run:
             totals = [total // self.replicas.size for total in totals]
         return totals[0], totals[1]
 
-    def _save(self, folder: Path, step: int) -> Callable[[], None]:
-        """Copies what a checkpoint holds; what writes it is for the main process."""
+    def _save(self, folder: Path, step: int) -> Callable[[], None] | None:
+        """What writes a checkpoint, from copies; all processes gather, the main one gets it."""
         states = gather_object([random_state()])
         optimizer = {"optimizer": whole(self.optimizer.state_dict())}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
-        held = Copy({"weights": adapter_weights(self.peft_model), "optimizer": optimizer})
+        weights = adapter_weights(self.peft_model)
+        if not self.accelerator.is_main_process:
+            return None
+        held = Copy({"weights": weights, "optimizer": optimizer})
         kept = self.kept.last
 
         def write() -> None:
@@ -505,7 +514,7 @@ class _Run:
             if kept is not None:
                 write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map(kept)) + "\n")
 
-        return write if self.accelerator.is_main_process else _nothing
+        return write
 
     def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with new_folder(folder) as target:
@@ -516,10 +525,6 @@ class _Run:
                 known = quantised.remember(json.loads(content), self.config.quantize)
                 content = json.dumps(known, indent=2, sort_keys=True) + "\n"
             write_file(target / MODEL_CONFIG, content)
-
-
-def _nothing() -> None:
-    """What other processes than the main one write."""
 
 
 def _accelerator(config: FinetuneConfig) -> Accelerator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -14,6 +15,8 @@ from lemo.training.behind import Copy
 from lemo.training.run_log import RunLog
 
 __all__ = ["StepRecords"]
+
+_log = logging.getLogger("lemo")
 
 
 class StepRecords:
@@ -57,8 +60,10 @@ class StepRecords:
         """
         if self._waiting is None:
             return
-        (record, copy, then), self._waiting = self._waiting, None
+        record, copy, then = self._waiting
         loss, step = copy.value().item(), record["step"]
+        # Not before: an interrupt comes while the host waits, and `leave` asks again.
+        self._waiting = None
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         if not math.isfinite(loss):
@@ -76,3 +81,10 @@ class StepRecords:
                 self._progress(record | {"steps": self._steps, "seconds_left": left})
         if then is not None:
             then()
+
+    def leave(self) -> None:
+        """Like `finish`, where the run ends by an error: one of its own is only logged."""
+        try:
+            self.finish()
+        except Exception as error:
+            _log.error("%s", error)
