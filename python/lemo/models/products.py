@@ -126,7 +126,8 @@ class Fp8Products:
             known = {*mlp.modules()}
             found = [x for x in (getattr(mlp, name, None) for name in _MLP) if x in known]
             kind = f"a {type(mlp).__module__}.{type(mlp).__name__}"
-            for module in found or [mlp]:
+            inside: list[Any] = found or [mlp]
+            for module in inside:
                 yield module, f"{kind} or a hook in place of the model's own MLP"
 
     def _follow_mlps(self) -> None:
