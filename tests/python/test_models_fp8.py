@@ -257,6 +257,53 @@ def test_merged_adapters_and_removal():
     assert torch.equal(trained(copy.deepcopy(model), batch)[1], loss)
 
 
+@pytest.mark.parametrize("passes_while_merged", [False, True])
+def test_a_new_adapter_over_merged_ones_multiplies_with_the_new_weights(passes_while_merged):
+    """As in ReLoRA, with the handle still on."""
+    model, batch = lora(make_model("llama")), padded_batch([61, 45])
+    handle, before = trained(model, batch, keep=1.0)
+    if passes_while_merged:
+        model.merge_adapter()
+        model(**batch)
+    model = lora(model.merge_and_unload())
+    loss = model(**batch).loss.detach()
+    handle.remove()
+    _, expected = trained(model, batch, keep=1.0)
+    assert torch.equal(loss, expected)
+    assert relative_error(loss, before) > 1e-3
+
+
+def test_merged_weights_without_adapters_are_rounded_again():
+    model, batch = lora(make_model("llama")), padded_batch([61, 45])
+    handle, _ = trained(model, batch, keep=1.0)
+    model = model.merge_and_unload()
+    loss = model(**batch).loss
+    layer = vars(projection(model))["_lemo_fp8"]
+    assert torch.equal(layer.weight()[1], ops.fp8_rows(projection(model).weight)[1])
+    handle.remove()
+    lemo.enable(model, config_of(keep=1.0))
+    assert torch.equal(model(**batch).loss, loss)
+
+
+def test_merged_layers_hold_no_copy():
+    """Whoever merges and starts again in the same LoRA layer finds the new weights."""
+    model, batch = lora(make_model("llama")), padded_batch([61])
+    handle, _ = trained(model, batch)
+    module = projection(model)
+    layer = vars(module.base_layer)["_lemo_fp8"]
+    module.merge()
+    name = "model.layers.0.mlp.up_proj.base_layer"
+    assert handle.unquantised_products() == {name: "merged adapters"}
+    model(**batch)
+    assert layer._weight is None
+    assert fp8.bytes_to_come(model) == 0, "not while it is merged"
+    module.merged_adapters.clear()
+    assert fp8.bytes_to_come(model) == 48 * (32 + 4)
+    model(**batch)
+    assert torch.equal(layer.weight()[1], ops.fp8_rows(module.base_layer.weight)[1])
+    assert handle.unquantised_products() == {}
+
+
 def test_evaluation_and_verify_run_in_the_models_dtype():
     model, batch = lora(make_model("llama")), padded_batch([61, 45])
     expected = model.eval()(**batch).loss
@@ -342,6 +389,85 @@ def test_dora_stays_in_dtype_and_is_right():
     _, loss = trained(model, batch)
     _, expected = trained(plain, batch, products="dtype")
     assert torch.equal(loss, expected)
+
+
+def test_dora_is_named_and_holds_no_copies():
+    model = lora(make_model("llama"), use_dora=True)
+    handle = lemo.enable(model, config_of())
+    assert fp8.bytes_to_come(model) == 0
+    model(**padded_batch([61]))
+    reasons = handle.unquantised_products()
+    assert len(reasons) == 21
+    assert {*reasons.values()} == {"DoRA"}
+    handle.remove()
+    assert handle.unquantised_products() == {}
+
+
+MLP = {f"model.layers.0.mlp.{name}.base_layer" for name in ("gate_proj", "up_proj", "down_proj")}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_linears_of_a_changed_mlp_are_named_and_come_back(when):
+    """Whether it was changed before lemo was enabled, or later."""
+    model, batch = lora(make_model("llama")), padded_batch([61])
+    mlp = layers_of(model)[0].mlp
+    if when == "before":
+        hook = mlp.register_forward_hook(lambda *_: None)
+        handle = lemo.enable(model, config_of(keep=1.0))
+        assert fp8.bytes_to_come(model) == 2 * 3 * 32 * 48 + 3 * 2 * 32 * (32 + 16) + 4 * (
+            2 * (2 * 48 + 32) + 3 * (2 * 32 + 2 * 16)
+        )
+    else:
+        handle, _ = trained(model, batch, keep=1.0)
+        hook = mlp.register_forward_hook(lambda *_: None)
+    model(**batch)
+    assert fp8.bytes_to_come(model) == 0
+    reasons = handle.unquantised_products()
+    assert reasons.keys() == MLP
+    assert {*reasons.values()} == {
+        "a transformers.models.llama.modeling_llama.LlamaMLP or a hook in place of the model's own "
+        "MLP"
+    }
+    assert not [name for name, m in mlp.named_modules() if "_lemo_fp8" in vars(m)]
+    hook.remove()
+    assert handle.unquantised_products() == {}
+    loss = model(**batch).loss
+    assert vars(mlp.up_proj.base_layer)["_lemo_fp8"]._weight is not None
+    handle.remove()
+    assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
+    assert torch.equal(trained(model, batch, keep=1.0)[1], loss)
+
+
+def test_an_mlp_of_another_kind_is_named():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.up(x)
+
+    model = lora(make_model("llama"))
+    layers_of(model)[1].mlp = Other()
+    reasons = lemo.enable(model, config_of()).unquantised_products()
+    assert reasons.keys() == {"model.layers.1.mlp"}
+    assert ".Other or a hook in place of" in reasons["model.layers.1.mlp"]
+
+
+def test_lora_layers_that_run_as_they_are_are_named():
+    model, batch = lora(make_model("llama")), padded_batch([61])
+    handle, _ = trained(model, batch)
+    hook = projection(model).register_forward_hook(lambda *_: None)
+    name = "model.layers.0.mlp.up_proj.base_layer"
+    reason = "a hook or a forward of somebody else on the LoRA layer"
+    assert handle.unquantised_products() == {name: reason}
+    hook.remove()
+    assert handle.unquantised_products() == {}
+    layers_of(model)[0].mlp.up_proj = nn.Linear(32, 48, bias=False).requires_grad_(False)
+    assert handle.unquantised_products() == {
+        "model.layers.0.mlp.up_proj": "a torch.nn.modules.linear.Linear that is no linear layer, "
+        "or came after enable"
+    }
 
 
 def test_weights_that_are_not_finite_are_refused():

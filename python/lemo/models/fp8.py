@@ -10,6 +10,7 @@ needs the copy transposed; that is made anew each time, in a small share of the 
 """
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,9 +20,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from lemo import ops
+from lemo.models.adapters import Adapted, adapted
 from lemo.models.weights import is_plain, is_torchao_float8, once
 
-__all__ = ["LIMIT", "Fp8Linear", "bytes_to_come", "check_gpu", "fp8_of", "share", "shared_rows"]
+__all__ = [
+    "LIMIT",
+    "Fp8Linear",
+    "bytes_to_come",
+    "check_gpu",
+    "drop",
+    "fp8_of",
+    "left_out",
+    "obstacle",
+    "share",
+    "shared_rows",
+]
 
 LIMIT = (1 + 2**-4) ** 2 - 1
 """The largest relative error of a product without cancellation: e4m3 rounds each factor by 2^-4 of
@@ -78,6 +91,7 @@ class Fp8Linear:
         self._measured: set[str] = set()
         self._weight: tuple[Tensor, Tensor] | None = None
         self._made_of: tuple[object, ...] = ()
+        self._around: weakref.ref[nn.Module] | None = None
         vars(module)[_ATTRIBUTE] = self
 
     def remove(self) -> None:
@@ -85,9 +99,23 @@ class Fp8Linear:
         vars(self._module).pop(_ATTRIBUTE, None)
         self._weight = None
 
+    def drop(self) -> None:
+        """Frees the weight in 8 bits; the next product makes it anew."""
+        self._weight = None
+
+    def put_inside(self, around: nn.Module) -> None:
+        """Says which module computes with the layer: a LoRA layer, or the layer itself.
+
+        PEFT merges adapters into `weight.data`, which changes neither its address nor its version;
+        the module around is another one then, once they are unloaded.
+        """
+        if self._around is None or self._around() is not around:
+            self.drop()
+            self._around = weakref.ref(around)
+
     def __getstate__(self) -> dict[str, Any]:
         # A copied or pickled model makes its own.
-        return vars(self) | {"_weight": None, "_made_of": ()}
+        return vars(self) | {"_weight": None, "_made_of": (), "_around": None}
 
     def unfit(self) -> str | None:
         """Why the layer as it is now has no products in 8 bits; None: it has."""
@@ -144,7 +172,10 @@ class Fp8Linear:
         return ops.fp8_product(ops.fp8_rows(dy, factors), weight, dy.dtype)
 
     def weight(self) -> tuple[Tensor, Tensor]:
-        """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed."""
+        """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed.
+
+        Writes through `weight.data` are not seen here: asking for them would wait for the GPU.
+        """
         weight: Any = self._module.weight
         if is_torchao_float8(self._module):
             return weight.qdata, weight.scale.float().view(-1, 1)
@@ -191,14 +222,70 @@ class Fp8Linear:
 
 def bytes_to_come(model: nn.Module) -> int:
     """Bytes of weights in 8 bits that the first pass will make."""
-    found = (vars(module).get(_ATTRIBUTE) for module in model.modules())
-    return sum(layer.bytes_to_come() for layer in found if layer is not None)
+    total, around = 0, dict[nn.Module, nn.Module]()
+    for module in model.modules():  # those around a layer come before it
+        base = module._modules.get("base_layer")
+        if base is not None:
+            around[base] = module
+        found: Fp8Linear | None = vars(module).get(_ATTRIBUTE)
+        if found is not None:
+            outer = around.get(module, module)
+            total += found.bytes_to_come() if obstacle(outer, adapted(outer)) is None else 0
+    return total
 
 
-def fp8_of(module: nn.Module) -> Fp8Linear | None:
-    """What computes a layer's products in 8 bits; None: nothing does."""
+def fp8_of(module: nn.Module, around: nn.Module | None = None) -> Fp8Linear | None:
+    """What computes a layer's products in 8 bits; None: nothing does.
+
+    Args:
+        module: the layer, without adapters.
+        around: what computes with it now (`Fp8Linear.put_inside`); None: it is only asked.
+    """
     found: Fp8Linear | None = vars(module).get(_ATTRIBUTE)
-    return None if found is None or found.paused or found.unfit() is not None else found
+    if found is None or found.paused or found.unfit() is not None:
+        return None
+    if around is not None:
+        found.put_inside(around)
+    return found
+
+
+def drop(module: nn.Module) -> None:
+    """Frees a layer's weight in 8 bits, if there is one: it is about to be another one."""
+    found: Fp8Linear | None = vars(module).get(_ATTRIBUTE)
+    if found is not None:
+        found.drop()
+
+
+def obstacle(module: nn.Module, layer: Adapted | str) -> str | None:
+    """Why what is around a linear layer leaves no product to 8 bits; None: nothing is in the way.
+
+    Args:
+        module: the layer, plain or with adapters.
+        layer: what `adapted` says of it.
+    """
+    if isinstance(layer, str):
+        return layer
+    if getattr(module, "merged", False):
+        return "merged adapters"
+    if layer.pairs and layer.pairs[0].magnitude is not None:
+        return "DoRA"
+    return None
+
+
+def left_out(module: nn.Module) -> str | None:
+    """Why products of a linear layer, plain or with adapters, stay in the model's dtype.
+
+    None: none does, as far as is known.
+    """
+    layer = adapted(module)
+    reason = obstacle(module, layer)
+    if reason is not None or isinstance(layer, str):
+        return reason
+    found: Fp8Linear | None = vars(layer.base).get(_ATTRIBUTE)
+    if found is None:
+        cls = type(layer.base)
+        return f"a {cls.__module__}.{cls.__name__} that is no linear layer, or came after enable"
+    return found.unfit() or "; ".join(found.reasons.values()) or None
 
 
 @contextmanager

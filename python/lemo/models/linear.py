@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from lemo.models.adapters import adapted
 from lemo.models.dora import apply_dora
-from lemo.models.fp8 import Fp8Linear, fp8_of
+from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
 from lemo.models.low_rank import LowRank
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops._autograd import first_order_only
@@ -52,7 +52,9 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
     matrix = matrix_of(base, dtype, autocast)
     # The weight of merged adapters is another one.
     merged = getattr(module, "merged", False)
-    fp8 = None if matrix is None or merged else fp8_of(base)
+    if merged:
+        drop(base)
+    fp8 = None if matrix is None or merged else fp8_of(base, module)
     own = matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)
     if not pairs and own and fp8 is None:
         return base(x)
@@ -75,9 +77,7 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
 def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `apply_linear` multiplies rows of `dtype` in 8 bits, as far as is known before."""
     layer = adapted(module)
-    if isinstance(layer, str) or getattr(module, "merged", False):
-        return False
-    if layer.pairs and layer.pairs[0].magnitude is not None:
+    if isinstance(layer, str) or obstacle(module, layer) is not None:
         return False
     fp8 = fp8_of(layer.base)
     return fp8 is not None and fp8.reads_rows() and matrix_of(layer.base, dtype) is not None

@@ -1,6 +1,6 @@
 """In what a model's products of frozen weights are computed, where that is not its own dtype."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,15 +8,22 @@ from torch import nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
-from lemo.models.fp8 import Fp8Linear, check_gpu
+from lemo.models.fp8 import Fp8Linear, check_gpu, left_out
 from lemo.models.sharded import is_sharded
 from lemo.models.weights import is_torchao_float8
 
 __all__ = ["Fp8Products"]
 
+# The linear layers of an MLP that somebody has changed.
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
 
 class Fp8Products:
     """Products in 8 bits of all layers of a decoder; the head stays as it is.
+
+    A weight's copy in 8 bits is made again where PEFT has merged adapters into the weight or
+    unloaded them, and where it was written to as a tensor. Other writes through `weight.data` are
+    not seen (a look at the values would wait for the GPU): enable again after them.
 
     Args:
         architecture: access to the model.
@@ -24,7 +31,9 @@ class Fp8Products:
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
-        self._layers: list[Fp8Linear] = []
+        self._attention: list[Fp8Linear] | None = None
+        # By layer; none where the MLP runs as the module that it is.
+        self._mlps: dict[int, list[Fp8Linear]] = {}
 
     def install(self) -> None:
         """Makes the layers compute so, until `remove`.
@@ -36,22 +45,26 @@ class Fp8Products:
         causal_lm = self._architecture.causal_lm
         self.check()
         check_gpu(next(causal_lm.parameters()).device)
-        names = {module: name for name, module in causal_lm.named_modules()}
-        found = [(module, names[module]) for module in self._modules()]
-        for module, name in found:
-            _check_base(module, name)
-        self._layers = [
-            Fp8Linear(module, name) for module, name in found if hasattr(module, "in_features")
+        names = self._names()
+        for module, _ in self._projections():
+            base = _base_of(module)
+            _check_base(base, names[base])
+        architecture = self._architecture
+        layers = range(architecture.num_layers)
+        attention = [
+            module for index in layers for module in architecture.attention_projections(index)
         ]
+        self._attention = _put_on(attention, names)
+        self._follow_mlps()
 
     def remove(self) -> None:
         """Undoes `install`."""
-        for layer in self._layers:
+        for layer in self._layers():
             layer.remove()
-        self._layers = []
+        self._attention, self._mlps = None, {}
 
     def check(self) -> None:
-        """Refuses weights that are sharded, by now.
+        """Follows what the model has become; refuses weights that are sharded, by now.
 
         Raises:
             ValueError: they are.
@@ -63,36 +76,84 @@ class Fp8Products:
                     "products: expected 'dtype' where weights are sharded (fully_shard), whose "
                     "copy in 8 bits would not be, got 'fp8'"
                 )
+        self._follow_mlps()
 
     def left(self) -> dict[str, str]:
         """See `lemo.Handle.unquantised_products`."""
-        reasons = {layer.name: _reason(layer) for layer in self._layers}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
+        if self._attention is None:
+            return {}
+        self._follow_mlps()
+        names, reasons = self._names(), {}
+        for module, reason in self._projections():
+            reason = reason or left_out(module)
+            if reason is not None:
+                reasons[names[_base_of(module)]] = reason
+        return reasons
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Products are the model's own inside."""
-        for layer in self._layers:
+        layers = self._layers()
+        for layer in layers:
             layer.paused = True
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in layers:
                 layer.paused = False
 
-    def _modules(self) -> Iterator[nn.Module]:
-        """The linear layers, without adapters."""
+    def _layers(self) -> list[Fp8Linear]:
+        return [*(self._attention or ()), *(x for layers in self._mlps.values() for x in layers)]
+
+    def _names(self) -> dict[nn.Module, str]:
+        return {module: name for name, module in self._architecture.causal_lm.named_modules()}
+
+    def _projections(self) -> Iterator[tuple[nn.Module, str | None]]:
+        """The linear layers with their adapters, and what is around them that runs them itself.
+
+        An MLP of another kind, in which they are not found, stands for them.
+        """
         architecture = self._architecture
         for index in range(architecture.num_layers):
-            projections = architecture.attention_projections(index)
-            projections += architecture.mlp_projections(index) or ()
-            for module in projections:
-                layer = adapted(module)
-                yield getattr(module, "base_layer", module) if isinstance(layer, str) else layer[0]
+            for module in architecture.attention_projections(index):
+                yield module, None
+            projections = architecture.mlp_projections(index)
+            if projections is not None:
+                for module in projections:
+                    yield module, None
+                continue
+            mlp: Any = architecture.layer(index).mlp
+            known = {*mlp.modules()}
+            found = [x for x in (getattr(mlp, name, None) for name in _MLP) if x in known]
+            kind = f"a {type(mlp).__module__}.{type(mlp).__name__}"
+            inside: list[Any] = found or [mlp]
+            for module in inside:
+                yield module, f"{kind} or a hook in place of the model's own MLP"
+
+    def _follow_mlps(self) -> None:
+        """Takes 8 bits from MLPs that run as the module that they are, and gives them to others."""
+        if self._attention is None:
+            return
+        names: dict[nn.Module, str] = {}
+        for index in range(self._architecture.num_layers):
+            projections = self._architecture.mlp_projections(index)
+            if projections is None:
+                for layer in self._mlps.pop(index, ()):
+                    layer.remove()
+            elif index not in self._mlps:
+                names = names or self._names()
+                self._mlps[index] = _put_on(projections, names)
 
 
-def _reason(layer: Fp8Linear) -> str | None:
-    return layer.unfit() or "; ".join(layer.reasons.values()) or None
+def _put_on(projections: Iterable[nn.Module], names: dict[nn.Module, str]) -> list[Fp8Linear]:
+    bases = map(_base_of, projections)
+    return [Fp8Linear(base, names[base]) for base in bases if hasattr(base, "in_features")]
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    """The layer without adapters."""
+    layer = adapted(module)
+    return getattr(module, "base_layer", module) if isinstance(layer, str) else layer.base
 
 
 def _check_base(module: Any, name: str) -> None:
