@@ -97,7 +97,8 @@ def number(pattern: str, text: str) -> int:
 
 def demangled(name: str) -> str:
     done = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True)
-    return re.sub(r"\(.*", "", done.stdout.strip().removeprefix("void "))
+    name = done.stdout.strip().removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.sub(r"\(.*", "", name)
 
 
 def resident_warps(registers: int, threads: int | None, most: int) -> int:
