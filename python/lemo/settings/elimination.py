@@ -237,7 +237,8 @@ class LemoConfig(Settings):
         "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
         "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
         "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
-        "name them. The head, attention, norms and adapters are not changed.",
+        "name them. The head, attention, norms and adapters are not changed. After weights were "
+        "written through weight.data, enable again.",
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
