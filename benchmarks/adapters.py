@@ -22,17 +22,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lemo
 from common import records
 from common.timing import Times, milliseconds, summary
+from small_models import SHAPES
 
-SMOLLM2 = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-}
+SMOLLM2 = SHAPES["135M"]
 RANK = 16
 KINDS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -60,6 +52,7 @@ def make_model(options: argparse.Namespace, kind: str) -> torch.nn.Module:
     config = LlamaConfig(
         **SMOLLM2 | {"num_hidden_layers": options.layers},
         max_position_embeddings=options.tokens,
+        tie_word_embeddings=True,
         use_cache=False,
     )
     torch.manual_seed(0)
