@@ -297,7 +297,7 @@ def test_a_pool(monkeypatch):
     assert first.runs == ((0, 8192),)
     assert [len(piece) for piece in first.pieces] == [5000]
     assert pool.take(8193) is None
-    pool.give_back(first)
+    pool.free(first)
     third = pool.take(3 * 4096 + 7)
     assert third.runs == ((0, 8192), (12288, 20480))
     # Not beyond what is pinned at once.
@@ -306,8 +306,8 @@ def test_a_pool(monkeypatch):
     for piece, value in zip((*third.pieces, *second.pieces), range(4)):
         piece.fill_(value)
     assert [piece.unique().tolist() for piece in third.pieces] == [[0], [1], [2]]
-    pool.give_back(third)
-    pool.give_back(second)
+    pool.free(third)
+    pool.free(second)
     pool.pin()  # nothing, where no GPU copies
     assert pool.pinned_bytes == 0
     assert pool.take(pool.capacity).runs == ((0, pool.capacity),)

@@ -101,7 +101,7 @@ class HostPool:
                 first = stop
         return Slot(tuple(runs), tuple(pieces))
 
-    def give_back(self, slot: Slot) -> None:
+    def free(self, slot: Slot) -> None:
         """Frees what `take` gave."""
         for first, end in slot.runs:
             self.taken -= end - first

@@ -429,7 +429,7 @@ class _Storage:
             # Nothing else may be put where a copy is still on its way to.
             if self._bytes is not None:
                 self.layer.arrive_in_flight()
-            self._pool.give_back(self._slot)
+            self._pool.free(self._slot)
 
 
 class _Saved:
