@@ -16,28 +16,13 @@ the kernel that ran behind it. The longest sums are printed, and stand in the re
 
 from __future__ import annotations
 
-import json
 import tempfile
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from common import records
+from common import records, traces
 
 WARM_UP = 8
-LEAST_GAP = 5.0  # microseconds
-ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
-WAITING = ("Synchronize", "cudaMemcpy", "cudaHostAlloc", "cudaMalloc", "cudaFree", "QueryEvent")
-
-
-class Span(NamedTuple):
-    """An event of a trace, in microseconds."""
-
-    begin: float
-    end: float
-    name: str
 
 
 def parse_arguments(arguments: list[str] | None = None):
@@ -51,77 +36,6 @@ def parse_arguments(arguments: list[str] | None = None):
     parser.add_argument("--save-every", type=int, default=25, help="steps between checkpoints")
     parser.add_argument("--trace", type=Path, help="keep the trace in this file")
     return parser.parse_args(arguments)
-
-
-def busy(spans: Iterable[Span]) -> list[Span]:
-    """The times in which something ran; each is named by what began it."""
-    found: list[Span] = []
-    for span in sorted(spans):
-        if found and span.begin <= found[-1].end:
-            if span.end > found[-1].end:
-                found[-1] = found[-1]._replace(end=span.end)
-        else:
-            found.append(span)
-    return found
-
-
-def gaps(running: Sequence[Span]) -> list[Span]:
-    """The times between; each is named by what runs behind it."""
-    return [Span(one.end, next_.begin, next_.name) for one, next_ in pairwise(running)]
-
-
-def cause(gap: Span, calls: Sequence[Span], operators: Sequence[Span]) -> str:
-    """What the host did in a gap; calls and operators are sorted."""
-    length = gap.end - gap.begin
-    for spans, least in ((calls, 0.5), (operators, 0.3)):
-        # The innermost of those that cover it comes last.
-        for span in reversed(spans[: bisect_right(spans, gap.end, key=lambda span: span.begin)]):
-            shared = min(span.end, gap.end) - max(span.begin, gap.begin)
-            if shared >= least * length:
-                return span.name
-            if gap.begin - span.begin > 1e5:
-                break
-    return f"Python, before {gap.name.partition('<')[0].split('(')[0][:60]}"
-
-
-def read_trace(path: Path) -> tuple[list[Span], list[Span], list[Span]]:
-    """(what ran on the GPU, waiting calls of the runtime, operators), each sorted."""
-    on_gpu, calls, operators = [], [], []
-    for event in json.loads(path.read_text())["traceEvents"]:
-        kind, name = event.get("cat"), event.get("name", "")
-        if event.get("ph") != "X":
-            continue
-        span = Span(float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0)), name)
-        if kind in ON_GPU:
-            on_gpu.append(span)
-        elif kind in ("cuda_runtime", "cuda_driver") and any(word in name for word in WAITING):
-            calls.append(span)
-        elif kind in ("cpu_op", "user_annotation"):
-            operators.append(span)
-    return sorted(on_gpu), sorted(calls), sorted(operators)
-
-
-def summary(
-    on_gpu: Sequence[Span], calls: Sequence[Span], operators: Sequence[Span]
-) -> dict[str, Any]:
-    """Share of time in which nothing ran, and the sums of the gaps by cause."""
-    running = busy(on_gpu)
-    total = running[-1].end - running[0].begin
-    found = gaps(running)
-    causes: dict[str, list[float]] = {}
-    for gap in found:
-        if gap.end - gap.begin >= LEAST_GAP:
-            sums = causes.setdefault(cause(gap, calls, operators), [0.0, 0])
-            sums[0] += (gap.end - gap.begin) / 1e3
-            sums[1] += 1
-    order = sorted(causes.items(), key=lambda item: -item[1][0])
-    short = sum(g.end - g.begin for g in found if g.end - g.begin < LEAST_GAP)
-    return {
-        "idle": sum(gap.end - gap.begin for gap in found) / total,
-        "short_gaps": short / total,
-        "milliseconds": total / 1e3,
-        "gaps": {name: [round(ms, 2), int(count)] for name, (ms, count) in order[:12]},
-    }
 
 
 def profiled_run(options, folder: Path) -> Path:
@@ -167,7 +81,7 @@ def profiled_run(options, folder: Path) -> Path:
 def main() -> int:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        found = summary(*read_trace(profiled_run(options, Path(folder))))
+        found = traces.summary(*traces.read_trace(profiled_run(options, Path(folder))))
     shape = {
         "model": options.model.name,
         "tokens": options.tokens,

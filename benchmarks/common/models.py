@@ -56,11 +56,16 @@ SHAPES: dict[str, tuple[type[PretrainedConfig], dict[str, int], int, float]] = {
 }
 
 
-def config_of_shape(name: str, tokens: int, layers: int | None = None) -> PretrainedConfig:
-    """A shape of `SHAPES` for `tokens` positions; with its own number of layers where None."""
+def config_of_shape(
+    name: str, tokens: int, layers: int | None = None, shrink: int = 1
+) -> PretrainedConfig:
+    """A shape of `SHAPES` for `tokens` positions, its sizes divided by `shrink`.
+
+    With its own number of layers where that is None.
+    """
     made, sizes, own_layers, theta = SHAPES[name]
     return made(
-        **sizes,
+        **{key: max(size // shrink, 1) for key, size in sizes.items()},
         num_hidden_layers=layers or own_layers,
         max_position_embeddings=tokens,
         rms_norm_eps=1e-5 if made is LlamaConfig else 1e-6,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import timeline
-from timeline import Span
+from common import traces
+from common.traces import Span
 
 pytestmark = pytest.mark.cpu_only
 
@@ -28,7 +28,7 @@ def test_idle_time_and_its_causes(tmp_path):
     ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    found = timeline.summary(*timeline.read_trace(path))
+    found = traces.summary(*traces.read_trace(path))
     assert found["milliseconds"] == 0.5
     assert found["idle"] == pytest.approx((20 + 2 + 100) / 500)
     assert found["short_gaps"] == pytest.approx(2 / 500)
@@ -37,4 +37,4 @@ def test_idle_time_and_its_causes(tmp_path):
 
 def test_spans_that_overlap_are_one():
     spans = [Span(5, 9, "b"), Span(0, 6, "a"), Span(1, 2, "inside"), Span(12, 13, "c")]
-    assert timeline.busy(spans) == [Span(0, 9, "a"), Span(12, 13, "c")]
+    assert traces.busy(spans) == [Span(0, 9, "a"), Span(12, 13, "c")]

@@ -190,6 +190,11 @@ class StepMemory:
         """
         rows = self._step.rows[index]
         layer = self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
+        if self._step.processes > 1:
+            forward, backward = self._gathered(rows.attention)
+            layer = replace(
+                layer, forward=layer.forward + forward, backward=layer.backward + backward
+            )
         if not share or not layer.kept:
             return layer
         moved = round(share * layer.kept)
@@ -204,6 +209,16 @@ class StepMemory:
             moved + _TENSORS * HOST_ALIGNMENT,
             moving,
         )
+
+    def _gathered(self, rows: int) -> tuple[int, int]:
+        """For a moment of attention's two passes: parts of keys and values of all processes."""
+        shape, step = self._shape, self._step
+        parts = max(min(step.key_parts, shape.key_heads), 1)
+        part = step.processes * rows * 2 * shape.keys * step.size // parts
+        mine = part // step.processes
+        # As it came, in the order of the rows, and the next one as it comes; backward has their
+        # gradients, what it sends of them, and what is on its way of the part before.
+        return 3 * part + 2 * mine, 6 * part + 4 * mine
 
     def _stored(self, rows: LayerRows) -> LayerBytes:
         shape, size = self._shape, self._step.size

@@ -59,6 +59,7 @@ class Request:
         passes: forward passes of an optimizer step.
         quantize: how weights are stored.
         window: tokens that attention sees back; 0: all.
+        processes: that share out the kept rows of each batch (context parallelism).
     """
 
     shape: ModelShape
@@ -72,6 +73,7 @@ class Request:
     passes: int = 1
     quantize: str | None = None
     window: int = 0
+    processes: int = 1
 
     def planner(self, tokens: int) -> Planner:
         """Plans the step with sequences of so many tokens.
@@ -95,6 +97,8 @@ class Request:
             shifted=group > 0,
             embeds_all=embeds_all(self.elimination),
         )
+        if self.processes > 1:
+            step = step.shared_out(self.processes)
         fp8 = self.elimination.products == "fp8"
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
         time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 __all__ = [
@@ -141,6 +141,9 @@ class Step:
         head_groups: of attention's backward where it is recomputed, at most; None: open.
         shifted: whether attention has shifted groups of positions.
         embeds_all: whether all tokens are embedded before rows are dropped.
+        processes: that share out the rows (context parallelism); then `rows`, `labels` and
+            `residual_rows` are those of one of them, and `lengths` those of the whole batch.
+        key_parts: in how many parts keys and values are gathered from the others, at most.
     """
 
     lengths: tuple[int, ...]
@@ -155,6 +158,8 @@ class Step:
     head_groups: int | None = 1
     shifted: bool = False
     embeds_all: bool = False
+    processes: int = 1
+    key_parts: int = 4
 
     @property
     def tokens(self) -> int:
@@ -164,6 +169,28 @@ class Step:
     def is_indexed(self, rows: int) -> bool:
         """Whether kept rows are gathered out of the residual by an index."""
         return rows != self.residual_rows
+
+    def shared_out(self, processes: int, key_parts: int = 4) -> Step:
+        """The step of one of the processes that share out the rows.
+
+        Args:
+            processes: how many there are.
+            key_parts: `head_groups` of `lemo.ContextParallel`.
+        """
+
+        def share(rows: int) -> int:
+            return -(-rows // processes)
+
+        return replace(
+            self,
+            rows=tuple(LayerRows(*map(share, each)) for each in self.rows),
+            labels=share(self.labels),
+            residual_rows=share(self.residual_rows),
+            # Attention's backward works on all heads of a part at once.
+            head_groups=1,
+            processes=processes,
+            key_parts=key_parts,
+        )
 
 
 def shape_of(config: Any) -> ModelShape:

@@ -42,6 +42,7 @@ class Rates:
         launch: seconds of the host for an operation.
         link: bytes that are copied to pinned memory of the host, or back.
         fp8: floating point operations of products in 8 bits; 0: not measured.
+        between: bytes that a GPU receives from the others of a group.
     """
 
     products: float
@@ -51,6 +52,7 @@ class Rates:
     launch: float
     link: float = 5e10
     fp8: float = 0.0
+    between: float = 3e11
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,35 @@ class StepTime:
             total += self._attending(rows.attention, 4, self._rates.attention)
         if mode != "none" and (self._step.head_groups or 1) > 1:
             total += self._seconds(rows, self._grouped(mode), _Work())
+        if self._step.processes > 1:
+            total += self._exchanging(rows.attention, mode)
         return total
+
+    def exchanged(self, rows: int, mode: str) -> int:
+        """Bytes that a process receives in a layer from those that share out rows with it.
+
+        Keys and values are gathered in forward, in backward, and where attention is computed again;
+        their gradients are summed.
+
+        Args:
+            rows: of this process.
+            mode: of the layer.
+        """
+        shape, step = self._shape, self._step
+        each = (step.processes - 1) * rows * 2 * shape.keys * step.size
+        return (4 if mode == "layer" else 3) * each
+
+    def _exchanging(self, rows: int, mode: str) -> float:
+        """Seconds for which a layer waits for the others' rows.
+
+        The first part of a gather and the last one of a sum have nothing to hide behind.
+        """
+        parts = max(min(self._step.key_parts, self._shape.key_heads), 1)
+        seconds = self.exchanged(rows, mode) / self._rates.between
+        attending = self._attending(rows, 4, self._rates.attention)
+        attending *= 2 if mode == "layer" else 1
+        attending += self._attending(rows, 10, self._rates.attention_backward)
+        return seconds / parts + max(0.0, seconds * (1 - 1 / parts) - attending)
 
     def _forward(self, rows: LayerRows) -> float:
         work = self._seconds(rows, self._attention_forward(), self._mlp_forward())
@@ -204,16 +234,16 @@ class StepTime:
         )
 
     def _attending(self, rows: int, operations: int, rate: float) -> float:
-        """Seconds of attention among the kept rows of each sequence."""
-        tokens, pairs = self._step.tokens, 0.0
-        for length in self._step.lengths:
-            kept = rows * length / tokens
-            seen = kept
+        """Seconds of attention from a process's rows to the kept rows of each sequence."""
+        step, pairs = self._step, 0.0
+        share = rows * step.processes / step.tokens  # that all processes keep together
+        for length in step.lengths:
+            seen = share * length
             if self._window:
-                seen = min(seen, 2 * self._window * rows / tokens)
+                seen = min(seen, 2 * self._window * share)
             if self._group_size:
-                seen = min(seen, self._group_size * rows / tokens)
-            pairs += kept * seen / 2
+                seen = min(seen, self._group_size * share)
+            pairs += share * length * seen / 2 / step.processes
         return operations * self._shape.queries * pairs / rate
 
     # Work of a row
