@@ -100,7 +100,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpus", type=int, nargs="+", help="numbers of GPUs (1 2 4 8 that exist)")
     parser.add_argument("--seconds", type=float, default=570.0, help="that all may take")
     parser.add_argument("--only", nargs="+", default=[], help="settings whose name has such a text")
-    parser.add_argument("--profile", action="store_true", help="one step more, under the profiler")
+    parser.add_argument(
+        "--profile", nargs="*", metavar="TEXT", help="one step more, under the profiler (of all)"
+    )
     parser.add_argument("--traces", type=Path, help="folder in which traces are kept")
     parser.add_argument("--memory", type=float, help="GiB of a GPU (what it has)")
     parser.add_argument("--shrink", type=int, default=1, help="divides the sizes of a layer")
@@ -108,7 +110,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="of the model (its own)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     options = parser.parse_args(arguments)
-    if options.profile and options.device == "cpu":
+    if options.profile is not None and options.device == "cpu":
         parser.error("--profile: expected --device cuda, whose kernels are looked at, got cpu")
     if not wanted(options.only, COUNTS[-1]):
         names = "; ".join(setting.name for setting in SETTINGS)
@@ -118,10 +120,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def wanted(only: Sequence[str], gpus: int) -> list[Setting]:
     """The settings of a number of GPUs."""
-    chosen = [s for s in SETTINGS if not only or any(text in s.name for text in only)]
+    chosen = [setting for setting in SETTINGS if has_one_of(only, setting)]
     # Another number than the usual ones has the settings of the next smaller one.
     like = max(count for count in COUNTS if count <= gpus)
     return [setting for setting in chosen if like in setting.counts]
+
+
+def has_one_of(texts: Sequence[str], setting: Setting) -> bool:
+    """Whether a setting's name has one of these texts; there may be none."""
+    return not texts or any(text in setting.name for text in texts)
+
+
+def is_profiled(setting: Setting, gpus: int, options: argparse.Namespace) -> bool:
+    if options.profile is None or gpus == 1:
+        return False
+    return has_one_of(options.profile, setting)
 
 
 # --- all groups
@@ -351,7 +364,7 @@ def seconds_of(setting: Setting, gpus: int, options: argparse.Namespace) -> floa
     plan = plan_of(setting, gpus, options)
     if plan is None:
         return 0.1
-    steps = min(STEPS, 1 + int(ENOUGH / plan.seconds)) + options.profile
+    steps = min(STEPS, 1 + int(ENOUGH / plan.seconds)) + is_profiled(setting, gpus, options)
     return MAKING + 1.1 * steps * plan.seconds
 
 
@@ -495,7 +508,7 @@ def measured(
         "beside": options.beside,
         "run": options.run,
     }
-    if options.profile and gpus > 1:
+    if is_profiled(setting, gpus, options):
         row["overlap"] = profiled(lambda: step(tokens, len(times)), setting, gpus, options)
     return row
 
