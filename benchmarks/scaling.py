@@ -401,7 +401,7 @@ def measure_all(options: argparse.Namespace, device: Any) -> None:
     for setting in (each for each in SETTINGS if each.name in options.left):
         plan = plan_of(setting, gpus, options)
         if plan is None:
-            note(setting.name, f"does not fit into {memory_of(options):.0f} GiB, as planned")
+            note(setting.name, f"does not fit into {memory_of(options):g} GiB, as planned")
             continue
         # By one clock.
         late = torch.tensor(
