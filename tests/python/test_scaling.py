@@ -8,6 +8,7 @@ import pytest
 import multi_gpu
 import processes
 import scaling
+import scaling_page
 from common import records, traces
 from common.traces import Span
 
@@ -130,3 +131,21 @@ def test_one_and_two_processes_have_the_same_losses(tmp_path):
     processes.run(1, member, tmp_path, settings | small_memory)
     states = [entry["state"] for entry in records.read(log)]
     assert states == ["not reached", "does not fit into 0.001 GiB, as planned"]
+
+
+def test_the_page_is_what_the_results_and_the_planner_say():
+    rows = records.read(scaling_page.RESULTS)
+    text = scaling_page.PAGE.read_text(encoding="utf-8")
+    assert scaling_page.updated(text, rows) == text, "run benchmarks/scaling_page.py"
+    drawn = scaling_page.FIGURE.read_text(encoding="utf-8")
+    assert scaling_page.figure(rows) == drawn, "run benchmarks/scaling_page.py"
+
+
+def test_the_latest_rows_are_shown():
+    known = {"one_gpu_s": None, "one_gpu_gib": None, "one_gpu_loss": None, "shrink": 1}
+    known |= {"layers": 32, "peak_gib": 20.0}
+    rows = [row(2, 6.0, **known), row(2, 5.0, **known | {"one_gpu_s": 9.0, "one_gpu_gib": None})]
+    rows += [row(8, 1.5, **known), row(4, 9.9, **known | {"shrink": 2})]
+    [line] = scaling_page.measured_table(rows).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[5:] == ["9.000", "5.000", "", "1.500", "? to 20.0", "0.750"]
