@@ -9,7 +9,8 @@ Measured: seconds of an optimizer step, and the most memory that it takes on the
 host. The contenders are those of `contenders.py`, each at the best settings that its authors
 publish. All train the same model, random weights of a known shape in bf16, with LoRA of rank 8 on
 q, k, v and o, on the same tokens with the same loss, the mean over all next tokens, by fused AdamW,
-batch 1. Random weights are right for time and memory and meaningless for quality.
+batch 1. Random weights are right for time and memory and meaningless for quality. A NAME
+may be bound to one length: "liger@131072".
 
 Every measurement is a process of its own. While one measures, the next ones import their packages
 and wait; they compute nothing on the GPU before their turn. A process first runs a step of at most
@@ -68,7 +69,7 @@ QUIET = {
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, OUTPUT)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="TOKENS")
-    parser.add_argument("--only", nargs="+", choices=CONTENDERS, metavar="NAME", help="in order")
+    parser.add_argument("--only", nargs="+", metavar="NAME[@TOKENS]", help="in this order")
     parser.add_argument("--without", nargs="+", choices=CONTENDERS, metavar="NAME", default=[])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="the shape's own number where left out")
@@ -85,7 +86,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.memory is not None and not options.device.startswith("cuda"):
         parser.error("--memory: expected a GPU, whose memory is capped, got --device cpu")
-    options.only = [name for name in options.only or CONTENDERS if name not in options.without]
+    wanted = [each.partition("@")[::2] for each in options.only or CONTENDERS]
+    for name, at in wanted:
+        if name not in CONTENDERS or at not in ("", *map(str, options.lengths)):
+            parser.error(
+                f"--only: expected names among {', '.join(CONTENDERS)}, alone or with one of "
+                f"--lengths behind an @, got {name}{at and '@' + at}"
+            )
+    options.only = [(name, at) for name, at in wanted if name not in options.without]
     return options
 
 
@@ -133,68 +141,98 @@ def versions(packages: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
+class Steps:
+    """Training steps of one contender, on random tokens.
+
+    Args:
+        settings: of a worker: contender, shape, layers, memory, device, and where the weights are
+            stored in 4 bits, "quantize": "nf4".
+        tokens: of the longest window.
+    """
+
+    def __init__(self, settings: dict[str, Any], tokens: int) -> None:
+        import torch
+
+        from common.models import config_of_shape
+
+        self.device = settings["device"]
+        contender = CONTENDERS[settings["contender"]]
+        on_gpu = self.device.startswith("cuda")
+        if settings["memory"] is not None and on_gpu:
+            share = settings["memory"] * GIB / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(share)
+        config = config_of_shape(settings["shape"], tokens, settings["layers"])
+        config.quantize = settings.get("quantize")
+        self._built = contender.build(config, self.device, tokens)
+        self.weights = torch.cuda.memory_allocated() if on_gpu else 0
+        parameters = [each for each in self._built.model.parameters() if each.requires_grad]
+        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, min(tokens, contender.settings.get("window", tokens)))
+        ids = torch.randint(0, config.vocab_size, shape, generator=generator)
+        self._ids = ids.to(self.device)
+        self.losses: list[Any] = []
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the longest window that are trained."""
+        return self._ids.shape[1]
+
+    def seconds(self, tokens: int | None = None) -> float:
+        """The time of a step on so many tokens; None: on all."""
+        from common.timing import milliseconds
+
+        return milliseconds(lambda: self._step(self._ids[:, :tokens]), self.device) / 1e3
+
+    def _step(self, ids: Any) -> None:
+        with self._built.around():
+            loss = self._built.loss(ids)
+            loss.backward()
+        self._optimizer.step()
+        self.forget()
+        self.losses.append(loss.detach())
+
+    def forget(self) -> None:
+        """Drops gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+
 def measured(settings: dict[str, Any]) -> dict[str, Any]:
     """Time and memory of steps of one contender."""
-    import torch
+    from common.timing import summary
 
-    from common.models import config_of_shape
-    from common.timing import milliseconds, summary
-
-    device, tokens, contender = settings["device"], settings["tokens"], settings["contender"]
-    on_gpu = device.startswith("cuda")
-    if settings["memory"] is not None:
-        share = settings["memory"] * GIB / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(share)
-    config = config_of_shape(settings["shape"], tokens, settings["layers"])
-    built = CONTENDERS[contender].build(config, device, tokens)
-    weights = torch.cuda.memory_allocated() if on_gpu else 0
-    parameters = [each for each in built.model.parameters() if each.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    window = CONTENDERS[contender].settings.get("window", tokens)
-    shape = (1, min(tokens, window))
-    ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(device)
-    losses = []
-
-    def step(ids: torch.Tensor) -> None:
-        with built.around():
-            loss = built.loss(ids)
-            loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
-
+    steps = Steps(settings, settings["tokens"])
     short = settings["warm_up_tokens"]
-    if short < ids.shape[1]:
-        step(ids[:, :short])
+    if short < steps.trained_tokens:
+        steps.seconds(short)
     times: list[float] = []
     # Before its end it is not known whether the first step counts.
-    reset_peak(on_gpu)
-    first = milliseconds(lambda: step(ids), device) / 1e3
+    reset_peak(steps.device)
+    first = steps.seconds()
     warmed = first <= settings["long_step"]
     if not warmed:
         times.append(first)
     while warmed and len(times) < settings["steps"]:
         if not times:
-            reset_peak(on_gpu)
-        times.append(milliseconds(lambda: step(ids), device) / 1e3)
+            reset_peak(steps.device)
+        times.append(steps.seconds())
     counted = summary(times, digits=4)
     return {
         "step_s": round(counted.median, 4),
         "range": counted.range,
         "steps": len(times),
         "warmed": warmed,
-        "trained_tokens": ids.shape[1],
-        "loss": round(losses[1 if short < ids.shape[1] else 0].item(), 4),
-        "weights_gib": round(weights / GIB, 2),
-        **held(device),
+        "trained_tokens": steps.trained_tokens,
+        "loss": round(steps.losses[1 if short < steps.trained_tokens else 0].item(), 4),
+        "weights_gib": round(steps.weights / GIB, 2),
+        **held(steps.device),
     }
 
 
-def reset_peak(on_gpu: bool) -> None:
+def reset_peak(device: str) -> None:
     import torch
 
-    if on_gpu:
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
 
@@ -240,7 +278,12 @@ class Comparison:
             return self._run(stack)
 
     def _run(self, stack: contextlib.ExitStack) -> int:
-        jobs = [(name, tokens) for tokens in self._options.lengths for name in self._options.only]
+        jobs = [
+            (name, tokens)
+            for tokens in self._options.lengths
+            for name, at in self._options.only
+            if at in ("", str(tokens))
+        ]
         waiting: dict[tuple[str, int], Worker] = {}
         failures = 0
         for index, job in enumerate(jobs):

@@ -21,7 +21,7 @@ from gpu_finetune import RANK, TARGETS, checkpointed_loss
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["CONTENDERS", "POSE_WINDOW", "Built", "Contender"]
 
@@ -97,11 +97,20 @@ def fast_attention() -> contextlib.AbstractContextManager[Any]:
     return sdpa_kernel([getattr(SDPBackend, name) for name in names], set_priority=True)
 
 
+def random_model(config: PretrainedConfig, device: str) -> PreTrainedModel:
+    """The model with random weights: bf16, or linear layers in 4 bits where the configuration has
+    `quantize`."""
+    from common.models import random_llama, random_llama_in_4_bits
+
+    in_4_bits = getattr(config, "quantize", None) == "nf4"
+    return (random_llama_in_4_bits if in_4_bits else random_llama)(config, device)
+
+
 def adapted(config: PretrainedConfig, device: str, attention: str = "sdpa") -> PeftModel:
     """The model with random weights and LoRA in bf16."""
-    from common.models import random_llama, with_lora
+    from common.models import with_lora
 
-    base = random_llama(config, device)
+    base = random_model(config, device)
     base.config._attn_implementation = attention
     return with_lora(base, RANK, TARGETS).train()
 
@@ -203,9 +212,9 @@ def trl(config: PretrainedConfig, device: str, _tokens: int = 0, offloading: boo
     from trl.models import activation_offloading, selective_activation_checkpointing
     from trl.trainer.utils import add_fused_lm_head
 
-    from common.models import random_llama, with_lora
+    from common.models import with_lora
 
-    base = random_llama(config, device)
+    base = random_model(config, device)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     if not offloading:
         selective_activation_checkpointing.enable_selective_activation_checkpointing(base)
@@ -237,7 +246,11 @@ def unsloth(config: PretrainedConfig, device: str, tokens: int, tiled: bool = Fa
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from unsloth import FastLanguageModel
 
+    in_4_bits = getattr(config, "quantize", None) == "nf4"
+
     def made(*_: object, **options: Any) -> Any:
+        if in_4_bits:
+            return random_model(config, device)
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForCausalLM.from_config(
@@ -263,7 +276,7 @@ def unsloth(config: PretrainedConfig, device: str, tokens: int, tiled: bool = Fa
                 folder,
                 max_seq_length=tokens,
                 dtype=torch.bfloat16,
-                load_in_4bit=False,
+                load_in_4bit=in_4_bits,
                 unsloth_tiled_mlp=tiled,
             )
         model = FastLanguageModel.get_peft_model(
