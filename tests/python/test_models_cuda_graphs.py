@@ -54,9 +54,9 @@ class NoWaiting(TorchDispatchMode):
 class OnCpu:
     """Stands in for a graph."""
 
-    bytes = 0
+    bytes, draws, loaded, last_call = 0, False, None, 0
 
-    def __init__(self, function, inputs, parameters, module, place):
+    def __init__(self, function, inputs, parameters, module, place, check_room):
         self._function, self._parameters, self._module = function, parameters, module
         self._inputs = [None if x is None else x.detach().clone() for x in inputs]
 
