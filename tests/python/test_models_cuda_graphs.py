@@ -54,27 +54,39 @@ class NoWaiting(TorchDispatchMode):
 class OnCpu:
     """Stands in for a graph."""
 
-    bytes = 0
+    bytes, draws, loaded, last_call = 0, False, None, 0
 
-    def __init__(self, function, inputs, parameters, module, place):
+    def __init__(self, function, inputs, parameters, module, place, check_room=None):
         self._function, self._parameters, self._module = function, parameters, module
         self._inputs = [None if x is None else x.detach().clone() for x in inputs]
+        for x, given in zip(self._inputs, inputs):
+            if x is not None:
+                x.requires_grad_(given.requires_grad)
 
+    @torch.no_grad()
     def load(self, inputs):
         for to, x in zip(self._inputs, inputs):
             if to is not None:
                 to.copy_(x)
 
-    def forward(self):
+    def _computed(self):
+        """The loss, and what takes the place of parameters."""
         first, *others = self._inputs
         aliased = cuda_graphs._aliased(self._module, self._parameters)
         with torch.enable_grad(), NoWaiting(), aliased as wanted:
             loss = self._function([first.clone(), *others])
-            self._gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
-        return loss.detach().clone()
+            yield loss, wanted
+
+    def forward(self):
+        self._random = torch.get_rng_state()
+        return next(self._computed())[0].detach().clone()
 
     def backward(self, dloss):
-        return [None if x is None else x * dloss for x in self._gradients]
+        leaves = [x for x in self._inputs if x is not None and x.requires_grad]
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(self._random)
+            for loss, wanted in self._computed():
+                return torch.autograd.grad(loss, [*leaves, *wanted], dloss, allow_unused=True)
 
 
 class Place:
@@ -224,6 +236,187 @@ def test_hooks_that_come_later_are_called(captured):
         hook.remove()
 
 
+def parts_with_python():
+    yield "llama", lambda layer: (layer.mlp, "act_fn")
+    yield "opt", lambda layer: (layer, "activation_fn")
+    yield "qwen3", lambda layer: (layer.self_attn, "q_norm")
+
+
+@pytest.mark.parametrize(("architecture", "part"), parts_with_python())
+def test_hooks_on_parts_that_run_as_they_are_are_called(architecture, part, captured):
+    """In every pass: those that were there before the first one, and those that come later."""
+    for before in (True, False):
+        model, handle = enabled(architecture=architecture)
+        owner, name = part(model.get_base_model().get_decoder().layers[1])
+        called = []
+        if not before:
+            train(model, 3)
+        getattr(owner, name).register_forward_hook(lambda *_, to=called: to.append(1))
+        replays = handle.graphs.replays
+        train(model, 4)
+        assert len(called) == 4
+        assert handle.graphs.replays == replays
+
+
+def test_another_activation_is_not_the_captured_one(captured):
+    model, handle = enabled()
+    train(model, 3)
+    replays = handle.graphs.replays
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    found = train(model, 1)
+    assert handle.graphs.replays == replays
+    other, _ = enabled("off")
+    train(other, 3)
+    for layer in other.get_base_model().model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+    assert_close_fp32(found[0][0], train(other, 1)[0][0], "loss")
+
+
+def test_parameters_in_the_same_memory_are_told_apart(captured):
+    """Two that become one, and another shape in the same place."""
+    model, handle = enabled()
+    layers = model.get_base_model().model.layers
+    first, second = (layer.self_attn.q_proj.lora_A["default"] for layer in layers[:2])
+    second.weight = torch.nn.Parameter(first.weight.detach())
+    train(model, 3)
+    replays = handle.graphs.replays
+    second.weight = first.weight
+    train(model, 1)
+    assert handle.graphs.replays == replays
+    train(model, 2)
+    replays = handle.graphs.replays
+    base = layers[0].self_attn.o_proj.base_layer.weight
+    base.data = base.data.T
+    train(model, 1)
+    assert handle.graphs.replays == replays
+
+
+def watchers():
+    yield "anomaly detection", torch.autograd.detect_anomaly
+    identity = lambda x: x  # noqa: E731
+    yield "saved tensors", lambda: torch.autograd.graph.saved_tensors_hooks(identity, identity)
+    yield "dispatch mode", TorchDispatchMode
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("named", "watch"), watchers())
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_what_looks_at_every_operator_sees_them(named, watch, captured, caplog):
+    model, handle = enabled()
+    train(model, 3)
+    replays = handle.graphs.replays
+    with caplog.at_level(logging.INFO, "lemo"), Watching() if "mode" in named else watch():
+        train(model, 2)
+    assert handle.graphs.replays == replays
+    assert named in caplog.text
+    train(model, 1)
+    assert handle.graphs.replays == replays + 1
+
+
+def test_both_ways_to_set_the_precision_of_products(captured):
+    """torch refuses to read the old one where the new one was set."""
+    model, handle = enabled()
+    before = torch.backends.cuda.matmul.fp32_precision
+    train(model, 3)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+        replays = handle.graphs.replays
+        train(model, 1)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert handle.graphs.replays == replays
+
+
+def test_a_checkpoint_function_of_the_user_is_called_in_every_pass(captured):
+    model, handle = enabled(recompute="auto")
+    called = []
+
+    def checkpointed(function, *arguments):
+        called.append(1)
+        return torch.utils.checkpoint.checkpoint(function, *arguments, use_reentrant=False)
+
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    layers = model.get_base_model().model.layers
+    for layer in layers:
+        layer._gradient_checkpointing_func = checkpointed
+    train(model, 4)
+    assert len(called) == 4 * len(layers)
+    assert handle.graphs.replays == 0
+
+
+def test_memory_that_runs_out_beside_graphs_is_taken_from_them(captured, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    model, handle = enabled()
+    train(model, 3)
+    handle.graphs.bytes = 2**30
+    original, failed = one_set.OneSet.__call__, []
+
+    def short_of_memory(self, tensors):
+        if handle.graphs.bytes:
+            failed.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, tensors)
+
+    monkeypatch.setattr(one_set.OneSet, "__call__", short_of_memory)
+    ids = make_ids(1, TOKENS)
+    with caplog.at_level(logging.INFO, "lemo"):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert failed
+    assert loss.isfinite()
+    assert handle.graphs.captured == 0
+    assert "memory ran out" in caplog.text
+    replays = handle.graphs.replays
+    train(model, 3)
+    assert handle.graphs.replays == replays
+
+
+def test_auto_leaves_as_much_memory_as_a_graph_takes(captured, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "free_bytes", lambda device, held: 100 - held)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for spares, need, held, fits in (
+        (True, 50, 0, True),
+        (True, 51, 0, False),
+        (True, 50, 50, True),  # in the pool that there is
+        (True, 30, 50, True),
+        (True, 51, 50, False),
+        (False, 90, 0, True),
+    ):
+        graphs = CudaGraphs(spares)
+        graphs.bytes = held
+        if spares and not fits:
+            with pytest.raises(cuda_graphs._NoRoomError, match="would stay free"):
+                graphs._check_room(need)
+        elif spares:
+            graphs._check_room(need)
+
+
+def test_graphs_that_nobody_needs_make_place(captured, monkeypatch):
+    monkeypatch.setattr(cuda_graphs, "_IDLE_PASSES", 20)
+    graphs, module = CudaGraphs(), torch.nn.Linear(1, 1, bias=False)
+
+    def run(size):
+        inputs = [torch.ones(size)]
+        graphs.run("key", lambda x: (x[0] * module.weight).sum(), inputs, [module.weight], module)
+
+    for size in range(1, 9):
+        run(size)
+        run(size)
+    assert graphs.captured == 8
+    for _ in range(20):
+        run(8)
+    run(9)
+    replays = graphs.replays
+    run(9)
+    assert (graphs.captured, graphs.replays) == (8, replays + 1)
+
+
 def test_norms_of_heads_are_trained(captured):
     """Qwen3 has norms of queries and keys."""
     found = {}
@@ -279,12 +472,42 @@ def test_a_pass_before_the_backward_of_another_one(captured):
     sum(losses).backward()
     both = {name: x.clone() for name, x in gradients(model).items()}
     assert replays == handle.graphs.replays, "the second one runs without a graph"
-    with pytest.raises(RuntimeError, match="a second time"):
-        losses[0].backward()
     # Each by itself, with the rows that it kept.
     assert all(x.isfinite().all() for x in both.values())
     train(model, 1)
     assert handle.graphs.replays == replays + 1
+
+
+def test_a_second_backward(captured):
+    """Where the inputs are there still, forward is replayed again; elsewhere it is an error."""
+    model, handle = enabled()
+    train(model, 3)
+    ids = make_ids(2, TOKENS)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    once = {name: x.clone() for name, x in gradients(model).items()}
+    model.zero_grad()
+    loss.backward()
+    twice = gradients(model)
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    model.zero_grad()
+    other = model(input_ids=ids, labels=ids).loss
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+    other.backward()
+
+
+def test_a_second_backward_with_dropout(captured):
+    model, handle = enabled(adapters={"lora_dropout": 0.3})
+    train(model, 3)
+    for graph in handle.graphs._graphs.values():
+        graph.draws = True
+    ids = make_ids(2, TOKENS)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
 
 
 def test_captures_that_fail_again_and_again_end(captured, monkeypatch):

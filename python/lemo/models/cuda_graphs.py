@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.models.free_memory import free_bytes
 from lemo.ops._autograd import first_order_only
 
 __all__ = ["CudaGraphs", "Function", "supports_graphs"]
@@ -31,6 +32,8 @@ Function = Callable[[Sequence[Tensor | None]], Tensor]
 
 # Graphs of one model. Each takes seconds to capture and some memory of its own.
 _MOST_GRAPHS = 8
+# Passes after which a graph that none of them replayed makes place for another one.
+_IDLE_PASSES = 1000
 # Keys that are remembered as seen once: a batch of a shape that does not come again is no reason
 # to capture.
 _MOST_SEEN = 256
@@ -53,14 +56,33 @@ class CudaGraphs:
         replays: how many calls were replays.
     """
 
-    def __init__(self) -> None:
-        self.replays = 0
+    def __init__(self, spares: bool = False) -> None:
+        """Has no graphs yet.
+
+        Args:
+            spares: whether only graphs are kept beside which as much memory stays free as a call
+                takes: calls without a graph find place then.
+        """
+        self.replays = self._calls = 0
+        self._spares = spares
         self._said: set[str] = set()
         self.clear()
 
     def clear(self) -> None:
         """Forgets all graphs and gives their memory back."""
-        self.bytes = self.captured = self._failures = 0
+        self._failures = 0
+        self._drop()
+
+    def give_up(self, reason: str) -> None:
+        """Forgets all graphs, gives their memory back, and captures none any more."""
+        self._drop()
+        self._failures = _MOST_FAILURES
+        self.say(f"CUDA graphs: passes run without one from now on: {reason}")
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _drop(self) -> None:
+        self.bytes = self.captured = 0
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
         self._refused: OrderedDict[Hashable, None] = OrderedDict()
         self._graphs: dict[Hashable, _Graph] = {}
@@ -69,10 +91,10 @@ class CudaGraphs:
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs are neither copied nor pickled; a copy captures its own.
-        return {}
+        return {"spares": self._spares}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def run(
         self,
@@ -98,10 +120,15 @@ class CudaGraphs:
             module: has them, and the function finds them there.
             obstacle: asked before the capture, what stands against it; None: nothing.
         """
+        self._calls += 1
         key = key, tuple(map(_form, inputs))
         if self._failures >= _MOST_FAILURES or key in self._refused:
             return function(inputs)
         device = parameters[0].device if parameters else None
+        watched = _watched(device)
+        if watched is not None:
+            self.say(f"CUDA graphs: passes under {watched} run without one")
+            return function(inputs)
         if device is not None and device.type == "cuda":
             current = torch.cuda.current_device()
             if device.index != current:
@@ -110,7 +137,7 @@ class CudaGraphs:
                     f"cuda:{current}; call torch.cuda.set_device"
                 )
                 return function(inputs)
-        if self._pending is not None and self._pending() is not None:
+        if self.is_pending():
             self.say("CUDA graphs: a pass before the backward of another one runs without a graph")
             return function(inputs)
         if self._place is not None and not self._place.is_current():
@@ -120,7 +147,7 @@ class CudaGraphs:
             if key not in self._seen:
                 _remember(self._seen, key)
                 return function(inputs)
-            if self.captured >= _MOST_GRAPHS:
+            if self.captured >= _MOST_GRAPHS and not self._make_place():
                 self.say(
                     f"CUDA graphs: {_MOST_GRAPHS} shapes are captured, others run without a graph"
                 )
@@ -135,18 +162,35 @@ class CudaGraphs:
             self._graphs[key] = made
         graph = self._graphs[key]
         self.replays += 1
-        call = _Call(graph, parameters)
+        graph.last_call = self._calls
+        call = _Call(self, graph, parameters)
         graph.load(inputs)
+        graph.loaded = weakref.ref(call)
         leaves = [x for x in inputs if x is not None and x.requires_grad]
         loss: Tensor = _Replayed.apply(call, *leaves, *parameters)
         self._pending = weakref.ref(call) if loss.requires_grad else None
         return loss
+
+    def is_pending(self) -> bool:
+        """Whether backward of a replay is still to come."""
+        call = None if self._pending is None else self._pending()
+        return call is not None and not call.is_done
 
     def say(self, message: str) -> None:
         """A line of the log, once."""
         if message not in self._said:
             self._said.add(message)
             _log.info("%s", message)
+
+    def _make_place(self) -> bool:
+        """Forgets the graph that was not replayed for longest, if that is long."""
+        key, graph = min(self._graphs.items(), key=lambda item: item[1].last_call)
+        if self._calls - graph.last_call < _IDLE_PASSES:
+            return False
+        # Its memory stays in the pool, where other graphs take it.
+        del self._graphs[key]
+        self.captured -= 1
+        return True
 
     def _capture(
         self,
@@ -157,10 +201,16 @@ class CudaGraphs:
     ) -> "_Graph | None":
         if self._place is None:
             self._place = _Place()
+        check = self._check_room if self._spares else lambda need: None
         try:
-            graph = _Graph(function, inputs, parameters, module, self._place)
+            graph = _Graph(function, inputs, parameters, module, self._place, check)
+        except _NoRoomError as error:
+            self.say(f"CUDA graphs: passes run without one: {error}")
+            return None
         except Exception as error:
             self._failures += 1
+            # They would draw random numbers of a generator that is not torch's any more.
+            self._drop()
             if isinstance(error, torch.OutOfMemoryError):
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -174,6 +224,21 @@ class CudaGraphs:
         self.bytes += graph.bytes
         _log.info("CUDA graphs: captured a pass of %s", _described(inputs))
         return graph
+
+
+    def _check_room(self, need: int) -> None:
+        """Raises `_NoRoomError` where a graph of so many bytes leaves less than that free."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        free = free_bytes(device, self.bytes)
+        if free is not None and free - max(0, need - self.bytes) < need:
+            raise _NoRoomError(
+                f"a graph keeps {need / 2**30:.2f} GiB, and less than that would stay free for "
+                "other passes"
+            )
+
+
+class _NoRoomError(Exception):
+    """A graph would leave too little memory."""
 
 
 class _Place:
@@ -194,14 +259,42 @@ class _Place:
 
 
 class _Call:
-    """One replay of a graph, of which backward is still to come; it ends with that."""
+    """One replay of a graph, and its backward.
 
-    def __init__(self, graph: "_Graph", parameters: Sequence[Tensor]) -> None:
+    Attributes:
+        graph: that is replayed.
+        is_done: whether backward has run.
+    """
+
+    def __init__(
+        self, graphs: CudaGraphs, graph: "_Graph", parameters: Sequence[Tensor]
+    ) -> None:
         self.graph, self._parameters = graph, parameters
+        self.is_done = False
+        self._graphs = graphs
         self._versions = [x._version for x in parameters]
 
-    def check(self) -> None:
-        """Raises RuntimeError where a parameter has another value than in forward."""
+    def backward(self, dloss: Tensor) -> list[Tensor | None]:
+        """The gradients; the first backward overwrites activations, a second one makes them anew.
+
+        Raises:
+            RuntimeError: a parameter has another value than in forward, or a second backward comes
+                when the inputs are not there any more, or forward has drawn random numbers.
+        """
+        self._check()
+        if self.is_done:
+            here = self.graph.loaded is not None and self.graph.loaded() is self
+            if not here or self.graph.draws or self._graphs.is_pending():
+                raise RuntimeError(
+                    "lemo: backward of a pass that was replayed by a CUDA graph is run a second "
+                    "time, after another pass or with dropout, but its activations are gone; "
+                    "switch cuda_graphs off"
+                )
+            self.graph.forward()
+        self.is_done = True
+        return self.graph.backward(dloss)
+
+    def _check(self) -> None:
         if self._versions != [x._version for x in self._parameters]:
             raise RuntimeError(
                 "lemo: a parameter was changed in place between forward and backward of a pass; "
@@ -216,7 +309,13 @@ class _Graph:
         loss: scalar, where forward leaves its result.
         used: for each gradient that is wanted, whether there is one.
         bytes: device memory that a replay takes.
+        draws: whether it draws random numbers.
+        loaded: the call whose inputs are where the graph reads them.
+        last_call: the number of the latest one.
     """
+
+    loaded: "weakref.ref[_Call] | None" = None
+    last_call = 0
 
     def __init__(
         self,
@@ -225,6 +324,7 @@ class _Graph:
         parameters: Sequence[Tensor],
         module: nn.Module,
         place: _Place,
+        check_room: Callable[[int], None],
     ) -> None:
         self._inputs = [None if x is None else torch.empty_like(x) for x in inputs]
         self.load(inputs)
@@ -249,9 +349,17 @@ class _Graph:
         ):
             wanted = [*leaves, *aliases]
             # On a stream of its own: what libraries keep for the capturing one goes into the pool.
-            self._warm_up(wanted, torch.cuda.Stream(device), current)
-            torch.cuda.synchronize(device)
+            # Memory of other streams is not taken there, so it takes as much as the graph will.
             torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
+            generator = torch.cuda.default_generators[device.index]
+            state = generator.get_state()
+            self._warm_up(wanted, torch.cuda.Stream(device), current)
+            self.draws = not torch.equal(state, generator.get_state())
+            torch.cuda.synchronize(device)
+            need = torch.cuda.memory_reserved(device) - before
+            torch.cuda.empty_cache()
+            check_room(need)
             before = torch.cuda.memory_reserved(device)
             self.loss, self.used = self._capture(wanted, place)
             self.bytes = torch.cuda.memory_reserved(device) - before
@@ -332,14 +440,20 @@ class _Replayed(torch.autograd.Function):
     @staticmethod
     @first_order_only("CUDA graph")
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        call, ctx.call = ctx.call, None
-        if call is None:
-            raise RuntimeError(
-                "lemo: backward of a pass that was replayed by a CUDA graph is run a second time, "
-                "but its activations are gone; switch cuda_graphs off"
-            )
-        call.check()
-        return None, *call.graph.backward(dloss)
+        return None, *ctx.call.backward(dloss)
+
+
+def _watched(device: torch.device | None) -> str | None:
+    """What looks at each operator or at stored tensors, and would see nothing of a replay."""
+    if torch.is_anomaly_enabled():
+        return "torch.autograd's anomaly detection"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a torch dispatch mode"
+    if device is not None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a capture of somebody else"
+    return None
 
 
 def _remember(keys: OrderedDict[Hashable, None], key: Hashable) -> None:

@@ -13,6 +13,7 @@ from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.fp8 import bytes_to_come
+from lemo.models.free_memory import free_bytes
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
@@ -40,17 +41,6 @@ class Actions(NamedTuple):
     modes: Sequence[str]
     shares: Sequence[float]
     head_groups: int = 1
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a pass may take on a GPU: those that are free, and those that torch's allocator
-    holds without use; None: not a GPU, whose memory is not planned."""
-    if device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    allowed = torch.cuda.get_per_process_memory_fraction(device) * total
-    return min(free + unused, round(allowed) - torch.cuda.memory_allocated(device))
 
 
 class Modes:

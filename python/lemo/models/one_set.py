@@ -15,9 +15,10 @@ from torch import Tensor
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
 from lemo.models.decoder import Decoder, Pass
+from lemo.models.execution import is_plain_checkpoint
 from lemo.models.fp8 import fp8_of
 from lemo.models.general import by_reason, general_modules
-from lemo.models.interception import is_intercepted
+from lemo.models.interception import has_own_forward, is_intercepted
 from lemo.models.loss import head_loss
 from lemo.models.modes import rounded_up
 from lemo.models.out_of_memory import explained
@@ -191,20 +192,23 @@ class OneSet:
             self.ignored,
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.get_float32_matmul_precision(),
+            _switches(),
             _has_hooks(parameters),
+            len(parameters),
             state,
         )
         embedding = self.architecture.causal_lm.get_input_embeddings()
         return key, parameters, [*tensors, *embedding._parameters.values()]
 
-    def obstacle(self, parameters: Sequence[Tensor], small: bool) -> str | None:
+    def is_long(self) -> bool:
+        """Whether kernels take longer than the host takes to issue them."""
+        return self._work() > _MOST_WORK
+
+    def obstacle(self, parameters: Sequence[Tensor]) -> str | None:
         """Why this pass is not captured; None: nothing stands against it.
 
         Args:
             parameters: those that it trains.
-            small: whether only passes are captured whose kernels are short.
         """
         if not parameters:
             return "nothing is trained"
@@ -213,8 +217,6 @@ class OneSet:
             return f"recompute '{others[0]}'"
         if _has_hooks(parameters):
             return "hooks on the gradients of parameters"
-        if small and self._work() > _MOST_WORK:
-            return "its kernels take longer than the host takes to issue them"
         if any(map(fp8_of, self.architecture.causal_lm.modules())):
             return "products in 8 bits"
         known = set(map(id, parameters))
@@ -225,6 +227,10 @@ class OneSet:
         general = general_modules(self.architecture)
         if general:
             return f"modules that run as they are: {by_reason(general)[0]}"
+        for index in range(self.architecture.num_layers):
+            reason = _unknown_part(self.architecture, index)
+            if reason is not None:
+                return f"{reason} in layer {index}"
         recomputes = set(self.now.modes) != {"none"}
         if recomputes and self._draws():
             return "recomputed layers with dropout, which draw the same random numbers twice"
@@ -248,6 +254,19 @@ class OneSet:
         )
 
 
+def _switches() -> Hashable:
+    """torch's global settings by which kernels are chosen."""
+    matmul = torch.backends.cuda.matmul
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        matmul.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
+        torch.backends.cuda.preferred_blas_library(),
+    )
+
+
 def _has_hooks(parameters: Sequence[Tensor]) -> bool:
     return any(parameter._backward_hooks for parameter in parameters)
 
@@ -260,22 +279,57 @@ def _linears(architecture: Architecture, index: int) -> Sequence[torch.nn.Module
 def _norms(architecture: Architecture) -> list[torch.nn.Module]:
     norms: list[torch.nn.Module | None] = [architecture.last_norm]
     for index in range(architecture.num_layers):
-        attention: Any = architecture.layer(index).self_attn
         norms += [architecture.attention_norm(index), architecture.mlp_norm(index)]
-        # Of the heads of queries and keys, where there are some.
-        norms += [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        norms += _head_norms(architecture, index)
     return [norm for norm in norms if norm is not None]
+
+
+def _head_norms(architecture: Architecture, index: int) -> list[torch.nn.Module]:
+    """Norms of the heads of queries and keys, where there are some."""
+    attention: Any = architecture.layer(index).self_attn
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    return [norm for norm in norms if norm is not None]
+
+
+def _activation(layer: Any) -> Any:
+    """What stands between the projections of a layer's MLP."""
+    owner = layer if hasattr(layer, "activation_fn") else getattr(layer, "mlp", None)
+    return getattr(owner, "activation_fn", getattr(owner, "act_fn", None))
+
+
+def _unknown_part(architecture: Architecture, index: int) -> str | None:
+    """A part of a layer that may do more than a graph repeats, which runs Python; None: none."""
+    layer: Any = architecture.layer(index)
+    for module in (_activation(layer), *_head_norms(architecture, index)):
+        cls: Any = type(module)
+        own = cls.__module__.startswith(("torch.nn.", "transformers."))
+        if not own or not has_own_forward(cls) or is_intercepted(module):
+            return f"a {cls.__module__}.{cls.__name__} that may have hooks"
+    if layer.gradient_checkpointing and not is_plain_checkpoint(_checkpoint(layer)):
+        return "a checkpoint function of its own"
+    return None
+
+
+def _checkpoint(layer: Any) -> Any:
+    return getattr(layer, "_gradient_checkpointing_func", None)
 
 
 def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
     """What the modules say of themselves and may say differently in another pass; all parameters
-    that the layers, the last norm and the head read, in a fixed order."""
-    said: list[Hashable] = [getattr(architecture.config, "sliding_window", None)]
+    that the layers, the last norm and the head read, in a fixed order.
+
+    Modules whose type or attributes count are in it themselves, so that no other one takes over
+    their number (`id`) while this is kept.
+    """
+    said: list[Hashable] = [architecture.config.vocab_size]
     read: list[Tensor | None] = []
     for index in range(architecture.num_layers):
         layer: Any = architecture.layer(index)
-        said += (layer.training, layer.gradient_checkpointing, getattr(layer, "dropout", None))
-        said.append(id(getattr(getattr(layer, "mlp", layer), "act_fn", None)))
+        activation = _activation(layer)
+        said += (layer.training, getattr(layer, "dropout", None))
+        said += (architecture.scale(index), architecture.window(index))
+        said += (activation, is_intercepted(activation))
+        said.append(layer.gradient_checkpointing and _checkpoint(layer))
         for module in _linears(architecture, index):
             linear = adapted(module)
             if isinstance(linear, str):
@@ -289,8 +343,24 @@ def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
     for module in (*_norms(architecture), architecture.lm_head):
         active = active_module(module)
         eps = getattr(active, "variance_epsilon", getattr(active, "eps", None))
-        said += (id(active), is_intercepted(active), eps)
+        said += (active, is_intercepted(active), eps)
         read += active._parameters.values()
     tensors = [x for x in read if x is not None]
-    said += [None if x is None else (x.data_ptr(), x.requires_grad) for x in read]
+    said += [None if x is None else _described(x) for x in read]
     return tuple(said), tensors
+
+
+def _described(x: Tensor) -> Hashable:
+    """Where a weight is, and how it is read."""
+    form = x.shape, x.dtype, x.requires_grad
+    if type(x) in (torch.nn.Parameter, Tensor):
+        return x.data_ptr(), x.stride(), *form
+    # Quantised weights: what is read is not the tensor's own memory, or not that alone.
+    if hasattr(x, "__tensor_flatten__"):
+        names, _ = x.__tensor_flatten__()
+        return type(x), *(_described(getattr(x, name)) for name in names), *form
+    state = getattr(x, "quant_state", None)
+    parts = [getattr(state, name, None) for name in ("absmax", "offset")]
+    parts.append(getattr(getattr(state, "state2", None), "absmax", None))
+    addresses = [None if part is None else part.data_ptr() for part in parts]
+    return type(x), x.data_ptr(), *addresses, *form

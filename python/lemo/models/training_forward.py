@@ -61,10 +61,21 @@ class TrainingForward(Training[Elimination]):
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         self._mostly_labelled = False
-        self.graphs = None if config.cuda_graphs == "off" else CudaGraphs()
+        if config.cuda_graphs != "off":
+            self.graphs = CudaGraphs(spares=config.cuda_graphs == "auto")
         self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
+        try:
+            return self._loss(arguments)
+        except torch.OutOfMemoryError:
+            if self.graphs is None or not self.graphs.bytes:
+                raise
+        # Once more with the memory that graphs hold between passes.
+        self.graphs.give_up("beside them memory ran out")
+        return self._loss(arguments)
+
+    def _loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         architecture, ignored = self._architecture, arguments.ignored_label
         asked = arguments.wants_hidden_states(architecture.config)
         context = self.context
@@ -167,11 +178,16 @@ class TrainingForward(Training[Elimination]):
         if graphs is not None and now.offload.is_needed:
             graphs.say("CUDA graphs: passes run without one: activations go to the host")
             graphs = None
+        if graphs is not None and self.elimination.config.cuda_graphs == "auto" and step.is_long():
+            graphs.say(
+                "CUDA graphs: passes whose kernels take longer than the host takes to issue them "
+                "run without one"
+            )
+            graphs = None
         if graphs is None:
             return step(inputs), most, None
         key, parameters, read = step.captured()
-        small = self.elimination.config.cuda_graphs == "auto"
-        obstacle = partial(step.obstacle, parameters, small)
+        obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
 
