@@ -8,6 +8,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaForCausalLM,
@@ -178,9 +179,80 @@ def make_gemma3():
     return model, {**batch, "pixel_values": images, "token_type_ids": kinds}
 
 
-def _with_image(ids):
+_ROPE = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_heads": 2}
+_VISION |= {"image_size": 8, "patch_size": 2, "num_hidden_layers": 1, "depth": 2}
+_PATCHES = {"spatial_merge_size": 2, "temporal_patch_size": 1, "in_channels": 3}
+_QWEN3_VISION = {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+_QWEN3_VISION |= {**_VISION, **_PATCHES, "out_hidden_size": 32}
+_PINPOINTS = {"image_grid_pinpoints": [[8, 8]], "vision_feature_layer": -1}
+_CLIP = {"model_type": "siglip_vision_model", **_VISION}
+IMAGE_MODELS = {
+    "paligemma": {
+        "text_config": {"model_type": "gemma", "head_dim": 8},
+        "vision_config": _CLIP,
+        "projection_dim": 32,
+    },
+    "qwen3_vl": {
+        "text_config": {"head_dim": 8, "rope_parameters": _ROPE},
+        "vision_config": _QWEN3_VISION,
+    },
+    "qwen3_vl_moe": {
+        "text_config": {
+            **{"head_dim": 8, "rope_parameters": _ROPE, "moe_intermediate_size": 16},
+            **{"num_experts": 4, **_EXPERTS},
+        },
+        "vision_config": _QWEN3_VISION,
+    },
+    "llava_onevision": {
+        "text_config": {"model_type": "qwen2"},
+        "vision_config": _CLIP,
+        "vision_feature_select_strategy": "full",
+        **_PINPOINTS,
+    },
+    "idefics3": {
+        "text_config": {"model_type": "llama"},
+        "vision_config": {**_VISION, "model_type": "idefics3_vision"},
+        "scale_factor": 4,
+    },
+}
+
+
+def make_image_model(name):
+    """(a model of text and images, a batch with an image in each prompt)."""
+    settings = dict(IMAGE_MODELS[name])
+    settings["text_config"] = {**_COMMON, **settings["text_config"]}
+    kind = type(AutoConfig.for_model(name))
+    more = {"vision_start_token_id": IMAGE - 1, "video_token_id": IMAGE - 2}
+    config = kind(**settings, image_token_id=IMAGE, image_token_index=IMAGE, **more)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = make_ids(2, 64).clamp(max=IMAGE - 3)
+    ids[:, _IMAGE_TOKENS.start - 1] = IMAGE - 1
+    parts = {"idefics3": 1, "llava_onevision": 16 + 4 * (4 + 1)}.get(name, 16)
+    span = slice(_IMAGE_TOKENS.start, _IMAGE_TOKENS.start + parts)
+    batch = _with_image(ids, span)
+    shape = {"llava_onevision": (2, 2, 3, 8, 8), "idefics3": (2, 1, 3, 8, 8)}.get(
+        name, (2, 3, 8, 8)
+    )
+    if "qwen3" in name:
+        shape, grid = (2 * 64, 3 * 2 * 2), torch.tensor([[1, 8, 8]] * 2)
+        kinds = (batch["input_ids"] == IMAGE).int()
+        batch |= {"image_grid_thw": grid, "mm_token_type_ids": kinds}
+    elif name == "llava_onevision":
+        batch["image_sizes"] = torch.tensor([[8, 8]] * 2)
+    elif name == "paligemma":  # a prompt whose tokens see each other both ways, and an answer
+        answer = (torch.arange(64) >= 40).expand(2, 64)
+        batch["token_type_ids"] = answer.long()
+        batch["labels"] = batch["labels"].where(answer, torch.tensor(-100))
+    batch["pixel_values"] = torch.randn(shape, generator=generator)
+    return perturbed(model), batch
+
+
+def _with_image(ids, span=_IMAGE_TOKENS):
     ids[ids == IMAGE] = 3
-    ids[:, _IMAGE_TOKENS] = IMAGE
+    ids[:, span] = IMAGE
     return {"input_ids": ids, "labels": ids.where(ids != IMAGE, torch.tensor(-100))}
 
 

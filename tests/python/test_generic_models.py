@@ -12,9 +12,6 @@ from generic_cases import (
     assert_same,
     kept_mask,
     make,
-    make_gemma3,
-    make_llava,
-    make_qwen_vl,
     masked_batch,
 )
 from lemo import LemoConfig
@@ -133,62 +130,6 @@ def test_padding_on_the_left_needs_positions_where_these_are_learned(name):
     positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
     batch["position_ids"] = positions
     assert_same(model, dense, train(model, batch), train(dense, batch))
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-@pytest.mark.parametrize("build", [make_llava, make_qwen_vl])
-def test_prompts_with_images(build, keep, padded):
-    model, batch = build()
-    if padded:
-        mask = torch.ones_like(batch["input_ids"])
-        mask[1, 50:] = 0
-        labels = batch["labels"].where(mask.bool(), torch.tensor(-100))
-        batch |= {"attention_mask": mask, "labels": labels}
-    dense = copy.deepcopy(model)
-    handle = lemo.enable(model, settings(keep, path="auto"))
-    loss = train(model, batch)
-    oracle = masked_batch(batch, kept_mask(handle, batch))
-    if build is make_qwen_vl:
-        # As the model numbers the whole prompt, in three dimensions.
-        names = ("input_ids", "image_grid_thw", "attention_mask", "mm_token_type_ids")
-        known = {name: batch[name] for name in names if name in batch}
-        oracle["position_ids"] = dense.model.get_rope_index(**known)[0]
-        assert (oracle["position_ids"][0] != oracle["position_ids"][1]).any()
-    assert_same(model, dense, loss, train(dense, oracle))
-    handle.verify(batch)
-
-
-@pytest.mark.parametrize("keep", [1.0, 0.5])
-def test_prompts_without_images_of_a_model_that_masks_them_otherwise(keep):
-    model, _ = make_gemma3()
-    ids = make_ids(2, 64)
-    batch = {"input_ids": ids, "labels": ids, "token_type_ids": torch.zeros_like(ids)}
-    dense = copy.deepcopy(model)
-    handle = lemo.enable(model, settings(keep, path="auto"))
-    loss = train(model, batch)
-    assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
-    handle.verify(batch)
-
-
-def test_images_that_are_masked_otherwise_are_refused():
-    model, batch = make_gemma3()
-    handle = lemo.enable(model, settings(0.5, path="auto"))
-    for call in (lambda: model(**batch), lambda: handle.verify(batch)):
-        with pytest.raises(NotImplementedError, match="masks attention by a rule of its own"):
-            call()
-
-
-def test_verify_compares_images():
-    model, batch = make_llava()
-    handle = lemo.enable(model, settings(0.5, path="auto"))
-    handle.verify(batch)
-    # Of a fault that images alone show.
-    own, passes = model.model.multi_modal_projector.forward, []
-    model.model.multi_modal_projector.forward = lambda x: own(x) * (passes.append(x) or len(passes))
-    with pytest.raises(ValueError, match="lemo does not compute what .* computes"):
-        handle.verify(batch)
-    handle.verify({name: batch[name] for name in ("input_ids", "labels")})
 
 
 # Checkpointing, adapters, compilation

@@ -309,6 +309,9 @@ def tiny(name, kind=AutoModelForCausalLM, **settings):
         ("rwkv", {}, ValueError, "RwkvForCausalLM has layers"),
         ("bloom", {}, ValueError, "BloomForCausalLM does not call Transformers' attention"),
         ("falcon", {}, ValueError, "FalconForCausalLM does not call Transformers' attention"),
+        ("mllama", {"kind": images}, ValueError, "layers that attend to images"),
+        ("llama4_text", {"layer_types": ["full_attention"] * 3}, ValueError, "counts rows"),
+        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, ValueError, r"\(linear_attention\)"),
         ("t5", {"kind": AutoModelForSeq2SeqLM}, TypeError, "got T5ForConditionalGeneration"),
         (
             "llama",

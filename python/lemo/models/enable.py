@@ -18,6 +18,7 @@ from lemo.models.callback import attach
 from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.path import GenericPath
+from lemo.models.interception import check_around
 from lemo.models.native import NativePath
 from lemo.models.path import Path
 from lemo.models.replaced_forward import ReplacedForward
@@ -90,6 +91,7 @@ def _path(
         raise TypeError(f"model: expected a torch module, got {type(model).__name__}")
     if config.path == "native" or (config.path == "auto" and is_known(model)):
         architecture = architecture_of(model)
+        check_around(model, architecture.causal_lm)
         _check_free(architecture.causal_lm)
         _check_free(architecture.decoder)
         if "forward" in vars(architecture.decoder):
@@ -101,6 +103,7 @@ def _path(
             f"got '{config.products}'"
         )
     parts = Parts.of(model)
+    check_around(model, parts.causal_lm)
     for module in {parts.causal_lm, parts.base, parts.decoder}:
         _check_free(module)
     return GenericPath(parts, config, context)

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo.models.sharded import is_sharded, own_class
 
 __all__ = [
+    "check_around",
     "check_parts",
     "has_own_forward",
     "is_intercepted",
@@ -72,6 +73,35 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
             f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}"
         )
     _check_functions(type(own_module(own_module(decoder.layers[0]).self_attn)), attention_name)
+
+
+def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
+    """Refuses what stands around a causal LM and would run beside lemo, or break in the middle.
+
+    Args:
+        model: what the user has, such as PEFT's wrapper.
+        causal_lm: the model inside.
+
+    Raises:
+        ValueError: a wrapper has taken the causal LM's forward before lemo; or an adapter looks for
+            words in the batch (PEFT's aLoRA), which kept rows have not all.
+    """
+    for module in model.modules():
+        held = getattr(vars(module).get("forward"), "__self__", None)
+        if module is not causal_lm and held is causal_lm:
+            raise ValueError(
+                f"model: {type(module).__name__} calls the forward that {type(causal_lm).__name__} "
+                "had when it was wrapped, so lemo would never run; call lemo.enable on the model "
+                "first, and wrap it then"
+            )
+        configs = vars(module).get("peft_config")
+        for config in configs.values() if isinstance(configs, dict) else ():
+            if getattr(config, "alora_invocation_tokens", None):
+                raise ValueError(
+                    "alora_invocation_tokens: expected None, since aLoRA begins where these tokens "
+                    "stand in the batch, of which lemo leaves rows out, got "
+                    f"{config.alora_invocation_tokens}"
+                )
 
 
 def is_intercepted(module: nn.Module) -> bool:

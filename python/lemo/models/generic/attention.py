@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import AttentionInterface
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     AttentionMaskInterface,
+    bidirectional_mask_function,
     causal_mask_function,
     sliding_window_causal_mask_function,
 )
@@ -35,6 +37,7 @@ _NOT_READ = {
     "cache_position",
     "cu_seq_lens_k",
     "cu_seq_lens_q",
+    "logits_to_keep",
     "max_length_k",
     "max_length_q",
     "num_items_in_batch",
@@ -49,6 +52,7 @@ class KeptRows:
         model: the type of the model, for errors.
         count: R, the rows.
         calls: how often attention was called.
+        by_rule: whether it was called with a mask by a rule of the model.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class KeptRows:
         count: int,
         cu_rows: Tensor,
         positions: Tensor | None,
+        places: Tensor,
         keys: SharedKeys | None = None,
         group_size: int = 0,
     ) -> None:
@@ -67,6 +72,7 @@ class KeptRows:
             count: R.
             cu_rows: [N+1] int32, first row of every sequence.
             positions: [R] int32, position of each row in its sequence; None: 0, 1, 2, ...
+            places: [2, R] int64, line and column of each row in the batch.
             keys: the rows of a group of processes, of which these are one's; None: these alone.
             group_size: tokens of a shifted attention group; 0: no groups.
         """
@@ -75,7 +81,8 @@ class KeptRows:
         self.model = model
         self.count = count
         self.calls = 0
-        self._cu_rows, self._positions = cu_rows, positions
+        self.by_rule = False
+        self._cu_rows, self._positions, self._places = cu_rows, positions, places
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """(cu_rows, positions) where a layer is; layers may be on several devices."""
@@ -105,6 +112,54 @@ class KeptRows:
             q, k, v, self._keys, cu_rows, positions, scale, window, softcap, sinks
         )
 
+    def seen(self, rule: Callable[..., Any], index_by_index: bool) -> Tensor:
+        """[1, 1, R, R] bool, which rows a query sees by a rule of the model, for the whole batch.
+
+        Args:
+            rule: (line, head, column of the query, column of the key) -> whether it is seen.
+            index_by_index: whether it takes single indices, not tensors of them.
+
+        Raises:
+            NotImplementedError: groups of attention or of processes are asked for.
+        """
+        if self._keys is not None or self._group_size:
+            what = "layerwise.group_size" if self._keys is None else "context_parallel"
+            raise NotImplementedError(
+                f"{what}: {self.model} masks attention by a rule of its own, for which there is "
+                "PyTorch's attention alone; train without"
+            )
+        (lines, columns), device = self._places, self._places.device
+        sequences = torch.arange(len(self._cu_rows) - 1, device=self._cu_rows.device)
+        lengths = self._cu_rows.diff()
+        sequences = sequences.repeat_interleave(lengths, output_size=self.count).to(device)
+        seen = torch.empty(self.count, self.count, dtype=torch.bool, device=device)
+        step = max(1, _PAIRS // max(self.count, 1))
+        for first in range(0, self.count, step):
+            own = slice(first, first + step)
+            if index_by_index:
+                found = _each(rule, lines[own], columns[own], columns)
+            else:
+                found = rule(lines[own, None], 0, columns[own, None], columns[None])
+            seen[own] = found & (sequences[own, None] == sequences)
+        return seen[None, None]
+
+
+# How many pairs of rows a rule is asked for at a time.
+_PAIRS = 1 << 24
+
+
+def _each(rule: Callable[..., Any], lines: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """[Q, K] bool of a rule for single indices."""
+    head = torch.zeros((), dtype=torch.long, device=lines.device)
+
+    def pair(line: Tensor, query: Tensor, key: Tensor) -> Any:
+        return rule(line, head, query, key)
+
+    with TransformGetItemToIndex():
+        of_query = torch.vmap(pair, in_dims=(None, None, 0))
+        found: Tensor = torch.vmap(of_query, in_dims=(0, 0, None))(lines, queries, keys)
+    return found
+
 
 @dataclass(frozen=True)
 class RowsMask:
@@ -113,11 +168,22 @@ class RowsMask:
     Attributes:
         rows: the rows of the pass.
         window: positions that a query sees back, itself included; 0: all; None: the model masks by
-            a rule that lemo does not know.
+            a rule of its own.
+        seen: [1, 1, R, R] bool, what that rule says; None: lemo cannot tell.
     """
 
     rows: KeptRows
     window: int | None
+    seen: Tensor | None = None
+
+    @property
+    def ndim(self) -> int:
+        """That of a mask which is finished: models that get one hand it on."""
+        return 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return 1, 1, self.rows.count, self.rows.count
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in vars(RowsMask)["__dataclass_fields__"]:
@@ -133,19 +199,32 @@ class _ReadsMaskError(NotImplementedError, AttributeError):
 
 
 class _Current:
-    """The rows of the pass that runs; None: masks are the model's own."""
+    """The pass that runs.
+
+    Attributes:
+        rows: those of the pass; None: masks are the model's own.
+        knows_batch: whether masks are made of the whole batch, not of its kept rows alone.
+    """
 
     rows: KeptRows | None = None
+    knows_batch = False
 
 
 @contextmanager
-def making_masks(rows: KeptRows | None) -> Iterator[None]:
-    """Masks that are made inside are those of `rows`; None: the model's own."""
-    before, _Current.rows = _Current.rows, rows
+def making_masks(rows: KeptRows | None, knows_batch: bool = False) -> Iterator[None]:
+    """Masks that are made inside are those of `rows`; None: the model's own.
+
+    Args:
+        rows: the rows of a pass.
+        knows_batch: whether what makes them has the whole batch, so that its rules speak of the
+            batch's lines and columns.
+    """
+    before = _Current.rows, _Current.knows_batch
+    _Current.rows, _Current.knows_batch = rows, knows_batch
     try:
         yield
     finally:
-        _Current.rows = before
+        _Current.rows, _Current.knows_batch = before
 
 
 def register(original: str) -> str:
@@ -181,10 +260,15 @@ def _mask(
         if local_size is not None:
             kwargs["local_size"] = local_size
         return make(*args, mask_function=mask_function, **kwargs)
+    given = kwargs.get("attention_mask")
+    if isinstance(given, RowsMask):
+        return given  # made before, by what knows the batch
     if _same(mask_function, causal_mask_function):
         return RowsMask(rows, 0)
     if local_size and _same(mask_function, sliding_window_causal_mask_function(local_size)):
         return RowsMask(rows, local_size)
+    if _Current.knows_batch and not _same(mask_function, bidirectional_mask_function):
+        return RowsMask(rows, None, rows.seen(mask_function, bool(kwargs.get("use_vmap"))))
     # Some models make masks that none of their layers uses.
     return RowsMask(rows, None)
 
@@ -216,7 +300,8 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as Transformers calls it: query [B, Hq, S, D], key and value [B, Hk, S, D]."""
     if isinstance(attention_mask, RowsMask):
-        return _attend(module, query, key, value, attention_mask, *args, **kwargs), None
+        given = module, query, key, value, attention_mask
+        return _attend(original, *given, *args, **kwargs), None
     result: tuple[Tensor, Tensor | None] = own_attention(original, type(module))(
         module, query, key, value, attention_mask, *args, **kwargs
     )
@@ -237,6 +322,7 @@ def own_attention(name: str, cls: type) -> Callable[..., Any]:
 
 
 def _attend(
+    original: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -258,15 +344,15 @@ def _attend(
             f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; load "
             "the model with attention_dropout=0.0"
         )
-    if mask.window is None:
+    if mask.window is None and mask.seen is None:
         raise NotImplementedError(
             f"model: {rows.model} masks attention by a rule of its own; lemo knows causal "
             "attention, with a sliding window or without"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if not causal:
+    if not causal and mask.seen is None:
         raise _unsupported(rows, "attention that sees later tokens")
-    if sliding_window and sliding_window != mask.window:
+    if sliding_window and mask.seen is None and sliding_window != mask.window:
         raise _unsupported(rows, f"a window of {sliding_window} with a mask of {mask.window}")
     for name, given in kwargs.items():
         if given is not None and not isinstance(given, bool) and name not in _NOT_READ:
@@ -280,13 +366,46 @@ def _attend(
     device, dtype = query.device.type, value.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x.transpose(1, 2)[0].to(dtype) for x in (query, key, value))
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    if mask.window is None:
+        return _attend_by_rule(
+            original, module, query, key, value, mask, scaling, softcap=softcap, s_aux=s_aux
+        )
+    q, k, v = (x.transpose(1, 2)[0] for x in (query, key, value))
     try:
         sinks = None if s_aux is None else s_aux.float()
         out = rows.attend(q, k, v, scaling, mask.window, float(softcap or 0.0), sinks)
     except NotImplementedError as error:
         raise NotImplementedError(f"model: {rows.model} needs more: {error}") from error
     return out[None]
+
+
+def _attend_by_rule(
+    original: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: RowsMask,
+    scaling: float | None,
+    **more: Any,
+) -> Tensor:
+    """The same by PyTorch, with a mask of all pairs of rows."""
+    assert mask.seen is not None
+    mask.rows.by_rule = True
+    seen = mask.seen.to(query.device)
+    more = {name: value for name, value in more.items() if value is not None}
+    # PyTorch's fused attention has neither soft-capped scores nor sinks.
+    if more or original == "eager":
+        lowest = torch.finfo(query.dtype).min
+        added = torch.zeros((), dtype=query.dtype, device=query.device).where(seen, lowest)
+        function, given = own_attention("eager", type(module)), added
+    else:
+        function, given = own_attention("sdpa", type(module)), seen
+    out: Tensor = function(
+        module, query, key, value, given, dropout=0.0, scaling=scaling, is_causal=False, **more
+    )[0]
+    return out
 
 
 def _unsupported(rows: KeptRows, what: str) -> NotImplementedError:

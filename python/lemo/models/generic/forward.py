@@ -70,6 +70,7 @@ class _Pass:
         kept: the rows.
         rows: the same, for attention.
         tail: what the causal LM's own code gets of the decoder's hidden states [1, R, H].
+        mask: [B, S], what the base alone is to know of padding; None: nothing.
         hidden: [1, R, H], once the decoder has run.
         has_more: whether the decoder has put out more than states, from which a loss may be made.
         base: the type of what the causal LM's base put out.
@@ -78,6 +79,7 @@ class _Pass:
     kept: KeptBatch
     rows: KeptRows
     tail: Callable[[Tensor], Tensor]
+    mask: Tensor | None = None
     hidden: Tensor | None = None
     has_more: bool = False
     base: type[ModelOutput] | None = None
@@ -169,10 +171,10 @@ class GenericForward(Training[Choice]):
             counted = counted.among(kept.selection.rows, targets.numel())
         # The own code sees two rows without labels: what is left of its loss does not come from
         # labels, but from routers and the like.
-        call = self._own_arguments(arguments, kept)
+        call, mask = self._own_arguments(arguments, kept)
         call["labels"] = torch.full((1, 2), IGNORE_INDEX, device=targets.device)
         call["num_items_in_batch"] = 1
-        now, own = self._run(kept, partial(self.own, **call), _two_rows)
+        now, own = self._run(kept, partial(self.own, **call), _two_rows, mask)
         assert now.hidden is not None
         hidden = self._rows_of(now, kept, counted)
         if now.has_more and self.context is not None:
@@ -228,7 +230,7 @@ class GenericForward(Training[Choice]):
             raise needs_all_rows("a loss of TRL's head")
         kept, targets, lost = self._keep(arguments)
         counted = self._counted(arguments, kept, targets, lost)
-        call = self._own_arguments(arguments, kept)
+        call, mask = self._own_arguments(arguments, kept)
         call["shift_labels"] = counted.targets[None]
         if arguments.num_items_in_batch is not None:
             call["num_items_in_batch"] = arguments.num_items_in_batch
@@ -236,7 +238,7 @@ class GenericForward(Training[Choice]):
         def tail(hidden: Tensor) -> Tensor:
             return self._index(hidden[0], kept, counted)[None]
 
-        _, result = self._run(kept, partial(forward, **call), tail)
+        _, result = self._run(kept, partial(forward, **call), tail, mask)
         labelled = targets != arguments.ignored_label
         count = labelled.sum() if lost is None else labelled.sum() + lost
         if counted.rows.numel():
@@ -245,11 +247,18 @@ class GenericForward(Training[Choice]):
             self._nothing_trained()
         return result, count.float() / max(counted.rows.numel(), 1)
 
-    def base_output(self, original: Callable[[], Any]) -> Any:
-        """What a call of the causal LM's base gives; None: that of the module."""
+    def base_output(self, original: Callable[..., Any], call: dict[str, Any] | None = None) -> Any:
+        """What a call of the causal LM's base gives.
+
+        Args:
+            original: the module's own forward.
+            call: its arguments by name; None: `original` has them.
+        """
         if self._prepared is not None:
             return self._prepared
-        output = original()
+        if call is not None and self._pass is not None and self._pass.mask is not None:
+            call = {**call, "attention_mask": self._pass.mask}
+        output = original(**(call or {}))
         if self._pass is not None:
             self._pass.base = type(output)
         return output
@@ -269,6 +278,7 @@ class GenericForward(Training[Choice]):
         if "use_cache" in given:
             given["use_cache"] = False
         with ExitStack() as stack:
+            stack.enter_context(making_masks(now.rows))
             if not self._has_checked_layout:
                 check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
                 stack.enter_context(check.watching())
@@ -280,6 +290,11 @@ class GenericForward(Training[Choice]):
         self._has_checked_layout |= now.kept.selection.rows is not None
         if now.rows.calls != parts.num_layers:
             raise not_attending(now.rows, parts.num_layers, "in all")
+        if now.rows.by_rule:
+            self.say(
+                f"{parts.name} masks attention by a rule of its own, such as images that see each "
+                "other both ways: there PyTorch attends, with a mask of all pairs of kept rows"
+            )
         now.hidden = output.last_hidden_state
         now.has_more = any(v is not None for k, v in output.items() if k not in _STATES)
         output["last_hidden_state"] = now.tail(now.hidden)
@@ -360,8 +375,14 @@ class GenericForward(Training[Choice]):
         items, ignored = arguments.num_items_in_batch, arguments.ignored_label
         return counted_labels(targets, masked, items, ignored, lost)
 
-    def _own_arguments(self, arguments: ForwardArguments, kept: KeptBatch) -> dict[str, Any]:
-        """The arguments by which the causal LM's own code runs on the whole batch."""
+    def _own_arguments(
+        self, arguments: ForwardArguments, kept: KeptBatch
+    ) -> tuple[dict[str, Any], Tensor | None]:
+        """The arguments by which the causal LM's own code runs on the whole batch.
+
+        Also the mask of its padding, where the causal LM would lay that over what its routers say
+        of kept rows, so that its base alone may have it.
+        """
         parts, packed = self._parts, kept.batch.packed
         call = {name: value for name, value in arguments.given.items() if name not in _OURS}
         call["use_cache"] = False
@@ -370,6 +391,11 @@ class GenericForward(Training[Choice]):
         if torch.is_tensor(kinds) and not bool(kinds.any()):
             # All tokens are text, as without them; with them Gemma 3 makes masks for images.
             del call["token_type_ids"]
+        if arguments.position_ids is None and parts.skips_positions:
+            raise ValueError(
+                f"position_ids: expected, since {parts.name} does not count its learned positions "
+                "from 0, got None"
+            )
         if packed.is_padded:
             mask = arguments.attention_mask
             assert mask is not None
@@ -380,19 +406,25 @@ class GenericForward(Training[Choice]):
                     "learned positions, got None"
                 )
             if parts.takes_images:
+                if parts.routes:
+                    return call, mask
                 call["attention_mask"] = mask
-        return call
+        return call, None
 
     def _run(
-        self, kept: KeptBatch, own: Callable[[], Any], tail: Callable[[Tensor], Tensor]
+        self,
+        kept: KeptBatch,
+        own: Callable[[], Any],
+        tail: Callable[[Tensor], Tensor],
+        mask: Tensor | None,
     ) -> tuple[_Pass, Any]:
         """Runs the causal LM's own code, its decoder on the kept rows."""
         # A rule stands for the model itself.
         rows = kept.attention(0 if self._forced is not None else self._group_size)
-        before, self._pass = self._pass, _Pass(kept, rows, tail)
+        before, self._pass = self._pass, _Pass(kept, rows, tail, mask)
         now = self._pass
         try:
-            with making_masks(rows):
+            with making_masks(rows, knows_batch=True):
                 output = own()
         finally:
             self._pass = before

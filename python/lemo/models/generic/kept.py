@@ -59,9 +59,12 @@ class KeptBatch:
         Args:
             group_size: tokens of a shifted attention group; 0: no groups.
         """
-        selection = self.selection
+        selection, (lines, columns) = self.selection, self.batch.packed.shape
         rows = selection.num_rows, selection.cu_rows, selection.positions
-        return KeptRows(self.model, *rows, self.keys, group_size)
+        count = torch.arange(lines * columns, device=selection.cu_rows.device)
+        index = self.of(count.reshape(lines, columns))[0]
+        places = torch.stack((index // columns, index % columns))
+        return KeptRows(self.model, *rows, places, self.keys, group_size)
 
     def of(self, values: Tensor) -> Tensor:
         """[1, R, ...], the kept rows of [B or 1, S, ...]."""
@@ -95,27 +98,54 @@ class KeptBatch:
             ValueError: one of them is a tensor of which it is not known what its rows are.
         """
         call = dict(given)
+        call.pop("labels", None)  # which the causal LM has handed on with all else
         for name in ("input_ids", "inputs_embeds"):
             if call.get(name) is not None:
                 call[name] = self.of(call[name])
                 device = call[name].device
         call["position_ids"] = self.positions(call.get("position_ids"), device)
         if "cache_position" in call:
-            call["cache_position"] = None
+            # From which some count positions.
+            call["cache_position"] = call["position_ids"].reshape(-1, self.selection.num_rows)[0]
+        if torch.is_tensor(call.get("per_layer_inputs")):
+            call["per_layer_inputs"] = self.of(call["per_layer_inputs"])
+        if torch.is_tensor(call.get("visual_pos_masks")):
+            self._keep_visual(call)
         mask = call.get("attention_mask")
         if not _is_ours(mask):
             # All ones: positions that leave out some must not be taken for those of several
             # sequences, which attention knows anyway.
             count = self.selection.num_rows
             call["attention_mask"] = torch.ones(1, count, dtype=torch.long, device=device)
-        known = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
         for name, value in call.items():
-            if name not in known and _holds_tensors(value):
+            if name not in _OF_ROWS and _holds_tensors(value):
                 raise ValueError(
                     f"{name}: {self.model} gives it to its layers, but lemo does not know which of "
                     "it belongs to which row; train without lemo"
                 )
         return call
+
+    def _keep_visual(self, call: dict[str, Any]) -> None:
+        """What layers add to the tokens of images: [N, H] for the N of them in the batch."""
+        mask = call["visual_pos_masks"]
+        numbers = (mask.flatten().cumsum(0) - 1).reshape(mask.shape)
+        call["visual_pos_masks"] = kept = self.of(mask)
+        added = call.get("deepstack_visual_embeds")
+        if added is not None:
+            rows = self.of(numbers)[kept]
+            call["deepstack_visual_embeds"] = [x.index_select(0, rows.to(x.device)) for x in added]
+
+
+# Arguments of a decoder of which it is known what belongs to which row.
+_OF_ROWS = {
+    "attention_mask",
+    "deepstack_visual_embeds",
+    "input_ids",
+    "inputs_embeds",
+    "per_layer_inputs",
+    "position_ids",
+    "visual_pos_masks",
+}
 
 
 def _is_ours(mask: Any) -> bool:

@@ -61,12 +61,15 @@ class Parts:
                 f"model: expected a causal LM with a head over its vocabulary, got {name}"
             )
         decoder = causal_lm.get_decoder()
-        if decoder is causal_lm:  # as of classes whose base has another name than they say
+        if decoder is causal_lm or not isinstance(decoder, PreTrainedModel):
+            # As of classes whose base has another name than they say.
             decoder = getattr(causal_lm, "model", causal_lm)
         if decoder is causal_lm or not isinstance(decoder, PreTrainedModel):
             raise TypeError(f"model: expected a causal LM around a decoder, got {name}")
         base = decoder if causal_lm.base_model is causal_lm else causal_lm.base_model
         text = decoder.config
+        if not hasattr(text, "num_hidden_layers"):
+            raise TypeError(f"model: expected a causal LM around one decoder, got {name}")
         parts = cls(
             causal_lm, base, decoder, text.num_hidden_layers, text.vocab_size, _configs(decoder)
         )
@@ -100,6 +103,14 @@ class Parts:
         )
 
     @property
+    def skips_positions(self) -> bool:
+        """Whether learned positions begin behind that of padding (RoBERTa), not with 0."""
+        return any(
+            isinstance(m, nn.Embedding) and m.padding_idx is not None and "position" in name
+            for name, m in self.decoder.named_modules()
+        )
+
+    @property
     def routes(self) -> bool:
         """Whether the causal LM may be asked for what its routers say (mixtures of experts)."""
         forward = type(self.causal_lm).forward
@@ -109,11 +120,18 @@ class Parts:
         name, text = self.name, self.decoder.config
         foreign = {*(getattr(text, "layer_types", None) or ())} - _ATTENTION
         convolutions = [m for m in self.decoder.modules() if isinstance(m, nn.Conv1d | nn.Conv2d)]
-        if self.causal_lm._is_stateful or foreign or convolutions:
+        # A class for hybrids may have layers of attention alone (Granite 4).
+        stateful = self.causal_lm._is_stateful and not getattr(text, "layer_types", None)
+        if stateful or foreign or convolutions:
             kinds = ", ".join(sorted(foreign)) or "state-space or convolution"
             raise ValueError(
                 f"model: {name} has layers ({kinds}) other than full and sliding attention, for "
                 f"which leaving rows out is not defined; {_DENSE}"
+            )
+        if getattr(text, "cross_attention_layers", None):
+            raise ValueError(
+                f"model: {name} has layers that attend to images instead of the text "
+                f"(cross_attention_layers), which lemo does not know; {_DENSE}"
             )
         if not getattr(text, "is_causal", True):
             raise ValueError(f"model: expected a causal model, got {name} with is_causal=False")
@@ -136,7 +154,16 @@ class Parts:
         self._check_attention()
 
     def _check_attention(self) -> None:
-        """Refuses attention that the user wrote, in whose place lemo's would run silently."""
+        """Refuses attention in whose place lemo's would be wrong silently.
+
+        What the user wrote, and what counts rows itself, as for temperatures by position (Llama 4).
+        """
+        for attention in {type(m) for m in self.decoder.modules() if hasattr(m, "is_causal")}:
+            if "arange(" in _source(attention):
+                raise ValueError(
+                    f"model: {attention.__name__} of {self.name} counts rows (torch.arange) "
+                    f"instead of reading their positions; {_DENSE}"
+                )
         for name in {config._attn_implementation for config in self.configs}:
             if name == "eager":
                 homes = {type(m) for m in self.decoder.modules() if hasattr(m, "is_causal")}
@@ -178,6 +205,14 @@ class Parts:
     def _set(self, implementations: tuple[str, ...]) -> None:
         for config, name in zip(self.configs, implementations):
             config._attn_implementation = {"": name}  # not those of its parts
+
+
+def _source(module: type[nn.Module]) -> str:
+    """The code of a module's forward, as far as it is known."""
+    try:
+        return inspect.getsource(module.forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def _configs(decoder: PreTrainedModel) -> tuple[Any, ...]:

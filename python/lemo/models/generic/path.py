@@ -108,7 +108,10 @@ def base_forward(
     handle: Steering, call: dict[str, Any], replaced: ReplacedForward, original: Callable[[], Any]
 ) -> Any:
     """A call of what stands around the decoder."""
-    return _forward_of(handle).base_output(original)
+    forward = _forward_of(handle)
+    if forward.is_passing:
+        return forward.base_output(replaced.original, call)
+    return forward.base_output(original)
 
 
 def decoder_forward(
