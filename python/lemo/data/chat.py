@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lemo.data.conversations import Conversation, Prompted
 from lemo.models.labels import IGNORE_INDEX
@@ -98,9 +99,12 @@ class ChatEncoder:
             )
         text = self._render(example, example.messages)
         self._check_shown(example, text)
+        spans: list[Span] = []
         if self._marks and not self._everything and not example.context:
-            return self._marked(example)
-        return self._label(text, list(self._answers(example, text)), example, special=False)
+            spans = self._marked(example)
+        elif not self._everything:
+            spans = list(self._answers(example, text))
+        return self._label(text, spans, example, special=False)
 
     def _render(
         self, example: Conversation, messages: Sequence[dict[str, Any]], header: bool = False
@@ -265,19 +269,22 @@ class ChatEncoder:
             "template makes of the messages; use a template with generation marks"
         )
 
-    def _marked(self, example: Conversation) -> Encoded:
-        made = self._template(
-            example,
-            example.messages,
-            tokenize=True,
-            return_dict=True,
+    def _marked(self, example: Conversation) -> list[Span]:
+        """What the template marks as generated.
+
+        Transformers' own mask of tokens is not used: some versions lose marks that begin or end
+        with white space which the tokenizer's offsets leave out.
+        """
+        tokenizer, extra = self._tokenizer, example.extra
+        _, places = render_jinja_template(
+            [list(example.messages)],
+            chat_template=tokenizer.get_chat_template(None, extra.get("tools")),
             return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **extra},
         )
-        ids, mask = made["input_ids"], made["assistant_masks"]
-        if not any(mask):
+        if not places[0]:
             raise ValueError(f"{example.place}: the chat template marks no token as generated")
-        labels = [i if answer else IGNORE_INDEX for i, answer in zip(ids, mask)]
-        return Encoded(list(ids), labels, example.name)
+        return [(start, end) for start, end in places[0]]
 
     def _label(
         self, text: str, spans: list[Span], example: Conversation | Prompted, special: bool
