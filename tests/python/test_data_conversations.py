@@ -1,6 +1,7 @@
 """Conversations in all their forms, their labels by real chat templates, and their windows."""
 
 import gzip
+import itertools
 import json
 from importlib import resources
 
@@ -58,6 +59,49 @@ def test_other_forms():
     made = parsed(messages=[USER, call], tools=[{"name": "f"}])
     assert made.messages[1]["content"] == ""
     assert made.extra == {"tools": [{"name": "f"}]}
+    texts = parsed(messages=json.dumps([USER, call]), tools=json.dumps([{"name": "f"}]))
+    assert texts == made
+    thinks = parsed(messages=[USER, ASSISTANT], chat_template_kwargs={"enable_thinking": False})
+    assert thinks.extra == {"enable_thinking": False}
+    before = parsed(instruction="u", input=None, output="a", history=[["u", "a"]])
+    assert before.messages == (USER, ASSISTANT) * 2
+    assert parsed(messages=None, instruction="u", output="a").messages == (USER, ASSISTANT)
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+CALLS = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        CALLS,
+        {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"a": 1}}]},
+        {"role": "assistant", "tool_calls": json.dumps([CALL])},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"a": 1}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+        {"from": "tool_call", "value": '[{"name": "f", "arguments": {"a": 1}}]'},
+    ],
+)
+def test_forms_of_one_call(message):
+    made = parsed(conversations=[USER, message, {"from": "observation", "value": "7"}, ASSISTANT])
+    assert made.messages == (USER, CALLS, {"role": "tool", "content": "7"}, ASSISTANT)
+
+
+def test_answers_that_are_not_trained_on():
+    system = {"role": "system", "content": "s"}
+    turns = [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"train": False}, USER, ASSISTANT]
+    made = parsed(messages=turns)
+    assert (made.messages, made.context) == ((USER, ASSISTANT) * 3, {1, 3})
+    assert parsed(messages=turns, system="s").context == {2, 4}
+    made = parsed(prompt=[system, USER, ASSISTANT, USER], completion=[ASSISTANT])
+    assert (len(made.messages), made.context) == (5, {2})
+    marked = with_template("qwen2_5_training")
+    for tokenizer in (with_template("qwen2_5"), marked):
+        example = Conversation(tuple(TURNS), "d:1", "d:1", context=frozenset({1}))
+        assert answers_of(ChatEncoder(tokenizer).encode(example), tokenizer) == [
+            "It is two.<|im_end|>"
+        ]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +124,25 @@ def test_other_forms():
         ({"prompt": "p", "completion": ""}, "expected 'completion' to be a text, got an empty"),
         ({"instruction": 3, "output": "o"}, "expected 'instruction' to be a text, got int"),
         ({"messages": [USER, ASSISTANT | {"content": "\ud800"}]}, "half of a surrogate pair"),
+        ({"instruction": "i", "output": None}, r"got the keys instruction, output \(null\)"),
+        ({"instruction": "i", "output": " "}, "expected 'output' to be a text, got an empty one"),
+        ({"messages": [USER, ASSISTANT | {"content": ""}]}, r"messages\[1\] to have an answer"),
+        ({"prompt": 3, "completion": "a"}, "expected 'prompt' to be a text or a list of messages"),
+        ({"prompt": "p", "completion": "c", "label": False}, "got preference data .*'label'"),
+        (
+            {"messages": [USER, ASSISTANT | {"weight": 0}]},
+            "expected an answer to train on, got non",
+        ),
+        ({"messages": [USER, ASSISTANT | {"weight": 0.5}]}, "a 'weight' of 0 or 1 .* got 0.5"),
+        (
+            {"conversations": [USER, {"from": "function_call", "value": "f(1)"}, ASSISTANT]},
+            r"conversations\[1\] to call functions by 'name' and 'arguments', got 'f\(1\)'",
+        ),
+        ({"instruction": "i", "output": "o", "history": ["x"]}, "'history' to be a list of pairs"),
+        (
+            {"messages": [USER, ASSISTANT], "chat_template_kwargs": 3},
+            "'chat_template_kwargs' to be an object, got 3",
+        ),
     ],
 )
 def test_bad_rows_name_file_line_and_keys(record, message):
@@ -110,6 +173,80 @@ def test_every_kind_of_file(tmp_path, name):
     assert name.split(".")[0] in examples[1].place
 
 
+def test_json_files(tmp_path):
+    path = tmp_path / "d.json"
+    parts = {"role": "user", "content": [{"type": "text", "text": "u"}]}
+    records = [
+        {"messages": [USER, ASSISTANT], "id": 1},
+        {"messages": [parts, ASSISTANT], "id": "x"},
+        {"messages": [USER, CALLS, ASSISTANT], "tools": None},
+    ]
+    for text in (
+        json.dumps(records, indent=1),
+        json.dumps({"version": 1, "data": records}),
+        "\n".join(map(json.dumps, records)),
+        "\ufeff" + json.dumps(records),
+    ):
+        path.write_text(text)
+        made = [parse_example(row) for row in read_rows(path)]
+        assert [example.messages for example in made[:2]] == [(USER, ASSISTANT)] * 2
+        assert made[2].messages[1] == CALLS
+    path.write_text(json.dumps(records[0] | {"turns": [{"n": 1}]}))
+    [row] = read_rows(path)
+    assert parse_example(row).messages == (USER, ASSISTANT)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"d\.json: row 0: expected a JSON object, got int"):
+        list(read_rows(path))
+    for name in ("d.json", "d.jsonl"):
+        (tmp_path / name).write_text('{"text": "a", "text": "b"}')
+        with pytest.raises(ValueError, match=rf"{name}.*an object has the key 'text' twice"):
+            list(read_rows(tmp_path / name))
+
+
+def test_tables_have_no_keys_of_other_rows(tmp_path):
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}}
+    records = [
+        {"messages": [USER, CALLS, ASSISTANT]},
+        {"messages": [USER, CALLS | {"tool_calls": [other]}, ASSISTANT]},
+    ]
+    made = datasets.Dataset.from_list(records)
+    made.to_parquet(tmp_path / "d.parquet")
+    made.save_to_disk(tmp_path / "folder")
+    for name in ("d.parquet", "folder"):
+        rows = [row.record for row in read_rows(tmp_path / name)]
+        assert rows == records
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ('\ufeffprompt,completion\n"a\nb, ""q""",c\n\n', [('a\nb, "q"', "c")]),
+        ("prompt,completion\n007,2.50\nWhat?,None\nx,NA\n", None),
+        ("prompt,completion\na,b,c\n", "d.csv:2: expected 2 cells, .* got 3"),
+        ("prompt,completion\na\n", "d.csv:2: expected 2 cells, .* got 1"),
+        ("prompt,prompt\na,b\n", "expected columns that differ, got 'prompt' twice"),
+        ('prompt,completion\na,"b\n', "cannot be read as csv: unexpected end of data"),
+        (b"prompt,completion\ncaf\xe9,b\n", "cannot be read as csv: not UTF-8"),
+    ],
+)
+def test_cells_of_csv_are_texts(tmp_path, text, records):
+    path = tmp_path / "d.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(records, str):
+        with pytest.raises(ValueError, match=records):
+            list(read_rows(path))
+        return
+    expected = records or [("007", "2.50"), ("What?", "None"), ("x", "NA")]
+    made = [parse_example(row) for row in read_rows(path)]
+    assert [(example.prompt, example.completion) for example in made] == expected
+
+
+def test_a_text_file_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "d.txt").write_bytes("\ufeffhello".encode())
+    [row] = read_rows(tmp_path / "d.txt")
+    assert row.record == {"text": "hello"}
+
+
 def test_csv(tmp_path):
     (tmp_path / "d.csv").write_text('instruction,input,output\n"u",,a\n"v","w",b\n')
     first, second = (parse_example(row) for row in read_rows(tmp_path / "d.csv"))
@@ -129,6 +266,7 @@ def with_template(name):
     files = resources.files("trl") / "chat_templates"
     tokenizer.chat_template = (files / f"{name}.jinja").read_text()
     ends = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|end_header_id|>", "</s>"]
+    ends += ["<｜Assistant｜>", "<｜end▁of▁sentence｜>"]
     tokenizer.add_special_tokens({"additional_special_tokens": ends})
     tokenizer.eos_token = "</s>"
     return tokenizer
@@ -197,6 +335,135 @@ def test_labels_are_the_answers_and_their_ends(template, end):
         assert not rest.strip(), answer
     everything = ChatEncoder(tokenizer, everything=True).encode(example)
     assert everything.labels == everything.ids == encoded.ids
+
+
+def thinks(number, thought=True):
+    return {"role": "assistant", "content": "<think>\nhm\n</think>\n\n" * thought + f"It {number}."}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}
+RESULT = {"role": "tool", "content": "7"}
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "answers"),
+    [
+        # Earlier answers are shown without their thoughts, the last one with it.
+        (
+            "qwen3",
+            [USER, thinks(1), USER, thinks(2)],
+            ["It 1.<|im_end|>", "<think>\nhm\n</think>\n\nIt 2.<|im_end|>"],
+        ),
+        # The header of an answer begins a thought, which earlier answers do not have.
+        (
+            "qwen3_5_think",
+            [USER, thinks(1), USER, thinks(2)],
+            ["It 1.<|im_end|>", "hm\n</think>\n\nIt 2.<|im_end|>"],
+        ),
+        (
+            "deepseekv3",
+            [USER, thinks(1, False), USER, thinks(2, False)],
+            [f"It {n}.<｜end▁of▁sentence｜>" for n in (1, 2)],
+        ),
+        *(
+            (
+                template,
+                [USER, CALLS, RESULT, thinks(1, False), USER, thinks(2, False)],
+                [f"{call}{end}", f"It 1.{end}", f"{thought}It 2.{end}"],
+            )
+            for template, call, thought, end in (
+                (
+                    "qwen3",
+                    '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+                    "<think>\n\n</think>\n\n",
+                    "<|im_end|>",
+                ),
+                (
+                    "qwen2_5",
+                    '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+                    "",
+                    "<|im_end|>",
+                ),
+                ("llama3_1", '{"name": "f", "parameters": {"a": 1}}', "", "<|eot_id|>"),
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize("arguments", ["object", "text"])
+def test_labels_of_calls_and_of_answers_written_otherwise(template, messages, answers, arguments):
+    tokenizer = with_template(template)
+    if arguments == "text":
+        text = CALL | {"function": {"name": "f", "arguments": '{"a": 1}'}}
+        messages = [m | {"tool_calls": [text]} if "tool_calls" in m else m for m in messages]
+    tools = {"tools": [TOOL]} if any("tool_calls" in message for message in messages) else {}
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=messages, **tools))
+    found = [answer.strip() for answer in answers_of(encoded, tokenizer)]
+    assert found == answers
+
+
+def test_arguments_as_the_template_reads_them():
+    """DeepSeek's template joins texts; the others write objects as JSON."""
+    tokenizer = with_template("deepseekv3")
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=[USER, CALLS, RESULT, ASSISTANT]))
+    assert '```json\n{"a": 1}\n```' in answers_of(encoded, tokenizer)[0]
+
+
+def test_what_a_template_does_not_show_is_refused():
+    tokenizer = with_template("qwen2_5")
+    tokenizer.chat_template = SMOLLM
+    encoder = ChatEncoder(tokenizer)
+    with pytest.raises(ValueError, match=r"^d\.jsonl:3: .* does not show 'tool_calls' \(of 'f'\)"):
+        encoder.encode(parsed(messages=[USER, CALLS, RESULT, ASSISTANT]))
+    with pytest.raises(ValueError, match=r"^d\.jsonl:3: .* does not show 'tools'"):
+        encoder.encode(parsed(messages=[USER, ASSISTANT], tools=[TOOL]))
+    message = {"role": "assistant", "content": "", "reasoning_content": "hm"}
+    with pytest.raises(ValueError, match="shows nothing of the answer of message 1"):
+        encoder.encode(parsed(messages=[USER, message]))
+
+
+def test_templates_without_an_end_are_named_once(caplog):
+    tokenizer = with_template("qwen2_5")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # noqa: E501
+    encoder = ChatEncoder(tokenizer)
+    for _ in range(2):
+        encoded = encoder.encode(parsed(messages=[USER, ASSISTANT]))
+    assert answers_of(encoded, tokenizer)[0].strip() == "a"
+    [record] = caplog.records
+    assert "the model will not learn to stop" in record.message
+
+
+def test_completions_end_once():
+    from tokenizers import processors
+
+    tokenizer = with_template("qwen2_5")
+    plain = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
+    ended = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.</s>", "d:1", "d:1"))
+    assert answers_of(ended, tokenizer) == ["One.</s>"]
+    assert ended == plain
+    end = ("</s>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A </s>", special_tokens=[end]
+    )
+    both = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
+    assert both.ids == [tokenizer.eos_token_id, *plain.ids]
+    assert both.labels == [-100, *plain.labels]
+
+
+def test_white_space_of_answers_has_labels():
+    """Offsets of some tokenizers leave white space out."""
+    from tokenizers import processors
+
+    answer = "It\n\n        is\n    \n one."
+    for trim, marks in itertools.product((True, False), ("", "_training")):
+        tokenizer = with_template(f"qwen2_5{marks}")
+        post = processors.ByteLevel(trim_offsets=trim)
+        tokenizer.backend_tokenizer.post_processor = post
+        encoded = ChatEncoder(tokenizer).encode(
+            parsed(messages=[USER, ASSISTANT | {"content": answer}])
+        )
+        # Marks of this template have the line breaks around an answer in them.
+        around = "\n" * bool(marks)
+        assert answers_of(encoded, tokenizer) == [f"{around}{answer}<|im_end|>{around}"]
 
 
 def test_what_a_template_refuses_names_the_row():

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lemo.data.conversations import Conversation, Prompted
 from lemo.models.labels import IGNORE_INDEX
 
 __all__ = ["ChatEncoder", "Encoded"]
 
+_log = logging.getLogger("lemo")
+
 Span = tuple[int, int]
+
+# A text that no message begins with.
+_UNSEEN = "\U000f1e0f"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +50,9 @@ class ChatEncoder:
     They are those that the template marks as generated, where it marks any; otherwise each answer
     is found by what comes before it: the text of the messages so far with the header of an answer
     is the beginning of the whole text, and the answer, with the token that ends it, follows there.
+    Some templates write earlier messages otherwise than the last one (without thoughts). Then an
+    answer begins behind its header, of which there are as many as answers, and ends with the same
+    token, before the next message.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -59,6 +70,7 @@ class ChatEncoder:
             )
         self._tokenizer = tokenizer
         self._everything = everything
+        self._warned = False
         self._special = set(tokenizer.all_special_tokens) | {
             str(token) for token in tokenizer.added_tokens_decoder.values()
         }
@@ -74,6 +86,10 @@ class ChatEncoder:
         """
         if isinstance(example, Prompted):
             end = self._tokenizer.eos_token or ""
+            if not end:
+                self._warn_of_no_end("the tokenizer, which has no end token,")
+            elif example.completion.rstrip().endswith(end):
+                end = ""
             text = example.prompt + example.completion + end
             return self._label(text, [(len(example.prompt), len(text))], example, special=True)
         if self._tokenizer.chat_template is None:
@@ -81,19 +97,26 @@ class ChatEncoder:
                 f"{example.place}: expected a tokenizer with a chat template for messages, got one "
                 "without; give 'prompt' and 'completion' as texts, or a tokenizer with a template"
             )
-        if self._marks and not self._everything:
-            return self._marked(example)
         text = self._render(example, example.messages)
-        return self._label(text, list(self._answers(example, text)), example, special=False)
+        self._check_shown(example, text)
+        spans: list[Span] = []
+        if self._marks and not self._everything and not example.context:
+            spans = self._marked(example)
+        elif not self._everything:
+            spans = list(self._answers(example, text))
+        return self._label(text, spans, example, special=False)
 
     def _render(
         self, example: Conversation, messages: Sequence[dict[str, Any]], header: bool = False
     ) -> str:
         """The text that the template makes of messages; with the header of an answer to come."""
+        return self._template(example, messages, tokenize=False, add_generation_prompt=header)
+
+    def _template(
+        self, example: Conversation, messages: Sequence[dict[str, Any]], **settings: Any
+    ) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=header, **example.extra
-            )
+            return self._apply(messages, example.extra | settings)
         except Exception as error:
             # Templates are programs of others and raise whatever they like.
             reason = " ".join(str(error).split())
@@ -101,28 +124,129 @@ class ChatEncoder:
                 f"{example.place}: the chat template refuses the messages: {reason}"
             ) from error
 
+    def _apply(self, messages: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(list(messages), **settings)
+        except Exception:
+            # Most templates expect the arguments of calls as objects, some as JSON texts.
+            if not any("tool_calls" in message for message in messages):
+                raise
+            texts = [_with_texts_of_arguments(message) for message in messages]
+            return self._tokenizer.apply_chat_template(texts, **settings)
+
+    def _check_shown(self, example: Conversation, text: str) -> None:
+        """ValueError where the template leaves out tools, documents or a call."""
+        for name in ("tools", "documents"):
+            if not example.extra.get(name):
+                continue
+            rest = {key: value for key, value in example.extra.items() if key != name}
+            if self._render(replace(example, extra=rest), example.messages) == text:
+                raise self._not_shown(example, f"'{name}'")
+        for message in example.messages:
+            self._check_calls(example, message, text)
+
+    def _check_calls(self, example: Conversation, message: dict[str, Any], text: str) -> None:
+        for call in message.get("tool_calls", ()):
+            if call["function"]["name"] not in text:
+                name = call["function"]["name"]
+                raise self._not_shown(example, f"'tool_calls' (of '{name}')")
+
+    @staticmethod
+    def _not_shown(example: Conversation, what: str) -> ValueError:
+        return ValueError(
+            f"{example.place}: the chat template does not show {what}; use a template that does, "
+            "or leave them out of the data"
+        )
+
     def _answers(self, example: Conversation, text: str) -> Iterator[Span]:
         """Where the answers are in the whole text, each with the token that ends it."""
-        for number, message in enumerate(example.messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(example, example.messages[:number], header=True)
-            if not text.startswith(before):
-                # Where the header of an answer says more than an earlier answer's has.
-                before = self._render(example, example.messages[:number])
-            if not text.startswith(before):
-                raise self._not_found(example, number)
-            through = self._render(example, example.messages[: number + 1])
-            end = len(through)
-            if not text.startswith(through):
-                # Templates show earlier answers without their thoughts: look for the content.
-                content = message["content"].strip()
-                place = text.find(content, len(before))
-                if place < 0:
-                    raise self._not_found(example, number)
-                end = place + len(content)
-                end += self._special_length(text[end:])
-            yield len(before), len(before) + self._trimmed(text[len(before) : end])
+        messages = example.messages
+        numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        start = end = 0
+        for place, number in enumerate(numbers):
+            start = self._start(example, text, number, (place, len(numbers)))
+            through = self._render(example, messages[: number + 1])
+            if text.startswith(through):
+                end = start + self._trimmed(text[start : len(through)])
+            else:
+                end = self._end(example, text, number, start, through)
+            if number not in example.context:
+                self._check_answer(example, number, text[start:end])
+                yield start, end
+        if not text[start:end].endswith(tuple(self._special)):
+            self._warn_of_no_end("the chat template")
+
+    def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
+        """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
+        before = self._render(example, example.messages[:number], header=True)
+        if text.startswith(before):
+            return len(before)
+        plain = self._render(example, example.messages[:number])
+        if not before.startswith(plain):
+            raise self._not_found(example, number)
+        # The header may say more than those of earlier answers have, such as the begin of thoughts.
+        header = before[len(plain) :]
+        if text.startswith(plain):
+            common = _common(text[len(plain) :], header)
+            return len(plain) + self._whole(header[:common])
+        place, count = which
+        while header := header[: self._whole(header)]:
+            if text.count(header) == count:
+                at = -1
+                for _ in range(place + 1):
+                    at = text.index(header, at + 1)
+                return at + len(header)
+            header = header[:-1]
+        raise self._not_found(example, number)
+
+    def _whole(self, header: str) -> int:
+        """Length of a part of a header up to where a special token or white space ends."""
+        ends = [header.rfind(token) + len(token) for token in self._special if token in header]
+        return max([0, *ends, *(n for n, c in enumerate(header, start=1) if c.isspace())])
+
+    def _end(self, example: Conversation, text: str, number: int, start: int, through: str) -> int:
+        """Where an answer ends that is written otherwise where more messages follow."""
+        limit = self._limit(example, text, number + 1)
+        ending = through[: len(through.rstrip())]
+        token = max((t for t in self._special if ending.endswith(t)), key=len, default="")
+        found = text.rfind(token, start, limit) if token else -1
+        if found >= 0:
+            return found + len(token)
+        content = example.messages[number]["content"].strip()
+        found = text.find(content, start, limit) if content else -1
+        if found < 0:
+            raise self._not_found(example, number)
+        end = found + len(content)
+        return end + self._special_length(text[end:limit])
+
+    def _limit(self, example: Conversation, text: str, number: int) -> int:
+        """A place in the header of message `number`, or where its content begins."""
+        messages = list(example.messages)
+        if number == len(messages):
+            return len(text)
+        messages[number] = messages[number] | {"content": _UNSEEN}
+        other = self._render(example, messages)
+        common = _common(text, other)
+        if common == len(text):
+            raise self._not_found(example, number - 1)
+        return common
+
+    def _warn_of_no_end(self, what: str) -> None:
+        if not self._warned:
+            _log.warning(
+                "%s ends answers with no special token: the model will not learn to stop", what
+            )
+        self._warned = True
+
+    def _check_answer(self, example: Conversation, number: int, answer: str) -> None:
+        self._check_calls(example, example.messages[number], answer)
+        for token in (*self._special, "<think>", "</think>"):
+            answer = answer.replace(token, "")
+        if not answer.strip():
+            raise ValueError(
+                f"{example.place}: the chat template shows nothing of the answer of message "
+                f"{number}"
+            )
 
     def _trimmed(self, answer: str) -> int:
         """Length of an answer without what follows the token that ends it."""
@@ -145,25 +269,22 @@ class ChatEncoder:
             "template makes of the messages; use a template with generation marks"
         )
 
-    def _marked(self, example: Conversation) -> Encoded:
-        try:
-            made = self._tokenizer.apply_chat_template(
-                list(example.messages),
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                **example.extra,
-            )
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{example.place}: the chat template refuses the messages: {reason}"
-            ) from error
-        ids, mask = made["input_ids"], made["assistant_masks"]
-        if not any(mask):
+    def _marked(self, example: Conversation) -> list[Span]:
+        """What the template marks as generated.
+
+        Transformers' own mask of tokens is not used: some versions lose marks that begin or end
+        with white space which the tokenizer's offsets leave out.
+        """
+        tokenizer, extra = self._tokenizer, example.extra
+        _, places = render_jinja_template(
+            [list(example.messages)],
+            chat_template=tokenizer.get_chat_template(None, extra.get("tools")),
+            return_assistant_tokens_mask=True,
+            **{**tokenizer.special_tokens_map, **extra},
+        )
+        if not places[0]:
             raise ValueError(f"{example.place}: the chat template marks no token as generated")
-        labels = [i if answer else IGNORE_INDEX for i, answer in zip(ids, mask)]
-        return Encoded(list(ids), labels, example.name)
+        return [(start, end) for start, end in places[0]]
 
     def _label(
         self, text: str, spans: list[Span], example: Conversation | Prompted, special: bool
@@ -172,15 +293,42 @@ class ChatEncoder:
             text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
         )
         ids, offsets = made["input_ids"], made["offset_mapping"]
+        # The end is in the text: one that the tokenizer adds would be a second one.
+        while len(ids) > 1 and offsets[-1] == (0, 0):
+            ids, offsets = ids[:-1], offsets[:-1]
         if self._everything:
             return Encoded(ids, list(ids), example.name)
         labels = [IGNORE_INDEX] * len(ids)
         remaining = iter([*spans, (len(text) + 1, len(text) + 1)])
         start, end = next(remaining)
+        reached = 0
         for place, (first, last) in enumerate(offsets):
-            while first >= end:
+            # Some tokenizers leave white space out of the offsets: a token begins where the one
+            # before it ends. Tokens of parts of a character all have the character's.
+            begin = min(first, reached)
+            reached = max(reached, last)
+            while begin >= end:
                 start, end = next(remaining)
             # A token across the border of prompt and answer is the answer's to predict.
-            if last > start and last > first:
+            if last > start and last > begin:
                 labels[place] = ids[place]
         return Encoded(ids, labels, example.name)
+
+
+def _common(first: str, second: str) -> int:
+    """Characters that two texts begin with alike."""
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    return next(place for place in range(length) if first[place] != second[place])
+
+
+def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as JSON texts."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        if not isinstance(arguments, str):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | {"tool_calls": calls} if calls else message

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,8 @@ _ROLES = {
     "tool_response": "tool",
 }
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Roles whose text is a call of a tool, as JSON.
+_CALLS = ("function_call", "tool_call")
 _PREFERENCES = ("chosen", "rejected")
 
 
@@ -39,12 +42,14 @@ class Conversation:
         place: file and line, for messages of errors.
         name: a short name of the example.
         extra: further variables of the template, such as `tools`.
+        context: numbers of the assistant's messages that are not trained on.
     """
 
     messages: tuple[dict[str, Any], ...]
     place: str
     name: str
     extra: dict[str, Any] = field(default_factory=dict)
+    context: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +71,20 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
     """The example that a row holds; None: a plain `text`.
 
     Forms, in the order in which they are looked for: `messages` or `conversations` (a list of
-    {"role", "content"} or ShareGPT's {"from", "value"}, with `system` and `tools` beside them);
-    `prompt` and `completion` (two texts, or two lists of messages); `instruction`, `input` and
-    `output` (a user's message and its answer); `text`.
+    {"role", "content"} or ShareGPT's {"from", "value"}, with `system`, `tools` and
+    `chat_template_kwargs` beside them); `prompt` and `completion` (two texts, or two lists of
+    messages); `instruction`, `input` and `output` (a user's message and its answer, after earlier
+    pairs in `history`); `text`. Lists and objects may be given as JSON texts.
+
+    All messages of the assistant are answers, but for those inside a `prompt`, and those with a
+    `weight` of 0 or `train` false.
 
     Raises:
-        ValueError: none of these, preference data, a message without a role or text, no answer. The
-            message names file, line, what was expected and the keys that are there.
+        ValueError: none of these, preference data, a message without a role or text, an empty
+            answer, no answer. The message names file, line, what was expected and the keys that
+            are there.
     """
-    record = row.record
+    record = {name: value for name, value in row.record.items() if value is not None}
     if any(name in record for name in _PREFERENCES):
         raise ValueError(
             f"{row.place}: expected examples to imitate, got preference data "
@@ -90,26 +100,67 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
         return _instruction(row)
     if "text" in record:
         return None
-    raise ValueError(f"{row.place}: expected {FORMS}, got {keys_of(record)}")
+    raise ValueError(f"{row.place}: expected {FORMS}, got {keys_of(row.record)}")
 
 
-def _conversation(row: Row, messages: list[dict[str, Any]]) -> Conversation:
-    system = row.record.get("system")
+def _conversation(
+    row: Row, messages: list[dict[str, Any]], context: Iterable[int] = ()
+) -> Conversation:
+    record = row.record
+    left_out = set(context)
+    system = record.get("system")
     if isinstance(system, str) and system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    answers = [message for message in messages if message["role"] == "assistant"]
+        left_out = {number + 1 for number in left_out}
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
         raise ValueError(
             f"{row.place}: expected a message of the assistant, got messages of {roles} only"
         )
-    extra = {name: row.record[name] for name in ("tools", "documents") if row.record.get(name)}
-    return Conversation(tuple(messages), row.place, row.name, extra)
+    made = []
+    for number, message in enumerate(messages):
+        weight, train = message.pop("weight", 1), message.pop("train", True)
+        if weight not in (0, 1) or train not in (True, False):
+            raise ValueError(
+                f"{row.place}: expected message {number} to have a 'weight' of 0 or 1 and a "
+                f"'train' of true or false, got {weight!r} and {train!r}"
+            )
+        if number in answers and not (weight and train):
+            left_out.add(number)
+        made.append(message)
+    if left_out.issuperset(answers):
+        raise ValueError(
+            f"{row.place}: expected an answer to train on, got none but in the prompt or with a "
+            "'weight' of 0"
+        )
+    extra = {name: _parsed(record[name]) for name in ("tools", "documents") if record.get(name)}
+    settings = _parsed(record.get("chat_template_kwargs") or {})
+    if not isinstance(settings, Mapping):
+        raise ValueError(
+            f"{row.place}: expected 'chat_template_kwargs' to be an object, got {settings!r}"
+        )
+    extra |= settings
+    return Conversation(tuple(made), row.place, row.name, extra, frozenset(left_out))
+
+
+def _parsed(value: Any) -> Any:
+    """A list or object that is given as a JSON text, as tables hold them; else the value."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
 
 
 def _messages(row: Row, name: str, value: Any) -> list[dict[str, Any]]:
+    value = _parsed(value)
     if not isinstance(value, list | tuple) or not value:
-        raise ValueError(f"{row.place}: expected '{name}' to be a list of messages, got {value!r}")
+        texts = "a text or " if name in ("prompt", "completion") else ""
+        raise ValueError(
+            f"{row.place}: expected '{name}' to be {texts}a list of messages, got {value!r}"
+        )
     return [_message(row, f"{name}[{number}]", entry) for number, entry in enumerate(value)]
 
 
@@ -122,15 +173,25 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
     role = message.get("role")
+    if role in _CALLS:
+        called = _parsed(message.pop("content", None))
+        message["tool_calls"] = called if isinstance(called, list) else [called]
+        role = "assistant"
     role = _ROLES.get(role, role) if isinstance(role, str) else role
     if role not in _KNOWN_ROLES:
-        known = ", ".join((*_KNOWN_ROLES, *_ROLES))
+        known = ", ".join((*_KNOWN_ROLES, *_ROLES, *_CALLS))
         raise ValueError(
             f"{row.place}: expected {where} to have a role (one of {known}), got "
             + (repr(role) if role is not None else keys_of(message))
         )
+    if "function_call" in message:
+        message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
+    if message.get("tool_calls"):
+        message["tool_calls"] = _tool_calls(row, where, _parsed(message["tool_calls"]))
+    else:
+        message.pop("tool_calls", None)
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and "tool_calls" in message:
         content = ""
     if isinstance(content, list | tuple):
         content = _joined(row, where, content)
@@ -140,7 +201,31 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
             + (keys_of(message) if content is None else type(content).__name__)
         )
     _check_text(row, where, content)
+    if role == "assistant" and not (content.strip() or _says_more(message)):
+        raise ValueError(f"{row.place}: expected {where} to have an answer, got an empty 'content'")
     return message | {"role": role, "content": content}
+
+
+def _says_more(message: Mapping[str, Any]) -> bool:
+    """Whether the assistant says something besides the content: a call, a thought."""
+    return any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+
+
+def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
+    """Calls as chat templates expect them, with arguments that are objects where they can be."""
+    made = []
+    for call in calls if isinstance(calls, list | tuple) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else call
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str) or not name:
+            raise ValueError(
+                f"{row.place}: expected {where} to call functions by 'name' and 'arguments', got "
+                f"{call!r}"
+            )
+        function = dict(function) | {"arguments": _parsed(function.get("arguments", {}))}
+        rest = dict(call) if "function" in call else {}
+        made.append({"type": "function"} | rest | {"function": function})
+    return made
 
 
 def _joined(row: Row, where: str, parts: list[Any] | tuple[Any, ...]) -> str:
@@ -156,38 +241,70 @@ def _joined(row: Row, where: str, parts: list[Any] | tuple[Any, ...]) -> str:
 
 
 def _prompted(row: Row) -> Conversation | Prompted:
-    prompt, completion = row.record["prompt"], row.record["completion"]
+    prompt, completion = (_parsed(row.record[name]) for name in ("prompt", "completion"))
+    good = row.record.get("label")
+    if isinstance(good, bool) or str(good).lower() in ("true", "false"):
+        raise ValueError(
+            f"{row.place}: expected examples to imitate, got preference data (a 'label' says "
+            "whether the completion is wanted); keep the wanted ones, and leave 'label' out"
+        )
+    # A text that is JSON by chance is a text.
+    prompt = prompt if _is_messages(prompt) else row.record["prompt"]
+    completion = completion if _is_messages(completion) else row.record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         for name, text in (("prompt", prompt), ("completion", completion)):
             _check_text(row, name, text)
-        if not completion:
+        if not completion.strip():
             raise ValueError(f"{row.place}: expected 'completion' to be a text, got an empty one")
         return Prompted(prompt, completion, row.place, row.name)
-    messages = [
-        message
+    asked, answered = (
+        _messages(
+            row, name, [{"role": role, "content": value}] if isinstance(value, str) else value
+        )
         for name, value, role in (
             ("prompt", prompt, "user"),
             ("completion", completion, "assistant"),
         )
-        for message in _messages(
-            row, name, [{"role": role, "content": value}] if isinstance(value, str) else value
-        )
-    ]
-    return _conversation(row, messages)
+    )
+    context = [n for n, message in enumerate(asked) if message["role"] == "assistant"]
+    return _conversation(row, asked + answered, context)
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(entry, Mapping) and {"role", "from"} & set(entry) for entry in value)
+    )
 
 
 def _instruction(row: Row) -> Conversation:
     record = row.record
-    texts = {name: record.get(name, "") for name in ("instruction", "input", "output")}
+    texts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
     for name, text in texts.items():
         if not isinstance(text, str):
             raise ValueError(
                 f"{row.place}: expected '{name}' to be a text, got {type(text).__name__}"
             )
         _check_text(row, name, text)
+    if not texts["output"].strip():
+        raise ValueError(f"{row.place}: expected 'output' to be a text, got an empty one")
+    history = _parsed(record.get("history") or [])
+    pairs = isinstance(history, list | tuple) and all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    )
+    if not pairs:
+        raise ValueError(
+            f"{row.place}: expected 'history' to be a list of pairs of texts, got {history!r}"
+        )
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
-    user = {"role": "user", "content": asked}
-    return _conversation(row, [user, {"role": "assistant", "content": texts["output"]}])
+    turns = [*history, (asked, texts["output"])]
+    entries = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn)
+    ]
+    return _conversation(row, _messages(row, "history", entries))
 
 
 def _check_text(row: Row, where: str, text: str) -> None:

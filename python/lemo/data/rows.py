@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,8 +40,9 @@ class Row:
 def read_rows(path: str | Path, argument: str = "documents") -> Iterator[Row]:
     """Yields the rows of a file or of a datasets folder, in their order.
 
-    A text file is one row whose `text` is the file. A cell of a table that is empty (null) is left
-    out of its row.
+    A text file is one row whose `text` is the file. A JSON file is a list of objects, an object
+    that holds one such list (as `data`), objects line by line, or one object. A cell of a table
+    that is empty (null) is left out of its row, at any depth; cells of CSV are texts.
 
     Args:
         path: see `SUPPORTED`.
@@ -63,8 +66,12 @@ def _reader(path: Path, argument: str) -> Callable[[Path], Iterator[Row]]:
         return _read_json_lines
     if path.name.endswith(".txt"):
         return _read_text
-    if path.suffix in _TABLES:
-        return _read_table
+    if path.suffix == ".json":
+        return _read_json
+    if path.suffix == ".csv":
+        return _read_csv
+    if path.suffix == ".parquet":
+        return _read_parquet
     raise ValueError(f"{argument}: expected {SUPPORTED}, got '{path}'")
 
 
@@ -79,7 +86,7 @@ def _never_empty(path: Path, rows: Iterator[Row], argument: str) -> Iterator[Row
 
 def _read_text(path: Path) -> Iterator[Row]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     yield Row({"text": text}, str(path), path.name)
@@ -106,7 +113,7 @@ def _read_json_lines(path: Path) -> Iterator[Row]:
 
 def _parse_line(line: bytes, place: str, name: str) -> Row:
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place}: not UTF-8: {error.reason} at byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -118,17 +125,89 @@ def _parse_line(line: bytes, place: str, name: str) -> Row:
     return Row(record, place, name)
 
 
-def _read_table(path: Path) -> Iterator[Row]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the key '{twice}' twice")
+    return made
+
+
+def _read_json(path: Path) -> Iterator[Row]:
+    # Read here, not by the datasets library: it turns values whose types differ from row to row,
+    # such as contents with and without parts, into JSON texts.
+    damaged = f"{path}: cannot be read as json"
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        if not error.msg.startswith("Extra data"):
+            where = f"line {error.lineno}, column {error.colno}"
+            raise ValueError(f"{damaged}: {error.msg} at {where}") from None
+        yield from _read_json_lines(path)
+        return
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{damaged}: {error}") from None
+    place = f"{path}: row "
+    if isinstance(value, dict):
+        lists = [name for name, inner in value.items() if _is_table(inner)]
+        if len(lists) == 1 and not any(name in value for name in _NAMES_OF_A_ROW):
+            place = f"{path}: {lists[0]}, row "
+            value = value[lists[0]]
+        else:
+            value = [value]
+    if not isinstance(value, list):
+        raise ValueError(f"{path}: expected a list of JSON objects, got {type(value).__name__}")
+    for number, record in enumerate(value):
+        if not isinstance(record, dict):
+            got = type(record).__name__
+            raise ValueError(f"{place}{number}: expected a JSON object, got {got}")
+        yield Row(record, f"{place}{number}", f"{path.name}:{number}")
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    # Read here, not by the datasets library: it reads some texts as numbers and as missing, and
+    # takes the first cell away from rows that have one too many.
+    csv.field_size_limit(sys.maxsize)
+    damaged = f"{path}: cannot be read as csv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            names = next(rows, [])
+            if len(set(names)) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"{path}: expected columns that differ, got '{twice}' twice")
+            number = 0
+            for cells in rows:
+                if not cells:
+                    continue
+                if len(cells) != len(names):
+                    raise ValueError(
+                        f"{path}:{rows.line_num}: expected {len(names)} cells, as many as the "
+                        f"first line has, got {len(cells)}"
+                    )
+                record = {name: cell for name, cell in zip(names, cells) if cell}
+                yield Row(record, f"{path}: row {number}", f"{path.name}:{number}")
+                number += 1
+        except csv.Error as error:
+            raise ValueError(f"{damaged}: {error} at line {rows.line_num}") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{damaged}: not UTF-8: {error.reason}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
     # The datasets library takes a second to import; only tables and folders need it.
     import datasets
 
-    damaged = f"{path}: cannot be read as {path.suffix.removeprefix('.')}"
+    damaged = f"{path}: cannot be read as parquet"
     with naming(damaged):
         # A stream: no copy of the file is left in the library's cache.
         rows = iter(
-            datasets.load_dataset(
-                _TABLES[path.suffix], data_files=str(path), split="train", streaming=True
-            )
+            datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         )
     yield from _rows(rows, path, damaged)
 
@@ -141,9 +220,15 @@ def _rows(rows: Iterator[dict[str, Any]], path: Path, damaged: str) -> Iterator[
                 record = next(rows)
             except StopIteration:
                 return
-        present = {name: value for name, value in record.items() if value is not None}
-        yield Row(present, f"{path}: row {number}", f"{path.name}:{number}")
+        yield Row(_present(record), f"{path}: row {number}", f"{path.name}:{number}")
         number += 1
+
+
+def _present(value: Any) -> Any:
+    """A cell without what is null: tables give each object the keys of all others."""
+    if isinstance(value, dict):
+        return {name: _present(inner) for name, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
@@ -170,9 +255,9 @@ def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
 
 def keys_of(record: Mapping[str, Any]) -> str:
     """The names in a record, for messages."""
-    names = [str(name) for name in record]
+    names = [f"{name} (null)" if value is None else str(name) for name, value in record.items()]
     return f"the keys {', '.join(names)}" if names else "no key at all"
 
 
-# The readers of the datasets library, by the ending of a file.
-_TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# An object that has one of these is a row, not what holds the list of rows.
+_NAMES_OF_A_ROW = ("text", "messages", "conversations", "prompt", "instruction")
