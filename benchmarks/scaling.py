@@ -336,6 +336,7 @@ def plan_of(setting: Setting, gpus: int, options: argparse.Namespace) -> Any:
         autocast=False,
         cuda=options.device == "cuda",
         processes=gpus if setting.bench == "context" else 1,
+        shards=gpus if setting.bench == "fsdp" else 1,
     )
     planner = request.planner(tokens)
     if setting.recompute != "auto":

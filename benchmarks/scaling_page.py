@@ -16,6 +16,7 @@ from xml.sax.saxutils import escape
 
 import scaling
 from common import records
+from common.models import LLAMA_3_8B
 from readme_table import replace_block
 from scaling import COUNTS, GIB, NAMES, SETTINGS, Setting
 
@@ -138,6 +139,56 @@ def computed_table() -> str:
     return records.markdown(head, rule, lines)
 
 
+# Shapes by name, and the windows that are asked about.
+ASKED = {
+    "Llama-3-8B": (
+        {**LLAMA_3_8B, "num_hidden_layers": 32},
+        ((32768, 0.5), (131072, 0.5), (131072, 1.0), (524288, 0.5), (1048576, 0.5), (1048576, 1.0)),
+    ),
+    "Llama-3-70B": (
+        {
+            "vocab_size": 128256,
+            "hidden_size": 8192,
+            "intermediate_size": 28672,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 80,
+        },
+        ((32768, 0.5), (131072, 0.5), (262144, 0.25)),
+    ),
+}
+
+
+def combination_table() -> str:
+    """What `lemo plan --gpus` puts first."""
+    from transformers import LlamaConfig
+
+    import lemo
+    from lemo.planner.combinations import combinations
+    from lemo.planner.plan import NOMINAL
+    from lemo.planner.request import Request
+    from lemo.planner.shape import Adapters, shape_of
+
+    limit, lines = round((139 - scaling.RESERVED) * GIB), []
+    for name, (sizes, windows) in ASKED.items():
+        shape = shape_of(LlamaConfig(**sizes, tie_word_embeddings=False))
+        for tokens, keep in windows:
+            elimination = lemo.LemoConfig(keep=keep).resolved(answers=False)
+            request = Request(shape, Adapters(), elimination, NOMINAL)
+            cells = []
+            for count in COUNTS:
+                best = combinations(request, tokens, count, limit)[0]
+                if best.plan is None:
+                    cells.append("does not fit")
+                    continue
+                shards = ", shard" if best.shards > 1 else ""
+                way = f"{best.groups} x {best.size}{shards}"
+                cells.append(f"{way}: {best.plan.seconds:.3g} s, {best.rate / 1e3:.3g}K")
+            lines.append([name, str(tokens), f"{keep:g}", *cells])
+    head = ["shape", "tokens", "keep", *(f"{count} GPU" for count in COUNTS)]
+    return records.markdown(head, ["---", "---:", "---:", *["---"] * len(COUNTS)], lines)
+
+
 # --- the figure
 
 LEFT, TOP, WIDTH, HEIGHT = 70, 50, 420, 330
@@ -209,7 +260,8 @@ def figure(rows: Iterable[Mapping[str, Any]]) -> str:
 def updated(text: str, rows: list[dict[str, Any]]) -> str:
     """The page with what is recorded and what is computed."""
     text = replace_block(text, measured_table(rows), "measured on several GPUs")
-    return replace_block(text, computed_table(), "computed for several GPUs")
+    text = replace_block(text, computed_table(), "computed for several GPUs")
+    return replace_block(text, combination_table(), "combinations of several GPUs")
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator, ParallelismConfig
+from accelerate.state import AcceleratorState
 from torch import distributed, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -15,6 +17,7 @@ import lemo
 from tiny_models import config_of, lora, make_ids, make_model
 from trainer_cases import tokenizer, words
 
+EVALUATED = 4
 PASSES = 4  # of an optimizer step, of all processes together
 STEPS = 3
 LENGTHS = (60, 9, 33, 47, 12, 58, 25, 41, 17, 52, 30, 8)
@@ -36,6 +39,19 @@ def train(folder: str) -> dict[str, dict[str, Any]]:
     return {kind: _train(kind, settings, folder) for kind, settings in KINDS.items()}
 
 
+def train_in_groups(folder: str, size: int, kinds: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The same where `size` processes share out the kept rows of a batch; 1: as `train`."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if distributed.is_initialized():
+        as_torchrun()
+    if size > 1:
+        # Accelerate has its ParallelismConfig for GPUs alone; nothing else differs on the CPU.
+        Accelerator.multi_device = property(lambda self: self.use_distributed)
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    return {kind: _train(kind, KINDS[kind], folder, size, evaluates=True) for kind in kinds}
+
+
 def as_torchrun() -> None:
     """Says in the environment which process this is, as torchrun does."""
     rank, count = distributed.get_rank(), distributed.get_world_size()
@@ -43,7 +59,9 @@ def as_torchrun() -> None:
     os.environ |= {name: str(value) for name, value in named.items()}
 
 
-def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
+def _train(
+    kind: str, settings: dict[str, Any], folder: str, size: int = 1, evaluates: bool = False
+) -> dict[str, Any]:
     torch.manual_seed(0)
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
     model = lora(make_model("llama"))
@@ -53,13 +71,12 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
         "scorer": "random",
         "dense_layers": (),
     }
-    handle = lemo.enable(model, config_of(**fixed | settings))
     common = {
         "output_dir": str(Path(folder) / kind),
         "use_cpu": True,
         "max_steps": STEPS,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": PASSES // processes,
+        "gradient_accumulation_steps": PASSES // (processes // size),
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "learning_rate": 1e-2,
@@ -70,6 +87,12 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
         "bf16": False,
         "average_tokens_across_devices": True,
     }
+    mesh = None
+    if size > 1:
+        sizes = ParallelismConfig(cp_size=size, dp_shard_size=processes // size)
+        mesh = sizes.get_device_mesh("cpu")
+        common |= {"parallelism_config": sizes}
+    handle = lemo.enable(model, config_of(**fixed | settings), mesh)
     if kind.startswith("SFT"):
         rows = [{"text": words(count, seed)} for seed, count in enumerate(LENGTHS)]
         if "completions" in kind:
@@ -81,6 +104,7 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
             model,
             args=SFTConfig(max_length=256, **common),
             train_dataset=datasets.Dataset.from_list(rows),
+            eval_dataset=datasets.Dataset.from_list(rows[:EVALUATED]),
             processing_class=tokenizer(),
         )
     else:
@@ -89,6 +113,7 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
             model,
             TrainingArguments(**common),
             train_dataset=[{"input_ids": ids, "labels": ids} for ids in samples],
+            eval_dataset=[{"input_ids": ids, "labels": ids} for ids in samples[:EVALUATED]],
             data_collator=DataCollatorForSeq2Seq(tokenizer()),
         )
     handle.attach(trainer)
@@ -104,4 +129,51 @@ def _train(kind: str, settings: dict[str, Any], folder: str) -> dict[str, Any]:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     # No tensors: those are handed over by processes that have ended.
-    return {"losses": losses, "trained": torch.cat(trained).tolist(), "reduced": reduced}
+    found = {"losses": losses, "trained": torch.cat(trained).tolist(), "reduced": reduced}
+    return found | {"evaluated": trainer.evaluate()["eval_loss"]} if evaluates else found
+
+
+def refusals(folder: str) -> dict[str, str]:
+    """What trainers say that do not fit the group of processes that lemo was told of."""
+    warnings.simplefilter("ignore")
+    as_torchrun()
+    Accelerator.multi_device = property(lambda self: self.use_distributed)
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    ids = make_ids(1, 32, 0)[0].tolist()
+
+    def message(
+        size: int | None, context: Any, attaches: bool = True, calls: bool = True, **more: Any
+    ) -> str:
+        AcceleratorState._reset_state()
+        model = lora(make_model("llama"))
+        config = config_of(keep=0.5, block_size=8, scorer="random", dense_layers=())
+        handle = lemo.enable(model, config, context)
+        if size is not None:
+            more["parallelism_config"] = ParallelismConfig(cp_size=size)
+        arguments = {"output_dir": folder, "use_cpu": True, "max_steps": 1, "report_to": []}
+        trainer = Trainer(
+            model,
+            TrainingArguments(**arguments, disable_tqdm=True, save_strategy="no", **more),
+            train_dataset=[{"input_ids": ids, "labels": ids}] * 2,
+            data_collator=DataCollatorForSeq2Seq(tokenizer()),
+            callbacks=[lemo.TrainerCallback(handle)] if calls and not attaches else [],
+        )
+        try:
+            if attaches:
+                handle.attach(trainer)
+            trainer.train()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    world = distributed.group.WORLD
+    alone = distributed.new_group([0]), distributed.new_group([1])
+    return {
+        "lemo knows of no group": message(2, None),
+        "the trainer knows of no group": message(None, world),
+        "nothing told": message(2, None, attaches=False, calls=False),
+        "the callback alone": message(2, world, attaches=False),
+        "labels of a process": message(2, world, average_tokens_across_devices=False),
+        "a group of one": message(2, alone[distributed.get_rank()]),
+        "fits": message(2, world),
+    }

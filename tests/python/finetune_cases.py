@@ -34,6 +34,13 @@ TWO = {
     "sharded": {"shard": True},
     "sharded, recomputed": {"shard": True, "gradient_checkpointing": True},
     "sharded, dense": {"shard": True, "elimination": None},
+    "sharded, nf4": {"shard": True, "quantize": "nf4"},
+    "sharded, nf4, selective": {
+        "shard": True,
+        "quantize": "nf4",
+        "elimination": SETTINGS["elimination"] | {"recompute": "selective"},
+    },
+    "sharded, nf4, dense": {"shard": True, "quantize": "nf4", "elimination": None},
 }
 
 
@@ -64,7 +71,7 @@ def in_two(folder: str) -> dict[str, str]:
         stop(place / "one", place / "resumed by two")
     distributed.barrier()
     train(folder, "resumed by two", resume=True)
-    return {"quantised": _error(folder, shard=True, quantize="nf4")}
+    return {"quantised": _error(folder, shard=True, quantize="int8")}
 
 
 def losing_one(folder: str) -> str:

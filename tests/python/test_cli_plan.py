@@ -137,3 +137,19 @@ def test_sizes():
     assert parse_bytes("80GiB", "x") == 80 * 2**30
     assert parse_bytes("1.5 gb", "x") == 1_500_000_000
     assert parse_bytes("17", "x") == 17
+
+
+def test_a_plan_of_several_gpus(folder, capsys):
+    arguments = (folder, "--tokens", "128K", "--keep", "1", "--gpus", "8", "--dtype", "bfloat16")
+    code, out, _ = run(capsys, *arguments, "--gpu-memory", "133GiB")
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[2] == "8 GPUs, with 133.0 GiB of each, the most tokens a second first:"
+    assert lines[3].startswith("1 window at a time, each shared out by 8 GPUs")
+    assert any(line.startswith("8 windows at a time: ") for line in lines)
+    code, _, error = run(capsys, *arguments, "--gpu-memory", "4GiB")
+    assert code != 0
+    assert "does not fit into 4.00 GiB of each of 8 GPUs, however they are used" in error
+    code, _, error = run(capsys, *arguments[:5], "--gpus", "0")
+    assert code != 0
+    assert "--gpus: expected a number of at least 1, got 0" in error

@@ -1,5 +1,8 @@
 """`lemo finetune --context-parallel`: groups of processes train as one process does."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import context_runs
@@ -70,6 +73,20 @@ def test_a_group_shares_out_rows_and_weights(settings, one, tmp_path):
     run = settings | SHARED | {"output": str(tmp_path / "run"), "shard": True}
     processes.run(2, context_runs.train, tmp_path, run)
     assert losses(run["output"]) == pytest.approx(one, rel=1e-5)
+
+
+def test_a_group_has_one_plan(settings, one, tmp_path):
+    run = settings | SHARED | {"output": str(tmp_path / "run"), "memory_limit": 1.0}
+    cut = run | {"output": str(tmp_path / "cut"), "shard": True}
+    processes.run(2, context_runs.train_all, tmp_path, [run, cut])
+    for each in (run, cut):
+        assert losses(each["output"]) == pytest.approx(one, rel=1e-5)
+        plan = json.loads((Path(each["output"]) / "plan.json").read_text())
+        assert set(plan["modes"]) == {"none"}
+    # Said by every process; the first that ends is named.
+    little = run | {"output": str(tmp_path / "little"), "memory_limit": 1e-4}
+    with pytest.raises(AssertionError, match="memory: expected a step of 1 x 96 tokens that fits"):
+        processes.run(2, context_runs.train, tmp_path, little)
 
 
 def test_a_group_is_a_part_of_the_processes(settings, tmp_path):

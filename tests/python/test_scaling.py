@@ -69,7 +69,8 @@ def test_a_text_that_names_no_setting_is_refused(tmp_path, capsys):
 def test_efficiency_and_losses():
     rows = [row(2, 5.0), row(1, 8.0), row(4, 2.5, loss=12.1), row(1, 8.0, bench="data")]
     [group, alone] = scaling.by_setting(rows).values()
-    assert [each["gpus"] for each in group] == [1, 2, 4] and len(alone) == 1
+    assert [each["gpus"] for each in group] == [1, 2, 4]
+    assert len(alone) == 1
     assert [scaling.efficiency(each, group[0]) for each in group] == [1.0, 0.8, 0.8]
     assert scaling.efficiency(row(2, 10.0, bench="data"), row(1, 8.0, bench="data")) == 0.8
     [line] = scaling.differing(rows)
@@ -122,7 +123,8 @@ def test_one_and_two_processes_have_the_same_losses(tmp_path):
         ("data", 2),
     ]
     assert scaling.differing(rows) == []
-    assert rows[2]["one_gpu_s"] == rows[0]["step_s"] and rows[0]["one_gpu_s"] is None
+    assert rows[2]["one_gpu_s"] == rows[0]["step_s"]
+    assert rows[0]["one_gpu_s"] is None
     assert rows[2]["gradient_norm"] == pytest.approx(rows[0]["gradient_norm"], rel=0.02)
     # What cannot end in time, or does not fit, is not begun.
     log = tmp_path / "late.jsonl"

@@ -45,6 +45,8 @@ def runs(tmp_path_factory):
     write_documents(folder / "d.jsonl", count=8)
     finetune(str(folder), "one")
     finetune(str(folder), "dense", elimination=None)
+    finetune(str(folder), "nf4", quantize="nf4")
+    finetune(str(folder), "nf4, dense", quantize="nf4", elimination=None)
     errors = run(2, in_two, folder, str(folder))
     for name, source in (("resumed by one", "two"), ("resumed by one, whole", "sharded")):
         stop(folder / source, folder / name)
@@ -59,6 +61,9 @@ def runs(tmp_path_factory):
         ("sharded", "one"),
         ("sharded, recomputed", "one"),
         ("sharded, dense", "dense"),
+        ("sharded, nf4", "nf4"),
+        ("sharded, nf4, selective", "nf4"),
+        ("sharded, nf4, dense", "nf4, dense"),
         ("resumed sharded", "one"),
         ("resumed whole", "one"),
         ("resumed by two", "one"),
@@ -88,7 +93,7 @@ def test_resuming_with_other_windows_in_a_step_is_refused(runs, tmp_path):
 
 def test_quantised_weights_are_not_sharded(runs):
     for found in runs[1]:
-        assert "expected weights that are not quantised" in found["quantised"]
+        assert "expected weights that are not quantised, or in 4 bits" in found["quantised"]
 
 
 def test_one_process_shards_nothing(runs):

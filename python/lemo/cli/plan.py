@@ -27,6 +27,9 @@ def plan(
             show_default="what is free on the GPU here",
         ),
     ] = None,
+    gpus: Annotated[
+        int, typer.Option(help="GPUs of a host; more than 1: the ways to use them, best first.")
+    ] = 1,
     host_memory: Annotated[
         str | None,
         typer.Option(
@@ -71,6 +74,8 @@ def plan(
             f"--tokens: expected one length >= 2, such as 65536 or 64K, got '{tokens}'"
         )
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
+    if gpus < 1:
+        raise ValueError(f"--gpus: expected a number of at least 1, got {gpus}")
     if limit == 0:
         raise ValueError(f"--gpu-memory: expected a size above 0, got '{gpu_memory}'")
     settings: dict[str, Any] = {
@@ -100,7 +105,7 @@ def plan(
 
     screen = options.console()
     options.show_messages(screen)
-    for line in planned(FinetuneConfig.from_dict(settings), limit):
+    for line in planned(FinetuneConfig.from_dict(settings), limit, gpus):
         options.result_console().print(printable(line), soft_wrap=True)
 
 

@@ -9,8 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lemo.distributed.context import ContextParallel
 from lemo.models import labels as named_labels
 from lemo.models.labelled_rows import sums_over_labels
+from lemo.models.trainer_groups import cp_size_of, share_out
 
 __all__ = ["TrainerCallback", "attach"]
 
@@ -24,6 +26,9 @@ class Steered(Protocol):
 
     @property
     def causal_lm(self) -> nn.Module: ...
+
+    @property
+    def context_parallel(self) -> ContextParallel | None: ...
 
     def begin_step(self, step: int, steps: int) -> None: ...
 
@@ -66,8 +71,16 @@ class TrainerCallback(transformers.TrainerCallback):
         self._handle = handle
         self._unwatch: Callable[[], None] = lambda: None
         self._passes = 0
+        self.is_attached = False
 
-    def on_train_begin(self, *args: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: transformers.TrainingArguments,
+        *state: Any,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._check_attached(args)
         # The trainer may have wrapped the model since it was enabled.
         if model is not None:
             self._unwatch()
@@ -97,9 +110,20 @@ class TrainerCallback(transformers.TrainerCallback):
         self._passes += 1
         self._begin_pass(args)
 
+    def _check_attached(self, args: transformers.TrainingArguments) -> None:
+        size = cp_size_of(getattr(args, "parallelism_config", None))
+        if size > 1 and not self.is_attached:
+            raise ValueError(
+                f"parallelism_config: expected a trainer that handle.attach(trainer) was called "
+                f"with, where its cp_size is {size}, got the callback alone"
+            )
+
     def _begin_pass(self, args: transformers.TrainingArguments) -> None:
-        # Accelerate deals the batches out in turn.
-        self._handle.begin_pass(self._passes * args.world_size + args.process_index)
+        # Accelerate deals the batches out in turn, the same to all processes of a group.
+        context = self._handle.context_parallel
+        size = 1 if context is None else context.size
+        processes, index = args.world_size // size, args.process_index // size
+        self._handle.begin_pass(self._passes * processes + index)
 
 
 def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]:
@@ -115,12 +139,17 @@ def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]
             f"trainer: expected one of the model that lemo was enabled on, got one of another "
             f"{type(trainer.model).__name__}"
         )
+    context = handle.context_parallel
+    keep_tokens = share_out(trainer, context)
     callback = TrainerCallback(handle)
+    callback.is_attached = True
     trainer.add_callback(callback)
     compute_loss, step_aside = trainer.compute_loss, _nothing
     if sums_over_labels(trainer):
         step_aside = handle.overtake()
         compute_loss = _counting(compute_loss, handle)
+    if context is not None and context.size > 1:
+        compute_loss = _of_groups(compute_loss, context.size)
 
     @functools.wraps(compute_loss)
     def with_labels(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -131,6 +160,7 @@ def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]
 
     def undo() -> None:
         step_aside()
+        keep_tokens()
         trainer.remove_callback(callback)
         if vars(trainer).get("compute_loss") is with_labels:
             del trainer.compute_loss
@@ -156,14 +186,45 @@ def _counting(compute_loss: Callable[..., Any], handle: Steered) -> Callable[...
         scales = num_items_in_batch is not None
         with handle.counting(scales) as weights:
             result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not (scales and weights):
+        if not weights:
             return result
+        loss, *rest = result if return_outputs else (result,)
         (weight,) = weights
-        if return_outputs:
-            return result[0] * weight, result[1]
-        return result * weight
+        context = handle.context_parallel
+        if scales:
+            loss = loss * weight
+            # A sum over this process's rows, by the labels of all.
+            loss = loss if context is None else context.total(loss)
+        elif context is not None and context.size > 1:
+            raise NotImplementedError(
+                "num_items_in_batch: expected the number of labels of a step with "
+                "context_parallel, where each process has its own rows only, got None"
+            )
+        return (loss, *rest) if return_outputs else loss
 
     return of_kept_labels
+
+
+def _of_groups(compute_loss: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """A `compute_loss` for processes of which `size` have the same loss.
+
+    The trainer multiplies the loss by the number of processes, since their mean is taken, as if
+    each had labels of its own.
+    """
+
+    @functools.wraps(compute_loss)
+    def of_group(
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        result = compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if num_items_in_batch is None:
+            return result
+        return (result[0] / size, *result[1:]) if return_outputs else result / size
+
+    return of_group
 
 
 def rows_of_batch(inputs: dict[str, Any]) -> Tensor | None:

@@ -165,6 +165,11 @@ class Handle:
         """The model whose forward is replaced, without what wraps it."""
         return self.path.causal_lm
 
+    @property
+    def context_parallel(self) -> ContextParallel | None:
+        """The processes that share out the rows of a batch; None: this one has them all."""
+        return self._forward.context
+
     def remove(self) -> None:
         """Gives the model its own forward back; does nothing when called again.
 
@@ -196,12 +201,16 @@ class Handle:
         computed, and their labels do not count, neither in the loss nor in its metrics. Label
         smoothing, a `compute_loss_func` and a `compute_loss` of a subclass are losses outside.
 
+        Where lemo was enabled with `context_parallel`, the trainer's arguments have a
+        parallelism_config with the group's size as `cp_size`; lemo then shares out the kept rows in
+        place of accelerate's context parallelism, which cuts the tokens (docs/MULTI_GPU.md).
+
         Args:
             trainer: one of this handle's model, Transformers' or made on it, such as TRL's.
 
         Raises:
             TypeError: it is no trainer.
-            ValueError: it trains another model.
+            ValueError: it trains another model, or has other groups of processes.
         """
         self._detach.append(attach(trainer, self))
 

@@ -15,6 +15,7 @@ from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
 from lemo.models.sharing import check_call
+from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
 from lemo.relevance.answers import are_answers
 from lemo.selection.selector import Selector
@@ -110,6 +111,8 @@ class Training(ABC, Generic[C]):
         """Refuses a call with labels that is not defined where processes share out the rows."""
         if self.context is not None:
             check_call(arguments)
+        else:
+            check_alone()
 
     def whole(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradients by name, of all rows, from those that this process has."""

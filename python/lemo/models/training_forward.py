@@ -206,9 +206,10 @@ class TrainingForward(Training[Elimination]):
 
     def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
         """What `loss` gives to the head, for a call with labels whose head is somebody else's."""
-        if self.context is not None:
-            raise needs_all_rows("a loss of TRL's head")
-        ignored = arguments.ignored_label
+        ignored, context = arguments.ignored_label, self.context
+        self.check_call(arguments)
+        if context is not None:
+            context.begin(self._architecture.causal_lm, arguments.given)
         batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         labelled = targets != ignored
@@ -217,16 +218,18 @@ class TrainingForward(Training[Elimination]):
         )
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
-        index = rows_among(rows, residual, computed)
-        hidden = self._architecture.final_norm(residual, index)[1]
         count = labelled.sum() if lost is None else labelled.sum() + lost
+        weight = count.float() / max(rows.numel(), 1)
         if rows.numel():
             self.has_trained = True
         elif bool(labelled.any()):
             self._nothing_trained()
-        return LabelledStates(
-            hidden[None], targets[rows][None], count.float() / max(rows.numel(), 1)
-        )
+        if context is not None:
+            assert computed is not None
+            rows = rows[torch.isin(rows.int(), computed)]  # this process's
+        index = rows_among(rows, residual, computed)
+        hidden = self._architecture.final_norm(residual, index)[1]
+        return LabelledStates(hidden[None], targets[rows][None], weight)
 
     def logits(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:
         """The output for a call without labels."""

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from lemo import _C
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows, split_heads
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, weight_bytes
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, layer_bytes, weight_bytes
 
 __all__ = ["HOST_ALIGNMENT", "MODES", "LayerBytes", "StepMemory"]
 
@@ -109,6 +109,13 @@ class StepMemory:
         trainable = self._adapters.parameters(self._shape) * self._adapters.size
         copied = self._fp8 and self._quantize != "float8"
         frozen = weight_bytes(self._shape, self._step.size, self._quantize)
+        shards = self._step.shards
+        if shards > 1:
+            # The share of a process, and what is whole: the head, this layer, and the next one,
+            # which is copied behind it has come.
+            whole = 3 * layer_bytes(self._shape, self._step.size, self._quantize)
+            whole += self._shape.vocabulary * self._shape.hidden * self._step.size
+            return (frozen + 3 * trainable) // shards + min(whole, frozen)
         return frozen + (self._shape.parameters()[0] if copied else 0) + 3 * trainable
 
     @property
@@ -190,11 +197,6 @@ class StepMemory:
         """
         rows = self._step.rows[index]
         layer = self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
-        if self._step.processes > 1:
-            forward, backward = self._gathered(rows.attention)
-            layer = replace(
-                layer, forward=layer.forward + forward, backward=layer.backward + backward
-            )
         if not share or not layer.kept:
             return layer
         moved = round(share * layer.kept)
@@ -213,6 +215,8 @@ class StepMemory:
     def _gathered(self, rows: int) -> tuple[int, int]:
         """For a moment of attention's two passes: parts of keys and values of all processes."""
         shape, step = self._shape, self._step
+        if step.processes == 1:
+            return 0, 0
         parts = max(min(step.key_parts, shape.key_heads), 1)
         part = step.processes * rows * 2 * shape.keys * step.size // parts
         mine = part // step.processes
@@ -226,9 +230,11 @@ class StepMemory:
         attention = rows.attention * (self._norm() + self._attention(True))
         hidden = size * shape.hidden
         down = rows.mlp * (hidden + size * shape.width) + self._apart("down_proj", rows.mlp)
+        here, back = self._gathered(rows.attention)
         # When attention's backward runs, what the MLP stored is gone.
-        attending = rows.attention * (hidden + self._attention_backward()) - mlp
+        attending = rows.attention * (hidden + self._attention_backward()) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
+        forward = max(forward, here - mlp)
         down += rows.mlp * self._rounded()
         matrices = self._matrices(all_of_mlp=False)
         return LayerBytes(attention + mlp, forward + matrices, max(down, attending, 0) + matrices)
@@ -260,7 +266,8 @@ class StepMemory:
             return LayerBytes(kept, max(computed, forward + chunk * 2 * hidden), highest)
         attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
         copied = hidden if step.is_indexed(rows.attention) else 0
-        attending = attention + rows.attention * (copied + self._attention_backward())
+        here, back = self._gathered(rows.attention)
+        attending = attention + rows.attention * (copied + self._attention_backward()) + back
         attending += self._matrices(all_of_mlp=False)
         if joined:
             # The graph of attention and what it adds exist while the MLP's backward runs.
@@ -268,7 +275,7 @@ class StepMemory:
         else:
             highest = max(mlp, attending)
         projected = size * (2 * shape.queries + 2 * shape.keys) + 4 * shape.heads
-        computed = rows.attention * (2 * hidden + projected - saved)
+        computed = rows.attention * (2 * hidden + projected - saved) + here
         return LayerBytes(kept, max(computed, forward + chunk * 2 * hidden), highest)
 
     def _in_groups(self, rows: int, selective: bool) -> tuple[int, int, int]:

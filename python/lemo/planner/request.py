@@ -60,6 +60,7 @@ class Request:
         quantize: how weights are stored.
         window: tokens that attention sees back; 0: all.
         processes: that share out the kept rows of each batch (context parallelism).
+        shards: processes over which weights are cut (FSDP2).
     """
 
     shape: ModelShape
@@ -74,6 +75,7 @@ class Request:
     quantize: str | None = None
     window: int = 0
     processes: int = 1
+    shards: int = 1
 
     def planner(self, tokens: int) -> Planner:
         """Plans the step with sequences of so many tokens.
@@ -99,9 +101,11 @@ class Request:
         )
         if self.processes > 1:
             step = step.shared_out(self.processes)
+        step = replace(step, shards=self.shards)
         fp8 = self.elimination.products == "fp8"
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
-        time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
+        more = self.window, group, fp8, self.quantize
+        time = StepTime(self.shape, self.adapters, step, self.rates, *more)
         host = HostRules(self.elimination.host_bytes, self.elimination.offload_shares(layers))
         return Planner(memory, time, host=host)
 

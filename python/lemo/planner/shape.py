@@ -13,6 +13,7 @@ __all__ = [
     "Linear",
     "ModelShape",
     "Step",
+    "layer_bytes",
     "shape_of",
     "step_of",
     "weight_bytes",
@@ -76,9 +77,13 @@ class ModelShape:
         outputs = (self.queries, self.keys, self.keys, hidden, width, width, hidden)
         return tuple(map(Linear, LINEAR, inputs, outputs))
 
+    def layer_parameters(self) -> int:
+        """Parameters of the linear layers of a decoder layer."""
+        return sum(each.inputs * each.outputs for each in self.linears())
+
     def parameters(self) -> tuple[int, int]:
         """(parameters of linear layers, all others) of the whole model."""
-        linear = self.layers * sum(each.inputs * each.outputs for each in self.linears())
+        linear = self.layers * self.layer_parameters()
         norms = self.layers * 2 * self.hidden + self.hidden
         if self.head_norms:
             norms += self.layers * 2 * self.head_size
@@ -144,6 +149,7 @@ class Step:
         processes: that share out the rows (context parallelism); then `rows`, `labels` and
             `residual_rows` are those of one of them, and `lengths` those of the whole batch.
         key_parts: in how many parts keys and values are gathered from the others, at most.
+        shards: processes over which weights are cut (FSDP2).
     """
 
     lengths: tuple[int, ...]
@@ -160,6 +166,7 @@ class Step:
     embeds_all: bool = False
     processes: int = 1
     key_parts: int = 4
+    shards: int = 1
 
     @property
     def tokens(self) -> int:
@@ -252,3 +259,8 @@ def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> i
     """Bytes of the frozen weights, linear layers of the decoder quantised or not."""
     linear, others = shape.parameters()
     return round(linear * _QUANTISED.get(quantize or "", size)) + others * size
+
+
+def layer_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
+    """Those of the linear layers of a decoder layer."""
+    return round(shape.layer_parameters() * _QUANTISED.get(quantize or "", size))

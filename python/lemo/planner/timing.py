@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, layer_bytes
 
 __all__ = ["Rates", "StepTime", "operations"]
 
@@ -82,6 +82,7 @@ class StepTime:
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
         fp8: whether frozen weights multiply in 8 bits.
+        quantize: how weights are stored, which are sent so where processes have shares of them.
     """
 
     def __init__(
@@ -93,18 +94,20 @@ class StepTime:
         window: int = 0,
         group_size: int = 0,
         fp8: bool = False,
+        quantize: str | None = None,
     ) -> None:
         self._fp8 = fp8
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
+        self._quantize = quantize
 
     def with_head_groups(self, groups: int) -> StepTime:
         """The same step with groups of heads."""
         if groups == self._step.head_groups:
             return self
         step = replace(self._step, head_groups=groups)
-        more = self._window, self._group_size, self._fp8
+        more = self._window, self._group_size, self._fp8, self._quantize
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
     def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
@@ -139,7 +142,10 @@ class StepTime:
         shape, step = self._shape, self._step
         products = 2 * 2 * step.labels * shape.vocabulary * shape.hidden
         moved = 6 * step.labels * shape.vocabulary * step.size
-        return products / self._rates.products + moved / self._rates.bytes
+        seconds = products / self._rates.products + moved / self._rates.bytes
+        # The embedding and the head, which come at once.
+        ends = 2 * shape.vocabulary * shape.hidden * step.size
+        return seconds + self._sent(ends) / self._rates.between
 
     def layer(self, index: int, mode: str) -> float:
         """Of the device, for a layer in both passes, with what it computes a second time.
@@ -187,7 +193,17 @@ class StepTime:
             total += self._seconds(rows, self._grouped(mode), _Work())
         if self._step.processes > 1:
             total += self._exchanging(rows.attention, mode)
+        if self._step.shards > 1:
+            coming = self._sent(layer_bytes(self._shape, self._step.size, self._quantize))
+            coming /= self._rates.between
+            # While the layer before runs, forward and backward.
+            forward = self._forward(rows)
+            total += max(0.0, coming - forward) + max(0.0, coming - (total - forward))
         return total
+
+    def _sent(self, size: int) -> float:
+        """What a process receives of weights of so many bytes."""
+        return size * (self._step.shards - 1) / self._step.shards
 
     def exchanged(self, rows: int, mode: str) -> int:
         """Bytes that a process receives in a layer from those that share out rows with it.

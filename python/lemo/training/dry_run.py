@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lemo.ops import supports_device
+from lemo.planner.combinations import combination_lines, combinations
 from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
 from lemo.planner.text import plan_lines
 from lemo.settings.finetune import FinetuneConfig
@@ -17,12 +18,13 @@ from lemo.training.planning import memory_limit, request_of
 __all__ = ["planned"]
 
 
-def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
+def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterator[str]:
     """The lines of `lemo plan`.
 
     Args:
         config: the run.
         limit: bytes that a step may take; None: what is free on the GPU here.
+        gpus: of a host; more than one: the ways to use them.
 
     Raises:
         DoesNotFitError: no plan is within the limit.
@@ -68,6 +70,18 @@ def planned(config: FinetuneConfig, limit: int | None) -> Iterator[str]:
     modes = None
     if asked != "auto":
         modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
+    if gpus > 1:
+        found = combinations(request, tokens, gpus, limit, modes)
+        if found[0].plan is None:
+            raise DoesNotFitError(
+                f"memory: a step does not fit into {bytes_text(limit)} of each of {gpus} GPUs, "
+                f"however they are used; what would fit on one: {request.advice(tokens, limit)}"
+            )
+        yield f"{gpus} GPUs, with {bytes_text(limit)} of each, the most tokens a second first:"
+        yield from combination_lines(found, timed=rates is not None)
+        if rates is not None:
+            yield f"expected between GPUs: {rates.between / 1e9:g} GB/s to each (not measured)"
+        return
     if modes is None or (elimination.host_memory and not elimination.moves):
         plan = planner.plan(limit, modes)
         if plan is None:

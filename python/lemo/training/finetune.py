@@ -62,6 +62,7 @@ from lemo.training.processes import (
     check_passes,
     enter_folder,
     naming_lost_processes,
+    of_main,
     process_group,
 )
 from lemo.training.remarks import check_blocks, check_stored_blocks, say_what_is_kept
@@ -216,13 +217,11 @@ class _Run:
         dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
         answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
         wanted = config.elimination and config.elimination.resolved(answers)
-        self.plan = plan_run(
-            config,
-            wanted,
-            model_config,
-            dtype,
-            accelerator.device,
-            _least_limit(config, accelerator),
+        limit = _least_limit(config, accelerator)
+        # One for all: where processes share out rows they have to store the same.
+        asked = config, wanted, model_config, dtype, accelerator.device, limit
+        self.plan = of_main(
+            partial(plan_run, *asked, processes=accelerator.num_processes), accelerator
         )
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype, config.quantize, accelerator.device)

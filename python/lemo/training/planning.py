@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +189,7 @@ def plan_run(
     dtype: torch.dtype,
     device: torch.device,
     limit: int | None,
+    processes: int = 1,
 ) -> RunPlan | None:
     """The plan of a run; None where its memory is not limited, or cannot be predicted.
 
@@ -201,6 +202,7 @@ def plan_run(
         dtype: of its weights.
         device: where it runs.
         limit: bytes that a step may take; None: not limited.
+        processes: of the run.
 
     Raises:
         DoesNotFitError: no plan is within the limit.
@@ -217,14 +219,11 @@ def plan_run(
     try:
         if elimination is None:
             raise ValueError("elimination: expected settings of it, got null")
-        if config.context_parallel > 1:
-            raise ValueError(
-                "context_parallel: expected 1, where each process has all rows of its windows, "
-                f"got {config.context_parallel}"
-            )
-        if config.shard:
-            raise ValueError("shard: expected false, where processes have whole weights, got true")
-        request = request_of(config, elimination, model_config, dtype, device)
+        request = replace(
+            request_of(config, elimination, model_config, dtype, device),
+            processes=config.context_parallel,
+            shards=processes if config.shard else 1,
+        )
         planner = request.planner(config.context_length)
     except ValueError as error:
         name = "memory_limit"

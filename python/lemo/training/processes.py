@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.checkpoint import Checkpoint
 from lemo.training.run_folder import writing
+
+T = TypeVar("T")
 
 _log = logging.getLogger("lemo")
 
@@ -72,6 +75,24 @@ def enter_folder(folder: Path, accelerator: Accelerator, stack: ExitStack) -> No
     broadcast_object_list(errors)
     if errors[0] is not None:
         raise errors[0]
+
+
+def of_main(compute: Callable[[], T], accelerator: Accelerator) -> T:
+    """What the main process computes, for all; every process raises its error."""
+    if accelerator.num_processes == 1:
+        return compute()
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = compute()
+        except Exception as raised:
+            found[1] = raised
+    broadcast_object_list(found)
+    result: T | None = found[0]
+    error: Exception | None = found[1]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def check_passes(checkpoint: Checkpoint, config: FinetuneConfig, processes: int) -> None:

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
 from lemo.settings.finetune import Quantize
 
-__all__ = ["is_quantised", "quantization_config", "recorded", "remember"]
+__all__ = ["is_in_4_bits", "is_quantised", "quantization_config", "recorded", "remember"]
 
 # Which package stores weights in each way.
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "float8": "torchao"}
@@ -56,6 +56,14 @@ def quantization_config(quantize: str, dtype: torch.dtype) -> Any:
 def is_quantised(config: PreTrainedConfig) -> bool:
     """Whether the weights of a model are stored quantised, as its configuration says."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def is_in_4_bits(config: PreTrainedConfig) -> bool:
+    """Whether the weights of a model are stored in 4 bits of bitsandbytes."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return False
+    return bool(dict(found if isinstance(found, dict) else found.to_dict()).get("load_in_4bit"))
 
 
 def remember(config: dict[str, Any], quantize: str) -> dict[str, Any]:

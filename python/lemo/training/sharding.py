@@ -13,27 +13,34 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training.quantised import is_quantised
+from lemo.training.quantised import is_in_4_bits, is_quantised
 
 
 def check_sharding(config: FinetuneConfig, model_config: Any, accelerator: Accelerator) -> None:
     """Refuses what does not go with `shard`.
 
     Raises:
-        ValueError: a single process, quantised weights, or fp16.
+        ValueError: a single process, weights in 8 bits, or fp16.
     """
     if accelerator.num_processes == 1:
         raise ValueError(
             "shard: expected several processes, which share the weights, got one; start with "
             "torchrun --nproc_per_node N"
         )
-    if config.quantize is not None or is_quantised(model_config):
+    if not _can_be_cut(config.quantize, model_config):
         raise ValueError(
-            "shard: expected weights that are not quantised, which FSDP2 cannot cut, got "
-            f"quantize '{config.quantize or 'as stored'}'"
+            "shard: expected weights that are not quantised, or in 4 bits of bitsandbytes (nf4), "
+            f"which FSDP2 can cut, got quantize '{config.quantize or 'as stored'}'"
         )
     if accelerator.mixed_precision == "fp16":
         raise ValueError("shard: expected dtype bfloat16 or float32, got float16")
+
+
+def _can_be_cut(quantize: str | None, model_config: Any) -> bool:
+    """Whether each process can have a share of the weights: their statistics lie beside them."""
+    if quantize is not None:
+        return quantize == "nf4"
+    return not is_quantised(model_config) or is_in_4_bits(model_config)
 
 
 def shard(model: PeftModel, accelerator: Accelerator) -> None:

@@ -26,7 +26,6 @@ from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_am
 from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import check_around, check_unflattened, check_whole, is_sharded
-from lemo.models.sharing import needs_all_rows
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
@@ -226,10 +225,15 @@ class GenericForward(Training[Choice]):
         Returns:
             Its result, and the labels of the batch for each label that counts, fp32 scalar.
         """
+        self.check_call(arguments)
         if self.context is not None:
-            raise needs_all_rows("a loss of TRL's head")
+            self.context.begin(self._parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
         counted = self._counted(arguments, kept, targets, lost)
+        count = counted.rows.numel()
+        if self.context is not None:
+            assert kept.selection.rows is not None
+            counted = counted.among(kept.selection.rows, targets.numel())
         call, mask = self._own_arguments(arguments, kept)
         call["shift_labels"] = counted.targets[None]
         if arguments.num_items_in_batch is not None:
@@ -240,12 +244,12 @@ class GenericForward(Training[Choice]):
 
         _, result = self._run(kept, partial(forward, **call), tail, mask)
         labelled = targets != arguments.ignored_label
-        count = labelled.sum() if lost is None else labelled.sum() + lost
-        if counted.rows.numel():
+        labels = labelled.sum() if lost is None else labelled.sum() + lost
+        if count:
             self.has_trained = True
         elif bool(labelled.any()):
             self._nothing_trained()
-        return result, count.float() / max(counted.rows.numel(), 1)
+        return result, labels.float() / max(count, 1)
 
     def base_output(self, original: Callable[..., Any], call: dict[str, Any] | None = None) -> Any:
         """What a call of the causal LM's base gives.
