@@ -36,7 +36,7 @@ NVCC := $(shell command -v nvcc)
 # CUTLASS's headers, out of pip's sight: nothing here needs what their package depends on.
 CUTLASS := $(VENV)/cutlass
 CUTLASS_INCLUDE := cutlass/cutlass_library/source/include
-BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" scipy-openblas32
+BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja scipy-openblas32
 SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so' -not -path '*__pycache__*' -not -path '*.egg-info*') \
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
@@ -99,7 +99,8 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" \
 		$(if $(wildcard $(CUTLASS)),-DLEMO_CUTLASS_INCLUDE="$(abspath $(VENV))/$(CUTLASS_INCLUDE)") $(CMAKE_ARGS)
 	cmake --build build/develop
-	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
+	rm -f python/lemo/_C.*.so
+	cp -f build/develop/liblemo_ops.so build/develop/_C.abi3.so python/lemo/
 
 gpu-build:
 ifeq ($(PREBUILT),)

@@ -88,7 +88,9 @@ class CMakeBuild(build_ext):
 
 find_torch()
 setup(
-    ext_modules=[Extension("lemo._C", sources=[])],
+    # One wheel for every Python from 3.10 on (bindings/module.cpp).
+    ext_modules=[Extension("lemo._C", sources=[], py_limited_api=True)],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=cuda_build_requirements(),
 )

@@ -22,9 +22,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig, Qwen2_5_VLConfig
-from transformers import LlavaForConditionalGeneration as Llava
-from transformers import Qwen2_5_VLForConditionalGeneration as QwenVL
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import lemo
 from common import records
@@ -71,8 +69,50 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
     "glm4": {"head_dim": 64},
-    "llava": {},
-    "qwen2_5_vl": {},
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "cohere2": {"sliding_window": WINDOW},
+    "olmo2": {},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,  # keys are of 64
+        "moe_intermediate_size": 96,
+        "first_k_dense_replace": 1,
+    },
+}
+_ROPE = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
+_VISION = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_heads": 2}
+_VISION |= {"image_size": 8, "patch_size": 2, "num_hidden_layers": 2, "depth": 2}
+_PATCHES = {"in_channels": 3, "in_chans": 3, "temporal_patch_size": 1, "out_hidden_size": 256}
+_PATCHES |= {"window_size": 8, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]}
+_PATCHES |= {"num_position_embeddings": 64}
+_SIGLIP = {"model_type": "siglip_vision_model", **_VISION}
+# Models of text and images: settings, and those of the text.
+IMAGE_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llava": (
+        {
+            "vision_config": {"model_type": "clip_vision_model", **_VISION, "projection_dim": 64},
+            "vision_feature_layer": -1,
+        },
+        {"model_type": "llama"},
+    ),
+    "qwen2_5_vl": ({"vision_config": {**_VISION, **_PATCHES}}, {"rope_parameters": _ROPE}),
+    "qwen3_vl": (
+        {"vision_config": {**_VISION, **_PATCHES}},
+        {"rope_parameters": _ROPE, "head_dim": 64},
+    ),
+    "gemma3": ({"vision_config": _SIGLIP, "mm_tokens_per_image": 16}, _GEMMA),
+    "paligemma": (
+        {"vision_config": _SIGLIP, "projection_dim": 256},
+        {"model_type": "gemma", "head_dim": 64},
+    ),
 }
 
 
@@ -80,40 +120,33 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     """(a random model in fp32, a batch), equal at every call."""
     torch.manual_seed(0)
     ids = torch.randint(3, IMAGE - 2, (2, TOKENS))
-    if name == "llava":
-        vision = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
-        vision |= {"image_size": 8, "patch_size": 2, "projection_dim": 64, "num_hidden_layers": 2}
-        config = LlavaConfig(
-            text_config={"model_type": "llama", **_COMMON},
-            vision_config={"model_type": "clip_vision_model", **vision},
-            image_token_id=IMAGE,
-            vision_feature_layer=-1,
-        )
-        model, more = Llava(config), {"pixel_values": torch.randn(2, 3, 8, 8)}
-    elif name == "qwen2_5_vl":
-        rope = {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0}
-        vision = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64}
-        vision |= {"patch_size": 2, "out_hidden_size": 256, "window_size": 8}
-        vision |= {"fullatt_block_indexes": [1], "in_chans": 3, "temporal_patch_size": 1}
-        config = Qwen2_5_VLConfig(
-            text_config={"model_type": "qwen2_5_vl_text", **_COMMON, "rope_parameters": rope},
-            vision_config=vision,
-            image_token_id=IMAGE,
-            vision_start_token_id=IMAGE - 1,
-            video_token_id=IMAGE - 2,
-        )
-        model, more = QwenVL(config), {"pixel_values": torch.randn(2 * 64, 3 * 2 * 2)}
-        more["image_grid_thw"] = torch.tensor([[1, 8, 8]] * 2)
+    more: dict[str, Tensor] = {}
+    if name in IMAGE_SETTINGS:
+        settings, text = IMAGE_SETTINGS[name]
+        settings |= {"image_token_id": IMAGE, "image_token_index": IMAGE}
+        settings |= {"vision_start_token_id": IMAGE - 1, "video_token_id": IMAGE - 2}
+        kind = type(AutoConfig.for_model(name))
+        config = kind(**settings, text_config={**_COMMON, **text})
+        model = AutoModelForImageTextToText.from_config(config)
+        more = {"pixel_values": torch.randn(2, 3, 8, 8)}
+        if name.startswith("qwen"):
+            more = {"pixel_values": torch.randn(2 * 16 * 4, 3 * 2 * 2)}
+            more["image_grid_thw"] = torch.tensor([[1, 8, 8]] * 2)
     else:
         config = AutoConfig.for_model(name)
         config = type(config)(**{**_COMMON, **SETTINGS[name]})
-        model, more = AutoModelForCausalLM.from_config(config), {}
+        model = AutoModelForCausalLM.from_config(config)
     if more:
         ids[:, 4], ids[:, 5:21] = IMAGE - 1, IMAGE
     labels = ids.where(ids < IMAGE - 2, torch.tensor(-100))
     batch = {"input_ids": ids, "labels": labels, **more}
-    if name == "qwen2_5_vl":
+    if name.startswith("qwen") and more:
         batch["mm_token_type_ids"] = (ids == IMAGE).int()
+    elif name == "gemma3":
+        batch["token_type_ids"] = (ids == IMAGE).long()
+    elif name == "paligemma":  # a prompt whose tokens see each other both ways, and an answer
+        batch["token_type_ids"] = (torch.arange(TOKENS) >= 64).long().expand(ids.shape)
+        batch["labels"] = labels.where(batch["token_type_ids"] > 0, torch.tensor(-100))
     return model.train(), batch
 
 
@@ -123,11 +156,12 @@ def measure(name: str, path: str, dtype: torch.dtype, device: str) -> Iterator[d
     model = model.to(device, dtype)
     batch = {key: value.to(device) for key, value in batch.items()}
     model.set_attn_implementation("eager")
-    if "num_experts_per_tok" in SETTINGS[name]:
+    settings = SETTINGS[name] if name in SETTINGS else IMAGE_SETTINGS[name][1]
+    if "num_experts_per_tok" in settings:
         model.set_experts_implementation("eager")  # others know no fp64
     plain = copy.deepcopy(model)
     # In fp64 rows that see nothing, as under a window, become nan: softmax is in fp32 nevertheless.
-    wider = torch.float32 if dtype.itemsize == 2 or "sliding_window" in SETTINGS[name] else None
+    wider = torch.float32 if dtype.itemsize == 2 or "sliding_window" in settings else None
     wide = copy.deepcopy(model).to(wider or torch.float64)
     for keep in KEEPS:
         handle = lemo.enable(model, LemoConfig(keep=keep, block_size=BLOCK, path=path))
@@ -170,6 +204,8 @@ def masked(model: nn.Module, batch: dict[str, Tensor], handle: lemo.Handle) -> d
     if "mm_token_type_ids" in batch:
         names = ("input_ids", "image_grid_thw", "mm_token_type_ids")
         positions = model.model.get_rope_index(**{name: batch[name] for name in names})[0]
+    elif "token_type_ids" in batch and bool((batch["token_type_ids"] > 0)[:, -1].any()):
+        positions = positions + 1  # PaliGemma's count from 1
     return {**batch, "labels": labels, "position_ids": positions, "attention_mask": kept.long()}
 
 
@@ -183,7 +219,8 @@ def main() -> None:
     parser = records.parser(__doc__, records.RESULTS / "models.jsonl")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="(%(default)s)")
-    parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    names = [*SETTINGS, *IMAGE_SETTINGS]
+    parser.add_argument("--models", nargs="+", default=names, choices=names)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     for name in options.models:

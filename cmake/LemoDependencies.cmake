@@ -1,6 +1,6 @@
 # Finds what lemo builds against; every failure says what to do.
 #
-# Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch, pybind11,
+# Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch,
 # GTest::gtest_main, benchmark::benchmark_main, lemo_copy_shared_library.
 
 find_package(OpenMP REQUIRED COMPONENTS CXX)
@@ -114,10 +114,6 @@ if(LEMO_PYTHON)
     INTERFACE_COMPILE_DEFINITIONS "TORCH_TARGET_VERSION=0x020b000000000000"
     # libtorch_cpu drags in libraries that only torch's own loader finds.
     INTERFACE_LINK_OPTIONS "-Wl,--allow-shlib-undefined")
-  lemo_python_path(pybind11_DIR "__import__('pybind11').get_cmake_dir()")
-  set(PYBIND11_FINDPYTHON ON)
-  set(Python_EXECUTABLE ${Python3_EXECUTABLE})
-  find_package(pybind11 CONFIG REQUIRED)
 endif()
 
 # --- GoogleTest and Google Benchmark -------------------------------------------------------------

@@ -132,6 +132,19 @@ def test_padding_on_the_left_needs_positions_where_these_are_learned(name):
     assert_same(model, dense, train(model, batch), train(dense, batch))
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("kinds", [1, 2])
+@pytest.mark.parametrize("name", ["gpt2", "phi3"])
+def test_kinds_of_tokens_are_those_of_kept_rows(name, kinds, keep):
+    """GPT-2 embeds them, of which 0 is one as well; others read none."""
+    model = make(name)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(keep))
+    batch = {**plain_batch(), "token_type_ids": torch.arange(61).expand(2, 61) % kinds}
+    loss = train(model, batch)
+    assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
+
+
 # Checkpointing, adapters, compilation
 
 

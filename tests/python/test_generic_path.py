@@ -12,9 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    MllamaForCausalLM,
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.models.gemma3 import modeling_gemma3
+from transformers.models.mllama import MllamaTextConfig
 from transformers.models.phi3 import modeling_phi3
 
 import lemo
@@ -300,6 +302,11 @@ def tiny(name, kind=AutoModelForCausalLM, **settings):
     return kind.from_config(type(config)(**known)).train()
 
 
+_PAD = {"pad_token_id": 0}
+_NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
+_FULL = {"layer_types": ["full_attention"] * 3, "no_rope_layers": [1, 1, 0]}
+
+
 @pytest.mark.parametrize(
     ("name", "more", "error", "message"),
     [
@@ -309,9 +316,7 @@ def tiny(name, kind=AutoModelForCausalLM, **settings):
         ("rwkv", {}, ValueError, "RwkvForCausalLM has layers"),
         ("bloom", {}, ValueError, "BloomForCausalLM does not call Transformers' attention"),
         ("falcon", {}, ValueError, "FalconForCausalLM does not call Transformers' attention"),
-        ("mllama", {"kind": images}, ValueError, "layers that attend to images"),
-        ("llama4_text", {"layer_types": ["full_attention"] * 3}, ValueError, "counts rows"),
-        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, ValueError, r"\(linear_attention\)"),
+        ("llama4_text", _FULL, ValueError, "Llama4TextAttention of Llama4For.* counts rows"),
         ("t5", {"kind": AutoModelForSeq2SeqLM}, TypeError, "got T5ForConditionalGeneration"),
         (
             "llama",
@@ -339,6 +344,41 @@ def test_models_that_attend_in_another_way_are_named(name, message):
     lemo.enable(model, settings())
     with pytest.raises((ValueError, NotImplementedError), match=message):
         model(**batch_of())
+
+
+def test_layers_that_attend_to_images_alone_are_named():
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = MllamaTextConfig(**sizes, num_hidden_layers=2, cross_attention_layers=[1], **_PAD)
+    with pytest.raises(ValueError, match="MllamaForCausalLM has layers that attend to images"):
+        lemo.enable(MllamaForCausalLM(config), settings())
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_positions_that_do_not_begin_with_0_are_asked_for(keep):
+    """RoBERTa's learned positions begin behind that of padding."""
+    model = tiny("roberta", is_decoder=True, **_NO_DROPOUT)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(keep))
+    with pytest.raises(ValueError, match="position_ids: expected, since RobertaForCausalLM does"):
+        model(**batch_of())
+    with pytest.raises(ValueError, match="even with every token kept"):
+        handle.verify(batch_of())
+    batch = {**batch_of(), "position_ids": torch.arange(1, 62).expand(2, 61)}
+    loss = train(model, batch)
+    assert_same(
+        model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch_of())))
+    )
+
+
+def test_hybrids_whose_layers_are_all_attention_are_none():
+    names = {"layer_types": ["full_attention"] * 3, "position_embedding_type": "rope"}
+    names |= {"mamba_n_heads": 8, "mamba_d_head": 8, "shared_intermediate_size": 48}
+    model = tiny("granitemoehybrid", num_local_experts=0, **names)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings())
+    loss = train(model, batch_of())
+    oracle = train(dense, masked_batch(batch_of(), kept_mask(handle, batch_of())))
+    assert_same(model, dense, loss, oracle)
 
 
 def test_heads_of_a_size_that_no_kernel_has_are_named(monkeypatch):

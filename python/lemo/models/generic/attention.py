@@ -42,6 +42,7 @@ _NOT_READ = {
     "max_length_q",
     "num_items_in_batch",
     "position_ids",
+    "token_type_ids",
 }
 
 

@@ -392,7 +392,7 @@ class GenericForward(Training[Choice]):
         call["use_cache"] = False
         call["return_dict"] = True
         kinds = call.get("token_type_ids")
-        if torch.is_tensor(kinds) and not bool(kinds.any()):
+        if parts.takes_images and torch.is_tensor(kinds) and not bool(kinds.any()):
             # All tokens are text, as without them; with them Gemma 3 makes masks for images.
             del call["token_type_ids"]
         if arguments.position_ids is None and parts.skips_positions:

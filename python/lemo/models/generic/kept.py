@@ -107,8 +107,9 @@ class KeptBatch:
         if "cache_position" in call:
             # From which some count positions.
             call["cache_position"] = call["position_ids"].reshape(-1, self.selection.num_rows)[0]
-        if torch.is_tensor(call.get("per_layer_inputs")):
-            call["per_layer_inputs"] = self.of(call["per_layer_inputs"])
+        for name in ("per_layer_inputs", "token_type_ids"):
+            if torch.is_tensor(call.get(name)):
+                call[name] = self.of(call[name])
         if torch.is_tensor(call.get("visual_pos_masks")):
             self._keep_visual(call)
         mask = call.get("attention_mask")
@@ -144,6 +145,7 @@ _OF_ROWS = {
     "inputs_embeds",
     "per_layer_inputs",
     "position_ids",
+    "token_type_ids",
     "visual_pos_masks",
 }
 
