@@ -115,6 +115,8 @@ def next_length(
     for most, what in ((slowest, "time"), (limits["most"], "most")):
         if wanted > most:
             wanted, bound = most, what
+    if bound == "time" and wanted < CLOSE * low:
+        return None, bound
     tokens = int(wanted) // GRAIN * GRAIN
     return (tokens, bound) if tokens > low else (None, bound)
 
