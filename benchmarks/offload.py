@@ -10,8 +10,9 @@ quality. Sets of kept rows:
     one      each layer keeps the same quarter of the tokens
     falling  each layer has a set of its own: all tokens in the first eight layers, then a half, a
              quarter, an eighth
-    pairs    each layer has a set of its own: all tokens in two layers, an eighth in the next two,
-             and so on. What a layer of all tokens stores cannot hide behind one of an eighth
+    turns    each layer has a set of its own: a half of the tokens, a quarter, a half, and so on.
+             Little of what a layer stores hides behind a layer of fewer tokens
+    pairs    the same with all of the tokens twice, and an eighth twice
 
 Ways:
 
@@ -46,12 +47,12 @@ from common.processes import measure, run_script
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
 GIB = 2**30
-SETS = ("one", "falling", "pairs")
+SETS = ("one", "falling", "turns", "pairs")
 WAYS = ("none", "uniform", "sensitive", "torch", "unsloth", "whole")
 # Shares of the tokens that quarters of the layers keep, where sets differ.
 FALLING = (1.0, 0.5, 0.25, 0.125)
-# The same of four layers in turn.
-PAIRS = (1.0, 1.0, 0.125, 0.125)
+# The same of layers in turn.
+IN_TURN = {"turns": (0.5, 0.25), "pairs": (1.0, 1.0, 0.125, 0.125)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,8 +76,9 @@ def keep_of(name: str, layers: int) -> float | list[float]:
     """The share of the tokens that each layer keeps."""
     if name == "one":
         return 0.25
-    if name == "pairs":
-        return [PAIRS[index % len(PAIRS)] for index in range(layers)]
+    if name in IN_TURN:
+        shares = IN_TURN[name]
+        return [shares[index % len(shares)] for index in range(layers)]
     return [FALLING[len(FALLING) * index // layers] for index in range(layers)]
 
 
