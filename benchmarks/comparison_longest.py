@@ -257,7 +257,7 @@ class Search:
                 break
         unused = self._started.get((name, count + 1))
         if unused is not None:
-            unused.close()
+            unused.end()  # it may still import
         return row_of(self._options, name, trials, more)
 
 

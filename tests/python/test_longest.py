@@ -95,6 +95,8 @@ class FakeWorker:
     def close(self):
         pass
 
+    end = close
+
     def __enter__(self):
         return self
 
