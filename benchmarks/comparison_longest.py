@@ -115,6 +115,8 @@ def next_length(
     for most, what in ((slowest, "time"), (limits["most"], "most")):
         if wanted > most:
             wanted, bound = most, what
+    if bound == "time" and wanted < CLOSE * low:
+        return None, bound
     tokens = int(wanted) // GRAIN * GRAIN
     return (tokens, bound) if tokens > low else (None, bound)
 
@@ -255,7 +257,7 @@ class Search:
                 break
         unused = self._started.get((name, count + 1))
         if unused is not None:
-            unused.close()
+            unused.end()  # it may still import
         return row_of(self._options, name, trials, more)
 
 

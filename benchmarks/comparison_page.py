@@ -1,8 +1,9 @@
 """Write tables and plots of the comparison: `python benchmarks/comparison_page.py [--check]`.
 
 docs/COMPARISON.md, the comparison in README.md and two plots in docs/images follow from the rows of
-benchmarks/results/comparison.jsonl; of each contender and length the last row counts. --check
-writes nothing and names what is not up to date. Takes a few seconds.
+benchmarks/results/comparison.jsonl; of each contender and length the last row counts. The longest
+windows in docs/COMPARISON.md are `longest_page.py`'s. --check writes nothing and names what is not
+up to date. Takes a few seconds.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import longest_page
 from common import records
 from common.records import markdown
 from contenders import CONTENDERS
@@ -29,9 +31,9 @@ OUT_OF_MEMORY = "out of memory"
 # GiB of pinned host memory that are worth a line.
 LEAST_PINNED = 0.1
 # What README shows of it.
-SHORT = ("plain", "checkpointing", "selective", "offload", "liger", "liger-tiled", "unsloth", "trl")
-SHORT += ("cce", "fa4", "s2", "lemo-1", "lemo-0.5", "lemo-0.5-planned", "lemo-0.25")
-SHORT += ("lemo-0.25-planned",)
+SHORT = ("plain", "checkpointing", "selective", "offload", "liger", "liger-selective")
+SHORT += ("liger-tiled", "unsloth", "trl", "cce", "fa4", "s2", "lemo-1", "lemo-1-planned")
+SHORT += ("lemo-0.5", "lemo-0.5-planned", "lemo-0.25", "lemo-0.25-planned")
 # Groups of rows are of one model, bound of the memory and card.
 Group = tuple[str, float | None, str | None]
 Rows = dict[tuple[str, int], dict[str, Any]]
@@ -140,7 +142,9 @@ def left_out(groups: dict[Group, Rows]) -> str:
     for rows in groups.values():
         for (name, tokens), row in rows.items():
             failed = row.get("failed")
-            if failed is not None and failed != OUT_OF_MEMORY and name in CONTENDERS:
+            if failed is None or failed == OUT_OF_MEMORY or name not in CONTENDERS:
+                continue
+            if not has_run_since(name, row, groups):
                 why[name] = f"{failed} (at {tokens} tokens)"
     seen = {name for rows in groups.values() for name, _ in rows}
     lines = [f"- {title_of(name)}: {why[name]}." for name in CONTENDERS if name in why]
@@ -148,6 +152,18 @@ def left_out(groups: dict[Group, Rows]) -> str:
     if later and groups:
         lines.append(f"- Not measured yet: {'; '.join(later)}.")
     return "\n".join(lines)
+
+
+def has_run_since(name: str, failure: dict[str, Any], groups: dict[Group, Rows]) -> bool:
+    """Whether a contender ran at another commit than the one it failed at, and not before."""
+    return any(
+        other == name
+        and row["step_s"] is not None
+        and row["commit"] != failure["commit"]
+        and row["date"] >= failure["date"]
+        for rows in groups.values()
+        for (other, _), row in rows.items()
+    )
 
 
 def version_table(groups: dict[Group, Rows]) -> str:
@@ -169,8 +185,14 @@ def measured_on(group: Group, rows: Rows) -> str:
     commits = sorted({row["commit"] for row in rows.values()})
     steps = sorted({row["steps"] for row in rows.values() if row.get("steps")})
     bound = "" if memory is None else f", of whose memory PyTorch may take {memory:g} GiB"
-    counted = f"measured steps: {' to '.join(map(str, steps[:1] + steps[1:][-1:]))}; "
-    return f"{model}, {card}{bound}; {counted}{', '.join(days)}, commit {', '.join(commits)}"
+    counted = f"measured steps: {' to '.join(map(str, steps[:1] + steps[1:][-1:]))}"
+    measured = [row for row in rows.values() if row["step_s"] is not None]
+    first = sum(row.get("warmed") is False for row in measured)
+    # Kernels were compiled, and loaded, by a shorter one.
+    counted += (
+        f" (the first of their length in {first} of {len(measured)} figures)" if first else ""
+    )
+    return f"{model}, {card}{bound}; {counted}; {', '.join(days)}, commit {', '.join(commits)}"
 
 
 def is_drawn(groups: dict[Group, Rows]) -> bool:
@@ -275,9 +297,14 @@ def texts(rows: list[dict[str, Any]]) -> dict[Path, str]:
     """Files with the figures of the rows."""
     page, readme = (path.read_text(encoding="utf-8") for path in (PAGE, README))
     return {
-        PAGE: replace_block(page, figures(rows)),
+        PAGE: replace_block(replace_block(page, figures(rows)), longest(), "longest"),
         README: replace_block(readme, short_figures(rows), "comparison"),
     }
+
+
+def longest() -> str:
+    """What the page shows of the longest windows."""
+    return longest_page.figures(records.read(longest_page.RESULTS, "longest"))
 
 
 def out_of_date(rows: list[dict[str, Any]], images: Path = IMAGES) -> list[str]:

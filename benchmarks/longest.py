@@ -32,6 +32,7 @@ from itertools import groupby
 from typing import Any
 
 from common import records
+from common.planned import settings_of
 from common.processes import measure, run_script
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
@@ -129,11 +130,8 @@ def worker(settings: dict) -> Callable[[str], dict]:
         config = llama_config(tokens, settings["layers"], settings["shrink"])
         make = random_llama if settings["quantize"] is None else random_llama_in_4_bits
         model = with_lora(make(config, settings["device"]), RANK, TARGETS).train()
-        chosen: dict[str, Any] = {"recompute": plan.modes, "head_groups": plan.head_groups}
-        chosen |= {"offload": 0.0, "host_memory": 0.0}
-        if plan.host:
-            chosen |= {"offload": plan.shares, "host_memory": plan.host / GIB}
-        handle = lemo.enable(model, request.elimination.model_copy(update=chosen))
+        elimination = request.elimination.model_copy(update=settings_of(plan))
+        handle = lemo.enable(model, elimination)
         if plan.host:
             handle.path.forward.offload.pin(device)  # not a part of the step
         parameters = [each for each in model.parameters() if each.requires_grad]

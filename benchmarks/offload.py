@@ -10,6 +10,9 @@ quality. Sets of kept rows:
     one      each layer keeps the same quarter of the tokens
     falling  each layer has a set of its own: all tokens in the first eight layers, then a half, a
              quarter, an eighth
+    turns    each layer has a set of its own: a half of the tokens, a quarter, a half, and so on.
+             Little of what a layer stores hides behind a layer of fewer tokens
+    pairs    the same with all of the tokens twice, and an eighth twice
 
 Ways:
 
@@ -27,7 +30,8 @@ Ways:
 Overlap is that of one more step under torch.profiler: the share of the time of copies between
 device and host in which a kernel runs, too. Host bytes are what the pool, or the hooks, held at
 most. Appends rows of bench "offload" to --output: step_s, step_s_range, peak_gib, host_gib, copy_s,
-overlap, shares, loss (of the first step, the same in all ways of one set).
+overlap, shares, loss (of the first step, the same in all ways of one set), and for lemo's own ways
+predicted_s, predicted_gib and predicted_host_gib by rates calibrated here, and their link_gb_s.
 """
 
 from __future__ import annotations
@@ -38,20 +42,23 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from common import records
+from common.planned import settings_of
 from common.processes import measure, run_script
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
 GIB = 2**30
-SETS = ("one", "falling")
+SETS = ("one", "falling", "turns", "pairs")
 WAYS = ("none", "uniform", "sensitive", "torch", "unsloth", "whole")
 # Shares of the tokens that quarters of the layers keep, where sets differ.
 FALLING = (1.0, 0.5, 0.25, 0.125)
+# The same of layers in turn.
+IN_TURN = {"turns": (0.5, 0.25), "pairs": (1.0, 1.0, 0.125, 0.125)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, records.RESULTS / "memory.jsonl")
     parser.add_argument("--tokens", type=int, nargs="+", default=[65536])
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--sets", nargs="+", default=["one", "falling"], choices=SETS)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     modes = ["none", "selective", "layer"]
     parser.add_argument("--recompute", default="none", choices=modes, help="of lemo's own ways")
@@ -69,6 +76,9 @@ def keep_of(name: str, layers: int) -> float | list[float]:
     """The share of the tokens that each layer keeps."""
     if name == "one":
         return 0.25
+    if name in IN_TURN:
+        shares = IN_TURN[name]
+        return [shares[index % len(shares)] for index in range(layers)]
     return [FALLING[len(FALLING) * index // layers] for index in range(layers)]
 
 
@@ -85,33 +95,40 @@ def worker(settings: dict) -> Callable[[str], dict]:
     from lemo.planner.shape import Adapters, shape_of
     from lemo.training.calibration import calibrated
 
-    def plan_of(config: Any, elimination: Any) -> dict[str, Any]:
-        """The settings of lemo for a way."""
+    def plan_of(config: Any, elimination: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The settings of lemo for a way, and what is predicted of it."""
         way, device, tokens = settings["way"], torch.device(settings["device"]), settings["tokens"]
-        if way in ("torch", "unsloth", "none"):
-            mode = settings["recompute"] if way == "none" else "layer"
-            return {"recompute": mode, "offload": 0.0, "host_memory": 0.0}
-        if way == "whole":
-            host = settings["host_memory"]
-            return {"recompute": "layer", "offload": 1.0, "host_memory": host}
+        own_mode = way in ("none", "uniform", "sensitive")
+        mode = settings["recompute"] if own_mode else "layer"
         shape = shape_of(config)
-        request = Request(
-            shape,
-            Adapters(RANK, frozenset(TARGETS), size=2),
-            elimination,
-            calibrated(shape, device, torch.bfloat16),
-            autocast=False,
-            cuda=device.type == "cuda",
-        )
-        mode = settings["recompute"]
-        planner = request.planner(tokens)
-        kept = [each.kept for each in planner.of([mode] * shape.layers, 1).layers]
-        size = min(settings["bytes"] * GIB, sum(kept))
-        shares: Any = size / sum(kept)
-        if way == "sensitive":
-            shares = planner.sensitive_shares(mode, round(size))
-        host = settings["host_memory"]
-        return {"recompute": mode, "offload": shares, "host_memory": host}
+        rates = calibrated(shape, device, torch.bfloat16)
+        adapters = Adapters(RANK, frozenset(TARGETS), size=2)
+        on_gpu = device.type == "cuda"
+        request = Request(shape, adapters, elimination, rates, autocast=False, cuda=on_gpu)
+        planner, modes = request.planner(tokens), [mode] * shape.layers
+        shares: Any = 1.0 if way == "whole" else 0.0
+        if way in ("uniform", "sensitive"):
+            kept = sum(each.kept for each in planner.of(modes, 0, 1).layers)
+            size = min(settings["bytes"] * GIB, kept)
+            shares = size / kept
+            if way == "sensitive":
+                shares = planner.sensitive_shares(mode, round(size))
+        of_layers = shares if isinstance(shares, tuple) else (shares,) * shape.layers
+        plan = planner.of(modes, 0, 1, of_layers)
+        predicted = {
+            "predicted_s": round(plan.seconds, 4),
+            "predicted_gib": round(plan.peak / GIB, 3),
+            "predicted_host_gib": round(plan.host / GIB, 3),
+            "link_gb_s": round(rates.link / 1e9, 2),
+        }
+        if plan.host > settings["host_memory"] * GIB:
+            raise ValueError(
+                f"--host-memory: expected at least {plan.host / GIB:.1f}, got "
+                f"{settings['host_memory']:g}"
+            )
+        chosen = settings_of(plan)
+        # Hooks of others are not predicted.
+        return chosen, {} if way in ("torch", "unsloth") else predicted
 
     def answer(_: str) -> dict:
         device, tokens = settings["device"], settings["tokens"]
@@ -124,7 +141,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
             keep=0.25,
             layerwise={"keep": keep, "select_at": "all"} if own else {},
         )
-        chosen = plan_of(config, elimination.resolved(answers=False))
+        chosen, predicted = plan_of(config, elimination.resolved(answers=False))
         model = with_lora(random_llama(config, device), RANK, TARGETS).train()
         handle = lemo.enable(model, elimination.model_copy(update=chosen))
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
@@ -152,7 +169,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
         counted = summary(times[settings["warmup"] :], digits=1)
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         pool = handle.path.forward.offload.pool
-        shares = chosen["offload"]
+        shares = chosen["offload"] or 0.0
         return {
             "step_s": round(counted.median / 1e3, 4),
             "step_s_range": [round(each / 1e3, 4) for each in counted.range],
@@ -160,6 +177,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
             "host_gib": round((most[0] if pool is None else pool.most) / GIB, 3),
             "shares": [round(s, 4) for s in shares] if isinstance(shares, tuple) else shares,
             "loss": losses[0].item(),
+            **predicted,
             **(overlap(step) if on_gpu else {}),
         }
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from common import records
+from common.planned import settings_of
 from common.processes import measure, run_script
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
@@ -85,7 +86,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
             if plan.peak > limit:
                 return {"refused": f"{plan.peak / GIB:.1f} GiB"}
         model = with_lora(random_llama(config, settings["device"]), RANK, TARGETS).train()
-        elimination = request.elimination.model_copy(update={"recompute": plan.modes})
+        elimination = request.elimination.model_copy(update=settings_of(plan))
         lemo.enable(model, elimination)
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
         parameters = [each for each in model.parameters() if each.requires_grad]
@@ -107,6 +108,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
         counted = summary(times[settings["warmup"] :], digits=1)
         return {
             "modes": [[len(layers), mode] for layers, mode, _ in plan.runs()],
+            "head_groups": plan.head_groups,
             "predicted_gib": round(plan.peak / GIB, 3),
             "measured_gib": round((memory.peak_bytes(device) - others) / GIB, 3),
             "predicted_s": round(plan.seconds, 4),

@@ -102,7 +102,13 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         # Nobody waits for an answer any more.
         if kind is not None:
-            self._process.kill()
+            self.end()
+        else:
+            self.close()
+
+    def end(self) -> None:
+        """Ends the process now, whatever it does."""
+        self._process.kill()
         self.close()
 
     def close(self) -> None:

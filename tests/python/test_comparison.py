@@ -162,6 +162,19 @@ def test_rows_are_appended_and_not_measured_again(monkeypatch, tmp_path):
 
 
 @pytest.mark.cpu_only
+def test_a_contender_may_be_bound_to_a_length(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "rows.jsonl"
+    arguments = ("--only", "lemo-0.5@512", "plain", "--lengths", "256", "512")
+    started, _ = run(monkeypatch, output, *arguments)
+    assert started == [("plain", 256), ("lemo-0.5", 512), ("plain", 512)]
+    for wrong in ("plain@128", "nobody"):
+        given = ["--only", wrong, "--lengths", "256"]
+        with pytest.raises(SystemExit):
+            comparison.parse_arguments(given)
+        assert f"got {wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.cpu_only
 def test_longer_windows_are_left_out_after_a_failure_and_beyond_the_limit(
     monkeypatch, tmp_path, capsys
 ):
@@ -292,6 +305,17 @@ def test_tables_show_the_last_row_of_each():
     # One length makes no line.
     assert "images/" in text
     assert "images/" not in comparison_page.figures(ROWS[:2])
+
+
+@pytest.mark.cpu_only
+def test_a_failure_is_named_until_the_contender_runs_at_another_commit():
+    later = row("unsloth", 65536, 9.0, commit="later", date="e", warmed=False)
+    assert "- Unsloth: ImportError" not in comparison_page.figures([*ROWS, later])
+    assert "- Unsloth: ImportError" in comparison_page.figures([*ROWS, later | {"date": "a"}])
+    assert "- Unsloth: ImportError" in comparison_page.figures([*ROWS, later | {"commit": "c"}])
+    # A first step of its length is said to be one.
+    text = comparison_page.short_figures([*ROWS, later])
+    assert "measured steps: 1 (the first of their length in 1 of 6 figures); d, e, commit" in text
 
 
 @pytest.mark.cpu_only

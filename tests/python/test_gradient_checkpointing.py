@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 import lemo
 from generic_cases import make as make_generic
 from lemo import LemoConfig
+from lemo.settings.elimination import LayerwiseConfig
 from model_checks import saved_bytes
 from tiny_models import HIDDEN, gradients, lora, make_ids, make_model
 from tolerances import assert_close_fp32
@@ -98,6 +99,62 @@ def test_a_layer_stores_its_kept_rows(path, name, keep, reentrant):
         # What the loss of the router needs: its logits and their softmax for four experts.
         row += 2 * 4 * 4
     assert found == keep * TOKENS * row
+
+
+def stored_with(path, layers, reentrant, settings, autocast, is_enabled_first):
+    """Bytes of a step with more settings, and where lemo is enabled before it is switched on."""
+    model = model_of(path, "llama", layers)
+    if is_enabled_first:
+        lemo.enable(model, config(path, 0.25).model_copy(update=settings))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not is_enabled_first:
+        lemo.enable(model, config(path, 0.25).model_copy(update=settings))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        return saved_bytes(model, batch())
+
+
+OTHERS = [
+    ("native", {}, False, True),
+    ("native", {}, True, False),
+    ("native", {"burn_in": 0.5}, False, False),
+    ("native", {"scorer": "pooled"}, False, False),
+    ("native", {"head_groups": 2}, False, False),
+    ("native", {"products": "fp8"}, False, False),
+    ("native", {"layerwise": LayerwiseConfig(group_size=32)}, False, False),
+    ("generic", {}, False, True),
+    ("generic", {}, True, False),
+    ("generic", {"burn_in": 0.5}, False, False),
+    ("generic", {"layerwise": LayerwiseConfig(group_size=32)}, False, False),
+]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize(("path", "settings", "autocast", "is_enabled_first"), OTHERS)
+def test_so_it_does_with_other_settings(path, settings, autocast, is_enabled_first, reentrant):
+    more = settings, autocast, is_enabled_first
+    found = per_layer(lambda layers: stored_with(path, layers, reentrant, *more))
+    assert found == TOKENS // 4 * ROW
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_sub_blocks_with_sets_of_their_own_store_each_its_rows(reentrant):
+    """And the numbers of rows, as int32, once."""
+
+    def measured(layers):
+        own = LayerwiseConfig(keep=(0.25,) * layers, select_at="all")
+        return stored_with("native", layers, reentrant, {"layerwise": own}, False, False)
+
+    assert per_layer(measured) == TOKENS // 4 * (2 * ROW + 4)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_of_rows_that_are_computed_as_context_keys_and_values_are_stored(reentrant):
+    found = per_layer(
+        lambda n: stored_with("native", n, reentrant, {"visible_keys": "computed"}, False, False)
+    )
+    keys_and_values = 2 * 2 * 8 * 4  # two heads of eight numbers in fp32
+    assert found == TOKENS // 4 * ROW + 3 * TOKENS // 4 * keys_and_values
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -1,0 +1,110 @@
+"""Tables of the longest windows that trained, for docs/COMPARISON.md (`comparison_page.py`).
+
+From the rows of benches "longest window" (`comparison_longest.py`) and "longest" (`longest.py`) in
+benchmarks/results/memory.jsonl; of each setting the last row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from common import records
+from common.records import markdown
+from contenders import CONTENDERS
+
+__all__ = ["NOTHING", "RESULTS", "figures"]
+
+RESULTS = records.RESULTS / "memory.jsonl"
+NOTHING = "No longest window has been measured yet."
+# Field of what was measured -> that of what was predicted, and what the column is called.
+MEASURED = {
+    "peak_gib": ("predicted_gib", "GPU, GiB, predicted / measured"),
+    "host_gib": ("predicted_host_gib", "host, GiB"),
+    "step_s": ("predicted_s", "step, s"),
+}
+# Cap and how weights are stored.
+Column = tuple[float, str | None]
+
+
+def figures(rows: Iterable[dict[str, Any]]) -> str:
+    """Both tables."""
+    kept = [row for row in rows if row["gpu"] is not None and not row.get("failed")]
+    parts = []
+    within = longest_within(kept)
+    if within:
+        parts += [
+            "The longest window that trains within a cap of GPU memory, and the seconds of its "
+            "step; 0.75 GiB of the cap are the driver's and the context's. A peer's window is "
+            "found by trials: one that is 3 to 6% longer ran out of memory. A + marks where the "
+            "time of a step, or the number of trials, ended the search before. lemo's planned "
+            "windows follow from predicted memory; a shorter one is tried only where that one does "
+            "not train.",
+            within,
+        ]
+    whole = whole_steps(kept)
+    if whole:
+        parts += ["Long contexts of lemo, each one whole step after a short one:", whole]
+    return "\n\n".join(parts) or NOTHING
+
+
+def longest_within(rows: list[dict[str, Any]]) -> str:
+    """Contenders by caps; empty where there is none."""
+    cells: dict[str, dict[Column, str]] = {}
+    order: list[str] = []
+    for row in rows:
+        if row["bench"] == "longest window":
+            name = CONTENDERS[row["contender"]].title
+            column: Column = row["memory"], row["quantize"]
+            tokens, is_bounded = row["tokens"], row.get("bounded_by") in ("time", "most", "trials")
+        elif row["shape"].get("share") is not None:
+            shape = row["shape"]
+            host = f", {row['host_gib']:.0f} GiB on the host" if shape["host_memory"] else ""
+            name = f"lemo, keep {shape['keep']:g}, planned{host}"
+            column = shape["memory"], shape["quantize"]
+            tokens, is_bounded = shape["tokens"], False
+        else:
+            continue
+        if tokens is None:
+            continue
+        order += [] if name in order else [name]
+        bound = "+" if is_bounded and row.get("too_long") is None else ""
+        cells.setdefault(name, {})[column] = f"{tokens}{bound} ({row['step_s']:.1f} s)"
+    if not cells:
+        return ""
+    columns = sorted({column for of in cells.values() for column in of}, key=str_of)
+    titles = [contender.title for contender in CONTENDERS.values()]
+    places = {name: titles.index(name) if name in titles else len(titles) for name in order}
+    lines = [
+        [name, *(cells[name].get(column, "") for column in columns)]
+        for name in sorted(order, key=lambda name: places[name])
+    ]
+    return markdown(["", *map(str_of, columns)], ["---", *["---:"] * len(columns)], lines)
+
+
+def str_of(column: Column) -> str:
+    """What a column is called."""
+    memory, quantize = column
+    return f"{memory:g} GiB, {quantize or 'bf16'}"
+
+
+def whole_steps(rows: list[dict[str, Any]]) -> str:
+    """Steps of chosen lengths, predicted and measured; empty where there is none."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        if row["bench"] != "longest" or row["shape"].get("share") is not None:
+            continue
+        shape = row["shape"]
+        names = ("tokens", "keep", "memory", "host_memory", "quantize")
+        found[tuple(shape[name] for name in names)] = [
+            str(shape["tokens"]),
+            f"{shape['keep']:g}",
+            f"{shape['memory']:g}",
+            *(
+                f"{row[predicted]:.1f} / {row[what]:.1f}"
+                for what, (predicted, _) in MEASURED.items()
+            ),
+            row["commit"],
+        ]
+    head = ["tokens", "keep", "cap, GiB", *(title for _, title in MEASURED.values()), "commit"]
+    return markdown(head, ["---:"] * len(head), found.values()) if found else ""
