@@ -5,7 +5,8 @@ import torch
 
 import lemo
 from lemo.models import modes as modes_module
-from lemo.models.modes import adapters_of_layer, free_bytes
+from lemo.models.free_memory import free_bytes
+from lemo.models.modes import adapters_of_layer
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes
@@ -91,7 +92,7 @@ def test_auto_stores_what_fits(monkeypatch):
     )
     sizes = []
     for free in (2 * needed, needed - memory.layer(0, "none").kept, 1):
-        monkeypatch.setattr(modes_module, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(modes_module, "free_bytes", lambda device, held, free=free: free)
         sizes.append(stored(model, batch, "auto"))
     assert sizes[0] == none
     assert layer < sizes[1] < none
@@ -106,7 +107,7 @@ def test_auto_without_a_gpu_stores_everything():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch):
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
     model, batch = model_and_batch()
     model.enable_input_require_grads()
     expected = stored(model, batch, "layer")
@@ -116,7 +117,7 @@ def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch
 
 def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     asked = []
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
     make = modes_module._actions
     monkeypatch.setattr(
         modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)

@@ -106,6 +106,23 @@ class Adapters:
     dropout: bool = False
     norms: bool = False
 
+    def united(self, other: Adapters) -> Adapters | None:
+        """What has all that either has; None: they are of two dtypes."""
+        if self == other:
+            return self
+        trains = [each for each in (self, other) if each.targets or each.norms]
+        if len({each.size for each in trains}) > 1:
+            return None
+        first = trains[0] if trains else self
+        return Adapters(
+            max(self.rank, other.rank),
+            self.targets | other.targets,
+            first.size,
+            apart=any(each.apart for each in trains),
+            dropout=self.dropout or other.dropout,
+            norms=self.norms or other.norms,
+        )
+
     def parameters(self, shape: ModelShape) -> int:
         """Trainable numbers."""
         pairs = [each for each in shape.linears() if each.name in self.targets]
@@ -141,6 +158,7 @@ class Step:
         head_groups: of attention's backward where it is recomputed, at most; None: open.
         shifted: whether attention has shifted groups of positions.
         embeds_all: whether all tokens are embedded before rows are dropped.
+        graphs: whether passes are replayed as CUDA graphs.
     """
 
     lengths: tuple[int, ...]
@@ -155,6 +173,7 @@ class Step:
     head_groups: int | None = 1
     shifted: bool = False
     embeds_all: bool = False
+    graphs: bool = False
 
     @property
     def tokens(self) -> int:

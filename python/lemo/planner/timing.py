@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
@@ -15,6 +16,10 @@ __all__ = ["Rates", "StepTime", "operations"]
 # autocast to another dtype, for an adapter in a dtype of its own, and for norms that run as
 # modules. Recomputing makes them more by a share.
 _BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
+# A replayed pass: the same of the host for each adapter, which reads it and updates it; and the
+# seconds that a GPU takes from a kernel of a graph to the next one, where both are short. Fitted to
+# the two steps of the 135M shape in h200_finetune.jsonl.
+_REPLAYED, _BETWEEN = 2, 4.5e-6
 # A host and a GPU work at the same time; where neither waits for the other all the time, a step
 # takes a little longer than the longer of both.
 _OVERLAP = 4
@@ -99,9 +104,16 @@ class StepTime:
 
     def with_head_groups(self, groups: int) -> StepTime:
         """The same step with groups of heads."""
-        if groups == self._step.head_groups:
+        return self._with(head_groups=groups)
+
+    def with_graphs(self) -> StepTime:
+        """The same step, replayed as CUDA graphs."""
+        return self._with(graphs=True)
+
+    def _with(self, **settings: Any) -> StepTime:
+        step = replace(self._step, **settings)
+        if step == self._step:
             return self
-        step = replace(self._step, head_groups=groups)
         more = self._window, self._group_size, self._fp8
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
@@ -116,6 +128,9 @@ class StepTime:
         device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
         device += sum(self.waiting(index, size) for index, size in enumerate(moved))
         host = sum(n * self.host(mode) for (_, mode), n in alike.items())
+        if self._step.graphs:
+            device += host / self._rates.launch * _BETWEEN
+            host = self._rates.launch * _REPLAYED * self._adapted * len(self._step.rows)
         if not self._step.cuda:
             return self._step.passes * (device + host)
         both = (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
@@ -123,13 +138,17 @@ class StepTime:
 
     def host(self, mode: str) -> float:
         """Of the host, for a layer in both passes."""
-        adapters = self._adapters
-        count = sum(linear.name in adapters.targets for linear in self._shape.linears())
+        adapters, count = self._adapters, self._adapted
         one = _APART if adapters.apart else _ADAPTER
         if self._step.autocast and adapters.size != self._step.size:
             one += _CAST
         started = operations(count, one) + (_NORMS if self._norms_apart else 0)
         return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
+
+    @property
+    def _adapted(self) -> int:
+        """Linear layers of a layer with adapters."""
+        return sum(linear.name in self._adapters.targets for linear in self._shape.linears())
 
     @property
     def loss(self) -> float:
