@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import lemo
 from lemo.models import modes as modes_module
@@ -146,3 +147,33 @@ def test_adapters_of_a_layer():
     assert found == Adapters(4, dropout=True, norms=True)
     layer.mlp.up_proj.base_layer.weight.requires_grad_()
     assert adapters_of_layer(layer, torch.float32, False) is None
+
+
+def test_adapters_that_come_later_are_planned_for(monkeypatch):
+    """Switched adapters store other things, and so does a layer in the middle that alone has some."""
+    asked = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module.StepMemory
+    monkeypatch.setattr(
+        modes_module, "StepMemory", lambda *a, **k: asked.append(a[1]) or make(*a, **k)
+    )
+    model, batch = model_and_batch(target_modules=["q_proj"])
+    model.add_adapter("large", LoraConfig(r=16, target_modules=LINEAR))
+    enabled(model, "auto")
+    for name in ("default", "large", "default"):
+        model.set_adapter(name)
+        model(**batch).loss.backward()
+    assert [(each.rank, len(each.targets)) for each in asked] == [(4, 1), (16, len(LINEAR))]
+    model, batch = model_and_batch(target_modules=LINEAR, layers_to_transform=[2])
+    enabled(model, "auto")
+    model(**batch).loss.backward()
+    assert (asked[-1].rank, asked[-1].targets) == (4, frozenset(LINEAR))
+
+
+def test_layers_of_two_dtypes_are_not_planned():
+    bf16, fp32 = Adapters(4, size=2), Adapters(8, frozenset(["q_proj"]), apart=True)
+    assert bf16.united(fp32) is None
+    assert bf16.united(Adapters(0, frozenset(), size=2)) == bf16
+    assert Adapters(0, frozenset(), size=2).united(fp32) == fp32
+    both = fp32.united(Adapters(4, frozenset(["up_proj"]), dropout=True))
+    assert both == Adapters(8, frozenset(["q_proj", "up_proj"]), apart=True, dropout=True)

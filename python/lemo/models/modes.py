@@ -147,17 +147,19 @@ class Modes:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
-        adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
-        if adapters is None or _is_trained(self._architecture.lm_head):
-            return None
+        # Layers between these two are taken to change with them: to read all takes milliseconds.
+        ends = (0, shape.layers - 1)
+        layers = [self._architecture.layer(index) for index in ends]
+        of_ends = [adapters_of_layer(layer, residual.dtype, autocast) for layer in layers]
         key = (
             *(len(lengths), rounded_up(sum(lengths)), tuple(rows)),
-            *(one_set, autocast, modes, captures, adapters),
+            *(one_set, autocast, modes, captures, *of_ends),
         )
         if key not in self._plans:
             held = 0 if self._graphs is None else self._graphs.bytes
             free = free_bytes(residual.device, held)
-            if free is None:
+            adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
+            if free is None or adapters is None or _is_trained(self._architecture.lm_head):
                 return None
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))
