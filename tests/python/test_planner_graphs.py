@@ -29,8 +29,11 @@ def parts(name="135M", keep=0.5, tokens=16384, adapters=ADAPTERS, **settings):
     return memory, StepTime(shape, adapters, step, NOMINAL)
 
 
-def planner(*arguments, rules=GraphRules(), host=HostRules(), **settings):
-    return Planner(*parts(*arguments, **settings), host=host, graphs=rules)
+WHERE_SHORT, ALWAYS = GraphRules(), GraphRules(True)
+
+
+def planner(*arguments, rules=WHERE_SHORT, host=None, **settings):
+    return Planner(*parts(*arguments, **settings), host=host or HostRules(), graphs=rules)
 
 
 def measured():
@@ -59,7 +62,7 @@ def test_as_much_memory_as_graphs_hold_stays_free():
     """Less and less memory: more is recomputed, then there are no graphs, then nothing fits."""
     plans = []
     for limit in range(16 * GIB, 0, -GIB // 8):
-        plan, plain = (planner(rules=rules).plan(limit) for rules in (GraphRules(), None))
+        plan, plain = (planner(rules=rules).plan(limit) for rules in (WHERE_SHORT, None))
         assert (plan is None) == (plain is None)
         if plan is None:
             break
@@ -85,7 +88,7 @@ def test_always_takes_the_memory_of_one_pass():
     limit = memory.with_graphs().peak(none)
     assert 0 < limit - memory.peak(none) < memory.peak(none) / 50
     limit = round(1.01 * limit / (1 - MARGIN))  # bytes are rounded up
-    assert planner(rules=GraphRules(True)).plan(limit).modes == tuple(none)
+    assert planner(rules=ALWAYS).plan(limit).modes == tuple(none)
     assert set(planner().plan(limit).modes) != {"none"}
 
 
@@ -107,7 +110,7 @@ def test_what_is_not_captured(settings):
 
 def test_long_kernels_are_captured_where_that_is_asked_for():
     assert planner(tokens=2**20).plan(140 * GIB).graphs == 0
-    assert planner(tokens=2**20, rules=GraphRules(True), keep=0.25).plan(140 * GIB).graphs > 0
+    assert planner(tokens=2**20, rules=ALWAYS, keep=0.25).plan(140 * GIB).graphs > 0
 
 
 def test_recomputed_layers_with_dropout_are_not_captured():
