@@ -7,7 +7,7 @@ Measured: milliseconds and peak memory of one step (forward, backward) of the Sm
 random bf16 weights, LoRA of rank 16 on all linear layers, batch 1, no autocast, nothing recomputed.
 Against: the same model without lemo, measured after it in one process. Kinds: adapters in
 bf16; in fp32, which is PEFT's default; in fp32 with a dropout of .05; DoRA in fp32. "graphs" of a
-shape is the setting cuda_graphs; where it is "auto" or "on", what graphs hold counts as activations.
+shape is the setting cuda_graphs; what graphs hold counts as activations.
 "host" of a record is the milliseconds for which the host is busy with a step.
 
 Appends two figures for each kind to --output.

@@ -150,7 +150,7 @@ def test_adapters_of_a_layer():
 
 
 def test_adapters_that_come_later_are_planned_for(monkeypatch):
-    """Switched adapters store other things, and so does a layer in the middle that alone has some."""
+    """Switched ones store other things; a layer in the middle alone may have some."""
     asked = []
     monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
     make = modes_module.StepMemory

@@ -1,4 +1,4 @@
-"""Memory and time of passes that are replayed as CUDA graphs, against what was measured on a GPU."""
+"""Memory and time of passes that are replayed as CUDA graphs, against measured ones."""
 
 import dataclasses
 

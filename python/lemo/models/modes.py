@@ -20,7 +20,7 @@ from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, GraphRules, HostRules, Planner
 from lemo.planner.rows import embeds_all, rows_of
-from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
