@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from common import records
+from common.recorded_steps import EARLIER
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.plan import MARGIN, NOMINAL, GraphRules, HostRules, Planner
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, step_of
@@ -26,7 +27,8 @@ def parts(name="135M", keep=0.5, tokens=16384, adapters=ADAPTERS, **settings):
     quantize = settings.pop("quantize", None)
     step = step_of(shape, (tokens,), [LayerRows(rows, rows)] * shape.layers, **settings)
     memory = StepMemory(shape, adapters, step, quantize)
-    return memory, StepTime(shape, adapters, step, NOMINAL)
+    # As many operations as the measured steps had.
+    return memory, StepTime(shape, adapters, step, NOMINAL, started=EARLIER)
 
 
 WHERE_SHORT, ALWAYS = GraphRules(), GraphRules(True)

@@ -9,30 +9,49 @@ from typing import Any
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step
 
-__all__ = ["Rates", "StepTime", "operations"]
+__all__ = ["Operations", "Rates", "StepTime", "operations"]
 
-# Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
-# (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
-# autocast to another dtype, for an adapter in a dtype of its own, and for norms that run as
-# modules. Recomputing makes them more by a share.
-_BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
 # A replayed pass: the same of the host for each adapter, which reads it and updates it; and the
 # seconds that a GPU takes from a kernel of a graph to the next one, where both are short. Fitted to
 # the two steps of the 135M shape in h200_finetune.jsonl.
 _REPLAYED, _BETWEEN = 2, 4.5e-6
+# Recomputing makes the host's operations more by this share.
+_AGAIN = 0.3
 # A host and a GPU work at the same time; where neither waits for the other all the time, a step
 # takes a little longer than the longer of both.
 _OVERLAP = 4
 
 
-def operations(adapted: int, one: int = _ADAPTER) -> int:
+@dataclass(frozen=True)
+class Operations:
+    """What the host starts for a layer in both passes, as torch's dispatcher counts it
+    (tests/python/test_planner_timing.py).
+
+    Attributes:
+        base: without adapters.
+        adapter: for each adapter.
+        cast: more for an adapter under autocast to another dtype.
+        apart: for an adapter in a dtype of its own.
+        norms: for norms that run as modules.
+    """
+
+    base: int = 34
+    adapter: int = 6
+    cast: int = 6
+    apart: int = 11
+    norms: int = 60
+
+
+OPERATIONS = Operations()
+
+
+def operations(adapted: int) -> int:
     """What the host starts for a layer in both passes where nothing is recomputed.
 
     Args:
-        adapted: linear layers with adapters.
-        one: operations of an adapter.
+        adapted: linear layers with adapters, in the model's dtype.
     """
-    return _BASE + adapted * one
+    return OPERATIONS.base + adapted * OPERATIONS.adapter
 
 
 @dataclass(frozen=True)
@@ -85,6 +104,7 @@ class StepTime:
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
         fp8: whether frozen weights multiply in 8 bits.
+        started: what the host starts.
     """
 
     def __init__(
@@ -96,8 +116,9 @@ class StepTime:
         window: int = 0,
         group_size: int = 0,
         fp8: bool = False,
+        started: Operations = OPERATIONS,
     ) -> None:
-        self._fp8 = fp8
+        self._fp8, self._started = fp8, started
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
@@ -114,7 +135,7 @@ class StepTime:
         step = replace(self._step, **settings)
         if step == self._step:
             return self
-        more = self._window, self._group_size, self._fp8
+        more = self._window, self._group_size, self._fp8, self._started
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
     def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
@@ -139,10 +160,11 @@ class StepTime:
     def host(self, mode: str) -> float:
         """Of the host, for a layer in both passes."""
         adapters, count = self._adapters, self._adapted
-        one = _APART if adapters.apart else _ADAPTER
+        number = self._started
+        one = number.apart if adapters.apart else number.adapter
         if self._step.autocast and adapters.size != self._step.size:
-            one += _CAST
-        started = operations(count, one) + (_NORMS if self._norms_apart else 0)
+            one += number.cast
+        started = number.base + count * one + (number.norms if self._norms_apart else 0)
         return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 
     @property
