@@ -131,7 +131,7 @@ def _finetune(name: str) -> Iterator[RecordedStep]:
         shape, tokens = memory["shape"], memory["shape"]["tokens"]
         special = (
             shape.get("loss")
-            or shape.get("products") == "fp8"
+            or shape.get("products", "dtype") != "dtype"
             or shape["scorer"] in ("attention", "predictor")
         )
         if special or shape.get("visible_keys", "kept") != "kept":

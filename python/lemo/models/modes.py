@@ -178,7 +178,7 @@ class Modes:
                 embeds_all=embeds_all(self._config),
             )
             host = HostRules(self._config.host_bytes, self._shares)
-            fp8 = self._config.products == "fp8"
+            fp8 = self._config.in_8_bits
             free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
             memory = StepMemory(shape, adapters, step, fp8=fp8)
             time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)

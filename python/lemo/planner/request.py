@@ -95,7 +95,7 @@ class Request:
             shifted=group > 0,
             embeds_all=embeds_all(self.elimination),
         )
-        fp8 = self.elimination.products == "fp8"
+        fp8 = self.elimination.in_8_bits
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
         time = StepTime(self.shape, self.adapters, step, self.rates, self.window, group, fp8)
         host = HostRules(self.elimination.host_bytes, self.elimination.offload_shares(layers))

@@ -231,12 +231,12 @@ class LemoConfig(Settings):
         "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
         "where the class is one of these, else generic.",
     )
-    products: Literal["dtype", "fp8"] = Field(
+    products: Literal["dtype", "fp8", "fp8_fast"] = Field(
         "dtype",
         description="In what products with the frozen weights of layers are computed, forward and "
         "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
         "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
-        "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
+        "exact; fp8_fast: the same with the tensor cores' own sums, which keep fewer bits. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
         "name them. The head, attention, norms and adapters are not changed. After weights were "
         "written through weight.data, enable again.",
     )
@@ -288,6 +288,11 @@ class LemoConfig(Settings):
         if isinstance(self.offload, str):
             return False
         return any(self.offload) if isinstance(self.offload, tuple) else self.offload > 0
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether products with frozen weights are computed in 8 bits."""
+        return self.products != "dtype"
 
     @property
     def host_bytes(self) -> int:

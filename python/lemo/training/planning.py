@@ -134,7 +134,7 @@ def request_of(
         shape,
         adapters,
         elimination,
-        calibrated(shape, device, dtype, elimination.products == "fp8") if rates is None else rates,
+        calibrated(shape, device, dtype, elimination.in_8_bits) if rates is None else rates,
         batch=config.batch_size,
         size=dtype.itemsize,
         autocast=dtype != torch.float32,
