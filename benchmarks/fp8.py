@@ -5,8 +5,9 @@
 
 Measured: milliseconds of a step and peak memory with products "fp8" or "fp8_fast". Against:
 products "dtype", which is bf16, in the same process: they take turns, each enabled anew. A variant
-is KEEP-RECOMPUTE as in gpu_finetune.py, whose records these are, with `products` in their shape. Takes
-about half a minute a variant. Random weights: right for time and memory, meaningless for quality.
+is KEEP-RECOMPUTE as in gpu_finetune.py, whose records these are, with `products` in their shape.
+Takes about half a minute a variant. Random weights: right for time and memory, meaningless for
+quality.
 
     python benchmarks/fp8.py --device cpu --shrink 32 --layers 2 --tokens 512 --output /dev/null
 
