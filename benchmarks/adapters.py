@@ -1,11 +1,14 @@
 """Steps with LoRA of every usual kind, of a small model on one GPU, beside Transformers and PEFT.
 
     python benchmarks/adapters.py [--tokens 16384] [--keep 0.25] [--kinds bf16 fp32 dropout dora]
+        [--graphs off auto]
 
 Measured: milliseconds and peak memory of one step (forward, backward) of the SmolLM2-135M shape,
 random bf16 weights, LoRA of rank 16 on all linear layers, batch 1, no autocast, nothing recomputed.
 Against: the same model without lemo, measured after it in one process. Kinds: adapters in
-bf16; in fp32, which is PEFT's default; in fp32 with a dropout of .05; DoRA in fp32.
+bf16; in fp32, which is PEFT's default; in fp32 with a dropout of .05; DoRA in fp32. "graphs" of a
+shape is the setting cuda_graphs; what graphs hold counts as activations.
+"host" of a record is the milliseconds for which the host is busy with a step.
 
 Appends two figures for each kind to --output.
 """
@@ -13,7 +16,8 @@ Appends two figures for each kind to --output.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import gc
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lemo
 from common import records
 from common.timing import Times, milliseconds, summary
-from small_models import SHAPES
+from small_models import SHAPES, host_milliseconds
 
 SMOLLM2 = SHAPES["135M"]
 RANK = 16
@@ -33,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
 }
 PEER = "Transformers + PEFT"
-WARM_UP = 2
+WARM_UP = 4
 GIB = 2**30
 
 
@@ -42,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--keep", type=float, default=0.25)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--graphs", nargs="+", default=["off"], choices=["off", "auto", "on"])
     parser.add_argument("--layers", type=int, default=SMOLLM2["num_hidden_layers"])
     parser.add_argument("--reps", type=int, default=7, help="steps that count")
     parser.add_argument("--device", default="cuda")
@@ -70,11 +75,20 @@ def make_model(options: argparse.Namespace, kind: str) -> torch.nn.Module:
     return get_peft_model(base, lora, autocast_adapter_dtype=kind != "bf16").train()
 
 
-def measured(options: argparse.Namespace, kind: str, keep: float | None) -> tuple[Times, float]:
-    """(milliseconds of a step, peak GiB above the weights); keep None: without lemo."""
-    model = make_model(options, kind)
-    if keep is not None:
-        lemo.enable(model, lemo.LemoConfig(keep=keep, recompute="none"))
+class Measured(NamedTuple):
+    """Milliseconds of a step, GiB above the weights, and milliseconds of the host."""
+
+    times: Times
+    peak: float
+    host: float
+
+
+def measured(options: argparse.Namespace, kind: str, graphs: str | None) -> Measured:
+    """What a step takes with this setting of graphs; None: without lemo."""
+    model, handle = make_model(options, kind), None
+    if graphs is not None:
+        config = lemo.LemoConfig(keep=options.keep, recompute="none", cuda_graphs=graphs)
+        handle = lemo.enable(model, config)
     ids = torch.randint(0, SMOLLM2["vocab_size"], (1, options.tokens), device=options.device)
     cuda = options.device.startswith("cuda")
     weights = torch.cuda.memory_allocated() if cuda else 0
@@ -85,17 +99,29 @@ def measured(options: argparse.Namespace, kind: str, keep: float | None) -> tupl
 
     for _ in range(WARM_UP):
         step()
+    gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = summary([milliseconds(step, options.device) for _ in range(options.reps)], digits=2)
     peak = (torch.cuda.max_memory_allocated() - weights) / GIB if cuda else 0.0
-    return times, peak
+    if handle is not None and handle.graphs is not None:
+        peak += handle.graphs.bytes / GIB
+    return Measured(times, peak, host_milliseconds(step, options.device))
 
 
 def figures(options: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
-    (ours, our_peak), (peer, peer_peak) = (
-        measured(options, kind, keep) for keep in (options.keep, None)
-    )
+    """Two figures for each setting of graphs."""
+    found, peer = [], None
+    for graphs in options.graphs:
+        ours = measured(options, kind, graphs)
+        peer = measured(options, kind, None) if peer is None else peer
+        found += compared(options, kind, graphs, ours, peer)
+    return found
+
+
+def compared(
+    options: argparse.Namespace, kind: str, graphs: str, ours: Measured, peer: Measured
+) -> list[dict[str, Any]]:
     shape = {
         "model": "SmolLM2-135M shape",
         "layers": options.layers,
@@ -105,20 +131,23 @@ def figures(options: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
         "lora_rank": RANK,
         "lora_targets": "all-linear",
         "recompute": "none",
+        "graphs": graphs,
     }
     return [
         records.figure(
             "adapters step",
             shape,
             "ms",
-            ours.median,
+            ours.times.median,
             PEER,
-            peer.median,
-            range=ours.range,
-            peer_range=peer.range,
+            peer.times.median,
+            range=ours.times.range,
+            peer_range=peer.times.range,
+            host=ours.host,
+            peer_host=peer.host,
             reps=options.reps,
         ),
-        records.figure("adapters activations", shape, "GiB", our_peak, PEER, peer_peak),
+        records.figure("adapters activations", shape, "GiB", ours.peak, PEER, peer.peak),
     ]
 
 
@@ -129,7 +158,7 @@ def main() -> None:
         found = [figure | provenance for figure in figures(options, kind)]
         records.append(options.output, found)
         for figure in found:
-            records.show(figure, f"{kind:<8} ")
+            records.show(figure, f"{kind:<8} {figure['shape']['graphs']:<4} ")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Steps of the Llama-3-8B shape whose frozen weights multiply in 8 bits, beside the same in bf16.
 
     python benchmarks/fp8.py --output FILE.jsonl [--tokens 32768] [--variants 1-layer 0.25-none]
+        [--products fp8 fp8_fast]
 
-Measured: milliseconds of a step and peak memory with products "fp8". Against: products "dtype",
-which is bf16, in the same process: the two take turns, and each is enabled anew. A variant is
-KEEP-RECOMPUTE as in gpu_finetune.py, whose records these are, with `products` in their shape. Takes
-about half a minute a variant. Random weights: right for time and memory, meaningless for quality.
+Measured: milliseconds of a step and peak memory with products "fp8" or "fp8_fast". Against:
+products "dtype", which is bf16, in the same process: they take turns, each enabled anew. A variant
+is KEEP-RECOMPUTE as in gpu_finetune.py, whose records these are, with `products` in their shape.
+Takes about half a minute a variant. Random weights: right for time and memory, meaningless for
+quality.
 
     python benchmarks/fp8.py --device cpu --shrink 32 --layers 2 --tokens 512 --output /dev/null
 
@@ -24,10 +26,10 @@ import torch
 import lemo
 from common import records
 from common.models import llama_config, random_llama, with_lora
-from common.timing import milliseconds, summary
+from common.timing import Times, milliseconds, summary
 from gpu_finetune import GIB, RANK, TARGETS, config_of, recorded
 
-PRODUCTS = ("dtype", "fp8")
+PRODUCTS = ("fp8", "fp8_fast")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -36,6 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--variants", nargs="+", default=["1-layer", "1-selective", "0.25-layer", "0.25-none"]
     )
+    parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=["fp8"])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=2, help="turns of either")
     parser.add_argument("--reps", type=int, default=3, help="steps of a turn that count")
@@ -77,9 +80,9 @@ def measure(model: torch.nn.Module, options: argparse.Namespace, variant: str) -
     """The records of a variant."""
     vocabulary = model.config.vocab_size
     ids = torch.randint(0, vocabulary, (1, options.tokens), device=options.device)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in PRODUCTS}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in ("dtype", *options.products)}
     for _ in range(options.rounds):
-        for name in PRODUCTS:
+        for name in found:
             config = config_of(variant, None).model_copy(update={"products": name})
             found[name].append(turn(model, ids, options, config))
     times = {
@@ -87,6 +90,25 @@ def measure(model: torch.nn.Module, options: argparse.Namespace, variant: str) -
         for name, turns in found.items()
     }
     peaks = {name: max(each["peak"] for each in turns) for name, turns in found.items()}
+    losses = {name: statistics.fmean(each["loss"] for each in found[name]) for name in found}
+    print(f"{variant}: losses {losses}", flush=True)
+    rows = []
+    for name in options.products:
+        left = found[name][-1]["left"]
+        print(f"{variant}: left in bf16 with {name}: {left or 'none'}", flush=True)
+        rows += compared(options, variant, name, times, peaks, len(left))
+    return rows
+
+
+def compared(
+    options: argparse.Namespace,
+    variant: str,
+    name: str,
+    times: dict[str, Times],
+    peaks: dict[str, float],
+    left: int,
+) -> list[dict]:
+    """The records of some products beside bf16's."""
     shape = {
         "model": "Llama-3-8B shape",
         "tokens": options.tokens,
@@ -95,12 +117,9 @@ def measure(model: torch.nn.Module, options: argparse.Namespace, variant: str) -
         "lora_targets": ",".join(name.removesuffix("_proj") for name in TARGETS),
         "dtype": "bfloat16",
         **recorded(variant),
-        "products": "fp8",
+        "products": name,
     }
-    left = found["fp8"][-1]["left"]
-    losses = {name: statistics.fmean(each["loss"] for each in found[name]) for name in PRODUCTS}
-    print(f"{variant}: losses {losses}, left in bf16: {left or 'none'}", flush=True)
-    ours, peer = times["fp8"], times["dtype"]
+    ours, peer = times[name], times["dtype"]
     return [
         records.figure(
             *("finetune step", shape, "ms", round(ours.median, 1)),
@@ -108,12 +127,12 @@ def measure(model: torch.nn.Module, options: argparse.Namespace, variant: str) -
             range=ours.range,
             reps=options.rounds * options.reps,
             peer_range=peer.range,
-            left=len(left),
+            left=left,
         ),
         records.figure(
-            *("finetune peak memory", shape, "GiB", round(peaks["fp8"], 2)),
+            *("finetune peak memory", shape, "GiB", round(peaks[name], 2)),
             *("products in bf16", round(peaks["dtype"], 2)),
-            range=[round(peaks["fp8"], 2)] * 2,
+            range=[round(peaks[name], 2)] * 2,
         ),
     ]
 

@@ -73,7 +73,7 @@ def gpu_table(results: Path) -> str:
     found = [
         record
         for record in records.read(results)
-        if record["bench"] in GPU_BENCHES and record["shape"].get("products") != "fp8"
+        if record["bench"] in GPU_BENCHES and record["shape"].get("products", "dtype") == "dtype"
     ]
     if not found:
         return "No fine-tuning step has been recorded yet."

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 LEAST_GAP = 5.0  # microseconds
+MOST_LOOKED_AT = 1000  # events before a gap in which its cause is looked for
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 WAITING = ("Synchronize", "cudaMemcpy", "cudaHostAlloc", "cudaMalloc", "cudaFree", "QueryEvent")
 
@@ -59,7 +60,9 @@ def cause(gap: Span, calls: Sequence[Span], operators: Sequence[Span]) -> str:
     length = gap.end - gap.begin
     for spans, least in ((calls, 0.5), (operators, 0.3)):
         # The innermost of those that cover it comes last.
-        for span in reversed(spans[: bisect_right(spans, gap.end, key=lambda span: span.begin)]):
+        last = bisect_right(spans, gap.end, key=_begin) - 1
+        for index in range(last, max(last - MOST_LOOKED_AT, -1), -1):
+            span = spans[index]
             shared = min(span.end, gap.end) - max(span.begin, gap.begin)
             if shared >= least * length:
                 return span.name
@@ -68,10 +71,15 @@ def cause(gap: Span, calls: Sequence[Span], operators: Sequence[Span]) -> str:
     return f"Python, before {gap.name.partition('<')[0].split('(')[0][:60]}"
 
 
+def _begin(span: Span) -> float:
+    return span.begin
+
+
 def read_trace(path: Path) -> tuple[list[Span], list[Span], list[Span]]:
     """(what ran on the GPU, waiting calls of the runtime, operators), each sorted."""
     on_gpu, calls, operators = [], [], []
-    for event in json.loads(path.read_text())["traceEvents"]:
+    # Not all names in a trace are text that the encoding allows.
+    for event in json.loads(path.read_text(errors="replace"))["traceEvents"]:
         kind, name = event.get("cat"), event.get("name", "")
         if event.get("ph") != "X":
             continue
@@ -89,6 +97,8 @@ def summary(
     on_gpu: Sequence[Span], calls: Sequence[Span], operators: Sequence[Span]
 ) -> dict[str, Any]:
     """Share of time in which nothing ran, and the sums of the gaps by cause."""
+    if not on_gpu:
+        raise ValueError("trace: expected kernels of a GPU, got none; CUPTI may be missing")
     running = busy(on_gpu)
     total = running[-1].end - running[0].begin
     found = gaps(running)
@@ -111,9 +121,8 @@ def summary(
 def overlap_of_trace(path: Path) -> dict[str, Any]:
     """The summary of a trace; see `overlap`. Also the longest gaps, by cause."""
     on_gpu, calls, operators = read_trace(path)
-    if not on_gpu:
-        raise ValueError(f"trace: expected kernels of a GPU, got none in {path}")
-    return overlap(on_gpu) | {"gaps": summary(on_gpu, calls, operators)["gaps"]}
+    gaps_by_cause = summary(on_gpu, calls, operators)["gaps"]
+    return overlap(on_gpu) | {"gaps": gaps_by_cause}
 
 
 def overlap(on_gpu: Sequence[Span]) -> dict[str, Any]:

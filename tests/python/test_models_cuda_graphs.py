@@ -480,7 +480,7 @@ def test_a_pass_before_the_backward_of_another_one(captured):
 
 def test_a_second_backward(captured):
     """Where the inputs are there still, forward is replayed again; elsewhere it is an error."""
-    model, handle = enabled()
+    model, _ = enabled()
     train(model, 3)
     ids = make_ids(2, TOKENS)
     loss = model(input_ids=ids, labels=ids).loss

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import lemo
 from lemo.models import modes as modes_module
-from lemo.models.modes import adapters_of_layer, free_bytes
+from lemo.models.free_memory import free_bytes
+from lemo.models.modes import adapters_of_layer
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes
@@ -91,7 +93,7 @@ def test_auto_stores_what_fits(monkeypatch):
     )
     sizes = []
     for free in (2 * needed, needed - memory.layer(0, "none").kept, 1):
-        monkeypatch.setattr(modes_module, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(modes_module, "free_bytes", lambda device, held, free=free: free)
         sizes.append(stored(model, batch, "auto"))
     assert sizes[0] == none
     assert layer < sizes[1] < none
@@ -106,7 +108,7 @@ def test_auto_without_a_gpu_stores_everything():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch):
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
     model, batch = model_and_batch()
     model.enable_input_require_grads()
     expected = stored(model, batch, "layer")
@@ -116,7 +118,7 @@ def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch
 
 def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     asked = []
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device: 2**40)
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
     make = modes_module._actions
     monkeypatch.setattr(
         modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)
@@ -145,3 +147,33 @@ def test_adapters_of_a_layer():
     assert found == Adapters(4, dropout=True, norms=True)
     layer.mlp.up_proj.base_layer.weight.requires_grad_()
     assert adapters_of_layer(layer, torch.float32, False) is None
+
+
+def test_adapters_that_come_later_are_planned_for(monkeypatch):
+    """Switched ones store other things; a layer in the middle alone may have some."""
+    asked = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module.StepMemory
+    monkeypatch.setattr(
+        modes_module, "StepMemory", lambda *a, **k: asked.append(a[1]) or make(*a, **k)
+    )
+    model, batch = model_and_batch(target_modules=["q_proj"])
+    model.add_adapter("large", LoraConfig(r=16, target_modules=LINEAR))
+    enabled(model, "auto")
+    for name in ("default", "large", "default"):
+        model.set_adapter(name)
+        model(**batch).loss.backward()
+    assert [(each.rank, len(each.targets)) for each in asked] == [(4, 1), (16, len(LINEAR))]
+    model, batch = model_and_batch(target_modules=LINEAR, layers_to_transform=[2])
+    enabled(model, "auto")
+    model(**batch).loss.backward()
+    assert (asked[-1].rank, asked[-1].targets) == (4, frozenset(LINEAR))
+
+
+def test_layers_of_two_dtypes_are_not_planned():
+    bf16, fp32 = Adapters(4, size=2), Adapters(8, frozenset(["q_proj"]), apart=True)
+    assert bf16.united(fp32) is None
+    assert bf16.united(Adapters(0, frozenset(), size=2)) == bf16
+    assert Adapters(0, frozenset(), size=2).united(fp32) == fp32
+    both = fp32.united(Adapters(4, frozenset(["up_proj"]), dropout=True))
+    assert both == Adapters(8, frozenset(["q_proj", "up_proj"]), apart=True, dropout=True)

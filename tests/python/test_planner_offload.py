@@ -160,7 +160,7 @@ def test_auto_moves_what_does_not_fit(monkeypatch):
     settings = {"keep": 0.5, "block_size": 8, "dense_layers": [], "scorer": "random"}
     used, losses = [], []
     for free, host in ((2**40, 0.05), (1, 0.05), (1, 0.0)):
-        monkeypatch.setattr(modes, "free_bytes", lambda device, free=free: free)
+        monkeypatch.setattr(modes, "free_bytes", lambda device, held, free=free: free)
         for recompute in ("auto", "selective"):
             handle = lemo.enable(
                 model, config_of(recompute=recompute, host_memory=host, **settings)

@@ -225,7 +225,6 @@ class CudaGraphs:
         _log.info("CUDA graphs: captured a pass of %s", _described(inputs))
         return graph
 
-
     def _check_room(self, need: int) -> None:
         """Raises `_NoRoomError` where a graph of so many bytes leaves less than that free."""
         device = torch.device("cuda", torch.cuda.current_device())
@@ -266,9 +265,7 @@ class _Call:
         is_done: whether backward has run.
     """
 
-    def __init__(
-        self, graphs: CudaGraphs, graph: "_Graph", parameters: Sequence[Tensor]
-    ) -> None:
+    def __init__(self, graphs: CudaGraphs, graph: "_Graph", parameters: Sequence[Tensor]) -> None:
         self.graph, self._parameters = graph, parameters
         self.is_done = False
         self._graphs = graphs

@@ -163,17 +163,18 @@ class Decoder:
             now.batch, residual = embed(batch, now.place.rows)
         return now, residual
 
-    def enter(self, now: Pass, residual: Tensor) -> Tensor:
+    def enter(self, now: Pass, residual: Tensor, captures: bool = False) -> Tensor:
         """Decides what the first layer keeps and what all of them store; the residual for them.
 
         Args:
             now: a pass that has begun.
             residual: [R, H], at the entry of the first layer; overwritten.
+            captures: whether the pass may be replayed as CUDA graphs.
         """
         kept = now.chosen
         if kept is None:
             kept = self._select(0, "attention", now, residual)
-        actions = self._modes.of(now.batch, residual, kept, now.drop)
+        actions = self._modes.of(now.batch, residual, kept, now.drop, captures)
         now.modes, now.head_groups = actions.modes, actions.head_groups
         now.offload = self._offload.begin(actions.shares, residual.device)
         tokens = now.batch.layout.num_tokens

@@ -2,6 +2,7 @@
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
+from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.decoder import Decoder
 from lemo.models.modes import Modes
 from lemo.models.offload import Offload
@@ -47,6 +48,7 @@ class Elimination(Choice):
         architecture: Architecture,
         context: ContextParallel | None,
         offload: Offload,
+        graphs: CudaGraphs | None,
         config: LemoConfig,
     ) -> None:
         scorer = make_scorer(config, architecture, Scout(architecture))
@@ -56,12 +58,12 @@ class Elimination(Choice):
         parts = architecture, self.selector, self.scorer
         self.decoder = Decoder(
             *parts,
-            Modes(architecture, config, config.visible_keys, alone=context is None),
+            Modes(architecture, config, config.visible_keys, alone=context is None, graphs=graphs),
             offload,
             visible_keys=config.visible_keys,
             group_size=config.layerwise.group_size or 0,
             context=context,
         )
         everything = "computed"
-        modes = Modes(architecture, config, everything)
+        modes = Modes(architecture, config, everything, graphs=graphs)
         self.dense_decoder = Decoder(*parts, modes, offload, visible_keys=everything)

@@ -83,9 +83,15 @@ class Fp8Linear:
         reasons: why products stay as they are, by direction, "forward" or "backward".
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        """Puts itself on the module, until `remove`."""
-        self.name, self.paused = name, False
+    def __init__(self, module: nn.Module, name: str, fast: bool = False) -> None:
+        """Puts itself on the module, until `remove`.
+
+        Args:
+            module: the layer.
+            name: of it, for messages.
+            fast: as of `lemo.ops.fp8_product`.
+        """
+        self.name, self.paused, self._fast = name, False, fast
         self.reasons: dict[str, str] = {}
         self._module = module
         self._measured: set[str] = set()
@@ -147,10 +153,10 @@ class Fp8Linear:
         weight = self.weight()
         if "forward" not in self._measured:
             rows = _sample(cast)
-            y = ops.fp8_product(ops.fp8_rows(rows), weight, cast.dtype)
+            y = ops.fp8_product(ops.fp8_rows(rows), weight, cast.dtype, fast=self._fast)
             if not self._fits("forward", y, linear(rows, matrix())):
                 return None
-        return ops.fp8_product(_quantised(x, cast), weight, cast.dtype, bias)
+        return ops.fp8_product(_quantised(x, cast), weight, cast.dtype, bias, self._fast)
 
     def input_gradient(self, dy: Tensor, matrix: Callable[[], Tensor]) -> Tensor | None:
         """The gradient of the input, [R, in]; None: it stays in the model's dtype.
@@ -166,10 +172,10 @@ class Fp8Linear:
         weight, factors = (transposed, scales.new_ones(transposed.shape[0], 1)), scales.flatten()
         if "backward" not in self._measured:
             rows = _sample(dy)
-            dx = ops.fp8_product(ops.fp8_rows(rows, factors), weight, dy.dtype)
+            dx = ops.fp8_product(ops.fp8_rows(rows, factors), weight, dy.dtype, fast=self._fast)
             if not self._fits("backward", dx, rows @ matrix()):
                 return None
-        return ops.fp8_product(ops.fp8_rows(dy, factors), weight, dy.dtype)
+        return ops.fp8_product(ops.fp8_rows(dy, factors), weight, dy.dtype, fast=self._fast)
 
     def weight(self) -> tuple[Tensor, Tensor]:
         """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed.

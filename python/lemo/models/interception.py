@@ -106,12 +106,14 @@ def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
 
 def is_intercepted(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class's forward: hooks, a replaced forward."""
+    # Asked for hundreds of modules in every pass.
+    of = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
+        of["_forward_hooks"]
+        or of["_forward_pre_hooks"]
+        or of["_backward_hooks"]
+        or of["_backward_pre_hooks"]
+        or "forward" in of
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lemo.models import dropout
 from lemo.models.adapters import Pair
-from lemo.models.rows import slices_of
+from lemo.models.rows import is_one_slice, part_of, slices_of
 
 __all__ = ["LowRank", "add_product", "summed"]
 
@@ -45,17 +45,18 @@ class LowRank(NamedTuple):
             a: [r, in].
         """
         a = a.to(self.dtype)
-        if not self._copies(x):
-            return x @ a.T, None
+        if not self.dropout and (x.dtype == self.dtype or is_one_slice(*x.shape)):
+            return x.to(self.dtype) @ a.T, None
         low, bits = x.new_empty(x.shape[0], a.shape[0], dtype=self.dtype), None
         if self.dropout:
             width = dropout.packed_width(x.shape[1])
             bits = x.new_empty(x.shape[0], width, dtype=torch.uint8)
         for part in slices_of(*x.shape):
-            rows = x[part]
+            rows = part_of(x, part)
             if bits is not None:
-                rows = dropout.masked(rows, dropout.draw(rows.shape, self.dropout, bits[part]))
-            torch.mm(rows.to(self.dtype), a.T, out=low[part])
+                mask = dropout.draw(rows.shape, self.dropout, part_of(bits, part))
+                rows = dropout.masked(rows, mask)
+            torch.mm(rows.to(self.dtype), a.T, out=part_of(low, part))
         return low, bits
 
     def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -74,13 +75,14 @@ class LowRank(NamedTuple):
                 y.add_(bias, alpha=self.bias_scaling)
             return
         for part in slices_of(*y.shape):
-            rows = y[part]
-            wide = rows.to(torch.promote_types(y.dtype, self.dtype))
-            add_product(wide, low[part], b.T, self.scaling)
-            if bias is not None:
-                wide.add_(bias, alpha=self.bias_scaling)
-            if wide is not rows:
-                rows.copy_(wide)
+            rows = part_of(y, part)
+            if bias is None:
+                add_product(rows, part_of(low, part), b.T, self.scaling)
+                continue
+            # Rounded to y's dtype once.
+            wide = part_of(low, part) @ b.T
+            wide = wide.to(torch.promote_types(y.dtype, self.dtype)).mul_(self.scaling)
+            rows.add_(wide.add_(bias, alpha=self.bias_scaling))
 
     def backward(
         self,
@@ -111,8 +113,8 @@ class LowRank(NamedTuple):
         if wants_bias and bias is not None:
             dbias = dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling).to(bias.dtype)
         return (
-            None if da is None else da.mul_(self.scaling).to(a.dtype),
-            None if db is None else db.mul_(self.scaling).to(b.dtype),
+            None if da is None else da.to(a.dtype),
+            None if db is None else db.to(b.dtype),
             dbias,
         )
 
@@ -126,30 +128,27 @@ class LowRank(NamedTuple):
         b: Tensor,
         dx: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of `a` and `b` before they are scaled; without `x` or `low` None."""
+        """The gradients of `a` and `b`; without `x` or `low` None."""
         columns, dtype = a.shape[1], self.dtype
         a, b = a.to(dtype), b.to(dtype)
         if bits is None and dy.dtype == dtype and (x is None or x.dtype == dtype):
             return _of_rows(dy, x, low, None, a, b, dx, self.scaling)
         da = db = None
         for part in slices_of(dy.shape[0], max(columns, b.shape[0])):
-            mask = None if bits is None else dropout.unpack(bits[part], columns)
+            mask = None if bits is None else dropout.unpack(part_of(bits, part), columns)
             da_rows, db_rows = _of_rows(
-                dy[part].to(dtype),
-                None if x is None else x[part],
-                None if low is None else low[part],
+                part_of(dy, part).to(dtype),
+                None if x is None else part_of(x, part),
+                None if low is None else part_of(low, part),
                 mask,
                 a,
                 b,
-                None if dx is None else dx[part],
+                None if dx is None else part_of(dx, part),
                 self.scaling,
             )
             da = da_rows if da_rows is None else summed(da, da_rows)
             db = db_rows if db_rows is None else summed(db, db_rows)
         return da, db
-
-    def _copies(self, x: Tensor) -> bool:
-        return self.dropout > 0 or x.dtype != self.dtype
 
 
 def _of_rows(
@@ -162,13 +161,15 @@ def _of_rows(
     dx: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    db = None if low is None else dy.T @ low
+    # The first operand gives the shape alone.
+    db = None if low is None else torch.addmm(b, dy.T, low, beta=0, alpha=scaling)
     if x is None and dx is None:
         return None, db
     d_low = dy @ b
     da = None
     if x is not None:
-        da = d_low.T @ (x if mask is None else dropout.masked(x, mask)).to(dy.dtype)
+        rows = (x if mask is None else dropout.masked(x, mask)).to(dy.dtype)
+        da = torch.addmm(a, d_low.T, rows, beta=0, alpha=scaling)
     if dx is not None:
         if mask is None:
             add_product(dx, d_low, a, scaling)
@@ -181,14 +182,9 @@ def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
     """y += scaling * left @ right in place, rounded once to y's dtype."""
     if y.dtype == left.dtype:
         y.addmm_(left, right, alpha=scaling)
-        return
-    wide = y.to(torch.promote_types(y.dtype, left.dtype))
-    if wide.dtype == left.dtype:
-        wide.addmm_(left, right, alpha=scaling)
     else:
-        wide.add_(left @ right, alpha=scaling)
-    if wide is not y:
-        y.copy_(wide)
+        # In the wider of both dtypes.
+        y.add_(left @ right, alpha=scaling)
 
 
 def summed(total: Tensor | None, part: Tensor) -> Tensor:

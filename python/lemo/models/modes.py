@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
+from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.fp8 import bytes_to_come
 from lemo.models.free_memory import free_bytes
 from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import NOMINAL, HostRules, Planner
+from lemo.planner.plan import NOMINAL, GraphRules, HostRules, Planner
 from lemo.planner.rows import embeds_all, rows_of
-from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Actions", "Modes", "free_bytes", "rounded_up"]
+__all__ = ["Actions", "Modes", "rounded_up"]
 
 # Passes of up to an eighth more rows share a plan.
 _PARTS = 8
@@ -52,6 +53,7 @@ class Modes:
         visible_keys: what kept rows attend to in these passes.
         alone: whether this process has all rows. Where others have some, all have to store the
             same, whatever memory each has left, so "auto" is not planned.
+        graphs: CUDA graphs of the model's passes; None: there are none.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class Modes:
         config: LemoConfig,
         visible_keys: str = "kept",
         alone: bool = True,
+        graphs: CudaGraphs | None = None,
     ) -> None:
-        self._architecture, self._config = architecture, config
+        self._architecture, self._config, self._graphs = architecture, config, graphs
         self._visible_keys, self._alone = visible_keys, alone
         self._plans: dict[Any, Actions] = {}
         self._shares = config.offload_shares(architecture.num_layers)
@@ -75,7 +78,14 @@ class Modes:
                 f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
             )
 
-    def of(self, batch: Batch, residual: Tensor, kept: Selection, one_set: bool) -> Actions:
+    def of(
+        self,
+        batch: Batch,
+        residual: Tensor,
+        kept: Selection,
+        one_set: bool,
+        captures: bool = False,
+    ) -> Actions:
         """What becomes of the activations of each layer in a pass.
 
         Args:
@@ -83,6 +93,7 @@ class Modes:
             residual: [T, H], before rows are dropped.
             kept: what the first layer keeps.
             one_set: whether all layers keep it, and other rows are dropped.
+            captures: whether the pass may be replayed as CUDA graphs.
         """
         count, asked = self._architecture.num_layers, self._config.recompute
         modes = [asked] * count if isinstance(asked, str) else list(asked)
@@ -92,7 +103,7 @@ class Modes:
             fixed = (
                 None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
             )
-            planned = self._planned(batch, residual, kept, one_set, fixed)
+            planned = self._planned(batch, residual, kept, one_set, fixed, captures)
             if planned is not None:
                 return planned if chooses else planned._replace(modes=modes)
         if self._shares is None and torch.is_grad_enabled() and not self._has_said:
@@ -122,6 +133,7 @@ class Modes:
         kept: Selection,
         one_set: bool,
         modes: tuple[str, ...] | None,
+        captures: bool,
     ) -> Actions | None:
         """The fastest actions within the free memory; None where memory is not planned."""
         try:
@@ -135,10 +147,18 @@ class Modes:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
-        key = len(lengths), rounded_up(sum(lengths)), tuple(rows), one_set, autocast, modes
+        # Layers between these two are taken to change with them: to read all takes milliseconds.
+        ends = (0, shape.layers - 1)
+        layers = [self._architecture.layer(index) for index in ends]
+        of_ends = [adapters_of_layer(layer, residual.dtype, autocast) for layer in layers]
+        key = (
+            *(len(lengths), rounded_up(sum(lengths)), tuple(rows)),
+            *(one_set, autocast, modes, captures, *of_ends),
+        )
         if key not in self._plans:
-            free = free_bytes(residual.device)
-            adapters = adapters_of_layer(self._architecture.layer(0), residual.dtype, autocast)
+            held = 0 if self._graphs is None else self._graphs.bytes
+            free = free_bytes(residual.device, held)
+            adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
             if free is None or adapters is None or _is_trained(self._architecture.lm_head):
                 return None
             # The bucket's most rows may be more than there are.
@@ -158,26 +178,23 @@ class Modes:
                 embeds_all=embeds_all(self._config),
             )
             host = HostRules(self._config.host_bytes, self._shares)
-            fp8 = self._config.products == "fp8"
+            fp8 = self._config.in_8_bits
             free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
             memory = StepMemory(shape, adapters, step, fp8=fp8)
             time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
-            self._plans[key] = _actions(shape, adapters, memory, time, free, host, modes)
+            rules = GraphRules(self._config.cuda_graphs == "on") if captures else None
+            # Weights are there already; gradients and the optimizer's state may not be.
+            fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
+            planner = Planner(memory, time, fixed, host, rules)
+            if held and self._graphs is not None and not planner.fits(free):
+                self._graphs.clear()
+                torch.cuda.empty_cache()
+                free += held
+            self._plans[key] = _actions(planner, free, modes)
         return self._plans[key]
 
 
-def _actions(
-    shape: ModelShape,
-    adapters: Adapters,
-    memory: StepMemory,
-    time: StepTime,
-    free: int,
-    host: HostRules,
-    modes: tuple[str, ...] | None,
-) -> Actions:
-    # Weights are there already; gradients and the optimizer's state may not be.
-    fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-    planner = Planner(memory, time, fixed, host)
+def _actions(planner: Planner, free: int, modes: tuple[str, ...] | None) -> Actions:
     plan = planner.plan(free, modes) or planner.smallest(free, modes)
     return Actions(plan.modes, plan.shares, plan.head_groups)
 
@@ -190,6 +207,21 @@ def rounded_up(rows: int) -> int:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def adapters_of_layers(
+    architecture: Architecture, dtype: torch.dtype, autocast: bool
+) -> Adapters | None:
+    """LoRA on a decoder, at most: what `adapters_of_layer` says of all layers together."""
+    found: Adapters | None = None
+    for index in range(architecture.num_layers):
+        each = adapters_of_layer(architecture.layer(index), dtype, autocast)
+        if each is None:
+            return None
+        found = each if found is None else found.united(each)
+        if found is None:
+            return None
+    return found
 
 
 def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> Adapters | None:

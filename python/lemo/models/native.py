@@ -49,7 +49,9 @@ class NativePath(Path[TrainingForward]):
         self._architecture = architecture
         self._forward = TrainingForward(architecture, config, context)
         self._states: LabelledStates | None = None
-        self._products = Fp8Products(architecture) if config.products == "fp8" else None
+        self._products = None
+        if config.in_8_bits:
+            self._products = Fp8Products(architecture, fast=config.products == "fp8_fast")
 
     @property
     def forward(self) -> TrainingForward:

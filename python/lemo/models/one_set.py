@@ -24,13 +24,9 @@ from lemo.models.modes import rounded_up
 from lemo.models.out_of_memory import explained
 from lemo.models.weights import is_plain
 from lemo.packing.blocks import Selection
+from lemo.planner.memory import MOST_CAPTURED
 
 __all__ = ["Labels", "OneSet", "labels_of_rows", "uses_plain_head"]
-
-
-# Multiplications of a layer's forward products beyond which its kernels take longer than the host
-# takes to issue them, some milliseconds.
-_MOST_WORK = 1 << 38
 
 _CAPTURED_MODES = ("auto", "none", "layer", "selective")
 
@@ -202,7 +198,7 @@ class OneSet:
 
     def is_long(self) -> bool:
         """Whether kernels take longer than the host takes to issue them."""
-        return self._work() > _MOST_WORK
+        return self._work() > MOST_CAPTURED
 
     def obstacle(self, parameters: Sequence[Tensor]) -> str | None:
         """Why this pass is not captured; None: nothing stands against it.

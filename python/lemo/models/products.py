@@ -27,10 +27,11 @@ class Fp8Products:
 
     Args:
         architecture: access to the model.
+        fast: as of `lemo.ops.fp8_product`.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture = architecture
+    def __init__(self, architecture: Architecture, fast: bool = False) -> None:
+        self._architecture, self._fast = architecture, fast
         self._attention: list[Fp8Linear] | None = None
         # By layer; none where the MLP runs as the module that it is.
         self._mlps: dict[int, list[Fp8Linear]] = {}
@@ -54,7 +55,7 @@ class Fp8Products:
         attention = [
             module for index in layers for module in architecture.attention_projections(index)
         ]
-        self._attention = _put_on(attention, names)
+        self._attention = self._put_on(attention, names)
         self._follow_mlps()
 
     def remove(self) -> None:
@@ -142,12 +143,17 @@ class Fp8Products:
                     layer.remove()
             elif index not in self._mlps:
                 names = names or self._names()
-                self._mlps[index] = _put_on(projections, names)
+                self._mlps[index] = self._put_on(projections, names)
 
-
-def _put_on(projections: Iterable[nn.Module], names: dict[nn.Module, str]) -> list[Fp8Linear]:
-    bases = map(_base_of, projections)
-    return [Fp8Linear(base, names[base]) for base in bases if hasattr(base, "in_features")]
+    def _put_on(
+        self, projections: Iterable[nn.Module], names: dict[nn.Module, str]
+    ) -> list[Fp8Linear]:
+        bases = map(_base_of, projections)
+        return [
+            Fp8Linear(base, names[base], self._fast)
+            for base in bases
+            if hasattr(base, "in_features")
+        ]
 
 
 def _base_of(module: nn.Module) -> nn.Module:

@@ -8,7 +8,16 @@ from torch import Tensor
 from lemo.ops._call import call
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
 
-__all__ = ["add_in_chunks", "add_rows", "chunk_rows", "chunks_of", "gather_rows", "slices_of"]
+__all__ = [
+    "add_in_chunks",
+    "add_rows",
+    "chunk_rows",
+    "chunks_of",
+    "gather_rows",
+    "is_one_slice",
+    "part_of",
+    "slices_of",
+]
 
 
 def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
@@ -26,6 +35,17 @@ def slices_of(rows: int, width: int) -> Iterator[slice]:
     step = max(1, COPY_ELEMENTS // max(width, 1))
     for first in range(0, max(rows, 1), step):
         yield slice(first, min(first + step, rows))
+
+
+def is_one_slice(rows: int, width: int) -> bool:
+    """Whether `slices_of` gives one slice."""
+    return rows <= max(1, COPY_ELEMENTS // max(width, 1))
+
+
+def part_of(x: Tensor, part: slice) -> Tensor:
+    """x[part] of a slice with a beginning and an end: `x` itself where that is all of it."""
+    # A view costs the host as much as many an operator.
+    return x if part.stop - part.start == x.shape[0] else x[part]
 
 
 def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:

@@ -56,13 +56,13 @@ class TrainingForward(Training[Elimination]):
         context: ContextParallel | None = None,
     ) -> None:
         self.offload = Offload(config.host_bytes)
-        parts = architecture, context, self.offload
+        if config.cuda_graphs != "off":
+            self.graphs = CudaGraphs(spares=config.cuda_graphs == "auto")
+        parts = architecture, context, self.offload, self.graphs
         super().__init__(config, partial(Elimination, *parts), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         self._mostly_labelled = False
-        if config.cuda_graphs != "off":
-            self.graphs = CudaGraphs(spares=config.cuda_graphs == "auto")
         self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
@@ -159,7 +159,7 @@ class TrainingForward(Training[Elimination]):
         labelled = targets != ignored
         with explained(decoder.describe):
             now, residual = decoder.begin(batch, embed, labelled, self.selector.masks_loss)
-            residual = decoder.enter(now, residual)
+            residual = decoder.enter(now, residual, captures=self.graphs is not None)
         self.selector.check_kept()
         masked = self.selector.masked_rows()
         counted = labelled if masked is None else labelled & ~masked

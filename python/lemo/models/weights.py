@@ -48,9 +48,11 @@ def is_plain(module: nn.Module) -> bool:
 
     torchao puts a tensor of its own kind into an `nn.Linear`.
     """
+    if type(module) is not nn.Linear:
+        return False
+    weight = module._parameters.get("weight")
     return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)
+        type(module.weight if weight is None else weight) in (nn.Parameter, Tensor)
         and has_own_forward(nn.Linear)
         and not is_intercepted(module)
     )

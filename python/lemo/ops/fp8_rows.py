@@ -54,6 +54,7 @@ def fp8_product(
     weight: tuple[Tensor, Tensor],
     dtype: torch.dtype,
     bias: Tensor | None = None,
+    fast: bool = False,
 ) -> Tensor:
     """rows @ weight^T (+ bias) of values in e4m3 with their scales, [R, out].
 
@@ -65,6 +66,9 @@ def fp8_product(
             of 16.
         dtype: of the result.
         bias: [out] of that dtype.
+        fast: on a GPU, whether the tensor cores sum up by themselves (cuBLASLt's fast
+            accumulation): 5 to 13% faster on Hopper, with an error of 2e-3 to 5e-3 of the result
+            beside the 4e-2 that rounding the factors has.
     """
     (values, scales), (weights, weight_scales) = rows, weight
     if values.device.type == "cuda":
@@ -76,7 +80,7 @@ def fp8_product(
             scale_b=weight_scales.t(),
             bias=fused,
             out_dtype=dtype,
-            use_fast_accum=False,
+            use_fast_accum=fast,
         )
         return y if bias is None or fused is not None else y.add_(bias)
     with torch.autocast(values.device.type, enabled=False):

@@ -9,18 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
+from typing import Any
 
 from lemo import _C
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows, split_heads
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, layer_bytes, weight_bytes
 
-__all__ = ["HOST_ALIGNMENT", "MODES", "LayerBytes", "StepMemory"]
+__all__ = ["HOST_ALIGNMENT", "MODES", "MOST_CAPTURED", "LayerBytes", "StepMemory"]
 
 MODES = ("none", "selective", "layer")
 """What becomes of a layer's activations, from the fastest to the smallest."""
 
 HOST_ALIGNMENT = 4096
 """What bytes of a tensor on the host are rounded up to."""
+
+MOST_CAPTURED = 1 << 38
+"""Multiplications of a layer's forward products beyond which its kernels take longer than the host
+takes to issue them, some milliseconds."""
 
 # Tensors that a layer stores, at most.
 _TENSORS = 64
@@ -96,10 +101,33 @@ class StepMemory:
 
     def with_head_groups(self, groups: int) -> StepMemory:
         """The same step with groups of heads."""
-        if groups == self._step.head_groups:
+        return self._with(head_groups=groups)
+
+    def with_graphs(self) -> StepMemory:
+        """The same step, replayed as CUDA graphs."""
+        return self._with(graphs=True)
+
+    def _with(self, **settings: Any) -> StepMemory:
+        step = replace(self._step, **settings)
+        if step == self._step:
             return self
-        step = replace(self._step, head_groups=groups)
         return StepMemory(self._shape, self._adapters, step, self._quantize, self._fp8)
+
+    def capturable(self, spares: bool) -> tuple[str, ...]:
+        """The modes of layers whose passes can be replayed as CUDA graphs; empty: none.
+
+        Where they can be, all sub-blocks keeping the same rows is left to the caller to know.
+
+        Args:
+            spares: whether only passes are captured whose kernels are short.
+        """
+        step = self._step
+        weights = sum(each.inputs * each.outputs for each in self._shape.linears())
+        long = spares and weights * max(max(rows) for rows in step.rows) > MOST_CAPTURED
+        if not step.cuda or long or self._fp8 or self._norms_apart or self._quantize == "int8":
+            return ()
+        # Recomputed layers draw the same random numbers twice.
+        return MODES[:1] if self._adapters.dropout else MODES
 
     # The whole step
 
@@ -129,7 +157,10 @@ class StepMemory:
         gradients = self._adapters.parameters(shape) * self._adapters.size
         workspace = _WORKSPACE if step.cuda else 0
         tokens = _TOKEN * step.tokens
-        return self.weights + residual + tables + gradients + tokens + workspace
+        total = self.weights + residual + tables + gradients + tokens + workspace
+        # Graphs read copies of a pass's inputs, and write gradients of their own.
+        copies = 2 * residual + tables + gradients + _TOKEN * step.residual_rows
+        return total + (copies if step.graphs else 0)
 
     @property
     def loss(self) -> int:
@@ -176,6 +207,14 @@ class StepMemory:
             moving = layer.moving
         # What the last layer moves is gone before the loss.
         return self.fixed + max(highest, stored + self.loss, self._embedding)
+
+    def held(self, most: int) -> int:
+        """Bytes that graphs keep between steps, beyond what torch counts as allocated.
+
+        Args:
+            most: the highest bytes of a pass beside `fixed`.
+        """
+        return most + self._step.residual_rows * self._shape.hidden * self._step.size + _WORKSPACE
 
     @property
     def _embedding(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from lemo import _C
@@ -15,6 +15,7 @@ __all__ = [
     "MARGIN",
     "NOMINAL",
     "DoesNotFitError",
+    "GraphRules",
     "HostRules",
     "Plan",
     "Planner",
@@ -80,6 +81,18 @@ class HostRules:
 
 
 @dataclass(frozen=True)
+class GraphRules:
+    """How passes are replayed as CUDA graphs, where all sub-blocks keep the same rows.
+
+    Attributes:
+        always: whether wherever it can be; else where kernels are short, and where as much memory
+            stays free as the graphs hold, so that passes without a graph find place.
+    """
+
+    always: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """What each layer of a step does, and what is predicted of the step.
 
@@ -91,6 +104,7 @@ class Plan:
         limit: bytes that it may take.
         head_groups: by which attention's backward runs in layers that are recomputed, at most.
         shares: of each layer's bytes, what goes to the host.
+        graphs: bytes that CUDA graphs hold, also between steps; 0: passes are not replayed.
     """
 
     modes: tuple[str, ...]
@@ -100,6 +114,7 @@ class Plan:
     limit: int
     shares: tuple[float, ...] = ()
     head_groups: int = 1
+    graphs: int = 0
 
     @property
     def host(self) -> int:
@@ -123,6 +138,7 @@ class Planner:
         time: its seconds.
         fixed: bytes that no mode changes; None: those that are predicted.
         host: what may go to the host.
+        graphs: how passes are replayed as CUDA graphs; None: they are not.
     """
 
     def __init__(
@@ -131,8 +147,10 @@ class Planner:
         time: StepTime,
         fixed: int | None = None,
         host: HostRules = HostRules(),
+        graphs: GraphRules | None = None,
     ) -> None:
         self._memory, self._time, self._host = memory, time, host
+        self._graphs = graphs
         self._fixed = memory.fixed if fixed is None else fixed
         self._num_layers = len(memory.step.rows)
 
@@ -149,7 +167,8 @@ class Planner:
     def plan(self, limit: int, modes: Sequence[str] | None = None) -> Plan | None:
         """The fastest plan within a limit in bytes, less the margin where that leaves one.
 
-        Heads are worked on in groups where that gives a faster plan than all at once.
+        Heads are worked on in groups where that gives a faster plan than all at once, and passes
+        are replayed as CUDA graphs where that may be and is faster.
 
         Args:
             limit: of the device.
@@ -157,9 +176,48 @@ class Planner:
         """
         if limit <= 0:
             return None
+        return self._better(self._plain(limit, modes), self._replayed(limit, modes))
+
+    def given(self, modes: Sequence[str], limit: int) -> Plan:
+        """The plan with these modes, replayed as CUDA graphs where that may be, fits and is faster;
+        whether it is within the limit or not."""
+        plan = self._better(self.of(modes, limit), self._replayed(limit, modes))
+        assert plan is not None
+        return plan
+
+    def _better(self, plain: Plan | None, replayed: Plan | None) -> Plan | None:
+        if plain is None or replayed is None:
+            return replayed or plain
+        always = self._graphs is not None and self._graphs.always
+        return replayed if always or replayed.seconds <= plain.seconds else plain
+
+    def _replayed(self, limit: int, modes: Sequence[str] | None) -> Plan | None:
+        """The fastest plan within a limit whose passes are replayed as CUDA graphs."""
+        if self._graphs is None or self._host.limit or any(self._host.shares or ()):
+            return None
+        allowed = self._memory.capturable(not self._graphs.always)
+        if modes is None and allowed == MODES[:1]:
+            modes = MODES[:1] * self._num_layers
+        if not allowed or not {*(modes or ())} <= {*allowed}:
+            return None
+        memory, time = self._memory.with_graphs(), self._time.with_graphs()
+        fixed = self._fixed + memory.fixed - self._memory.fixed
+        room = limit
+        if not self._graphs.always:
+            # As much as graphs hold, for passes without one.
+            room = fixed + (limit - fixed - memory.held(0)) // 2
+        plan = Planner(memory, time, fixed)._plain(room, modes)
+        if plan is None:
+            return None
+        return replace(plan, limit=limit, graphs=memory.held(plan.peak - fixed))
+
+    def _plain(self, limit: int, modes: Sequence[str] | None) -> Plan | None:
+        """The same without graphs."""
+        if limit <= 0:
+            return None
         if self._host.limit and self._host.shares is None:
             # Where nothing has to go there, nothing does.
-            alone = Planner(self._memory, self._time, self._fixed).plan(limit, modes)
+            alone = Planner(self._memory, self._time, self._fixed)._plain(limit, modes)
             if alone is not None and set(alone.modes) <= {MODES[0], *(modes or ())}:
                 return alone
         for usable in (round((1 - MARGIN) * limit), limit):

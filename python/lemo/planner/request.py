@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import HostRules, Planner, bytes_text, longest_that_fits
-from lemo.planner.rows import drops_rows, embeds_all, rows_of
+from lemo.planner.plan import GraphRules, HostRules, Planner, bytes_text, longest_that_fits
+from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.settings.elimination import LemoConfig
@@ -102,12 +102,16 @@ class Request:
         if self.processes > 1:
             step = step.shared_out(self.processes)
         step = replace(step, shards=self.shards)
-        fp8 = self.elimination.products == "fp8"
+        fp8 = self.elimination.in_8_bits
         memory = StepMemory(self.shape, self.adapters, step, self.quantize, fp8)
         more = self.window, group, fp8, self.quantize
         time = StepTime(self.shape, self.adapters, step, self.rates, *more)
         host = HostRules(self.elimination.host_bytes, self.elimination.offload_shares(layers))
-        return Planner(memory, time, host=host)
+        graphs = None
+        captured = has_one_set(self.elimination, layers) and self.processes == self.shards == 1
+        if captured and self.elimination.cuda_graphs != "off":
+            graphs = GraphRules(self.elimination.cuda_graphs == "on")
+        return Planner(memory, time, host=host, graphs=graphs)
 
     def longest(self, limit: int) -> int:
         """The most tokens of a sequence that fit into so many bytes; 0: not even 16."""

@@ -10,7 +10,7 @@ from lemo.planner.shape import LayerRows
 from lemo.selection.policies import Policies
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["drops_rows", "embeds_all", "kept_rows", "rows_of"]
+__all__ = ["drops_rows", "embeds_all", "has_one_set", "kept_rows", "rows_of"]
 
 # Scorers that read the residual, of all tokens.
 _READ_RESIDUAL = ("attention", "pooled", "predictor", "exact")
@@ -78,7 +78,12 @@ def embeds_all(config: LemoConfig) -> bool:
 
 def drops_rows(config: LemoConfig, num_layers: int) -> bool:
     """Whether rows that no layer keeps are dropped before the layers, all the time."""
-    if config.layerwise.policy == "threshold" or config.mask_loss is False:
+    return config.mask_loss is not False and has_one_set(config, num_layers)
+
+
+def has_one_set(config: LemoConfig, num_layers: int) -> bool:
+    """Whether all sub-blocks keep the same rows, all the time."""
+    if config.layerwise.policy == "threshold":
         return False
     policies = Policies(config, num_layers)
     moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]

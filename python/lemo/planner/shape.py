@@ -111,6 +111,23 @@ class Adapters:
     dropout: bool = False
     norms: bool = False
 
+    def united(self, other: Adapters) -> Adapters | None:
+        """What has all that either has; None: they are of two dtypes."""
+        if self == other:
+            return self
+        trains = [each for each in (self, other) if each.targets or each.norms]
+        if len({each.size for each in trains}) > 1:
+            return None
+        first = trains[0] if trains else self
+        return Adapters(
+            max(self.rank, other.rank),
+            self.targets | other.targets,
+            first.size,
+            apart=any(each.apart for each in trains),
+            dropout=self.dropout or other.dropout,
+            norms=self.norms or other.norms,
+        )
+
     def parameters(self, shape: ModelShape) -> int:
         """Trainable numbers."""
         pairs = [each for each in shape.linears() if each.name in self.targets]
@@ -150,6 +167,7 @@ class Step:
             `residual_rows` are those of one of them, and `lengths` those of the whole batch.
         key_parts: in how many parts keys and values are gathered from the others, at most.
         shards: processes over which weights are cut (FSDP2).
+        graphs: whether passes are replayed as CUDA graphs.
     """
 
     lengths: tuple[int, ...]
@@ -167,6 +185,7 @@ class Step:
     processes: int = 1
     key_parts: int = 4
     shards: int = 1
+    graphs: bool = False
 
     @property
     def tokens(self) -> int:

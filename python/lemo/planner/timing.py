@@ -5,29 +5,53 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, layer_bytes
 
-__all__ = ["Rates", "StepTime", "operations"]
+__all__ = ["Operations", "Rates", "StepTime", "operations"]
 
-# Operations that the host starts for a layer in both passes, as torch's dispatcher counts them
-# (tests/python/test_planner_timing.py): without adapters, for each adapter, and more of them under
-# autocast to another dtype, for an adapter in a dtype of its own, and for norms that run as
-# modules. Recomputing makes them more by a share.
-_BASE, _ADAPTER, _CAST, _APART, _NORMS, _AGAIN = 34, 8, 6, 18, 60, 0.3
+# A replayed pass: the same of the host for each adapter, which reads it and updates it; and the
+# seconds that a GPU takes from a kernel of a graph to the next one, where both are short. Fitted to
+# the two steps of the 135M shape in h200_finetune.jsonl.
+_REPLAYED, _BETWEEN = 2, 4.5e-6
+# Recomputing makes the host's operations more by this share.
+_AGAIN = 0.3
 # A host and a GPU work at the same time; where neither waits for the other all the time, a step
 # takes a little longer than the longer of both.
 _OVERLAP = 4
 
 
-def operations(adapted: int, one: int = _ADAPTER) -> int:
+@dataclass(frozen=True)
+class Operations:
+    """What the host starts for a layer in both passes, as torch's dispatcher counts it
+    (tests/python/test_planner_timing.py).
+
+    Attributes:
+        base: without adapters.
+        adapter: for each adapter.
+        cast: more for an adapter under autocast to another dtype.
+        apart: for an adapter in a dtype of its own.
+        norms: for norms that run as modules.
+    """
+
+    base: int = 34
+    adapter: int = 6
+    cast: int = 6
+    apart: int = 11
+    norms: int = 60
+
+
+OPERATIONS = Operations()
+
+
+def operations(adapted: int) -> int:
     """What the host starts for a layer in both passes where nothing is recomputed.
 
     Args:
-        adapted: linear layers with adapters.
-        one: operations of an adapter.
+        adapted: linear layers with adapters, in the model's dtype.
     """
-    return _BASE + adapted * one
+    return OPERATIONS.base + adapted * OPERATIONS.adapter
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,7 @@ class StepTime:
         group_size: tokens of a shifted attention group; 0: no groups.
         fp8: whether frozen weights multiply in 8 bits.
         quantize: how weights are stored, which are sent so where processes have shares of them.
+        started: what the host starts.
     """
 
     def __init__(
@@ -95,8 +120,9 @@ class StepTime:
         group_size: int = 0,
         fp8: bool = False,
         quantize: str | None = None,
+        started: Operations = OPERATIONS,
     ) -> None:
-        self._fp8 = fp8
+        self._fp8, self._started = fp8, started
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
@@ -104,10 +130,17 @@ class StepTime:
 
     def with_head_groups(self, groups: int) -> StepTime:
         """The same step with groups of heads."""
-        if groups == self._step.head_groups:
+        return self._with(head_groups=groups)
+
+    def with_graphs(self) -> StepTime:
+        """The same step, replayed as CUDA graphs."""
+        return self._with(graphs=True)
+
+    def _with(self, **settings: Any) -> StepTime:
+        step = replace(self._step, **settings)
+        if step == self._step:
             return self
-        step = replace(self._step, head_groups=groups)
-        more = self._window, self._group_size, self._fp8, self._quantize
+        more = self._window, self._group_size, self._fp8, self._quantize, self._started
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
     def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
@@ -121,6 +154,9 @@ class StepTime:
         device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
         device += sum(self.waiting(index, size) for index, size in enumerate(moved))
         host = sum(n * self.host(mode) for (_, mode), n in alike.items())
+        if self._step.graphs:
+            device += host / self._rates.launch * _BETWEEN
+            host = self._rates.launch * _REPLAYED * self._adapted * len(self._step.rows)
         if not self._step.cuda:
             return self._step.passes * (device + host)
         both = (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
@@ -128,13 +164,18 @@ class StepTime:
 
     def host(self, mode: str) -> float:
         """Of the host, for a layer in both passes."""
-        adapters = self._adapters
-        count = sum(linear.name in adapters.targets for linear in self._shape.linears())
-        one = _APART if adapters.apart else _ADAPTER
+        adapters, count = self._adapters, self._adapted
+        number = self._started
+        one = number.apart if adapters.apart else number.adapter
         if self._step.autocast and adapters.size != self._step.size:
-            one += _CAST
-        started = operations(count, one) + (_NORMS if self._norms_apart else 0)
+            one += number.cast
+        started = number.base + count * one + (number.norms if self._norms_apart else 0)
         return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
+
+    @property
+    def _adapted(self) -> int:
+        """Linear layers of a layer with adapters."""
+        return sum(linear.name in self._adapters.targets for linear in self._shape.linears())
 
     @property
     def loss(self) -> float:

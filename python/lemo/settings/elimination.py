@@ -212,10 +212,11 @@ class LemoConfig(Settings):
         "off",
         description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
         "backward, when its shapes come again, so that the host does not issue kernels one by one. "
-        "The results are the same. auto: where a layer's kernels are shorter than that takes; on: "
-        "wherever it can be. It cannot where layers keep rows of their own, modules run as they "
-        "are, or processes share out rows or weights; the log says so. The activations' memory "
-        "stays with the graphs.",
+        "The results are the same. auto: where a layer's kernels are shorter than that takes, and "
+        "where as much memory stays free as the graphs hold; on: wherever it can be. It cannot "
+        "where layers keep rows of their own, modules run as they are, or processes share out rows "
+        "or weights; the log says so. The activations' memory stays with the graphs; "
+        "Handle.graphs.clear() gives it back.",
     )
     head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
         None,
@@ -231,13 +232,14 @@ class LemoConfig(Settings):
         "rows, with one kept set for all layers (any causal LM of Transformers); auto: native "
         "where the class is one of these, else generic.",
     )
-    products: Literal["dtype", "fp8"] = Field(
+    products: Literal["dtype", "fp8", "fp8_fast"] = Field(
         "dtype",
         description="In what products with the frozen weights of layers are computed, forward and "
         "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
         "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
-        "exact. Layers that err too much stay in dtype; Handle.unquantised_products and the log "
-        "name them. The head, attention, norms and adapters are not changed. After weights were "
+        "exact; fp8_fast: the same with the tensor cores' own sums, which keep fewer bits. Layers "
+        "that err too much stay in dtype; Handle.unquantised_products and the log name them. The "
+        "head, attention, norms and adapters are not changed. After weights were "
         "written through weight.data, enable again.",
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
@@ -288,6 +290,11 @@ class LemoConfig(Settings):
         if isinstance(self.offload, str):
             return False
         return any(self.offload) if isinstance(self.offload, tuple) else self.offload > 0
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Whether products with frozen weights are computed in 8 bits."""
+        return self.products != "dtype"
 
     @property
     def host_bytes(self) -> int:

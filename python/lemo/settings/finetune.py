@@ -170,7 +170,7 @@ class FinetuneConfig(Settings):
             )
         if elimination is None:
             return self
-        if elimination.products == "fp8":
+        if elimination.in_8_bits:
             for name, value, known in (
                 ("quantize", self.quantize, (None, "float8")),
                 ("shard", self.shard, (False,)),
@@ -178,8 +178,8 @@ class FinetuneConfig(Settings):
                 if value not in known:
                     expected = " or ".join("null" if each is None else str(each) for each in known)
                     raise ValueError(
-                        f"{name}: expected {expected.lower()} beside elimination.products fp8, got "
-                        f"{str(value).lower()}"
+                        f"{name}: expected {expected.lower()} beside elimination.products "
+                        f"{elimination.products}, got {str(value).lower()}"
                     )
         if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(

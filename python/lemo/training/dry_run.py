@@ -48,7 +48,7 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     rates = None
     request = request_of(config, elimination, model_config, dtype, device, NOMINAL)
     if here or on_cpu:
-        rates = calibrated(request.shape, device, dtype, elimination.products == "fp8")
+        rates = calibrated(request.shape, device, dtype, elimination.in_8_bits)
         request = request_of(config, elimination, model_config, dtype, device, rates)
     planner, asked = request.planner(tokens), elimination.recompute
     linear, others = request.shape.parameters()
@@ -62,8 +62,11 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
         f"step: {config.batch_size} x {tokens} tokens, of which layers keep "
         + (f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}")
     )
-    if elimination.products == "fp8":
-        yield "products: fp8; the first step logs layers that err too much, which stay in dtype"
+    if elimination.in_8_bits:
+        yield (
+            f"products: {elimination.products}; the first step logs layers that err too much, "
+            "which stay in dtype"
+        )
         for each in request.shape.linears():
             if each.inputs % 16 or each.outputs % 16:
                 yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"

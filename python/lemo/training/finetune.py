@@ -338,7 +338,7 @@ class _Run:
         self._verify(first)
         log = RunLog(folder, first) if main else None
         records = StepRecords(config.steps, log, progress)
-        memory.reset_peak(self.accelerator.device)
+        self.peak = memory.Peak(self.accelerator.device, self.handle)
         # Tokenizing the next windows hides behind the step that runs.
         # Launchers say how many processes share a machine; without one there is one process.
         here = get_int_from_env(["LOCAL_WORLD_SIZE"], self.accelerator.num_processes)
@@ -444,7 +444,7 @@ class _Run:
             "tokens": tokens,
             "seconds": 0.0,
             "tokens_per_second": 0.0,
-            "peak_memory_bytes": memory.peak_bytes(accelerator.device),
+            "peak_memory_bytes": self.peak.bytes(),
             "kept_share": self.kept.share(),
             "kept": self.kept.by_layer(),
             "progress": (step - 1) / config.steps,

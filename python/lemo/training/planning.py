@@ -68,6 +68,7 @@ class RunPlan:
             "modes": list(plan.modes),
             "shares": list(plan.shares),
             "head_groups": plan.head_groups,
+            "graph_bytes": plan.graphs,
             "kept_bytes": [layer.kept for layer in plan.layers],
             "host_bytes": [layer.host for layer in plan.layers],
             "peak_bytes": plan.peak,
@@ -82,6 +83,8 @@ class RunPlan:
         sizes = f"{bytes_text(plan.peak)} of {bytes_text(plan.limit)}"
         if plan.host:
             sizes += f", {bytes_text(plan.host)} of the host"
+        if plan.graphs:
+            sizes += f", of which CUDA graphs keep {bytes_text(plan.graphs)} between steps"
         return [
             f"plan: {sizes}, {plan.seconds:.3g} s a step",
             *(f"  {line}" for line in plan_lines(plan)),
@@ -131,7 +134,7 @@ def request_of(
         shape,
         adapters,
         elimination,
-        calibrated(shape, device, dtype, elimination.products == "fp8") if rates is None else rates,
+        calibrated(shape, device, dtype, elimination.in_8_bits) if rates is None else rates,
         batch=config.batch_size,
         size=dtype.itemsize,
         autocast=dtype != torch.float32,
@@ -250,7 +253,7 @@ def plan_run(
             return None
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
-        plan = planner.of(modes, limit)
+        plan = planner.given(modes, limit)
         if (1 - MARGIN) * plan.peak <= limit and plan.host <= elimination.host_bytes:
             return RunPlan(plan, asked, request)
     else:
