@@ -281,6 +281,8 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {{- raise_exception('roles must alternate') }}{% endif %}
 {%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
+ENDLESS = """{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}
+{%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 TURNS = [
     {"role": "user", "content": "What is it?"},
     {"role": "assistant", "content": "It is one."},
@@ -423,7 +425,7 @@ def test_what_a_template_does_not_show_is_refused():
 
 def test_templates_without_an_end_are_named_once(caplog):
     tokenizer = with_template("qwen2_5")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # noqa: E501
+    tokenizer.chat_template = ENDLESS
     encoder = ChatEncoder(tokenizer)
     for _ in range(2):
         encoded = encoder.encode(parsed(messages=[USER, ASSISTANT]))
