@@ -111,7 +111,7 @@ def test_data_check(inputs, tmp_path, capsys):
     assert code == 0
     # This tokenizer has no end token.
     assert err.startswith("warning: ")
-    assert err.endswith("the model will not learn to stop\n")
+    assert err.endswith("the model will not learn where they end\n")
     assert "conversations" in out
     assert "tokens with a label" in out
     assert "the middle of the prompt is cut out of" in out
