@@ -281,6 +281,19 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {{- raise_exception('roles must alternate') }}{% endif %}
 {%- if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
+# As some of Mistral's: tools stand before the last question, a system message in the last message
+# where that is the user's, and nothing says that an answer comes.
+TOOLS_LAST = """{{ bos_token }}
+{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- for m in messages %}{% if m['role'] == 'user' %}
+{%- if tools and m == users[-1] %}{{ '[TOOLS] ' + tools | tojson + ' [/TOOLS]' }}{% endif %}
+{%- if loop.last and messages[0]['role'] == 'system' %}
+{{- '[INST] ' + messages[0]['content'] + ' ' + m['content'] + ' [/INST]' }}
+{%- else %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}
+{%- elif m['role'] == 'assistant' %}{{ ' ' + m['content'] | trim + eos_token }}
+{%- endif %}{% endfor %}"""
+ENDLESS = """{% for m in messages %}{{ ' ' + m.role + ': ' + m.content }}{% endfor %}
+{%- if add_generation_prompt %}{{ ' assistant: ' }}{% endif %}"""
 TURNS = [
     {"role": "user", "content": "What is it?"},
     {"role": "assistant", "content": "It is one."},
@@ -421,15 +434,35 @@ def test_what_a_template_does_not_show_is_refused():
         encoder.encode(parsed(messages=[USER, message]))
 
 
+def test_templates_without_headers_of_answers():
+    tokenizer = with_template("qwen2_5")
+    tokenizer.chat_template = TOOLS_LAST
+    encoder = ChatEncoder(tokenizer)
+    encoded = encoder.encode(parsed(messages=TURNS, tools=[TOOL]))
+    found = [answer.strip() for answer in answers_of(encoded, tokenizer)]
+    assert found == ["It is one.</s>", "It is two.</s>"]
+    system = {"role": "system", "content": "Be brief."}
+    message = r"^d\.jsonl:3: the chat template does not show message 0 \(system\)"
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(parsed(messages=[system, *TURNS]))
+
+
+def test_line_breaks_among_the_added_tokens_end_no_answer():
+    tokenizer = with_template("qwen2_5")
+    tokenizer.add_tokens(["\n"])
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=TURNS))
+    assert answers_of(encoded, tokenizer) == ["It is one.<|im_end|>", "It is two.<|im_end|>"]
+
+
 def test_templates_without_an_end_are_named_once(caplog):
     tokenizer = with_template("qwen2_5")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # noqa: E501
+    tokenizer.chat_template = ENDLESS
     encoder = ChatEncoder(tokenizer)
     for _ in range(2):
         encoded = encoder.encode(parsed(messages=[USER, ASSISTANT]))
     assert answers_of(encoded, tokenizer)[0].strip() == "a"
     [record] = caplog.records
-    assert "the model will not learn to stop" in record.message
+    assert "the model will not learn where they end" in record.message
 
 
 def test_completions_end_once():
@@ -475,7 +508,7 @@ def test_what_a_template_refuses_names_the_row():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="expected a tokenizer with a chat template"):
         ChatEncoder(tokenizer).encode(twice)
-    tokenizer.chat_template = "{{ messages | length }}"
+    tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages | length }}"
     with pytest.raises(ValueError, match="the answer of message 1 is not found"):
         ChatEncoder(tokenizer).encode(Conversation((USER, ASSISTANT), "d:1", "n"))
 

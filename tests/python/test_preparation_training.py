@@ -14,7 +14,7 @@ from lemo.preparation.elastic import ElasticSize
 from lemo.preparation.exact_scores import FeatureStore, SubBlockData
 from lemo.preparation.ranking import Budget, kept_set_recall, ranking_loss
 from lemo.preparation.training import fit
-from lemo.selection.scorers.exact import mlp_token_scores, token_means
+from lemo.selection.scorers.paper.exact import mlp_token_scores, token_means
 from lemo.settings.preparation import PredictorSettings
 
 HIDDEN, BLOCK = 24, 8

@@ -50,25 +50,34 @@ def test_python_of_the_readme_runs_on_a_tiny_model(tmp_path, monkeypatch):
     assert all(weight.abs().sum() > 0 for weight in weights)
 
 
+def _options(commands):
+    return [(command, dict(re.findall(r"--([a-z-]+) (\S+)", rest))) for command, rest in commands]
+
+
 def test_settings_of_the_readme_are_those_of_its_command():
     from lemo.settings.finetune import FinetuneConfig
 
     (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     config = FinetuneConfig.from_dict(yaml.safe_load(text))
-    options = [
-        (command, dict(re.findall(r"--([a-z-]+) (\S+)", rest))) for command, rest in COMMANDS
-    ]
-    finetune = next(given for command, given in options if command == "finetune")
+    finetune = next(given for command, given in _options(COMMANDS) if command == "finetune")
     assert int(finetune["context-length"]) == config.context_length
     assert float(finetune["keep"]) == config.elimination.keep
     assert (finetune["output"], finetune["model"]) == (config.output, config.model)
     # What is not said is the default.
     assert config.elimination == LemoConfig(keep=config.elimination.keep)
 
-    (prepare,) = (given for command, given in options if command == "prepare")
-    (with_it,) = (given for _, given in options if "predictor" in given)
-    assert prepare["output"] == with_it["predictor"]
-    assert prepare["lengths"] == with_it["context-length"]
+
+def test_commands_of_the_page_on_answers_fit_together():
+    text = (ROOT / "docs/ANSWERS.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^lemo (\w+(?: heads| scores| check)?) (.*)$", text, re.MULTILINE)
+    made = {
+        name: next(given["output"] for command, given in _options(commands) if command == name)
+        for name in ("relevance heads", "relevance scores", "prepare")
+    }
+    used = {name: given for _, given in _options(commands) for name in given}
+    assert used["heads"]["heads"] == made["relevance heads"]
+    assert used["scores"]["scores"] == made["relevance scores"]
+    assert used["predictor"]["predictor"] == made["prepare"]
 
 
 def test_figures_are_those_of_the_results():

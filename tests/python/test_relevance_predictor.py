@@ -249,7 +249,10 @@ def test_settings_of_relevance_have_defaults_of_their_own():
     with pytest.raises(ValueError, match="heads: target 'relevance' needs the file written by"):
         PrepareConfig(**given, target="relevance")
     with pytest.raises(ValueError, match="heads: is for target 'relevance', got target 'exact'"):
-        PrepareConfig(**given, heads="heads.json")
+        PrepareConfig(**given, heads="heads.json", target="exact")
+    settings = PrepareConfig(**given, heads="heads.json")
+    assert (settings.target, settings.block_size) == ("relevance", 64)
+    assert PrepareConfig(**given).target == "exact"
 
 
 @pytest.fixture(scope="module")

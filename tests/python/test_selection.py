@@ -15,7 +15,7 @@ from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.scorers import ExactScorer, PooledScorer, PredictorScorer, RandomScorer
-from lemo.selection.scorers.pooled import block_means, visible_means
+from lemo.selection.scorers.paper.pooled import block_means, visible_means
 from lemo.selection.selector import Selector
 from tiny_models import HIDDEN, config_of, make_model, padded_batch
 from tolerances import assert_close_fp32
@@ -325,7 +325,7 @@ def test_block_means(lengths, block_size, tile):
     starts = layout.block_starts.tolist()
     expected = [x[first:end].mean(0) for first, end in pairwise(starts)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.selection.scorers.pooled._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers.paper.pooled._TILE_ELEMENTS", tile)
         assert_close_fp32(block_means(x, layout), torch.stack(expected))
     assert block_means(x.bfloat16(), layout).dtype == torch.float32
 
@@ -335,7 +335,7 @@ def test_visible_means(lengths, heads, tile):
     layout = BlockLayout.from_seqlens(lengths, 4)
     q, k = (torch.randn(layout.num_blocks, count, 5) for count in heads)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lemo.selection.scorers.pooled._TILE_ELEMENTS", tile)
+        patch.setattr("lemo.selection.scorers.paper.pooled._TILE_ELEMENTS", tile)
         scores = visible_means(q, k, layout, 0.3)
     keys = k.repeat_interleave(heads[0] // heads[1], 1)
     products = 0.3 * torch.einsum("mhd,nhd->hmn", q, keys).clamp(min=0).mean(0)
@@ -455,7 +455,7 @@ def test_predicted_scores(monkeypatch, block_size):
     thresholds = {"attention": [3.0] * 3, "mlp": [100.0] * 3}
     predictors = types.SimpleNamespace(block_size=8, scores=scores, thresholds=thresholds)
     monkeypatch.setattr(
-        "lemo.selection.scorers.predictor.load", lambda folder, model_config: predictors
+        "lemo.selection.scorers.paper.predictor.load", lambda folder, model_config: predictors
     )
     settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
     config = config_of(**settings, dense_layers=[0], block_size=block_size)

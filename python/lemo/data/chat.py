@@ -71,8 +71,10 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._everything = everything
         self._warned = False
-        self._special = set(tokenizer.all_special_tokens) | {
-            str(token) for token in tokenizer.added_tokens_decoder.values()
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
+        # Some tokenizers have line breaks among the added ones.
+        self._special = {
+            token for token in (*tokenizer.all_special_tokens, *added) if token.strip()
         }
         template = tokenizer.chat_template
         self._marks = isinstance(template, str) and "{% generation" in template.replace("{%-", "{%")
@@ -135,15 +137,19 @@ class ChatEncoder:
             return self._tokenizer.apply_chat_template(texts, **settings)
 
     def _check_shown(self, example: Conversation, text: str) -> None:
-        """ValueError where the template leaves out tools, documents or a call."""
+        """ValueError where the template leaves out tools, documents, a call or a message."""
         for name in ("tools", "documents"):
             if not example.extra.get(name):
                 continue
             rest = {key: value for key, value in example.extra.items() if key != name}
             if self._render(replace(example, extra=rest), example.messages) == text:
                 raise self._not_shown(example, f"'{name}'")
-        for message in example.messages:
+        for number, message in enumerate(example.messages):
             self._check_calls(example, message, text)
+            asked = message["role"] != "assistant" and message["content"].strip()
+            # Contents may be shown otherwise: what counts is whether others make another text.
+            if asked and asked not in text and self._limit(example, text, number) == len(text):
+                raise self._not_shown(example, f"message {number} ({message['role']})")
 
     def _check_calls(self, example: Conversation, message: dict[str, Any], text: str) -> None:
         for call in message.get("tool_calls", ()):
@@ -173,7 +179,8 @@ class ChatEncoder:
             if number not in example.context:
                 self._check_answer(example, number, text[start:end])
                 yield start, end
-        if not text[start:end].endswith(tuple(self._special)):
+        last = messages[numbers[-1]]["content"].rstrip()
+        if last and text[start:end].endswith(last):
             self._warn_of_no_end("the chat template")
 
     def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
@@ -189,6 +196,11 @@ class ChatEncoder:
         if text.startswith(plain):
             common = _common(text[len(plain) :], header)
             return len(plain) + self._whole(header[:common])
+        if not header and not _thinks(example.messages[number]):
+            # The template has no header for an answer to come.
+            start = self._limit(example, text, number)
+            if start < len(text):
+                return start
         place, count = which
         while header := header[: self._whole(header)]:
             if text.count(header) == count:
@@ -207,6 +219,8 @@ class ChatEncoder:
     def _end(self, example: Conversation, text: str, number: int, start: int, through: str) -> int:
         """Where an answer ends that is written otherwise where more messages follow."""
         limit = self._limit(example, text, number + 1)
+        if limit == len(text):
+            raise self._not_found(example, number)
         ending = through[: len(through.rstrip())]
         token = max((t for t in self._special if ending.endswith(t)), key=len, default="")
         found = text.rfind(token, start, limit) if token else -1
@@ -220,21 +234,21 @@ class ChatEncoder:
         return end + self._special_length(text[end:limit])
 
     def _limit(self, example: Conversation, text: str, number: int) -> int:
-        """A place in the header of message `number`, or where its content begins."""
+        """A place in the header of message `number`, or where its content begins.
+
+        The end of the text where there is no such message, or the template does not show it.
+        """
         messages = list(example.messages)
         if number == len(messages):
             return len(text)
         messages[number] = messages[number] | {"content": _UNSEEN}
         other = self._render(example, messages)
-        common = _common(text, other)
-        if common == len(text):
-            raise self._not_found(example, number - 1)
-        return common
+        return _common(text, other)
 
     def _warn_of_no_end(self, what: str) -> None:
         if not self._warned:
             _log.warning(
-                "%s ends answers with no special token: the model will not learn to stop", what
+                "%s puts nothing behind answers: the model will not learn where they end", what
             )
         self._warned = True
 
@@ -321,6 +335,13 @@ def _common(first: str, second: str) -> int:
     if first[:length] == second[:length]:
         return length
     return next(place for place in range(length) if first[place] != second[place])
+
+
+def _thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a thought, which templates put in front of its content."""
+    return "</think>" in message["content"] or any(
+        message.get(name) for name in ("reasoning_content", "reasoning", "thinking")
+    )
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lemo.models.capture import capture_sub_blocks
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import KINDS
-from lemo.selection.scorers.exact import attention_scores, mlp_token_scores, token_means
+from lemo.selection.scorers.paper.exact import attention_scores, mlp_token_scores, token_means
 
 __all__ = ["FeatureStore", "SubBlockData"]
 

@@ -26,11 +26,11 @@ _OF_ANSWERS = ("lexical", "attention", "given")
 
 
 class LayerwiseConfig(Settings):
-    """Policies that differ from layer to layer or in time (LeMo, sections 4 and 5).
+    """The paper's own policies: kept sets that differ from layer to layer, or in time.
 
-    By our measurements one kept set for all layers is better (docs/QUALITY.md), so all of this is
-    off by default. Lists with one entry for each layer are checked against the model by
-    `lemo.enable`.
+    LeMo, sections 4 and 5, and LongLoRA's groups. They are kept to compare with the papers. By our
+    measurements one kept set for all layers is better (docs/QUALITY.md), so all of this is off by
+    default. Lists with one entry for each layer are checked against the model by `lemo.enable`.
     """
 
     policy: Literal["ratio", "threshold"] = Field(
@@ -137,9 +137,9 @@ class LemoConfig(Settings):
         "for text. random: every block is trained in turn; lexical: words that a block shares "
         "with the answers and with what stands around them; attention: the same, and what "
         "retrieval heads look at from the answers; given: by the caller, see Handle.scored; "
-        "pooled: queries and keys of block means; predictor: networks trained by `lemo "
-        "prepare`, of what answers need where the target was relevance; exact: computed from the "
-        "model, slow, for experiments.",
+        "predictor: networks trained by `lemo prepare` with target relevance, of what answers "
+        "need. The paper's own, kept to compare with it: predictor, with another target, of what "
+        "each sub-block computes; exact: that itself, slow; pooled: that of means of blocks.",
     )
     predictor: Text | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
@@ -244,7 +244,8 @@ class LemoConfig(Settings):
     )
     seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
-        LayerwiseConfig(), description="Policies that differ from layer to layer or in time."
+        LayerwiseConfig(),
+        description="The paper's own policies, which differ from layer to layer or in time.",
     )
 
     @model_validator(mode="after")

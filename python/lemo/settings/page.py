@@ -25,7 +25,7 @@ _PARTS: tuple[tuple[type[Settings], str, str], ...] = (
     (LemoConfig, "Elimination", "`lemo.LemoConfig`; in a run's file the group `elimination`."),
     (
         LayerwiseConfig,
-        "Elimination, layer by layer",
+        "Elimination: the paper's own policies",
         "`lemo.settings.elimination.LayerwiseConfig`; in a run's file the group "
         "`elimination.layerwise`.",
     ),

@@ -38,9 +38,10 @@ class PredictorSettings(Settings):
     )
     target: Literal["exact", "content", "relevance"] = Field(
         "exact",
-        description="What scores predict. exact: the exact scores, a block's place included; "
-        "content: what a block's content adds to its place; relevance: what the answers of a "
-        "prompt need, one predictor for the model, on its embeddings.",
+        description="What scores predict. relevance: what the answers of a prompt need, one "
+        "predictor for the model, on its embeddings; the default where heads are given. The "
+        "paper's own, for each sub-block of each layer: exact: the exact scores, a block's place "
+        "included; content: what a block's content adds to its place.",
     )
     keep: Annotated[Number, Field(gt=0, lt=1)] = Field(
         0.5,
@@ -105,6 +106,9 @@ class PredictorSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_target(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("heads") is not None:
+            # What learns from retrieval heads can learn nothing but relevance.
+            values = {"target": "relevance"} | values
         if isinstance(values, dict) and values.get("target") == "relevance":
             defaults = _RELEVANCE_DEFAULTS.items()
             return {name: value for name, value in defaults if name in cls.model_fields} | values

@@ -21,7 +21,7 @@ from lemo.data.reading import first_of
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.models.labels import IGNORE_INDEX
-from lemo.training.evaluate import load_for_evaluation
+from lemo.training.evaluate import load_for_evaluation, plain_head_of
 from lemo.training.model import load_config, load_tokenizer
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
@@ -55,7 +55,7 @@ def answers_of(model: PreTrainedModel | PeftModel, example: Encoded) -> list[Ans
         model: a causal LM in eval mode.
         example: ids and labels; labels are not shifted.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = plain_head_of(model)
     device = causal_lm.device
     ids, labels = torch.tensor(example.ids), torch.tensor(example.labels)
     rows = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]

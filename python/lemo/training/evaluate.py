@@ -165,13 +165,31 @@ def load_for_evaluation(
     return loaded if is_placed and folder is None else loaded.to(place)
 
 
+def plain_head_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal LM, whose logits are its output embedding's product with the last hidden state.
+
+    Raises:
+        ValueError: a class of which lemo does not know that; others scale or cap their logits.
+    """
+    causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not any(kind.__name__ in ARCHITECTURES for kind in type(causal_lm).__mro__):
+        raise ValueError(
+            f"model: expected one of {', '.join(ARCHITECTURES)}, got {type(causal_lm).__name__}, "
+            "whose logits may be another function of its hidden states"
+        )
+    return causal_lm
+
+
 @torch.no_grad()
 def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """Cross entropies of the tokens after the first: ids [length] -> float32 [length - 1], in nats.
 
     The head runs on chunks of rows, so logits of the whole window never exist.
+
+    Raises:
+        ValueError: see `plain_head_of`.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = plain_head_of(model)
     ids = ids.to(causal_lm.device)
     hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = causal_lm.get_output_embeddings()

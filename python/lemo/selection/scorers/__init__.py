@@ -1,16 +1,14 @@
-"""Block scores: how informative every block is for a sub-block (LeMo, section 4).
+"""Block scores: what answers need, or what a sub-block computes (LeMo, section 4).
 
-A block is informative for attention if later tokens attend to it much, and for the MLP if its
-activation is large.
+`lexical` and `random` are the defaults, for prompts with answers and for text. The paper's own
+scorers are in `lemo.selection.scorers.paper`.
 """
 
 from lemo.selection.scorers.attention import AttentionScorer, Scout
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel, Scorer
-from lemo.selection.scorers.exact import ExactScorer
 from lemo.selection.scorers.given import GivenScorer
 from lemo.selection.scorers.lexical import LexicalScorer
-from lemo.selection.scorers.pooled import PooledScorer
-from lemo.selection.scorers.predictor import PredictorScorer
+from lemo.selection.scorers.paper import ExactScorer, PooledScorer, PredictorScorer
 from lemo.selection.scorers.random import RandomScorer
 from lemo.selection.scorers.relevance import RelevanceScorer
 from lemo.settings.elimination import LemoConfig
