@@ -216,7 +216,9 @@ def fp8_rows(x, columns) -> tuple[Tensor, Tensor]:
     """(values in e4m3 as fp32, scales): the largest magnitude of a row becomes 448."""
     x = x.float() if columns is None else x.float() * columns
     largest = x.abs().amax(1, keepdim=True).clamp(min=2.0**-110)
-    return (x * (448 / largest)).to(torch.float8_e4m3fn).float(), largest / 448
+    # Between tensors: a division by a number may be done as a product with its inverse.
+    most = torch.full_like(largest, 448)
+    return (x * (most / largest)).to(torch.float8_e4m3fn).float(), largest / most
 
 
 def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Tensor, Tensor]:

@@ -242,7 +242,7 @@ def parts_with_python():
     yield "qwen3", lambda layer: (layer.self_attn, "q_norm")
 
 
-@pytest.mark.parametrize(("architecture", "part"), parts_with_python())
+@pytest.mark.parametrize(("architecture", "part"), list(parts_with_python()))
 def test_hooks_on_parts_that_run_as_they_are_are_called(architecture, part, captured):
     """In every pass: those that were there before the first one, and those that come later."""
     for before in (True, False):
@@ -304,7 +304,7 @@ class Watching(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("named", "watch"), watchers())
+@pytest.mark.parametrize(("named", "watch"), list(watchers()))
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_what_looks_at_every_operator_sees_them(named, watch, captured, caplog):
     model, handle = enabled()

@@ -104,7 +104,7 @@ def test_always_takes_the_memory_of_one_pass():
         {"tokens": 2**20},
         {"rules": None},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings)),
 )
 def test_what_is_not_captured(settings):
     assert planner(**settings).plan(140 * GIB).graphs == 0

@@ -273,7 +273,8 @@ def test_as_many_blocks_are_kept_as_hold_the_relevance():
     assert kept(keep=0.75, keep_relevance=0.85) == ([5, 15], [*range(9), 15])
     assert kept(keep=0.75, keep_relevance=0.95) == ([5, 9, 15], [*range(10), 15])
     assert kept(keep=0.5, keep_relevance=0.25) == ([5, 15], [0, 1, 2, 15])
-    assert kept(keep=0.5, keep_relevance=0.3, keep_least=0.25) == ([0, 5, 9, 15], [0, 1, 2, 15])
+    # Not 0.3: three tenths add up to it or not, as they are rounded.
+    assert kept(keep=0.5, keep_relevance=0.29, keep_least=0.25) == ([0, 5, 9, 15], [0, 1, 2, 15])
 
 
 def test_without_relevance_blocks_with_labels_are_kept():

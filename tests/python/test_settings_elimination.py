@@ -32,7 +32,7 @@ FULL = {
     "recompute": "selective",
     "offload": [0.5, 1.0],
     "host_memory": 8.0,
-    "cuda_graphs": "off",
+    "cuda_graphs": "auto",
     "head_groups": 4,
     "products": "fp8",
     "path": "native",

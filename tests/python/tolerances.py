@@ -27,6 +27,19 @@ def assert_close_fp32(value: Tensor, oracle: Tensor, what: str = "result") -> No
     assert error <= FP32_RELATIVE_ERROR, f"{what}: relative error {error:.2e}"
 
 
+def assert_same_sums(value: Tensor, oracle: Tensor, what: str = "result") -> None:
+    """Sums of the same terms in fp32 in another order, each rounded once to the dtype."""
+    assert value.dtype == oracle.dtype
+    if oracle.dtype == torch.float32:
+        assert_close_fp32(value, oracle, what)
+        return
+    sizes = oracle.detach().double().abs()
+    # Other last bits of a sum may be another number of the dtype.
+    allowed = torch.finfo(oracle.dtype).eps * sizes + FP32_RELATIVE_ERROR * sizes.max()
+    error = (value.detach().double() - oracle.detach().double()).abs()
+    assert bool((error <= allowed).all()), f"{what}: error {error.max().item():.2e}"
+
+
 def assert_close_low_precision(
     value: Tensor, plain: Tensor, oracle: Tensor, what: str = "result"
 ) -> None:

@@ -209,7 +209,7 @@ class LemoConfig(Settings):
         "memory. 0: they stay on the device.",
     )
     cuda_graphs: Switch = Field(
-        "off",
+        "auto",
         description="Whether a training pass on a GPU is captured as CUDA graphs, forward and "
         "backward, when its shapes come again, so that the host does not issue kernels one by one. "
         "The results are the same. auto: where a layer's kernels are shorter than that takes, and "
