@@ -21,6 +21,8 @@ TORCH ?= torch==2.13.0
 # CMake options, for example CMAKE_ARGS="-DLEMO_CUDA=OFF"; a list: "-DLEMO_CUDA_ARCHITECTURES='80-real;90'".
 export CMAKE_ARGS ?=
 PREBUILT ?=
+# Other interpreters that a wheel is for, too, with their headers: PYTHONS="python3.10 python3.12".
+PYTHONS ?=
 CUDA ?= $(shell nvidia-smi -L > /dev/null 2>&1 && echo 1)
 # The C++ tests of these kernels only, for gpu-test and gpu-sanitize: a filter of GoogleTest.
 GPU_FILTER ?= *
@@ -36,7 +38,7 @@ NVCC := $(shell command -v nvcc)
 # CUTLASS's headers, out of pip's sight: nothing here needs what their package depends on.
 CUTLASS := $(VENV)/cutlass
 CUTLASS_INCLUDE := cutlass/cutlass_library/source/include
-BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja scipy-openblas32
+BUILD_TOOLS := "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.13" scipy-openblas32
 SOURCES := $(shell find cpp cuda bindings python cmake -type f -not -name '*.so' -not -path '*__pycache__*' -not -path '*.egg-info*') \
 	CMakeLists.txt setup.py pyproject.toml
 CXX_SOURCES := $(shell find cpp tests/cpp benchmarks/cpp cmake -type f) CMakeLists.txt
@@ -99,8 +101,7 @@ develop:  ## build in place for the active environment (use with PYTHONPATH=pyth
 	cmake -S . -B build/develop -G Ninja -DPython3_EXECUTABLE="$$(command -v python)" \
 		$(if $(wildcard $(CUTLASS)),-DLEMO_CUTLASS_INCLUDE="$(abspath $(VENV))/$(CUTLASS_INCLUDE)") $(CMAKE_ARGS)
 	cmake --build build/develop
-	rm -f python/lemo/_C.*.so
-	cp -f build/develop/liblemo_ops.so build/develop/_C.abi3.so python/lemo/
+	cp -f build/develop/liblemo_ops.so build/develop/_C*.so python/lemo/
 
 gpu-build:
 ifeq ($(PREBUILT),)
@@ -130,12 +131,16 @@ wheel: $(VENV)/.wheel $(if $(NVCC),$(CUTLASS))  ## an sdist in dist/ and a wheel
 	venv=$$(echo $(CURDIR)/build/sdist/lemo-*/$(notdir $(VENV))); \
 	CMAKE_ARGS="-DLEMO_CUDA_ARCHITECTURES=release $(CMAKE_ARGS) \
 		-DLEMO_TORCH_DIR=$$(echo $$venv/lib/python*/site-packages/torch) \
-		-DLEMO_CUTLASS_INCLUDE=$$venv/$(CUTLASS_INCLUDE)" \
+		-DLEMO_CUTLASS_INCLUDE=$$venv/$(CUTLASS_INCLUDE) \
+		-DLEMO_PYTHONS='$$(echo $(PYTHONS) | tr ' ' ';')'" \
 	$(PIP) wheel -q --no-deps -w build/wheel ./build/sdist/lemo-*
 	# Names the wheel by the oldest glibc that its symbols need. What is left out is in the packages of
 	# torch (which has loaded its OpenMP before lemo asks for it) and of the BLAS.
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair -w dist --exclude libtorch_cpu.so \
 		--exclude libgomp.so.1 --exclude libscipy_openblas.so build/wheel/lemo-*.whl
+	tags=$$(for each in $(VENV)/bin/python $(PYTHONS); do \
+		$$each -c 'import sys; print("cp%d%d" % sys.version_info[:2])'; done | sort -uV | paste -sd.); \
+	$(VENV)/bin/python -m wheel tags --remove --python-tag $$tags --abi-tag $$tags dist/lemo-*.whl
 
 clean:
 	rm -rf build dist $(VENV) python/lemo/*.so

@@ -88,9 +88,7 @@ class CMakeBuild(build_ext):
 
 find_torch()
 setup(
-    # One wheel for every Python from 3.10 on (bindings/module.cpp).
-    ext_modules=[Extension("lemo._C", sources=[], py_limited_api=True)],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    ext_modules=[Extension("lemo._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=cuda_build_requirements(),
 )

@@ -1,6 +1,6 @@
 # Finds what lemo builds against; every failure says what to do.
 #
-# Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch,
+# Defines OpenMP::OpenMP_CXX, lemo_blas, LEMO_HAVE_CUDA and, as needed, lemo_torch, pybind11,
 # GTest::gtest_main, benchmark::benchmark_main, lemo_copy_shared_library.
 
 find_package(OpenMP REQUIRED COMPONENTS CXX)
@@ -20,6 +20,23 @@ function(lemo_python_path result expression)
   else()
     set(${result} "" PARENT_SCOPE)
   endif()
+endfunction()
+
+# Headers of another interpreter, and how the names of its modules end.
+function(lemo_python_of interpreter include suffix)
+  execute_process(COMMAND ${interpreter} -c
+    "import sysconfig; print(sysconfig.get_path('include'), sysconfig.get_config_var('EXT_SUFFIX'), sep=';')"
+    OUTPUT_VARIABLE found OUTPUT_STRIP_TRAILING_WHITESPACE RESULT_VARIABLE status)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "LEMO_PYTHONS: expected interpreters of Python, got '${interpreter}': ${status}")
+  endif()
+  list(GET found 0 folder)
+  list(GET found 1 end)
+  if(NOT EXISTS "${folder}/Python.h")
+    message(FATAL_ERROR "LEMO_PYTHONS: '${interpreter}' has no headers: there is no ${folder}/Python.h")
+  endif()
+  set(${include} "${folder}" PARENT_SCOPE)
+  set(${suffix} "${end}" PARENT_SCOPE)
 endfunction()
 
 # --- BLAS: OpenBLAS as a wheel, with one C interface on every machine ----------------------------
@@ -114,6 +131,10 @@ if(LEMO_PYTHON)
     INTERFACE_COMPILE_DEFINITIONS "TORCH_TARGET_VERSION=0x020b000000000000"
     # libtorch_cpu drags in libraries that only torch's own loader finds.
     INTERFACE_LINK_OPTIONS "-Wl,--allow-shlib-undefined")
+  lemo_python_path(pybind11_DIR "__import__('pybind11').get_cmake_dir()")
+  set(PYBIND11_FINDPYTHON ON)
+  set(Python_EXECUTABLE ${Python3_EXECUTABLE})
+  find_package(pybind11 CONFIG REQUIRED)
 endif()
 
 # --- GoogleTest and Google Benchmark -------------------------------------------------------------
