@@ -124,7 +124,7 @@ def worker(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
 
 def reason(error: Exception) -> str:
     """What a row says of an error: its kind and first line."""
-    if "OutOfMemory" in type(error).__name__ or "CUDA out of memory" in str(error):
+    if "OutOfMemory" in type(error).__name__ or "out of memory" in str(error):
         return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

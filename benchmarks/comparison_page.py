@@ -32,8 +32,8 @@ OUT_OF_MEMORY = "out of memory"
 LEAST_PINNED = 0.1
 # What README shows of it.
 SHORT = ("plain", "checkpointing", "selective", "offload", "liger", "liger-selective")
-SHORT += ("liger-tiled", "unsloth", "trl", "cce", "fa4", "s2", "lemo-1", "lemo-1-planned")
-SHORT += ("lemo-0.5", "lemo-0.5-planned", "lemo-0.25", "lemo-0.25-planned")
+SHORT += ("liger-tiled", "unsloth", "trl", "cce", "fa4", "s2", "lemo-1", "lemo-1-selective")
+SHORT += ("lemo-1-planned", "lemo-0.5", "lemo-0.5-planned", "lemo-0.25", "lemo-0.25-planned")
 # Groups of rows are of one model, bound of the memory and card.
 Group = tuple[str, float | None, str | None]
 Rows = dict[tuple[str, int], dict[str, Any]]

@@ -546,6 +546,9 @@ CONTENDERS: dict[str, Contender] = {
         "text, where all tokens have one, it leaves nothing out",
     ),
     "lemo-1": ours("keep 1, layers recomputed", keep=1.0, **LAYER),
+    "lemo-1-selective": ours(
+        "keep 1, all but attention recomputed", keep=1.0, recompute="selective"
+    ),
     "lemo-0.5": ours("keep 0.5, layers recomputed", keep=0.5, **LAYER),
     "lemo-0.25": ours("keep 0.25, layers recomputed", keep=0.25, **LAYER),
     "lemo-0.5-computed": ours(

@@ -108,6 +108,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
         if plan is None:
             return {"refused": request.advice(tokens, usable)}
         found: dict[str, Any] = {"tokens": tokens, "predicted_gib": round(plan.peak / GIB, 3)}
+        found |= {"gpu": torch.cuda.get_device_name(device) if on_gpu else None}
         found |= {"kept_rows": max(planner.rows), "head_groups": plan.head_groups}
         found |= {"cap_gib": None if cap is None else round(cap / GIB, 3)}
         found |= {"predicted_host_gib": round(plan.host / GIB, 3)}
@@ -174,16 +175,16 @@ def main() -> int:
         for length in lengths:
             settings = common | length | {"keep": keep}
             result = measure(__file__, settings, ENVIRONMENT)
-            print(f"{length} keep {keep:<8} {result or 'failed'}", flush=True)
             if result is None or "refused" in result:
+                print(f"{length} keep {keep:<8} {result or 'failed'}", flush=True)
                 failed = True
                 continue
-            tokens = result.pop("tokens")
-            shape = {"model": "Llama-3-8B shape", **settings, "tokens": tokens, "lora_rank": RANK}
-            row = {"bench": "longest", "shape": shape, **result}
-            records.append(
-                options.output, [row | records.provenance(options.commit, options.device)]
-            )
+            shape = {"model": "Llama-3-8B shape", **settings, "tokens": result.pop("tokens")}
+            row = {"bench": "longest", "shape": shape | {"lora_rank": RANK}, **result}
+            # The card is known already: this process leaves it alone.
+            provenance = records.provenance(options.commit, "cpu") | {"gpu": result["gpu"]}
+            records.append(options.output, [row | provenance])
+            print(f"{shape['tokens']:>8} keep {keep:<8} {result}", flush=True)
             if options.longest and "failed" not in result:
                 break
     return 1 if failed else 0

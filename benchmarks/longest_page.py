@@ -35,11 +35,11 @@ def figures(rows: Iterable[dict[str, Any]]) -> str:
     if within:
         parts += [
             "The longest window that trains within a cap of GPU memory, and the seconds of its "
-            "step; 0.75 GiB of the cap are the driver's and the context's. A peer's window is "
-            "found by trials: one that is 3 to 6% longer ran out of memory. A + marks where the "
-            "time of a step, or the number of trials, ended the search before. lemo's planned "
-            "windows follow from predicted memory; a shorter one is tried only where that one does "
-            "not train.",
+            f"step; {contexts(kept)} of the cap are the driver's and the context's. A peer's "
+            "window is found by trials: one that is 3 to 6% longer ran out of memory. A + marks "
+            "where the time of a step, or the number of trials, ended the search before. lemo's "
+            "planned windows follow from predicted memory; a shorter one is tried only where that "
+            "one does not train.",
             within,
         ]
     whole = whole_steps(kept)
@@ -48,23 +48,32 @@ def figures(rows: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
+def contexts(rows: list[dict[str, Any]]) -> str:
+    """GiB of a cap that are no tensors."""
+    found = {row.get("context_gib", row["shape"].get("context")) for row in rows if is_within(row)}
+    return " or ".join(f"{each:g} GiB" for each in sorted(found - {None})) or "what was measured"
+
+
+def is_within(row: dict[str, Any]) -> bool:
+    """Whether a row is a longest window, and not a chosen one."""
+    return row["bench"] == "longest window" or row["shape"].get("share") is not None
+
+
 def longest_within(rows: list[dict[str, Any]]) -> str:
     """Contenders by caps; empty where there is none."""
     cells: dict[str, dict[Column, str]] = {}
     order: list[str] = []
-    for row in rows:
+    for row in filter(is_within, rows):
         if row["bench"] == "longest window":
             name = CONTENDERS[row["contender"]].title
             column: Column = row["memory"], row["quantize"]
             tokens, is_bounded = row["tokens"], row.get("bounded_by") in ("time", "most", "trials")
-        elif row["shape"].get("share") is not None:
+        else:
             shape = row["shape"]
             host = f", {row['host_gib']:.0f} GiB on the host" if shape["host_memory"] else ""
             name = f"lemo, keep {shape['keep']:g}, planned{host}"
             column = shape["memory"], shape["quantize"]
             tokens, is_bounded = shape["tokens"], False
-        else:
-            continue
         if tokens is None:
             continue
         order += [] if name in order else [name]
@@ -92,7 +101,7 @@ def whole_steps(rows: list[dict[str, Any]]) -> str:
     """Steps of chosen lengths, predicted and measured; empty where there is none."""
     found: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
-        if row["bench"] != "longest" or row["shape"].get("share") is not None:
+        if is_within(row):
             continue
         shape = row["shape"]
         names = ("tokens", "keep", "memory", "host_memory", "quantize")

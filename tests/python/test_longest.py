@@ -198,7 +198,8 @@ def test_the_longest_window_fits_into_the_share_of_the_cap(monkeypatch):
 
 def window(contender, memory, tokens, step, **more):
     row = {"bench": "longest window", "contender": contender, "memory": memory, "quantize": None}
-    return row | {"tokens": tokens, "step_s": step, "too_long": 9, "gpu": "G", **more}
+    row |= {"tokens": tokens, "step_s": step, "too_long": 9, "gpu": "G", "shape": {}}
+    return row | {"context_gib": 0.75, **more}
 
 
 def planned(tokens, step, **more):
@@ -216,7 +217,7 @@ def test_tables_of_the_longest_windows():
         window("liger", 48.0, 87040, 24.04, bounded_by="time", too_long=None),
         window("cce", 24.0, None, None, failed="ImportError: no cce"),
         window("checkpointing", 24.0, 9, 9.0, gpu=None),
-        planned(99904, 3.0, share=1.0),
+        planned(99904, 3.0, share=1.0, context=0.75),
         planned(99904, 3.0, share=1.0) | {"failed": "out of memory"},
         planned(238112, 11.0, share=1.0, quantize="nf4"),
         planned(1048576, 124.6),
@@ -231,4 +232,5 @@ def test_tables_of_the_longest_windows():
         "",
     ]
     assert "| 1048576 | 0.25 | 24 | 20.0 / 20.0 | 20.0 / 20.0 | 1.0 / 124.6 | c |" in text
+    assert "0.75 GiB of the cap" in text
     assert longest_page.figures([]) == longest_page.NOTHING
