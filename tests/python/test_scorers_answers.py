@@ -1,5 +1,6 @@
 """Scorers of answers: the blocks that a training step keeps by words, by heads, by the caller."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -309,3 +310,43 @@ def test_a_short_prompt_is_kept_whole_by_default():
     assert handle.statistics()[0].attention_blocks is None
     model(**long).loss.backward()
     assert handle.statistics()[0].attention_blocks.numel() == 1024 // 64 + 1
+
+
+def test_tokens_on_the_host_are_read_there():
+    """Those of other facts are given, so that the kept blocks tell which ones were read."""
+    batch, others = prompts([1, 5]), prompts([3, 2])["input_ids"].cpu()
+    found = []
+    for padded, given in ((False, None), (False, others), (True, others)):
+        model = make_model("llama", max_position_embeddings=128)
+        config = {"keep": 0.25, "keep_last": 0, "scorer": "lexical", "block_size": BLOCK}
+        handle = lemo.enable(model, lemo.LemoConfig(**config))
+        mask = torch.ones_like(batch["input_ids"])
+        if padded:
+            mask[0, :BLOCK] = 0
+        # Labels that are on a GPU have to be read back anyway.
+        call = {
+            **batch,
+            "labels": batch["labels"].cpu(),
+            "attention_mask": mask if padded else None,
+        }
+        with nullcontext() if given is None else handle.on_host(given):
+            model(**call).loss.backward()
+        found.append(handle.statistics()[0].attention_blocks.tolist())
+    assert {1, 7, 8 + 5, 8 + 7} <= set(found[0])
+    assert {3, 7, 8 + 2, 8 + 7} <= set(found[1])
+    assert not {1, 8 + 5} & set(found[1])
+    # Where tokens are padding the model's own are read.
+    assert 7 + 5 in found[2]
+
+
+def test_tokens_on_the_host_have_to_fit():
+    batch = prompts([1])
+    model = make_model("llama", max_position_embeddings=128)
+    config = {"keep": 0.25, "keep_last": 0, "scorer": "lexical", "block_size": BLOCK}
+    handle = lemo.enable(model, lemo.LemoConfig(**config))
+    with pytest.raises(ValueError, match=r"input_ids: expected \[batch, tokens\] on the CPU"):
+        handle.on_host(batch["input_ids"][0]).__enter__()
+    wrong = torch.zeros(1, 64, dtype=torch.int64, device="cpu")
+    message = r"handle.on_host, .* \[1, 64\], got \[1, 128\]"
+    with handle.on_host(wrong), pytest.raises(ValueError, match=message):
+        model(batch["input_ids"], labels=batch["labels"].cpu())

@@ -24,6 +24,7 @@ class Batch:
         ids: [T] int64, the tokens; None where the model got embeddings.
         labelled: [T] bool, rows that predict a label; None: nothing is known of labels.
         scores: [T] fp32, scores of the tokens that the caller gave; None: none.
+        host: (ids, labelled) on the CPU, where they are known there; None: they are not.
     """
 
     packed: PackedBatch
@@ -32,6 +33,7 @@ class Batch:
     ids: Tensor | None = None
     labelled: Tensor | None = None
     scores: Tensor | None = None
+    host: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(
@@ -54,6 +56,15 @@ class Batch:
             cos, sin = (packed.pack(table.expand(*packed.shape, -1)) for table in rotary)
             rotary = cos, sin
         return cls(packed, BlockLayout.from_seqlens(packed.seqlens, size, device), rotary)
+
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """(ids, labelled) on the CPU; waits for a GPU where they are known there alone."""
+        if self.host is not None:
+            return self.host
+        assert self.ids is not None
+        assert self.labelled is not None
+        ids, labelled = torch.stack((self.ids, self.labelled.long())).cpu()
+        return ids, labelled != 0
 
     def of_rows(self, rows: Tensor) -> "Batch":
         """The batch whose residual has some rows alone, [R] int32; rotation needs no index then."""

@@ -309,6 +309,35 @@ class Handle:
         finally:
             self._forward.token_scores = before
 
+    @contextmanager
+    def on_host(self, input_ids: Tensor) -> Iterator[None]:
+        """Gives the tokens of forward passes inside on the CPU, where words are compared.
+
+            with handle.on_host(ids):
+                loss = model(ids.to("cuda", non_blocking=True), labels=labels).loss
+
+        So scorers need not wait for a GPU to read them back, if `labels` are on the CPU, too, and
+        nothing is padded. The native path alone reads them.
+
+        Args:
+            input_ids: [B, S] int64 on the CPU, what the model is called with.
+
+        Raises:
+            ValueError: not two-dimensional, or on another device; from the forward pass: of
+                another shape than the model's.
+        """
+        if input_ids.ndim != 2 or input_ids.device.type != "cpu":
+            raise ValueError(
+                "input_ids: expected [batch, tokens] on the CPU, got "
+                f"{list(input_ids.shape)} on {input_ids.device}"
+            )
+        before = self._forward.host_ids
+        self._forward.host_ids = input_ids
+        try:
+            yield
+        finally:
+            self._forward.host_ids = before
+
     def naming(self, rows: Tensor | None) -> AbstractContextManager[None]:
         """Names rows that predict a label, [B, S] bool, for forward passes inside.
 

@@ -17,6 +17,7 @@ from lemo.models.outputs import EliminatedOutput
 from lemo.models.sharing import check_call
 from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
+from lemo.packing.blocks import to_device
 from lemo.relevance.answers import are_answers
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
@@ -68,6 +69,7 @@ class Training(ABC, Generic[C]):
         self.context = context
         self.row_labels: Tensor | None = None
         self.token_scores: Tensor | None = None
+        self.host_ids: Tensor | None = None
         self.has_trained = False
         of_text, of_answers = config.resolved(answers=False), config.resolved(answers=True)
         self._of_text = self._of_answers = choose(of_text)
@@ -177,8 +179,7 @@ def _of_tokens(name: str, values: Tensor, packed: PackedBatch, embedded: bool) -
     Raises:
         ValueError: not one for each token.
     """
-    # From pinned memory the copy is not waited for.
-    values = values.to(packed.cu_seqlens.device, non_blocking=values.device.type == "cpu")
+    values = to_device(values, packed.cu_seqlens.device)
     missing = packed.shape[1] - values.shape[1]
     if embedded and missing > 0:
         values = pad(values, (missing, 0))  # PEFT's virtual tokens come before the others

@@ -85,6 +85,7 @@ class TrainingForward(Training[Elimination]):
             context.begin(architecture.causal_lm, arguments.given)
         batch, embed = self._begin(arguments)
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
+        batch = replace(batch, host=self._on_host(batch, arguments))
         entries: list[Tensor] | None = None
         read: list[Tensor] | None = None
         if not asked and self._has_one_set(targets.device):
@@ -127,6 +128,19 @@ class TrainingForward(Training[Elimination]):
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
         return output
+
+    def _on_host(self, batch: Batch, arguments: ForwardArguments) -> tuple[Tensor, Tensor] | None:
+        """(ids, rows that predict a label) on the CPU, [T] each, where both are known there."""
+        ids, rows = self.host_ids, arguments.labelled_rows()
+        if ids is None or rows is None or rows.is_cuda or batch.ids is None:
+            return None
+        if tuple(ids.shape) != tuple(batch.packed.shape):
+            raise ValueError(
+                "input_ids: expected those of handle.on_host, [batch, tokens] = "
+                f"{list(ids.shape)}, got {list(batch.packed.shape)}"
+            )
+        # Padding would have to be found on the CPU, too.
+        return None if batch.packed.is_padded else (ids.reshape(-1), rows.reshape(-1))
 
     def _has_one_set(self, device: torch.device) -> bool:
         """Whether all is known before the layers run, which a GPU need not wait for then."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,8 @@ def _by_words(config: ScoresConfig) -> Score:
         ids = torch.tensor([list(example.ids)])
         packed = PackedBatch((1, ids.shape[1]), None, None, ids.device)
         batch = Batch.of(packed, config.block_size, None, ids.device)
-        batch = replace(batch, ids=packed.pack(ids))
         # It reads no residual.
-        [relevance] = scorer.relevance(0, torch.empty(0), batch, [_answers(example)])
+        [relevance] = scorer.relevance(0, torch.empty(0), batch, [ids[0]], [_answers(example)])
         return None if relevance is None else relevance.amax(0)
 
     return score
@@ -156,9 +154,10 @@ def _by_attention(
         answers = _answers(example)
         if answers is None:
             return None
-        arguments = ForwardArguments(input_ids=torch.tensor([list(example.ids)]).to(device))
+        ids = torch.tensor([list(example.ids)])
+        arguments = ForwardArguments(input_ids=ids.to(device))
         batch, residual = architecture.embed(arguments, config.block_size)
-        [relevance] = scorer.relevance(0, residual, batch, [answers])
+        [relevance] = scorer.relevance(0, residual, batch, [ids[0]], [answers])
         return None if relevance is None else relevance.amax(0).cpu()
 
     return score, model_config.get_text_config().vocab_size, about

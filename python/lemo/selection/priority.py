@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lemo.packing.blocks import BlockLayout, kept_blocks
+from lemo.packing.blocks import BlockLayout, kept_blocks, to_device
 
 __all__ = ["always_kept", "ranks"]
 
@@ -51,11 +51,7 @@ def ranks(scores: Tensor, labelled: Tensor | None, first: list[int]) -> Tensor:
     else:
         priority = 2 * labelled.int()
     if first:
-        index = torch.tensor(first, device="cpu")
-        if scores.device.type == "cuda":
-            # A copy that the host does not wait for.
-            index = index.pin_memory()
-        index = index.to(scores.device, non_blocking=True)
+        index = to_device(torch.tensor(first, device="cpu"), scores.device)
         priority = priority.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
     # Ranks, exact whatever the scores are; among equal ones the earlier block stays first.
     order = scores.argsort(descending=True, stable=True)

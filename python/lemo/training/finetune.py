@@ -426,7 +426,7 @@ class _Run:
             if self.handle is not None:
                 self.handle.begin_pass(self.replicas.index * config.gradient_accumulation + i)
             with self._reducing(last):
-                with self._scored(batch), self._autocast():
+                with self._known(batch), self._autocast():
                     outputs = self.model(**arguments, num_items_in_batch=labels, use_cache=False)
                 accelerator.backward(outputs.loss * self.replicas.count)
             loss += outputs.loss.detach()
@@ -466,11 +466,15 @@ class _Run:
             context = self.accelerator.autocast()
         return context
 
-    def _scored(self, batch: TrainingBatch) -> AbstractContextManager[None]:
-        if self.handle is None or batch.scores is None:
-            return nullcontext()
-        pinned = self.accelerator.device.type == "cuda"
-        return self.handle.scored(batch.scores.pin_memory() if pinned else batch.scores)
+    @contextmanager
+    def _known(self, batch: TrainingBatch) -> Iterator[None]:
+        """What lemo knows of the batch inside, besides what the model is called with."""
+        with ExitStack() as known:
+            if self.handle is not None and self._on_host:
+                known.enter_context(self.handle.on_host(batch.input_ids))
+            if self.handle is not None and batch.scores is not None:
+                known.enter_context(self.handle.scored(batch.scores))
+            yield
 
     def _totals(self, passes: list[TrainingBatch]) -> tuple[int, int]:
         """(labels, tokens) of a step, of all processes."""

@@ -1,10 +1,12 @@
 """What scorers of answers have in common: they score the sequences that have answers."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from lemo.packing.blocks import to_device
 from lemo.relevance.answers import Answers
 from lemo.selection.scorers.base import BlockedBatch, Scorer
 from lemo.selection.scorers.random import RandomScorer
@@ -31,7 +33,12 @@ class AnswerScorer(Scorer):
 
     @abstractmethod
     def relevance(
-        self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
+        self,
+        layer: int,
+        residual: Tensor,
+        batch: BlockedBatch,
+        texts: Sequence[Tensor],
+        answers: Sequence[Answers | None],
     ) -> list[Tensor | None]:
         """How much each answer of each sequence needs each of its blocks, [A, B] fp32, anywhere.
 
@@ -39,6 +46,7 @@ class AnswerScorer(Scorer):
             layer: the layer at whose entry the residual is.
             residual: [T, H].
             batch: the batch of the T rows.
+            texts: the tokens of each sequence, on the CPU.
             answers: of each sequence; None where it has none, and so has the result.
         """
 
@@ -60,12 +68,12 @@ class AnswerScorer(Scorer):
                 "scorer 'random'"
             )
         layout = batch.layout
-        # Read by the host once: how many answers there are, and where.
-        labelled = batch.labelled.cpu().split(layout.seqlens)
-        relevance = self.relevance(layer, residual, batch, [Answers.of(rows) for rows in labelled])
+        texts, labelled = (rows.split(layout.seqlens) for rows in batch.on_host())
+        answers = [Answers.of(rows) for rows in labelled]
+        relevance = self.relevance(layer, residual, batch, texts, answers)
         scores = self._random(layer, kind, residual, batch).split(layout.block_counts)
         parts = [
-            drawn if found is None else found.amax(0).to(drawn.device)
+            drawn if found is None else to_device(found.amax(0), drawn.device)
             for drawn, found in zip(scores, relevance)
         ]
         return torch.cat(parts)

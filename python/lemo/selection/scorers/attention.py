@@ -1,6 +1,6 @@
 """Scores by attention: what retrieval heads look at from the answers."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,13 @@ class AttentionScorer(AnswerScorer):
         return cls(heads, model, scout, seed)
 
     def relevance(
-        self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
+        self,
+        layer: int,
+        residual: Tensor,
+        batch: BlockedBatch,
+        texts: Sequence[Tensor],
+        answers: Sequence[Answers | None],
     ) -> list[Tensor | None]:
-        assert batch.ids is not None
         if all(found is None for found in answers):
             return [None for _ in answers]
         if layer > min(self._heads):
@@ -70,7 +74,6 @@ class AttentionScorer(AnswerScorer):
             scale = self._model.scale(index)
             parts.append(head_relevance(q[:, mine], keys, batch.layout, answers, scale))
         size = batch.layout.block_size
-        texts = batch.ids.cpu().split(batch.layout.seqlens)
         relevance: list[Tensor | None] = []
         for ids, found, *heads in zip(texts, answers, *parts):
             if found is None:

@@ -30,6 +30,9 @@ class BlockedBatch(Protocol):
     def scores(self) -> Tensor | None:
         """[T] fp32, scores of the tokens that the caller gave; None: none."""
 
+    def on_host(self) -> tuple[Tensor, Tensor]:
+        """`ids` and `labelled` on the CPU, where both are known."""
+
 
 class ScoredModel(Protocol):
     """The parts of a model that scores are computed from; `lemo.models` has one for each model.

@@ -1,5 +1,7 @@
 """Lexical scores: the words that a block shares with the answers. No model is asked."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from lemo import ops
@@ -29,10 +31,13 @@ class LexicalScorer(AnswerScorer):
         super().__init__("lexical", seed)
 
     def relevance(
-        self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
+        self,
+        layer: int,
+        residual: Tensor,
+        batch: BlockedBatch,
+        texts: Sequence[Tensor],
+        answers: Sequence[Answers | None],
     ) -> list[Tensor | None]:
-        assert batch.ids is not None
-        texts = batch.ids.cpu().split(batch.layout.seqlens)
         size = batch.layout.block_size
         return [
             None if found is None else ops.word_relevance(ids, found.firsts, found.ends, size)

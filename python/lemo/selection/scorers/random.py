@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lemo.packing.blocks import to_device
 from lemo.selection.scorers.base import BlockedBatch, Scorer
 
 __all__ = ["RandomScorer"]
@@ -57,10 +58,7 @@ class RandomScorer(Scorer):
         if not self._is_seeded:
             self._begin(self._which())
         scores = torch.rand(batch.layout.num_blocks, generator=self._generator, device="cpu")
-        if residual.device.type == "cuda":
-            # A copy that the host does not wait for.
-            scores = scores.pin_memory()
-        return scores.to(residual.device, non_blocking=True)
+        return to_device(scores, residual.device)
 
 
 def _process() -> int:

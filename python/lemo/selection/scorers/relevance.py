@@ -113,7 +113,12 @@ class RelevanceScorer(AnswerScorer):
         return cls(load_relevance(folder, model_config=model.config), seed)
 
     def relevance(
-        self, layer: int, residual: Tensor, batch: BlockedBatch, answers: list[Answers | None]
+        self,
+        layer: int,
+        residual: Tensor,
+        batch: BlockedBatch,
+        texts: Sequence[Tensor],
+        answers: Sequence[Answers | None],
     ) -> list[Tensor | None]:
         if layer > 0:
             raise ValueError(
@@ -122,10 +127,8 @@ class RelevanceScorer(AnswerScorer):
                 "(layerwise)"
             )
         self._predictor.to(residual.device)
-        assert batch.ids is not None
         predicted = predicted_relevance(self._predictor, residual, batch.layout, answers)
         size = batch.layout.block_size
-        texts = batch.ids.cpu().split(batch.layout.seqlens)
         relevance: list[Tensor | None] = []
         for ids, found, shares in zip(texts, answers, predicted):
             if found is None or shares is None:
