@@ -4,13 +4,17 @@ import argparse
 import time
 
 import pytest
+import torch
 
 import multi_gpu
 import processes
+import ring_attention
 import scaling
 import scaling_page
 from common import records, traces
 from common.traces import Span
+from tiny_models import lora, make_ids, make_model
+from tolerances import FP32_RELATIVE_ERROR, assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
 
@@ -151,3 +155,20 @@ def test_the_latest_rows_are_shown():
     [line] = scaling_page.measured_table(rows).splitlines()[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[5:] == ["9.000", "5.000", "", "1.500", "? to 20.0", "0.750"]
+
+
+def test_the_loss_of_the_peer_is_that_of_the_model():
+    model = lora(make_model("llama"))
+    ids = make_ids(1, 40)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(40)[None]
+    loss = ring_attention.loss_of_rows(model, ids, positions, targets) / 39
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    expected = model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=FP32_RELATIVE_ERROR)
+    for found, parameter in zip(gradients, parameters):
+        assert_close_fp32(found, parameter.grad, "gradient")

@@ -1,8 +1,8 @@
 """Training with weights that FSDP2 shards, against one process and against whole weights."""
 
 import functools
-import operator
 import gc
+import operator
 import re
 import weakref
 
