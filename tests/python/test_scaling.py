@@ -62,6 +62,10 @@ def test_settings_of_a_number_of_gpus():
     assert names[6] == names[4]
     assert sum("1048576" in name for name in names[8]) == 4
     assert [s.name for s in scaling.wanted([CONTEXT], 2)] == [CONTEXT]
+    limited = scaling.wanted([CONTEXT, "fsdp"], 2, [0, 8])
+    assert [(s.bench, s.max_ctas) for s in limited] == [("context", 0), ("context", 8), ("fsdp", 0)]
+    assert limited[1].name == f"{CONTEXT} ctas 8"
+    assert [s.name for s in scaling.wanted([CONTEXT], 1, [0, 8])] == [CONTEXT]
 
 
 def test_a_text_that_names_no_setting_is_refused(tmp_path, capsys):
@@ -85,7 +89,7 @@ def test_efficiency_and_losses():
 def test_what_communication_hides_behind():
     gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
     spans = [
-        Span(0, 100e3, "attention"),
+        Span(0, 100e3, "void attention(float*)"),
         Span(20e3, 60e3, gather),  # hidden
         Span(90e3, 140e3, "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL()"),  # 10 of 50 hidden
         Span(150e3, 200e3, "mlp"),
@@ -99,6 +103,7 @@ def test_what_communication_hides_behind():
         "idle_ms": 10.0,
         "hidden": round(1 - 40 / 90, 4),
         "kinds": {"AllGather": [40.0, 1], "ReduceScatter": [50.0, 1]},
+        "kernels": {"attention": [100.0, 1], "mlp": [50.0, 1]},
     }
     assert traces.overlap(spans[:1])["hidden"] is None
 
@@ -112,7 +117,7 @@ def member(settings):
 def test_one_and_two_processes_have_the_same_losses(tmp_path):
     options = small(tmp_path)
     left = [CONTEXT, "data llama-3-8b 32768 keep 0.5 layer"]
-    left += ["context llama-3-8b 1048576 keep 1 auto"]
+    left += ["context llama-3-8b 131072 keep 1 auto"]
     settings = vars(options) | {"run": "now", "beside": [], "ends": time.time() + 3600}
     for count in (1, 2):
         log = tmp_path / f"{count}.jsonl"
