@@ -20,7 +20,8 @@ predicted not to end in time, or that fails, is named and left out.
 Appends a row for each setting to --output as soon as it is measured: those of multi_gpu.py, and
 predicted_s, predicted_gib, modes, beside (GPUs that worked at the same time), gradient_norm (of the
 first whole step) and run, which all rows of a call share. In the end losses are compared, and with
---profile rows of bench "overlap" say what of the communication ran beside computation.
+--profile rows of bench "overlap" say what of the communication ran beside computation, and what
+kernels took.
 
 On the CPU: --device cpu --shrink 16 --layers 2 --shorten 512.
 """
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,12 @@ class Setting:
     keep: float
     recompute: str = "layer"
     counts: tuple[int, ...] = COUNTS
+    max_ctas: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.bench} {self.shape} {self.tokens} keep {self.keep:g} {self.recompute}"
+        name = f"{self.bench} {self.shape} {self.tokens} keep {self.keep:g} {self.recompute}"
+        return f"{name} ctas {self.max_ctas}" if self.max_ctas else name
 
 
 # The most important first.
@@ -103,6 +106,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", nargs="*", metavar="TEXT", help="one step more, under the profiler (of all)"
     )
+    parser.add_argument(
+        "--ctas", type=int, nargs="+", default=[0], help="CTAs of NCCL's kernels at most (0: open)"
+    )
     parser.add_argument("--traces", type=Path, help="folder in which traces are kept")
     parser.add_argument("--memory", type=float, help="GiB of a GPU (what it has)")
     parser.add_argument("--shrink", type=int, default=1, help="divides the sizes of a layer")
@@ -118,23 +124,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def wanted(only: Sequence[str], gpus: int) -> list[Setting]:
-    """The settings of a number of GPUs."""
-    chosen = [setting for setting in SETTINGS if has_one_of(only, setting)]
+def wanted(only: Sequence[str], gpus: int, ctas: Sequence[int] = (0,)) -> list[Setting]:
+    """The settings of a number of GPUs, of context parallelism once for each limit of CTAs."""
+    chosen = [
+        replace(setting, max_ctas=most)
+        for setting in SETTINGS
+        for most in (ctas if setting.bench == "context" and gpus > 1 else (0,))
+        if has_one_of(only, setting)
+    ]
     # Another number than the usual ones has the settings of the next smaller one.
     like = max(count for count in COUNTS if count <= gpus)
     return [setting for setting in chosen if like in setting.counts]
 
 
 def has_one_of(texts: Sequence[str], setting: Setting) -> bool:
-    """Whether a setting's name has one of these texts; there may be none."""
+    """Whether a setting's name has one of these texts, or there are none."""
     return not texts or any(text in setting.name for text in texts)
 
 
 def is_profiled(setting: Setting, gpus: int, options: argparse.Namespace) -> bool:
-    if options.profile is None or gpus == 1:
-        return False
-    return has_one_of(options.profile, setting)
+    return options.profile is not None and has_one_of(options.profile, setting)
 
 
 # --- all groups
@@ -195,7 +204,10 @@ def deadline(
     later = sum(
         max(
             START
-            + sum(seconds_of(setting, count, options) for setting in wanted(options.only, count))
+            + sum(
+                seconds_of(setting, count, options)
+                for setting in wanted(options.only, count, options.ctas)
+            )
             for count in phase
         )
         for phase in phases[index + 1 :]
@@ -216,7 +228,7 @@ class Group:
         folder: Path,
         ends: float,
     ) -> None:
-        self._left = [setting.name for setting in wanted(options.only, count)]
+        self._left = [setting.name for setting in wanted(options.only, count, options.ctas)]
         self._count, self._ends, self._options = count, ends, options
         self._log = folder / f"{count}.jsonl"
         self._gpus = ",".join(str(gpu) for gpu in range(first, first + count))
@@ -286,7 +298,8 @@ def by_setting(rows: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
         if row["bench"] == "overlap":
             continue
         name = f"{row['bench']} {row['shape']} {row['tokens']} keep {row['keep']:g}"
-        found.setdefault(f"{name} {row['recompute']}", []).append(row)
+        ctas = f" ctas {row['max_ctas']}" if row.get("max_ctas") else ""
+        found.setdefault(f"{name} {row['recompute']}{ctas}", []).append(row)
     return {name: sorted(group, key=lambda row: row["gpus"]) for name, group in found.items()}
 
 
@@ -399,7 +412,8 @@ def measure_all(options: argparse.Namespace, device: Any) -> None:
         if main:
             records.append(Path(options.log), [{"name": name, "state": state}])
 
-    for setting in (each for each in SETTINGS if each.name in options.left):
+    settings = wanted([], gpus, options.ctas)
+    for setting in (each for each in settings if each.name in options.left):
         plan = plan_of(setting, gpus, options)
         if plan is None:
             note(setting.name, f"does not fit into {memory_of(options):g} GiB, as planned")
@@ -438,7 +452,7 @@ def measured(
     elimination = lemo.LemoConfig(keep=setting.keep, recompute=plan.modes, head_groups=1)
     shares = setting.bench == "context" and gpus > 1
     # The mean of the gradients over the group is taken by DDP, as `lemo finetune` has it.
-    context = lemo.ContextParallel(averages_gradients=False) if shares else None
+    context = lemo.ContextParallel(group_of(setting), False) if shares else None
     handle = lemo.enable(model, elimination, context)
     bench = None if gpus == 1 else "data" if shares else setting.bench
     wrapped = multi_gpu.in_all_processes(model, bench, device)
@@ -506,12 +520,24 @@ def measured(
         "reps": len(together.seconds),
         "predicted_s": round(plan.seconds, 3) if on_gpu else None,
         "predicted_gib": round(plan.peak / GIB, 2) if on_gpu else None,
+        "max_ctas": setting.max_ctas,
         "beside": options.beside,
         "run": options.run,
     }
     if is_profiled(setting, gpus, options):
         row["overlap"] = profiled(lambda: step(tokens, len(times)), setting, gpus, options)
     return row
+
+
+def group_of(setting: Setting) -> Any:
+    """All processes; None: as they are."""
+    import torch.distributed as dist
+
+    if not setting.max_ctas:
+        return None
+    asked = dist.ProcessGroupNCCL.Options()
+    asked.config.max_ctas = setting.max_ctas
+    return dist.new_group(backend="nccl", pg_options=asked)
 
 
 def norm_of(parameters: Sequence[Any]) -> float:
@@ -553,7 +579,7 @@ def write(row: dict[str, Any], options: argparse.Namespace) -> None:
     provenance = records.provenance(options.commit, options.device)
     rows = [row | provenance]
     if overlapping is not None:
-        names = ("shape", "gpus", "tokens", "keep", "recompute", "run", "step_s")
+        names = ("shape", "gpus", "tokens", "keep", "recompute", "max_ctas", "run", "step_s")
         shown = {name: row[name] for name in names}
         rows.append({"bench": "overlap", "of": row["bench"], **shown, **overlapping} | provenance)
     records.append(path, rows)

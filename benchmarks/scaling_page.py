@@ -49,7 +49,9 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> dict[Key, dict[int, dict[str,
     """By setting and number of GPUs, the latest rows; those of one GPU alone, too."""
     found: dict[Key, dict[int, dict[str, Any]]] = {}
     for row in rows:
-        if row["bench"] not in WORDS or row["layers"] != scaling_layers(row) or row["shrink"] != 1:
+        if row["bench"] not in WORDS or row.get("max_ctas"):
+            continue
+        if row["layers"] != scaling_layers(row) or row["shrink"] != 1:
             continue
         of_setting = found.setdefault(key_of(row), {})
         if row["gpus"] > 1 and row["one_gpu_s"] is not None:

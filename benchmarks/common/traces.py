@@ -27,6 +27,8 @@ WAITING = ("Synchronize", "cudaMemcpy", "cudaHostAlloc", "cudaMalloc", "cudaFree
 
 # Kernels of NCCL, by what they do.
 _NCCL = ("nccl", "ncclDevKernel_", "ncclKernel_")
+# Kernels that are named in a summary, and letters of a name.
+_LONGEST, _NAME = 16, 80
 _KINDS = ("AllGather", "ReduceScatter", "AllReduce", "Broadcast", "SendRecv")
 
 
@@ -137,19 +139,17 @@ def overlap(on_gpu: Sequence[Span]) -> dict[str, Any]:
         profiled_ms: from the first kernel to the last one; compute_ms, communication_ms: in which
         such kernels ran; exposed_ms: in which nothing but communication ran; idle_ms: in which
         nothing ran; hidden: share of the communication that ran beside computation (None without
-        communication); kinds: [milliseconds, kernels] of each collective.
+        communication); kinds: [milliseconds, kernels] of each collective; kernels: the same of the
+        kernels and copies beside, by the first words of their names, the longest sums.
     """
     sent = [span for span in on_gpu if span.name.startswith(_NCCL)]
     computing = busy(span for span in on_gpu if not span.name.startswith(_NCCL))
     sending, running = busy(sent), busy(on_gpu)
     total = running[-1].end - running[0].begin
     exposed = _length(running) - _length(computing)
-    kinds: dict[str, list[float]] = {}
-    for span in sent:
-        kind = next((kind for kind in _KINDS if kind in span.name), "other")
-        sums = kinds.setdefault(kind, [0.0, 0])
-        sums[0] += (span.end - span.begin) / 1e3
-        sums[1] += 1
+    kinds = _sums((next((k for k in _KINDS if k in s.name), "other"), s) for s in sent)
+    others = (span for span in on_gpu if not span.name.startswith(_NCCL))
+    kernels = _sums((_short(span.name), span) for span in others)
     return {
         "profiled_ms": round(total / 1e3, 2),
         "compute_ms": round(_length(computing) / 1e3, 2),
@@ -157,8 +157,24 @@ def overlap(on_gpu: Sequence[Span]) -> dict[str, Any]:
         "exposed_ms": round(exposed / 1e3, 2),
         "idle_ms": round((total - _length(running)) / 1e3, 2),
         "hidden": hidden_share(_length(sending), exposed),
-        "kinds": {kind: [round(ms, 2), int(count)] for kind, (ms, count) in sorted(kinds.items())},
+        "kinds": dict(sorted(kinds.items())),
+        "kernels": dict(sorted(kernels.items(), key=lambda each: -each[1][0])[:_LONGEST]),
     }
+
+
+def _sums(named: Iterable[tuple[str, Span]]) -> dict[str, list[float]]:
+    """[milliseconds, how often] of each name."""
+    found: dict[str, list[float]] = {}
+    for name, span in named:
+        sums = found.setdefault(name, [0.0, 0])
+        sums[0] += (span.end - span.begin) / 1e3
+        sums[1] += 1
+    return {name: [round(ms, 2), int(count)] for name, (ms, count) in found.items()}
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its arguments, cut."""
+    return kernel.removeprefix("void ").split("(")[0][:_NAME]
 
 
 def hidden_share(sending: float, exposed: float) -> float | None:

@@ -4,13 +4,17 @@ import argparse
 import time
 
 import pytest
+import torch
 
 import multi_gpu
 import processes
+import ring_attention
 import scaling
 import scaling_page
 from common import records, traces
 from common.traces import Span
+from tiny_models import lora, make_ids, make_model
+from tolerances import FP32_RELATIVE_ERROR, assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
 
@@ -58,6 +62,10 @@ def test_settings_of_a_number_of_gpus():
     assert names[6] == names[4]
     assert sum("1048576" in name for name in names[8]) == 4
     assert [s.name for s in scaling.wanted([CONTEXT], 2)] == [CONTEXT]
+    limited = scaling.wanted([CONTEXT, "fsdp"], 2, [0, 8])
+    assert [(s.bench, s.max_ctas) for s in limited] == [("context", 0), ("context", 8), ("fsdp", 0)]
+    assert limited[1].name == f"{CONTEXT} ctas 8"
+    assert [s.name for s in scaling.wanted([CONTEXT], 1, [0, 8])] == [CONTEXT]
 
 
 def test_a_text_that_names_no_setting_is_refused(tmp_path, capsys):
@@ -81,7 +89,7 @@ def test_efficiency_and_losses():
 def test_what_communication_hides_behind():
     gather = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
     spans = [
-        Span(0, 100e3, "attention"),
+        Span(0, 100e3, "void attention(float*)"),
         Span(20e3, 60e3, gather),  # hidden
         Span(90e3, 140e3, "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL()"),  # 10 of 50 hidden
         Span(150e3, 200e3, "mlp"),
@@ -95,6 +103,7 @@ def test_what_communication_hides_behind():
         "idle_ms": 10.0,
         "hidden": round(1 - 40 / 90, 4),
         "kinds": {"AllGather": [40.0, 1], "ReduceScatter": [50.0, 1]},
+        "kernels": {"attention": [100.0, 1], "mlp": [50.0, 1]},
     }
     assert traces.overlap(spans[:1])["hidden"] is None
 
@@ -108,7 +117,7 @@ def member(settings):
 def test_one_and_two_processes_have_the_same_losses(tmp_path):
     options = small(tmp_path)
     left = [CONTEXT, "data llama-3-8b 32768 keep 0.5 layer"]
-    left += ["context llama-3-8b 1048576 keep 1 auto"]
+    left += ["context llama-3-8b 131072 keep 1 auto"]
     settings = vars(options) | {"run": "now", "beside": [], "ends": time.time() + 3600}
     for count in (1, 2):
         log = tmp_path / f"{count}.jsonl"
@@ -151,3 +160,21 @@ def test_the_latest_rows_are_shown():
     [line] = scaling_page.measured_table(rows).splitlines()[2:]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[5:] == ["9.000", "5.000", "", "1.500", "? to 20.0", "0.750"]
+
+
+def test_the_loss_of_the_peer_is_that_of_the_model():
+    model = lora(make_model("llama"))
+    model.get_base_model().set_attn_implementation("sdpa")  # causal without a mask
+    ids = make_ids(1, 40)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(40)[None]
+    loss = ring_attention.loss_of_rows(model, ids, positions, targets) / 39
+    loss.backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in parameters]
+    model.zero_grad()
+    expected = model(input_ids=ids, labels=ids).loss
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=FP32_RELATIVE_ERROR)
+    for found, parameter in zip(gradients, parameters):
+        assert_close_fp32(found, parameter.grad, "gradient")

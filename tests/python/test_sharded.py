@@ -1,8 +1,10 @@
 """Training with weights that FSDP2 shards, against one process and against whole weights."""
 
 import functools
+import gc
 import operator
 import re
+import weakref
 
 import pytest
 from torch import nn
@@ -113,3 +115,15 @@ def test_fsdp1_is_refused(path, monkeypatch):
     ids = make_ids(1, 20)
     with pytest.raises(ValueError, match=r"sharded by FSDP2 .* got FullyShardedDataParallel"):
         model(ids, labels=ids)
+
+
+def test_modules_that_were_looked_through_are_not_kept_alive(monkeypatch):
+    monkeypatch.setattr(sharded, "_has_processes", lambda: True)
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleList([nn.Linear(2, 2)]))
+    for _ in range(2):
+        sharded.check_whole(model, "it")
+        sharded.check_unflattened(model)
+    seen = weakref.ref(model), weakref.ref(model[0])
+    del model
+    gc.collect()
+    assert [each() for each in seen] == [None, None]

@@ -9,6 +9,7 @@ prefetching and mixed precision included, is what it does for the model's own co
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, distributed, nn
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+# Looks at a module's children after which they are looked up again.
+_AGAIN = 100
 
 _PASSES_ON = "RegisterPostBackwardFunctionBackward"
 
@@ -64,6 +68,8 @@ def check_layers(layers: nn.ModuleList) -> None:
     if not _has_processes():
         return
     for index, layer in enumerate(layers):
+        if not _Walk.through(layer).finds_inside(FSDPModule):
+            continue
         for name, module in layer.named_modules():
             if name and is_sharded(module):
                 raise ValueError(
@@ -96,9 +102,8 @@ def check_whole(module: nn.Module, name: str) -> None:
     Raises:
         ValueError: as by tensor parallelism, or outside of the forward of what FSDP2 shards.
     """
-    if not _has_processes():
+    if not _has_processes() or not _Walk.through(module).finds_parts():
         return
-    # Walked by hand: every pass asks for every layer, and PEFT's layers have dozens of modules.
     waiting = [module]
     while waiting:
         each = waiting.pop()
@@ -121,10 +126,63 @@ def _has_processes() -> bool:
 def _has_flat_weights(model: nn.Module) -> bool:
     """Whether FSDP1 holds the parameters: flat ones in their place, or views that it made."""
     if not getattr(model, "_is_fsdp_managed_module", False):
-        return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+        if isinstance(model, FullyShardedDataParallel):
+            return True
+        return _Walk.through(model).finds_inside(FullyShardedDataParallel)
     parameters = list(model.parameters())
     flat = any(hasattr(p, "_fsdp_flattened") or isinstance(p, FlatParameter) for p in parameters)
     return flat or not parameters
+
+
+class _Walk:
+    """The modules inside of one, as they were found not long ago.
+
+    Every pass asks for every layer, and PEFT's layers have dozens of modules, so that looking for
+    them took 10 ms a pass. Weights that are cut, modules that are sharded and layers that are
+    wrapped are seen at once; other modules that came later are within `_AGAIN` looks.
+
+    Args:
+        module: any; it and those inside are not kept alive.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._modules = [ref(each) for each in modules]
+        self._lists = [ref(each) for each in modules if isinstance(each, nn.ModuleList)]
+        self._holders = [ref(each) for each in modules if each._parameters]
+        self._looks = 0
+
+    @classmethod
+    def through(cls, module: nn.Module) -> "_Walk":
+        """That of a module."""
+        found = _walks.get(module)
+        if found is None or found._looks >= _AGAIN:
+            found = _walks[module] = cls(module)
+        found._looks += 1
+        return found
+
+    def finds_inside(self, wanted: type[Any]) -> bool:
+        """Whether a module inside is of this class."""
+        if any(isinstance(each(), wanted) for each in self._modules[1:]):
+            return True
+        # Layers are what FSDP1 and others wrap, putting something new into their list.
+        lists = (each() for each in self._lists)
+        return any(
+            isinstance(layer, wanted) for each in lists if each is not None for layer in each
+        )
+
+    def finds_parts(self) -> bool:
+        """Whether some weight is in parts."""
+        for each in self._holders:
+            module = each()
+            if module is not None:
+                for parameter in module._parameters.values():
+                    if isinstance(parameter, DTensor):
+                        return True
+        return False
+
+
+_walks: WeakKeyDictionary[nn.Module, _Walk] = WeakKeyDictionary()
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
