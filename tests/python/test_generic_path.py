@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.models.gemma3 import modeling_gemma3
-from transformers.models.mllama import MllamaTextConfig
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.phi3 import modeling_phi3
 
 import lemo

@@ -140,6 +140,7 @@ class KeptBatch:
 # Arguments of a decoder of which it is known what belongs to which row.
 _OF_ROWS = {
     "attention_mask",
+    "cache_position",
     "deepstack_visual_embeds",
     "input_ids",
     "inputs_embeds",
