@@ -124,7 +124,8 @@ class StepMemory:
         step = self._step
         weights = sum(each.inputs * each.outputs for each in self._shape.linears())
         long = spares and weights * max(max(rows) for rows in step.rows) > MOST_CAPTURED
-        if not step.cuda or long or self._fp8 or self._norms_apart or self._quantize == "int8":
+        others = step.processes > 1 or self._norms_apart or self._quantize == "int8"
+        if not step.cuda or long or self._fp8 or others:
             return ()
         # Recomputed layers draw the same random numbers twice.
         return MODES[:1] if self._adapters.dropout else MODES

@@ -93,7 +93,7 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
                 f"may be taken; what would fit: {request.advice(tokens, limit)}"
             )
     else:
-        plan = planner.of(modes, limit)
+        plan = planner.given(modes, limit)
         if plan.host > elimination.host_bytes:
             raise DoesNotFitError(
                 f"elimination.host_memory: expected {bytes_text(plan.host)} or more for offload "
@@ -106,6 +106,8 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
             )
     yield from plan_lines(plan)
     yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
+    if plan.graphs:
+        yield f"CUDA graphs: {bytes_text(plan.graphs)} of it, also between steps"
     if elimination.host_memory:
         yield f"host memory: {bytes_text(plan.host)} of {bytes_text(elimination.host_bytes)}"
     if rates is None:
