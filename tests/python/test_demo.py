@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 
 import pytest
@@ -118,13 +119,20 @@ def test_demo_leaves_the_report_of_its_runs(finished):
     output, _ = finished
     page = (output / "report" / "index.html").read_text()
     assert "lemo, keep 0.25, lexical scores" in page
-    assert "dense LoRA" in page
-    assert "Exact answers, held-out prompts" in page
+    assert "planted in Python sources of 512 tokens" in page
+    table = page.partition("Exact answers, held-out prompts")[2].partition("</table>")[0]
+    heads = re.findall(r'colspan="2">(.*?)</th>', table)
+    assert heads == ["before", "dense LoRA", "lemo, same steps", "lemo, same time"]
+    answers = read_json(output / "demo.json")["answers"]
+    shown = re.findall(r'class="number first">([\d.]+)%</td><td class="number">([\d.,]+)<', table)
+    assert shown == [
+        (f"{row['exact'] * 100:.1f}", f"{row['perplexity']:,.3f}") for row in answers.values()
+    ]
     assert {path.name for path in (output / "report").glob("*.png")} == {
         "loss.png",
         "resources.png",
-        "relevance_1.png",
-        *(f"kept_{what}_{run}.png" for what in ("share", "map") for run in (1, 2)),
+        "relevance_3.png",
+        *(f"kept_{what}_{run}.png" for what in ("share", "map") for run in (2, 3)),
     }
     picture = load_run(output / "lemo").relevance
     for question in picture.questions:

@@ -76,6 +76,18 @@ def embedded_images(page):
     ]
 
 
+def test_settings_that_follow_the_data_are_shown_as_they_were(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("elimination:\n  keep: null\n  scorer: auto\n")
+    assert summary_table([load_run(folder)])[0] == ("method", ["lemo, auto scores"])
+    resolved = {"keep": 0.25, "scorer": "lexical"}
+    (folder / "elimination.json").write_text(json.dumps(resolved))
+    assert summary_table([load_run(folder)])[0][1] == ["lemo, keep 0.25, lexical scores"]
+    (folder / "elimination.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"elimination\.json: expected an object, got list"):
+        load_run(folder)
+
+
 def test_run_is_read_as_written(tmp_path):
     run = load_run(write_run(tmp_path / "run"))
     assert run.name == "run"

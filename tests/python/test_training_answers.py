@@ -88,6 +88,10 @@ def test_answers_are_learned_and_a_resumed_run_goes_on(inputs, tmp_path):
         finetune(stopped, stop)
     finetune(stopped.replace(resume=True))
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    # What the settings leave open follows the data; the run says what it was.
+    for name in ("whole", "stopped"):
+        resolved = json.loads((tmp_path / name / "elimination.json").read_text())
+        assert LemoConfig.from_dict(resolved) == whole.elimination.resolved(answers=True)
     with pytest.raises(ValueError, match="labels was 'answers', now 'all'"):
         finetune(stopped.replace(resume=True, labels="all"))
 

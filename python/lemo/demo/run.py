@@ -260,8 +260,13 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
         output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
     )
     write_file(output / "lemo" / "relevance.json", json.dumps(picture, indent=2) + "\n")
-    runs = [load_run(output / name) for name in ("lemo", "lemo_steps", "dense")]
-    page = write_report(runs, output / "report")
+    runs = [load_run(output / name, title) for name, title in METHODS.items()]
+    note = (
+        f"A model of {settings.base.context} tokens answers questions about facts that are planted "
+        f"in Python sources of {settings.context} tokens: before, after dense LoRA (LoRA on every "
+        "token), and after lemo, for as many steps and for about the same time."
+    )
+    page = write_report(runs, output / "report", [answers["before"]], note)
     content = {
         "settings": dataclasses.asdict(settings),
         "results": [dataclasses.asdict(result) for result in results.values()],

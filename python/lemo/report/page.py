@@ -33,7 +33,9 @@ class Plot:
     questions: Sequence[dict] = ()
 
 
-def write_report(runs: Sequence[Run], output: str | Path) -> Path:
+def write_report(
+    runs: Sequence[Run], output: str | Path, before: Sequence[dict] = (), note: str = ""
+) -> Path:
     """Write the plots (``*.png``) and the page (``index.html``) of some runs into a folder.
 
     The page carries every plot inside itself, in light and dark colours. Each file is replaced in
@@ -43,6 +45,8 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
     Args:
         runs: one run, or several to compare.
         output: the folder to write into; it is made when absent.
+        before: rows of an evaluation of the model before all of these runs, as `Run.metrics`.
+        note: what the runs are about, below the title.
 
     Returns:
         The path of the page.
@@ -71,7 +75,7 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
             }
         )
     page = output / "index.html"
-    html = _template().render(_context(runs, sections))
+    html = _template().render(note=note, **_context(runs, sections, before))
     # Half of a surrogate pair, as in names that are no UTF-8, has no bytes of its own.
     files[page] = html.encode("utf-8", "backslashreplace")
     _check_replaceable(page, files)
@@ -130,10 +134,13 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     return [row for row in rows if any(text != ABSENT for text in row[1])]
 
 
-def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
+def _context(runs: Sequence[Run], sections: list[dict], before: Sequence[dict]) -> dict:
+    names = [run.name for run in runs]
+    evaluated = [*([before] if before else []), *(run.metrics for run in runs)]
     return {
         "title": " · ".join(run.name for run in runs),
-        "names": [run.name for run in runs],
+        "names": names,
+        "evaluated": [*(["before"] if before else []), *names],
         "summary": summary_table(runs),
         "tables": [
             {
@@ -141,14 +148,14 @@ def _context(runs: Sequence[Run], sections: list[dict]) -> dict:
                 "note": "Every token present, no elimination: answers of which each token is the "
                 "most likely one, and the perplexity of their tokens.",
                 "columns": ("exact", "perplexity"),
-                "rows": _answers(runs),
+                "rows": _answers(evaluated),
             },
             {
                 "title": "Held-out perplexity",
                 "note": "Every token present, no elimination: over the whole window, and over its "
                 "last quarter.",
                 "columns": ("whole", "last quarter"),
-                "rows": _perplexities(runs),
+                "rows": _perplexities(evaluated),
             },
         ],
         "plans": [_plan(run.name, run.plan) for run in runs if run.plan is not None],
@@ -174,17 +181,17 @@ def _plan(name: str, plan: RunPlan) -> dict:
     return {"name": name, "limit": _bytes(plan.limit_bytes), "rows": rows}
 
 
-def _perplexities(runs: Sequence[Run]) -> list[dict]:
-    """Rows of held-out perplexity: kind, length, then (whole, last quarter) of each run."""
+def _perplexities(evaluated: Sequence[Sequence[dict]]) -> list[dict]:
+    """Rows of held-out perplexity: kind, length, then (whole, last quarter) of each evaluation."""
 
     def cells(metric: dict) -> list[str]:
         return [_decimal(metric.get(field), 3) for field in ("perplexity", "tail_perplexity")]
 
-    return _metrics_rows(runs, lambda metric: "exact" not in metric, cells)
+    return _metrics_rows(evaluated, lambda metric: "exact" not in metric, cells)
 
 
-def _answers(runs: Sequence[Run]) -> list[dict]:
-    """Rows of held-out answers: kind, length, then (exact, perplexity) of each run."""
+def _answers(evaluated: Sequence[Sequence[dict]]) -> list[dict]:
+    """Rows of held-out answers: kind, length, then (exact, perplexity) of each evaluation."""
 
     def cells(metric: dict) -> list[str]:
         exact = metric.get("exact")
@@ -193,18 +200,20 @@ def _answers(runs: Sequence[Run]) -> list[dict]:
             _decimal(metric.get("perplexity"), 3),
         ]
 
-    return _metrics_rows(runs, lambda metric: "exact" in metric, cells)
+    return _metrics_rows(evaluated, lambda metric: "exact" in metric, cells)
 
 
 def _metrics_rows(
-    runs: Sequence[Run], wanted: Callable[[dict], bool], cells: Callable[[dict], list[str]]
+    evaluated: Sequence[Sequence[dict]],
+    wanted: Callable[[dict], bool],
+    cells: Callable[[dict], list[str]],
 ) -> list[dict]:
-    """The evaluations that are wanted: a row for each kind and length, cells of each run."""
+    """The rows that are wanted: one for each kind and length, with cells of each evaluation."""
 
     def key(metric: dict) -> tuple[str, int]:
         return str(metric.get("kind")), int(metric.get("length", 0))
 
-    found = [{key(m): m for m in run.metrics if wanted(m)} for run in runs]
+    found = [{key(m): m for m in metrics if wanted(m)} for metrics in evaluated]
     return [
         {
             "kind": kind,
@@ -308,12 +317,15 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def _method(run: Run) -> str:
-    elimination = run.config.get("elimination")
+    elimination = run.elimination
     if not elimination:
         return "dense LoRA"
     if elimination.get("layerwise", elimination).get("policy") == "threshold":
         return f"lemo, thresholds, {elimination.get('scorer')} scores"
-    return f"lemo, keep {elimination.get('keep')}, {elimination.get('scorer')} scores"
+    keep = elimination.get("keep")
+    # Runs that did not write what was left open.
+    kept = "" if keep is None else f"keep {keep}, "
+    return f"lemo, {kept}{elimination.get('scorer')} scores"
 
 
 def _decimal(value, digits: int) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from lemo.planner.text import ACTIONS
-from lemo.training.run_folder import PLAN_NAME
+from lemo.training.run_folder import ELIMINATION_NAME, PLAN_NAME
 from lemo.training.run_log import describe_broken, parse_log
 
 SUB_BLOCKS = ("attention", "mlp")
@@ -117,6 +117,8 @@ class Run:
         name: how plots and tables call the run.
         folder: where it lies.
         config: ``config.yaml`` as a dict, empty when there is none.
+        elimination: its settings of elimination, what was left open filled in as far as the run
+            wrote it; empty without elimination.
         records: one dict a step, ascending by step (see :mod:`lemo.training.run_log`).
         broken: lines of the log that are no records.
         kept_map: the kept blocks of one document, None when nothing was ever eliminated.
@@ -135,6 +137,7 @@ class Run:
     metrics: list[dict]
     relevance: RelevanceMap | None
     plan: RunPlan | None = None
+    elimination: dict = dataclasses.field(default_factory=dict)
 
     @property
     def steps(self) -> list[int]:
@@ -207,16 +210,20 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
             f"run: expected the folder of a run, got '{folder}', which does not exist"
         )
     records, broken = _read_records(folder / "log.jsonl")
+    config = _read_config(folder / "config.yaml")
+    resolved = folder / ELIMINATION_NAME
+    asked = config.get("elimination") or {}
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
-        config=_read_config(folder / "config.yaml"),
+        config=config,
         records=records,
         broken=broken,
         kept_map=_read_kept_map(folder / "kept_map.json"),
         metrics=_read_metrics(folder / "metrics.json"),
         relevance=_read_relevance(folder / "relevance.json"),
         plan=_read_plan(folder / PLAN_NAME),
+        elimination=_read_object(resolved) if asked and resolved.is_file() else asked,
     )
 
 
@@ -346,6 +353,13 @@ def _read_metrics(path: Path) -> list[dict]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
     return rows
+
+
+def _read_object(path: Path) -> dict:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
+    return value
 
 
 def _read_json(path: Path):

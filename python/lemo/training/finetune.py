@@ -40,7 +40,7 @@ from lemo.relevance.store import ScoreStore
 from lemo.selection.statistics import kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training import fingerprint, memory, quantised
+from lemo.training import fingerprint, memory, quantised, remarks
 from lemo.training.behind import Copy, Writer
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
@@ -65,7 +65,6 @@ from lemo.training.processes import (
     of_main,
     process_group,
 )
-from lemo.training.remarks import check_blocks, check_stored_blocks, say_what_is_kept
 from lemo.training.replicas import Replicas
 from lemo.training.run_folder import (
     ADAPTER_NAME,
@@ -262,10 +261,10 @@ class _Run:
             self.handle = lemo.enable(self.peft_model, *enabled)
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
-                say_what_is_kept(elimination, answers)
-            check_blocks(config.context_length, self.handle.block_size, elimination)
+                remarks.say_what_is_kept(elimination, answers)
+            remarks.check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
-                check_stored_blocks(config.context_length, self.handle.block_size, scores)
+                remarks.check_stored_blocks(config.context_length, self.handle.block_size, scores)
             with self._autocast():
                 for line in by_reason(self.handle.general_modules()):
                     _log.info("runs as the module it is, not in lemo's code: %s", line)
@@ -331,6 +330,8 @@ class _Run:
     ) -> None:
         """Run the steps after ``first``, with logs and checkpoints, and write the adapter."""
         config, main = self.config, self.accelerator.is_main_process
+        if self.handle is not None and main:
+            remarks.write_elimination(folder, self.handle.config)
         if self.plan is not None and main:
             for line in self.plan.lines():
                 _log.info("%s", line)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+from pathlib import Path
 
+from lemo.files import write_file
 from lemo.packing.blocks import block_tokens
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
+from lemo.training.run_folder import ELIMINATION_NAME
 
 _log = logging.getLogger("lemo")
 
@@ -22,6 +26,11 @@ def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
         " of a window" if isinstance(size, float) else " tokens",
         elimination.scorer,
     )
+
+
+def write_elimination(folder: Path, elimination: LemoConfig) -> None:
+    """Writes the settings that a run has, what was left open filled in, for its report."""
+    write_file(folder / ELIMINATION_NAME, json.dumps(elimination.to_dict(), indent=2) + "\n")
 
 
 def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:

@@ -24,12 +24,13 @@ from lemo.training.checkpoint import (
 from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME
 
 CONFIG_NAME = "config.yaml"
+ELIMINATION_NAME = "elimination.json"  # the settings of config.yaml with what is open filled in
 KEPT_MAP_NAME = "kept_map.json"
 METRICS_NAME = "metrics.json"
 PLAN_NAME = "plan.json"
 CHECKPOINTS_NAME = "checkpoints"
 ADAPTER_NAME = "adapter"
-RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME, PLAN_NAME)
+RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME, PLAN_NAME, ELIMINATION_NAME)
 
 # Every file that lemo writes into the folders of a run.
 _CONTENTS = {
