@@ -465,6 +465,17 @@ def test_templates_without_an_end_are_named_once(caplog):
     assert "the model will not learn where they end" in record.message
 
 
+def test_thoughts_that_a_template_leaves_out_are_named_once(caplog):
+    for template, message in (("deepseekv3", "message 1 of d.jsonl:3"), ("qwen3", None)):
+        caplog.clear()
+        encoder = ChatEncoder(with_template(template))
+        for _ in range(2):
+            encoder.encode(parsed(messages=[USER, thinks(1)]))
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == (message is not None)
+        assert all("leaves out thoughts" in line and message in line for line in said)
+
+
 def test_completions_end_once():
     from tokenizers import processors
 

@@ -20,6 +20,12 @@ _log = logging.getLogger("lemo")
 
 Span = tuple[int, int]
 
+_NO_END = "%s puts nothing behind answers: the model will not learn where they end"
+_NO_THOUGHT = (
+    "the chat template leaves out thoughts, which are not trained on then: first that of message "
+    "%d of %s"
+)
+
 # A text that no message begins with.
 _UNSEEN = "\U000f1e0f"
 
@@ -70,7 +76,7 @@ class ChatEncoder:
             )
         self._tokenizer = tokenizer
         self._everything = everything
-        self._warned = False
+        self._said: set[str] = set()
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         # Some tokenizers have line breaks among the added ones.
         self._special = {
@@ -89,7 +95,7 @@ class ChatEncoder:
         if isinstance(example, Prompted):
             end = self._tokenizer.eos_token or ""
             if not end:
-                self._warn_of_no_end("the tokenizer, which has no end token,")
+                self._warn(_NO_END, "the tokenizer, which has no end token,")
             elif example.completion.rstrip().endswith(end):
                 end = ""
             text = example.prompt + example.completion + end
@@ -146,6 +152,9 @@ class ChatEncoder:
                 raise self._not_shown(example, f"'{name}'")
         for number, message in enumerate(example.messages):
             self._check_calls(example, message, text)
+            thought = _thought(message)
+            if thought and thought not in text:
+                self._warn(_NO_THOUGHT, number, example.place)
             asked = message["role"] != "assistant" and message["content"].strip()
             # Contents may be shown otherwise: what counts is whether others make another text.
             if asked and asked not in text and self._limit(example, text, number) == len(text):
@@ -181,7 +190,7 @@ class ChatEncoder:
                 yield start, end
         last = messages[numbers[-1]]["content"].rstrip()
         if last and text[start:end].endswith(last):
-            self._warn_of_no_end("the chat template")
+            self._warn(_NO_END, "the chat template")
 
     def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
         """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
@@ -196,7 +205,7 @@ class ChatEncoder:
         if text.startswith(plain):
             common = _common(text[len(plain) :], header)
             return len(plain) + self._whole(header[:common])
-        if not header and not _thinks(example.messages[number]):
+        if not header and not _thought(example.messages[number]):
             # The template has no header for an answer to come.
             start = self._limit(example, text, number)
             if start < len(text):
@@ -245,12 +254,11 @@ class ChatEncoder:
         other = self._render(example, messages)
         return _common(text, other)
 
-    def _warn_of_no_end(self, what: str) -> None:
-        if not self._warned:
-            _log.warning(
-                "%s puts nothing behind answers: the model will not learn where they end", what
-            )
-        self._warned = True
+    def _warn(self, message: str, *arguments: object) -> None:
+        """A warning, once for each of its kind."""
+        if message not in self._said:
+            _log.warning(message, *arguments)
+        self._said.add(message)
 
     def _check_answer(self, example: Conversation, number: int, answer: str) -> None:
         self._check_calls(example, example.messages[number], answer)
@@ -337,11 +345,13 @@ def _common(first: str, second: str) -> int:
     return next(place for place in range(length) if first[place] != second[place])
 
 
-def _thinks(message: Mapping[str, Any]) -> bool:
-    """Whether a message has a thought, which templates put in front of its content."""
-    return "</think>" in message["content"] or any(
-        message.get(name) for name in ("reasoning_content", "reasoning", "thinking")
-    )
+def _thought(message: Mapping[str, Any]) -> str:
+    """The thought of a message, which templates put in front of its content; empty: it has none."""
+    before, mark, _ = message["content"].partition("</think>")
+    if mark:
+        return str(before.rpartition("<think>")[2].strip())
+    given = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    return next((thought.strip() for thought in given if isinstance(thought, str)), "")
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:
