@@ -333,8 +333,7 @@ class _Run:
         if self.handle is not None and main:
             remarks.write_elimination(folder, self.handle.config)
         if self.plan is not None and main:
-            for line in self.plan.lines():
-                _log.info("%s", line)
+            remarks.say(self.plan.lines())
             self.plan.write(folder)
         self._verify(first)
         log = RunLog(folder, first) if main else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from lemo.files import write_file
@@ -14,6 +15,11 @@ from lemo.settings.elimination import LemoConfig
 from lemo.training.run_folder import ELIMINATION_NAME
 
 _log = logging.getLogger("lemo")
+
+
+def say(lines: Iterable[str]) -> None:
+    for line in lines:
+        _log.info("%s", line)
 
 
 def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
