@@ -58,7 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--recompute", default="layer")
     parser.add_argument("--visible-keys", default="kept", choices=["kept", "computed"])
-    parser.add_argument("--head-groups", type=int, default=4, help="of context")
+    parser.add_argument("--head-groups", type=int, nargs="+", default=[4], help="of context")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--shrink", type=int, default=1, help="divides the sizes of a layer")
     parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
@@ -79,10 +79,11 @@ def main() -> None:
                 alone = steps_alone(options, keep, device)
             free(device)
             dist.monitored_barrier(waiting, PATIENCE)
-            together = highest(measured(options, bench, keep, device), device)
-            if dist.get_rank() == 0:
-                write(options, bench, keep, together, alone)
-            free(device)
+            for groups in options.head_groups if bench == "context" else options.head_groups[:1]:
+                together = highest(measured(options, bench, keep, device, groups), device)
+                if dist.get_rank() == 0:
+                    write(options, bench, keep, groups, together, alone)
+                free(device)
     dist.destroy_process_group()
 
 
@@ -113,7 +114,11 @@ def free(device: torch.device) -> None:
 
 
 def measured(
-    options: argparse.Namespace, bench: str | None, keep: float, device: torch.device
+    options: argparse.Namespace,
+    bench: str | None,
+    keep: float,
+    device: torch.device,
+    head_groups: int = 1,
 ) -> Steps:
     """Steps of this process with the others; bench None: alone."""
     import lemo
@@ -125,7 +130,7 @@ def measured(
     )
     context = None
     if bench == "context":
-        context = lemo.ContextParallel(head_groups=options.head_groups)
+        context = lemo.ContextParallel(head_groups=head_groups)
     handle = lemo.enable(model, elimination, context)
     wrapped = in_all_processes(model, bench, device)
     trainable = [p for p in wrapped.parameters() if p.requires_grad]
@@ -200,7 +205,12 @@ def exchanged(options: argparse.Namespace, keep: float) -> int:
 
 
 def write(
-    options: argparse.Namespace, bench: str, keep: float, together: Steps, alone: Steps | None
+    options: argparse.Namespace,
+    bench: str,
+    keep: float,
+    head_groups: int,
+    together: Steps,
+    alone: Steps | None,
 ) -> None:
     times = summary(together.seconds)
     row: dict[str, Any] = {
@@ -227,10 +237,11 @@ def write(
     names = ("layers", "shrink", "recompute", "visible_keys", "reps")
     row |= {name: getattr(options, name) for name in names}
     if bench == "context":
-        row |= {"head_groups": options.head_groups, "layer_bytes": exchanged(options, keep)}
+        row |= {"head_groups": head_groups, "layer_bytes": exchanged(options, keep)}
     records.append(options.output, [row | records.provenance(options.commit, options.device)])
     print(
         f"{bench:<8} {row['gpus']} GPUs, {options.tokens} tokens, keep {keep:<5} "
+        f"head groups {row.get('head_groups')}: "
         f"{row['step_s']} s and {row['peak_gib']} GiB; one: {row['one_gpu_s']} s and "
         f"{row['one_gpu_gib']} GiB; loss {row['loss']} and {row['one_gpu_loss']}",
         flush=True,
