@@ -207,10 +207,14 @@ def test_adapters(order):
         assert_close_fp32(mine[name], gradient, name)
 
 
+@pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("what", ["model", "layers", "each layer"])
-def test_compiled_models(what):
+def test_compiled_models(what, checkpoints):
     counter = CompileCounterWithBackend("aot_eager")
     model = make("mistral")
+    if checkpoints:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     eager, compiled = copy.deepcopy(model), model
     for one in (eager, model):
         lemo.enable(one, settings())

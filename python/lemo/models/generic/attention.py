@@ -52,8 +52,9 @@ class KeptRows:
     Attributes:
         model: the type of the model, for errors.
         count: R, the rows.
+        counts: whether calls are counted; no compiler lets that be inside of checkpoints.
         calls: how often attention was called.
-        by_rule: whether it was called with a mask by a rule of the model.
+        by_rule: whether there is a mask by a rule of the model.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class KeptRows:
         self._keys = keys
         self.model = model
         self.count = count
+        self.counts = True
         self.calls = 0
         self.by_rule = False
         self._cu_rows, self._positions, self._places = cu_rows, positions, places
@@ -129,6 +131,7 @@ class KeptRows:
                 f"{what}: {self.model} masks attention by a rule of its own, for which there is "
                 "PyTorch's attention alone; train without"
             )
+        self.by_rule = True
         (lines, columns), device = self._places, self._places.device
         sequences = torch.arange(len(self._cu_rows) - 1, device=self._cu_rows.device)
         lengths = self._cu_rows.diff()
@@ -339,7 +342,8 @@ def _attend(
 ) -> Tensor:
     """[1, R, Hq, D] of q [1, Hq, R, D], and of k and v [1, Hk, R, D] of the same rows."""
     rows = mask.rows
-    rows.calls += 1
+    if rows.counts:
+        rows.calls += 1
     if dropout:
         raise ValueError(
             f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; load "
@@ -393,7 +397,6 @@ def _attend_by_rule(
 ) -> Tensor:
     """The same by PyTorch, with a mask of all pairs of rows."""
     assert mask.seen is not None
-    mask.rows.by_rule = True
     seen = mask.seen.to(query.device)
     more = {name: value for name, value in more.items() if value is not None}
     # PyTorch's fused attention has neither soft-capped scores nor sinks.

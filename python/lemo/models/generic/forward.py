@@ -281,6 +281,7 @@ class GenericForward(Training[Choice]):
         given = now.kept.arguments(call)
         if "use_cache" in given:
             given["use_cache"] = False
+        now.rows.counts = not parts.compiles_checkpoints
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
             if not self._has_checked_layout:
@@ -292,7 +293,7 @@ class GenericForward(Training[Choice]):
                 stack.enter_context(moving_by_layer(moved, layers))
             output = self._decoded(original, given)
         self._has_checked_layout |= now.kept.selection.rows is not None
-        if now.rows.calls != parts.num_layers:
+        if now.rows.counts and now.rows.calls != parts.num_layers:
             raise not_attending(now.rows, parts.num_layers, "in all")
         if now.rows.by_rule:
             self.say(

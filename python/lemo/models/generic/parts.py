@@ -111,6 +111,15 @@ class Parts:
         )
 
     @property
+    def compiles_checkpoints(self) -> bool:
+        """Whether layers that checkpoint themselves are compiled, checkpoint and all."""
+        modules = list(self.decoder.modules())
+        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in modules)
+        return checkpoints and any(
+            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules
+        )
+
+    @property
     def routes(self) -> bool:
         """Whether the causal LM may be asked for what its routers say (mixtures of experts)."""
         forward = type(self.causal_lm).forward
