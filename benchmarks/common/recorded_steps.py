@@ -30,7 +30,7 @@ LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_28M = ModelShape(14, 384, 1024, 6, 2, 64, 16384, tied=True)
 SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
 # All recorded steps were measured when an adapter took more of the host's operations.
-EARLIER = Operations(adapter=8, apart=18)
+EARLIER = Operations(adapter=8, cast=6, apart=18)
 # Commits since which rows that no layer keeps are dropped before the layers.
 DROPPING = ("ad81fac", "df7a020")
 # Of answers.py, before adapters of another dtype stored what they store now.
@@ -79,7 +79,7 @@ class RecordedStep:
 class RecordedMemory(StepMemory):
     """The bytes of a recorded step: linear layers stored more than they do now.
 
-    All tokens had tables of rotations. Where norms are trained, every adapted layer stored a narrow
+    Adapters were cast in either pass, and not stored. All tokens had tables of rotations. Where norms are trained, every adapted layer stored a narrow
     copy of their result. Adapters of another dtype than the layers were PEFT's own, each with a
     wide copy of its input.
     """
@@ -100,6 +100,9 @@ class RecordedMemory(StepMemory):
         if normalised and self._norms_apart:
             return count * (width + adapters.rank) * size
         return super()._linears(names, width, normalised, held)
+
+    def _casts(self) -> int:
+        return 0
 
     def _apart(self, name: str, rows: int) -> int:
         if not self._adapters.apart or name not in self._adapters.targets:

@@ -74,11 +74,15 @@ class OnCpu:
         first, *others = self._inputs
         aliased = cuda_graphs._aliased(self._module, self._parameters)
         with torch.enable_grad(), NoWaiting(), aliased as wanted:
-            loss = self._function([first.clone(), *others])
+            with torch.autocast("cpu", dtype=self._dtype, enabled=self._autocast):
+                loss = self._function([first.clone(), *others])
             yield loss, wanted
 
     def forward(self):
         self._random = torch.get_rng_state()
+        # Backward computes it again, outside of autocast.
+        self._dtype = torch.get_autocast_dtype("cpu")
+        self._autocast = torch.is_autocast_enabled("cpu")
         return next(self._computed())[0].detach().clone()
 
     def backward(self, dloss):

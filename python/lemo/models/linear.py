@@ -126,8 +126,11 @@ class _Linear(torch.autograd.Function):
             y = linear(cast, matrix(), bias_cast) if found is None else found
         else:
             y = result.clone(memory_format=torch.contiguous_format)
-        lows, masks = [], []
+        lows, masks, saved = [], [], []
         for product, (a, b, b_bias), (_, wants_b, _) in zip(products, _triples(tensors), wanted):
+            # Cast once for both passes.
+            a, b = a.to(product.dtype), b.to(product.dtype)
+            saved += (a, b, b_bias)
             low, bits = product.lower(cast, a)
             if width is None:
                 product.add_upper(y, low, b, b_bias)
@@ -137,7 +140,8 @@ class _Linear(torch.autograd.Function):
         ctx.plan = plan
         ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
         stored = x if any(wants_a for wants_a, _, _ in wanted) else None
-        ctx.save_for_backward(stored, *lows, *masks, *tensors)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        ctx.save_for_backward(stored, *lows, *masks, *saved)
         return y
 
     @staticmethod
@@ -160,6 +164,7 @@ class _Linear(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         for product, low, bits, pair, wants in zip(products, lows, masks, pairs, wanted):
             gradients += product.backward(dy, cast, low, bits, pair, wants, dx)
+        gradients = [x if x is None else x.to(to) for x, to in zip(gradients, ctx.dtypes)]
         return (
             None if dx is None else dx.to(ctx.x_dtype),
             dy if wants_result else None,

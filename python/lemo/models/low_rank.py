@@ -94,7 +94,7 @@ class LowRank(NamedTuple):
         wanted: tuple[bool, bool, bool],
         dx: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of `a`, `b` and `bias`, if wanted; adds that of the input to `dx`.
+        """Gradients of `a`, `b` and `bias`, if wanted, in their dtypes; adds the input's to `dx`.
 
         Args:
             dy: [R, out], the gradient of the result.

@@ -277,7 +277,8 @@ class StepMemory:
         forward = max(forward, here - mlp)
         down += rows.mlp * self._rounded()
         matrices = self._matrices(all_of_mlp=False)
-        return LayerBytes(attention + mlp, forward + matrices, max(down, attending, 0) + matrices)
+        highest = max(down, attending, 0) + matrices
+        return LayerBytes(attention + mlp + self._casts(), forward + matrices, highest)
 
     def _recomputed(self, rows: LayerRows, mode: str) -> LayerBytes:
         shape, step = self._shape, self._step
@@ -413,6 +414,14 @@ class StepMemory:
         gradients = size * (2 * shape.queries + 2 * shape.keys)
         sums = 4 * shape.queries + (8 * shape.heads + 8 if self._step.cuda else 4 * shape.heads)
         return gradients + sums
+
+    def _casts(self) -> int:
+        """Copies of adapters in autocast's dtype, which are stored for backward."""
+        adapters, size = self._adapters, self._step.size
+        if not self._step.autocast or adapters.apart or adapters.size == size:
+            return 0
+        pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
+        return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
 
     def _apart(self, name: str, rows: int) -> int:
         """For a moment, where an adapter has a dtype of its own: a copy of some of its input."""

@@ -37,7 +37,7 @@ class Operations:
 
     base: int = 34
     adapter: int = 6
-    cast: int = 6
+    cast: int = 4
     apart: int = 11
     norms: int = 60
 
