@@ -26,8 +26,9 @@ pytestmark = [
 
 DEVICE = "cuda" if devices.on_gpu() else "cpu"
 
-# The stand-in computes a pass again in backward, outside of the autocast of forward.
-NOT_ON_THE_CPU = {"autocast_switched"}
+# The stand-in computes a pass again in backward, outside of the autocast of forward, and does not
+# know another parameter in the same memory.
+NOT_ON_THE_CPU = {"autocast_switched", "parameter_replaced"}
 
 
 @pytest.fixture
