@@ -291,7 +291,7 @@ def eval_and_generation_between_steps(run):
 def many_lengths(run):
     for _ in range(3):
         for parts in range(1, 12):
-            run.step(tokens=64 * parts)
+            run.step(tokens=TOKENS // 4 * parts)
 
 
 @scenario(4)

@@ -4,9 +4,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+import devices
 import lemo
 
-TOKENS, VOCABULARY = 256, 1024
+TOKENS, VOCABULARY = 256 if devices.on_gpu() else 64, 1024
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
