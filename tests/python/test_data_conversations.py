@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+from datetime import datetime
 from importlib import resources
 
 import datasets
@@ -55,6 +56,9 @@ def test_other_forms():
     assert user["content"] == "i\n\nj"
     system = parsed(system="s", conversations=[USER, ASSISTANT]).messages[0]
     assert system == {"role": "system", "content": "s"}
+    assert parsed(system="s", messages=[system, USER, ASSISTANT]).messages[0] == system
+    older = parsed(functions=[{"name": "f"}], messages=[USER, ASSISTANT])
+    assert older.extra == {"tools": [{"type": "function", "function": {"name": "f"}}]}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     made = parsed(messages=[USER, call], tools=[{"name": "f"}])
     assert made.messages[1]["content"] == ""
@@ -137,6 +141,12 @@ def test_answers_that_are_not_trained_on():
         (
             {"conversations": [USER, {"from": "function_call", "value": "f(1)"}, ASSISTANT]},
             r"conversations\[1\] to call functions by 'name' and 'arguments', got 'f\(1\)'",
+        ),
+        ({"messages": [USER, ASSISTANT], "system": ["s"]}, "expected 'system' to be a text, got l"),
+        ({"messages": [USER, ASSISTANT], "system": "\ud800"}, "system holds half of a surrogate"),
+        (
+            {"messages": [{"role": "system", "content": "t"}, USER, ASSISTANT], "system": "s"},
+            "expected one system message, got 'system' and another one",
         ),
         ({"instruction": "i", "output": "o", "history": ["x"]}, "'history' to be a list of pairs"),
         (
@@ -434,6 +444,82 @@ def test_what_a_template_does_not_show_is_refused():
         encoder.encode(parsed(messages=[USER, message]))
 
 
+def test_every_part_of_a_message_has_to_be_shown():
+    """Also where its text stands elsewhere: among the tools, in another message or call."""
+    called = [USER, CALLS, RESULT, ASSISTANT]
+    twice = CALLS | {"tool_calls": [CALL, CALL]}
+    same = [{"role": "system", "content": "u"}, *TURNS, USER, ASSISTANT]
+    for template, messages, tools, missing in (
+        ("lfm2_training", called, [TOOL], r"'tool_calls' \(of 'f'\)"),
+        ("gptoss", [USER, twice, RESULT, ASSISTANT], [TOOL], r"'tool_calls' \(of 'f'\)"),
+        ("llama3_1", [USER, CALLS | ASSISTANT, *called[2:]], [TOOL], r"message 1 \(assistant\)"),
+        (TOOLS_LAST, same, None, r"message 0 \(system\)"),
+    ):
+        tokenizer = with_template("llama3" if template == TOOLS_LAST else template)
+        if template == TOOLS_LAST:
+            tokenizer.chat_template = template.replace("loop.last", "false")
+        with pytest.raises(ValueError, match=rf"^d\.jsonl:3: .* does not show {missing}"):
+            ChatEncoder(tokenizer).encode(parsed(messages=messages, tools=tools))
+    tokenizer = with_template("qwen2_5_training")
+    marks = "{%- generation %}{{ message.content }}{% endgeneration %}"
+    last = f"{{%- if loop.last %}}{marks}{{% else %}}{{{{ message.content }}}}{{% endif %}}"
+    tokenizer.chat_template = f"{{% for message in messages %}}{last}{{% endfor %}}"
+    with pytest.raises(ValueError, match=r"does not mark message 1 \(assistant\)"):
+        ChatEncoder(tokenizer).encode(parsed(messages=TURNS))
+
+
+def test_conversations_that_the_assistant_begins():
+    for template, end in (
+        ("llama3", "<|eot_id|>"),
+        ("qwen2_5", "<|im_end|>"),
+        ("qwen3", "<|im_end|>"),
+        ("glm4moe", ""),
+        (MISTRAL.replace("raise_exception('roles must alternate')", "''"), "</s>"),
+    ):
+        tokenizer = with_template("qwen3" if template.startswith("{{") else template)
+        if template.startswith("{{"):
+            tokenizer.chat_template = template
+        encoded = ChatEncoder(tokenizer).encode(parsed(messages=[ASSISTANT, *TURNS]))
+        thought = "\n<think></think>\n" if template == "glm4moe" else ""
+        think = "<think>\n\n</think>\n\n" if template == "qwen3" else thought
+        found = [answer.lstrip(" ") for answer in answers_of(encoded, tokenizer)]
+        assert found == [f"{thought}{text}{end}" for text in ("a", "It is one.")] + [
+            f"{think}It is two.{end}"
+        ]
+
+
+@pytest.mark.parametrize("template", ["llama3_2", "gptoss", "gptoss_training"])
+def test_no_template_depends_on_the_day(template, monkeypatch):
+    """The same data make the same windows when a run goes on another day."""
+    from transformers.utils import chat_template_utils
+
+    tokenizer = with_template(template)
+    days = [datetime(2031, 5, day) for day in (4, 5)]
+    made, plain = [], []
+    for day in days:
+        clock = type("Clock", (), {"now": staticmethod(lambda day=day: day)})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        made.append(ChatEncoder(tokenizer).encode(parsed(messages=TURNS)))
+        plain.append(tokenizer.apply_chat_template(TURNS, tokenize=False))
+    assert plain[0] != plain[1]
+    assert made[0] == made[1]
+    shown = {"llama3_2": "%d %b %Y"}.get(template, "%Y-%m-%d")
+    assert tokenizer.decode(made[0].ids) == plain[0].replace(
+        f"{days[0]:{shown}}", f"{datetime(2024, 7, 26):{shown}}"
+    )
+
+
+def test_calls_by_templates_with_marks_that_join_texts():
+    tokenizer = with_template("qwen2_5")
+    call = "{{ c.function.name + ' ' + c.function.arguments }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        f"{call}{{% endfor %}}{{{{ eos_token }}}}{{% endgeneration %}}{{% endfor %}}"
+    )
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=[USER, CALLS, RESULT, ASSISTANT]))
+    assert answers_of(encoded, tokenizer) == ['u</s>f {"a": 1}</s>7</s>a</s>']
+
+
 def test_templates_without_headers_of_answers():
     tokenizer = with_template("qwen2_5")
     tokenizer.chat_template = TOOLS_LAST
@@ -441,6 +527,18 @@ def test_templates_without_headers_of_answers():
     encoded = encoder.encode(parsed(messages=TURNS, tools=[TOOL]))
     found = [answer.strip() for answer in answers_of(encoded, tokenizer)]
     assert found == ["It is one.</s>", "It is two.</s>"]
+    calls = [USER, CALLS, RESULT, ASSISTANT, *TURNS]
+    tokenizer.chat_template = TOOLS_LAST.replace(
+        "m['content'] | trim +", "((m.tool_calls | tojson) if m.tool_calls else m.content) +"
+    ).replace(
+        "{%- elif m['role'] == 'a",
+        "{%- elif m.role == 'tool' %}[{{ m.content }}]{% elif m['role'] == 'a",
+    )
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=calls, tools=[TOOL]))
+    found = [answer.strip() for answer in answers_of(encoded, tokenizer)]
+    assert json.loads(found[0].removesuffix("</s>")) == [CALL]
+    assert found[1:] == ["a</s>", "It is one.</s>", "It is two.</s>"]
+    tokenizer.chat_template = TOOLS_LAST
     system = {"role": "system", "content": "Be brief."}
     message = r"^d\.jsonl:3: the chat template does not show message 0 \(system\)"
     with pytest.raises(ValueError, match=message):
@@ -519,7 +617,9 @@ def test_what_a_template_refuses_names_the_row():
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="expected a tokenizer with a chat template"):
         ChatEncoder(tokenizer).encode(twice)
-    tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages | length }}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}"
+    )
     with pytest.raises(ValueError, match="the answer of message 1 is not found"):
         ChatEncoder(tokenizer).encode(Conversation((USER, ASSISTANT), "d:1", "n"))
 

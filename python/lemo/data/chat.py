@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,16 @@ _NO_THOUGHT = (
 
 # A text that no message begins with.
 _UNSEEN = "\U000f1e0f"
+
+# Templates that ask for today's date get this one: the same data make the same ids on every day.
+# It is the one that Llama's write where they cannot ask. In front of a template, because
+# Transformers takes no functions as variables.
+_DAY = datetime(2024, 7, 26)
+_ON_THAT_DAY = (
+    "{%- macro strftime_now(format) -%}{{- format"
+    + "".join(f"|replace('%{code}', '{_DAY:%{code}}')" for code in "aAbBdHIjmMpSyY")
+    + " -}}{%- endmacro -%}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +116,7 @@ class ChatEncoder:
                 f"{example.place}: expected a tokenizer with a chat template for messages, got one "
                 "without; give 'prompt' and 'completion' as texts, or a tokenizer with a template"
             )
-        text = self._render(example, example.messages)
+        example, text = self._rendered(example)
         self._check_shown(example, text)
         spans: list[Span] = []
         if self._marks and not self._everything and not example.context:
@@ -114,36 +125,43 @@ class ChatEncoder:
             spans = list(self._answers(example, text))
         return self._label(text, spans, example, special=False)
 
+    def _rendered(self, example: Conversation) -> tuple[Conversation, str]:
+        """The example as the template reads it, and the text that it makes of it."""
+        try:
+            return example, self._render(example, example.messages)
+        except ValueError:
+            # Most templates expect the arguments of calls as objects, some as JSON texts.
+            if not any("tool_calls" in message for message in example.messages):
+                raise
+            texts = tuple(_with_texts_of_arguments(message) for message in example.messages)
+            example = replace(example, messages=texts)
+            return example, self._render(example, example.messages)
+
     def _render(
         self, example: Conversation, messages: Sequence[dict[str, Any]], header: bool = False
     ) -> str:
         """The text that the template makes of messages; with the header of an answer to come."""
-        return self._template(example, messages, tokenize=False, add_generation_prompt=header)
-
-    def _template(
-        self, example: Conversation, messages: Sequence[dict[str, Any]], **settings: Any
-    ) -> Any:
+        settings = {"tokenize": False, "add_generation_prompt": header}
         try:
-            return self._apply(messages, example.extra | settings)
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages),
+                **example.extra | settings,
+                chat_template=self._template(example),
+            )
         except Exception as error:
             # Templates are programs of others and raise whatever they like.
             reason = " ".join(str(error).split())
             raise ValueError(
                 f"{example.place}: the chat template refuses the messages: {reason}"
             ) from error
+        return text
 
-    def _apply(self, messages: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> Any:
-        try:
-            return self._tokenizer.apply_chat_template(list(messages), **settings)
-        except Exception:
-            # Most templates expect the arguments of calls as objects, some as JSON texts.
-            if not any("tool_calls" in message for message in messages):
-                raise
-            texts = [_with_texts_of_arguments(message) for message in messages]
-            return self._tokenizer.apply_chat_template(texts, **settings)
+    def _template(self, example: Conversation) -> str:
+        template: str = self._tokenizer.get_chat_template(None, example.extra.get("tools"))
+        return _ON_THAT_DAY + template if "strftime_now" in template else template
 
     def _check_shown(self, example: Conversation, text: str) -> None:
-        """ValueError where the template leaves out tools, documents, a call or a message."""
+        """ValueError where the template leaves out tools, documents, a message or part of one."""
         for name in ("tools", "documents"):
             if not example.extra.get(name):
                 continue
@@ -151,20 +169,15 @@ class ChatEncoder:
             if self._render(replace(example, extra=rest), example.messages) == text:
                 raise self._not_shown(example, f"'{name}'")
         for number, message in enumerate(example.messages):
-            self._check_calls(example, message, text)
             thought = _thought(message)
             if thought and thought not in text:
                 self._warn(_NO_THOUGHT, number, example.place)
-            asked = message["role"] != "assistant" and message["content"].strip()
-            # Contents may be shown otherwise: what counts is whether others make another text.
-            if asked and asked not in text and self._limit(example, text, number) == len(text):
-                raise self._not_shown(example, f"message {number} ({message['role']})")
-
-    def _check_calls(self, example: Conversation, message: dict[str, Any], text: str) -> None:
-        for call in message.get("tool_calls", ()):
-            if call["function"]["name"] not in text:
-                name = call["function"]["name"]
-                raise self._not_shown(example, f"'tool_calls' (of '{name}')")
+        # Contents may be shown otherwise, and names elsewhere: what counts is whether others are.
+        messages, said = _stand_ins(example.messages)
+        other = self._render(example, messages)
+        for what, stand_in in said:
+            if stand_in not in other:
+                raise self._not_shown(example, what)
 
     @staticmethod
     def _not_shown(example: Conversation, what: str) -> ValueError:
@@ -194,6 +207,8 @@ class ChatEncoder:
 
     def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
         """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
+        if number == 0:
+            return self._start_of_first(example, text)
         before = self._render(example, example.messages[:number], header=True)
         if text.startswith(before):
             return len(before)
@@ -205,11 +220,9 @@ class ChatEncoder:
         if text.startswith(plain):
             common = _common(text[len(plain) :], header)
             return len(plain) + self._whole(header[:common])
-        if not header and not _thought(example.messages[number]):
+        if not header:
             # The template has no header for an answer to come.
-            start = self._limit(example, text, number)
-            if start < len(text):
-                return start
+            return self._behind(example, text, number)
         place, count = which
         while header := header[: self._whole(header)]:
             if text.count(header) == count:
@@ -219,6 +232,17 @@ class ChatEncoder:
                 return at + len(header)
             header = header[:-1]
         raise self._not_found(example, number)
+
+    def _start_of_first(self, example: Conversation, text: str) -> int:
+        """Where an answer begins that no message comes before, of which templates make no text."""
+        limit = self._limit(example, text, 0)
+        _, _, header = self._render(example, example.messages, header=True).partition(text)
+        found = text.find(header, 0, limit) if header else -1
+        if found >= 0:
+            return found + len(header)
+        if limit == len(text) or _thought(example.messages[0]):
+            raise self._not_found(example, 0)
+        return limit
 
     def _whole(self, header: str) -> int:
         """Length of a part of a header up to where a special token or white space ends."""
@@ -242,6 +266,16 @@ class ChatEncoder:
         end = found + len(content)
         return end + self._special_length(text[end:limit])
 
+    def _behind(self, example: Conversation, text: str, number: int) -> int:
+        """Where message `number` begins: behind what follows the content of the one before it."""
+        messages = list(example.messages)
+        messages[number - 1] = messages[number - 1] | {"content": _UNSEEN}
+        _, shown, closing = self._render(example, messages[:number]).rpartition(_UNSEEN)
+        _, _, rest = self._render(example, messages).rpartition(_UNSEEN)
+        if not (shown and rest.startswith(closing) and text.endswith(rest)):
+            raise self._not_found(example, number)
+        return len(text) - len(rest) + len(closing)
+
     def _limit(self, example: Conversation, text: str, number: int) -> int:
         """A place in the header of message `number`, or where its content begins.
 
@@ -261,7 +295,9 @@ class ChatEncoder:
         self._said.add(message)
 
     def _check_answer(self, example: Conversation, number: int, answer: str) -> None:
-        self._check_calls(example, example.messages[number], answer)
+        for call in example.messages[number].get("tool_calls", ()):
+            if call["function"]["name"] not in answer:
+                raise self._not_found(example, number)
         for token in (*self._special, "<think>", "</think>"):
             answer = answer.replace(token, "")
         if not answer.strip():
@@ -292,21 +328,33 @@ class ChatEncoder:
         )
 
     def _marked(self, example: Conversation) -> list[Span]:
-        """What the template marks as generated.
+        """What the template marks as generated."""
+        _, spans = self._with_marks(example, example.messages)
+        if not spans:
+            raise ValueError(f"{example.place}: the chat template marks no token as generated")
+        messages, said = _stand_ins(example.messages, answers_only=True)
+        other, marked = self._with_marks(example, messages)
+        for what, stand_in in said:
+            place = other.index(stand_in)
+            if not any(start <= place < end for start, end in marked):
+                raise ValueError(f"{example.place}: the chat template does not mark {what}")
+        return spans
+
+    def _with_marks(
+        self, example: Conversation, messages: Sequence[dict[str, Any]]
+    ) -> tuple[str, list[Span]]:
+        """The text that the template makes of messages, and what it marks in it.
 
         Transformers' own mask of tokens is not used: some versions lose marks that begin or end
         with white space which the tokenizer's offsets leave out.
         """
-        tokenizer, extra = self._tokenizer, example.extra
-        _, places = render_jinja_template(
-            [list(example.messages)],
-            chat_template=tokenizer.get_chat_template(None, extra.get("tools")),
+        texts, places = render_jinja_template(
+            [list(messages)],
+            chat_template=self._template(example),
             return_assistant_tokens_mask=True,
-            **{**tokenizer.special_tokens_map, **extra},
+            **{**self._tokenizer.special_tokens_map, **example.extra},
         )
-        if not places[0]:
-            raise ValueError(f"{example.place}: the chat template marks no token as generated")
-        return [(start, end) for start, end in places[0]]
+        return texts[0], [(start, end) for start, end in places[0]]
 
     def _label(
         self, text: str, spans: list[Span], example: Conversation | Prompted, special: bool
@@ -352,6 +400,35 @@ def _thought(message: Mapping[str, Any]) -> str:
         return str(before.rpartition("<think>")[2].strip())
     given = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
     return next((thought.strip() for thought in given if isinstance(thought, str)), "")
+
+
+def _stand_ins(
+    messages: Sequence[dict[str, Any]], answers_only: bool = False
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Messages with a text of its own for each content and call, and what each stands for."""
+    said: list[tuple[str, str]] = []
+
+    def stand_in(what: str) -> str:
+        said.append((what, f"{_UNSEEN}{len(said)}{_UNSEEN}"))
+        return said[-1][1]
+
+    made = []
+    for number, message in enumerate(messages):
+        other = dict(message)
+        if not answers_only or message["role"] == "assistant":
+            if message["content"].strip():
+                other["content"] = stand_in(f"message {number} ({message['role']})")
+            if "tool_calls" in message:
+                other["tool_calls"] = [
+                    call | {"function": call["function"] | {"name": stand_in(_of_call(call))}}
+                    for call in message["tool_calls"]
+                ]
+        made.append(other)
+    return made, said
+
+
+def _of_call(call: Mapping[str, Any]) -> str:
+    return f"'tool_calls' (of '{call['function']['name']}')"
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:

@@ -108,10 +108,21 @@ def _conversation(
 ) -> Conversation:
     record = row.record
     left_out = set(context)
-    system = record.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
+    system = record.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(
+            f"{row.place}: expected 'system' to be a text, got {type(system).__name__}"
+        )
+    _check_text(row, "system", system)
+    first = messages[0]
+    if system and first["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
         left_out = {number + 1 for number in left_out}
+    elif system and first["content"].strip() != system.strip():
+        raise ValueError(
+            f"{row.place}: expected one system message, got 'system' and another one at the "
+            "beginning of the messages"
+        )
     answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
@@ -135,6 +146,10 @@ def _conversation(
             "'weight' of 0"
         )
     extra = {name: _parsed(record[name]) for name in ("tools", "documents") if record.get(name)}
+    functions = _parsed(record.get("functions"))
+    if functions and "tools" not in extra:
+        # OpenAI's older form.
+        extra["tools"] = [{"type": "function", "function": each} for each in functions]
     settings = _parsed(record.get("chat_template_kwargs") or {})
     if not isinstance(settings, Mapping):
         raise ValueError(
