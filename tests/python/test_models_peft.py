@@ -1,6 +1,7 @@
 """Every kind of PEFT's adapters, in both paths: right, or refused by name."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
@@ -155,8 +156,17 @@ def test_adapters_that_are_changed_later(what, path):
 @pytest.mark.parametrize("path", ["native", "generic"])
 def test_adapters_that_look_for_words_are_refused(path):
     model = adapted(lora_of(alora_invocation_tokens=[7]))
-    with pytest.raises(ValueError, match="alora_invocation_tokens: expected None"):
+    refused = partial(pytest.raises, ValueError, match="alora_invocation_tokens: expected None")
+    with refused():
         lemo.enable(model, LemoConfig(keep=0.5, path=path))
+    # Nor may they come later.
+    model = adapted(lora_of())
+    lemo.enable(model, LemoConfig(keep=0.5, block_size=BLOCK, path=path))
+    train(model, batch_of())
+    model.add_adapter("words", lora_of(alora_invocation_tokens=[7]))
+    model.set_adapter("words")
+    with refused():
+        train(model, batch_of())
 
 
 def test_wrappers_that_hold_the_forward_come_after_lemo():

@@ -130,7 +130,10 @@ def test_ways_that_are_refused_are_not_proposed():
 
     assert sizes(request(quantize="int8")) == {(1, 1), (2, 1), (4, 1)}
     assert sizes(request(elimination={"host_memory": 8.0})) == {(1, 1), (1, 4)}
-    groups = {"layerwise": {"group_size": 4096}}
-    assert sizes(request(elimination=groups)) == {(1, 1), (1, 4)}
+    for layerwise in ({"group_size": 4096}, {"keep_mlp": 0.25}, {"dense_layers": [0]}):
+        asked = request(elimination={"layerwise": layerwise})
+        assert sizes(asked) == {(1, 1), (1, 4)}, layerwise
+    assert sizes(request(elimination={"head_groups": 2})) == {(1, 1), (1, 4)}
+    assert (4, 1) in sizes(request(elimination={"head_groups": 1}))
     fp8 = request(elimination={"products": "fp8"})
     assert all(shards == 1 for _, shards in sizes(fp8))

@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo.models.sharded import is_sharded, own_class
 
 __all__ = [
+    "check_adapters",
     "check_around",
     "check_parts",
     "has_own_forward",
@@ -83,8 +84,8 @@ def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
         causal_lm: the model inside.
 
     Raises:
-        ValueError: a wrapper has taken the causal LM's forward before lemo; or an adapter looks for
-            words in the batch (PEFT's aLoRA), which kept rows have not all.
+        ValueError: a wrapper has taken the causal LM's forward before lemo; or see
+            `check_adapters`.
     """
     for module in model.modules():
         held = getattr(vars(module).get("forward"), "__self__", None)
@@ -94,14 +95,28 @@ def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
                 "had when it was wrapped, so lemo would never run; call lemo.enable on the model "
                 "first, and wrap it then"
             )
-        configs = vars(module).get("peft_config")
-        for config in configs.values() if isinstance(configs, dict) else ():
-            if getattr(config, "alora_invocation_tokens", None):
-                raise ValueError(
-                    "alora_invocation_tokens: expected None, since aLoRA begins where these tokens "
-                    "stand in the batch, of which lemo leaves rows out, got "
-                    f"{config.alora_invocation_tokens}"
-                )
+        check_adapters(module)
+
+
+def check_adapters(module: nn.Module) -> None:
+    """Refuses PEFT's adapters that look for words in the batch, which kept rows have not all.
+
+    Asked for the causal LM in every pass, since adapters may come after `lemo.enable`.
+
+    Args:
+        module: what PEFT has put adapters into, or its wrapper.
+
+    Raises:
+        ValueError: one of them is such (aLoRA), active or not.
+    """
+    configs = vars(module).get("peft_config")
+    for config in configs.values() if isinstance(configs, dict) else ():
+        if getattr(config, "alora_invocation_tokens", None):
+            raise ValueError(
+                "alora_invocation_tokens: expected None, since aLoRA begins where these tokens "
+                "stand in the batch, of which lemo leaves rows out, got "
+                f"{config.alora_invocation_tokens}"
+            )
 
 
 def is_intercepted(module: nn.Module) -> bool:

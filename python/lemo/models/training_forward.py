@@ -19,6 +19,7 @@ from lemo.models.batch import Batch
 from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
 from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
+from lemo.models.interception import check_adapters
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
 from lemo.models.offload import Offload
@@ -308,6 +309,7 @@ class TrainingForward(Training[Elimination]):
         """The batch of a call, and what embeds its rows."""
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
+        check_adapters(self._architecture.causal_lm)
         self.elimination = self._chosen(arguments)
         batch = self._architecture.batch_of(arguments, self.elimination.block_size)
         scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)

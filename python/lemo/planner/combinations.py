@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from lemo.planner.plan import Plan, bytes_text
 from lemo.planner.request import Request
+from lemo.planner.rows import has_one_set
 
 __all__ = ["Combination", "combination_lines", "combinations"]
 
@@ -64,8 +65,10 @@ def combinations(
 def _ways(request: Request, gpus: int) -> Iterator[tuple[int, int]]:
     """(GPUs of a group, GPUs over which weights are cut)."""
     elimination = request.elimination
-    # What context parallelism and sharding refuse.
-    shares = not (elimination.layerwise.group_size or elimination.host_memory)
+    # What context parallelism (lemo.models.sharing) and sharding refuse.
+    shares = has_one_set(elimination, request.shape.layers)
+    refused = elimination.layerwise.group_size or elimination.host_memory
+    shares = shares and not refused and (elimination.head_groups or 1) == 1
     cuts = request.quantize in _CUT and elimination.products == "dtype"
     for size in range(1, gpus + 1):
         if gpus % size or (size > 1 and not shares):

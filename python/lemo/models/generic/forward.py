@@ -21,6 +21,7 @@ from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
 from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
+from lemo.models.interception import check_adapters
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.offload import Offload
@@ -365,6 +366,7 @@ class GenericForward(Training[Choice]):
         parts = self._parts
         check_unflattened(parts.causal_lm)
         check_around(parts.causal_lm, parts.base, parts.decoder)
+        check_adapters(parts.causal_lm)
         replace(arguments, unknown={}).check(self._parts.config)
         if arguments.wants_hidden_states(self._parts.config):
             raise ValueError(
