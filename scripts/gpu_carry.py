@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKED, UNPACKED = REPOSITORY / "build/packed", REPOSITORY / "build/unpacked"
 SESSION_WHEELS = REPOSITORY / "build/carry/wheels"
-MANIFEST, WHOLE, MIB = "bundles.json", ".whole", 2**20
+MANIFEST, WHOLE, SHORTENED, MIB = "bundles.json", ".whole", "shortened", 2**20
 
 GLIBC = ("1", "2014", "_2_17", "_2_24", "_2_27", "_2_28", "_2_31", "_2_34", "_2_35", "_2_39")
 NOT_READ = (r"\.(pyx|pxd|pxi|pyi|lib|a)$", r"\.data/(scripts|headers|data)/")
@@ -151,11 +151,11 @@ def pack_wheels(bundle: Wheels, wheels: Path, target: Path) -> None:
 
 
 def shorten_documents(source: Path, target: BinaryIO, characters: int) -> None:
-    """Copies documents ({id, kind, text} a line) with so many first characters of each."""
+    """Copies documents ({id, kind, text} a line) with so many first characters of each; 0: all."""
     with lzma.open(source, "rt") as lines, lzma.open(target, "wt", preset=6) as out:
         for line in lines:
             document = json.loads(line)
-            document["text"] = document["text"][:characters]
+            document["text"] = document["text"][: characters or None]
             out.write(json.dumps(document, ensure_ascii=False) + "\n")
 
 
@@ -165,6 +165,8 @@ def pack_documents(data: Path, target: Path, characters: int) -> None:
             content = io.BytesIO()
             shorten_documents(data / name, content, characters)
             add(archive, name, content.getvalue())
+        if characters:
+            add(archive, SHORTENED, b"")
 
 
 def pack_folder(source: Path, target: Path, name: str) -> None:

@@ -55,7 +55,7 @@ DONE = REPOSITORY / "build/measured"
 LAST_LINES, LINES_OF_FAILED, WIDTH = 3, 15, 200
 # A part is ended that takes so many times its seconds.
 SLOWER = 2
-INPUTS = ("model", "small", "data")
+INPUTS = ("model", "small", "data", "documents")
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,11 @@ def places(options: argparse.Namespace) -> dict[str, str]:
 
 def missing(part: Part, where: Mapping[str, str]) -> list[str]:
     """What a part needs that is not here."""
-    paths = {"model": ["model"], "small": ["small"], "data": ["train", "eval"]}
-    absent = [
-        name
-        for name in part.needs
-        if name in INPUTS and not all(Path(where[path]).exists() for path in paths[name])
-    ]
+    train = Path(where["train"])
+    here = {name: Path(where[name]).exists() for name in ("model", "small")}
+    here["data"] = train.exists() and Path(where["eval"]).exists()
+    here["documents"] = here["data"] and not train.with_name(gpu_carry.SHORTENED).exists()
+    absent = [name for name in part.needs if not here.get(name, True)]
     return absent + [name for name in part.bundles if not gpu_carry.is_here(name)]
 
 
@@ -316,7 +315,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     packing.add_argument("--for", dest="python", default="3.12", help="the other machine's Python")
     packing.add_argument("--limit", type=float, default=55, help="MiB of a folder")
     packing.add_argument("--first", type=float, default=40, help="MiB of the first folder")
-    packing.add_argument("--characters", type=int, default=205_000, help="of a document, at most")
+    packing.add_argument(
+        "--characters", type=int, default=205_000, help="of a document, at most; 0: all"
+    )
     packing.add_argument(
         "--without", nargs="+", choices=gpu_carry.WHEELS, default=[], help="wheels left out"
     )

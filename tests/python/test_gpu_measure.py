@@ -50,12 +50,13 @@ def test_scripts_of_parts_have_the_options_that_they_are_given(name):
 def test_what_parts_need_can_be_packed():
     for part in PARTS.values():
         assert set(part.bundles) <= gpu_carry.WHEELS.keys()
-        inputs = {"{model}": "model", "{small}": "small", "{train}": "data", "{eval}": "data"}
+        inputs = {"{model}": {"model"}, "{small}": {"small"}}
+        inputs |= dict.fromkeys(("{train}", "{eval}"), {"data", "documents"})
         text = " ".join(part.run)
         for beginning, whole in TEXTS.items():
             text = text.replace(f"{{{beginning}}}", whole)
         for place, needed in inputs.items():
-            assert place not in text or needed in part.needs, part.name
+            assert place not in text or needed & set(part.needs), part.name
     assert set(gpu_carry.WHEELS) | {"session", "data", "small", "model"} == set(gpu_carry.ORDER)
 
 
@@ -176,6 +177,18 @@ def test_what_is_not_here_is_told(running, capsys, monkeypatch, tmp_path):
     assert "needy (needs fa4), pair (needs 2 GPUs)" in capsys.readouterr().out
 
 
+def test_shortened_documents_are_not_enough_for_every_part(tmp_path):
+    for name in ("train", "eval"):
+        (tmp_path / f"{name}.jsonl.xz").touch()
+    where = WHERE | {name: str(tmp_path / f"{name}.jsonl.xz") for name in ("train", "eval")}
+    needy = Part("needy", "", 1, 1, (), ("data", "documents"))
+    assert gpu_measure.missing(needy, where) == []
+    (tmp_path / gpu_carry.SHORTENED).touch()
+    assert gpu_measure.missing(needy, where) == ["documents"]
+    (tmp_path / "eval.jsonl.xz").unlink()
+    assert gpu_measure.missing(needy, where) == ["data", "documents"]
+
+
 # Packing
 
 
@@ -291,3 +304,4 @@ def test_what_is_packed_is_unpacked(tmp_path, monkeypatch, capsys):
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     text = lzma.decompress((tmp_path / "UNPACKED/data/train.jsonl.xz").read_bytes())
     assert json.loads(text) == {"text": "ab"}
+    assert (tmp_path / "UNPACKED/data" / gpu_carry.SHORTENED).exists()
