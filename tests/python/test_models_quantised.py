@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models import weights
+from lemo.models import one_set, training_forward, weights
 from lemo.models.linear import apply_linear
 from lemo.packing import chunks
 from model_checks import assert_same_gradients
@@ -114,6 +114,24 @@ def test_four_bits_train_as_the_weights_that_they_stand_for(architecture, recomp
     loss = trained(model, batch, config)
     assert_close_fp32(loss, trained(copied(model, twin), batch, config))
     assert_same_gradients(model, twin)
+
+
+def test_products_of_four_bits_are_as_long_as_those_of_what_they_stand_for(monkeypatch):
+    model = quantised_lora("nf4")
+    work, is_long = [], one_set.OneSet.is_long
+    # Long where CUDA graphs would not be captured.
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: True)
+    monkeypatch.setattr(one_set.OneSet, "is_long", lambda s: work.append(s._work()) or is_long(s))
+    batch = padded_batch([61, 45])
+    rows = batch["attention_mask"].sum().item()
+    trained(model, batch, lemo.LemoConfig(keep=1.0))
+    sizes = [
+        module.in_features * module.out_features
+        for module in decoder_layers(model)[0].modules()
+        if type(module) is bitsandbytes.nn.Linear4bit
+    ]
+    assert len(sizes) == 7
+    assert work == [rows * sum(sizes)]
 
 
 def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):

@@ -235,8 +235,10 @@ class OneSet:
     def _work(self) -> int:
         """Multiplications of the forward products of a layer."""
         weights = [adapted(module) for module in _linears(self.architecture, 0)]
-        bases = [layer.base for layer in weights if not isinstance(layer, str)]
-        size = sum(x.numel() for base in bases for x in base._parameters.values() if x is not None)
+        bases: list[Any] = [layer.base for layer in weights if not isinstance(layer, str)]
+        # Not the weights' elements: two numbers of 4 bits are one.
+        known = [base for base in bases if hasattr(base, "in_features")]
+        size = sum(base.in_features * base.out_features for base in known)
         assert self.now.kept is not None
         return size * self.now.kept.num_rows
 
