@@ -126,7 +126,8 @@ class _Linear(torch.autograd.Function):
             y = linear(cast, matrix(), bias_cast) if found is None else found
         else:
             y = result.clone(memory_format=torch.contiguous_format)
-        lows, masks, saved = [], [], []
+        lows, masks = [], []
+        saved: list[Tensor | None] = []
         for product, (a, b, b_bias), (_, wants_b, _) in zip(products, _triples(tensors), wanted):
             # Cast once for both passes.
             a, b = a.to(product.dtype), b.to(product.dtype)
