@@ -121,8 +121,10 @@ def commands(
             text = text.replace(f"{{{name}}}", beginning)
         # Places are filled in after the words are told apart: they may have spaces.
         command = [word.format_map(values) for word in shlex.split(text)]
-        if part.rows:
-            command += ["--output", f"{where['out']}/{part.rows}", "--commit", commit]
+        if part.rows and "lemo" not in command:
+            if "--output" not in command:
+                command += ["--output", f"{where['out']}/{part.rows}"]
+            command += ["--commit", commit]
         made.append(command)
     return made
 
