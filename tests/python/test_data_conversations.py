@@ -142,6 +142,18 @@ def test_answers_that_are_not_trained_on():
             {"conversations": [USER, {"from": "function_call", "value": "f(1)"}, ASSISTANT]},
             r"conversations\[1\] to call functions by 'name' and 'arguments', got 'f\(1\)'",
         ),
+        *(
+            (
+                {"messages": [USER, ASSISTANT], name: value},
+                f"expected '{name}' to be a list of objects, got ",
+            )
+            for name, value in (
+                ("tools", "calculator"),
+                ("tools", {"name": "f"}),
+                ("functions", "[1]"),
+                ("documents", ["d"]),
+            )
+        ),
         ({"messages": [USER, ASSISTANT], "system": ["s"]}, "expected 'system' to be a text, got l"),
         ({"messages": [USER, ASSISTANT], "system": "\ud800"}, "system holds half of a surrogate"),
         (
@@ -181,6 +193,15 @@ def test_every_kind_of_file(tmp_path, name):
     examples = [parse_example(row) for row in read_rows(path)]
     assert [len(example.messages) for example in examples] == [2, 4]
     assert name.split(".")[0] in examples[1].place
+
+
+def test_names_of_tables_are_no_patterns(tmp_path):
+    for number, name in enumerate(("d[1].parquet", "d1.parquet", "d*.parquet", "d?.parquet")):
+        rows = [{"text": f"{number}"}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "made")
+        (tmp_path / "made").rename(tmp_path / name)
+    for number, name in enumerate(("d[1].parquet", "d1.parquet", "d*.parquet", "d?.parquet")):
+        assert [row.record for row in read_rows(tmp_path / name)] == [{"text": f"{number}"}]
 
 
 def test_json_files(tmp_path):

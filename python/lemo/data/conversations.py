@@ -145,11 +145,12 @@ def _conversation(
             f"{row.place}: expected an answer to train on, got none but in the prompt or with a "
             "'weight' of 0"
         )
-    extra = {name: _parsed(record[name]) for name in ("tools", "documents") if record.get(name)}
-    functions = _parsed(record.get("functions"))
-    if functions and "tools" not in extra:
+    names = ("tools", "documents", "functions")
+    extra: dict[str, Any] = {name: _objects(row, name) for name in names if record.get(name)}
+    functions = [{"type": "function", "function": each} for each in extra.pop("functions", ())]
+    if functions:
         # OpenAI's older form.
-        extra["tools"] = [{"type": "function", "function": each} for each in functions]
+        extra.setdefault("tools", functions)
     settings = _parsed(record.get("chat_template_kwargs") or {})
     if not isinstance(settings, Mapping):
         raise ValueError(
@@ -157,6 +158,13 @@ def _conversation(
         )
     extra |= settings
     return Conversation(tuple(made), row.place, row.name, extra, frozenset(left_out))
+
+
+def _objects(row: Row, name: str) -> list[Any]:
+    value = _parsed(row.record[name])
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        raise ValueError(f"{row.place}: expected '{name}' to be a list of objects, got {value!r}")
+    return value
 
 
 def _parsed(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import lzma
@@ -205,9 +206,10 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     damaged = f"{path}: cannot be read as parquet"
     with naming(damaged):
-        # A stream: no copy of the file is left in the library's cache.
+        # A stream: no copy of the file is left in the library's cache. It takes names as patterns.
+        name = glob.escape(str(path))
         rows = iter(
-            datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+            datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
         )
     yield from _rows(rows, path, damaged)
 
