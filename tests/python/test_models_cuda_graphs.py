@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
 from graph_stand_in import WaitsError, take_the_place_of_graphs
-from lemo.models import cuda_graphs, one_set, training_forward
+from lemo.models import cuda_graphs, modes, one_set, training_forward
 from lemo.models.cuda_graphs import CudaGraphs
 from tiny_models import flat_config, gradients, lora, make_ids, make_model, packed_batch
 from tolerances import assert_close_fp32
@@ -285,6 +285,10 @@ def test_memory_that_runs_out_beside_graphs_is_taken_from_them(captured, monkeyp
     train(model, 3)
     handle.graphs.bytes = 2**30
     original, failed = one_set.OneSet.__call__, []
+    planned, of = [], modes.Modes.of
+    monkeypatch.setattr(
+        modes.Modes, "of", lambda self, *given: planned.append(given[-1]) or of(self, *given)
+    )
 
     def short_of_memory(self, tensors):
         if handle.graphs.bytes:
@@ -304,6 +308,8 @@ def test_memory_that_runs_out_beside_graphs_is_taken_from_them(captured, monkeyp
     replays = handle.graphs.replays
     train(model, 3)
     assert handle.graphs.replays == replays
+    # No memory is set aside for graphs that will not be.
+    assert planned == [True, False, False, False, False]
 
 
 def test_auto_leaves_as_much_memory_as_a_graph_takes(captured, monkeypatch):

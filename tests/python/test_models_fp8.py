@@ -490,15 +490,17 @@ def test_the_generic_path_is_refused():
         lemo.enable(lora(make_model("llama")), config_of(path="generic"))
 
 
-def test_other_quantised_bases_are_refused():
+@pytest.mark.parametrize("products", ["fp8", "fp8_fast"])
+def test_other_quantised_bases_are_refused(products):
     class Linear4bit(nn.Linear):
         pass
 
     Linear4bit.__module__ = "bitsandbytes.nn.modules"
     model = make_model("llama").requires_grad_(False)
     layers_of(model)[1].mlp.up_proj = Linear4bit(32, 48, bias=False)
-    with pytest.raises(ValueError, match=r"got 'fp8' and a bitsandbytes.nn.modules.Linear4bit as"):
-        lemo.enable(model, config_of())
+    got = f"got '{products}' and a bitsandbytes.nn.modules.Linear4bit as"
+    with pytest.raises(ValueError, match=got):
+        lemo.enable(model, config_of(products=products))
     assert not [m for m in model.modules() if "_lemo_fp8" in vars(m)]
 
 
@@ -556,6 +558,8 @@ def test_older_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(NotImplementedError, match=r"8.9 or higher .* got NVIDIA A100 of 8.0"):
         fp8.check_gpu(torch.device("cuda"))
+    with pytest.raises(NotImplementedError, match=r"'fp8_fast' needs a GPU"):
+        fp8.check_gpu(torch.device("cuda"), fast=True)
     fp8.check_gpu(torch.device("cpu"))
 
 

@@ -122,7 +122,7 @@ class CudaGraphs:
         """
         self._calls += 1
         key = key, tuple(map(_form, inputs))
-        if self._failures >= _MOST_FAILURES or key in self._refused:
+        if self.has_given_up or key in self._refused:
             return function(inputs)
         device = parameters[0].device if parameters else None
         watched = _watched(device)
@@ -170,6 +170,11 @@ class CudaGraphs:
         loss: Tensor = _Replayed.apply(call, *leaves, *parameters)
         self._pending = weakref.ref(call) if loss.requires_grad else None
         return loss
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether none is captured any more, until `clear`."""
+        return self._failures >= _MOST_FAILURES
 
     def is_pending(self) -> bool:
         """Whether backward of a replay is still to come."""

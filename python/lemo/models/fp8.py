@@ -32,6 +32,7 @@ __all__ = [
     "fp8_of",
     "left_out",
     "obstacle",
+    "setting_of",
     "share",
     "shared_rows",
 ]
@@ -55,7 +56,12 @@ _shared: list[tuple[Tensor, tuple[Tensor, Tensor]]] = []
 _depth = 0
 
 
-def check_gpu(device: torch.device) -> None:
+def setting_of(fast: bool) -> str:
+    """What `products` was set to."""
+    return "fp8_fast" if fast else "fp8"
+
+
+def check_gpu(device: torch.device, fast: bool = False) -> None:
     """Refuses a GPU without tensor cores for e4m3.
 
     Raises:
@@ -66,8 +72,8 @@ def check_gpu(device: torch.device) -> None:
     capability = torch.cuda.get_device_capability(device)
     if capability < _LEAST_CAPABILITY:
         raise NotImplementedError(
-            "products: 'fp8' needs a GPU of compute capability 8.9 or higher (Ada, Hopper), got "
-            f"{torch.cuda.get_device_name(device)} of {capability[0]}.{capability[1]}"
+            f"products: '{setting_of(fast)}' needs a GPU of compute capability 8.9 or higher (Ada, "
+            f"Hopper), got {torch.cuda.get_device_name(device)} of {capability[0]}.{capability[1]}"
         )
 
 
@@ -187,10 +193,11 @@ class Fp8Linear:
             return weight.qdata, weight.scale.float().view(-1, 1)
         made_of = weight.device, weight.data_ptr(), weight._version
         if self._weight is None or self._made_of != made_of:
-            check_gpu(weight.device)
+            check_gpu(weight.device, self._fast)
             if not bool(weight.detach().isfinite().all()):
                 raise ValueError(
-                    f"products: expected finite weights for 'fp8', got inf or nan in {self.name}"
+                    f"products: expected finite weights for '{setting_of(self._fast)}', got inf or "
+                    f"nan in {self.name}"
                 )
             self._weight = ops.fp8_rows(weight.detach())
             self._made_of = made_of

@@ -158,8 +158,10 @@ class Modes:
         if key not in self._plans:
             held = 0 if self._graphs is None else self._graphs.bytes
             free = free_bytes(residual.device, held)
+            if free is None or _is_trained(self._architecture.lm_head):
+                return None
             adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
-            if free is None or adapters is None or _is_trained(self._architecture.lm_head):
+            if adapters is None:
                 return None
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))

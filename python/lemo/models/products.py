@@ -8,7 +8,7 @@ from torch import nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
-from lemo.models.fp8 import Fp8Linear, check_gpu, left_out
+from lemo.models.fp8 import Fp8Linear, check_gpu, left_out, setting_of
 from lemo.models.sharded import is_sharded
 from lemo.models.weights import is_torchao_float8
 
@@ -45,11 +45,11 @@ class Fp8Products:
         """
         causal_lm = self._architecture.causal_lm
         self.check()
-        check_gpu(next(causal_lm.parameters()).device)
+        check_gpu(next(causal_lm.parameters()).device, self._fast)
         names = self._names()
         for module, _ in self._projections():
             base = _base_of(module)
-            _check_base(base, names[base])
+            _check_base(base, names[base], self._fast)
         architecture = self._architecture
         layers = range(architecture.num_layers)
         attention = [
@@ -75,7 +75,7 @@ class Fp8Products:
             if is_sharded(layer):
                 raise ValueError(
                     "products: expected 'dtype' where weights are sharded (fully_shard), whose "
-                    "copy in 8 bits would not be, got 'fp8'"
+                    f"copy in 8 bits would not be, got '{setting_of(self._fast)}'"
                 )
         self._follow_mlps()
 
@@ -162,7 +162,7 @@ def _base_of(module: nn.Module) -> nn.Module:
     return getattr(module, "base_layer", module) if isinstance(layer, str) else layer.base
 
 
-def _check_base(module: Any, name: str) -> None:
+def _check_base(module: Any, name: str, fast: bool) -> None:
     kind = None
     weight = getattr(module, "weight", None)
     if type(module).__module__.startswith("bitsandbytes."):
@@ -172,5 +172,5 @@ def _check_base(module: Any, name: str) -> None:
     if kind is not None:
         raise ValueError(
             "products: expected 'dtype' over weights that are quantised in another way than "
-            f"float8, got 'fp8' and a {kind.__module__}.{kind.__name__} as {name}"
+            f"float8, got '{setting_of(fast)}' and a {kind.__module__}.{kind.__name__} as {name}"
         )

@@ -174,7 +174,8 @@ class TrainingForward(Training[Elimination]):
         labelled = targets != ignored
         with explained(decoder.describe):
             now, residual = decoder.begin(batch, embed, labelled, self.selector.masks_loss)
-            residual = decoder.enter(now, residual, captures=self.graphs is not None)
+            captures = self.graphs is not None and not self.graphs.has_given_up
+            residual = decoder.enter(now, residual, captures)
         self.selector.check_kept()
         masked = self.selector.masked_rows()
         counted = labelled if masked is None else labelled & ~masked
