@@ -79,9 +79,9 @@ class RecordedStep:
 class RecordedMemory(StepMemory):
     """The bytes of a recorded step: linear layers stored more than they do now.
 
-    Adapters were cast in either pass, and not stored. All tokens had tables of rotations. Where norms
-    are trained, every adapted layer stored a narrow copy of their result. Adapters of another dtype
-    than the layers were PEFT's own, each with a wide copy of its input.
+    Adapters were cast in either pass, and not stored. All tokens had tables of rotations. Where
+    norms are trained, every adapted layer stored a narrow copy of their result. Adapters of another
+    dtype than the layers were PEFT's own, each with a wide copy of its input.
     """
 
     @property
