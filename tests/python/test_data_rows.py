@@ -1,0 +1,131 @@
+"""Rows of every kind of file, as they are and as conversations."""
+
+import gzip
+import json
+
+import datasets
+import pytest
+
+from conversation_cases import ASSISTANT, CALLS, RECORDS, USER
+from lemo.data.conversations import parse_example
+from lemo.data.rows import read_rows
+
+# Files alone.
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "d.parquet", "folder"])
+def test_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    text = "".join(json.dumps(record) + "\n" for record in RECORDS)
+    match name:
+        case "d.jsonl":
+            path.write_text(text)
+        case "d.jsonl.gz":
+            path.write_bytes(gzip.compress(text.encode()))
+        case "d.json":
+            path.write_text(json.dumps(RECORDS))
+        case "d.parquet":
+            datasets.Dataset.from_list(RECORDS).to_parquet(path)
+        case "folder":
+            datasets.Dataset.from_list(RECORDS).save_to_disk(path)
+    examples = [parse_example(row) for row in read_rows(path)]
+    assert [len(example.messages) for example in examples] == [2, 4]
+    assert name.split(".")[0] in examples[1].place
+
+
+def test_names_of_tables_are_no_patterns(tmp_path):
+    for number, name in enumerate(("d[1].parquet", "d1.parquet", "d*.parquet", "d?.parquet")):
+        rows = [{"text": f"{number}"}]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / "made")
+        (tmp_path / "made").rename(tmp_path / name)
+    for number, name in enumerate(("d[1].parquet", "d1.parquet", "d*.parquet", "d?.parquet")):
+        assert [row.record for row in read_rows(tmp_path / name)] == [{"text": f"{number}"}]
+
+
+def test_json_files(tmp_path):
+    path = tmp_path / "d.json"
+    parts = {"role": "user", "content": [{"type": "text", "text": "u"}]}
+    records = [
+        {"messages": [USER, ASSISTANT], "id": 1},
+        {"messages": [parts, ASSISTANT], "id": "x"},
+        {"messages": [USER, CALLS, ASSISTANT], "tools": None},
+    ]
+    for text in (
+        json.dumps(records, indent=1),
+        json.dumps({"version": 1, "data": records}),
+        "\n".join(map(json.dumps, records)),
+        "\ufeff" + json.dumps(records),
+    ):
+        path.write_text(text)
+        made = [parse_example(row) for row in read_rows(path)]
+        assert [example.messages for example in made[:2]] == [(USER, ASSISTANT)] * 2
+        assert made[2].messages[1] == CALLS
+    path.write_text(json.dumps(records[0] | {"turns": [{"n": 1}]}))
+    [row] = read_rows(path)
+    assert parse_example(row).messages == (USER, ASSISTANT)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match=r"d\.json: row 0: expected a JSON object, got int"):
+        list(read_rows(path))
+    for name in ("d.json", "d.jsonl"):
+        (tmp_path / name).write_text('{"text": "a", "text": "b"}')
+        with pytest.raises(ValueError, match=rf"{name}.*an object has the key 'text' twice"):
+            list(read_rows(tmp_path / name))
+
+
+def test_tables_have_no_keys_of_other_rows(tmp_path):
+    other = {"type": "function", "function": {"name": "g", "arguments": {"b": "x"}}}
+    records = [
+        {"messages": [USER, CALLS, ASSISTANT]},
+        {"messages": [USER, CALLS | {"tool_calls": [other]}, ASSISTANT]},
+    ]
+    made = datasets.Dataset.from_list(records)
+    made.to_parquet(tmp_path / "d.parquet")
+    made.save_to_disk(tmp_path / "folder")
+    for name in ("d.parquet", "folder"):
+        rows = [row.record for row in read_rows(tmp_path / name)]
+        assert rows == records
+
+
+@pytest.mark.parametrize(
+    ("text", "records"),
+    [
+        ('\ufeffprompt,completion\n"a\nb, ""q""",c\n\n', [('a\nb, "q"', "c")]),
+        ("prompt,completion\n007,2.50\nWhat?,None\nx,NA\n", None),
+        ("prompt,completion\na,b,c\n", "d.csv:2: expected 2 cells, .* got 3"),
+        ("prompt,completion\na\n", "d.csv:2: expected 2 cells, .* got 1"),
+        ("prompt,prompt\na,b\n", "expected columns that differ, got 'prompt' twice"),
+        ('prompt,completion\na,"b\n', "cannot be read as csv: unexpected end of data"),
+        (b"prompt,completion\ncaf\xe9,b\n", "cannot be read as csv: not UTF-8"),
+    ],
+)
+def test_cells_of_csv_are_texts(tmp_path, text, records):
+    path = tmp_path / "d.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    if isinstance(records, str):
+        with pytest.raises(ValueError, match=records):
+            list(read_rows(path))
+        return
+    expected = records or [("007", "2.50"), ("What?", "None"), ("x", "NA")]
+    made = [parse_example(row) for row in read_rows(path)]
+    assert [(example.prompt, example.completion) for example in made] == expected
+
+
+def test_a_text_file_without_its_byte_order_mark(tmp_path):
+    (tmp_path / "d.txt").write_bytes("\ufeffhello".encode())
+    [row] = read_rows(tmp_path / "d.txt")
+    assert row.record == {"text": "hello"}
+
+
+def test_csv(tmp_path):
+    (tmp_path / "d.csv").write_text('instruction,input,output\n"u",,a\n"v","w",b\n')
+    first, second = (parse_example(row) for row in read_rows(tmp_path / "d.csv"))
+    assert first.messages == (USER, ASSISTANT)
+    assert second.messages[0]["content"] == "v\n\nw"
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.json"])
+def test_damaged_tables_are_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as"):
+        list(read_rows(tmp_path / name))
