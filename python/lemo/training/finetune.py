@@ -303,11 +303,6 @@ class _Run:
 
     def restore(self, checkpoint: Checkpoint) -> int:
         """Go back to the state of ``checkpoint``; returns its step."""
-        if checkpoint.data != self.windows.fingerprint:
-            raise ValueError(
-                f"documents: expected the ones that {checkpoint.folder} was trained on, but "
-                f"'{self.config.documents}' holds others now"
-            )
         if checkpoint.inputs is None:
             _log.warning(
                 "%s was written by a lemo that took no fingerprints: model, tokenizer and "
@@ -316,6 +311,11 @@ class _Run:
             )
         else:
             fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
+        if checkpoint.data != self.windows.fingerprint:
+            raise ValueError(
+                f"documents: expected the ones that {checkpoint.folder} was trained on, but "
+                f"'{self.config.documents}' holds others now, or another chat template applies"
+            )
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         same = processes == checkpoint.num_processes
         state = load_checkpoint(checkpoint, self.peft_model, rank if same else None)
