@@ -176,6 +176,29 @@ __device__ __forceinline__ void add_floats(float* to, const void* from, int byte
         : "memory");
 }
 
+/// Adds four floats of this thread's to those at `to`, in one access of 16 bytes.
+__device__ __forceinline__ void add_vector(float* to, float a, float b, float c, float d) {
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a),
+                 "f"(b), "f"(c), "f"(d)
+                 : "memory");
+}
+
+/// Waits until the counter at `from`, which other thread blocks add to, is `count` at least. What
+/// they did before their fence and their addition is done then.
+__device__ __forceinline__ void wait_for_count(const int* from, int count) {
+    asm volatile(
+        "{\n"
+        ".reg .pred less;\n"
+        ".reg .s32 found;\n"
+        "wait:\n"
+        "ld.acquire.gpu.global.s32 found, [%0];\n"
+        "setp.lt.s32 less, found, %1;\n"
+        "@less bra wait;\n"
+        "}" ::"l"(from),
+        "r"(count)
+        : "memory");
+}
+
 /// Closes a group of this thread's add_floats.
 __device__ __forceinline__ void commit_adds() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");

@@ -6,56 +6,10 @@
 
 #include "common/exp2.h"
 #include "segment_attention/hopper/backward_epilogue.h"
-#include "segment_attention/hopper/fragments.h"
+#include "segment_attention/hopper/backward_scores.h"
 #include "segment_attention/hopper/scheduler_barrier.h"
 
 namespace lemo::cuda::segment_attention::hopper {
-
-/// In the place of the tanh of a score that the query does not see.
-inline constexpr float kHiddenTanh = -2.0f;
-
-/// Puts `hidden` in the place of scores or probabilities [keys, queries] of keys that a query does
-/// not see.
-template <typename Traits, typename Scores>
-__device__ __forceinline__ void hide_unseen(const BackwardArguments& args,
-                                            const BackwardShared<Traits>& shared,
-                                            const BackwardStep& step, int warpgroup, float hidden,
-                                            Scores& scores) {
-    const SequenceTile tile = shared.tile;
-    const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
-    const int query = step.m_tile * Traits::kBlockM + thread_column();
-    const int key = tile.tile * Traits::kBlockN + warpgroup * 64 + thread_row();
-    CUTE_UNROLL
-    for (int e = 0; e < kRowElements<Traits::kBlockM>; ++e) {
-        const int2 seen = visible(query + element_column(e));
-        CUTE_UNROLL
-        for (int r = 0; r < kThreadRows; ++r) {
-            if (key + 8 * r < seen.x || key + 8 * r >= seen.y) {
-                scores(element_index(r, e)) = hidden;
-            }
-        }
-    }
-}
-
-/// Where a thread's part of the gradient of the scores lies, which is stored as [queries, keys]:
-/// its row of the matrices of 16 queries that store_matrices_transposed writes at a time.
-template <typename Traits>
-struct DscoresPlace {
-    int offset;
-
-    __device__ explicit DscoresPlace(int warpgroup) {
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        const int warp = static_cast<int>(threadIdx.x) % kWarpgroupThreads / 32;
-        const int query = lane / 16 * 8 + lane % 8;
-        const int piece = (warp * 2 + lane / 8 % 2) ^ (query % 8);
-        // A warpgroup's keys are one column of swizzled rows of 128 bytes.
-        offset = warpgroup * 64 * Traits::kBlockM + query * 64 + piece * 8;
-    }
-
-    __device__ __forceinline__ auto* of(typename Traits::Element* dscores, int step) const {
-        return dscores + offset + step * 16 * 64;
-    }
-};
 
 /// Run by all threads of a consumer warpgroup.
 template <typename Traits>
@@ -64,11 +18,12 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
     using namespace cute;
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kBlockN = Traits::kBlockN;
-    constexpr int kHeadDim = Traits::kHeadDim;
+    constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
 
     typename Traits::ScoreMma score_mma;
     typename Traits::KeyMma key_mma;
+    typename Traits::ValueMma value_mma;
     typename Traits::QueryMma query_mma;
     // Where operands lie is the same for all threads of a warpgroup. Of keys and values it is the
     // same in every step, too, but there are no registers to keep it: `first_thread` is set anew in
@@ -81,21 +36,18 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
     const auto tile_of = []<typename TileLayout>(auto* first, TileLayout layout) {
         return make_tensor(make_smem_ptr(first), layout);
     };
-    const auto keys_operand = [&](auto* tile) {
-        return score_mma.get_slice(first_thread)
-            .partition_fragment_A(tile_of(tile, typename Traits::LayoutK{}));
+    const auto keys_operand = [&](auto* tile, auto layout) {
+        return score_mma.get_slice(first_thread).partition_fragment_A(tile_of(tile, layout));
     };
-    const auto queries_operand = [&](auto* tile) {
-        return score_mma.get_slice(first_thread)
-            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQ{}));
+    const auto queries_operand = [&](auto* tile, auto layout) {
+        return score_mma.get_slice(first_thread).partition_fragment_B(tile_of(tile, layout));
     };
-    const auto query_columns_operand = [&](auto* tile) {
-        return key_mma.get_slice(first_thread)
-            .partition_fragment_B(tile_of(tile, typename Traits::LayoutQTransposed{}));
+    const auto query_columns_operand = [&](auto& mma, auto* tile, auto layout) {
+        return mma.get_slice(first_thread).partition_fragment_B(tile_of(tile, layout));
     };
 
     auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
-    auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
+    auto dv = partition_fragment_C(value_mma, TileShape<kBlockN, kValueDim>{});
     clear(dk);
     clear(dv);
     // Zeros are there before the first mma starts: set later, they would stop it.
@@ -120,28 +72,20 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
     const SchedulerBarrier<Traits::kFirstSchedulerBarrier, Traits::kConsumers> scheduler(warpgroup);
 
     const auto start_scores = [&]() __attribute__((always_inline)) {
-        start_mma<false>(score_mma, keys_operand(shared.k), queries_operand(shared.q[at.stage]),
-                         scores);
+        start_mma<false>(score_mma, keys_operand(shared.k, typename Traits::LayoutK{}),
+                         queries_operand(shared.q[at.stage], typename Traits::LayoutQ{}), scores);
     };
-    // What a thread's queries have in shared memory, two of every eight: log-sum-exp or delta.
-    using Statistics = float2[kBlockM / 8];
-    Statistics delta;
-    const auto load_statistics = [](Statistics& to,
-                                    const float* from) __attribute__((always_inline)) {
-        CUTE_UNROLL
-        for (int i = 0; i < kBlockM / 8; ++i) {
-            to[i] = *reinterpret_cast<const float2*>(from + thread_column() + 8 * i);
-        }
-    };
+    QueryStatistics<Traits> delta;
     // The scores of the step at `at` are there: makes them probabilities, or below a softcap its
     // tanh, while the mma runs that becomes their gradient. Afterwards no mma is under way: the
     // compiler does not follow one from one iteration of a loop into the next, and would wait for
     // each at once.
     const auto begin_step = [&]() __attribute__((always_inline)) {
-        Statistics lse;
-        if constexpr (!kCapped) load_statistics(lse, shared.lse[at.stage]);
+        QueryStatistics<Traits> lse;
+        if constexpr (!kCapped) load_statistics<Traits>(lse, shared.lse[at.stage]);
         shared.dout_full[at.stage].wait(at.parity);
-        start_mma<false>(score_mma, keys_operand(shared.v), queries_operand(shared.dout[at.stage]),
+        start_mma<false>(score_mma, keys_operand(shared.v, typename Traits::LayoutV{}),
+                         queries_operand(shared.dout[at.stage], typename Traits::LayoutDout{}),
                          dscores);
         CUTE_UNROLL
         for (int i = 0; i < size(scores); i += 2) {
@@ -157,14 +101,13 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
         if (step.needs_mask) {
             hide_unseen(args, shared, step, warpgroup, kCapped ? kHiddenTanh : 0.0f, scores);
         }
-        load_statistics(delta, shared.delta[at.stage]);
+        load_statistics<Traits>(delta, shared.delta[at.stage]);
         wait_mmas<0>();
     };
     // Makes probabilities of the tanh of two scores, and gives their gradient the slope of the
     // softcap. The sums of exponentials have no registers until here.
     const auto uncap = [&](int j) __attribute__((always_inline)) {
-        const float2 lse =
-            *reinterpret_cast<const float2*>(shared.lse[at.stage] + thread_column() + 8 * (j / 4));
+        const float2 lse = statistics_of(shared.lse[at.stage], j);
         const auto one = [&](float& score, float& dscore, float log_sum,
                              float mean) __attribute__((always_inline)) {
             const float tanh = score;
@@ -231,10 +174,14 @@ __device__ void consume_backward(const BackwardArguments& args, BackwardShared<T
             // the scores behind the last one are computed, of what lies there, and not used.
             scheduler.wait();  // also for the other one's gradient of scores of the step before
             start_dq();
-            start_mma<true>(key_mma, as_register_operand<kBlockM>(probabilities),
-                            query_columns_operand(shared.dout[at.stage]), dv);
+            start_mma<true>(value_mma, as_register_operand<kBlockM>(probabilities),
+                            query_columns_operand(value_mma, shared.dout[at.stage],
+                                                  typename Traits::LayoutDoutTransposed{}),
+                            dv);
             start_mma<true>(key_mma, as_register_operand<kBlockM>(rounded),
-                            query_columns_operand(shared.q[at.stage]), dk);
+                            query_columns_operand(key_mma, shared.q[at.stage],
+                                                  typename Traits::LayoutQTransposed{}),
+                            dk);
             wait_mmas<2>();  // dq
             if (!first_step) store_dq();
             Barrier& step_empty = shared.step_empty[at.stage];

@@ -2,7 +2,7 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-template struct BackwardPass<cutlass::bfloat16_t, 64, false>;
-template struct BackwardPass<cutlass::half_t, 64, false>;
+template struct BackwardPass<cutlass::bfloat16_t, 64, 64, false>;
+template struct BackwardPass<cutlass::half_t, 64, 64, false>;
 
 }  // namespace lemo::cuda::segment_attention::hopper

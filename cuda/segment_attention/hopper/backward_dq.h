@@ -17,11 +17,7 @@ __device__ void add_dq(const BackwardArguments& args, BackwardShared<Traits>& sh
         const int64_t tile_index = args.tile_index(step.head, work.q_tiles_before + step.m_tile);
         int* added_tiles = nullptr;
         if (args.added_tiles != nullptr && adds) {
-            // The key tiles that add before this one are those from the first that the query tile
-            // sees. Their blocks have smaller indices, so they run.
-            const VisibleKeys visible(args.plan, work.tile, step.head, args.num_heads);
-            const int before =
-                work.tile.tile - visible(step.m_tile * Traits::kBlockM).x / Traits::kBlockN;
+            const int before = work.tiles_before(args, step);
             added_tiles = args.added_tiles + tile_index;
             int added;
             do {

@@ -6,28 +6,42 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-/// Scales dk, and stores both. They pass through the places of K and V in shared memory.
-template <typename Traits, typename Accumulators>
-__device__ __forceinline__ void store_key_gradients(const BackwardArguments& args,
-                                                    BackwardShared<Traits>& shared,
-                                                    Accumulators& dk, const Accumulators& dv) {
+/// Stores a warpgroup's rows of dk or dv, [keys, columns] of a head. They pass through `area`, the
+/// place of K or V in shared memory [kBlockN, kColumns], with which all consumers are done.
+template <typename Traits, int kColumns, typename Accumulators>
+__device__ __forceinline__ void store_gradient(const BackwardArguments& args,
+                                               BackwardShared<Traits>& shared,
+                                               const Accumulators& gradient,
+                                               typename Traits::Element* area, void* base,
+                                               int columns) {
     using Element = typename Traits::Element;
-    constexpr int kHeadDim = Traits::kHeadDim;
-    CUTE_UNROLL
-    for (int i = 0; i < cute::size(dk); ++i) dk(i) *= args.score.scale;
-    sync_named(Traits::kKeysBarrier, Traits::kKeysThreads);  // all consumers are done with K and V
     const SequenceTile tile = shared.tile;
     const int thread = static_cast<int>(threadIdx.x) - kWarpgroupThreads;
-    const int warp_row = thread / 32 * 16;
+    // With roles both warpgroups have the same rows, each of another gradient.
+    const int warp_row = thread / 32 * 16 % Traits::kBlockN;
     const int row = tile.tile * Traits::kBlockN + warp_row;
-    const auto rows_out = [&](void* base, int columns) {
-        const int64_t stride = int64_t{args.num_kv_heads} * columns;
-        const int64_t offset = (tile.k_first + row) * stride + int64_t{shared.kv_head} * columns;
-        return RowsOut<Element>{static_cast<Element*>(base) + offset, stride, tile.num_k - row,
-                                columns};
-    };
-    store_rows<kHeadDim>(dk, shared.k + warp_row * kHeadDim, rows_out(args.dk, args.head_dim));
-    store_rows<kHeadDim>(dv, shared.v + warp_row * kHeadDim, rows_out(args.dv, args.value_dim));
+    const int64_t stride = int64_t{args.num_kv_heads} * columns;
+    const int64_t offset = (tile.k_first + row) * stride + int64_t{shared.kv_head} * columns;
+    store_rows<kColumns>(
+        gradient, area + warp_row * kColumns,
+        RowsOut<Element>{static_cast<Element*>(base) + offset, stride, tile.num_k - row, columns});
+}
+
+template <typename Accumulators>
+__device__ __forceinline__ void scale_gradient(Accumulators& gradient, float scale) {
+    CUTE_UNROLL
+    for (int i = 0; i < cute::size(gradient); ++i) gradient(i) *= scale;
+}
+
+/// Scales dk, and stores both, where a consumer has both of its keys.
+template <typename Traits, typename KeyGradient, typename ValueGradient>
+__device__ __forceinline__ void store_key_gradients(const BackwardArguments& args,
+                                                    BackwardShared<Traits>& shared, KeyGradient& dk,
+                                                    const ValueGradient& dv) {
+    scale_gradient(dk, args.score.scale);
+    sync_named(Traits::kKeysBarrier, Traits::kKeysThreads);  // all consumers are done with K and V
+    store_gradient<Traits, Traits::kHeadDim>(args, shared, dk, shared.k, args.dk, args.head_dim);
+    store_gradient<Traits, Traits::kValueDim>(args, shared, dv, shared.v, args.dv, args.value_dim);
 }
 
 }  // namespace lemo::cuda::segment_attention::hopper

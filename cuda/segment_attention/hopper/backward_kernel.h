@@ -15,6 +15,9 @@
 // that passes it knows that both are done with what was written two steps before. With three
 // buffers nobody has to wait for anything else.
 //
+// Heads above 128 have consumers with a role each instead, which add dq themselves, see
+// backward_roles.h.
+//
 // Every lane that loads or stores arrives for itself (see Barrier). Three times a step at barriers
 // in memory, in the midst of a warpgroup's own work, made head size 64 1.45 times as slow. So it is
 // once, during mmas; elsewhere it is at named barriers, which take a warp at once.
@@ -23,6 +26,7 @@
 #include "segment_attention/hopper/backward_consumer.h"
 #include "segment_attention/hopper/backward_dq.h"
 #include "segment_attention/hopper/backward_producer.h"
+#include "segment_attention/hopper/backward_roles.h"
 
 namespace lemo::cuda::segment_attention::hopper {
 
@@ -50,12 +54,18 @@ hopper_backward_kernel(const __grid_constant__ BackwardArguments args) {
         cutlass::arch::warpgroup_reg_dealloc<Traits::Registers::kProducer>();
         if (threadIdx.x == 0) {
             produce_backward(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
-        } else if (threadIdx.x / 32 == 1) {
+        } else if (!Traits::kSplitRoles && threadIdx.x / 32 == 1) {
             add_dq(args, shared, BackwardWork<Traits>(args, shared.tile, shared.kv_head));
         }
     } else {
         cutlass::arch::warpgroup_reg_alloc<Traits::Registers::kConsumer>();
-        consume_backward(args, shared, warpgroup - 1);
+        if constexpr (!Traits::kSplitRoles) {
+            consume_backward(args, shared, warpgroup - 1);
+        } else if (warpgroup - 1 == kProbabilityRole) {
+            consume_probabilities(args, shared);
+        } else {
+            consume_gradients(args, shared);
+        }
     }
 }
 

@@ -11,16 +11,17 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-template <typename Element, int kHeadDim, bool kCapped>
-int64_t BackwardPass<Element, kHeadDim, kCapped>::scratch_bytes(
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+int64_t BackwardPass<Element, kHeadDim, kValueDim, kCapped>::scratch_bytes(
     const SegmentAttentionBackwardParams& params) {
-    return count_scratch_bytes<BackwardScratch<BackwardTraits<Element, kHeadDim, kCapped>>>(params);
+    return count_scratch_bytes<
+        BackwardScratch<BackwardTraits<Element, kHeadDim, kValueDim, kCapped>>>(params);
 }
 
-template <typename Element, int kHeadDim, bool kCapped>
-void BackwardPass<Element, kHeadDim, kCapped>::launch(const SegmentAttentionBackwardParams& params,
-                                                      cudaStream_t stream) {
-    using Traits = BackwardTraits<Element, kHeadDim, kCapped>;
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
+void BackwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
+    const SegmentAttentionBackwardParams& params, cudaStream_t stream) {
+    using Traits = BackwardTraits<Element, kHeadDim, kValueDim, kCapped>;
     constexpr const char* kOp = "segment_attention_backward";
     const SegmentAttentionParams& p = params.forward;
     Arena arena(params.scratch);

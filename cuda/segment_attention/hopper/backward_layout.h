@@ -7,22 +7,27 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-template <typename Element_, int kHeadDim_, bool kCapped_>
+template <typename Element_, int kHeadDim_, int kValueDim_, bool kCapped_>
 struct BackwardTraits {
     using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_;
+    static constexpr int kHeadDim = kHeadDim_, kValueDim = kValueDim_;
     static constexpr bool kCapped = kCapped_;
     static constexpr int kConsumers = 2;
-    // Keys of a thread block, 64 a warpgroup; the gradients of keys and values are kHeadDim
-    // registers a thread.
-    static constexpr int kBlockN = 64 * kConsumers;
+    // How the consumers share the work. By keys: each has 64 of them and their gradients, which are
+    // (kHeadDim + kValueDim) / 2 registers a thread. With larger heads these would be 160 or 256,
+    // so the consumers have different roles there: one makes probabilities and dv of all keys, the
+    // other one the gradient of the scores and dk (backward_roles.h). (160 leave 80 registers, but
+    // even with 16 queries a step ptxas serialised every wgmma, C7511.)
+    static constexpr bool kSplitRoles = kHeadDim > 128;
+    static constexpr int kBlockN = kSplitRoles ? 64 : 64 * kConsumers;  // keys of a thread block
     // Queries of a step: scores and their gradient are kBlockM registers a thread, and shared
     // memory holds three gradients of scores beside two stages of queries.
     static constexpr int kBlockM = kHeadDim == 64 ? 96 : 64;
     static constexpr int kStages = 2;
     // A warpgroup writes one while the other one, up to a step behind, reads one of the two before.
-    // With fewer of them the scheduler barrier would not keep writers behind readers.
-    static constexpr int kDscoresStages = 3;
+    // With fewer of them the scheduler barrier would not keep writers behind readers. Roles have
+    // only one writer, which waits for both readers of the step before last.
+    static constexpr int kDscoresStages = kSplitRoles ? 2 : 3;
     static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
     using Registers = RegisterBudget<24, 240, kConsumers>;
 
@@ -34,7 +39,15 @@ struct BackwardTraits {
     // A consumer's part of dq is there for the warp that adds it to scratch; one for each consumer.
     static constexpr int kFirstDqBarrier = kKeysBarrier + 1;
     static constexpr int kDqThreads = kWarpgroupThreads + 32;
-    static_assert(kFirstDqBarrier + kConsumers <= kNamedBarriers,
+    // Between the roles: the weights of the scores are there, and have been read; the gradients of
+    // scores of a stage are there.
+    static constexpr int kWeightsFullBarrier = kFirstDqBarrier + kConsumers;
+    static constexpr int kWeightsEmptyBarrier = kWeightsFullBarrier + 1;
+    static constexpr int kFirstDscoresBarrier = kWeightsEmptyBarrier + 1;
+    static constexpr int kRolesThreads = kWarpgroupThreads * kConsumers;
+    // Of the warps of one consumer among themselves; one for each.
+    static constexpr int kFirstOwnBarrier = kFirstDscoresBarrier + 2;
+    static_assert(kFirstOwnBarrier + kConsumers <= kNamedBarriers,
                   "every named barrier has a number of its own, behind that of __syncthreads()");
 
     template <int kAlongM, int kAlongN>
@@ -48,16 +61,21 @@ struct BackwardTraits {
     // gradients of values and keys need as left operands, and pass through memory for dq only.
     using ScoreMma = decltype(cute::make_tiled_mma(
         cute::SM90::GMMA::ss_op_selector<Element, Element, float, Tile<64, kBlockM, kHeadDim>>(),
-        Warpgroups<2, 1>{}));
+        Warpgroups<kBlockN / 64, 1>{}));
     // [keys, head size]: dk and dv
-    using KeyMma = decltype(cute::make_tiled_mma(
-        cute::SM90::GMMA::rs_op_selector<Element, Element, float, Tile<64, kHeadDim, kBlockM>,
+    template <int kColumns>
+    using GradientMma = decltype(cute::make_tiled_mma(
+        cute::SM90::GMMA::rs_op_selector<Element, Element, float, Tile<64, kColumns, kBlockM>,
                                          kByRows, kByColumns>(),
-        Warpgroups<2, 1>{}));
+        Warpgroups<kBlockN / 64, 1>{}));
+    using KeyMma = GradientMma<kHeadDim>;
+    using ValueMma = GradientMma<kValueDim>;
     // [head size, queries]: dq transposed, since 64 rows a warpgroup fit the head size, but not
-    // every number of queries. The warpgroups share the longer side.
-    static constexpr bool kShareHeadDim = kHeadDim == 128;
-    static constexpr int kDqColumns = kShareHeadDim ? kBlockM : kBlockM / 2;  // a warpgroup's
+    // every number of queries. The warpgroups share the head size where it is even in that, in
+    // turns of 64 rows, and else the queries.
+    static constexpr bool kShareHeadDim = kHeadDim % 128 == 0;
+    static constexpr int kDqColumns = kShareHeadDim ? kBlockM : kBlockM / 2;   // a warpgroup's
+    static constexpr int kDqRowTiles = kHeadDim / (kShareHeadDim ? 128 : 64);  // likewise, of 64
     using QueryMma = decltype(cute::make_tiled_mma(
         cute::SM90::GMMA::ss_op_selector<Element, Element, float, Tile<64, kDqColumns, kBlockN>,
                                          kByColumns, kByRows>(),
@@ -65,12 +83,15 @@ struct BackwardTraits {
 
     using LayoutK = SwizzledRows<Element, kBlockN, kHeadDim>;
     using LayoutKTransposed = SwizzledColumns<Element, kBlockN, kHeadDim>;
+    using LayoutV = SwizzledRows<Element, kBlockN, kValueDim>;
     using LayoutQ = SwizzledRows<Element, kBlockM, kHeadDim>;
     using LayoutQTransposed = SwizzledColumns<Element, kBlockM, kHeadDim>;
+    using LayoutDout = SwizzledRows<Element, kBlockM, kValueDim>;
+    using LayoutDoutTransposed = SwizzledColumns<Element, kBlockM, kValueDim>;
     using LayoutDscores = SwizzledRows<Element, kBlockM, kBlockN>;  // [queries, keys]
 
     /// Accumulators of dq that a warpgroup adds to scratch in one step.
-    static constexpr int kDqPart = 64 * kDqColumns;
+    static constexpr int kDqPart = 64 * kDqRowTiles * kDqColumns;
 };
 
 /// One step of a thread block's walk: a query tile of one head.
@@ -78,6 +99,9 @@ struct BackwardStep {
     int head;
     int m_tile;      // -1: the walk is over
     int needs_mask;  // some query of the tile does not see all keys of the block
+    // For roles, which add to dq by themselves.
+    int packed_tile;   // of the queries
+    int tiles_before;  // key tiles that add to these queries before this one
 };
 
 /// Everything a thread block has in shared memory. A `full` barrier says that a buffer was filled,
@@ -86,15 +110,19 @@ template <typename Traits>
 struct BackwardShared {
     using Element = typename Traits::Element;
     static constexpr int kStages = Traits::kStages;
-    static constexpr int kKeyElements = Traits::kBlockN * Traits::kHeadDim;
-    static constexpr int kQueryElements = Traits::kBlockM * Traits::kHeadDim;
+    static constexpr bool kSplitRoles = Traits::kSplitRoles;
 
-    alignas(1024) Element k[kKeyElements];
-    alignas(1024) Element v[kKeyElements];
-    alignas(1024) Element q[kStages][kQueryElements];
-    alignas(1024) Element dout[kStages][kQueryElements];
+    alignas(1024) Element k[Traits::kBlockN * Traits::kHeadDim];
+    alignas(1024) Element v[Traits::kBlockN * Traits::kValueDim];
+    alignas(1024) Element q[kStages][Traits::kBlockM * Traits::kHeadDim];
+    alignas(1024) Element dout[kStages][Traits::kBlockM * Traits::kValueDim];
     alignas(1024) Element dscores[Traits::kDscoresStages][Traits::kBlockM * Traits::kBlockN];
-    alignas(1024) float dq[Traits::kConsumers][Traits::kDqPart];
+    // By keys: parts of dq for the warp that adds them.
+    alignas(kSplitRoles ? 16
+                        : 1024) float dq[Traits::kConsumers][kSplitRoles ? 4 : Traits::kDqPart];
+    // By roles: what makes the gradient of scores of that of probabilities, in the order of the
+    // accumulators.
+    alignas(16) float weights[kSplitRoles ? Traits::kBlockN * Traits::kBlockM : 4];
     alignas(16) float lse[kStages][Traits::kBlockM];    // of log2; comes with q
     alignas(16) float delta[kStages][Traits::kBlockM];  // comes with dout
     BackwardStep steps[kStages];                        // comes with q

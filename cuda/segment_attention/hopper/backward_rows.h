@@ -34,7 +34,7 @@ hopper_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     if (args.added_tiles != nullptr && threadIdx.x == 0) args.added_tiles[tile_index] = 0;
 
     using Vector = cutlass::AlignedArray<Element, 8>;
-    constexpr int kLanes = kHeadDim / 8;  // of a row
+    constexpr int kLanes = Traits::kValueDim / 8;  // of a row
     const int lane = static_cast<int>(threadIdx.x) % kLanes;
     for (int r = static_cast<int>(threadIdx.x) / kLanes; r < kBlockM;
          r += kRowKernelThreads / kLanes) {
@@ -78,6 +78,7 @@ hopper_dq_kernel(const __grid_constant__ BackwardArguments args) {
     using Element = typename Traits::Element;
     constexpr int kBlockM = Traits::kBlockM, kHeadDim = Traits::kHeadDim;
     constexpr int kGroups = Traits::kDqColumns / 8;  // of columns: queries
+    static_assert(kGroups % 2 == 0, "they are stored in pairs");
     static_assert(kRowKernelThreads == Traits::kConsumers * kWarpgroupThreads,
                   "each thread rounds what one consumer thread has added");
     SequenceTile tile;
@@ -98,15 +99,19 @@ hopper_dq_kernel(const __grid_constant__ BackwardArguments args) {
     };
     // The sums are transposed: a thread's rows are columns of dq.
     const int first_query = Traits::kShareHeadDim ? 0 : warpgroup * Traits::kDqColumns;
-    const int first_piece = (Traits::kShareHeadDim ? warpgroup * 8 : 0) + thread / 32 * 2;
-    const int query = first_query + lane / 16 * 8 + lane % 8;
-    const int piece = first_piece + lane / 8 % 2;
     CUTE_UNROLL
-    for (int g = 0; g < kGroups; g += 2) {
-        const float4 a = sums[g * kWarpgroupThreads];
-        const float4 b = sums[(g + 1) * kWarpgroupThreads];
-        store_matrices_transposed(staged_piece<kHeadDim>(shared, query + g * 8, piece),
-                                  pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+    for (int row_tile = 0; row_tile < Traits::kDqRowTiles; ++row_tile) {
+        const int tile_64 =
+            Traits::kShareHeadDim ? row_tile * Traits::kConsumers + warpgroup : row_tile;
+        const int piece = tile_64 * 8 + thread / 32 * 2 + lane / 8 % 2;
+        CUTE_UNROLL
+        for (int g = 0; g < kGroups; g += 2) {
+            const float4 a = sums[(row_tile * kGroups + g) * kWarpgroupThreads];
+            const float4 b = sums[(row_tile * kGroups + g + 1) * kWarpgroupThreads];
+            const int query = first_query + (g + lane / 16) * 8 + lane % 8;
+            store_matrices_transposed(staged_piece<kHeadDim>(shared, query, piece), pack(a.x, a.y),
+                                      pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
+        }
     }
     __syncthreads();
     // Every warp writes a share of the rows.

@@ -40,6 +40,13 @@ struct BackwardWork {
         return n_first < visible(m_first + Traits::kBlockM - 1).x ||
                n_first + Traits::kBlockN > visible(m_first).y;
     }
+
+    /// How many key tiles add to dq of a query tile before this one: those from the first that the
+    /// query tile sees. Their blocks have smaller indices, so they run.
+    __device__ int tiles_before(const BackwardArguments& args, const QueryStep& step) const {
+        const VisibleKeys visible(args.plan, tile, step.head, args.num_heads);
+        return tile.tile - visible(step.m_tile * Traits::kBlockM).x / Traits::kBlockN;
+    }
 };
 
 }  // namespace lemo::cuda::segment_attention::hopper

@@ -36,7 +36,8 @@ __device__ __forceinline__ void write_staged(Element* area, int first_row,
     constexpr int kPieces = kHeadDim / 8;
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int piece = lane % kPieces;
-    if (piece * 8 >= out.columns) return;
+    // Lanes beyond a whole number of rows have no share.
+    if (piece * 8 >= out.columns || lane >= 32 / kPieces * kPieces) return;
     CUTE_UNROLL
     for (int r = lane / kPieces; r < kRows; r += 32 / kPieces) {
         if (r >= out.num_rows) break;

@@ -19,8 +19,8 @@ struct ForwardPass {
     static void launch(const SegmentAttentionParams& params, cudaStream_t stream);
 };
 
-/// 64 and 128; with `kCapped` 128. Keys and values have one size.
-template <typename Element, int kHeadDim, bool kCapped>
+/// The same pairs. Those above 128 are not chosen by "auto" (entry.cu).
+template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
 struct BackwardPass {
     static int64_t scratch_bytes(const SegmentAttentionBackwardParams& params);
     static void launch(const SegmentAttentionBackwardParams& params, cudaStream_t stream);

@@ -1,0 +1,8 @@
+#include "segment_attention/hopper/backward_launch.h"
+
+namespace lemo::cuda::segment_attention::hopper {
+
+template struct BackwardPass<cutlass::bfloat16_t, 256, 256, true>;
+template struct BackwardPass<cutlass::half_t, 256, 256, true>;
+
+}  // namespace lemo::cuda::segment_attention::hopper
