@@ -76,15 +76,8 @@ def oracle(window=0, group_size=0, scale=None, softcap=0.0):
     return attention
 
 
-def with_backward(kernel, inputs):
-    """`kernel`, or "auto" for head sizes of which the Hopper tier has the forward pass only."""
-    sizes = inputs[0].shape[2], inputs[2].shape[2]
-    return "auto" if kernel == "hopper" and max(sizes) > 128 else kernel
-
-
 def check_against_oracle(inputs, kernel="auto", sinks=None, **settings):
     """Forward and backward; in low precision the error is at most twice plain torch's."""
-    kernel = with_backward(kernel, inputs)
     dtype = inputs[0].dtype
     dout = make_dout(inputs)
 
