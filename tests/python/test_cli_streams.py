@@ -71,7 +71,8 @@ def test_results_that_cannot_be_printed_are_a_failure_at_the_end(inputs):
         inputs,
     )
     assert outcome.returncode == 1
-    assert outcome.stderr == (
+    # Other packages may say something when they are imported.
+    assert outcome.stderr.endswith(
         "lemo: error: standard output: No space left on device; not all results were printed\n"
     )
     assert len(json.loads((inputs / "r.json").read_text())) == 2
