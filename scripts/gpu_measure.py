@@ -176,7 +176,7 @@ class Places:
             self._change(part, gpus, -1)
             return gpus
 
-    def give_back(self, part: Part, gpus: Iterable[int]) -> None:
+    def release(self, part: Part, gpus: Iterable[int]) -> None:
         with self._changed:
             self._change(part, gpus, 1)
             self._changed.notify_all()
@@ -265,12 +265,12 @@ def run(options: argparse.Namespace) -> int:
             else:
                 failed.append(part.name)
         finally:
-            room.give_back(part, gpus)
+            room.release(part, gpus)
 
     for part in chosen:
         gpus = room.take(part)
         if time.monotonic() - began + part.seconds > options.seconds:
-            room.give_back(part, gpus)
+            room.release(part, gpus)
             left.append(f"{part.name} (no time)")
             continue
         threads.append(threading.Thread(target=work, args=(part, gpus)))

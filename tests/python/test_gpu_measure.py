@@ -119,21 +119,21 @@ def test_places():
     half, one, two = part("half", 0.5), part("one", host=60), part("two", 2)
     assert room.take(two) == [0, 1]
     assert room.fitting(half) == []
-    room.give_back(two, [0, 1])
+    room.release(two, [0, 1])
     assert room.take(half) == [0]
     assert room.take(half) == [0], "two share a GPU before another one is taken"
     assert room.take(one) == [1]
     assert room.fitting(part("none", 0.5)) == []
-    room.give_back(half, [0])
+    room.release(half, [0])
     assert room.fitting(half) == [0]
     assert room.fitting(part("large", 0.5, host=50)) == [], "the host's memory is taken"
-    room.give_back(one, [1])
+    room.release(one, [1])
     assert room.fitting(part("large", 0.5, host=50)) == [0]
     assert room.fitting(two) == []
     taken = []
     waiting = threading.Thread(target=lambda: taken.append(room.take(two)))
     waiting.start()
-    room.give_back(half, [0])
+    room.release(half, [0])
     waiting.join(10)
     assert taken == [[0, 1]]
 
