@@ -234,11 +234,11 @@ def test_calls_by_templates_with_marks_that_join_texts():
     tokenizer = with_template("qwen2_5")
     call = "{{ c.function.name + ' ' + c.function.arguments }}"
     tokenizer.chat_template = (
-        "{% for m in messages %}{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{% for m in messages %}|{% generation %}{{ m.content }}{% for c in m.tool_calls or [] %}"
         f"{call}{{% endfor %}}{{{{ eos_token }}}}{{% endgeneration %}}{{% endfor %}}"
     )
     encoded = ChatEncoder(tokenizer).encode(parsed(messages=[USER, CALLS, RESULT, ASSISTANT]))
-    assert answers_of(encoded, tokenizer) == ['u</s>f {"a": 1}</s>7</s>a</s>']
+    assert answers_of(encoded, tokenizer) == ["u</s>", 'f {"a": 1}</s>', "7</s>", "a</s>"]
 
 
 def test_templates_without_headers_of_answers():
