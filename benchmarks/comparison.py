@@ -102,6 +102,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def worker(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     """Imports what a contender needs, and measures its steps when it is asked to."""
+    return answering(settings, lambda _: measured(settings))
+
+
+def answering(
+    settings: dict[str, Any], measure: Callable[[str], dict[str, Any]]
+) -> Callable[[str], dict[str, Any]]:
+    """Imports what a contender needs; then answers as `measure` does, or with what failed."""
     contender = CONTENDERS[settings["contender"]]
     try:
         contender.load()
@@ -111,10 +118,10 @@ def worker(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
         failed = {"failed": reason(error)}
         return lambda _: failed
 
-    def answer(_: str) -> dict[str, Any]:
+    def answer(question: str) -> dict[str, Any]:
         found: dict[str, Any] = {"versions": versions(contender.packages)}
         try:
-            return found | measured(settings)
+            return found | measure(question)
         except Exception as error:
             traceback.print_exc()
             return found | {"failed": reason(error)} | held(settings["device"])

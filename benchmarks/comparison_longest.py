@@ -29,14 +29,23 @@ import json
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from common import records
 from common.processes import Worker, WorkerError, run_script
-from comparison import OUT_OF_MEMORY, QUIET, SHAPES, Steps, card, held, reason, reset_peak, versions
+from comparison import (
+    OUT_OF_MEMORY,
+    QUIET,
+    SHAPES,
+    Steps,
+    answering,
+    card,
+    held,
+    reason,
+    reset_peak,
+)
 from contenders import CONTENDERS
 from gpu_finetune import ENVIRONMENT, RANK
 
@@ -123,24 +132,7 @@ def next_length(
 
 def worker(settings: dict[str, Any]) -> Callable[[str], dict[str, Any]]:
     """Imports what a contender needs, and tries lengths when it is asked to."""
-    contender = CONTENDERS[settings["contender"]]
-    try:
-        contender.load()
-        import torch  # noqa: F401
-    except Exception as error:
-        traceback.print_exc()
-        failed = {"failed": reason(error)}
-        return lambda _: failed
-
-    def answer(question: str) -> dict[str, Any]:
-        found: dict[str, Any] = {"versions": versions(contender.packages)}
-        try:
-            return found | tried(settings, json.loads(question))
-        except Exception as error:
-            traceback.print_exc()
-            return found | {"failed": reason(error)} | held(settings["device"])
-
-    return answer
+    return answering(settings, lambda question: tried(settings, json.loads(question)))
 
 
 def tried(settings: dict[str, Any], known: list[list[Any]]) -> dict[str, Any]:
