@@ -27,6 +27,8 @@ __all__ = ["CONTENDERS", "POSE_WINDOW", "Built", "Contender"]
 
 # Tokens of a window of PoSE, Llama-3's own context.
 POSE_WINDOW = 8192
+# Pieces of a prompt that an answer repeats.
+PASSAGES = 8
 CHECKPOINTING = {"use_reentrant": False}
 
 
@@ -442,6 +444,35 @@ def ours(title: str, **settings: Any) -> Contender:
     return Contender(f"lemo, {title}", build, ("lemo",), settings, keep, exact=keep == 1)
 
 
+def answered(model: PeftModel) -> Callable[[Tensor], Tensor]:
+    """The loss of a window whose last hundredth repeats parts of the rest, and alone has labels."""
+
+    import torch
+
+    def loss(ids: Tensor) -> Tensor:
+        tokens = ids.shape[1]
+        length = max(tokens // 100 // PASSAGES, 1)
+        begin = tokens - PASSAGES * length
+        passages = [ids[:, at : at + length] for at in range(0, begin, begin // PASSAGES)]
+        asked = torch.cat((ids[:, :begin], *passages[:PASSAGES]), 1)
+        labels = asked.clone()
+        labels[:, :begin] = -100
+        return model(input_ids=asked, labels=labels).loss
+
+    return loss
+
+
+def ours_answering(title: str, **settings: Any) -> Contender:
+    """lemo where only the last hundredth has labels, planned, with the scorer of answers."""
+
+    def build(config: PretrainedConfig, device: str, tokens: int) -> Built:
+        model = lemo(config, device, tokens, recompute="auto", **settings).model
+        return Built(model, answered(model), contextlib.nullcontext)
+
+    about = {"labelled": 0.01, "recompute": "auto", **settings}
+    return Contender(f"lemo, {title}", build, ("lemo",), about, settings["keep"], exact=False)
+
+
 def with_settings(build: Callable[..., Built], **settings: Any) -> Callable[..., Built]:
     return lambda config, device, tokens: build(config, device, tokens, **settings)
 
@@ -562,4 +593,8 @@ CONTENDERS: dict[str, Contender] = {
     "lemo-1-planned": ours("keep 1, planned", keep=1.0, recompute="auto"),
     "lemo-0.5-planned": ours("keep 0.5, planned", keep=0.5, recompute="auto"),
     "lemo-0.25-planned": ours("keep 0.25, planned", keep=0.25, recompute="auto"),
+    "lemo-0.25-answers": ours_answering("answers, keep 0.25, planned", keep=0.25),
+    "lemo-0.25-answers-adaptive": ours_answering(
+        "answers, keep 0.25 or half of the relevance, planned", keep=0.25, keep_relevance=0.5
+    ),
 }
