@@ -80,6 +80,8 @@ def flex(b: Bench, model: Model, tokens: int, sinks: Tensor | None) -> Callable[
     mask = create_block_mask(visible, None, None, tokens, tokens, device=b.device)
     # Its backward pass is repeated: it may not overwrite what forward has stored.
     torch._functorch.config.donated_buffer = False
+    # Each model has masks of its own, and PyTorch compiles one function only so many times.
+    torch._dynamo.reset()
     run = torch.compile(flex_attention)
     score_mod = capped if model.softcap else None
 

@@ -184,7 +184,8 @@ __device__ __forceinline__ void add_vector(float* to, float a, float b, float c,
 }
 
 /// Waits until the counter at `from`, which other thread blocks add to, is `count` at least. What
-/// they did before their fence and their addition is done then.
+/// they did before their fence and their addition is done then. For whole warps, which leave
+/// together: barriers that follow count a warp once.
 __device__ __forceinline__ void wait_for_count(const int* from, int count) {
     asm volatile(
         "{\n"
@@ -193,7 +194,8 @@ __device__ __forceinline__ void wait_for_count(const int* from, int count) {
         "wait:\n"
         "ld.acquire.gpu.global.s32 found, [%0];\n"
         "setp.lt.s32 less, found, %1;\n"
-        "@less bra wait;\n"
+        "vote.sync.any.pred less, less, 0xffffffff;\n"
+        "@less bra.uni wait;\n"
         "}" ::"l"(from),
         "r"(count)
         : "memory");

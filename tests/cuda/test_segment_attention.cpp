@@ -543,7 +543,7 @@ TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
     }
 }
 
-// Until the Hopper kernels of these heads have been measured.
+// Until sanitizers have found nothing in the Hopper kernels of these heads.
 TYPED_TEST(SegmentAttentionCuda, AutoRunsThePortableBackwardOfTheLargestHeads) {
     if (!runs_hopper()) GTEST_SKIP() << "no Hopper tier here";
     for (const int64_t head_dim : {192, 256}) {
@@ -553,8 +553,6 @@ TYPED_TEST(SegmentAttentionCuda, AutoRunsThePortableBackwardOfTheLargestHeads) {
         expect_same_bits(chosen.dq, portable.dq, "dq");
         expect_same_bits(chosen.dk, portable.dk, "dk");
         expect_same_bits(chosen.dv, portable.dv, "dv");
-        EXPECT_NE(widen(attention.on_gpu("hopper", true).dk), widen(portable.dk))
-            << "kernel 'hopper' ran the portable kernel";
     }
 }
 
