@@ -257,7 +257,7 @@ def _with_image(ids, span=_IMAGE_TOKENS):
 
 
 def kept_mask(handle, batch):
-    """[B, S] bool, the tokens that are kept; the batch is neither packed nor padded on the left."""
+    """[B, S] bool, the tokens that are kept; the batch is not packed."""
     statistics = handle.statistics()[0]
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     blocks = statistics.attention_blocks

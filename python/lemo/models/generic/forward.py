@@ -16,6 +16,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
+from lemo.models.generic.embedding import embedding_whole
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
@@ -285,6 +286,7 @@ class GenericForward(Training[Choice]):
         now.rows.counts = not parts.compiles_checkpoints
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
+            stack.enter_context(embedding_whole(parts.decoder, now.kept, call))
             if not self._has_checked_layout:
                 check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
                 stack.enter_context(check.watching())

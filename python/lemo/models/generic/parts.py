@@ -97,9 +97,10 @@ class Parts:
     @property
     def has_learned_positions(self) -> bool:
         """Whether positions are embedded as tokens are (OPT, GPT-2)."""
-        embedding = self.decoder.get_input_embeddings()
+        # Adapters of the embedding are in it, beside a copy of it.
+        of_tokens = set(self.decoder.get_input_embeddings().modules())
         return any(
-            m is not embedding and isinstance(m, nn.Embedding) for m in self.decoder.modules()
+            m not in of_tokens and isinstance(m, nn.Embedding) for m in self.decoder.modules()
         )
 
     @property
