@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import lemo
+from generic_cases import make as generic_model
 from lemo.models.training_forward import TrainingForward
 from tiny_models import make_ids, make_model
 from trainer_cases import LORA, tokenizer, words
@@ -258,6 +259,51 @@ def test_a_trainer_of_another_model_is_refused(tmp_path):
         handle.attach(trainer)
     with pytest.raises(TypeError, match="trainer: expected a transformers.Trainer, got str"):
         handle.attach("trainer")
+
+
+def token_trainer(model, folder, **more):
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(8, 40)]
+    settings = {"max_steps": 1, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    settings |= {name: more.pop(name) for name in list(more) if "liger" in name}
+    return Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=rows, **more)
+
+
+@pytest.mark.parametrize("order", [AFTER, BEFORE])
+def test_a_model_that_is_made_when_training_begins_is_refused(order, tmp_path):
+    """It would train without lemo."""
+    trainer = token_trainer(None, tmp_path, model_init=lambda: make_model("llama"))
+    if order == AFTER:
+        lemo.enable(trainer)
+    else:
+        trainer.add_callback(lemo.TrainerCallback(lemo.enable(trainer.model)))
+    with pytest.raises(ValueError, match="model: expected the LlamaForCausalLM .* model_init"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_ligers_loss_is_refused(name, tmp_path, monkeypatch):
+    """A trainer puts its forward in place of lemo's when training begins."""
+    applied = []
+
+    def apply(model, kernels):
+        applied.append(kernels)
+
+    monkeypatch.setattr("transformers.trainer.apply_liger_kernel", apply)
+    model = make_model("llama") if name == "llama" else generic_model("phi3")
+    trainer = token_trainer(model, tmp_path / "fused", use_liger_kernel=True)
+    handle = lemo.enable(trainer, lemo.LemoConfig(keep=0.5))
+    with pytest.raises(ValueError, match="use_liger_kernel: expected False"):
+        trainer.train()
+    handle.remove()
+    others = {"fused_linear_cross_entropy": False}
+    trainer = token_trainer(
+        model, tmp_path / "others", use_liger_kernel=True, liger_kernel_config=others
+    )
+    handle = lemo.enable(trainer, lemo.LemoConfig(keep=0.5))
+    trainer.train()
+    assert applied[-1] == others
+    layer = handle.statistics()[0]
+    assert layer.attention_rows == layer.tokens / 2
 
 
 def test_labels_are_named_by_masks_of_collators():

@@ -81,8 +81,10 @@ class TrainerCallback(transformers.TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._check_attached(args)
+        _check_forward(args)
         # The trainer may have wrapped the model since it was enabled.
         if model is not None:
+            self._check_model(model)
             self._unwatch()
             self._unwatch = self._handle.watch(model)
 
@@ -118,12 +120,32 @@ class TrainerCallback(transformers.TrainerCallback):
                 f"with, where its cp_size is {size}, got the callback alone"
             )
 
+    def _check_model(self, model: nn.Module) -> None:
+        causal_lm = self._handle.causal_lm
+        if not any(module is causal_lm for module in model.modules()):
+            raise ValueError(
+                f"model: expected the {type(causal_lm).__name__} that lemo was enabled on, got "
+                "another one, which would train without lemo; a trainer with model_init makes a "
+                "model when training begins: give it a model instead"
+            )
+
     def _begin_pass(self, args: transformers.TrainingArguments) -> None:
         # Accelerate deals the batches out in turn, the same to all processes of a group.
         context = self._handle.context_parallel
         size = 1 if context is None else context.size
         processes, index = args.world_size // size, args.process_index // size
         self._handle.begin_pass(self._passes * processes + index)
+
+
+def _check_forward(args: transformers.TrainingArguments) -> None:
+    """Refuses Liger's loss, for which a trainer replaces the model's forward after `enable`."""
+    kernels = getattr(args, "liger_kernel_config", None) or {}
+    if getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_liger_kernel: expected False, since Liger's loss takes the place of the forward "
+            "in which lemo leaves tokens out, got True; lemo's own loss needs no logits either. "
+            'liger_kernel_config={"fused_linear_cross_entropy": False} keeps Liger\'s other kernels'
+        )
 
 
 def attach(trainer: transformers.Trainer, handle: Steered) -> Callable[[], None]:
