@@ -30,7 +30,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo import ops
 from lemo.distributed.attention import SharedKeys, shared_attention
 
-__all__ = ["KeptRows", "RowsMask", "making_masks", "register"]
+__all__ = ["KeptRows", "RowsMask", "is_registered", "making_masks", "register"]
+
+_PREFIX = "lemo_rows_"
 
 # Arguments of attention that say nothing that rows and mask do not say.
 _NOT_READ = {
@@ -242,10 +244,15 @@ def register(original: str) -> str:
         lemo's attention does.
     """
     # Transformers takes names with "flash" or "/" in them for implementations of their own.
-    name = "lemo_rows_" + original.replace("flash", "fl").replace("/", "_").replace("|", "_")
+    name = _PREFIX + original.replace("flash", "fl").replace("/", "_").replace("|", "_")
     AttentionInterface.register(name, partial(_attention, original))
     AttentionMaskInterface.register(name, partial(_mask, original))
     return name
+
+
+def is_registered(name: str) -> bool:
+    """Whether an implementation's name is one that `register` returned."""
+    return name.startswith(_PREFIX)
 
 
 def _mask(

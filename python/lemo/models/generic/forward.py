@@ -91,6 +91,7 @@ class GenericForward(Training[Choice]):
 
     Attributes:
         offload: moves what layers save to the host.
+        is_dense: whether a call runs as without lemo.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class GenericForward(Training[Choice]):
         self._loss_chunk = config.loss_chunk
         self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
         self._pass: _Pass | None = None
+        self.is_dense = False
         self._prepared: ModelOutput | None = None
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
@@ -136,11 +138,12 @@ class GenericForward(Training[Choice]):
         with ExitStack() as stack:
             stack.enter_context(self._parts.attending_by(self._implementations))
             stack.enter_context(making_masks(None))
-            before, self._pass = self._pass, None
+            before = self._pass, self.is_dense
+            self._pass, self.is_dense = None, True
             try:
                 yield
             finally:
-                self._pass = before
+                self._pass, self.is_dense = before
 
     @contextmanager
     def keeping(
@@ -369,6 +372,7 @@ class GenericForward(Training[Choice]):
         check_unflattened(parts.causal_lm)
         check_around(parts.causal_lm, parts.base, parts.decoder)
         check_adapters(parts.causal_lm)
+        parts.check_installed(self._implementations)
         replace(arguments, unknown={}).check(self._parts.config)
         if arguments.wants_hidden_states(self._parts.config):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lemo.models.generic.attention import own_attention, register
+from lemo.models.generic.attention import is_registered, own_attention, register
 from lemo.models.interception import origin
 
 __all__ = ["Parts"]
@@ -192,9 +192,24 @@ class Parts:
 
     # The attention that the decoder's layers look up
 
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The names that the configurations have now."""
+        return tuple(config._attn_implementation for config in self.configs)
+
+    def check_installed(self, implementations: tuple[str, ...]) -> None:
+        """Refuses attention that was set after `install`, which returned `implementations`."""
+        for own, now in zip(implementations, self.implementations):
+            if not is_registered(now):
+                raise ValueError(
+                    f"attn_implementation: expected '{own}' as when lemo was enabled, got '{now}', "
+                    "which was set since and would run in place of lemo's; set it before "
+                    "lemo.enable"
+                )
+
     def install(self) -> tuple[str, ...]:
         """Puts lemo's attention in place of the decoder's; returns what was there before."""
-        before = tuple(config._attn_implementation for config in self.configs)
+        before = self.implementations
         self._set(tuple(map(register, before)))
         return before
 
@@ -205,7 +220,7 @@ class Parts:
     @contextmanager
     def attending_by(self, implementations: tuple[str, ...]) -> Iterator[None]:
         """Inside, the configurations name these implementations."""
-        before = tuple(config._attn_implementation for config in self.configs)
+        before = self.implementations
         self._set(implementations)
         try:
             yield

@@ -94,12 +94,7 @@ def causal_lm_forward(
                 result["aux_loss"] = result.aux_loss / weight
             return result
     if others or arguments.labels is None or causal_lm.loss_function is not ForCausalLMLoss:
-        forward.say(
-            "logits, hidden states or a loss of another kind were asked for: the whole model runs "
-            "on every row, and nothing is eliminated"
-        )
-        with forward.dense():
-            return original()
+        return _whole(forward, original)
     forward.check_call(arguments)
     return returned(forward.loss(arguments), arguments, causal_lm)
 
@@ -123,7 +118,20 @@ def decoder_forward(
     def decode() -> Any:
         if forward.is_passing:
             return forward.decode(call, replaced.original)
+        # Of the user, or of a forward that somebody has put in place of the causal LM's since.
+        if not forward.is_dense and handle.acts_on(replaced.__self__, ForwardArguments.of(call)):
+            return _whole(forward, original)
         with forward.dense():
             return original()
 
     return forward.base_output(decode)
+
+
+def _whole(forward: GenericForward, original: Callable[[], Any]) -> Any:
+    """What a call gives in training that wants more than lemo's loss."""
+    forward.say(
+        "logits, hidden states or a loss of another kind were asked for: the whole model runs on "
+        "every row, and nothing is eliminated"
+    )
+    with forward.dense():
+        return original()

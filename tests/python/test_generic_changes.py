@@ -1,0 +1,82 @@
+"""What is changed after lemo.enable in the generic path, and calls past the causal LM's forward."""
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import lemo
+from generic_cases import BLOCK, assert_same, make
+from lemo import LemoConfig
+from tiny_models import make_ids
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+HALF = LemoConfig(keep=0.5, block_size=BLOCK, scorer="random")
+WHOLE = "the whole model runs on every row, and nothing is eliminated"
+
+
+def batch_of():
+    ids = make_ids(2, 61)
+    return {"input_ids": ids, "labels": ids}
+
+
+def own_forward(self, input_ids, labels):
+    """As Liger's: it takes the place of a model's forward on the instance."""
+    states = self.model(input_ids).last_hidden_state
+    loss = self.loss_function(self.lm_head(states), labels, self.config.vocab_size)
+    return CausalLMOutputWithPast(loss=loss)
+
+
+def test_a_forward_that_takes_the_place_of_lemos_is_named():
+    model = make("phi3")
+    dense = copy.deepcopy(model)
+    lemo.enable(model, HALF)
+    model.forward = MethodType(own_forward, model)
+    with pytest.warns(UserWarning, match=WHOLE):
+        loss = model(**batch_of()).loss
+    oracle = dense(**batch_of()).loss
+    loss.backward(), oracle.backward()
+    assert_same(model, dense, loss, oracle)
+
+
+@pytest.mark.parametrize("name", ["phi3", "opt"])  # of OPT, the base is around the decoder
+def test_calls_of_the_decoder_are_those_of_the_whole_model(name, recwarn):
+    model = make(name)
+    dense = copy.deepcopy(model)
+    lemo.enable(model, LemoConfig(keep=0.5, block_size=BLOCK, path="generic"))
+    ids = batch_of()["input_ids"]
+    with torch.no_grad():
+        model.model(ids)
+        model.eval()(ids, labels=ids)
+    assert not [each for each in recwarn if WHOLE in str(each.message)]
+    with pytest.warns(UserWarning, match=WHOLE):
+        states = model.train().model(ids).last_hidden_state
+    assert torch.equal(states, dense.model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("when", ["at once", "after a step"])
+def test_attention_that_is_set_since_is_named(when):
+    model = make("phi3")
+    handle = lemo.enable(model, HALF)
+    if when == "after a step":
+        model(**batch_of())
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="expected 'eager' as when lemo was enabled, got 'sdpa'"):
+        model(**batch_of())
+    handle.remove()
+    model.set_attn_implementation("sdpa")
+    lemo.enable(model, HALF)
+    assert model(**batch_of()).loss > 0
+
+
+def test_models_of_one_configuration_train_beside_each_other():
+    model = make("phi3")
+    other = type(model)(model.config).train()
+    assert other.config is model.config
+    handles = [lemo.enable(each, HALF) for each in (model, other)]
+    for each in (model, other):
+        assert each(**batch_of()).loss > 0
+    assert all(handle.statistics()[0].attention_rows < 80 for handle in handles)
