@@ -10,7 +10,7 @@ import torch
 import lemo
 from generic_cases import BLOCK, kept_mask, make, masked_batch
 from lemo import LemoConfig
-from tiny_models import gradients, make_ids
+from tiny_models import gradients, make_ids, padded_batch
 from tolerances import assert_close_fp32
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore")]
@@ -133,6 +133,15 @@ def test_adapters_of_every_kind(kind, path, keep):
 )
 def test_adapters_of_other_weights(name, config, keep):
     check(adapted(config, name), keep, "generic")
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_prompt_tuning_needs_padding_on_the_right(path):
+    model = adapted(KINDS["prompt tuning"])
+    lemo.enable(model, LemoConfig(keep=0.5, block_size=BLOCK, scorer="random", path=path))
+    assert train(model, padded_batch([61, 40])) > 0
+    with pytest.raises(ValueError, match="contiguous .* 2 runs in row 1; .* pad on the right"):
+        train(model, padded_batch([61, 40], side="left"))
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

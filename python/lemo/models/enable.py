@@ -111,7 +111,10 @@ def _path(
 
 def _check_free(module: nn.Module) -> None:
     if hasattr(module, _ATTRIBUTE):
-        raise ValueError("model: lemo is already enabled on it; call handle.remove() first")
+        raise ValueError(
+            "model: lemo is already enabled on it; call handle.remove() first, or for a trainer of "
+            "it handle.attach(trainer)"
+        )
     if hasattr(module, "_original_forward"):  # by Accelerate
         raise _replaced(module)
 

@@ -66,7 +66,8 @@ class PackedBatch:
         if max(starts) > 1:
             raise ValueError(
                 "attention_mask: expected the ones of each row to be contiguous (padding on the "
-                f"left or right), got {max(starts)} runs in row {starts.index(max(starts))}"
+                f"left or right), got {max(starts)} runs in row {starts.index(max(starts))}; where "
+                "prompt tuning puts tokens before the prompt, pad on the right"
             )
         if sum(lengths) == 0:
             raise ValueError("attention_mask: expected at least one token, got only zeros")
