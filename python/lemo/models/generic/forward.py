@@ -16,12 +16,12 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
-from lemo.models.generic.embedding import embedding_whole
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
 from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
+from lemo.models.generic.whole import seeing_the_batch
 from lemo.models.interception import check_adapters
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
@@ -289,10 +289,10 @@ class GenericForward(Training[Choice]):
         now.rows.counts = not parts.compiles_checkpoints
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
-            stack.enter_context(embedding_whole(parts.decoder, now.kept, call))
             if not self._has_checked_layout:
                 check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
                 stack.enter_context(check.watching())
+            stack.enter_context(seeing_the_batch(parts.decoder, now.kept, call))
             if any(self._shares):
                 layers = layers_of(parts.decoder, parts.num_layers)
                 moved = self.offload.begin(self._shares, next(layers[0].parameters()).device)

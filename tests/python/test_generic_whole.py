@@ -1,4 +1,4 @@
-"""Embeddings in the generic path: hooks on them see the batch; adapters on them change nothing."""
+"""What depends on the whole batch in the generic path: embeddings with hooks, dynamic rotations."""
 
 import copy
 
@@ -74,3 +74,31 @@ def test_adapters_of_the_embedding_take_padding_on_the_left(adapter):
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     check(model, copy.deepcopy(model), padded_batch([61, 40], side="left"))
+
+
+_LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+ROTATIONS = {
+    "phi3": {"rope_type": "longrope", **_LONG, "factor": 2.0},
+    "smollm3": {"rope_type": "dynamic", "factor": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("given", [False, True])
+def test_rotations_are_those_of_the_longest_sequence(name, given):
+    """No row beyond the model's own context is kept, from which they change."""
+    context = {"original_max_position_embeddings": 32}
+    rotation = {**ROTATIONS[name], "rope_theta": 10000.0, **context}
+    own = context if name == "phi3" else {}
+    model = make(name, rope_parameters=rotation, max_position_embeddings=32, **own)
+    dense = copy.deepcopy(model)
+    batch = padded_batch([64, 40])
+    if given:
+        batch["position_ids"] = torch.arange(64)[None]
+    config = LemoConfig(keep=0.25, block_size=BLOCK, scorer="given", keep_last=0)
+    handle = lemo.enable(model, config)
+    with handle.scored(torch.arange(64.0, 0, -1).expand(2, 64)):
+        loss = train(model, batch)
+    kept = kept_mask(handle, batch)
+    assert kept.any(0).nonzero().max() < 32
+    assert_same(model, dense, loss, train(dense, masked_batch(batch, kept)))
