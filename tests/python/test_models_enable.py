@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
@@ -370,6 +371,20 @@ def test_accelerate_prepared_before_is_refused(mixed_precision):
     model = mixed_precision.prepare(make_model("llama"))
     with pytest.raises(ValueError, match="call lemo.enable before Accelerator.prepare"):
         lemo.enable(model, HALF)
+
+
+@fp32
+def test_models_over_several_devices_run_in_the_generic_path():
+    model, dense = make_model("llama"), make_model("llama")
+    for module in model.modules():  # as a device_map does
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    with pytest.raises(ValueError, match="a device_map over several .* LemoConfig.path='generic'"):
+        lemo.enable(model, EVERYTHING)
+    lemo.enable(model, lemo.LemoConfig(keep=1, path="generic"))
+    for each in (model, dense):
+        each(**BATCH).loss.backward()
+    for name, expected in gradients(dense).items():
+        assert_close_fp32(gradients(model)[name], expected, name)
 
 
 def trainer_arguments(folder, **settings):

@@ -120,9 +120,15 @@ def _check_free(module: nn.Module) -> None:
 
 
 def _replaced(module: nn.Module) -> ValueError:
+    remedy = "call lemo.enable before Accelerator.prepare and the like"
+    if hasattr(module, "_hf_hook"):
+        remedy = (
+            "a device_map over several devices does so: load the model on one device, or use "
+            "LemoConfig(path='generic')"
+        )
     return ValueError(
         f"model: expected {type(module).__name__} with the forward of its class, got one replaced "
-        "on the instance; call lemo.enable before Accelerator.prepare and the like"
+        f"on the instance; {remedy}"
     )
 
 
