@@ -178,6 +178,21 @@ def test_adapters_that_look_for_words_are_refused(path):
         train(model, batch_of())
 
 
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("kind", ["Poly", "XLora"])
+def test_adapters_that_know_the_batch_are_refused(kind, path, tmp_path):
+    config = of("PolyConfig", QV, r=4, n_tasks=2, n_skills=2)
+    base = make("llama")
+    if kind == "XLora":
+        adapted(lora_of()).save_pretrained(tmp_path)
+        base.config.use_cache = False
+        hidden, parts = base.config.hidden_size, {"0": str(tmp_path)}
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=hidden, adapters=parts)
+    model = peft.get_peft_model(base, config)
+    with pytest.raises(ValueError, match=f"peft_type: expected .* got {kind}Config"):
+        lemo.enable(model, LemoConfig(keep=0.5, path=path))
+
+
 def test_wrappers_that_hold_the_forward_come_after_lemo():
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM")
     settings = LemoConfig(keep=0.5, block_size=BLOCK, path="generic")

@@ -34,6 +34,8 @@ _REMEDY = (
 )
 # Libraries that put a rotation in place of Transformers' that computes the same.
 _SAME_ROTATION = ("transformers", "liger_kernel")
+# PEFT's kinds of adapters with scales, tasks or states for each token or sequence of the batch.
+_OF_THE_BATCH = ("POLY", "SHADOW", "XLORA")
 # Packages whose embeddings map each token by itself.
 _ROW_BY_ROW = ("torch.nn.", "peft.tuners.", "peft.utils.", "bitsandbytes.", "transformers.")
 
@@ -99,7 +101,7 @@ def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
 
 
 def check_adapters(module: nn.Module) -> None:
-    """Refuses PEFT's adapters that look for words in the batch, which kept rows have not all.
+    """Refuses PEFT's adapters that know the batch, of which lemo's layers get some rows.
 
     Asked for the causal LM in every pass, since adapters may come after `lemo.enable`.
 
@@ -107,10 +109,18 @@ def check_adapters(module: nn.Module) -> None:
         module: what PEFT has put adapters into, or its wrapper.
 
     Raises:
-        ValueError: one of them is such (aLoRA), active or not.
+        ValueError: one of them looks for words (aLoRA), or holds something for each token or
+            sequence (X-LoRA, Poly, Shadow), active or not.
     """
     configs = vars(module).get("peft_config")
     for config in configs.values() if isinstance(configs, dict) else ():
+        kind = getattr(config, "peft_type", None)
+        if str(getattr(kind, "value", kind)) in _OF_THE_BATCH:
+            raise ValueError(
+                "peft_type: expected adapters that do the same to every token, got "
+                f"{type(config).__name__}, which holds something for each token or sequence of the "
+                "batch, of which lemo leaves rows out; train without lemo"
+            )
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
                 "alora_invocation_tokens: expected None, since aLoRA begins where these tokens "
