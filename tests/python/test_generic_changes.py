@@ -1,10 +1,13 @@
 """What is changed after lemo.enable in the generic path, and calls past the causal LM's forward."""
 
 import copy
+import pickle
 from types import MethodType
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lemo
@@ -70,6 +73,20 @@ def test_attention_that_is_set_since_is_named(when):
     model.set_attn_implementation("sdpa")
     lemo.enable(model, HALF)
     assert model(**batch_of()).loss > 0
+
+
+def test_a_pickled_model_trains_in_another_process(monkeypatch):
+    """Where lemo's attention has not been registered yet."""
+    model = make("phi3")
+    lemo.enable(model, HALF)
+    stored = pickle.dumps(model)
+    loss = model(**batch_of()).loss
+    name = model.config._attn_implementation
+    for interface in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, name)
+    loaded = pickle.loads(stored)
+    assert torch.equal(loaded(**batch_of()).loss, loss)
+    assert torch.equal(loaded.eval()(**batch_of()).loss, model.eval()(**batch_of()).loss)
 
 
 def test_models_of_one_configuration_train_beside_each_other():

@@ -15,7 +15,7 @@ from lemo.models import sharing
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
-from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
+from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending
@@ -115,6 +115,11 @@ class GenericForward(Training[Choice]):
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for name in self._implementations:  # which another process does not know yet
+            register(name)
 
     @property
     def own(self) -> Callable[..., Any]:
