@@ -61,11 +61,12 @@ class AnswerScorer(Scorer):
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         if batch.ids is None or batch.labelled is None:
-            missing = "input_ids" if batch.ids is None else "labels"
+            missing = "labels", "pass them to the model, or use handle.labelled or handle.attach"
+            if batch.ids is None:
+                missing = "input_ids", "the model got inputs_embeds, as of prompt tuning"
             raise ValueError(
-                f"scorer: '{self._name}' needs the batch's {missing}, which are not known; pass "
-                "them to the model (labels also by handle.labelled or handle.attach), or use "
-                "scorer 'random'"
+                f"scorer: '{self._name}' needs the batch's {missing[0]}, which are not known "
+                f"({missing[1]}); or use scorer 'random'"
             )
         layout = batch.layout
         texts, labelled = (rows.split(layout.seqlens) for rows in batch.on_host())
