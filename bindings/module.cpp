@@ -15,6 +15,17 @@ namespace py = pybind11;
 
 namespace {
 
+PyObject* exception_of(lemo::ErrorKind kind) {
+    switch (kind) {
+        case lemo::ErrorKind::kValue: return PyExc_ValueError;
+        case lemo::ErrorKind::kType: return PyExc_TypeError;
+        case lemo::ErrorKind::kUnsupported: return PyExc_NotImplementedError;
+        case lemo::ErrorKind::kMemory:
+        case lemo::ErrorKind::kDeviceMemory: return PyExc_MemoryError;
+    }
+    return PyExc_RuntimeError;
+}
+
 using Option = std::tuple<int64_t, int64_t, int64_t, int64_t, double, int64_t>;
 
 lemo::LayerOptions layer_options(const std::vector<std::vector<Option>>& layers) {
@@ -40,10 +51,7 @@ PYBIND11_MODULE(_C, m) {
             // what() starts with "[lemo:<kind>] ", which only the torch ops need.
             const std::string text = error.what();
             const std::string message = text.substr(text.find("] ") + 2);
-            PyObject* type = error.kind() == lemo::ErrorKind::kType    ? PyExc_TypeError
-                             : error.kind() == lemo::ErrorKind::kValue ? PyExc_ValueError
-                                                                       : PyExc_NotImplementedError;
-            py::set_error(type, message.c_str());
+            py::set_error(exception_of(error.kind()), message.c_str());
         }
     });
 

@@ -16,8 +16,7 @@ struct Sizes {
 /// The one read-back of the op: the host waits for the counts, which size what follows. Only where
 /// the caller does not know them.
 Sizes read_back(const TorchTensor& counts) {
-    const TorchTensor on_host =
-        torch::stable::to(counts, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    const TorchTensor on_host = copy_to_host(counts);
     const auto* count = static_cast<const int64_t*>(on_host.data_ptr());
     return {count[0], count[1]};
 }

@@ -2,8 +2,13 @@
 
 #include <dlfcn.h>
 
+#include <iomanip>
+#include <sstream>
 #include <stdexcept>
 #include <vector>
+
+/// The message of libtorch's last error in this thread. libtorch has it from 2.13 on.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
 namespace lemo::torch_api {
 namespace {
@@ -30,6 +35,52 @@ Device to_device(const TorchTensor& tensor) {
     if (type == aoti_torch_device_type_cpu()) return Device::kCpu;
     if (type == aoti_torch_device_type_cuda()) return Device::kCuda;
     return Device::kOther;
+}
+
+/// Why the last call into libtorch failed, in one line; empty where torch only logs it.
+std::string last_reason() {
+    if (torch_exception_get_what_without_backtrace == nullptr) return "";
+    const std::string text = torch_exception_get_what_without_backtrace();
+    return text.substr(0, text.find('\n'));
+}
+
+[[noreturn]] void raise_not_allocated(const std::vector<int64_t>& sizes, ScalarType dtype,
+                                      const StableDevice& device) {
+    const auto element = aoti_torch_dtype_element_size(static_cast<int32_t>(dtype));
+    auto bytes = static_cast<double>(element);  // their number may be beyond every integer
+    std::string shape;
+    for (const int64_t size : sizes) {
+        bytes *= static_cast<double>(size);
+        shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    }
+    std::ostringstream text;
+    text << "cannot allocate " << std::fixed << std::setprecision(0) << bytes
+         << " bytes for a tensor [" << shape << "] on " << (device.is_cpu() ? "cpu" : "cuda");
+    if (device.has_index() && !device.is_cpu()) text << ":" << static_cast<int>(device.index());
+    const std::string reason = last_reason();
+    if (!reason.empty()) text << ": " << reason;
+    const bool no_memory = reason.empty() || reason.find("out of memory") != std::string::npos ||
+                           reason.find("can't allocate memory") != std::string::npos;
+    // A GPU that failed before fails here, too.
+    if (!no_memory) throw std::runtime_error(text.str());
+    throw Error(device.is_cpu() ? ErrorKind::kMemory : ErrorKind::kDeviceMemory, text.str());
+}
+
+/// Every tensor that the bindings make: uninitialised and contiguous.
+TorchTensor allocate(const TorchTensor& like, const std::vector<int64_t>& sizes, ScalarType dtype,
+                     const StableDevice& device) {
+    try {
+        return torch::stable::new_empty(like, sizes, dtype, std::nullopt, device);
+    } catch (const std::exception&) {
+        raise_not_allocated(sizes, dtype, device);
+    }
+}
+
+TorchTensor copy_to(const TorchTensor& tensor, const StableDevice& device) {
+    const auto sizes = tensor.sizes();
+    TorchTensor copy = allocate(tensor, {sizes.begin(), sizes.end()}, tensor.scalar_type(), device);
+    torch::stable::copy_(copy, tensor);
+    return copy;
 }
 
 }  // namespace
@@ -60,7 +111,7 @@ TorchTensor to_contiguous(const TorchTensor& tensor) {
     if (layout != aoti_torch_layout_strided()) {
         throw Error(ErrorKind::kType, "expected dense tensors, got one of another layout (sparse)");
     }
-    return torch::stable::contiguous(tensor);
+    return copy_to(tensor, tensor.device());
 }
 
 OptionalTensor to_contiguous(const OptionalTensor& tensor) {
@@ -70,23 +121,20 @@ OptionalTensor to_contiguous(const OptionalTensor& tensor) {
 TorchTensor to_aligned(const TorchTensor& tensor) {
     const TorchTensor contiguous = to_contiguous(tensor);
     const bool aligned = reinterpret_cast<uintptr_t>(contiguous.data_ptr()) % 16 == 0;
-    return aligned ? contiguous : torch::stable::clone(contiguous);
+    return aligned ? contiguous : copy_to(contiguous, contiguous.device());
 }
 
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,
                        ScalarType dtype) {
-    const std::vector<int64_t> sizes(shape);
-    return torch::stable::new_empty(like, sizes, dtype);
+    return allocate(like, shape, dtype, like.device());
 }
 
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape) {
     return make_empty(like, shape, like.scalar_type());
 }
 
-TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape,
-                       ScalarType dtype) {
-    const std::vector<int64_t> sizes(shape);
-    return torch::stable::new_zeros(like, sizes, dtype);
+TorchTensor copy_to_host(const TorchTensor& tensor) {
+    return copy_to(tensor, StableDevice(torch::headeronly::DeviceType::CPU));
 }
 
 int32_t device_index(const TorchTensor& on) {

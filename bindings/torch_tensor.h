@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,6 +24,7 @@ namespace lemo::torch_api {
 using torch::headeronly::ScalarType;
 using TorchTensor = torch::stable::Tensor;
 using OptionalTensor = std::optional<TorchTensor>;
+using StableDevice = torch::stable::Device;
 
 /// A view; more than kMaxDims dimensions raise.
 Tensor view(const TorchTensor& tensor);
@@ -35,12 +37,14 @@ OptionalTensor to_contiguous(const OptionalTensor& tensor);
 /// Contiguous and from a 16-byte boundary on, where a view into a tensor need not begin.
 TorchTensor to_aligned(const TorchTensor& tensor);
 
-/// Uninitialised or zeroed results on the device of `like`.
+/// Uninitialised results on the device of `like`. Where there is no memory they raise kMemory or
+/// kDeviceMemory, as copies do.
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape,
                        ScalarType dtype);
 TorchTensor make_empty(const TorchTensor& like, std::initializer_list<int64_t> shape);
-TorchTensor make_zeros(const TorchTensor& like, std::initializer_list<int64_t> shape,
-                       ScalarType dtype);
+
+/// A copy in the host's memory, for which the host waits.
+TorchTensor copy_to_host(const TorchTensor& tensor);
 
 /// Checks `params`, then runs the kernel of the device of `on`. Without a CUDA kernel pass nullptr:
 /// a CUDA tensor then raises and lists what is supported.
@@ -58,7 +62,11 @@ void run(const char* op, const TorchTensor& on, const Params& params, void (*cpu
     check(params);
     const Device device = view(on).device;
     if (device == Device::kCpu) {
-        cpu(params);
+        try {
+            cpu(params);
+        } catch (const std::bad_alloc&) {
+            throw Error(ErrorKind::kMemory, std::string(op) + ": cannot allocate scratch on cpu");
+        }
     } else if (device == Device::kCuda && cuda != nullptr) {
         // The tensor's GPU need not be the current one.
         const torch::stable::accelerator::DeviceGuard guard(device_index(on));

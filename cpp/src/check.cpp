@@ -10,6 +10,8 @@ const char* prefix(ErrorKind kind) {
         case ErrorKind::kValue: return "[lemo:value] ";
         case ErrorKind::kType: return "[lemo:type] ";
         case ErrorKind::kUnsupported: return "[lemo:unsupported] ";
+        case ErrorKind::kMemory: return "[lemo:memory] ";
+        case ErrorKind::kDeviceMemory: return "[lemo:device_memory] ";
     }
     return "";
 }

@@ -112,6 +112,12 @@ TEST(Gemm, TransposesStridesAndAccumulates) {
     EXPECT_EQ(d[0], 1 * 1 + 4 * 2);
 }
 
+TEST(Error, NamesItsKind) {
+    EXPECT_STREQ(Error(ErrorKind::kUnsupported, "x").what(), "[lemo:unsupported] x");
+    EXPECT_STREQ(Error(ErrorKind::kMemory, "x").what(), "[lemo:memory] x");
+    EXPECT_STREQ(Error(ErrorKind::kDeviceMemory, "x").what(), "[lemo:device_memory] x");
+}
+
 TEST(Parallel, CoversEveryItemOnceAndRethrows) {
     std::vector<int> hits(1000);
     cpu::parallel_ranges(1000, 10, [&](int64_t first, int64_t end) {

@@ -342,6 +342,28 @@ def test_the_list_of_ops_is_frozen():
     assert {*lemo.ops.__all__} == EXPECTED_FUNCTIONS
 
 
+def test_operators_are_called_through_one_function():
+    """It turns the core's errors into Python's."""
+    operators = "|".join(EXPECTED_OPS)
+    found = 0
+    for path in modules().values():
+        text = path.read_text()
+        found += len(re.findall(rf"\bcall\(\s*(?:_ops|torch\.ops\.lemo)\.(?:{operators})\b", text))
+        called = re.search(rf"ops\.lemo\.\w+\(|\b_ops\.(?:{operators})(?:\.\w+)?\(", text)
+        assert not called, f"{path}: {called[0]}"
+    assert found >= len(EXPECTED_OPS)
+
+
+def test_one_function_of_the_bindings_allocates():
+    """It says what did not fit, in an error that Python knows."""
+    calls = [
+        (path.name, name)
+        for path in sources("bindings")
+        for name in re.findall(r"torch::stable::(\w+)\(", path.read_text())
+    ]
+    assert sorted(calls) == [("torch_tensor.cpp", "copy_"), ("torch_tensor.cpp", "new_empty")]
+
+
 def test_the_fields_of_the_config_are_frozen():
     from lemo import LemoConfig
     from lemo.settings.base import fields_of

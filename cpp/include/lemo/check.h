@@ -12,8 +12,9 @@
 
 namespace lemo {
 
-/// What kind of mistake the caller made; Python raises ValueError, TypeError, NotImplementedError.
-enum class ErrorKind { kValue, kType, kUnsupported };
+/// What went wrong. Of these Python raises ValueError, TypeError, NotImplementedError, MemoryError
+/// (the host had no memory left) and torch.OutOfMemoryError (a GPU had none).
+enum class ErrorKind { kValue, kType, kUnsupported, kMemory, kDeviceMemory };
 
 /// what() is "[lemo:<kind>] <message>"; the prefix survives the trip through torch's dispatcher.
 class Error : public std::runtime_error {

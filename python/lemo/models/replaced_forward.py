@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo.ops._call import translated
+
 __all__ = ["Implementation", "ReplacedForward", "bind"]
 
 # Called as run(handle, arguments, replaced forward, original), where `original()` does what the
@@ -66,7 +68,9 @@ class ReplacedForward:
         original = functools.partial(self.original, *args, **kwargs)
         if self._handle is None:
             return original()
-        return self._run(self._handle, bind(self.__self__, args, kwargs), self, original)
+        # Layers inside may be compiled.
+        with translated():
+            return self._run(self._handle, bind(self.__self__, args, kwargs), self, original)
 
     @property
     def original(self) -> Callable[..., Any]:
