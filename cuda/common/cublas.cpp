@@ -20,7 +20,7 @@ namespace {
 using Handle = void*;
 using Status = int;
 enum Operation : int { kNoTranspose = 0, kTranspose = 1 };
-constexpr Status kSuccess = 0;
+constexpr Status kSuccess = 0, kAllocationFailed = 3;
 constexpr int kComputeFloat32 = 68;
 constexpr int kDefaultAlgorithm = -1;
 // The default mode (no TF32 for fp32), and partial sums of a split k stay fp32.
@@ -76,8 +76,10 @@ const Cublas& cublas_for(const char* op) {
 
 void require_success(const char* op, const Cublas& cublas, const char* what, Status status) {
     if (status == kSuccess) return;
-    throw Error(ErrorKind::kUnsupported, std::string(op) + ": cuBLAS failed in " + what + ": " +
-                                             cublas.status_string(status));
+    const bool no_memory = status == kAllocationFailed;
+    throw Error(
+        no_memory ? ErrorKind::kDeviceMemory : ErrorKind::kUnsupported,
+        std::string(op) + ": cuBLAS failed in " + what + ": " + cublas.status_string(status));
 }
 
 /// Handles that no thread uses, by device. A handle serves one thread at a time; it outlives the

@@ -13,10 +13,12 @@
 namespace lemo::cuda {
 
 inline void check_status(const char* op, cudaError_t status) {
-    if (status != cudaSuccess) {
-        throw Error(ErrorKind::kUnsupported,
-                    std::string(op) + ": CUDA failed: " + cudaGetErrorString(status));
-    }
+    if (status == cudaSuccess) return;
+    cudaGetLastError();  // or it would stay behind for the next launch
+    // Also a launch takes memory: the code of a kernel that runs for the first time.
+    const bool no_memory = status == cudaErrorMemoryAllocation;
+    throw Error(no_memory ? ErrorKind::kDeviceMemory : ErrorKind::kUnsupported,
+                std::string(op) + ": CUDA failed: " + cudaGetErrorString(status));
 }
 
 inline void check_launch(const char* op) { check_status(op, cudaGetLastError()); }
