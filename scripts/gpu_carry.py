@@ -1,9 +1,9 @@
 """What a GPU machine without a network needs for `gpu_measure.py`: packing it, and unpacking it.
 
-Everything is a bundle, a compressed archive: wheels without the files that nobody reads there, the
-model, the documents. The bundles follow each other in folders of limited size, which are named by
-the order in which they are carried; a bundle that does not fit is cut. What has come of it so far
-is unpacked.
+Everything is a bundle, a compressed archive: what sets up lemo and what was built of it, wheels
+without the files that nobody reads there, the model, the documents. The bundles follow each other
+in folders of limited size, which are named by the order in which they are carried; a bundle that
+does not fit is cut. What has come of it so far is unpacked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from typing import Any, BinaryIO
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKED, UNPACKED = REPOSITORY / "build/packed", REPOSITORY / "build/unpacked"
-SESSION_WHEELS = REPOSITORY / "build/carry/wheels"
+# Of the tree: what `gpu_session.sh pack` collects, and what `make gpu-build` has built.
+CARRY = "build/carry"
+BUILT = ("python/lemo/liblemo_ops.so", "build/develop/gpu/lemo_gpu_tests")
 MANIFEST, WHOLE, SHORTENED, MIB = "bundles.json", ".whole", "shortened", 2**20
 
 GLIBC = ("1", "2014", "_2_17", "_2_24", "_2_27", "_2_28", "_2_31", "_2_34", "_2_35", "_2_39")
@@ -176,6 +178,20 @@ def pack_folder(source: Path, target: Path, name: str) -> None:
             archive.add(path, f"{name}/{path.name}")
 
 
+def pack_session(target: Path) -> None:
+    """An archive of CARRY and BUILT, with their paths in the tree.
+
+    Raises:
+        FileNotFoundError: something was not built.
+    """
+    for name in BUILT:
+        if not (REPOSITORY / name).is_file():
+            raise FileNotFoundError(f"expected {name}, which 'make gpu-build' builds")
+    with tarfile.open(target, "w:xz", preset=6) as archive:
+        for name in (CARRY, *BUILT):
+            archive.add(REPOSITORY / name, name)
+
+
 def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -291,7 +307,7 @@ def pack(options: Any, run: Callable[[list[str]], None]) -> list[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     made.mkdir(parents=True)
     run(["scripts/gpu_session.sh", "pack", "--for", options.python, "--wheel", "gguf"])
-    pack_folder(SESSION_WHEELS, made / "session", "wheels")
+    pack_session(made / "session")
     for name, bundle in WHEELS.items():
         if name not in options.without:
             wheels = options.work / "wheels" / name
@@ -326,8 +342,8 @@ def unpack(run: Callable[[list[str]], None]) -> None:
                 archive.extractall(target, filter="data")
                 print(name, *sorted(x.name for x in target.iterdir()))
         if name == "session":
-            shutil.rmtree(SESSION_WHEELS, ignore_errors=True)
-            shutil.copytree(target / "wheels", SESSION_WHEELS)
+            shutil.rmtree(REPOSITORY / CARRY, ignore_errors=True)
+            shutil.copytree(target, REPOSITORY, dirs_exist_ok=True)
             run(["scripts/gpu_session.sh", "setup"])
         for file in target.glob("*/*.gguf"):
             run([sys.executable, __file__, str(file), str(file.parent)])

@@ -9,13 +9,12 @@ parts    The table: time, GPUs, what is needed, and where rows go. All of it is 
 
 pack     Fetches and trims the wheels of gpu_session.sh and of what lemo is compared with, shortens
          the documents, and packs all into build/packed/1, 2, ... in the order in which they are to
-         be carried, each of --limit MiB at most, the first of --first. Carry besides what
-         `make gpu-build` has built, see gpu_session.sh. pip has to be of the same system as the
-         other machine's.
+         be carried, each of --limit MiB at most, the first of --first. What `make gpu-build` has
+         built is in it. pip has to be of the same system as the other machine's.
 
-unpack   Unpacks what has come of build/packed so far into build/unpacked, sets up lemo
-         (gpu_session.sh setup), and converts a GGUF file into a folder of Transformers. Again after
-         each folder that comes.
+unpack   Unpacks what has come of build/packed so far into build/unpacked, puts what was built into
+         the tree, sets up lemo (gpu_session.sh setup), and converts a GGUF file into a folder of
+         Transformers. Again after each folder that comes.
 
 run      Runs parts in the order given, each on a GPU of --gpus that is free (a part of two GPUs
          waits until both are); parts that take no times share a GPU by two. No part is begun that

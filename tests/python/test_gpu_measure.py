@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import re
+import shutil
 import sys
 import tarfile
 import threading
@@ -268,14 +269,17 @@ def test_documents_are_shortened(tmp_path):
 def test_what_is_packed_is_unpacked(tmp_path, monkeypatch, capsys):
     for name in ("PACKED", "UNPACKED"):
         monkeypatch.setattr(gpu_carry, name, tmp_path / name)
-    monkeypatch.setattr(gpu_carry, "SESSION_WHEELS", tmp_path / "session/wheels")
+    here, there = tmp_path / "here", tmp_path / "there"
+    monkeypatch.setattr(gpu_carry, "REPOSITORY", here)
     monkeypatch.setattr(gpu_carry, "WHEELS", {"peers": gpu_carry.Wheels(("peer==1.0",))})
     ran = []
 
     def run(command):
         ran.append(command)
         if "pack" in command:
-            write_wheel(gpu_carry.SESSION_WHEELS, "blas", {"blas.py": ""})
+            write_wheel(here / "build/carry/wheels", "blas", {"blas.py": ""})
+            (here / "build/carry/include/cutlass").mkdir(parents=True)
+            (here / "build/carry/include/cutlass/cutlass.h").write_text("#pragma once")
         elif "download" in command:
             write_wheel(Path(command[command.index("-d") + 1]), "peer", {"peer.py": ""})
         elif command[-2].endswith(".gguf"):
@@ -291,12 +295,31 @@ def test_what_is_packed_is_unpacked(tmp_path, monkeypatch, capsys):
         **{"work": work, "data": data, "model": None, "small": tmp_path / "some.gguf"},
         name="smollm2",
     )
+    with pytest.raises(FileNotFoundError, match=r"liblemo_ops\.so, which 'make gpu-build' builds"):
+        gpu_carry.pack(options, run)
+    for name in ("python/lemo/liblemo_ops.so", "build/develop/gpu/lemo_gpu_tests"):
+        (here / name).parent.mkdir(parents=True)
+        (here / name).write_text("built")
+        (here / name).chmod(0o755)
+    shutil.rmtree(here / "build/carry")
+    ran.clear()
     folders = gpu_carry.pack(options, run)
     assert len(folders) == 3
     assert ran[1][-1] == "peer==1.0"
+    monkeypatch.setattr(gpu_carry, "REPOSITORY", there)
+    (there / "build/carry/wheels").mkdir(parents=True)
+    (there / "build/carry/wheels/older.whl").touch()
     last = folders[-1].rename(tmp_path / "later")
     gpu_carry.unpack(run)
     assert ran[-1] == ["scripts/gpu_session.sh", "setup"]
+    found = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file()}
+    assert found == {
+        "build/carry/include/cutlass/cutlass.h",
+        "build/carry/wheels/blas-1.0-py3-none-any.whl",
+        "build/develop/gpu/lemo_gpu_tests",
+        "python/lemo/liblemo_ops.so",
+    }
+    assert os.access(there / "build/develop/gpu/lemo_gpu_tests", os.X_OK)
     assert [name for name in gpu_carry.ORDER if gpu_carry.is_here(name)] == [
         *("session", "data", "peers")
     ]
