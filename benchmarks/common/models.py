@@ -126,7 +126,11 @@ def random_llama_in_4_bits(config: LlamaConfig, device: str) -> PreTrainedModel:
                 made = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 made = made.normal_(0.0, 0.02) if parameter.ndim > 1 else made.fill_(1.0)
                 setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    rotary = model.model.rotary_emb
+    # Unsloth's own does not go by the device that is asked for, and is whole.
+    if any(buffer.is_meta for buffer in rotary.buffers()):
+        rotary = type(rotary)(config=config)
+    model.model.rotary_emb = rotary.to(device)
     model.is_loaded_in_4bit = True
     return model
 

@@ -8,12 +8,15 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import comparison
 import comparison_page
 from common import processes
-from common.models import config_of_shape
+from common.models import config_of_shape, random_llama, random_llama_in_4_bits
 from contenders import CONTENDERS, POSE_WINDOW, shifted_groups
 
 TOKENS = 256
@@ -46,6 +49,40 @@ def trained(name, tokens=TOKENS, seen=None):
 @pytest.fixture(scope="module")
 def plain():
     return trained("plain")
+
+
+class OtherRotations(nn.Module):
+    """Rotary frequencies as those that Unsloth puts in the place of Transformers': on the CPU, with
+    other arguments, and tables of the dtype that is the default while they are made."""
+
+    def __init__(self, dim=None, base=10000.0, config=None):
+        super().__init__()
+        if config is not None:
+            dim, base = config.head_dim, config.rope_parameters["rope_theta"]
+        powers = torch.arange(0, dim, 2, device="cpu").float() / dim
+        self.register_buffer("inv_freq", base**-powers, persistent=False)
+        self.tables = torch.get_default_dtype()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("rotations", [LlamaRotaryEmbedding, OtherRotations])
+def test_a_model_in_4_bits_has_all_but_its_linear_layers_as_the_other(rotations, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", rotations)
+    config = config_of_shape("tiny", TOKENS)
+    plain, made = (make(config, "cpu") for make in (random_llama, random_llama_in_4_bits))
+    assert type(made.model.rotary_emb) is rotations
+    tables = (getattr(model.model.rotary_emb, "tables", None) for model in (plain, made))
+    assert next(tables) == next(tables)
+    kept = dict((*plain.named_parameters(), *plain.named_buffers()))
+    found = dict((*made.named_parameters(), *made.named_buffers()))
+    assert found.keys() == kept.keys()
+    for name, tensor in found.items():
+        assert tensor.device.type == "cpu", name
+        if "_proj" not in name:
+            assert (tensor.shape, tensor.dtype) == (kept[name].shape, kept[name].dtype), name
+        if "inv_freq" in name:
+            assert torch.equal(tensor, kept[name])
 
 
 @pytest.mark.cpu_only
