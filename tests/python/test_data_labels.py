@@ -308,8 +308,8 @@ def test_completions_end_once():
         single="</s> $A </s>", special_tokens=[end]
     )
     both = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
-    assert both.ids == [tokenizer.eos_token_id, *plain.ids]
-    assert both.labels == [-100, *plain.labels]
+    assert list(both.ids) == [tokenizer.eos_token_id, *plain.ids]
+    assert list(both.labels) == [-100, *plain.labels]
 
 
 def test_white_space_of_answers_has_labels():

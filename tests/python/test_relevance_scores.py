@@ -330,7 +330,7 @@ def test_tokens_of_a_packed_window_have_the_scores_of_their_blocks(inputs, tmp_p
         assert window.scores.shape == window.ids.shape
         parts = (tensor.split(list(window.seqlens)) for tensor in (window.ids, window.scores))
         for ids, scores in zip(*parts, strict=True):
-            if ids.tolist() == examples[0].ids:
+            if ids.tolist() == list(examples[0].ids):
                 drawn.append(scores)
                 assert len(scores.unique()) == -(-len(ids) // BLOCK)
                 continue

@@ -12,7 +12,7 @@ import torch
 
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
-from lemo.training.behind import Copy, Writer
+from lemo.training.behind import Copy, HostMemory, Writer
 from lemo.training.run_log import _SCALARS, LOG_NAME, read_log
 from lemo.training.step_records import StepRecords
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cpu_only
 def test_a_copy_holds_what_was_there():
     first, second = torch.arange(6.0).view(2, 3), torch.tensor(7)
     value = {"a": first, "b": [second, "text", None], "c": {"d": first[0], "e": 1.5}}
-    copy = Copy(value)
+    copy = Copy(value, HostMemory())
     first += 100
     held = copy.value()
     assert torch.equal(held["a"], torch.arange(6.0).view(2, 3))
@@ -90,7 +90,7 @@ def test_a_copy_takes_one_piece_of_the_device_at_a_time(monkeypatch):
         numbers[0],
         numbers[:0],
     ]
-    held = Copy(value).value()
+    held = Copy(value, HostMemory()).value()
     assert all(torch.equal(x, y) for x, y in zip(held, value, strict=True))
     assert taken
     assert max(x.nbytes for x in taken) <= 64
@@ -99,10 +99,83 @@ def test_a_copy_takes_one_piece_of_the_device_at_a_time(monkeypatch):
 def test_a_copy_keeps_nothing_on_the_device():
     value = {"a": torch.ones(3), "b": [torch.ones(2)]}
     left = [weakref.ref(value["a"]), weakref.ref(value["b"][0])]
-    copy = Copy(value)
+    copy = Copy(value, HostMemory())
     del value
     assert [x() for x in left] == [None, None]
     assert torch.equal(copy.value()["a"], torch.ones(3))
+
+
+@pytest.fixture
+def allocated(monkeypatch):
+    """Sizes of what is allocated on the host for copies."""
+    sizes, empty = [], torch.empty
+
+    def counted(size, **settings):
+        sizes.append(size)
+        return empty(size, **settings)
+
+    monkeypatch.setattr(behind.torch, "empty", counted)
+    return sizes
+
+
+def test_copies_after_the_first_allocate_nothing(allocated):
+    memory = HostMemory()
+    value = {"a": torch.arange(5.0), "b": [torch.arange(3), torch.ones(2, 2, dtype=torch.bool)]}
+    made = []
+    for _ in range(3):
+        made.append(Copy(value, memory).value())
+        value["a"] += 10
+        value["b"][0] += 10
+    assert len(allocated) == 1
+    for number, held in enumerate(made):
+        assert torch.equal(held["a"], torch.arange(5.0) + 10 * number)
+        assert torch.equal(held["b"][0], torch.arange(3) + 10 * number)
+        assert held["b"][1].all()
+    assert Copy({"none": None}, memory).value() == {"none": None}
+    assert len(allocated) == 1
+
+
+def test_copies_that_are_not_read_yet_share_no_memory(allocated):
+    """A checkpoint may be made while the one before is still to be written."""
+    memory = HostMemory()
+    x = torch.arange(4.0)
+    first = Copy(x, memory)
+    x += 1
+    second = Copy(x, memory)
+    assert torch.equal(first.value(), torch.arange(4.0))
+    x += 1
+    third = Copy(x, memory)
+    assert len(allocated) == 2
+    assert torch.equal(first.value(), torch.arange(4.0)), "asked again, as after an interrupt"
+    assert torch.equal(second.value(), torch.arange(4.0) + 1)
+    assert torch.equal(third.value(), torch.arange(4.0) + 2)
+    larger = Copy(torch.ones(100), memory)
+    assert allocated[2:] == [400]
+    assert larger.value().sum() == 100
+
+
+def test_checkpoints_and_losses_after_the_first_allocate_nothing(tmp_path, monkeypatch, allocated):
+    saved = []
+    monkeypatch.setattr(finetune, "gather_object", lambda x: x)
+    monkeypatch.setattr(finetune, "adapter_weights", lambda x: {"w": torch.ones(3)})
+    monkeypatch.setattr(finetune, "save_checkpoint", lambda *a, **k: saved.append(a[3:5]))
+    monkeypatch.setattr(finetune.memory, "reset_peak", lambda device: None)
+    monkeypatch.setattr(finetune, "prefetched", lambda *a: (x for x in ()))
+    monkeypatch.setattr(finetune, "get_int_from_env", lambda *a: 1)
+    monkeypatch.setattr(Run, "_save", finetune._Run._save)
+
+    def act(step):
+        while len(saved) < (step - 1) // 2:
+            time.sleep(0.001)
+
+    run = Run(act, None, steps=6)
+    run.windows, run.inputs = SimpleNamespace(fingerprint="f"), {}
+    run._write_adapter = lambda folder, weights: None
+    run.train(tmp_path, 0, None)
+    assert len(saved) == 3
+    assert all(torch.equal(w["w"], torch.ones(3)) for w, _ in saved)
+    # One for checkpoints and one for losses.
+    assert len(allocated) == 2
 
 
 def full():
@@ -153,6 +226,7 @@ class Run(finetune._Run):
         )
         self.plan = self.handle = self.windows = self.peft_model = None
         self.kept = SimpleNamespace(last=None)
+        self.host_memory = HostMemory()
         self.optimizer = SimpleNamespace(state_dict=lambda: {"a": torch.ones(2)})
 
     def _batches(self, done):
@@ -270,7 +344,7 @@ def test_all_processes_gather_and_the_main_one_copies(tmp_path, monkeypatch, mai
     monkeypatch.setattr(finetune, "gather_object", lambda x: gathered.append("random") or x)
     monkeypatch.setattr(finetune, "whole", lambda x: gathered.append("optimizer") or x)
     monkeypatch.setattr(finetune, "adapter_weights", lambda x: gathered.append("weights") or {})
-    monkeypatch.setattr(finetune, "Copy", copied.append)
+    monkeypatch.setattr(finetune, "Copy", lambda value, memory: copied.append(value))
     run = Run(None, None, main=main)
     write = finetune._Run._save(run, tmp_path, 2)
     assert sorted(gathered) == ["optimizer", "random", "weights"]

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lemo.data.conversations import Conversation, Prompted
+from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
 from lemo.models.labels import IGNORE_INDEX
 
 __all__ = ["ChatEncoder", "Encoded"]
 
 _log = logging.getLogger("lemo")
-
-Span = tuple[int, int]
 
 _NO_END = "%s puts nothing behind answers: the model will not learn where they end"
 _NO_THOUGHT = (
@@ -29,6 +31,12 @@ _NO_THOUGHT = (
 
 # A text that no message begins with.
 _UNSEEN = "\U000f1e0f"
+
+# Texts that are tokenized at a time, and their characters, if one has not more alone. The tokenizer
+# shares them out among the cores.
+_MOST_TEXTS, _MOST_CHARACTERS = 256, 1 << 22
+# Shapes that are remembered: as many as there are ways to take turns, and more where tools differ.
+_MOST_SHAPES = 1024
 
 # Templates that ask for today's date get this one: the same data make the same ids on every day.
 # It is the one that Llama's write where they cannot ask. In front of a template, because
@@ -46,19 +54,39 @@ class Encoded:
     """An example as the model reads it.
 
     Attributes:
-        ids: token ids.
+        ids: token ids; an array takes a sixth of the memory of a list.
         labels: the ids that are to be predicted, IGNORE_INDEX elsewhere; not shifted.
         name: a short name of the example.
     """
 
-    ids: list[int]
-    labels: list[int]
+    ids: Sequence[int]
+    labels: Sequence[int]
     name: str
+
+    @classmethod
+    def of(cls, ids: Any, labels: Any, name: str) -> Encoded:
+        """With arrays of numbers that numpy takes."""
+        made = [array("i", numpy.asarray(part, numpy.intc).tobytes()) for part in (ids, labels)]
+        return cls(made[0], made[1], name)
 
     @property
     def num_labels(self) -> int:
         """Tokens with a label that some token comes before."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return int(numpy.count_nonzero(numpy.asarray(self.labels)[1:] != IGNORE_INDEX))
+
+
+class _Text(NamedTuple):
+    """What is tokenized, and where the answers are in it.
+
+    Attributes:
+        special: whether the tokenizer adds its special tokens.
+        name: of the example.
+    """
+
+    text: str
+    spans: list[Span]
+    special: bool
+    name: str
 
 
 class ChatEncoder:
@@ -70,6 +98,9 @@ class ChatEncoder:
     Some templates write earlier messages otherwise than the last one (without thoughts). Then an
     answer begins behind its header, of which there are as many as answers, and ends with the same
     token, before the next message.
+
+    Conversations that differ in contents alone are of one `Shape`. What a shape needs is looked for
+    once; a conversation whose text is of it needs that text only.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -88,6 +119,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._everything = everything
         self._said: set[str] = set()
+        self._shapes: dict[str, Shape] = {}
         added = [str(token) for token in tokenizer.added_tokens_decoder.values()]
         # Some tokenizers have line breaks among the added ones.
         self._special = {
@@ -97,12 +129,28 @@ class ChatEncoder:
         self._marks = isinstance(template, str) and "{% generation" in template.replace("{%-", "{%")
 
     def encode(self, example: Conversation | Prompted) -> Encoded:
-        """Ids and labels.
+        """Ids and labels of one example; see `encode_all`."""
+        [encoded] = self.encode_all([example])
+        return encoded
+
+    def encode_all(self, examples: Iterable[Conversation | Prompted]) -> Iterator[Encoded]:
+        """Ids and labels of examples, in their order; some hundred are read ahead.
 
         Raises:
             ValueError: the tokenizer has no chat template, the template refuses the messages, or an
                 answer is not found in what it makes of them. The message names file and line.
         """
+        waiting: list[_Text] = []
+        characters = 0
+        for text in map(self._text, examples):
+            characters += len(text.text)
+            if waiting and (len(waiting) == _MOST_TEXTS or characters > _MOST_CHARACTERS):
+                yield from self._tokenized(waiting)
+                waiting, characters = [], len(text.text)
+            waiting.append(text)
+        yield from self._tokenized(waiting)
+
+    def _text(self, example: Conversation | Prompted) -> _Text:
         if isinstance(example, Prompted):
             end = self._tokenizer.eos_token or ""
             if not end:
@@ -110,20 +158,59 @@ class ChatEncoder:
             elif example.completion.rstrip().endswith(end):
                 end = ""
             text = example.prompt + example.completion + end
-            return self._label(text, [(len(example.prompt), len(text))], example, special=True)
+            return _Text(text, [(len(example.prompt), len(text))], True, example.name)
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 f"{example.place}: expected a tokenizer with a chat template for messages, got one "
                 "without; give 'prompt' and 'completion' as texts, or a tokenizer with a template"
             )
         example, text = self._rendered(example)
-        self._check_shown(example, text)
-        spans: list[Span] = []
-        if self._marks and not self._everything and not example.context:
-            spans = self._marked(example)
-        elif not self._everything:
-            spans = list(self._answers(example, text))
-        return self._label(text, spans, example, special=False)
+        self._check_thoughts(example, text)
+        spans = self._spans_of_shape(example, text)
+        if spans is None:
+            spans = list(self._search(example, text))
+        if not (self._everything or self._is_marked(example)):
+            spans = list(self._answers(example, text, spans))
+        return _Text(text, spans, False, example.name)
+
+    def _spans_of_shape(self, example: Conversation, text: str) -> list[Span] | None:
+        """What `_search` finds, by the example's shape; None: the text is not of this shape.
+
+        Raises:
+            ValueError: the template leaves out tools, documents, a message or part of one.
+        """
+        messages, stand_ins = with_stand_ins(example.messages)
+        key = repr((messages, example.extra, bool(example.context)))
+        made = replace(example, messages=tuple(messages))
+        shape = self._shapes.get(key)
+        if shape is None:
+            shape = self._shape(made, stand_ins)
+            if len(self._shapes) == _MOST_SHAPES:
+                self._shapes.clear()
+            self._shapes[key] = shape
+        places = shape.places(text, stand_ins) if shape.usable else None
+        if places is None:
+            return None
+        if not shape.learned:
+            try:
+                shape.learn(self._search(made, shape.text))
+            except ValueError:
+                shape.usable = False
+                return None
+        return shape.spans(text, places)
+
+    def _shape(self, example: Conversation, stand_ins: Sequence[StandIn]) -> Shape:
+        """Of messages with stand-ins; ValueError where one of these, or tools, are not shown."""
+        text = self._render(example, example.messages)
+        self._check_added(example, text)
+        # Contents may be shown otherwise, and names elsewhere: what counts is whether others are.
+        for stand_in in stand_ins:
+            if stand_in.text not in text:
+                raise self._not_shown(example, stand_in.what)
+        return Shape(text, stand_ins)
+
+    def _is_marked(self, example: Conversation) -> bool:
+        return self._marks and not self._everything and not example.context
 
     def _rendered(self, example: Conversation) -> tuple[Conversation, str]:
         """The example as the template reads it, and the text that it makes of it."""
@@ -160,24 +247,21 @@ class ChatEncoder:
         template: str = self._tokenizer.get_chat_template(None, example.extra.get("tools"))
         return _ON_THAT_DAY + template if "strftime_now" in template else template
 
-    def _check_shown(self, example: Conversation, text: str) -> None:
-        """ValueError where the template leaves out tools, documents, a message or part of one."""
+    def _check_added(self, example: Conversation, text: str) -> None:
+        """ValueError where the template leaves out tools or documents."""
         for name in ("tools", "documents"):
             if not example.extra.get(name):
                 continue
             rest = {key: value for key, value in example.extra.items() if key != name}
             if self._render(replace(example, extra=rest), example.messages) == text:
                 raise self._not_shown(example, f"'{name}'")
+
+    def _check_thoughts(self, example: Conversation, text: str) -> None:
+        """A warning where the template leaves out a thought."""
         for number, message in enumerate(example.messages):
             thought = _thought(message)
             if thought and thought not in text:
                 self._warn(_NO_THOUGHT, number, example.place)
-        # Contents may be shown otherwise, and names elsewhere: what counts is whether others are.
-        messages, said = _stand_ins(example.messages)
-        other = self._render(example, messages)
-        for what, stand_in in said:
-            if stand_in not in other:
-                raise self._not_shown(example, what)
 
     @staticmethod
     def _not_shown(example: Conversation, what: str) -> ValueError:
@@ -186,22 +270,37 @@ class ChatEncoder:
             "or leave them out of the data"
         )
 
-    def _answers(self, example: Conversation, text: str) -> Iterator[Span]:
-        """Where the answers are in the whole text, each with the token that ends it."""
+    def _search(self, example: Conversation, text: str) -> Iterator[Span]:
+        """Where the answers are in the whole text, or what is marked in it.
+
+        Each that is not marked is with the token that ends it, and perhaps white space behind.
+        """
         messages = example.messages
-        numbers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        start = end = 0
+        if self._everything:
+            return
+        if self._is_marked(example):
+            yield from self._marked(example)
+            return
+        numbers = _answer_numbers(example)
         for place, number in enumerate(numbers):
             start = self._start(example, text, number, (place, len(numbers)))
-            through = self._render(example, messages[: number + 1])
+            last = number + 1 == len(messages)
+            through = text if last else self._render(example, messages[: number + 1])
             if text.startswith(through):
-                end = start + self._trimmed(text[start : len(through)])
+                yield start, len(through)
             else:
-                end = self._end(example, text, number, start, through)
+                yield start, self._end(example, text, number, start, through)
+
+    def _answers(self, example: Conversation, text: str, spans: Sequence[Span]) -> Iterator[Span]:
+        """The answers that are trained on, without what is behind the token that ends them."""
+        numbers = _answer_numbers(example)
+        start = end = 0
+        for number, (start, end) in zip(numbers, spans, strict=True):
+            end = start + self._trimmed(text[start:end])
             if number not in example.context:
                 self._check_answer(example, number, text[start:end])
                 yield start, end
-        last = messages[numbers[-1]]["content"].rstrip()
+        last = example.messages[numbers[-1]]["content"].rstrip()
         if last and text[start:end].endswith(last):
             self._warn(_NO_END, "the chat template")
 
@@ -332,12 +431,14 @@ class ChatEncoder:
         _, spans = self._with_marks(example, example.messages)
         if not spans:
             raise ValueError(f"{example.place}: the chat template marks no token as generated")
-        messages, said = _stand_ins(example.messages, answers_only=True)
+        messages, stand_ins = with_stand_ins(example.messages, answers_only=True)
         other, marked = self._with_marks(example, messages)
-        for what, stand_in in said:
-            place = other.index(stand_in)
+        for stand_in in stand_ins:
+            place = other.index(stand_in.text)
             if not any(start <= place < end for start, end in marked):
-                raise ValueError(f"{example.place}: the chat template does not mark {what}")
+                raise ValueError(
+                    f"{example.place}: the chat template does not mark {stand_in.what}"
+                )
         return spans
 
     def _with_marks(
@@ -356,41 +457,57 @@ class ChatEncoder:
         )
         return texts[0], [(start, end) for start, end in places[0]]
 
-    def _label(
-        self, text: str, spans: list[Span], example: Conversation | Prompted, special: bool
-    ) -> Encoded:
-        made = self._tokenizer(
-            text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
-        )
-        ids, offsets = made["input_ids"], made["offset_mapping"]
+    def _tokenized(self, texts: Sequence[_Text]) -> Iterator[Encoded]:
+        for special, group in groupby(texts, key=lambda text: text.special):
+            together = list(group)
+            made = self._tokenizer(
+                [text.text for text in together],
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            for text, *tokens in zip(together, made["input_ids"], made["offset_mapping"]):
+                yield self._labelled(text, *tokens)
+
+    def _labelled(self, text: _Text, ids: list[int], offsets: list[tuple[int, int]]) -> Encoded:
         # The end is in the text: one that the tokenizer adds would be a second one.
         while len(ids) > 1 and offsets[-1] == (0, 0):
             ids, offsets = ids[:-1], offsets[:-1]
+        made = numpy.array(ids)
         if self._everything:
-            return Encoded(ids, list(ids), example.name)
-        labels = [IGNORE_INDEX] * len(ids)
-        remaining = iter([*spans, (len(text) + 1, len(text) + 1)])
-        start, end = next(remaining)
-        reached = 0
-        for place, (first, last) in enumerate(offsets):
-            # Some tokenizers leave white space out of the offsets: a token begins where the one
-            # before it ends. Tokens of parts of a character all have the character's.
-            begin = min(first, reached)
-            reached = max(reached, last)
-            while begin >= end:
-                start, end = next(remaining)
+            return Encoded.of(made, made, text.name)
+        count = 2 * len(offsets)
+        flat = numpy.fromiter(chain.from_iterable(offsets), dtype=numpy.int64, count=count)
+        firsts, lasts = flat[::2], flat[1::2]
+        # Some tokenizers leave white space out of the offsets: a token begins where the one before
+        # it ends. Tokens of parts of a character all have the character's.
+        reached = numpy.maximum.accumulate(numpy.concatenate(([0], lasts[:-1])))
+        begins = numpy.minimum(firsts, reached)
+        answer = numpy.zeros(len(ids), dtype=bool)
+        for start, end in text.spans:
             # A token across the border of prompt and answer is the answer's to predict.
-            if last > start and last > begin:
-                labels[place] = ids[place]
-        return Encoded(ids, labels, example.name)
+            answer |= (lasts > start) & (begins < end)
+        labels = numpy.where(answer & (lasts > begins), made, IGNORE_INDEX)
+        return Encoded.of(made, labels, text.name)
+
+
+def _answer_numbers(example: Conversation) -> list[int]:
+    """Numbers of the assistant's messages."""
+    return [n for n, message in enumerate(example.messages) if message["role"] == "assistant"]
 
 
 def _common(first: str, second: str) -> int:
     """Characters that two texts begin with alike."""
-    length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return next(place for place in range(length) if first[place] != second[place])
+    alike, limit = 0, min(len(first), len(second))
+    while alike < limit:
+        middle = (alike + limit + 1) // 2
+        if first[alike:middle] == second[alike:middle]:
+            alike = middle
+        else:
+            limit = middle - 1
+    return alike
 
 
 def _thought(message: Mapping[str, Any]) -> str:
@@ -400,35 +517,6 @@ def _thought(message: Mapping[str, Any]) -> str:
         return str(before.rpartition("<think>")[2].strip())
     given = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
     return next((thought.strip() for thought in given if isinstance(thought, str)), "")
-
-
-def _stand_ins(
-    messages: Sequence[dict[str, Any]], answers_only: bool = False
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Messages with a text of its own for each content and call, and what each stands for."""
-    said: list[tuple[str, str]] = []
-
-    def stand_in(what: str) -> str:
-        said.append((what, f"{_UNSEEN}{len(said)}{_UNSEEN}"))
-        return said[-1][1]
-
-    made = []
-    for number, message in enumerate(messages):
-        other = dict(message)
-        if not answers_only or message["role"] == "assistant":
-            if message["content"].strip():
-                other["content"] = stand_in(f"message {number} ({message['role']})")
-            if "tool_calls" in message:
-                other["tool_calls"] = [
-                    call | {"function": call["function"] | {"name": stand_in(_of_call(call))}}
-                    for call in message["tool_calls"]
-                ]
-        made.append(other)
-    return made, said
-
-
-def _of_call(call: Mapping[str, Any]) -> str:
-    return f"'tool_calls' (of '{call['function']['name']}')"
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:

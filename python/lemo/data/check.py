@@ -73,7 +73,7 @@ def check_file(
         for document in map(document_of, rows):
             ids = tokenizer(document.text, verbose=False)["input_ids"]
             vocabulary.check_ids(ids, document.id)
-            encoded.append(Encoded(ids, list(ids), document.id))
+            encoded.append(Encoded.of(ids, ids, document.id))
         short = sum(len(each.ids) < length for each in encoded)
         remarks = [f"{short} of {len(encoded)} documents are shorter than {length} tokens"]
     if not 0 <= shown < len(encoded):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -85,28 +87,23 @@ def shorten(example: Encoded, length: int) -> Shortened | None:
     return None
 
 
-def _unlabelled(labels: list[int], removed: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def _unlabelled(labels: Sequence[int], removed: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Runs of tokens without a label, but for the first token and what is removed already."""
-    gone = {place for start, end in removed for place in range(start, end)}
-    runs, first = [], None
-    for place, label in enumerate([*labels, 0]):
-        # The first token begins the text for the tokenizer and the model.
-        inside = 0 < place < len(labels) and label == IGNORE_INDEX and place not in gone
-        if inside and first is None:
-            first = place
-        elif not inside and first is not None:
-            runs.append((first, place))
-            first = None
-    return runs
+    inside = numpy.asarray(labels) == IGNORE_INDEX
+    # The first token begins the text for the tokenizer and the model.
+    inside[0] = False
+    for start, end in removed:
+        inside[start:end] = False
+    borders = numpy.flatnonzero(numpy.diff(inside, prepend=False, append=False)).tolist()
+    return list(zip(borders[::2], borders[1::2]))
 
 
 def _without(example: Encoded, removed: list[tuple[int, int]]) -> Encoded:
-    ids, labels, at = [], [], 0
-    for start, end in sorted(removed):
-        ids += example.ids[at:start]
-        labels += example.labels[at:start]
-        at = end
-    return Encoded(ids + example.ids[at:], labels + example.labels[at:], example.name)
+    left = numpy.ones(len(example.ids), dtype=bool)
+    for start, end in removed:
+        left[start:end] = False
+    ids, labels = (numpy.asarray(part)[left] for part in (example.ids, example.labels))
+    return Encoded.of(ids, labels, example.name)
 
 
 class ExampleWindows:
@@ -154,7 +151,8 @@ class ExampleWindows:
             self.shortened += made.cut > 0
             self.cut_tokens += made.cut
             fitting.append(made.example)
-            digest.update(torch.tensor([made.example.ids, made.example.labels]).numpy().tobytes())
+            for part in (made.example.ids, made.example.labels):
+                digest.update(numpy.asarray(part, dtype=numpy.int64).tobytes())
         self.examples = fitting
         if not fitting:
             raise ValueError(
@@ -197,11 +195,13 @@ class ExampleWindows:
         """Window number `index` (from 0)."""
         epoch, place = divmod(index, len(self._windows))
         chosen = self._windows[_shuffled(len(self._windows), f"{self._seed} {epoch}")[place]]
-        labels = [[IGNORE_INDEX, *example.labels[1:]] for example in chosen]
+        seqlens = tuple(len(example.ids) for example in chosen)
+        labels = _joined(example.labels for example in chosen)
+        labels[[0, *itertools.accumulate(seqlens[:-1])]] = IGNORE_INDEX
         return Window(
-            torch.tensor([i for example in chosen for i in example.ids]),
-            torch.tensor([label for part in labels for label in part]),
-            tuple(len(example.ids) for example in chosen),
+            _joined(example.ids for example in chosen),
+            labels,
+            seqlens,
             None if self._scores is None else self._token_scores(self._scores, chosen, index),
         )
 
@@ -216,6 +216,11 @@ class ExampleWindows:
                 blocks = torch.tensor([draw.random() for _ in range(-(-tokens // size))])
             parts.append(blocks.repeat_interleave(size)[:tokens])
         return torch.cat(parts)
+
+
+def _joined(parts: Iterable[Sequence[int]]) -> Tensor:
+    """One int64 tensor of all."""
+    return torch.from_numpy(numpy.concatenate([numpy.asarray(p, dtype=numpy.int64) for p in parts]))
 
 
 @functools.lru_cache(maxsize=4)

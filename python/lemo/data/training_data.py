@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +20,11 @@ from lemo.data.windows import TokenWindows
 from lemo.relevance.store import ScoreStore
 
 __all__ = ["encode_examples", "open_training_data"]
+
+# Between two lines that say how far it is.
+_SECONDS = 10.0
+
+_log = logging.getLogger("lemo")
 
 
 def open_training_data(
@@ -66,12 +73,19 @@ def encode_examples(
     vocab_size: int | None = None,
     labels: str = "answers",
 ) -> Iterator[Encoded]:
-    """Ids and labels of the examples in rows; see `open_training_data`."""
+    """Ids and labels of the examples in rows; see `open_training_data`.
+
+    Some hundred rows are read ahead. What takes long is logged.
+    """
     encoder = ChatEncoder(tokenizer, everything=labels == "all")
     vocabulary = Vocabulary(tokenizer, [], vocab_size)
-    for row in rows:
-        encoded = encoder.encode(_example(row))
+    tokens, last = 0, time.monotonic()
+    for number, encoded in enumerate(encoder.encode_all(map(_example, rows)), start=1):
         vocabulary.check_ids(encoded.ids, encoded.name)
+        tokens += len(encoded.ids)
+        if time.monotonic() - last >= _SECONDS:
+            _log.info("tokenizing: %s examples so far, %s tokens", f"{number:,}", f"{tokens:,}")
+            last = time.monotonic()
         yield encoded
 
 

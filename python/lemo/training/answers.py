@@ -137,8 +137,8 @@ def evaluate_answers(
         raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
     else:
         vocab_size = model.get_input_embeddings().weight.shape[0]
-    found = encode_examples(read_rows(documents), tokenizer, vocab_size)
-    examples = list(itertools.islice(found, limit))
+    rows = itertools.islice(read_rows(documents), limit)
+    examples = list(encode_examples(rows, tokenizer, vocab_size))
     fitting = {length: _fitting(examples, length) for length in lengths}
     if isinstance(model, str | Path):
         model = load_for_evaluation(

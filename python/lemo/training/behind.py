@@ -14,12 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "Writer"]
+__all__ = ["Copy", "HostMemory", "Writer"]
 
 # Bytes on the device that one copy to the host may take.
 _PIECE = 64 << 20
+# Bytes: tensors of any dtype may begin at a multiple.
+_ALIGNMENT = 16
 
 _log = logging.getLogger("lemo")
+
+
+class HostMemory:
+    """Memory on the host for copies, which is allocated once for as many as there are at a time.
+
+    A GPU copies to pinned pages, which take the system milliseconds to provide.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, size: int, pinned: bool) -> Tensor:
+        """uint8, at least `size` of them; given back with `give`."""
+        while self._free:
+            # One that is too small goes.
+            memory = self._free.pop()
+            if memory.numel() >= size and memory.is_pinned() == pinned:
+                return memory
+        return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+
+    def give(self, memory: Tensor) -> None:
+        """Takes back what nothing reads or writes any more."""
+        self._free.append(memory)
 
 
 class Copy:
@@ -29,41 +54,56 @@ class Copy:
 
     Args:
         value: a tensor, or nested dicts and lists of tensors and other values.
+        memory: where it is until its value has been read.
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, memory: HostMemory) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for x in _tensors(value):
             groups.setdefault((x.device, x.dtype), []).append(x.detach())
-        parts = {
-            key: iter(_to_host(found).split([x.numel() for x in found]))
-            for key, found in groups.items()
-        }
+        sizes = [_aligned(sum(x.nbytes for x in found)) for found in groups.values()]
+        on_gpu = any(device.type == "cuda" for device, _ in groups)
+        self._memory = memory
+        self._host: Tensor | None = memory.take(sum(sizes), on_gpu)
+        parts, at = {}, 0
+        for (key, found), size in zip(groups.items(), sizes):
+            host = self._host[at : at + size].view(key[1])
+            _to_host(found, host)
+            counts = [x.numel() for x in found]
+            parts[key] = iter(host[: sum(counts)].split(counts))
+            at += size
         # Only what is on the host: tensors gathered for this may go.
         self._held = _replaced(value, lambda x: next(parts[x.device, x.dtype]).view(x.shape))
         self._done: torch.cuda.Event | None = None
-        if any(device.type == "cuda" for device, _ in groups):
+        if on_gpu:
             self._done = torch.cuda.Event()
             self._done.record()
 
     def value(self) -> Any:
         """The same with tensors of their own on the host; waits until they are there."""
-        if self._done is not None:
-            self._done.synchronize()
-        return _replaced(self._held, Tensor.clone)
+        host = self._host
+        if host is not None:
+            if self._done is not None:
+                self._done.synchronize()
+            # An interrupt may come anywhere, and `value` be called again.
+            self._held = _replaced(self._held, Tensor.clone)
+            self._host = None
+            self._memory.give(host)
+        return self._held
 
 
-def _to_host(found: list[Tensor]) -> Tensor:
-    """The elements of tensors of one device and dtype, one after the other."""
-    first, size = found[0], sum(x.numel() for x in found)
-    host = torch.empty(size, dtype=first.dtype, pin_memory=first.device.type == "cuda")
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+def _to_host(found: list[Tensor], host: Tensor) -> None:
+    """Begins to copy the elements of tensors to the host, one after the other."""
     at = 0
     for pieces in _batches(piece for x in found for piece in _pieces(x)):
         # Small ones by one copy: they are hundreds.
         piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         host[at : at + piece.numel()].copy_(piece, non_blocking=True)
         at += piece.numel()
-    return host
 
 
 def _pieces(x: Tensor) -> Iterator[Tensor]:

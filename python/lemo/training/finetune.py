@@ -41,7 +41,7 @@ from lemo.selection.statistics import kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised, remarks
-from lemo.training.behind import Copy, Writer
+from lemo.training.behind import Copy, HostMemory, Writer
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
 from lemo.training.kept import KeptRows
@@ -281,7 +281,7 @@ class _Run:
         self.optimizer = accelerator.prepare(optimizer)
         self.model = self.peft_model if config.shard else accelerator.prepare(self.peft_model)
         self.trainable = trainable
-        self.kept = KeptRows()
+        self.kept, self.host_memory = KeptRows(), HostMemory()
 
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
@@ -497,7 +497,7 @@ class _Run:
         weights = adapter_weights(self.peft_model)
         if not self.accelerator.is_main_process:
             return None
-        held = Copy({"weights": weights, "optimizer": optimizer})
+        held = Copy({"weights": weights, "optimizer": optimizer}, self.host_memory)
         kept = self.kept.last
 
         def write() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lemo.training.behind import Copy
+from lemo.training.behind import Copy, HostMemory
 from lemo.training.run_log import RunLog
 
 __all__ = ["StepRecords"]
@@ -35,6 +35,7 @@ class StepRecords:
         self._recent: deque[float] = deque(maxlen=20)
         self._waiting: tuple[dict[str, Any], Copy, Callable[[], None] | None] | None = None
         self._last = time.perf_counter()
+        self._memory = HostMemory()
 
     def restart(self) -> None:
         """The time of the next step begins now."""
@@ -50,7 +51,7 @@ class StepRecords:
             loss: scalar on the device; may be overwritten afterwards.
             then: what to do when the step is complete and its loss is finite.
         """
-        self._waiting = record, Copy(loss), then
+        self._waiting = record, Copy(loss, self._memory), then
 
     def finish(self) -> None:
         """Waits for the step that began last, if there is one; its time is since the one before.
