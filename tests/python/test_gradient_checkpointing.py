@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
 import lemo
@@ -194,3 +195,19 @@ def test_gradients_are_those_without_it(path, name, reentrant):
     for key, expected in results[0].items():
         if not key.endswith("k_proj.bias"):
             assert_close_fp32(results[1][key], expected, key)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_a_checkpoint_around_the_whole_model_is_refused(path, use_reentrant):
+    """Its recomputation would draw other blocks than the pass that gave the loss."""
+    model = make_model("llama")
+    lemo.enable(model, LemoConfig(keep=0.5, scorer="random", block_size=8, path=path))
+    ids = make_ids(1, 64)
+
+    def run(one):
+        return model(input_ids=ids, labels=ids).loss * one
+
+    loss = checkpoint(run, torch.ones((), requires_grad=True), use_reentrant=use_reentrant)
+    with pytest.raises(NotImplementedError, match=r"torch\.utils\.checkpoint: expected it around"):
+        loss.backward()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -135,6 +136,14 @@ class Training(ABC, Generic[C]):
 
     def _chosen(self, arguments: ForwardArguments) -> C:
         """By whether answers alone have labels, where the settings leave that open."""
+        # -1: no backward pass runs in this thread.
+        if torch._C._current_graph_task_id() != -1:
+            raise NotImplementedError(
+                "torch.utils.checkpoint: expected it around layers of a model with lemo at most, "
+                "got it around the model's forward pass, which would choose other tokens when it "
+                "is computed again: use LemoConfig(recompute=...) or "
+                "model.gradient_checkpointing_enable()"
+            )
         rows = arguments.labelled_rows()
         rows = self.row_labels if rows is None else rows
         if self._of_answers is self._of_text or rows is None:
