@@ -72,8 +72,12 @@ def test_a_plan_of_products_in_8_bits(folder, capsys):
 @pytest.mark.parametrize(
     ("tokens", "memory", "message"),
     [
-        ("0", "1GiB", "--tokens: expected one length >= 2, such as 65536 or 64K, got '0'"),
-        ("4K,8K", "1GiB", "--tokens: expected one length >= 2"),
+        (
+            "0",
+            "1GiB",
+            "--tokens: expected one length from 2 to 2147483647, such as 65536 or 64K, got '0'",
+        ),
+        ("4K,8K", "1GiB", "--tokens: expected one length from 2"),
         ("4K", "0GiB", "--gpu-memory: expected a size above 0, got '0GiB'"),
     ],
 )
@@ -81,6 +85,22 @@ def test_what_cannot_be_planned_is_named_as_it_was_given(tokens, memory, message
     code, _, error = run(capsys, folder, "--tokens", tokens, "--gpu-memory", memory)
     assert code == 1
     assert message in error
+
+
+def test_lengths_and_lists_that_do_not_fit_the_model(folder, capsys):
+    arguments = folder, "--tokens", "4K", "--gpu-memory"
+    code, _, error = run(capsys, *arguments, "80GiB", "--recompute", "layer,none")
+    assert (code, error) == (
+        1,
+        "lemo: error: recompute: expected 32 entries, one for each layer, got 2\n",
+    )
+    code, _, error = run(capsys, folder, "--tokens", 2**31, "--gpu-memory", "80GiB")
+    assert code == 1
+    assert "--tokens: expected one length from 2 to 2147483647" in error
+    # No unit: bytes.
+    code, _, error = run(capsys, *arguments, "80")
+    assert code == 1
+    assert ", 80 bytes may be taken" in error
 
 
 def test_less_memory_recomputes_more(folder, capsys):

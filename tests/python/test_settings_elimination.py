@@ -21,7 +21,7 @@ FULL = {
     "keep_tokens": 256,
     "scorer": "predictor",
     "predictor": "some/folder",
-    "heads": "some/heads.json",
+    "heads": None,
     "scores": "scored",
     "keep_first": 2,
     "keep_last": 0,
@@ -129,7 +129,9 @@ def test_configs_are_frozen_and_replaced():
         config.replace(keep=3)
 
 
-TOKENS_OR_SHARE = r"an integer >= 1 or a number in \(0, 1\] or null"
+TOKENS = r"an integer in \[1, 2147483647\]"
+GROUP = r"an integer in \[2, 2147483647\] or null"
+TOKENS_OR_SHARE = rf"{TOKENS} or a number in \(0, 1\] or null"
 SHARES = r"a list of numbers in \[0, 1\]"
 
 
@@ -153,6 +155,14 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ({"scorer": "attention"}, "heads: scorer 'attention' needs the file"),
         ({"heads": "file"}, "heads: is for scorer 'attention', got scorer 'auto'"),
         ({"predictor": "folder"}, "predictor: is for scorer 'predictor', got scorer 'auto'"),
+        (
+            {"scorer": "lexical", "heads": "file"},
+            "heads: is for scorer 'attention', got scorer 'lexical'",
+        ),
+        (
+            {"scorer": "random", "predictor": "folder"},
+            "predictor: is for scorer 'predictor', got scorer 'random'",
+        ),
         ({"predictor": 3}, "predictor: expected a text in UTF-8 or null, got 3"),
         ({"keep_first": -1}, "keep_first: expected an integer >= 0, got -1"),
         ({"keep_last": None}, "keep_last: expected an integer >= 0, got None"),
@@ -162,8 +172,15 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ({"burn_in": -1}, r"burn_in: expected an integer >= 0 or a number in \[0, 1\), got -1"),
         ({"burn_in": 1.0}, r"burn_in: expected an integer >= 0 or a number in \[0, 1\), got 1.0"),
         ({"burn_in": 8, "block_size": 8}, "burn_in: .* a block of 8, got 8"),
-        ({"loss_chunk": 0}, "loss_chunk: expected an integer >= 1 or null, got 0"),
-        ({"seed": 1.0}, "seed: expected an integer >= 0, got 1.0"),
+        ({"loss_chunk": 0}, f"loss_chunk: expected {TOKENS} or null, got 0"),
+        # The operators count in 32 bits.
+        ({"loss_chunk": 2**31}, f"loss_chunk: expected {TOKENS} or null, got 2147483648"),
+        ({"block_size": 2**31}, f"block_size: expected {TOKENS_OR_SHARE}, got 2147483648"),
+        ({"layerwise": {"group_size": 2**31}}, f"layerwise.group_size: expected {GROUP}, got 21"),
+        ({"seed": 1.0}, r"seed: expected an integer in \[0, 2147483647\], got 1.0"),
+        ({"seed": 2**31}, r"seed: expected an integer in \[0, 2147483647\], got 2147483648"),
+        ({"recompute": "layer,all"}, "recompute: expected one of auto, .* got 'layer,all'"),
+        ({"heads": ""}, "heads: expected a text in UTF-8 or null, not empty, got ''"),
         ({"layerwise": 3}, "layerwise: expected a group of settings, got 3"),
         ({"layerwise": {"policy": "top"}}, "layerwise.policy: expected one of ratio, threshold"),
         ({"layerwise": {"keep": [2]}}, rf"layerwise.keep: expected {SHARES} or null, got \[2\]"),
@@ -178,7 +195,7 @@ SHARES = r"a list of numbers in \[0, 1\]"
         ({"layerwise": {"dense_layers": [0.5]}}, r"layerwise.dense_layers: .* got \[0.5\]"),
         ({"layerwise": {"select_at": "last"}}, "layerwise.select_at: expected one of first, all"),
         ({"layerwise": {"select_at": []}}, "layerwise.select_at: expected at least one layer"),
-        ({"layerwise": {"group_size": 1}}, "layerwise.group_size: expected an integer >= 2 or nul"),
+        ({"layerwise": {"group_size": 1}}, f"layerwise.group_size: expected {GROUP}, got 1"),
         ({"layerwise": {"keep_schedule": [0.5, 1.0]}}, r"layerwise.keep_schedule: .* got \[0.5,"),
         ({"layerwise": {"keep_schedule": [[0.5, 2]]}}, r"layerwise.keep_schedule: .* got \[\[0.5,"),
         (
@@ -224,3 +241,13 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             LemoConfig.from_yaml(path)
         assert "config.yaml" in str(caught.value)
+
+
+def test_modes_of_layers():
+    assert LemoConfig().recompute_modes(2) is None
+    assert LemoConfig(recompute="layer").recompute_modes(2) == ("layer", "layer")
+    # As an option gives it.
+    config = LemoConfig(recompute="layer, none")
+    assert config.recompute_modes(2) == ("layer", "none")
+    with pytest.raises(ValueError, match="recompute: expected 3 entries, one for each layer, got"):
+        config.recompute_modes(3)

@@ -53,9 +53,10 @@ def test_a_float_that_yaml_takes_for_a_string():
         ("dtype", "int8", "one of auto, float32, bfloat16, float16"),
         ("device", "gpu", "one of auto, cpu, cuda"),
         ("train_norms", "yes", "true or false"),
-        ("model", "", "a text in UTF-8"),
+        ("model", "", "a text in UTF-8, not empty"),
+        ("seed", 2**31, "an integer in [0, 2147483647]"),
         ("output", "run\udcff", "a text in UTF-8"),
-        ("lora_targets", [], "a list of texts in UTF-8 or null"),
+        ("lora_targets", [], "a list of texts in UTF-8 or null, not empty"),
         ("lora_targets", [1], "a list of texts in UTF-8 or null"),
     ],
 )
@@ -93,7 +94,9 @@ def test_differences_name_what_decides_the_losses_only():
     ]
     assert differences(config, config.replace(device="cpu")) == ["device was 'auto', now 'cpu'"]
     dense = config.replace(elimination=None)
-    assert "elimination was 'on', now 'off'" in differences(config, dense)
+    # Its settings differ with it: nothing more to say.
+    assert differences(config, dense) == ["elimination was 'on', now 'off'"]
+    assert differences(dense, config) == ["elimination was 'off', now 'on'"]
 
 
 @pytest.mark.parametrize(
@@ -114,5 +117,7 @@ def test_broken_yaml(tmp_path, text, message):
 def test_yaml_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.yaml' does not exist"):
         read_yaml(tmp_path / "no.yaml")
+    with pytest.raises(IsADirectoryError, match="config: expected a YAML file, but .* is a folder"):
+        read_yaml(tmp_path)
     (tmp_path / "c.yaml").write_text("")
     assert read_yaml(tmp_path / "c.yaml") == {}

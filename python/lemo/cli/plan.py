@@ -69,9 +69,10 @@ def plan(
     made by nominal rates, and no time is told.
     """
     lengths = options.parse_integers(tokens, "--tokens")
-    if len(lengths) != 1 or lengths[0] < 2:
+    if len(lengths) != 1 or not 2 <= lengths[0] < 2**31:
         raise ValueError(
-            f"--tokens: expected one length >= 2, such as 65536 or 64K, got '{tokens}'"
+            f"--tokens: expected one length from 2 to {2**31 - 1}, such as 65536 or 64K, got "
+            f"'{tokens}'"
         )
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if gpus < 1:

@@ -72,11 +72,7 @@ class Modes:
         # Heads of rows that are computed or shared out meet those of others.
         groups = config.head_groups or 1
         self._head_groups = groups if alone and visible_keys != "computed" else 1
-        count, asked = architecture.num_layers, config.recompute
-        if not isinstance(asked, str) and len(asked) != count:
-            raise ValueError(
-                f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
-            )
+        config.recompute_modes(architecture.num_layers)
 
     def of(
         self,

@@ -418,7 +418,9 @@ def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
 
 
 def bytes_text(size: int) -> str:
-    """Bytes as a text in GiB, below a tenth of one in MiB."""
+    """Bytes as a text in GiB, below a tenth of one in MiB, below a tenth of that in bytes."""
+    if size < 2**20 / 10:
+        return f"{size} bytes"
     if size < _GIB / 10:
         return f"{size / 2**20:.3g} MiB"
     return f"{size / _GIB:.{1 if size >= 10 * _GIB else 2}f} GiB"

@@ -22,12 +22,15 @@ __all__ = [
     "Flag",
     "Integer",
     "Number",
+    "Seed",
     "Settings",
     "Share",
     "Switch",
     "Text",
+    "Tokens",
     "expected",
     "fields_of",
+    "names_in",
     "read_yaml",
 ]
 
@@ -58,6 +61,10 @@ Integer = Annotated[int, Strict()]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+# The operators count tokens in 32 bits.
+Tokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
+# NumPy takes 32 bits; each process adds its number.
+Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_text)]
 
@@ -121,6 +128,11 @@ def group_of(field: FieldInfo) -> type[Settings] | None:
     return None
 
 
+def names_in(value: Any) -> Any:
+    """The names in a text with commas, which options give in place of a list."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 def expected(field: FieldInfo) -> str:
     """What a field takes, in words: "an integer >= 1", "one of kept, all", "a list of ..."."""
     return _words(field.annotation, field.metadata)
@@ -147,7 +159,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: not YAML (the message names the line), or not a mapping.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise IsADirectoryError(f"config: expected a YAML file, but '{path}' is a folder")
+    if not path.exists():
         raise FileNotFoundError(f"config: expected a YAML file, but '{path}' does not exist")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -186,7 +200,9 @@ def _message(cls: type[Settings], error: ValidationError, values: Mapping[str, A
         # What the group says of one of its fields gets the group's name in front.
         dot = inner.partition(":")[0].partition(",")[0] in dict(fields_of(group))
         return f"{name}.{inner}" if dot else f"{name}: {inner}"
-    return f"{name}: expected {expected(field)}, got {value!r}"
+    # The words say nothing of texts and lists that are empty.
+    empty = ", not empty" if first["type"].endswith("too_short") else ""
+    return f"{name}: expected {expected(field)}{empty}, got {value!r}"
 
 
 def _unknown(cls: type[Settings], name: str) -> str:
@@ -241,9 +257,13 @@ def _limits(metadata: Any) -> str:
         elif isinstance(entry, annotated_types.Lt):
             high = ("<", ")", entry.lt)
     if low and high:
-        return f" in {low[1]}{low[2]:g}, {high[2]:g}{high[1]}"
+        return f" in {low[1]}{_digits(low[2])}, {_digits(high[2])}{high[1]}"
     one_sided = low or high
-    return f" {one_sided[0]} {one_sided[2]:g}" if one_sided else ""
+    return f" {one_sided[0]} {_digits(one_sided[2])}" if one_sided else ""
+
+
+def _digits(limit: Any) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _flat(metadata: Any) -> Iterator[Any]:

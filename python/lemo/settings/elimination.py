@@ -8,9 +8,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lemo.settings.base import Flag, Integer, Number, Settings, Share, Switch, Text
+from lemo.settings.base import (
+    Flag,
+    Integer,
+    Number,
+    Seed,
+    Settings,
+    Share,
+    Switch,
+    Text,
+    Tokens,
+    names_in,
+)
 
 __all__ = ["LayerwiseConfig", "LemoConfig"]
 
@@ -71,7 +82,7 @@ class LayerwiseConfig(Settings):
         "keep replaces all others in layers that are not dense, cut by ratio. 1.0 is a dense "
         "finish.",
     )
-    group_size: Annotated[Integer, Field(ge=2)] | None = Field(
+    group_size: Annotated[Tokens, Field(ge=2)] | None = Field(
         None,
         description="Tokens of a shifted attention group (LongLoRA, arXiv 2309.12307), counted in "
         "positions of the sequence, kept or not: kept rows see those of their own group; null: no "
@@ -98,15 +109,13 @@ class LemoConfig(Settings):
     same blocks in every layer.
     """
 
-    block_size: Annotated[Integer, Field(ge=1)] | Annotated[Number, Field(gt=0, le=1)] | None = (
-        Field(
-            None,
-            union_mode="left_to_right",
-            description="Tokens of a block, the unit that is kept or left out; or a share of the "
-            "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
-            "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
-            "were trained for.",
-        )
+    block_size: Tokens | Annotated[Number, Field(gt=0, le=1)] | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="Tokens of a block, the unit that is kept or left out; or a share of the "
+        "longest sequence of a batch, rounded up. null: 64 where a scorer finds what answers "
+        "need, else 0.25. With predictors of sub-blocks, null or a share: the size that they "
+        "were trained for.",
     )
     keep: Share | None = Field(
         None,
@@ -181,14 +190,14 @@ class LemoConfig(Settings):
         "effect where nothing is missing (visible_keys computed) or masked (mask_loss false, or "
         "true beside dense layers).",
     )
-    loss_chunk: Annotated[Integer, Field(ge=1)] | None = Field(
+    loss_chunk: Tokens | None = Field(
         None,
         description="Rows of a loss chunk, whose logits exist at a time. null: as many as take 256 "
         "MiB (fp32) on the CPU, 768 MiB (in the model's dtype) on a GPU.",
     )
     recompute: (
         Literal["auto", "none", "layer", "selective"]
-        | tuple[Literal["none", "layer", "selective"], ...]
+        | Annotated[tuple[Literal["none", "layer", "selective"], ...], BeforeValidator(names_in)]
     ) = Field(
         "auto",
         description="What backward computes a second time instead of storing it. none; layer: all "
@@ -242,7 +251,7 @@ class LemoConfig(Settings):
         "head, attention, norms and adapters are not changed. After weights were "
         "written through weight.data, enable again.",
     )
-    seed: Annotated[Integer, Field(ge=0)] = Field(0, description="Of scorer random.")
+    seed: Seed = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
         LayerwiseConfig(),
         description="The paper's own policies, which differ from layer to layer or in time.",
@@ -260,8 +269,8 @@ class LemoConfig(Settings):
                 "predictor: scorer 'predictor' needs the folder written by 'lemo prepare', got null"
             )
         for name, scorer in (("predictor", "predictor"), ("heads", "attention")):
-            if self.scorer == "auto" and getattr(self, name) is not None:
-                raise ValueError(f"{name}: is for scorer '{scorer}', got scorer 'auto'")
+            if self.scorer != scorer and getattr(self, name) is not None:
+                raise ValueError(f"{name}: is for scorer '{scorer}', got scorer '{self.scorer}'")
         if self.scorer == "attention" and self.heads is None:
             raise ValueError(
                 "heads: scorer 'attention' needs the file written by 'lemo relevance heads', got "
@@ -318,6 +327,23 @@ class LemoConfig(Settings):
                 f"{len(self.offload)}"
             )
         return self.offload
+
+    def recompute_modes(self, num_layers: int) -> tuple[str, ...] | None:
+        """What each layer recomputes; None: what the planner chooses.
+
+        Raises:
+            ValueError: there is not one for each layer.
+        """
+        if self.recompute == "auto":
+            return None
+        if isinstance(self.recompute, str):
+            return (self.recompute,) * num_layers
+        if len(self.recompute) != num_layers:
+            raise ValueError(
+                f"recompute: expected {num_layers} entries, one for each layer, got "
+                f"{len(self.recompute)}"
+            )
+        return self.recompute
 
     @property
     def finds_answers(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from lemo.settings.base import Flag, Integer, Number, Settings, Text, fields_of
+from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, fields_of, names_in
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Device", "Dtype", "FinetuneConfig", "Quantize", "RopeScaling", "differences"]
@@ -29,11 +29,6 @@ _NOT_COMPARED = (
     *("elimination.offload", "elimination.host_memory"),
     *("elimination.predictor", "elimination.heads", "elimination.scores"),
 )
-
-
-def _names(value: Any) -> Any:
-    """A list of names may be given as one text with commas."""
-    return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 Positive = Annotated[Integer, Field(ge=1)]
@@ -95,7 +90,7 @@ class FinetuneConfig(Settings):
         0.0, description="Dropout in front of every LoRA pair."
     )
     lora_targets: (
-        Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(_names)] | None
+        Annotated[tuple[Text, ...], Field(min_length=1), BeforeValidator(names_in)] | None
     ) = Field(
         None, description="Names of the adapted modules; null: every linear layer but the head."
     )
@@ -144,7 +139,7 @@ class FinetuneConfig(Settings):
         description="Check before the first step that lemo, with every token kept, computes what "
         "the model's own forward computes.",
     )
-    seed: NotNegative = Field(0, description="Of the data order, LoRA's start and dropout.")
+    seed: Seed = Field(0, description="Of the data order, LoRA's start and dropout.")
     save_every: Positive = Field(
         50, description="Steps between checkpoints; one is always written at the end."
     )
@@ -196,11 +191,11 @@ class FinetuneConfig(Settings):
 def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:
     """What a resumed run may not change but does, as lines "name was saved, now wanted"."""
     old, new = _flat(saved), _flat(wanted)
-    return [
-        f"{name} was {old[name]!r}, now {new[name]!r}"
-        for name in old
-        if name not in _NOT_COMPARED and old[name] != new[name]
-    ]
+    names = {name for name in old if name not in _NOT_COMPARED and old[name] != new.get(name)}
+    if "elimination" in names:
+        # Where there is none its settings are nothing to compare.
+        names = {name for name in names if not name.startswith("elimination.")}
+    return [f"{name} was {old[name]!r}, now {new[name]!r}" for name in old if name in names]
 
 
 def _flat(config: FinetuneConfig) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lemo.settings.base import Flag, Integer, Number, Settings, Text
+from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, Tokens
 from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling
 
 __all__ = ["PredictorSettings", "PrepareConfig"]
@@ -28,7 +28,7 @@ _RELEVANCE_DEFAULTS = {
 class PredictorSettings(Settings):
     """What `lemo.preparation.pipeline.prepare` does, with any model and any windows."""
 
-    block_size: Positive = Field(
+    block_size: Tokens = Field(
         1024, description="Tokens of a block. With target relevance the default is 64."
     )
     rank: Positive | None = Field(
@@ -101,7 +101,7 @@ class PredictorSettings(Settings):
         16.0,
         description="Limit of what inputs of sub-blocks take on disk while it runs, in GiB.",
     )
-    seed: NotNegative = Field(0, description="Of initial weights and orders.")
+    seed: Seed = Field(0, description="Of initial weights and orders.")
 
     @model_validator(mode="before")
     @classmethod
@@ -132,9 +132,9 @@ class PrepareConfig(PredictorSettings):
 
     model: Text = Field(description="Folder or hub name of the causal language model.")
     documents: Text = Field(
-        description="What to learn from: a .jsonl, .jsonl.xz, .jsonl.gz or .txt file, or a folder "
-        "written by datasets.save_to_disk. For target relevance: conversations, or prompts with "
-        "completions."
+        description="What to learn from: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, .parquet or "
+        ".txt file, or a folder written by datasets.save_to_disk. For target relevance: "
+        "conversations, or prompts with completions."
     )
     output: Text = Field(description="Folder to write.")
     heads: Text | None = Field(

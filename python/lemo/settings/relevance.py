@@ -6,8 +6,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lemo.settings.base import Flag, Integer, Settings, Text
-from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling
+from lemo.settings.base import Flag, Integer, Seed, Settings, Text, Tokens
+from lemo.settings.finetune import Device, Dtype, Positive, RopeScaling
 
 __all__ = ["HeadsConfig", "ScoresConfig"]
 
@@ -17,8 +17,8 @@ class HeadsConfig(Settings):
 
     model: Text = Field(description="Folder or hub name of the causal language model.")
     documents: Text = Field(
-        description="Texts to plant facts in: a .jsonl, .jsonl.xz, .jsonl.gz or .txt file, or a "
-        "folder written by datasets.save_to_disk."
+        description="Texts to plant facts in: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, "
+        ".parquet or .txt file, or a folder written by datasets.save_to_disk."
     )
     output: Text = Field(description="File to write.")
     context_length: Annotated[Integer, Field(ge=1024)] = Field(
@@ -27,7 +27,7 @@ class HeadsConfig(Settings):
         "scaled.",
     )
     windows: Positive = Field(24, description="Windows, each with 16 facts and 4 questions.")
-    block_size: Positive = Field(128, description="Tokens of a block.")
+    block_size: Tokens = Field(128, description="Tokens of a block.")
     count: Positive = Field(4, description="Heads to choose at most.")
     layers: Positive | None = Field(
         None,
@@ -39,7 +39,7 @@ class HeadsConfig(Settings):
     )
     dtype: Dtype = Field("auto", description="Of weights and matrix products.")
     device: Device = Field("auto", description="cpu, cuda, or auto.")
-    seed: NotNegative = Field(0, description="Of the facts and their places.")
+    seed: Seed = Field(0, description="Of the facts and their places.")
     overwrite: Flag = Field(False, description="Replace the file that is there already.")
 
 
@@ -72,7 +72,7 @@ class ScoresConfig(Settings):
     context_length: Annotated[Integer, Field(ge=2)] = Field(
         8192, description="Tokens of a training window, as the run will have it."
     )
-    block_size: Positive = Field(
+    block_size: Tokens = Field(
         64,
         description="Tokens of a block that gets a score. A run's blocks should be as long, or "
         "longer: then each has the largest score of the blocks in it.",

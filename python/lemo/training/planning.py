@@ -236,21 +236,17 @@ def plan_run(
                 return None
             name = "elimination.host_memory"
         raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
-    recompute: Any = elimination.recompute
-    if recompute == "auto" and config.gradient_checkpointing:
-        recompute = "layer"
-    asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.recompute == "auto" and config.gradient_checkpointing:
+        elimination = elimination.model_copy(update={"recompute": "layer"})
+    asked: dict[str, Any] = {
+        "recompute": elimination.recompute,
+        "memory_limit": config.memory_limit,
+    }
     if elimination.host_memory:
         asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
     if elimination.head_groups is not None:
         asked["head_groups"] = elimination.head_groups
-    layers = request.shape.layers
-    modes = None
-    if recompute != "auto":
-        modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
-        # Left to lemo.enable, which says that there is not one for each layer.
-        if len(modes) != layers:
-            return None
+    modes = elimination.recompute_modes(request.shape.layers)
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
         plan = planner.given(modes, limit)
@@ -261,7 +257,7 @@ def plan_run(
         if plan is not None:
             return RunPlan(plan, asked, request)
     if elimination.moves:
-        least = planner.of(modes or [MODES[-1]] * layers, limit).host
+        least = planner.of(modes or [MODES[-1]] * request.shape.layers, limit).host
         if least > elimination.host_bytes:
             raise DoesNotFitError(
                 f"elimination.host_memory: expected {bytes_text(least)} or more for offload "
