@@ -4,7 +4,9 @@ import gzip
 import json
 
 import datasets
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from conversation_cases import ASSISTANT, CALLS, RECORDS, USER
 from lemo.data.conversations import parse_example
@@ -129,3 +131,15 @@ def test_damaged_tables_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=rf"{name}: cannot be read as"):
         list(read_rows(tmp_path / name))
+
+
+def test_a_first_group_of_a_parquet_file_without_rows(tmp_path):
+    """Of a table that is written in parts, the first may be empty, or all."""
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    for name, parts in (("none", [[]]), ("some", [[], ["a", "b"], ["c"]])):
+        with parquet.ParquetWriter(tmp_path / f"{name}.parquet", schema) as writer:
+            for part in parts:
+                writer.write_table(pyarrow.table({"text": part}, schema))
+    assert [row.record["text"] for row in read_rows(tmp_path / "some.parquet")] == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"none\.parquet' holds no row"):
+        list(read_rows(tmp_path / "none.parquet"))

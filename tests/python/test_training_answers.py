@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.data import open_training_data
+from lemo.relevance.store import ScoreStore, write_scores
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.finetune import finetune
 from lemo.training.model import load_tokenizer
@@ -147,3 +148,33 @@ def test_data_check_of_documents(inputs, tmp_path, capsys):
     )
     assert (code, err) == (0, "")
     assert "1 of 1 documents are shorter than 400 tokens" in out
+    assert "{+" + "one two " * 40 + "+}" in out.replace("\n", "")
+
+
+def test_data_check_of_long_and_of_empty_documents(inputs, tmp_path, capsys):
+    (tmp_path / "long.txt").write_text("begin " + "x" * 5000 + " end")
+    (tmp_path / "empty.txt").write_text("")
+    command = "data", "check", tmp_path / "long.txt", "--model", inputs / "model"
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    assert "{+begin x" in out
+    assert "[... 4210 characters ...]" in out
+    assert "x end+}" in out
+    code, out, err = run(capsys, "data", "check", tmp_path / "empty.txt", *command[3:])
+    assert (code, err) == (0, "")
+    assert "0 (0.0%)" in out
+    code, _, err = run(capsys, *command, "--context-length", 1)
+    assert code == 1
+    assert "--context-length: expected an integer >= 2, got 1" in err
+
+
+def test_scores_of_blocks_longer_than_memory(inputs, tmp_path):
+    """A token has the score of its block; nothing is made of the length of a block."""
+    tokenizer = load_tokenizer(str(inputs / "model"))
+    path = inputs / "pairs.jsonl"
+    windows = open_training_data(path, tokenizer, CONTEXT)
+    write_scores(tmp_path / "s", windows.examples, lambda example: [0.5], block_size=10**12)
+    scored = open_training_data(path, tokenizer, CONTEXT, scores=ScoreStore.read(tmp_path / "s"))
+    window = scored.window(0)
+    assert window.scores.shape == window.ids.shape
+    assert set(window.scores.tolist()) == {0.5}

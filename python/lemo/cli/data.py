@@ -12,7 +12,7 @@ from lemo.cli.streams import printable
 
 app = typer.Typer(help="Look at training data as lemo reads it.", no_args_is_help=True)
 
-# Characters of the shown example's prompts on either side of what is left out.
+# Characters of each text of the shown example on either side of what is left out.
 _SHOWN = 400
 
 
@@ -38,6 +38,8 @@ def check(
     """Read all of a file and say what was understood: lengths, labels, one example."""
     if labels not in ("answers", "all"):
         raise ValueError(f"--labels: expected one of answers, all, got '{labels}'")
+    if context_length < 2:
+        raise ValueError(f"--context-length: expected an integer >= 2, got {context_length}")
 
     from lemo.data.check import check_file
     from lemo.training.model import load_config, load_tokenizer
@@ -65,8 +67,9 @@ def _table(rows: list[tuple[str, str]]) -> Any:
 
 
 def _shown(pieces: list[tuple[str, bool]]) -> str:
-    """Texts of an example, marks around those with labels; long prompts without their middle."""
-    return "".join(f"{{+{text}+}}" if labelled else _shortened(text) for text, labelled in pieces)
+    """Texts of an example, marks around those with labels; long ones without their middle."""
+    shown = ((_shortened(text), labelled) for text, labelled in pieces)
+    return "".join(f"{{+{text}+}}" if labelled else text for text, labelled in shown)
 
 
 def _shortened(text: str) -> str:

@@ -47,6 +47,8 @@ def show_messages(screen: Console) -> None:
     show_own_messages(screen)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # Its readers log the errors that they raise. (It is not imported for this, which takes long.)
+    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 

@@ -84,7 +84,8 @@ def check_file(
         (kind, f"{len(encoded):,}"),
         ("tokens", f"{sum(tokens):,}"),
         ("tokens of one", _spread(tokens)),
-        ("tokens with a label", f"{sum(labelled):,} ({sum(labelled) / sum(tokens):.1%})"),
+        # Texts may all be empty.
+        ("tokens with a label", f"{sum(labelled):,} ({sum(labelled) / max(sum(tokens), 1):.1%})"),
         ("labels of one", _spread(labelled)),
     ]
     example = encoded[shown]

@@ -214,7 +214,7 @@ class ExampleWindows:
             blocks = scores.of(example)
             if blocks is None:
                 blocks = torch.tensor([draw.random() for _ in range(-(-tokens // size))])
-            parts.append(blocks.repeat_interleave(size)[:tokens])
+            parts.append(blocks.repeat_interleave(min(size, tokens))[:tokens])
         return torch.cat(parts)
 
 

@@ -22,6 +22,8 @@ SUPPORTED = (
     "datasets.save_to_disk"
 )
 
+_ROWS_AT_A_TIME = 256  # of Parquet
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -207,10 +209,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     damaged = f"{path}: cannot be read as parquet"
     with naming(damaged):
         # A stream: no copy of the file is left in the library's cache. It takes names as patterns.
+        # By default it reads as many rows at a time as the first row group has, which may be none.
         name = glob.escape(str(path))
-        rows = iter(
-            datasets.load_dataset("parquet", data_files=name, split="train", streaming=True)
+        table = datasets.load_dataset(
+            "parquet", data_files=name, split="train", streaming=True, batch_size=_ROWS_AT_A_TIME
         )
+        rows = iter(table)
     yield from _rows(rows, path, damaged)
 
 
