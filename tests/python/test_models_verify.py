@@ -52,6 +52,42 @@ def test_low_precision_and_recomputation(dtype, recompute):
         handle.verify(BATCHES["plain"])
 
 
+def test_dropout_that_is_no_module():
+    """The layers of OPT call the function; in its checkpoints the share is not 0."""
+    model = lora(make_model("opt", attn_implementation="sdpa", dropout=0.5))
+    handle = lemo.enable(model, HALF)
+    handle.verify(BATCHES["plain"])
+    assert all(module.training for module in model.modules()), "dropout is left off"
+
+
+def test_a_model_that_computes_no_numbers():
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, HALF)
+    norm = model.base_model.model.model.layers[1].input_layernorm.weight.data
+    weight, norm[3] = norm[3].item(), float("nan")
+    with pytest.raises(ValueError, match="model: its own loss, with every token kept, is nan"):
+        handle.verify(BATCHES["plain"])
+    norm[3] = weight
+    norm.requires_grad_(False)
+    lora_a = model.base_model.model.model.layers[1].self_attn.q_proj.lora_A.default.weight
+    lora_a.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(ValueError, match="its own gradients, with every token kept, are not fini"):
+        handle.verify(BATCHES["plain"])
+
+
+def test_states_that_are_no_numbers_are_named(monkeypatch):
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, HALF)
+    own = Architecture.attention_output
+
+    def spoilt(adapter, index, *arguments):
+        return own(adapter, index, *arguments) * (float("nan") if index == 1 else 1.0)
+
+    monkeypatch.setattr(Architecture, "attention_output", spoilt)
+    with pytest.raises(ValueError, match=r"loss nan, .* differ first behind layer 1\."):
+        handle.verify(BATCHES["plain"])
+
+
 def test_it_leaves_no_trace():
     model, twin = (lora(make_model("llama"), lora_dropout=0.5) for _ in range(2))
     config = lemo.LemoConfig(keep=0.5, block_size=8)

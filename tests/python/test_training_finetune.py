@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from devices import on_gpu
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
+from lemo.models.architectures import Architecture
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
 from lemo.training.evaluate import evaluate, load_for_evaluation
@@ -304,6 +305,29 @@ def test_blocks_that_leave_no_choice_are_named(config, caplog, block_size, block
 
 
 @pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({}, None),
+        ({"scorer": "random"}, None),
+        ({"scorer": "lexical"}, "scorer 'lexical': of no use"),
+        ({"keep_relevance": 0.5, "keep_tokens": 9}, "keep_relevance 0.5 and keep_tokens 9: of no"),
+    ],
+)
+def test_settings_for_answers_are_named_where_every_token_has_a_label(
+    config, caplog, settings, named
+):
+    run = config.replace(steps=2, warmup_steps=0)
+    finetune(run.replace(elimination=LemoConfig(block_size=16, **settings)))
+    assert ("of no use here" in caplog.text) == (named is not None)
+    if named is not None:
+        assert named in caplog.text
+        # As it says, blocks are those of a run without them.
+        plain = run.replace(output=config.output + "2", elimination=LemoConfig(block_size=16))
+        finetune(plain)
+        assert losses(config.output) == losses(plain.output)
+
+
+@pytest.mark.parametrize(
     ("keep", "block_size", "kept"),
     [(0.5, 0.25, None), (0.4, 0.25, 0.5), (0.8, 0.25, 1), (0.28, 1 / 7, None), (0.4, 2, None)],
 )
@@ -359,10 +383,26 @@ def test_a_run_is_not_overwritten_by_accident(config):
     with pytest.raises(ValueError, match="documents: expected at least one of 5000 tokens"):
         finetune(config.replace(overwrite=True, context_length=5000))
     assert snapshot(Path(config.output)) == before
+    # What lemo computes otherwise than the model is a model's fault, too.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Architecture, "scale", lambda adapter, index: 3.0)
+        with pytest.raises(ValueError, match="model: lemo does not compute what the model"):
+            finetune(config.replace(overwrite=True, elimination=ELIMINATION))
+    assert snapshot(Path(config.output)) == before
     (Path(config.output) / "notes.txt").write_text("mine")
     finetune(config.replace(overwrite=True, steps=1))
     assert len(losses(config.output)) == 1
     assert (Path(config.output) / "notes.txt").read_text() == "mine"
+
+
+def test_weights_that_are_no_numbers_any_more_are_not_saved(config):
+    """The loss of a step is that before its update, and is finite here."""
+    config = config.replace(steps=2, save_every=1, weight_decay=1e300)
+    with pytest.raises(FloatingPointError, match="the trained weights are not finite: base_model"):
+        finetune(config)
+    folder = Path(config.output)
+    assert not list((folder / "checkpoints").iterdir())
+    assert not (folder / "adapter").exists()
 
 
 def test_resume_refuses_what_would_change_the_losses(config, inputs, tmp_path):

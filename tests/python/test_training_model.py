@@ -226,6 +226,19 @@ def test_weights_that_do_not_fit_are_named(folder, change, message):
         load(folder)
 
 
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_no_numbers_are_named(folder, number, dtype):
+    def change(weights):
+        weights[HEAD][5, 7] = float(number)
+        return weights
+
+    change_weights(folder, change)
+    message = f"hold nan or infinity: {HEAD}; expected finite numbers in {str(dtype)[6:]}"
+    with pytest.raises(ValueError, match=f"the weights of '.*' {message}"):
+        load_model(str(folder), load_config(str(folder)), dtype)
+
+
 def test_layers_that_the_config_does_not_count_are_named(folder):
     change_config(folder, num_hidden_layers=1)
     with pytest.raises(ValueError, match="the model has no place for model.layers.1.*and 6 more"):

@@ -44,6 +44,7 @@ def verify(
         stack.enter_context(torch.enable_grad())
         expected = own_forward(model, arguments).loss
         expected_gradients = gradients(expected, trainable)
+        _check_finite(expected, expected_gradients)
         with forward.keeping_everything():
             got = forward.loss(ForwardArguments.of(arguments)).loss
             got_gradients = forward.whole(gradients(got, trainable))
@@ -90,12 +91,28 @@ def verify_sharded(
                 parameter.grad = None
             found.append((loss.detach(), whole))
     (got, got_gradients), (expected, expected_gradients) = found
+    _check_finite(expected, expected_gradients)
     difference = Difference(root, (got, expected), (got_gradients, expected_gradients))
     if not difference.is_rounding:
         raise ValueError(
             f"model: lemo does not compute what the model computes, even with every token kept: "
             f"{difference}. Something changed what the model's own code does; undo it, or train "
             "without lemo"
+        )
+
+
+def _check_finite(loss: Tensor, of_loss: Mapping[str, Tensor]) -> None:
+    """ValueError where the model itself computes no numbers."""
+    if not bool(loss.isfinite()):
+        raise ValueError(
+            f"model: its own loss, with every token kept, is {loss.item()}; expected weights and "
+            "activations that are finite in the dtype"
+        )
+    wrong = [name for name, gradient in of_loss.items() if not bool(gradient.isfinite().all())]
+    if wrong:
+        raise ValueError(
+            f"model: its own gradients, with every token kept, are not finite in {len(wrong)} of "
+            f"{len(of_loss)} parameters, such as {wrong[0]}; expected numbers in the dtype"
         )
 
 
@@ -169,7 +186,7 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     """No dropout, no checkpointing by Transformers; random generators are as before afterwards."""
     changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.training:
+        if _drops(module) and module.training:
             changed.append((module, "training", True))
             module.training = False
         if getattr(module, "gradient_checkpointing", False):
@@ -182,6 +199,11 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, value in changed:
             setattr(module, name, value)
+
+
+def _drops(module: nn.Module) -> bool:
+    # Layers of OPT drop by a function, at the share that they hold.
+    return isinstance(module, nn.Dropout) or isinstance(getattr(module, "dropout", None), float)
 
 
 def own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> Any:
@@ -234,7 +256,8 @@ def _first_difference(
         with forward.keeping_everything():
             mine = forward.states(ForwardArguments.of(inputs)).hidden_states
     for layer, (got, expected) in enumerate(zip(mine, own)):
-        if relative({"": got}, {"": expected}) > tolerance / 10:
+        # What is not finite is not below anything.
+        if not relative({"": got}, {"": expected}) <= tolerance / 10:
             where = "the embedding" if layer == 0 else f"layer {layer - 1}"
             return f"Hidden states differ first behind {where}."
     return "Hidden states agree; the loss or the gradients differ."

@@ -143,6 +143,7 @@ def find_heads(
 
     Raises:
         TypeError: an unsupported model.
+        ValueError: what a head looks at is nan.
     """
     architecture = architecture_of(model)
     architecture.check_parts()
@@ -152,6 +153,11 @@ def find_heads(
         total = total + _found(architecture, window, block_size, depth)
         report(done + 1, len(windows))
     mean = total / len(windows)
+    if not bool(mean.isfinite().all()):
+        raise ValueError(
+            "model: what its heads look at is not finite; expected activations that are finite in "
+            "the dtype"
+        )
     if layers is None:
         depth = _fewest_layers(mean, count)
     order = mean[:depth].flatten().argsort(descending=True)[:count].tolist()

@@ -148,14 +148,14 @@ def _finetune(
         if config.deterministic:
             stack.enter_context(deterministic())
         run = _Run(config, accelerator)
-        first = 0
-        if checkpoint is not None:
-            first = run.restore(checkpoint)
-            if accelerator.is_main_process:
-                # Model or documents may have been called by another path.
-                write_config(folder, config)
-        elif accelerator.is_main_process:
+        first = 0 if checkpoint is None else run.restore(checkpoint)
+        run.verify(first)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and checkpoint is None:
             start_folder(folder, config)
+        elif accelerator.is_main_process:
+            # Model or documents may have been called by another path.
+            write_config(folder, config)
         accelerator.wait_for_everyone()
         run.train(folder, first, progress)
     return _result(folder, config.steps)
@@ -197,7 +197,7 @@ class _Run:
         self.accelerator = accelerator
         self.replicas = Replicas.of(config, accelerator)
         supported = None if config.elimination is None else ARCHITECTURES
-        model_config = load_config(config.model, supported)
+        model_config = load_config(config.model, supported, remarks.OTHER_MODELS)
         if config.shard:
             check_sharding(config, model_config, accelerator)
         extend_context(model_config, config.context_length, config.rope_scaling)
@@ -262,6 +262,7 @@ class _Run:
             # Behind enable: a mistake in the settings is all that is said of them.
             if elimination != config.elimination:
                 remarks.say_what_is_kept(elimination, answers)
+            remarks.check_scorer(elimination, answers)
             remarks.check_blocks(config.context_length, self.handle.block_size, elimination)
             if scores is not None:
                 remarks.check_stored_blocks(config.context_length, self.handle.block_size, scores)
@@ -335,7 +336,6 @@ class _Run:
         if self.plan is not None and main:
             remarks.say(self.plan.lines())
             self.plan.write(folder)
-        self._verify(first)
         log = RunLog(folder, first) if main else None
         records = StepRecords(config.steps, log, progress)
         self.peak = memory.Peak(self.accelerator.device, self.handle)
@@ -377,8 +377,8 @@ class _Run:
                 log.close()
         self.accelerator.wait_for_everyone()
 
-    def _verify(self, done: int) -> None:
-        """Checks, on the next window, that lemo computes what the model computes."""
+    def verify(self, done: int) -> None:
+        """Checks, on the window after `done` steps, that lemo computes what the model computes."""
         if self.handle is None or not self.config.verify or done == self.config.steps:
             return
         batch = collate([self.windows.window(next(self._batches(done))[0])])

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +35,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "model_config.json"
 
+# What quantised weights are not stored in.
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+
 _log = logging.getLogger("lemo")
 
 _NO_KERNELS = (
@@ -42,12 +46,15 @@ _NO_KERNELS = (
 )
 
 
-def load_config(model: str, supported: Iterable[str] | None = None) -> PreTrainedConfig:
+def load_config(
+    model: str, supported: Iterable[str] | None = None, others: str = ""
+) -> PreTrainedConfig:
     """Configuration of a model folder or hub name.
 
     Args:
         model: folder or hub name.
         supported: names of the classes that will do; None: every causal language model.
+        others: what can be done with other classes, for the message.
 
     Raises:
         FileNotFoundError: neither a folder with a config.json nor a model that can be reached.
@@ -70,6 +77,7 @@ def load_config(model: str, supported: Iterable[str] | None = None) -> PreTraine
         )
         raise ValueError(
             f"model: expected {wanted}, got '{model}' of type {name or config.model_type}"
+            + (f"; {others}" if name and others else "")
         )
     # A model without memory shows what does not fit before anything else takes time.
     with naming(f"model: the config.json of '{model}' makes no model"), torch.device("meta"):
@@ -109,7 +117,7 @@ def load_model(
     Raises:
         ModuleNotFoundError: quantising needs a package that is not there.
         ValueError: the weights are damaged, or not those of a model of ``config``: some are
-            missing, have other shapes, or have no place in it.
+            missing, have other shapes, have no place in it, or are no finite numbers in ``dtype``.
         OSError: they cannot be read.
     """
     stored = is_quantised(config)
@@ -140,6 +148,7 @@ def load_model(
     except OSError as error:
         raise _not_found(model, error) from error
     _check_weights(model, loaded, report)
+    _check_finite(model, loaded)
     return loaded.requires_grad_(False)
 
 
@@ -176,6 +185,24 @@ def _check_weights(model: str, loaded: PreTrainedModel, report: Mapping[str, Any
             len(unused),
             model,
             first_of(unused),
+        )
+
+
+def _check_finite(model: str, loaded: PreTrainedModel) -> None:
+    """Raises ValueError where a weight is nan or infinite; those in 8 or 4 bits are not read."""
+    wrong = [
+        name
+        for name, weight in loaded.named_parameters()
+        if weight.dtype in _PLAIN
+        and weight.numel()
+        and not is_traceable_wrapper_subclass(weight)
+        # The least and the greatest are nan where any weight is.
+        and not all(bound.isfinite() for bound in weight.detach().aminmax())
+    ]
+    if wrong:
+        raise ValueError(
+            f"model: the weights of '{model}' hold nan or infinity: {first_of(wrong)}; expected "
+            f"finite numbers in {str(loaded.dtype).removeprefix('torch.')}"
         )
 
 
@@ -355,7 +382,16 @@ def write_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path)
         model: whose configuration is written.
         weights: from `adapter_weights`.
         folder: exists.
+
+    Raises:
+        FloatingPointError: a weight is not finite; nothing is written.
     """
+    wrong = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise FloatingPointError(
+            f"the trained weights are not finite: {first_of(wrong)}; earlier checkpoints stay as "
+            "they are; a lower learning_rate or weight_decay may help"
+        )
     weights = {name: tensor.contiguous().cpu() for name, tensor in weights.items()}
     write_file(folder / ADAPTER_WEIGHTS, to_safetensors(weights, metadata={"format": "pt"}))
     config = copy.deepcopy(model.peft_config["default"])

@@ -14,6 +14,8 @@ from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.training.run_folder import ELIMINATION_NAME
 
+OTHER_MODELS = "--dense trains others as they are, and lemo.enable in Python most of them"
+
 _log = logging.getLogger("lemo")
 
 
@@ -32,6 +34,24 @@ def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
         " of a window" if isinstance(size, float) else " tokens",
         elimination.scorer,
     )
+
+
+def check_scorer(elimination: LemoConfig, answers: bool) -> None:
+    """Names what settings, resolved ones, ask for in vain where every token has a label."""
+    if answers:
+        return
+    finds = elimination.finds_answers and elimination.scorer != "given"
+    vain = [f"scorer '{elimination.scorer}'"] if finds else []
+    if elimination.keep_relevance is not None:
+        vain.append(f"keep_relevance {elimination.keep_relevance:g}")
+    if elimination.keep_tokens:
+        vain.append(f"keep_tokens {elimination.keep_tokens}")
+    if vain:
+        _log.warning(
+            "elimination: %s: of no use here, where every token has a label, so that no answer "
+            "needs anything; blocks are chosen as without it",
+            " and ".join(vain),
+        )
 
 
 def write_elimination(folder: Path, elimination: LemoConfig) -> None:

@@ -69,7 +69,7 @@ class StepRecords:
         seconds, self._last = now - self._last, now
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"step {step}: the loss is {loss}; the last checkpoint is whole, a lower "
+                f"step {step}: the loss is {loss}; earlier checkpoints stay as they are; a lower "
                 "learning_rate or dtype bfloat16 may help"
             )
         tokens_per_second = record["tokens"] / seconds
