@@ -32,7 +32,22 @@ def write_file(path: Path, content: bytes | str) -> None:
     A link stays, its target is replaced. A device, a pipe or one of this process's own descriptors
     (``/dev/stdout``, ``/dev/fd/3``) gets the content written to it.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with naming_file(path):
+        _write(path, content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Names ``path`` in an OSError that names no file, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _write(path: Path, data: bytes) -> None:
     if writes_through(path):
         descriptor = _own_descriptor(path)
         target = path if descriptor is None else os.dup(descriptor)

@@ -147,6 +147,14 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         (TRAIN + " --set elimination.kep=1", "did you mean keep"),
         (TRAIN + " --keep 2", "elimination.keep: expected"),
         (TRAIN + " --config none.yaml", "'none.yaml' does not exist"),
+        (TRAIN + " --recompute layer,none,none", "recompute: expected 2 entries, one for each"),
+        (
+            TRAIN + " --recompute layer,none,none --memory-limit 4",
+            "recompute: expected 2 entries, one for each",
+        ),
+        ("finetune --output run --resume", "output: there is no run in 'run' to resume"),
+        ("finetune --output gpt2 --resume", "output: there is no run in 'gpt2' to resume"),
+        (TRAIN + " --documents broken.parquet", "broken.parquet: cannot be read as parquet"),
         (
             TRAIN + " --set elimination.layerwise.dense_layers=[7]",
             "dense_layers: expected layers between",
@@ -169,6 +177,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         (TRAIN + " --model none", "'none' is neither a folder nor a model"),
         (TRAIN + " --model {opt}", "context_length: expected at most 64, got 96"),
         (TRAIN + " --model gpt2", "model: expected one of LlamaForCausalLM, "),
+        (TRAIN + " --model gpt2", "GPT2LMHeadModel; --dense trains others as they are"),
         (TRAIN + " --model gpt2 --dense", "'gpt2' has no tokenizer"),
         ("finetune --model {model}", "documents: expected a value, got none"),
         ("eval --documents {documents} --lengths 64", "--model, --adapter: expected at least"),
@@ -193,6 +202,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(lemo, line, message, tmp_path):
     Path("broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("broken.parquet").write_text("nothing of the kind")
     Path("gpt2").mkdir()
     Path("gpt2/config.json").write_text('{"model_type": "gpt2"}')
     before = sorted(tmp_path.rglob("*"))
@@ -209,7 +219,9 @@ def test_the_system_refuses_to_write_a_checkpoint(lemo):
     with largest_file(12_000):
         code, _, err = lemo(SHORT)
     assert code == 1
-    assert err.splitlines()[-1] == "lemo: error: File too large"
+    message = err.splitlines()[-1]
+    assert message.startswith("lemo: error: File too large: ")
+    assert message.endswith("adapter_model.safetensors")
     assert "Traceback" not in err
     assert not list(Path("run").rglob("*.tmp"))
     assert not list(Path("run/checkpoints").iterdir())

@@ -50,7 +50,7 @@ def test_a_device_stays_one():
     before = Path("/dev/null").stat().st_rdev
     write_file(Path("/dev/null"), "content")
     assert Path("/dev/null").stat().st_rdev == before != 0
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         write_file(Path("/dev/full"), "content")
 
 

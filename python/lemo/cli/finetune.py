@@ -88,13 +88,15 @@ def collect_settings(given: Given, dense: bool, fp8: bool = False) -> dict[str, 
         fp8: whether frozen weights multiply in 8 bits.
 
     Raises:
+        FileNotFoundError: no run to resume.
         ValueError: a setting of elimination beside `dense`; two scorers; others as for
             :func:`lemo.cli.options.collect_settings`.
     """
     config, values = given.config, dict(given.options)
     if config is None and values.get("resume") and "output" in values:
-        recorded = Path(values["output"]) / "config.yaml"
-        config = recorded if recorded.is_file() else None
+        config = Path(values["output"]) / "config.yaml"
+        if not config.is_file():
+            raise FileNotFoundError(f"output: there is no run in '{values['output']}' to resume")
     named = [option for option in _SCORERS if f"elimination.{option}" in values]
     if len(named) > 1:
         both = " and ".join(f"--{option}" for option in named)

@@ -47,8 +47,8 @@ def check_windows(
     needed = tokens * FeatureStore.bytes_of_token(shape["num_layers"], shape["hidden_size"])
     if needed > int(settings.disk_gib * 2**30):
         raise ValueError(
-            f"disk_gib: {tokens} tokens of this model take {needed / 2**30:.1f} GiB on disk while "
-            f"lemo prepares, the limit is {settings.disk_gib:.1f} GiB; give fewer or shorter "
+            f"disk_gib: {tokens} tokens of this model take {needed / 2**30:.3g} GiB on disk while "
+            f"lemo prepares, the limit is {settings.disk_gib:.3g} GiB; give fewer or shorter "
             "windows, or a higher limit"
         )
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lemo.files import write_file
+from lemo.files import naming_file, write_file
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -86,10 +86,10 @@ class RunLog:
         # It takes a second to import, and a log can be read without it.
         from torch.utils.tensorboard import SummaryWriter
 
-        path = folder / LOG_NAME
-        records = read_log(path, last_step=step)
-        write_file(path, "".join(json.dumps(record) + "\n" for record in records))
-        self._file = path.open("ab", buffering=0)
+        self._path = folder / LOG_NAME
+        records = read_log(self._path, last_step=step)
+        write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
+        self._file = self._path.open("ab", buffering=0)
         self._board = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
@@ -97,10 +97,11 @@ class RunLog:
         line = (json.dumps(record) + "\n").encode()
         end = self._file.tell()
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                # The kernel took a part: trying the rest brings the reason as an exception.
-                self._file.write(line[written:])
+            with naming_file(self._path):
+                written = self._file.write(line)
+                if written != len(line):
+                    # The kernel took a part: trying the rest brings the reason as an exception.
+                    self._file.write(line[written:])
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
