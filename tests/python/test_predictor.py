@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from devices import on_gpu
 from lemo import ops, reference
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.blocks import BlockLayout
 from tolerances import assert_close_fp32, assert_close_low_precision
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo import ops, reference
-from lemo.ops._call import call
+from lemo.ops.call import call
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 KINDS = ["rms", "layer"]

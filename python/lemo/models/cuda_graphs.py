@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.free_memory import free_bytes
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 
 __all__ = ["CudaGraphs", "Function", "supports_graphs"]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
 
 __all__ = [

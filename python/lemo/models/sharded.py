@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 
-from lemo.ops._autograd import first_order_only, hand_on, is_owned
+from lemo.ops.autograd import first_order_only, hand_on, is_owned
 
 __all__ = [
     "as_if_whole",
