@@ -26,7 +26,7 @@ from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.models.sharded import check_around, check_unflattened, check_whole, is_sharded
+from lemo.models.sharded import check_inner_modules, check_unflattened, check_whole, is_sharded
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
@@ -365,7 +365,7 @@ class GenericForward(Training[Choice]):
     def _check(self, arguments: ForwardArguments) -> None:
         parts = self._parts
         check_unflattened(parts.causal_lm)
-        check_around(parts.causal_lm, parts.base, parts.decoder)
+        check_inner_modules(parts.causal_lm, parts.base, parts.decoder)
         check_adapters(parts.causal_lm)
         replace(arguments, unknown={}).check(self._parts.config)
         if arguments.wants_hidden_states(self._parts.config):
