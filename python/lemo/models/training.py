@@ -11,10 +11,10 @@ from torch.nn.functional import pad
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
+from lemo.models.context_checks import check_call
 from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
-from lemo.models.sharing import check_call
 from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
 from lemo.packing.blocks import to_device

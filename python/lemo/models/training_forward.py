@@ -16,6 +16,7 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
+from lemo.models.context_checks import needs_all_rows
 from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
 from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
@@ -27,7 +28,6 @@ from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import is_sharded
-from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.models.weights import parameters_of
 from lemo.settings.elimination import LemoConfig

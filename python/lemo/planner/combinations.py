@@ -65,7 +65,7 @@ def combinations(
 def _ways(request: Request, gpus: int) -> Iterator[tuple[int, int]]:
     """(GPUs of a group, GPUs over which weights are cut)."""
     elimination = request.elimination
-    # What context parallelism (lemo.models.sharing) and sharding refuse.
+    # What context parallelism (lemo.models.context_checks) and sharding refuse.
     shares = has_one_set(elimination, request.shape.layers)
     refused = elimination.layerwise.group_size or elimination.host_memory
     shares = shares and not refused and (elimination.head_groups or 1) == 1

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import sharing
+from lemo.models import context_checks
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
@@ -98,7 +98,7 @@ class GenericForward(Training[Choice]):
         check_settings(parts.name, config)
         super().__init__(config, partial(_choice, parts.num_layers), context)
         if context is not None:
-            sharing.check_settings(config, self.selector)
+            context_checks.check_settings(config, self.selector)
         self._group_size = config.layerwise.group_size or 0
         self._parts = parts
         self.offload = Offload(config.host_bytes)
