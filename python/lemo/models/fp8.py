@@ -30,11 +30,11 @@ __all__ = [
     "check_gpu",
     "drop",
     "fp8_of",
-    "left_out",
     "obstacle",
     "setting_of",
     "share",
     "shared_rows",
+    "why_unquantised",
 ]
 
 LIMIT = (1 + 2**-4) ** 2 - 1
@@ -285,7 +285,7 @@ def obstacle(module: nn.Module, layer: Adapted | str) -> str | None:
     return None
 
 
-def left_out(module: nn.Module) -> str | None:
+def why_unquantised(module: nn.Module) -> str | None:
     """Why products of a linear layer, plain or with adapters, stay in the model's dtype.
 
     None: none does, as far as is known.
