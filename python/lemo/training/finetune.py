@@ -44,7 +44,7 @@ from lemo.training import fingerprint, memory, quantised, remarks
 from lemo.training.behind import Copy, Writer
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
-from lemo.training.kept import KeptRows
+from lemo.training.kept_shares import KeptShares
 from lemo.training.model import (
     MODEL_CONFIG,
     adapter_weights,
@@ -281,7 +281,7 @@ class _Run:
         self.optimizer = accelerator.prepare(optimizer)
         self.model = self.peft_model if config.shard else accelerator.prepare(self.peft_model)
         self.trainable = trainable
-        self.kept = KeptRows()
+        self.kept = KeptShares()
 
     def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
         if self.plan is None:
