@@ -396,7 +396,7 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
 
 def main() -> int:
     from common.models import llama_config, write_random_predictors
-    from lemo.predictors.storage import fingerprint
+    from lemo.predictors.storage import model_shape
     from lemo.relevance.heads import RetrievalHeads
 
     options = parse_arguments()
@@ -409,7 +409,7 @@ def main() -> int:
             scored_by["predictor"] = write_random_predictors(place, config, BLOCK_SIZE)
         if any("attention" in name for name in names):
             place = Path(folder) / "heads.json"
-            RetrievalHeads(fingerprint(config), HEADS).save(place)
+            RetrievalHeads(model_shape(config), HEADS).save(place)
             scored_by["attention"] = str(place)
         if options.profile is not None:
             settings = {"name": options.profile, "tokens": options.tokens[0]}

@@ -156,7 +156,7 @@ def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) 
             tensors |= storage.tensors_of(layer, kind, module, profile)
     folder.mkdir()
     description = {
-        "model": storage.fingerprint(config),
+        "model": storage.model_shape(config),
         "block_size": block_size,
         "num_layers": layers,
         "hidden_size": hidden,

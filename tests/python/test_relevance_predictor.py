@@ -230,7 +230,7 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     with pytest.raises(ValueError, match="heads: expected retrieval heads, because windows of"):
         prepare_relevance(model, training, training, tmp_path / "none", SETTINGS)
     assert not (tmp_path / "none").exists()
-    heads = RetrievalHeads(storage.fingerprint(model.config), ((0, 1), (1, 0)))
+    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
     settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
     description = prepare_relevance(
         model, training, training, tmp_path / "some", settings, heads=heads
@@ -278,7 +278,7 @@ def conversations(path):
 
 
 def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
-    shape = storage.fingerprint(load_config(str(llama)))
+    shape = storage.model_shape(load_config(str(llama)))
     heads = RetrievalHeads(shape, ((0, 0),))
     heads.save(tmp_path / "heads.json")
     arguments = ["prepare", "--model", llama, "--documents", conversations(tmp_path / "d.jsonl")]
@@ -292,7 +292,7 @@ def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
 def test_texts_teach_no_relevance(llama, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"id": "a", "kind": "book", "text": "some words " * 400}))
-    shape = storage.fingerprint(load_config(str(llama)))
+    shape = storage.model_shape(load_config(str(llama)))
     RetrievalHeads(shape, ((0, 0),)).save(tmp_path / "h.json")
     arguments = ["prepare", "--model", llama, "--documents", text, "--output", tmp_path / "out"]
     arguments += ["--heads", tmp_path / "h.json", "--target", "relevance", "--lengths", 256]

@@ -18,7 +18,7 @@ from lemo.data.windows import first_windows, token_windows
 from lemo.files import lock
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.labels import IGNORE_INDEX
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.preparation.output import check_output
 from lemo.preparation.pipeline import Report, prepare
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
@@ -91,7 +91,7 @@ def prepare_from_examples(
         dtype = pick_dtype(config.dtype, device, elimination=True)
         model_config = load_config(config.model, ARCHITECTURES)
         assert config.heads is not None
-        heads = RetrievalHeads.load(config.heads, fingerprint(model_config))
+        heads = RetrievalHeads.load(config.heads, model_shape(model_config))
         extend_context(model_config, max(config.lengths), config.rope_scaling)
         report("documents", 0, 1, "")
         training, held_out = _examples(config, model_config.get_text_config().vocab_size)

@@ -18,7 +18,7 @@ from lemo.data.documents import Document, read_documents
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
@@ -164,7 +164,7 @@ def find_heads(
             f"{layer}.{head}": round(mean[layer, head].item(), 4) for layer, head in heads
         },
     }
-    return RetrievalHeads(fingerprint(architecture.config), heads, found_by)
+    return RetrievalHeads(model_shape(architecture.config), heads, found_by)
 
 
 def _fewest_layers(mean: Tensor, count: int) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from lemo.models.architectures import architecture_of
 from lemo.predictors.modules import KINDS
-from lemo.predictors.storage import fingerprint, write_folder
+from lemo.predictors.storage import model_shape, write_folder
 from lemo.preparation.evaluation import evaluating
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.preparation.output import check_output, publish, work_folder
@@ -64,7 +64,7 @@ def prepare(
     settings = PredictorSettings() if settings is None else settings
     output = Path(output)
     check_output(output, overwrite)
-    shape = fingerprint(architecture_of(model).config)
+    shape = model_shape(architecture_of(model).config)
     eliminating_layers(shape["num_layers"], settings.dense_layers)
     check_windows(training, held_out, shape, settings)
     with work_folder(output) as work, evaluating(model):

@@ -25,7 +25,7 @@ from lemo.packing.blocks import BlockLayout
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import (
     RELEVANCE,
-    fingerprint,
+    model_shape,
     tensors_of_relevance,
     write_folder,
 )
@@ -322,7 +322,7 @@ def _describe(
     losses: list[float],
 ) -> dict[str, Any]:
     """predictor.json."""
-    shape = fingerprint(architecture.config)
+    shape = model_shape(architecture.config)
     taught, tested = lessons
     recalls = dict(_recalls(architecture, predictor, tested, settings))
     parameters = sum(parameter.numel() for parameter in predictor.parameters())

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lemo.data.reading import first_of, naming
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 
 _log = logging.getLogger("lemo")
@@ -59,8 +59,8 @@ def trained_config(folder: Path, config: PreTrainedConfig, model: str) -> PreTra
         return config
     with naming(f"adapter: {path} cannot be used"):
         trained = AutoConfig.from_pretrained(path)
-        shape = fingerprint(trained)
-    for name, value in fingerprint(config).items():
+        shape = model_shape(trained)
+    for name, value in model_shape(config).items():
         if shape[name] != value:
             raise ValueError(
                 f"adapter: {folder} was trained on a model with {name} {shape[name]!r}, but "

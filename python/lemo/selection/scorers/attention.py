@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
@@ -49,7 +49,7 @@ class AttentionScorer(AnswerScorer):
         Raises:
             FileNotFoundError, ValueError: see `RetrievalHeads.load`.
         """
-        heads = RetrievalHeads.load(path, fingerprint(model.config))
+        heads = RetrievalHeads.load(path, model_shape(model.config))
         return cls(heads, model, scout, seed)
 
     def relevance(
