@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lemo.models.host_pool import HostPool, Slot, check_free
 from lemo.models.sharded import is_sharded
-from lemo.planner.plan import bytes_text
+from lemo.planner.text import bytes_text
 
 __all__ = ["LayerOffload", "Offload", "OffloadedPass", "unpack"]
 

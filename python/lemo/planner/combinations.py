@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lemo.planner.plan import Plan, bytes_text
+from lemo.planner.plan import Plan
 from lemo.planner.request import Request
 from lemo.planner.rows import has_one_set
+from lemo.planner.text import bytes_text
 
 __all__ = ["Combination", "combination_lines", "combinations"]
 

@@ -8,8 +8,8 @@ import torch
 
 from lemo.ops import supports_device
 from lemo.planner.combinations import combination_lines, combinations
-from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
-from lemo.planner.text import plan_lines
+from lemo.planner.plan import NOMINAL, DoesNotFitError
+from lemo.planner.text import bytes_text, plan_lines
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
 from lemo.training.model import load_config

@@ -13,10 +13,10 @@ import torch
 
 from lemo.files import write_file
 from lemo.planner.memory import MODES
-from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
+from lemo.planner.plan import MARGIN, DoesNotFitError, Plan
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
-from lemo.planner.text import plan_lines
+from lemo.planner.text import bytes_text, plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
