@@ -72,11 +72,7 @@ class Modes:
         # Heads of rows that are computed or shared out meet those of others.
         groups = config.head_groups or 1
         self._head_groups = groups if alone and visible_keys != "computed" else 1
-        count, asked = architecture.num_layers, config.recompute
-        if not isinstance(asked, str) and len(asked) != count:
-            raise ValueError(
-                f"recompute: expected {count} entries, one for each layer, got {len(asked)}"
-            )
+        self._modes = list(config.recompute_modes(architecture.num_layers))
 
     def of(
         self,
@@ -95,10 +91,9 @@ class Modes:
             one_set: whether all layers keep it, and other rows are dropped.
             captures: whether the pass may be replayed as CUDA graphs.
         """
-        count, asked = self._architecture.num_layers, self._config.recompute
-        modes = [asked] * count if isinstance(asked, str) else list(asked)
+        modes = self._modes
         # Whoever switches it on asks for the least memory.
-        chooses = asked == "auto" and not self._architecture.layer(0).gradient_checkpointing
+        chooses = "auto" in modes and not self._architecture.layer(0).gradient_checkpointing
         if (chooses or self._shares is None) and self._alone and self._is_planned():
             fixed = (
                 None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
@@ -113,7 +108,7 @@ class Modes:
                 "(docs/design/planner.md says where); offload can say a share of each layer",
                 stacklevel=2,
             )
-        return Actions(modes, self._shares or [0.0] * count, self._head_groups)
+        return Actions(modes, self._shares or [0.0] * len(modes), self._head_groups)
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""

@@ -50,7 +50,7 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     if here or on_cpu:
         rates = calibrated(request.shape, device, dtype, elimination.in_8_bits)
         request = request_of(config, elimination, model_config, dtype, device, rates)
-    planner, asked = request.planner(tokens), elimination.recompute
+    planner = request.planner(tokens)
     linear, others = request.shape.parameters()
     rows = planner.rows
     yield (
@@ -70,9 +70,8 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
         for each in request.shape.linears():
             if each.inputs % 16 or each.outputs % 16:
                 yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"
-    modes = None
-    if asked != "auto":
-        modes = [asked] * request.shape.layers if isinstance(asked, str) else list(asked)
+    layers = request.shape.layers
+    modes = None if elimination.recompute == "auto" else elimination.recompute_modes(layers)
     if gpus > 1:
         found = combinations(request, tokens, gpus, limit, modes)
         if found[0].plan is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,12 +246,10 @@ def plan_run(
     if elimination.head_groups is not None:
         asked["head_groups"] = elimination.head_groups
     layers = request.shape.layers
-    modes = None
+    modes: Sequence[str] | None = None
     if recompute != "auto":
-        modes = [recompute] * layers if isinstance(recompute, str) else list(recompute)
-        # Left to lemo.enable, which says that there is not one for each layer.
-        if len(modes) != layers:
-            return None
+        settings = elimination.model_copy(update={"recompute": recompute})
+        modes = settings.recompute_modes(layers)
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
         plan = planner.given(modes, limit)
