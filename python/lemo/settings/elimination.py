@@ -6,9 +6,10 @@ import functools
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from lemo.settings.base import Flag, Integer, Number, Settings, Share, Switch, Text
 
