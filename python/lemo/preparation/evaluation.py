@@ -1,28 +1,16 @@
 """The loss of a model that eliminates tokens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from lemo.models.enable import enable
+from lemo.models.eval_mode import evaluating
 from lemo.preparation.windows import Window
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["elimination_loss", "evaluating"]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+__all__ = ["elimination_loss"]
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from lemo.models.architectures import architecture_of
+from lemo.models.eval_mode import evaluating
 from lemo.predictors.modules import KINDS
 from lemo.predictors.storage import model_shape, write_folder
-from lemo.preparation.evaluation import evaluating
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.preparation.output import check_output, publish, work_folder
 from lemo.preparation.predictor import TrainedPredictor, train_predictor

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from lemo import ops
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
+from lemo.models.eval_mode import evaluating
 from lemo.models.scout import Scout
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
@@ -30,7 +31,6 @@ from lemo.predictors.storage import (
     write_folder,
 )
 from lemo.preparation.elastic import ElasticSize
-from lemo.preparation.evaluation import evaluating
 from lemo.preparation.output import check_output, publish, work_folder
 from lemo.preparation.training import schedule, windows_of_steps
 from lemo.relevance.answers import Answers
