@@ -7,7 +7,7 @@ answer look most at the block of its fact.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
 from lemo.predictors.storage import model_shape
+from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
@@ -35,8 +36,6 @@ from lemo.training.model import (
 
 __all__ = ["find_heads", "find_heads_in_documents", "needle_windows"]
 
-Report = Callable[[int, int], None]
-
 # Of what the heads of all layers find, those of the first layers have to find this share.
 _ENOUGH = 0.95
 
@@ -47,7 +46,7 @@ _CHARACTERS_PER_TOKEN = 8
 
 
 def find_heads_in_documents(
-    config: HeadsConfig, report: Report = lambda done, total: None
+    config: HeadsConfig, report: CountReport = lambda done, total: None
 ) -> RetrievalHeads:
     """Loads the model, plants facts in the documents, and writes the heads that find them.
 
@@ -125,7 +124,7 @@ def find_heads(
     block_size: int = 128,
     count: int = 4,
     layers: int | None = None,
-    report: Report = lambda done, total: None,
+    report: CountReport = lambda done, total: None,
 ) -> RetrievalHeads:
     """The heads that look most at the facts which answers need.
 

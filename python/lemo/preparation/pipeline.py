@@ -4,7 +4,7 @@ Exact scores of the dense model, one predictor for each sub-block, thresholds fo
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,12 @@ from lemo.predictors.storage import model_shape, write_folder
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.preparation.output import check_output, publish, work_folder
 from lemo.preparation.predictor import TrainedPredictor, train_predictor
+from lemo.preparation.reports import Report
 from lemo.preparation.threshold_search import add_thresholds, eliminating_layers
 from lemo.preparation.windows import Window, check_windows
 from lemo.settings.preparation import PredictorSettings
 
 __all__ = ["Report", "prepare"]
-
-# Called as report(stage, done, total, message) for every unit of work.
-Report = Callable[[str, int, int, str], None]
 
 
 def prepare(

@@ -8,7 +8,7 @@ before blocks are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,17 +32,16 @@ from lemo.predictors.storage import (
 )
 from lemo.preparation.elastic import ElasticSize
 from lemo.preparation.output import check_output, publish, work_folder
+from lemo.preparation.reports import Report
 from lemo.preparation.training import schedule, windows_of_steps
 from lemo.relevance.answers import Answers
-from lemo.relevance.attention import head_relevance
+from lemo.relevance.attention import head_relevance, with_keys
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers.relevance import predicted_relevance
 from lemo.settings.preparation import PredictorSettings
 
 __all__ = ["RelevanceWindow", "prepare_relevance"]
 
-# Called as report(stage, done, total, message) for every unit of work.
-Report = Callable[[str, int, int, str], None]
 Span = tuple[int, int]
 
 # Windows whose embeddings say how large features are.
@@ -212,10 +211,8 @@ class _Lessons:
         batch, residual = _embedded(architecture, window, self._size)
         parts = []
         for index, q, k in Scout(architecture)(batch, residual, 0, self._heads):
-            mine = self._heads[index]
-            keys = k[:, [head // (q.shape[1] // k.shape[1]) for head in mine]]
-            scale = architecture.scale(index)
-            [found] = head_relevance(q[:, mine], keys, batch.layout, [answers], scale)
+            mine, scale = with_keys(q, k, self._heads[index]), architecture.scale(index)
+            [found] = head_relevance(*mine, batch.layout, [answers], scale)
             assert found is not None
             parts.append(found)
         return torch.cat(parts, 1).mean(1).float().cpu()
