@@ -115,7 +115,7 @@ def _by_words(config: ScoresConfig) -> Score:
     def score(example: Example) -> Tensor | None:
         ids = torch.tensor([list(example.ids)])
         packed = PackedBatch((1, ids.shape[1]), None, None, ids.device)
-        batch = Batch.of(packed, config.block_size, None, ids.device)
+        batch = Batch.of(packed, config.block_size, ids.device)
         # It reads no residual.
         [relevance] = scorer.relevance(0, torch.empty(0), batch, [ids[0]], [_answers(example)])
         return None if relevance is None else relevance.amax(0)

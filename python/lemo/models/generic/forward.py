@@ -161,14 +161,8 @@ class GenericForward(Training[Choice]):
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         parts, ignored = self._parts, arguments.ignored_label
-        if self.context is not None:
-            self.context.begin(parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
-        counted = self._counted(arguments, kept, targets, lost)
-        count = counted.rows.numel()
-        if self.context is not None:
-            assert kept.selection.rows is not None
-            counted = counted.among(kept.selection.rows, targets.numel())
+        counted, count = self._counted(arguments, kept, targets, lost)
         # The own code sees two rows without labels: what is left of its loss does not come from
         # labels, but from routers and the like.
         call, mask = self._own_arguments(arguments, kept)
@@ -176,7 +170,7 @@ class GenericForward(Training[Choice]):
         call["num_items_in_batch"] = 1
         now, own = self._run(kept, partial(self.own, **call), _two_rows, mask)
         assert now.hidden is not None
-        hidden = self._rows_of(now, kept, counted)
+        hidden = self._index(now.hidden[0], kept, counted)
         if now.has_more and self.context is not None:
             raise NotImplementedError(
                 f"context_parallel: {parts.name} adds a loss of its routers, which would be that "
@@ -227,14 +221,8 @@ class GenericForward(Training[Choice]):
             Its result, and the labels of the batch for each label that counts, fp32 scalar.
         """
         self.check_call(arguments)
-        if self.context is not None:
-            self.context.begin(self._parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
-        counted = self._counted(arguments, kept, targets, lost)
-        count = counted.rows.numel()
-        if self.context is not None:
-            assert kept.selection.rows is not None
-            counted = counted.among(kept.selection.rows, targets.numel())
+        counted, count = self._counted(arguments, kept, targets, lost)
         call, mask = self._own_arguments(arguments, kept)
         call["shift_labels"] = counted.targets[None]
         if arguments.num_items_in_batch is not None:
@@ -321,6 +309,8 @@ class GenericForward(Training[Choice]):
 
     def _keep(self, arguments: ForwardArguments) -> tuple[KeptBatch, Tensor, Tensor | None]:
         """(kept rows, next labels of all rows [T], labels that padding predicts)."""
+        if self.context is not None:
+            self.context.begin(self._parts.causal_lm, arguments.given)
         self._check(arguments)
         self.elimination = self._chosen(arguments)
         ids, embedded = arguments.input_ids, arguments.inputs_embeds
@@ -332,7 +322,7 @@ class GenericForward(Training[Choice]):
             positions = positions[0] if positions.shape[0] == 4 else None
         packed = PackedBatch(shape, mask, positions, device)
         size = self.elimination.block_size if self._forced is None else self._forced[1]
-        batch = Batch.of(packed, size, None, device)
+        batch = Batch.of(packed, size, device)
         targets, lost = next_labels(
             packed, arguments.labels, arguments.shift_labels, arguments.ignored_label
         )
@@ -376,11 +366,17 @@ class GenericForward(Training[Choice]):
 
     def _counted(
         self, arguments: ForwardArguments, kept: KeptBatch, targets: Tensor, lost: Tensor | None
-    ) -> CountedLabels:
+    ) -> tuple[CountedLabels, int]:
+        """(the labels that count and that this process predicts, how many all predict)."""
         config = self.elimination.config
         masked = masked_rows(kept.batch.layout, [kept.whole], True, config.burn_in)
         items, ignored = arguments.num_items_in_batch, arguments.ignored_label
-        return counted_labels(targets, masked, items, ignored, lost)
+        counted = counted_labels(targets, masked, items, ignored, lost)
+        number = counted.rows.numel()
+        if self.context is None:
+            return counted, number
+        assert kept.selection.rows is not None
+        return counted.among(kept.selection.rows, targets.numel()), number
 
     def _own_arguments(
         self, arguments: ForwardArguments, kept: KeptBatch
@@ -441,10 +437,6 @@ class GenericForward(Training[Choice]):
             )
         self._base = now.base or self._base
         return now, output
-
-    def _rows_of(self, now: _Pass, kept: KeptBatch, counted: CountedLabels) -> Tensor:
-        assert now.hidden is not None
-        return self._index(now.hidden[0], kept, counted)
 
     def _index(self, hidden: Tensor, kept: KeptBatch, counted: CountedLabels) -> Tensor:
         """[N, H], of the kept rows' hidden states [R, H] those whose labels count."""
