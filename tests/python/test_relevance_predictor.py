@@ -12,7 +12,13 @@ from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
-from lemo.preparation.relevance import RelevanceWindow, _scores, prepare_relevance
+from lemo.preparation.relevance import (
+    RelevanceWindow,
+    _held,
+    _Lesson,
+    _scores,
+    prepare_relevance,
+)
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers.relevance import merged, predicted_relevance
@@ -195,6 +201,20 @@ def test_a_step_keeps_what_it_predicts(made):
         handle.remove()
     assert {span[0] // BLOCK for (span,) in example.needed} <= {*kept}
     assert len(kept) == 6
+
+
+def test_recall_counts_as_many_blocks_as_a_step_keeps():
+    """0.07 of 100 blocks, in floating point a little more than 7: six, and that with the label."""
+    labelled = torch.zeros(100 * BLOCK, dtype=torch.bool)
+    labelled[-2] = True
+    answers = Answers.of(labelled)
+    scores = torch.arange(100, 0, -1.0)
+    settings = PredictorSettings(target="relevance", block_size=BLOCK, keep=0.07)
+    for block, held in ((5, 1.0), (6, 0.0)):
+        shares = torch.zeros(1, 100)
+        shares[0, block] = 1.0
+        lesson = _Lesson(RelevanceWindow("a", labelled.long(), labelled), answers, shares)
+        assert _held(scores, lesson, settings) == held
 
 
 def test_what_is_open_follows_answers(made):

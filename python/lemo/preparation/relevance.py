@@ -22,7 +22,7 @@ from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.eval_mode import evaluating
 from lemo.models.scout import Scout
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, kept_blocks
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import (
     RELEVANCE,
@@ -382,7 +382,7 @@ def _recalls(
 def _held(scores: Tensor, lesson: _Lesson, settings: PredictorSettings) -> float:
     """The mean share of what answers need that the blocks with labels and the best others hold."""
     free = lesson.answers.free_blocks(settings.block_size, scores) > 0
-    budget = math.ceil(settings.keep * scores.numel())
+    budget = kept_blocks(settings.keep, scores.numel())
     # As `lemo.selection.budget`: at least half is for the prompt.
     count = max(budget - int((~free).sum()), -(-budget // 2))
     kept = scores.masked_fill(~free, -math.inf).topk(min(count, int(free.sum()))).indices
