@@ -40,6 +40,8 @@ class Training(ABC, Generic[C]):
             known.
         token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
             None: none are given.
+        host_ids: [B, S] int64 on the CPU, the tokens of the pass that runs; None: they are not
+            given.
         has_trained: whether a pass has trained something.
         elimination: that of the latest pass.
         context: processes that share out the rows; None: this one has them all.

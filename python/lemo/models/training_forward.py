@@ -38,15 +38,13 @@ __all__ = ["TrainingForward"]
 class TrainingForward(Training[Elimination]):
     """What the model computes in place of its own forward, in the native path.
 
-    Attributes:
-        offload: moves what layers save to the host.
-
     Args:
         architecture: access to the model.
         config: the settings.
         context: processes that share out the rows; None: this one has them all.
 
     Attributes:
+        offload: moves what layers save to the host.
         graphs: of passes in which all layers keep the same; None: they are switched off.
     """
 
