@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from source_tree import ROOT, tracked_files
+from source_tree import ROOT, modules, tracked_files
 
 # Text.
 pytestmark = pytest.mark.cpu_only
@@ -140,6 +140,20 @@ def test_names_of_lemo_that_a_page_names_exist(page):
     ]
     missing = [name for name in names if not resolves(name)]
     assert not missing, f"{page.name} names {sorted(missing)}"
+
+
+@pytest.mark.parametrize("package", ["models", "selection"])
+def test_the_table_of_a_package_has_every_module_of_it(package):
+    """Its page lists them, one or several in a row, in the first column."""
+    rows = re.findall(
+        r"^\| (`lemo\..*?) \|", text_of(ROOT / f"docs/design/{package}.md"), re.MULTILINE
+    )
+    listed = {name for row in rows for name in re.findall(r"`(lemo[\w.]+)`", row)}
+    inside = [
+        name.removeprefix("lemo.").split(".") for name in modules() if name.startswith("lemo.")
+    ]
+    there = {f"lemo.{package}.{parts[1]}" for parts in inside if parts[0] == package and parts[1:]}
+    assert {name for name in listed if name.startswith(f"lemo.{package}.")} == there
 
 
 def test_words_of_the_code_that_a_page_names_are_in_the_code():
