@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 
+from lemo.settings.base import fields_of
+from lemo.settings.finetune import NOT_COMPARED, FinetuneConfig
 from source_tree import ROOT, modules, tracked_files
 
 # Text.
@@ -154,6 +156,14 @@ def test_the_table_of_a_package_has_every_module_of_it(package):
     ]
     there = {f"lemo.{package}.{parts[1]}" for parts in inside if parts[0] == package and parts[1:]}
     assert {name for name in listed if name.startswith(f"lemo.{package}.")} == there
+
+
+def test_the_page_of_runs_has_every_setting_that_may_differ():
+    text = text_of(ROOT / "docs/design/runs.md").partition("\n## Resuming\n")[2]
+    settings = {path for path, _ in fields_of(FinetuneConfig)}
+    named = names_of(text.partition("\n## ")[0]) & settings
+    # Compared in another way, with the number of processes.
+    assert named == {*NOT_COMPARED, "gradient_accumulation"}
 
 
 def test_words_of_the_code_that_a_page_names_are_in_the_code():

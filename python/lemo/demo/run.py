@@ -34,7 +34,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.answers import evaluate_answers
 from lemo.training.evaluate import write_metrics
-from lemo.training.run_folder import METRICS_NAME
+from lemo.training.run_folder import METRICS_NAME, RELEVANCE_NAME
 
 MIB = 2**20
 
@@ -223,7 +223,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     picture = explain(
         output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
     )
-    write_file(output / "lemo" / "relevance.json", json.dumps(picture, indent=2) + "\n")
+    write_file(output / "lemo" / RELEVANCE_NAME, json.dumps(picture, indent=2) + "\n")
     runs = [load_run(output / name, title) for name, title in METHODS.items()]
     note = (
         f"A model of {settings.base.context} tokens answers questions about facts that are planted "

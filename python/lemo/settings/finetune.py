@@ -10,7 +10,15 @@ from typing_extensions import Self
 from lemo.settings.base import Flag, Integer, Number, Settings, Text, fields_of
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Device", "Dtype", "FinetuneConfig", "Quantize", "RopeScaling", "differences"]
+__all__ = [
+    "NOT_COMPARED",
+    "Device",
+    "Dtype",
+    "FinetuneConfig",
+    "Quantize",
+    "RopeScaling",
+    "differences",
+]
 
 RopeScaling = Literal["linear", "yarn", "dynamic", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,7 +27,7 @@ Quantize = Literal["nf4", "int8", "float8"]
 
 # Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
-_NOT_COMPARED = (
+NOT_COMPARED = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints", "shard"),
     *("model", "documents"),
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
@@ -200,7 +208,7 @@ def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:
     return [
         f"{name} was {old[name]!r}, now {new[name]!r}"
         for name in old
-        if name not in _NOT_COMPARED and old[name] != new[name]
+        if name not in NOT_COMPARED and old[name] != new[name]
     ]
 
 
