@@ -187,6 +187,10 @@ class Fp8Linear:
         """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed.
 
         Writes through `weight.data` are not seen here: asking for them would wait for the GPU.
+
+        Raises:
+            ValueError: the weight has inf or nan.
+            NotImplementedError: see `check_gpu`.
         """
         weight: Any = self._module.weight
         if is_torchao_float8(self._module):

@@ -270,7 +270,11 @@ class TrainingForward(Training[Elimination]):
         )
 
     def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
-        """The decoder's output: in each row what the dense model gives."""
+        """The decoder's output [B, S, H]: in each row what the dense model gives.
+
+        Raises:
+            NotImplementedError: processes share out the rows.
+        """
         if self.context is not None:
             raise needs_all_rows("logits or hidden states")
         batch, embed = self._begin(arguments)

@@ -15,7 +15,13 @@ __all__ = ["elimination_loss"]
 
 @torch.no_grad()
 def elimination_loss(model: nn.Module, windows: Sequence[Window], config: LemoConfig) -> float:
-    """Mean loss a token while the model eliminates as `config` says; no dropout, no gradient."""
+    """Mean loss of a token, in nats, while the model eliminates; no dropout, no gradient.
+
+    Args:
+        model: a causal LM, without lemo.
+        windows: whose tokens are predicted.
+        config: what is eliminated.
+    """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

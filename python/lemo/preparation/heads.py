@@ -95,6 +95,13 @@ def needle_windows(
 ) -> list[NeedleWindow]:
     """Windows with facts, each in a document of its own as far as there are so many.
 
+    Args:
+        documents: their beginnings are not used.
+        tokenizer: of the model.
+        length: tokens of a window.
+        count: how many windows.
+        seed: of facts and places.
+
     Raises:
         ValueError: no document is long enough.
     """

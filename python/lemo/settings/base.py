@@ -85,7 +85,12 @@ class Settings(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Absent fields take their defaults."""
+        """The inverse of `to_dict`. Absent fields take their defaults.
+
+        Raises:
+            ValueError: no mapping, or a setting that is not known or has a bad value; the message
+                names it.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"values: expected a mapping of settings, got {values!r}")
         return cls(**{str(name): value for name, value in values.items()})

@@ -20,7 +20,11 @@ _OLD_WEIGHTS = "adapter_model.bin"
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter folder at ``path`` itself or in the run folder ``path``."""
+    """The adapter folder at ``path`` itself or in the run folder ``path``.
+
+    Raises:
+        FileNotFoundError: there is none in either place.
+    """
     path = Path(path)
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file():
@@ -31,7 +35,12 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def base_model_name(adapter: str | Path) -> str:
-    """The base model that an adapter names in its configuration."""
+    """The base model that an adapter names in its configuration.
+
+    Raises:
+        FileNotFoundError: see `find_adapter`.
+        ValueError: the configuration cannot be read, or names none.
+    """
     path = find_adapter(adapter) / ADAPTER_CONFIG
     with naming(f"adapter: {path} cannot be used"):
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -262,7 +262,16 @@ class GenericForward(Training[Choice]):
         return self._pass is not None
 
     def decode(self, call: dict[str, Any], original: Callable[..., Any]) -> Any:
-        """The decoder's output for the kept rows of a call."""
+        """The decoder's output for the kept rows of a call.
+
+        Args:
+            call: its arguments by name, for all rows of the batch.
+            original: the decoder's own forward.
+
+        Raises:
+            ValueError: the decoder is called twice in a pass, or not every layer attends once.
+            NotImplementedError: it computes with its attention mask.
+        """
         now, parts = self._pass, self._parts
         assert now is not None
         if now.hidden is not None:
