@@ -39,11 +39,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--variants", nargs="+", default=["1-layer", "1-selective", "0.25-layer", "0.25-none"]
     )
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=["fp8"])
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--rounds", type=int, default=2, help="turns of either")
     parser.add_argument("--reps", type=int, default=3, help="steps of a turn that count")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     return parser.parse_args(arguments)
 
 

@@ -51,10 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=float, help="tokens, or below 1 a share of the window")
     parser.add_argument("--host-memory", type=float, default=0.0, help="GiB of the host")
     parser.add_argument("--quantize", choices=["nf4"], help="how weights are stored")
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--warmup", type=int, default=4096, help="tokens of a step before; 0: none")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     options = parser.parse_args(arguments)
     if options.block_size is not None and options.block_size >= 1:
         options.block_size = int(options.block_size)

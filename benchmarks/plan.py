@@ -41,11 +41,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     modes = ["auto", "none", "selective", "layer"]
     parser.add_argument("--recompute", nargs="+", default=modes, choices=modes)
     parser.add_argument("--memory", type=float, default=80.0, help="GiB that a step may take")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--reps", type=int, default=3, help="steps that count")
+    records.add_shape(parser)
+    records.add_repeats(parser)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     return parser.parse_args(arguments)
 
 

@@ -49,10 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--blocks", type=float, nargs="+", default=[0.25, 64])
     parser.add_argument("--parts", type=int, default=4, help="groups of a sequence")
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--reps", type=int, default=2, help="steps of either kind that count")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     parser.add_argument("--page", action="store_true", help="write the page")
     return parser.parse_args(arguments)
 
