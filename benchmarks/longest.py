@@ -64,7 +64,13 @@ def worker(settings: dict) -> Callable[[str], dict]:
     import torch
 
     import lemo
-    from common.models import llama_config, random_llama, random_llama_in_4_bits, with_lora
+    from common.models import (
+        llama_config,
+        random_llama,
+        random_llama_in_4_bits,
+        training_step,
+        with_lora,
+    )
     from common.timing import milliseconds
     from lemo.planner.plan import Plan
     from lemo.planner.request import Request
@@ -134,23 +140,14 @@ def worker(settings: dict) -> Callable[[str], dict]:
         handle = lemo.enable(model, elimination)
         if plan.host:
             handle.path.forward.offload.pin(device)  # not a part of the step
-        parameters = [each for each in model.parameters() if each.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=on_gpu)
+        step = training_step(model)
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
-        losses = []
-
-        def step(length: int) -> None:
-            loss = model(input_ids=ids[:, :length], labels=ids[:, :length]).loss
-            losses.append(loss.detach())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+        losses: list[torch.Tensor] = []
         if settings["warmup"]:
-            step(min(settings["warmup"], tokens))
+            step(ids[:, : settings["warmup"]])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds = milliseconds(lambda: step(tokens), settings["device"]) / 1e3
+        seconds = milliseconds(lambda: losses.append(step(ids)), settings["device"]) / 1e3
         pool = handle.path.forward.offload.pool
         return {
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else None,
