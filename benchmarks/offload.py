@@ -1,7 +1,7 @@
 """Training steps whose saved activations go to the host, in several ways.
 
     python benchmarks/offload.py [--tokens 65536] [--sets falling one] [--bytes 24]
-        [--ways none uniform sensitive torch unsloth] [--recompute selective] [--memory 80]
+        [--ways none uniform sensitive torch unsloth] [--recompute selective] [--host-memory 100]
 
 Measured: optimizer steps of the Llama-3-8B shape with random bf16 weights and LoRA on q, k, v and
 o, batch 1, one process for each way; random weights are right for time and memory, meaningless for

@@ -12,7 +12,7 @@ import yaml
 
 from lemo.settings.base import fields_of
 from lemo.settings.finetune import NOT_COMPARED, FinetuneConfig
-from source_tree import ROOT, modules, tracked_files
+from source_tree import ROOT, modules, sources, tracked_files
 
 # Text.
 pytestmark = pytest.mark.cpu_only
@@ -195,6 +195,18 @@ def test_benchmarks_have_the_options_that_pages_give_them():
         command = [sys.executable, str(ROOT / script), "--help"]
         text = subprocess.run(command, capture_output=True, text=True).stdout if wanted else ""
         assert wanted <= set(re.findall(r"--[a-z-]+", text)), f"{script}: {wanted}"
+
+
+def test_every_benchmark_that_is_run_is_on_the_page_of_testing():
+    text = text_of(ROOT / "docs/design/testing.md")
+    scripts = [
+        path
+        for path in sources("benchmarks")
+        if path.parent.name == "benchmarks" and "__main__" in path.read_text()
+    ]
+    assert len(scripts) > 10
+    missing = [path.name for path in scripts if f"benchmarks/{path.name}" not in text]
+    assert not missing
 
 
 def test_the_checks_of_names_can_fail():
