@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from answer_tasks import TASKS, Mixture, Window, load_haystacks
 from common import records
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config(str(options.model))
     heads = None
     if options.heads is not None:
-        heads = RetrievalHeads.load(options.heads, fingerprint(config))
+        heads = RetrievalHeads.load(options.heads, model_shape(config))
     extend_context(config, options.tokens, "linear")
     tokenizer = load_tokenizer(str(options.model))
     characters = max(options.characters, 8 * options.tokens)

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 import lemo
 from common import records
-from common.models import llama_config, random_llama, with_lora
+from common.models import llama_config, random_llama, training_step, with_lora
 from common.timing import Times, milliseconds, summary
 from gpu_finetune import GIB, RANK, TARGETS, config_of, recorded
 
@@ -39,33 +39,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--variants", nargs="+", default=["1-layer", "1-selective", "0.25-layer", "0.25-none"]
     )
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=["fp8"])
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--rounds", type=int, default=2, help="turns of either")
     parser.add_argument("--reps", type=int, default=3, help="steps of a turn that count")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     return parser.parse_args(arguments)
-
-
-def step_of(model: torch.nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """One optimizer step, which returns its loss."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-
-    def step() -> torch.Tensor:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
 
 
 def turn(model: torch.nn.Module, ids: torch.Tensor, options: Any, config: Any) -> dict[str, Any]:
     """Times and memory of some steps after one that makes what is made once."""
     cuda = options.device.startswith("cuda")
-    handle, step = lemo.enable(model, config), step_of(model, ids)
+    handle, step = lemo.enable(model, config), partial(training_step(model), ids)
     first = step().item()
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -101,13 +101,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--peers", nargs="*", metavar="NAME")
     parser.add_argument("--peers-script", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--reps", type=int, default=3, help="steps that count")
+    records.add_shape(parser)
+    records.add_repeats(parser)
     parser.add_argument("--profile", metavar="VARIANT", help="show where one step's time goes")
     parser.add_argument("--memory", type=float, help="GiB that a variant in 4 bits may take")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     options = parser.parse_args(arguments)
     if options.memory is not None and not options.device.startswith("cuda"):
         parser.error("--memory: expected a GPU, whose memory is capped, got --device cpu")
@@ -396,7 +394,7 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
 
 def main() -> int:
     from common.models import llama_config, write_random_predictors
-    from lemo.predictors.storage import fingerprint
+    from lemo.predictors.storage import model_shape
     from lemo.relevance.heads import RetrievalHeads
 
     options = parse_arguments()
@@ -409,7 +407,7 @@ def main() -> int:
             scored_by["predictor"] = write_random_predictors(place, config, BLOCK_SIZE)
         if any("attention" in name for name in names):
             place = Path(folder) / "heads.json"
-            RetrievalHeads(fingerprint(config), HEADS).save(place)
+            RetrievalHeads(model_shape(config), HEADS).save(place)
             scored_by["attention"] = str(place)
         if options.profile is not None:
             settings = {"name": options.profile, "tokens": options.tokens[0]}

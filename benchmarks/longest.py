@@ -51,10 +51,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=float, help="tokens, or below 1 a share of the window")
     parser.add_argument("--host-memory", type=float, default=0.0, help="GiB of the host")
     parser.add_argument("--quantize", choices=["nf4"], help="how weights are stored")
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--warmup", type=int, default=4096, help="tokens of a step before; 0: none")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     options = parser.parse_args(arguments)
     if options.block_size is not None and options.block_size >= 1:
         options.block_size = int(options.block_size)
@@ -65,7 +64,13 @@ def worker(settings: dict) -> Callable[[str], dict]:
     import torch
 
     import lemo
-    from common.models import llama_config, random_llama, random_llama_in_4_bits, with_lora
+    from common.models import (
+        llama_config,
+        random_llama,
+        random_llama_in_4_bits,
+        training_step,
+        with_lora,
+    )
     from common.timing import milliseconds
     from lemo.planner.plan import Plan
     from lemo.planner.request import Request
@@ -135,23 +140,14 @@ def worker(settings: dict) -> Callable[[str], dict]:
         handle = lemo.enable(model, elimination)
         if plan.host:
             handle.path.forward.offload.pin(device)  # not a part of the step
-        parameters = [each for each in model.parameters() if each.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=on_gpu)
+        step = training_step(model)
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
-        losses = []
-
-        def step(length: int) -> None:
-            loss = model(input_ids=ids[:, :length], labels=ids[:, :length]).loss
-            losses.append(loss.detach())
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+        losses: list[torch.Tensor] = []
         if settings["warmup"]:
-            step(min(settings["warmup"], tokens))
+            step(ids[:, : settings["warmup"]])
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds = milliseconds(lambda: step(tokens), settings["device"]) / 1e3
+        seconds = milliseconds(lambda: losses.append(step(ids)), settings["device"]) / 1e3
         pool = handle.path.forward.offload.pool
         return {
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if on_gpu else None,

@@ -1,7 +1,7 @@
 """Training steps whose saved activations go to the host, in several ways.
 
     python benchmarks/offload.py [--tokens 65536] [--sets falling one] [--bytes 24]
-        [--ways none uniform sensitive torch unsloth] [--recompute selective] [--memory 80]
+        [--ways none uniform sensitive torch unsloth] [--recompute selective] [--host-memory 100]
 
 Measured: optimizer steps of the Llama-3-8B shape with random bf16 weights and LoRA on q, k, v and
 o, batch 1, one process for each way; random weights are right for time and memory, meaningless for
@@ -64,11 +64,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recompute", default="none", choices=modes, help="of lemo's own ways")
     parser.add_argument("--bytes", type=float, default=24.0, help="GiB that move, of lemo's ways")
     parser.add_argument("--host-memory", type=float, default=100.0, help="GiB of the pool, at most")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--reps", type=int, default=3, help="steps that count")
+    records.add_shape(parser)
+    records.add_repeats(parser)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     return parser.parse_args(arguments)
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from common import records
@@ -41,11 +42,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     modes = ["auto", "none", "selective", "layer"]
     parser.add_argument("--recompute", nargs="+", default=modes, choices=modes)
     parser.add_argument("--memory", type=float, default=80.0, help="GiB that a step may take")
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
-    parser.add_argument("--reps", type=int, default=3, help="steps that count")
+    records.add_shape(parser)
+    records.add_repeats(parser)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     return parser.parse_args(arguments)
 
 
@@ -57,7 +56,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
     import torch
 
     import lemo
-    from common.models import llama_config, random_llama, with_lora
+    from common.models import llama_config, random_llama, training_step, with_lora
     from common.timing import milliseconds, summary
     from lemo.planner.request import Request
     from lemo.planner.shape import Adapters, shape_of
@@ -89,14 +88,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
         elimination = request.elimination.model_copy(update=settings_of(plan))
         lemo.enable(model, elimination)
         ids = torch.randint(0, config.vocab_size, (1, tokens), device=device)
-        parameters = [each for each in model.parameters() if each.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
-
-        def step() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
+        step = partial(training_step(model), ids)
         memory.reset_peak(device)
         # On the CPU what the process holds beside the weights is no part of a step.
         others = 0 if device.type == "cuda" else memory.peak_bytes(device) - planner.weights

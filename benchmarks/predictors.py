@@ -165,10 +165,10 @@ def captured(model: Any, found: Any, windows: Sequence[Any], settings: Any) -> d
 def captured_share(scores: Any, exact: Any, layout: Any, settings: Any) -> float:
     """`captured` of one sub-block and window; 1.0 where there is nothing to choose."""
     from lemo.ops import token_select
-    from lemo.predictors.position import free_blocks
+    from lemo.predictors.position import contested_blocks
 
     keep, ends = settings.keep, (settings.keep_first, settings.keep_last)
-    forced = exact[~free_blocks(layout, *ends)].sum()
+    forced = exact[~contested_blocks(layout, *ends)].sum()
     found, best = (
         exact[token_select(by, layout, "ratio", keep, *ends).kept_blocks.long()].sum() - forced
         for by in (scores, exact)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lemo
 from common import records
-from common.models import with_lora
+from common.models import training_step, with_lora
 from common.timing import take_turns
 
 SHAPES = {
@@ -91,15 +92,7 @@ def make_step(options, name: str, config: lemo.LemoConfig | None) -> tuple[Step,
     handle = None if config is None else lemo.enable(model, config)
     vocabulary = model.get_base_model().config.vocab_size
     ids = torch.randint(0, vocabulary, (1, options.tokens), device=options.device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-
-    def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step, handle
+    return partial(training_step(model), ids), handle
 
 
 def contenders(options) -> dict[tuple[float, str] | None, lemo.LemoConfig | None]:

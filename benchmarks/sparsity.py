@@ -49,10 +49,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.25])
     parser.add_argument("--blocks", type=float, nargs="+", default=[0.25, 64])
     parser.add_argument("--parts", type=int, default=4, help="groups of a sequence")
-    parser.add_argument("--layers", type=int, default=32)
+    records.add_shape(parser)
     parser.add_argument("--reps", type=int, default=2, help="steps of either kind that count")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
     parser.add_argument("--page", action="store_true", help="write the page")
     return parser.parse_args(arguments)
 
@@ -65,19 +64,12 @@ def measured(options: argparse.Namespace) -> None:
     import torch
 
     import lemo
-    from common.models import llama_config, random_llama, with_lora
+    from common.models import llama_config, random_llama, training_step, with_lora
     from common.timing import milliseconds
 
     config = llama_config(max(options.tokens), options.layers, options.shrink)
     model = with_lora(random_llama(config, options.device), RANK, TARGETS).train()
-    parameters = [each for each in model.parameters() if each.requires_grad]
-    on_gpu = options.device.startswith("cuda")
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=on_gpu)
-
-    def step(ids) -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    step, on_gpu = training_step(model), options.device.startswith("cuda")
 
     def once(ids, keep: float, block: float, group: int | None) -> tuple[float, float]:
         """(milliseconds, GiB) of a step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +23,7 @@ __all__ = [
     "llama_config",
     "random_llama",
     "random_llama_in_4_bits",
+    "training_step",
     "with_lora",
     "write_random_predictors",
 ]
@@ -143,6 +146,26 @@ def with_lora(model: PreTrainedModel, rank: int, targets: str | list[str]) -> Pe
     return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
+def training_step(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A step of AdamW on what a model trains: gets ids [1, S], all of them labels; gives the loss.
+
+    Args:
+        model: in training mode, on its device.
+    """
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=parameters[0].is_cuda)
+
+    def step(ids: Tensor) -> Tensor:
+        loss = model(input_ids=ids, labels=ids).loss
+        found = loss.detach()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return found
+
+    return step
+
+
 def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) -> str:
     """A new folder as `lemo prepare` writes it for such a model, with random predictors of the
     default size; its path."""
@@ -160,7 +183,7 @@ def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) 
             tensors |= storage.tensors_of(layer, kind, module, profile)
     folder.mkdir()
     description = {
-        "model": storage.fingerprint(config),
+        "model": storage.model_shape(config),
         "block_size": block_size,
         "num_layers": layers,
         "hidden_size": hidden,

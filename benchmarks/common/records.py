@@ -20,6 +20,8 @@ __all__ = [
     "REPOSITORY",
     "RESULTS",
     "add_documents",
+    "add_repeats",
+    "add_shape",
     "append",
     "commit_of_tree",
     "existing",
@@ -53,6 +55,18 @@ def parser(description: str | None, output: Path) -> argparse.ArgumentParser:
         "--commit", default=commit_of_tree(), help="commit of the measured tree (%(default)s)"
     )
     return made
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Adds --layers and --shrink, of the Llama-3-8B shape."""
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--shrink", type=int, default=1, help="divide the model's sizes by this")
+
+
+def add_repeats(parser: argparse.ArgumentParser) -> None:
+    """Adds --warmup and --reps."""
+    parser.add_argument("--warmup", type=int, default=1, help="steps that do not count")
+    parser.add_argument("--reps", type=int, default=3, help="steps that count")
 
 
 def add_documents(parser: argparse.ArgumentParser) -> None:

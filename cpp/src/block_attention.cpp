@@ -174,13 +174,7 @@ void check(const BlockAttentionParams& params) {
                        {"rows", &params.rows},
                        {"block_starts", &params.block_starts},
                        {"cu_blocks", &params.cu_blocks}});
-    check.that(params.q.size(2) >= 1, "q", "a head size of at least 1", params.q);
-    check.dim("k", params.k, 2, params.q.size(2), "the head size of 'q'");
-    check.that(params.k.size(1) >= 1, "k", "at least one head", params.k);
-    if (params.q.size(1) < 1 || params.q.size(1) % params.k.size(1) != 0) {
-        check.fail("q", "a multiple of the " + std::to_string(params.k.size(1)) + " head(s) of 'k'",
-                   std::to_string(params.q.size(1)) + " head(s)");
-    }
+    check.heads(params.q, params.k);
     const bool is_index = params.rows.dtype == DType::kInt32 || params.rows.dtype == DType::kInt64;
     check.that(is_index, "rows", "int32 or int64", params.rows, ErrorKind::kType);
     check.typed("rows", params.rows, params.rows.dtype, 1);
@@ -195,9 +189,7 @@ void check(const BlockAttentionParams& params) {
                 row);
         }
     }
-    // As the kernels take it: neither infinite nor 0 in fp32.
-    const auto scale = static_cast<float>(params.scale);
-    check.that(std::isfinite(scale) && scale > 0, "scale", "a finite number above 0", params.scale);
+    check.scale(params.scale);
     for (const auto& [name, result] :
          {std::pair{"maximum", &params.maximum}, std::pair{"logsumexp", &params.logsumexp}}) {
         check.typed(name, *result, DType::kFloat32, 3);

@@ -1,7 +1,6 @@
 #include "lemo/block_scores.h"
 
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <vector>
 
@@ -159,17 +158,9 @@ void check(const BlockScoresParams& params) {
                        {"block_starts", &params.block_starts},
                        {"cu_blocks", &params.cu_blocks}});
     check.dim("k", params.k, 0, params.q.size(0), "the rows of 'q'");
-    check.that(params.q.size(2) >= 1, "q", "a head size of at least 1", params.q);
-    check.dim("k", params.k, 2, params.q.size(2), "the head size of 'q'");
-    check.that(params.k.size(1) >= 1, "k", "at least one head", params.k);
-    if (params.q.size(1) < 1 || params.q.size(1) % params.k.size(1) != 0) {
-        check.fail("q", "a multiple of the " + std::to_string(params.k.size(1)) + " head(s) of 'k'",
-                   std::to_string(params.q.size(1)) + " head(s)");
-    }
+    check.heads(params.q, params.k);
     check.layout(params.block_starts, params.cu_blocks, params.q.size(0));
-    // As the kernels take it: neither infinite nor 0 in fp32.
-    const auto scale = static_cast<float>(params.scale);
-    check.that(std::isfinite(scale) && scale > 0, "scale", "a finite number above 0", params.scale);
+    check.scale(params.scale);
     check.that(params.q.device != Device::kCpu || params.kernel == "auto", "kernel",
                "'auto' on the CPU", [&] { return quoted(params.kernel); });
     check.typed("scores", params.scores, DType::kFloat32, 1);

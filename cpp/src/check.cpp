@@ -1,5 +1,6 @@
 #include "lemo/check.h"
 
+#include <cmath>
 #include <utility>
 
 namespace lemo {
@@ -89,6 +90,21 @@ void Checker::same_dtype(const char* argument, const Tensor& tensor, const char*
     if (tensor.dtype == other.dtype) return;
     fail(argument, std::string("the dtype of '") + other_argument + "' (" + name(other.dtype) + ")",
          name(tensor.dtype), ErrorKind::kType);
+}
+
+void Checker::heads(const Tensor& q, const Tensor& k) const {
+    that(q.size(2) >= 1, "q", "a head size of at least 1", q);
+    dim("k", k, 2, q.size(2), "the head size of 'q'");
+    that(k.size(1) >= 1, "k", "at least one head", k);
+    if (q.size(1) < 1 || q.size(1) % k.size(1) != 0) {
+        fail("q", "a multiple of the " + std::to_string(k.size(1)) + " head(s) of 'k'",
+             std::to_string(q.size(1)) + " head(s)");
+    }
+}
+
+void Checker::scale(double value) const {
+    const auto narrow = static_cast<float>(value);
+    that(std::isfinite(narrow) && narrow > 0, "scale", "a finite number above 0", value);
 }
 
 void Checker::same_device(

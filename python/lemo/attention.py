@@ -29,6 +29,9 @@ def rotary_tables(
         positions: [T], position of each token in its own sequence.
         head_dim: size of a head, even.
         theta: base of the frequencies.
+
+    Raises:
+        ValueError: an odd size.
     """
     if head_dim % 2:
         raise ValueError(f"head_dim: expected an even size, got {head_dim}")

@@ -9,6 +9,7 @@
 #include "lemo/blocks.h"
 #include "lemo/check.h"
 #include "parallel.h"
+#include "views.h"
 
 namespace lemo {
 namespace {
@@ -56,11 +57,36 @@ TEST(Blocks, SelectionSizesFollowFromTheLengths) {
     EXPECT_THROW(size({-4}, 0.5, 0, 0), Error);
 }
 
-TEST(Blocks, LossSegmentFitsItsBudget) {
+TEST(Blocks, LossChunkFitsItsBudget) {
     EXPECT_EQ(plan_loss_chunk(1000, 256, 1024 * 10), 10);
     EXPECT_EQ(plan_loss_chunk(4, 256, 1 << 30), 4);
     EXPECT_EQ(plan_loss_chunk(1000, 1 << 20, 1), 1);
     EXPECT_EQ(plan_loss_chunk(1000, (int64_t{1} << 62) + 1, 1 << 30), 1);
+}
+
+TEST(Check, HeadsOfQueriesAndKeysFit) {
+    const Checker check("op");
+    const auto fit = [&](int64_t query_heads, int64_t query_size, int64_t key_heads,
+                         int64_t key_size) {
+        std::vector<float> data(1);
+        check.heads(testing::view(data, {3, query_heads, query_size}),
+                    testing::view(data, {3, key_heads, key_size}));
+    };
+    EXPECT_NO_THROW(fit(4, 8, 2, 8));
+    EXPECT_THROW(fit(4, 8, 3, 8), Error);  // no multiple
+    EXPECT_THROW(fit(0, 8, 2, 8), Error);
+    EXPECT_THROW(fit(4, 8, 0, 8), Error);
+    EXPECT_THROW(fit(4, 8, 2, 4), Error);  // another size
+    EXPECT_THROW(fit(4, 0, 2, 0), Error);
+}
+
+TEST(Check, ScalesAreFiniteAndAboveZeroInFp32) {
+    const Checker check("op");
+    EXPECT_NO_THROW(check.scale(0.125));
+    for (const double value : {0.0, -1.0, 1e-60, 1e60, std::numeric_limits<double>::infinity(),
+                               std::numeric_limits<double>::quiet_NaN()}) {
+        EXPECT_THROW(check.scale(value), Error) << value;
+    }
 }
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {

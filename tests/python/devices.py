@@ -24,11 +24,6 @@ def on_gpu() -> bool:
     return _suite.type == "cuda"
 
 
-def low_precision_dtypes() -> tuple[torch.dtype, ...]:
-    """The storage types that every kernel knows, on every device."""
-    return LOW_PRECISION
-
-
 def kernel_dtypes() -> tuple[torch.dtype, ...]:
     """The storage types of an op whose CUDA kernel multiplies on tensor cores: there no fp32."""
     return LOW_PRECISION if on_gpu() else (torch.float32, *LOW_PRECISION)

@@ -2,6 +2,7 @@
 
 import torch
 
+import lemo
 from tiny_models import gradients
 from tolerances import assert_close_fp32
 
@@ -21,6 +22,27 @@ def assert_same_gradients(model, dense, frozen_keys=False):
                 continue
             assert frozen_keys, name
         assert_close_fp32(mine[name], oracle, name)
+
+
+def one_step(model, batch, config, autocast=False, seed=5):
+    """(loss, gradients) of a step with lemo; equal seeds draw the same numbers for dropout."""
+    handle = lemo.enable(model, config)
+    torch.manual_seed(seed)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
+        loss = model(**batch).loss
+    loss.backward()
+    found = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    model.zero_grad()
+    handle.remove()
+    return loss.detach(), found
+
+
+def assert_equal_steps(result, expected):
+    """Bit for bit, of what `one_step` gave."""
+    assert torch.equal(result[0], expected[0])
+    assert result[1].keys() == expected[1].keys()
+    for name, oracle in expected[1].items():
+        assert torch.equal(result[1][name], oracle), name
 
 
 def kept_blocks(handle):

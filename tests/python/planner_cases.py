@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lemo.planner.shape import LINEAR, Adapters
-from lemo.training.finetune import _leave_casts_to_autocast
+from lemo.training.model import leave_casts_to_autocast
 from tiny_models import make_model
 
 TOKENS, RANK = 256, 4
@@ -50,7 +50,7 @@ def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192, hea
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32 if adapters.size == 4 else dtype)
     if not adapters.apart:
-        _leave_casts_to_autocast(model)
+        leave_casts_to_autocast(model)
     return model.train()
 
 

@@ -308,6 +308,23 @@ def is_private(name: str | None) -> bool:
     return name is not None and name.startswith("_") and not name.startswith("__")
 
 
+def test_private_names_stay_in_their_module_and_private_modules_in_their_package():
+    found = 0
+    for importer, path in modules().items():
+        for module, name in imported_names(path):
+            if module.split(".")[0] != "lemo" or name == "_C":
+                continue
+            inner = f"{module}.{name}"
+            if inner not in modules():
+                assert not is_private(name), f"{path} imports {name} of {module}"
+                inner = module
+            package, _, last = inner.rpartition(".")
+            if is_private(last) and last != "_C":
+                assert f"{importer}.".startswith(f"{package}."), f"{path} imports {inner}"
+                found += 1
+    assert found, "no module is private any more"
+
+
 def test_benchmarks_and_examples_import_no_private_names():
     imported = {
         (path.name, module, name)

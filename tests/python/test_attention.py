@@ -267,7 +267,7 @@ def test_blocks_that_are_a_share_of_the_longest_sequence(lengths, share, size):
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     device = torch.get_default_device()
     packed = PackedBatch(tuple(mask.shape), mask.long(), None, device)
-    batch = Batch.of(packed, share, None, device)
+    batch = Batch.of(packed, share, device)
     assert batch.layout.block_size == size
     assert batch.layout.num_blocks == sum(-(-length // size) for length in lengths)
 

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_inputs import bad_layouts
 from devices import kernel_dtypes, on_gpu, working_dtype
 from lemo import ops, reference
 from lemo.packing.blocks import BlockLayout
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 # The CUDA kernels take head sizes that are multiples of 8 up to 128. Low-precision inputs are exact
@@ -176,13 +178,9 @@ def test_opcheck():
 def test_repeats_are_bit_equal_whatever_the_number_of_threads():
     layout = BlockLayout.from_seqlens([900, 400], 32)
     q, k = draw(layout, 2, 1, 16)
-    first, threads = ops.block_scores(q, k, layout), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            assert all(torch.equal(first, ops.block_scores(q, k, layout)) for _ in range(2))
-    finally:
-        torch.set_num_threads(threads)
+    first = ops.block_scores(q, k, layout)
+    for _ in each_number_of_threads(1, 2, 3):
+        assert all(torch.equal(first, ops.block_scores(q, k, layout)) for _ in range(2))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -248,28 +246,7 @@ LAYOUT = BlockLayout.from_seqlens([6, 4], 4)
             "'kernel': expected 'auto' on the CPU, got 'portable'",
             marks=pytest.mark.cpu_only,
         ),
-        pytest.param(
-            {"layout": BlockLayout.from_seqlens([11], 4)},
-            ValueError,
-            "'block_starts': expected a last entry of 10, got 11",
-            marks=pytest.mark.cpu_only,
-        ),
-        (
-            {"layout": dataclasses.replace(LAYOUT, block_starts=LAYOUT.block_starts.long())},
-            TypeError,
-            "'block_starts': expected int32, got int64",
-        ),
-        (
-            {"layout": dataclasses.replace(LAYOUT, block_starts=torch.empty(0).int())},
-            ValueError,
-            "'block_starts': expected at least one entry",
-        ),
-        pytest.param(
-            {"layout": dataclasses.replace(LAYOUT, cu_blocks=LAYOUT.cu_blocks[:-1])},
-            ValueError,
-            "'cu_blocks': expected a last entry of 3, got 2",
-            marks=pytest.mark.cpu_only,
-        ),
+        *bad_layouts(LAYOUT),
     ],
 )
 def test_bad_inputs_name_the_argument(change, exception, message):

@@ -140,6 +140,7 @@ def test_what_is_refused(folder, capsys, tmp_path):
         (("--recompute", "all"), "recompute: expected one of"),
         (("--lora-targets", "lm_head"), "lora_targets: expected some of"),
         (("--set", "elimination.visible_keys=computed"), "visible_keys: expected kept"),
+        (("--set", "elimination.recompute=[none, layer]"), "recompute: expected 32 entries"),
     ):
         given = arguments if "--gpu-memory" in arguments else (*arguments, "--gpu-memory", "80GiB")
         code, _, err = run(capsys, folder, "--tokens", "8K", *given)

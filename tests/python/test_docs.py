@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from source_tree import ROOT, tracked_files
+from lemo.settings.base import fields_of
+from lemo.settings.finetune import NOT_COMPARED, FinetuneConfig
+from source_tree import ROOT, modules, sources, tracked_files
 
 # Text.
 pytestmark = pytest.mark.cpu_only
@@ -142,6 +144,28 @@ def test_names_of_lemo_that_a_page_names_exist(page):
     assert not missing, f"{page.name} names {sorted(missing)}"
 
 
+@pytest.mark.parametrize("package", ["models", "selection"])
+def test_the_table_of_a_package_has_every_module_of_it(package):
+    """Its page lists them, one or several in a row, in the first column."""
+    rows = re.findall(
+        r"^\| (`lemo\..*?) \|", text_of(ROOT / f"docs/design/{package}.md"), re.MULTILINE
+    )
+    listed = {name for row in rows for name in re.findall(r"`(lemo[\w.]+)`", row)}
+    inside = [
+        name.removeprefix("lemo.").split(".") for name in modules() if name.startswith("lemo.")
+    ]
+    there = {f"lemo.{package}.{parts[1]}" for parts in inside if parts[0] == package and parts[1:]}
+    assert {name for name in listed if name.startswith(f"lemo.{package}.")} == there
+
+
+def test_the_page_of_runs_has_every_setting_that_may_differ():
+    text = text_of(ROOT / "docs/design/runs.md").partition("\n## Resuming\n")[2]
+    settings = {path for path, _ in fields_of(FinetuneConfig)}
+    named = names_of(text.partition("\n## ")[0]) & settings
+    # Compared in another way, with the number of processes.
+    assert named == {*NOT_COMPARED, "gradient_accumulation"}
+
+
 def test_words_of_the_code_that_a_page_names_are_in_the_code():
     """Classes, functions and settings in backticks occur somewhere in the sources."""
     code = (*SOURCES, ".toml", ".yaml", ".txt", "Makefile")
@@ -171,6 +195,18 @@ def test_benchmarks_have_the_options_that_pages_give_them():
         command = [sys.executable, str(ROOT / script), "--help"]
         text = subprocess.run(command, capture_output=True, text=True).stdout if wanted else ""
         assert wanted <= set(re.findall(r"--[a-z-]+", text)), f"{script}: {wanted}"
+
+
+def test_every_benchmark_that_is_run_is_on_the_page_of_testing():
+    text = text_of(ROOT / "docs/design/testing.md")
+    scripts = [
+        path
+        for path in sources("benchmarks")
+        if path.parent.name == "benchmarks" and "__main__" in path.read_text()
+    ]
+    assert len(scripts) > 10
+    missing = [path.name for path in scripts if f"benchmarks/{path.name}" not in text]
+    assert not missing
 
 
 def test_the_checks_of_names_can_fail():

@@ -16,8 +16,9 @@ from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_o
 from lemo.planner.text import plan_lines
 from lemo.planner.timing import StepTime
 from model_cases import BATCHES
+from model_checks import assert_equal_steps, one_step
 from planner_cases import CASES, PeakOfTensors, model_of
-from tiny_models import config_of, gradients, lora, make_ids, make_model
+from tiny_models import config_of, lora, make_ids, make_model
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
 SETTINGS = {
@@ -49,22 +50,7 @@ def made(architecture="llama", dtype=None, **overrides):
 def run(model, batch, how, groups, autocast=False, **settings):
     """(loss, gradients) of one step."""
     config = {"block_size": 8, "dense_layers": [], "recompute": how, "head_groups": groups}
-    handle = lemo.enable(model, config_of(**config | settings))
-    torch.manual_seed(5)
-    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
-        loss = model(**batch).loss
-    loss.backward()
-    found = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    handle.remove()
-    return loss.detach(), found
-
-
-def assert_equal(result, expected):
-    assert torch.equal(result[0], expected[0])
-    assert result[1].keys() == expected[1].keys()
-    for name, oracle in expected[1].items():
-        assert torch.equal(result[1][name], oracle), name
+    return one_step(model, batch, config_of(**config | settings), autocast)
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +70,7 @@ def test_bits_are_those_of_all_heads_at_once(architecture, name, how):
     batch = BATCHES["packed" if architecture == "llama" else "right"]()
     expected = run(model, batch, how, 1, **SETTINGS[name])
     for groups in (2, 3, 8):
-        assert_equal(run(model, batch, how, groups, **SETTINGS[name]), expected)
+        assert_equal_steps(run(model, batch, how, groups, **SETTINGS[name]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])
@@ -94,7 +80,7 @@ def test_bits_with_kinds_of_lora(case, how, monkeypatch):
     model, batch = lora(made(), **LORA[case]), BATCHES["packed"]()
     for name in ("shared set", "own sets"):
         expected = run(model, batch, how, 1, **SETTINGS[name])
-        assert_equal(run(model, batch, how, 2, **SETTINGS[name]), expected)
+        assert_equal_steps(run(model, batch, how, 2, **SETTINGS[name]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])
@@ -106,21 +92,21 @@ def test_bits_of_low_precision(architecture, autocast, how):
         model = model.to(torch.bfloat16)
     for name in ("shared set", "all keys"):
         expected = run(model, batch, how, 1, autocast, **SETTINGS[name])
-        assert_equal(run(model, batch, how, 4, autocast, **SETTINGS[name]), expected)
+        assert_equal_steps(run(model, batch, how, 4, autocast, **SETTINGS[name]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])
 def test_bits_of_every_parameter(how):
     model, batch = made("qwen2"), BATCHES["left"]()
     expected = run(model, batch, how, 1, **SETTINGS["own sets"])
-    assert_equal(run(model, batch, how, 4, **SETTINGS["own sets"]), expected)
+    assert_equal_steps(run(model, batch, how, 4, **SETTINGS["own sets"]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])
 def test_bits_where_the_first_layers_attention_has_nothing_to_train(how):
     model, batch = lora(made(), target_modules=["down_proj"]), BATCHES["right"]()
     expected = run(model, batch, how, 1, **SETTINGS["shared set"])
-    assert_equal(run(model, batch, how, 2, **SETTINGS["shared set"]), expected)
+    assert_equal_steps(run(model, batch, how, 2, **SETTINGS["shared set"]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])
@@ -130,7 +116,7 @@ def test_an_odd_number_of_key_heads_in_shifted_groups(how):
     model = lora(made(**heads, hidden_size=576 if on_gpu() else 72))
     batch = BATCHES["right"]()
     expected = run(model, batch, how, 1, **SETTINGS["shifted groups"])
-    assert_equal(run(model, batch, how, 3, **SETTINGS["shifted groups"]), expected)
+    assert_equal_steps(run(model, batch, how, 3, **SETTINGS["shifted groups"]), expected)
 
 
 def test_how_heads_are_split():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from devices import on_gpu
 from lemo import ops, reference
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 IGNORED = -100
@@ -254,14 +255,10 @@ def test_a_hundred_repeats_are_bit_equal(dtype):
 
 def test_repeats_are_bit_equal_whatever_the_threads():
     inputs = make_inputs(300, 140, 1100)
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 2, 3, 1):
-            torch.set_num_threads(count)
-            runs.append(differentiate(of_ops(chunk_rows=128), inputs, torch.float32))
-    finally:
-        torch.set_num_threads(threads)
+    runs = [
+        differentiate(of_ops(chunk_rows=128), inputs, torch.float32)
+        for _ in each_number_of_threads(1, 2, 2, 3, 1)
+    ]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 

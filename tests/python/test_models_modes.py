@@ -6,8 +6,8 @@ from peft import LoraConfig
 
 import lemo
 from lemo.models import modes as modes_module
+from lemo.models.adapter_sizes import adapters_of_layer
 from lemo.models.free_memory import free_bytes
-from lemo.models.modes import adapters_of_layer
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes

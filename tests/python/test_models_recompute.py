@@ -16,7 +16,7 @@ from lemo.models import rows
 from lemo.models.execution import is_plain_checkpoint
 from lemo.models.rows import chunk_rows
 from model_cases import BATCHES
-from model_checks import saved_bytes
+from model_checks import assert_equal_steps, one_step, saved_bytes
 from tiny_models import (
     LINEAR,
     all_of,
@@ -53,16 +53,8 @@ def small_chunks(monkeypatch):
 
 
 def run(model, batch, how, autocast=False, seed=5, **settings):
-    """(loss, gradients) of one step; equal seeds draw the same numbers for dropout."""
-    handle = lemo.enable(model, config_of(recompute=how, **DEFAULTS | settings))
-    torch.manual_seed(seed)
-    with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
-        loss = model(**batch).loss
-    loss.backward()
-    found = {name: gradient.clone() for name, gradient in gradients(model).items()}
-    model.zero_grad()
-    handle.remove()
-    return loss.detach(), found
+    """(loss, gradients) of one step."""
+    return one_step(model, batch, config_of(recompute=how, **DEFAULTS | settings), autocast, seed)
 
 
 def assert_same(result, expected):
@@ -72,12 +64,6 @@ def assert_same(result, expected):
         # A key bias of OPT shifts all scores of a query alike: its gradient is rounding alone.
         if not name.endswith("k_proj.bias"):
             assert_close_fp32(result[1][name], oracle, name)
-
-
-def assert_equal(result, expected):
-    assert torch.equal(result[0], expected[0])
-    assert result[1].keys() == expected[1].keys()
-    assert all(torch.equal(result[1][name], oracle) for name, oracle in expected[1].items())
 
 
 @pytest.mark.cpu_only
@@ -108,7 +94,7 @@ def test_bits_depend_neither_on_the_run_nor_on_what_is_stored_of_attention(name)
     model, batch = lora(make_model("llama")), BATCHES["right"]()
     first = run(model, batch, "layer", **SETTINGS[name])
     for how in ("layer", "selective"):
-        assert_equal(run(model, batch, how, **SETTINGS[name]), first)
+        assert_equal_steps(run(model, batch, how, **SETTINGS[name]), first)
 
 
 @pytest.mark.parametrize("how", ["none", "layer", "selective"])
@@ -141,7 +127,7 @@ def test_bits_of_one_chunk_are_those_of_stored_layers(architecture, name, dtype)
     model = model.to(next(model.parameters()).dtype)
     expected = run(model, batch, "none", **SETTINGS[name])
     for how in ("layer", "selective"):
-        assert_equal(run(model, batch, how, **SETTINGS[name]), expected)
+        assert_equal_steps(run(model, batch, how, **SETTINGS[name]), expected)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])

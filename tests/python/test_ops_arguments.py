@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lemo import _C, ops
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.blocks import BlockLayout
 
 _ops = torch.ops.lemo

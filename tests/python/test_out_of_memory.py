@@ -11,7 +11,7 @@ import devices
 import lemo
 from lemo import LemoConfig, ops
 from lemo.models.replaced_forward import ReplacedForward
-from lemo.ops._call import call
+from lemo.ops.call import call
 from limits import address_space
 from tiny_models import make_ids, make_model
 

@@ -1,16 +1,16 @@
 """predictor: what an operator has to pass, docs/design/testing.md."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_inputs import bad_layouts
 from devices import on_gpu
 from lemo import ops, reference
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.blocks import BlockLayout
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 
@@ -198,14 +198,10 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
         scores = ops.predictor(x, keys, queries, layout)
         return scores, *gradients(scores, direction, keys, queries)
 
-    first, threads = results(), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for _ in range(2):
-                assert all(torch.equal(a, b) for a, b in zip(first, results()))
-    finally:
-        torch.set_num_threads(threads)
+    first = results()
+    for _ in each_number_of_threads(1, 2, 3):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, results()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -284,17 +280,7 @@ def weights_but(index, value):
             ValueError,
             r"'key_weights': expected 3 tensors \(down, mid, up\), got 1",
         ),
-        pytest.param(
-            {"layout": BlockLayout.from_seqlens([11], 4)},
-            ValueError,
-            "'block_starts': expected a last entry of 10, got 11",
-            marks=pytest.mark.cpu_only,
-        ),
-        (
-            {"layout": dataclasses.replace(LAYOUT, cu_blocks=LAYOUT.cu_blocks.long())},
-            TypeError,
-            "'cu_blocks': expected int32, got int64",
-        ),
+        *bad_layouts(LAYOUT),
     ],
 )
 def test_bad_inputs_name_the_argument(change, exception, message):

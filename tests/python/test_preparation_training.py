@@ -9,7 +9,7 @@ import torch
 from lemo import reference
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import make_predictor
-from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
+from lemo.predictors.position import PositionProfile, contested_blocks, query_blocks
 from lemo.preparation.elastic import ElasticSize
 from lemo.preparation.exact_scores import FeatureStore, SubBlockData
 from lemo.preparation.ranking import Budget, kept_set_recall, ranking_loss
@@ -49,7 +49,7 @@ def planted(kind, windows=32, blocks=20, seed=0, trend=0.0):
 
 
 def profile_of(data, flat):
-    free = [free_blocks(layout, 1, 1) for layout in data.layouts]
+    free = [contested_blocks(layout, 1, 1) for layout in data.layouts]
     return PositionProfile.fit(
         torch.cat([y[f] for y, f in zip(data.scores, free)]),
         torch.cat([query_blocks(layout)[f] for layout, f in zip(data.layouts, free)]),

@@ -12,7 +12,13 @@ from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
-from lemo.preparation.relevance import RelevanceWindow, _scores, prepare_relevance
+from lemo.preparation.relevance import (
+    RelevanceWindow,
+    _held,
+    _Lesson,
+    _scores,
+    prepare_relevance,
+)
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers.relevance import merged, predicted_relevance
@@ -197,6 +203,20 @@ def test_a_step_keeps_what_it_predicts(made):
     assert len(kept) == 6
 
 
+def test_recall_counts_as_many_blocks_as_a_step_keeps():
+    """0.07 of 100 blocks, in floating point a little more than 7: six, and that with the label."""
+    labelled = torch.zeros(100 * BLOCK, dtype=torch.bool)
+    labelled[-2] = True
+    answers = Answers.of(labelled)
+    scores = torch.arange(100, 0, -1.0)
+    settings = PredictorSettings(target="relevance", block_size=BLOCK, keep=0.07)
+    for block, held in ((5, 1.0), (6, 0.0)):
+        shares = torch.zeros(1, 100)
+        shares[0, block] = 1.0
+        lesson = _Lesson(RelevanceWindow("a", labelled.long(), labelled), answers, shares)
+        assert _held(scores, lesson, settings) == held
+
+
 def test_what_is_open_follows_answers(made):
     config = lemo.LemoConfig(scorer="predictor", predictor=str(made[1]))
     resolved = config.resolved(answers=True)
@@ -230,7 +250,7 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     with pytest.raises(ValueError, match="heads: expected retrieval heads, because windows of"):
         prepare_relevance(model, training, training, tmp_path / "none", SETTINGS)
     assert not (tmp_path / "none").exists()
-    heads = RetrievalHeads(storage.fingerprint(model.config), ((0, 1), (1, 0)))
+    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
     settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
     description = prepare_relevance(
         model, training, training, tmp_path / "some", settings, heads=heads
@@ -278,7 +298,7 @@ def conversations(path):
 
 
 def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
-    shape = storage.fingerprint(load_config(str(llama)))
+    shape = storage.model_shape(load_config(str(llama)))
     heads = RetrievalHeads(shape, ((0, 0),))
     heads.save(tmp_path / "heads.json")
     arguments = ["prepare", "--model", llama, "--documents", conversations(tmp_path / "d.jsonl")]
@@ -292,7 +312,7 @@ def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
 def test_texts_teach_no_relevance(llama, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"id": "a", "kind": "book", "text": "some words " * 400}))
-    shape = storage.fingerprint(load_config(str(llama)))
+    shape = storage.model_shape(load_config(str(llama)))
     RetrievalHeads(shape, ((0, 0),)).save(tmp_path / "h.json")
     arguments = ["prepare", "--model", llama, "--documents", text, "--output", tmp_path / "out"]
     arguments += ["--heads", tmp_path / "h.json", "--target", "relevance", "--lengths", 256]

@@ -10,7 +10,7 @@ import torch
 from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.data import collate, open_training_data
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.relevance import store
 from lemo.relevance.heads import RetrievalHeads
 from lemo.relevance.store import ScoreStore, write_scores
@@ -47,7 +47,7 @@ def inputs(tmp_path_factory):
     write_pairs(folder / "packed.jsonl", [draw.randrange(60, 200) for _ in range(12)])
     write_pairs(folder / "whole.jsonl", [260] * 6)
     write_documents(folder / "documents.jsonl")
-    shape = fingerprint(load_config(str(folder / "model")))
+    shape = model_shape(load_config(str(folder / "model")))
     RetrievalHeads(shape, ((0, 1), (1, 2))).save(folder / "heads.json")
     return folder
 
@@ -123,7 +123,7 @@ def test_scores_by_attention_are_those_of_the_first_step(lemo, inputs):
 
 def test_a_scout_has_the_tokenizer_of_the_model(lemo, inputs, tmp_path):
     scout = save_tiny_llama(tmp_path / "scout", layers=1, context=CONTEXT)
-    heads = RetrievalHeads(fingerprint(load_config(str(scout))), ((0, 1),))
+    heads = RetrievalHeads(model_shape(load_config(str(scout))), ((0, 1),))
     heads.save(tmp_path / "scout.json")
     line = SCORES + f"--documents {{whole}} --scorer attention --scout {scout} --heads "
     assert lemo(line + f"{tmp_path / 'scout.json'}")[0] == 0
@@ -291,7 +291,7 @@ def test_scores_of_a_user_decide_and_are_compared_when_a_run_goes_on(inputs, tmp
 
 def test_heads_are_compared_when_a_run_goes_on(inputs, tmp_path):
     heads = RetrievalHeads.load(
-        inputs / "heads.json", fingerprint(load_config(str(inputs / "model")))
+        inputs / "heads.json", model_shape(load_config(str(inputs / "model")))
     )
     heads.save(tmp_path / "heads.json")
     by_heads = LemoConfig(scorer="attention", heads=str(tmp_path / "heads.json"), block_size=BLOCK)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_inputs import BAD_ROWS
 from lemo import ops, reference
 from tolerances import assert_close_fp32, assert_close_low_precision
 
@@ -95,19 +96,7 @@ def test_repeats_are_bit_equal():
         ({"x": torch.randn(4, 6).T}, ValueError, "'x': expected a contiguous tensor"),
         ({"y": torch.randn(2, 5)}, ValueError, "'y': expected size 4 in dimension 1"),
         ({"y": torch.randn(3, 4)}, ValueError, "'y': expected size 2 in dimension 0"),
-        pytest.param(
-            {"rows": torch.tensor([1, 6]).int()},
-            ValueError,
-            "'rows': expected strictly ascending rows below 6",
-            marks=pytest.mark.cpu_only,
-        ),
-        pytest.param(
-            {"rows": torch.tensor([1, 1]).int()},
-            ValueError,
-            "'rows': .* got 1 after 1 at index 1",
-            marks=pytest.mark.cpu_only,
-        ),
-        ({"rows": torch.tensor([1, 2])}, TypeError, "'rows': expected int32, got int64"),
+        *BAD_ROWS,
     ],
 )
 def test_bad_inputs_name_the_argument(change, exception, message):

@@ -1,5 +1,7 @@
 """rope: what an operator has to pass, docs/design/testing.md."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -79,13 +81,14 @@ def test_a_batch_rotates_kept_rows_by_their_own_tables():
     device = torch.get_default_device()
     packed = PackedBatch((1, 40), None, None, device)
     heads = torch.randn(40, 2, 6)
-    assert Batch.of(packed, 8, None, device).rotate(heads) is heads
-    cos, sin = torch.randn(2, 1, 40, 6).unbind()
-    batch = Batch.of(packed, 8, (cos, sin), device)
+    batch = Batch.of(packed, 8, device)
+    assert batch.rotate(heads) is heads
+    cos, sin = torch.randn(2, 40, 6).unbind()
+    batch = replace(batch, rotary=(cos, sin))
     kept = ops.token_select(torch.rand(5), batch.layout, "ratio", 0.5, 1, 1)
     rows = kept.rows.long()
     assert torch.equal(batch.rotate(heads[rows], kept), batch.rotate(heads)[rows])
-    assert_close_fp32(batch.rotate(heads), reference.rope(heads, cos[0], sin[0], None, False))
+    assert_close_fp32(batch.rotate(heads), reference.rope(heads, cos, sin, None, False))
 
 
 def test_saves_the_tables_and_the_index_only():

@@ -11,7 +11,7 @@ from lemo import ops
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers import AttentionScorer
 from tiny_models import VOCABULARY, make_model
@@ -175,7 +175,7 @@ def test_given_scores_are_asked_for_and_have_to_fit():
 def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):
     model = make_model("llama") if model is None else model
     path = tmp_path / "heads.json"
-    RetrievalHeads(fingerprint(model.config), tuple(heads)).save(path)
+    RetrievalHeads(model_shape(model.config), tuple(heads)).save(path)
     return path
 
 
@@ -190,7 +190,7 @@ def test_heads_are_scored_by_the_models_own_attention(tmp_path):
     with torch.no_grad():
         weights = model(ids, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    heads = RetrievalHeads(fingerprint(model.config), ((1, 0), (1, 2), (2, 1)))
+    heads = RetrievalHeads(model_shape(model.config), ((1, 0), (1, 2), (2, 1)))
     architecture = architecture_of(model)
     scorer = AttentionScorer(heads, architecture, Scout(architecture), 0)
     blocked, residual = architecture.embed(ForwardArguments(input_ids=ids), BLOCK)

@@ -16,6 +16,7 @@ from attention_cases import (
 )
 from devices import on_gpu, working_dtype
 from lemo import ops, reference
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32
 
 # The CUDA kernels take head sizes that are multiples of 8 up to 256, in tiles of several sizes.
@@ -233,14 +234,10 @@ def test_repeats_are_bit_equal_whatever_the_threads():
     """One key/value head, so that several threads add to the same rows of dq at the same time."""
     inputs = make_inputs([1500, 100], heads=(4, 1), size=16)
     dout = torch.randn_like(inputs[0])
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 3, 4, 8, 1):
-            torch.set_num_threads(count)
-            runs.append(differentiate(ops.segment_attention, inputs, torch.float32, dout))
-    finally:
-        torch.set_num_threads(threads)
+    runs = [
+        differentiate(ops.segment_attention, inputs, torch.float32, dout)
+        for _ in each_number_of_threads(1, 2, 3, 4, 8, 1)
+    ]
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bad_inputs import BAD_ROWS
 from lemo import ops, reference
-from lemo.ops._call import call
+from lemo.ops.call import call
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 KINDS = ["rms", "layer"]
@@ -250,14 +252,10 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
         y = ops.select_norm(x, weight, bias, rows, EPS, "layer")
         return y, *gradients(y, weights, x, weight, bias)
 
-    first, threads = results(), torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            for _ in range(2):
-                assert all(torch.equal(a, b) for a, b in zip(first, results()))
-    finally:
-        torch.set_num_threads(threads)
+    first = results()
+    for _ in each_number_of_threads(1, 2, 3):
+        for _ in range(2):
+            assert all(torch.equal(a, b) for a, b in zip(first, results()))
 
 
 @pytest.mark.parametrize(
@@ -273,19 +271,7 @@ def test_repeats_are_bit_equal_whatever_the_number_of_threads():
         ({"kind": "batch"}, ValueError, "'kind': expected 'rms' or 'layer', got 'batch'"),
         ({"eps": -1.0}, ValueError, "'eps': expected a finite number of at least 0, got -1"),
         ({"eps": float("nan")}, ValueError, "'eps': expected a finite number of at least 0"),
-        pytest.param(
-            {"rows": torch.tensor([1, 6]).int()},
-            ValueError,
-            "'rows': expected strictly ascending rows below 6, got 6",
-            marks=pytest.mark.cpu_only,
-        ),
-        pytest.param(
-            {"rows": torch.tensor([1, 1]).int()},
-            ValueError,
-            "'rows': .* got 1 after 1 at index 1",
-            marks=pytest.mark.cpu_only,
-        ),
-        ({"rows": torch.tensor([1, 2])}, TypeError, "'rows': expected int32, got int64"),
+        *BAD_ROWS,
     ],
 )
 @pytest.mark.parametrize("function", [ops.select_norm, ops.residual_select_norm])

@@ -244,7 +244,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_modes_of_layers():
-    assert LemoConfig().recompute_modes(2) is None
+    assert LemoConfig().recompute_modes(2) == ("auto", "auto")
     assert LemoConfig(recompute="layer").recompute_modes(2) == ("layer", "layer")
     # As an option gives it.
     config = LemoConfig(recompute="layer, none")

@@ -242,7 +242,8 @@ def test_a_selection_never_waits_for_the_gpu():
     with no_synchronisation():
         # A new batch, two layers that score for themselves, and what attention and loss need.
         packed = PackedBatch((1, 1030), None, None, scores.device)
-        batch = Batch.of(packed, 64, torch.randn(2, 1, 1030, 8).unbind(), scores.device)
+        tables = tuple(torch.randn(2, 1030, 8).unbind())
+        batch = dataclasses.replace(Batch.of(packed, 64, scores.device), rotary=tables)
         selector = Selector(
             LemoConfig(keep=0.5, layerwise={"select_at": "all"}).resolved(answers=False), 2
         )

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 from lemo.cli.main import main
 from lemo.data.chat import Encoded
 from lemo.training.answers import answers_of, evaluate_answers, has_answers
-from lemo.training.evaluate import window_losses
+from lemo.training.evaluate import evaluate, window_losses
 from lemo.training.model import load_tokenizer
 from tiny import sample_text, save_tiny_llama, write_documents
 
@@ -174,3 +174,14 @@ def test_command(inputs, tmp_path, capsys):
     assert f"{row['exact']:.1%}" in printed
     assert f"{row['perplexity']:.3f}" in printed
     assert row["exact"] == 0.5
+
+
+def test_modules_of_a_given_model_are_in_their_modes_afterwards(inputs, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    tokenizer = load_tokenizer(str(inputs / "model"))
+    texts = write_documents(tmp_path / "texts.jsonl", 1)
+    evaluate_answers(model, inputs / "pairs.jsonl", [96], tokenizer=tokenizer)
+    evaluate(model, texts, [48], tokenizer=tokenizer)
+    assert [module.training for module in model.modules()] == before

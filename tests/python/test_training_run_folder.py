@@ -183,8 +183,11 @@ def test_overwrite_removes_nothing_that_lemo_did_not_write(inputs, run, stranger
         finetune(settings(inputs, run, overwrite=True))
     assert snapshot(run) == before
     (run / stranger).unlink()
+    # Of the demo: what it says is not of the run that comes.
+    (run / "relevance.json").write_text("{}")
     finetune(settings(inputs, run, overwrite=True, steps=1))
     assert len(losses(run)) == 1
+    assert not (run / "relevance.json").exists()
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-4", "tensorboard", "log.jsonl"])

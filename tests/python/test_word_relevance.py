@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lemo import ops, reference
+from thread_counts import each_number_of_threads
 from tolerances import assert_close_fp32
 
 # The host chooses: there is no kernel.
@@ -67,12 +68,8 @@ def test_many_answers_on_several_threads():
     firsts = list(range(1000, 39000, 90))
     ends = [first + 20 for first in firsts]
     together = ops.word_relevance(ids, firsts, ends, 50)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    for _ in each_number_of_threads(1):
         assert torch.equal(ops.word_relevance(ids, firsts, ends, 50), together)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

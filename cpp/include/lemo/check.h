@@ -72,6 +72,13 @@ public:
     void same_dtype(const char* argument, const Tensor& tensor, const char* other_argument,
                     const Tensor& other) const;
 
+    /// The heads of 'q' [rows, Hq, D] and 'k' [rows, Hk, D] fit: D and Hk are at least 1, and Hq is
+    /// a multiple of Hk.
+    void heads(const Tensor& q, const Tensor& k) const;
+
+    /// The argument 'scale' is finite and above 0 in fp32, as kernels take it.
+    void scale(double value) const;
+
     /// All given tensors lie on the device of the first one.
     void same_device(std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
 

@@ -18,7 +18,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lemo.cli.streams import printable
 from lemo.data import ExampleWindows
@@ -34,7 +34,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.answers import evaluate_answers
 from lemo.training.evaluate import write_metrics
-from lemo.training.run_folder import METRICS_NAME
+from lemo.training.run_folder import METRICS_NAME, RELEVANCE_NAME
 
 MIB = 2**20
 
@@ -113,6 +113,7 @@ class DemoSettings:
 
     @property
     def elimination(self) -> LemoConfig:
+        """The settings of lemo."""
         return LemoConfig(keep=self.keep, block_size=self.block_size, scorer="lexical")
 
 
@@ -136,10 +137,12 @@ class MethodResult:
 
     @property
     def memory_bytes(self) -> int:
+        """What the run took beside what was there before it."""
         return self.peak_bytes - self.baseline_bytes
 
     @property
     def step_seconds(self) -> float:
+        """The median of the steps."""
         return statistics.median(self.seconds_per_step)
 
 
@@ -212,9 +215,43 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
         prompts = _write_prompts(output / "corpus", train, held_out, tokenizer, settings)
         stage.outcome = f"{train.stat().st_size / 1e6:.1f} MB of Python"
 
+    _train_base(output / "base", prompts, tokenizer, base, screen)
+    results = _fine_tune_all(output, prompts, settings, screen)
+    with screen.stage("Evaluation, dense, on held-out sources") as stage:
+        answers = evaluate_all(output, prompts.held_out, settings, stage)
+
+    picture = explain(
+        output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
+    )
+    write_file(output / "lemo" / RELEVANCE_NAME, json.dumps(picture, indent=2) + "\n")
+    runs = [load_run(output / name, title) for name, title in METHODS.items()]
+    note = (
+        f"A model of {settings.base.context} tokens answers questions about facts that are planted "
+        f"in Python sources of {settings.context} tokens: before, after dense LoRA (LoRA on every "
+        "token), and after lemo, for as many steps and for about the same time."
+    )
+    page = write_report(runs, output / "report", [answers["before"]], note)
+    content = {
+        "settings": dataclasses.asdict(settings),
+        "results": [dataclasses.asdict(result) for result in results.values()],
+        "answers": answers,
+    }
+    write_file(marker, json.dumps(content, indent=2) + "\n")
+    console.print(result_table(settings, results, answers))
+    console.print(printable(f"Report: {page}"), soft_wrap=True, markup=False, highlight=False)
+    return page
+
+
+def _train_base(
+    folder: Path,
+    prompts: _Prompts,
+    tokenizer: PreTrainedTokenizerFast,
+    base: BaseConfig,
+    screen: _Screen,
+) -> None:
     with screen.stage(f"Base model, dense, {base.context} tokens") as stage:
 
-        def note_base(step: int, loss: float) -> None:
+        def note(step: int, loss: float) -> None:
             stage.update(step, base.steps, f"loss {loss:.3f}")
             stage.outcome = f"loss of the answers {loss:.3f}"
 
@@ -222,8 +259,13 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
             length: ExampleWindows(encode_examples(read_rows(path), tokenizer), length)
             for length, path in prompts.base.items()
         }
-        train_base(output / "base", windows, tokenizer, base, note_base)
+        train_base(folder, windows, tokenizer, base, note)
 
+
+def _fine_tune_all(
+    output: Path, prompts: _Prompts, settings: DemoSettings, screen: _Screen
+) -> dict[str, MethodResult]:
+    """What every method cost, by its name."""
     results: dict[str, MethodResult] = {}
     for name, title in METHODS.items():
         with screen.stage(f"Fine-tuning to {settings.context} tokens, {title}") as stage:
@@ -252,30 +294,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
             )
             results[name] = run_method(name, config, output / f"{name}.yaml", stage)
             stage.outcome = f"{steps} steps of {results[name].step_seconds:.2f} s"
-
-    with screen.stage("Evaluation, dense, on held-out sources") as stage:
-        answers = evaluate_all(output, prompts.held_out, settings, stage)
-
-    picture = explain(
-        output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
-    )
-    write_file(output / "lemo" / "relevance.json", json.dumps(picture, indent=2) + "\n")
-    runs = [load_run(output / name, title) for name, title in METHODS.items()]
-    note = (
-        f"A model of {settings.base.context} tokens answers questions about facts that are planted "
-        f"in Python sources of {settings.context} tokens: before, after dense LoRA (LoRA on every "
-        "token), and after lemo, for as many steps and for about the same time."
-    )
-    page = write_report(runs, output / "report", [answers["before"]], note)
-    content = {
-        "settings": dataclasses.asdict(settings),
-        "results": [dataclasses.asdict(result) for result in results.values()],
-        "answers": answers,
-    }
-    write_file(marker, json.dumps(content, indent=2) + "\n")
-    console.print(result_table(settings, results, answers))
-    console.print(printable(f"Report: {page}"), soft_wrap=True, markup=False, highlight=False)
-    return page
+    return results
 
 
 @dataclasses.dataclass(frozen=True)

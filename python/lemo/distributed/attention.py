@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lemo.distributed.context import ContextParallel
 from lemo.distributed.dealing import Deal
-from lemo.ops._autograd import first_order_only
-from lemo.ops._call import call
+from lemo.ops.autograd import first_order_only
+from lemo.ops.call import call
 from lemo.ops.segment_attention import SavedAttention
 
 __all__ = ["SharedKeys", "shared_attention"]

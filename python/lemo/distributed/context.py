@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lemo.distributed.agreement import check_batch, check_weights
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 
 __all__ = ["ContextParallel"]
 

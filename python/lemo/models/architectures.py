@@ -146,7 +146,7 @@ class Architecture:
         shape = shape_of(ids, embedded)
         device = next(given.device for given in (embedded, ids) if given is not None)
         packed = PackedBatch(shape, arguments.attention_mask, arguments.position_ids, device)
-        batch = Batch.of(packed, block_size, None, device)
+        batch = Batch.of(packed, block_size, device)
         return batch if ids is None else replace(batch, ids=packed.pack(ids))
 
     def embed_rows(

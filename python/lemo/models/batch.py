@@ -36,26 +36,16 @@ class Batch:
     host: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(
-        cls,
-        packed: PackedBatch,
-        block_size: int | float,
-        rotary: tuple[Tensor, Tensor] | None,
-        device: torch.device,
-    ) -> "Batch":
-        """Cuts a packed batch into blocks.
+    def of(cls, packed: PackedBatch, block_size: int | float, device: torch.device) -> "Batch":
+        """Cuts a packed batch into blocks; without rotation.
 
         Args:
             packed: the batch.
             block_size: tokens of a block, or a share of the longest sequence.
-            rotary: the model's (cos, sin), [B or 1, S, D] each, or None.
             device: where the tokens are.
         """
         size = block_tokens(block_size, max(packed.seqlens, default=1))
-        if rotary is not None:
-            cos, sin = (packed.pack(table.expand(*packed.shape, -1)) for table in rotary)
-            rotary = cos, sin
-        return cls(packed, BlockLayout.from_seqlens(packed.seqlens, size, device), rotary)
+        return cls(packed, BlockLayout.from_seqlens(packed.seqlens, size, device))
 
     def on_host(self) -> tuple[Tensor, Tensor]:
         """(ids, labelled) on the CPU; waits for a GPU where they are known there alone."""

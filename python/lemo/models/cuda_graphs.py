@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.free_memory import free_bytes
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 
 __all__ = ["CudaGraphs", "Function", "supports_graphs"]
 
@@ -124,40 +124,13 @@ class CudaGraphs:
         key = key, tuple(map(_form, inputs))
         if self.has_given_up or key in self._refused:
             return function(inputs)
-        device = parameters[0].device if parameters else None
-        watched = _watched(device)
-        if watched is not None:
-            self.say(f"CUDA graphs: passes under {watched} run without one")
-            return function(inputs)
-        if device is not None and device.type == "cuda":
-            current = torch.cuda.current_device()
-            if device.index != current:
-                self.say(
-                    f"CUDA graphs: passes on {device} run without one, since the current device is "
-                    f"cuda:{current}; call torch.cuda.set_device"
-                )
-                return function(inputs)
-        if self.is_pending():
-            self.say("CUDA graphs: a pass before the backward of another one runs without a graph")
-            return function(inputs)
-        if self._place is not None and not self._place.is_current():
-            self.say("CUDA graphs: passes on other streams than the first one run without a graph")
+        reason = self._hindrance(parameters[0].device if parameters else None)
+        if reason is not None:
+            self.say(f"CUDA graphs: {reason}")
             return function(inputs)
         if key not in self._graphs:
-            if key not in self._seen:
-                _remember(self._seen, key)
-                return function(inputs)
-            if self.captured >= _MOST_GRAPHS and not self._make_place():
-                self.say(
-                    f"CUDA graphs: {_MOST_GRAPHS} shapes are captured, others run without a graph"
-                )
-                return function(inputs)
-            reason = obstacle()
-            if reason is not None:
-                self.say(f"CUDA graphs: passes run without one: {reason}")
-            made = self._capture(function, inputs, parameters, module) if reason is None else None
+            made = self._made(key, function, inputs, parameters, module, obstacle)
             if made is None:
-                _remember(self._refused, key)
                 return function(inputs)
             self._graphs[key] = made
         graph = self._graphs[key]
@@ -170,6 +143,48 @@ class CudaGraphs:
         loss: Tensor = _Replayed.apply(call, *leaves, *parameters)
         self._pending = weakref.ref(call) if loss.requires_grad else None
         return loss
+
+    def _hindrance(self, device: torch.device | None) -> str | None:
+        """Why no call runs by a graph now, as the log says it; None: one may."""
+        watched = _watched(device)
+        if watched is not None:
+            return f"passes under {watched} run without one"
+        if device is not None and device.type == "cuda":
+            current = torch.cuda.current_device()
+            if device.index != current:
+                return (
+                    f"passes on {device} run without one, since the current device is "
+                    f"cuda:{current}; call torch.cuda.set_device"
+                )
+        if self.is_pending():
+            return "a pass before the backward of another one runs without a graph"
+        if self._place is not None and not self._place.is_current():
+            return "passes on other streams than the first one run without a graph"
+        return None
+
+    def _made(
+        self,
+        key: Hashable,
+        function: Function,
+        inputs: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        module: nn.Module,
+        obstacle: Callable[[], str | None],
+    ) -> "_Graph | None":
+        """The graph of a key that has none; None: this call runs without."""
+        if key not in self._seen:
+            _remember(self._seen, key)
+            return None
+        if self.captured >= _MOST_GRAPHS and not self._make_place():
+            self.say(f"CUDA graphs: {_MOST_GRAPHS} shapes are captured, others run without a graph")
+            return None
+        reason = obstacle()
+        if reason is not None:
+            self.say(f"CUDA graphs: passes run without one: {reason}")
+        made = self._capture(function, inputs, parameters, module) if reason is None else None
+        if made is None:
+            _remember(self._refused, key)
+        return made
 
     @property
     def has_given_up(self) -> bool:

@@ -16,7 +16,7 @@ from lemo.models import dropout
 from lemo.models.adapters import Pair
 from lemo.models.low_rank import LowRank, add_product, summed
 from lemo.models.rows import slices_of
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 
 __all__ = ["apply_dora"]
 

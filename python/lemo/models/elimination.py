@@ -2,12 +2,12 @@
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
+from lemo.models.context_checks import check_settings
 from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.decoder import Decoder
 from lemo.models.modes import Modes
 from lemo.models.offload import Offload
 from lemo.models.scout import Scout
-from lemo.models.sharing import check_settings
 from lemo.selection.scorers import Scorer, make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig

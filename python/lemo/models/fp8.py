@@ -30,11 +30,11 @@ __all__ = [
     "check_gpu",
     "drop",
     "fp8_of",
-    "left_out",
     "obstacle",
     "setting_of",
     "share",
     "shared_rows",
+    "why_unquantised",
 ]
 
 LIMIT = (1 + 2**-4) ** 2 - 1
@@ -187,6 +187,10 @@ class Fp8Linear:
         """Values [out, in] in e4m3 and scales [out, 1], made again where the weight has changed.
 
         Writes through `weight.data` are not seen here: asking for them would wait for the GPU.
+
+        Raises:
+            ValueError: the weight has inf or nan.
+            NotImplementedError: see `check_gpu`.
         """
         weight: Any = self._module.weight
         if is_torchao_float8(self._module):
@@ -285,7 +289,7 @@ def obstacle(module: nn.Module, layer: Adapted | str) -> str | None:
     return None
 
 
-def left_out(module: nn.Module) -> str | None:
+def why_unquantised(module: nn.Module) -> str | None:
     """Why products of a linear layer, plain or with adapters, stay in the model's dtype.
 
     None: none does, as far as is known.

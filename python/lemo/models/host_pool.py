@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lemo.planner.memory import HOST_ALIGNMENT
-from lemo.planner.plan import bytes_text
+from lemo.planner.text import bytes_text
 
 __all__ = ["HostPool", "Slot", "check_free", "free_host_bytes"]
 

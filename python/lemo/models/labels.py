@@ -38,7 +38,7 @@ def named(target: Named, rows: Tensor | None) -> Iterator[None]:
 
 
 def of_tokens(mask: Tensor) -> Tensor:
-    """[B, S] bool: rows that predict the tokens of a mask [B, S] bool."""
+    """[..., S] bool: rows that predict the tokens of a mask [..., S] bool."""
     return pad(mask, (0, 1))[..., 1:]
 
 

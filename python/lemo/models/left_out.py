@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lemo.models.rows import add_in_chunks, add_rows, gather_rows
 from lemo.models.sub_blocks import MLP, Attention, Heads
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 from lemo.packing.blocks import Selection
 
 __all__ = ["LeftOutRows"]

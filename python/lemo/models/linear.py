@@ -19,7 +19,7 @@ from lemo.models.dora import apply_dora
 from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
 from lemo.models.low_rank import LowRank
 from lemo.models.weights import is_plain, matrix_of
-from lemo.ops._autograd import first_order_only
+from lemo.ops.autograd import first_order_only
 
 __all__ = ["apply_linear", "reads_fp8"]
 

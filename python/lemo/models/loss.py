@@ -271,7 +271,14 @@ def sum_over_chunks(
     targets: Tensor,
     chunk_rows: int,
 ) -> Tensor:
-    """The sum of chunk_loss(hidden, targets) over chunks of rows; backward computes each again."""
+    """The sum of chunk_loss(hidden, targets) over chunks of rows; backward computes each again.
+
+    Args:
+        chunk_loss: ([n, H], [n]) -> scalar, the sum over n rows.
+        hidden: [N, H].
+        targets: [N] int64.
+        chunk_rows: the most rows of a chunk.
+    """
     losses = [
         checkpoint(chunk_loss, rows, labels, use_reentrant=False)
         for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))

@@ -179,7 +179,13 @@ def _of_rows(
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
-    """y += scaling * left @ right in place, rounded once to y's dtype."""
+    """y += scaling * left @ right in place, rounded once to y's dtype.
+
+    Args:
+        y: [R, C].
+        left, right: [R, r] and [r, C], of one dtype.
+        scaling: of the product.
+    """
     if y.dtype == left.dtype:
         y.addmm_(left, right, alpha=scaling)
     else:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lemo.models.adapters import adapted
+from lemo.models.adapter_sizes import adapters_of_layer, adapters_of_layers
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.cuda_graphs import CudaGraphs
@@ -20,7 +20,7 @@ from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, GraphRules, HostRules, Planner
 from lemo.planner.rows import embeds_all, rows_of
-from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
@@ -72,7 +72,7 @@ class Modes:
         # Heads of rows that are computed or shared out meet those of others.
         groups = config.head_groups or 1
         self._head_groups = groups if alone and visible_keys != "computed" else 1
-        config.recompute_modes(architecture.num_layers)
+        self._modes = list(config.recompute_modes(architecture.num_layers))
 
     def of(
         self,
@@ -91,10 +91,9 @@ class Modes:
             one_set: whether all layers keep it, and other rows are dropped.
             captures: whether the pass may be replayed as CUDA graphs.
         """
-        count, asked = self._architecture.num_layers, self._config.recompute
-        modes = [asked] * count if isinstance(asked, str) else list(asked)
+        modes = self._modes
         # Whoever switches it on asks for the least memory.
-        chooses = asked == "auto" and not self._architecture.layer(0).gradient_checkpointing
+        chooses = "auto" in modes and not self._architecture.layer(0).gradient_checkpointing
         if (chooses or self._shares is None) and self._alone and self._is_planned():
             fixed = (
                 None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
@@ -109,7 +108,7 @@ class Modes:
                 "(docs/design/planner.md says where); offload can say a share of each layer",
                 stacklevel=2,
             )
-        return Actions(modes, self._shares or [0.0] * count, self._head_groups)
+        return Actions(modes, self._shares or [0.0] * len(modes), self._head_groups)
 
     def _is_planned(self) -> bool:
         """Whether the planner decides in this pass."""
@@ -137,9 +136,8 @@ class Modes:
         except ValueError:
             return None
         lengths = batch.layout.seqlens
-        if one_set:
-            rows = [LayerRows(kept.num_rows, kept.num_rows)] * shape.layers
-        else:
+        rows = [LayerRows(kept.num_rows, kept.num_rows)] * shape.layers
+        if not one_set:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
@@ -162,34 +160,58 @@ class Modes:
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))
             lengths = (*lengths[:-1], lengths[-1] + most - sum(lengths))
-            step = step_of(
-                shape,
-                lengths,
-                rows,
-                drops=one_set,
-                size=residual.dtype.itemsize,
-                autocast=autocast,
-                cuda=residual.device.type == "cuda",
-                loss_chunk=self._config.loss_chunk,
-                head_groups=self._config.head_groups,
-                shifted=self._config.layerwise.group_size is not None,
-                embeds_all=embeds_all(self._config),
-            )
-            host = HostRules(self._config.host_bytes, self._shares)
-            fp8 = self._config.in_8_bits
-            free -= bytes_to_come(self._architecture.decoder) if fp8 else 0
-            memory = StepMemory(shape, adapters, step, fp8=fp8)
-            time = StepTime(shape, adapters, step, NOMINAL, fp8=fp8)
-            rules = GraphRules(self._config.cuda_graphs == "on") if captures else None
-            # Weights are there already; gradients and the optimizer's state may not be.
-            fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-            planner = Planner(memory, time, fixed, host, rules)
+            planner = self._planner(shape, adapters, lengths, rows, one_set, residual, captures)
+            if self._config.in_8_bits:
+                free -= bytes_to_come(self._architecture.decoder)
             if held and self._graphs is not None and not planner.fits(free):
                 self._graphs.clear()
                 torch.cuda.empty_cache()
                 free += held
             self._plans[key] = _actions(planner, free, modes)
         return self._plans[key]
+
+    def _planner(
+        self,
+        shape: ModelShape,
+        adapters: Adapters,
+        lengths: Sequence[int],
+        rows: Sequence[LayerRows],
+        one_set: bool,
+        residual: Tensor,
+        captures: bool,
+    ) -> Planner:
+        """Plans passes of a model whose weights are there already.
+
+        Args:
+            shape: the model.
+            adapters: on it.
+            lengths: tokens of each sequence.
+            rows: that each layer keeps.
+            one_set: whether all layers keep them, and other rows are dropped.
+            residual: of the dtype and on the device of such a pass.
+            captures: whether it may be replayed as CUDA graphs.
+        """
+        config, device = self._config, residual.device.type
+        step = step_of(
+            shape,
+            lengths,
+            rows,
+            drops=one_set,
+            size=residual.dtype.itemsize,
+            autocast=torch.is_autocast_enabled(device),
+            cuda=device == "cuda",
+            loss_chunk=config.loss_chunk,
+            head_groups=config.head_groups,
+            shifted=config.layerwise.group_size is not None,
+            embeds_all=embeds_all(config),
+        )
+        memory = StepMemory(shape, adapters, step, fp8=config.in_8_bits)
+        time = StepTime(shape, adapters, step, NOMINAL, fp8=config.in_8_bits)
+        host = HostRules(config.host_bytes, self._shares)
+        rules = GraphRules(config.cuda_graphs == "on") if captures else None
+        # Gradients and the optimizer's state may still have to come.
+        fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
+        return Planner(memory, time, fixed, host, rules)
 
 
 def _actions(planner: Planner, free: int, modes: tuple[str, ...] | None) -> Actions:
@@ -205,66 +227,3 @@ def rounded_up(rows: int) -> int:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def adapters_of_layers(
-    architecture: Architecture, dtype: torch.dtype, autocast: bool
-) -> Adapters | None:
-    """LoRA on a decoder, at most: what `adapters_of_layer` says of all layers together."""
-    found: Adapters | None = None
-    for index in range(architecture.num_layers):
-        each = adapters_of_layer(architecture.layer(index), dtype, autocast)
-        if each is None:
-            return None
-        found = each if found is None else found.united(each)
-        if found is None:
-            return None
-    return found
-
-
-def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> Adapters | None:
-    """LoRA on a decoder layer; None where it trains something else.
-
-    Args:
-        layer: of Llama's kind.
-        dtype: of its activations.
-        autocast: whether autocast is on.
-    """
-    known: set[int] = set()
-    ranks, sizes, targets, dropout = [0], set(), set(), False
-    for name in LINEAR:
-        part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-        module = getattr(part, name, None)
-        if module is None:
-            return None
-        linear = adapted(module)
-        if isinstance(linear, str) or len(linear.pairs) > 1:
-            return None
-        for pair in linear.pairs:
-            if pair.bias is not None or pair.magnitude is not None:
-                return None
-            known |= {id(pair.a), id(pair.b)}
-            sizes.add(pair.a.dtype)
-            targets.add(name)
-            ranks.append(pair.a.shape[0])
-            dropout |= pair.dropout > 0
-    norms = False
-    for name, module in layer.named_modules():
-        if "norm" in name.rpartition(".")[2] or ".modules_to_save" in name:
-            for parameter in module.parameters(recurse=False):
-                if parameter.requires_grad:
-                    known.add(id(parameter))
-                    sizes.add(parameter.dtype)
-                    norms = True
-    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-    if any(id(parameter) not in known for parameter in trained) or len(sizes) > 1:
-        return None
-    adapter = next(iter(sizes), dtype)
-    return Adapters(
-        max(ranks),
-        frozenset(targets),
-        adapter.itemsize,
-        apart=adapter != dtype and not autocast,
-        dropout=dropout,
-        norms=norms,
-    )

@@ -87,7 +87,7 @@ class NativePath(Path[TrainingForward]):
             self._products.check()
 
     def unquantised_products(self) -> dict[str, str]:
-        return {} if self._products is None else self._products.left()
+        return {} if self._products is None else self._products.unquantised()
 
     def general_modules(self) -> dict[str, str]:
         return general_modules(self._architecture)

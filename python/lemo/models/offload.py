@@ -23,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lemo.models.host_pool import HostPool, Slot, check_free
 from lemo.models.sharded import is_sharded
-from lemo.planner.plan import bytes_text
+from lemo.planner.text import bytes_text
 
 __all__ = ["LayerOffload", "Offload", "OffloadedPass", "unpack"]
 
@@ -172,7 +172,15 @@ class OffloadedPass:
         self.end(layer)
 
     def begin(self, index: int, module: nn.Module) -> LayerOffload:
-        """A layer's forward pass begins; its `pack` is to be where autograd saves tensors."""
+        """A layer's forward pass begins; its `pack` is to be where autograd saves tensors.
+
+        Args:
+            index: the layer, in ascending order.
+            module: its module, whose parameters and buffers stay where they are.
+
+        Raises:
+            NotImplementedError: the layer's weights are sharded.
+        """
         if is_sharded(module):
             raise NotImplementedError(
                 "host_memory: expected 0 with fully_shard, which frees weights that are saved, got "
@@ -283,7 +291,11 @@ class LayerOffload:
         return storage.nbytes() >= SMALLEST and storage.data_ptr() not in self._left_out
 
     def move(self) -> None:
-        """Starts to copy the layer's share."""
+        """Starts to copy the layer's share.
+
+        Raises:
+            ValueError: the pool has no room for it.
+        """
         if not self._storages:
             return
         parts = _parts(list(self._storages.values()), self._share)

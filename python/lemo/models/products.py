@@ -8,7 +8,7 @@ from torch import nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
-from lemo.models.fp8 import Fp8Linear, check_gpu, left_out, setting_of
+from lemo.models.fp8 import Fp8Linear, check_gpu, setting_of, why_unquantised
 from lemo.models.sharded import is_sharded
 from lemo.models.weights import is_torchao_float8
 
@@ -79,14 +79,14 @@ class Fp8Products:
                 )
         self._follow_mlps()
 
-    def left(self) -> dict[str, str]:
+    def unquantised(self) -> dict[str, str]:
         """See `lemo.Handle.unquantised_products`."""
         if self._attention is None:
             return {}
         self._follow_mlps()
         names, reasons = self._names(), {}
         for module, reason in self._projections():
-            reason = reason or left_out(module)
+            reason = reason or why_unquantised(module)
             if reason is not None:
                 reasons[names[_base_of(module)]] = reason
         return reasons

@@ -26,7 +26,7 @@ from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
 from lemo.models.unit import Unit
 from lemo.models.weights import kept_matrices
-from lemo.ops._autograd import first_order_only, hand_on, overwritable
+from lemo.ops.autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import SavedAttention
 
 __all__ = ["recomputed"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo.ops._call import translated
+from lemo.ops.call import translated
 
 __all__ = ["Implementation", "ReplacedForward", "bind"]
 

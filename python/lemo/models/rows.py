@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
 
 __all__ = [
@@ -21,7 +21,13 @@ __all__ = [
 
 
 def chunks_of(residual: Tensor, rows: Tensor | None, width: int) -> Iterator[Tensor | slice]:
-    """Rows of the residual in chunks: parts of the row index, or slices where `rows` is None."""
+    """Rows of the residual in chunks: parts of the row index, or slices where `rows` is None.
+
+    Args:
+        residual: [T, H].
+        rows: [R] int32; None: all T.
+        width: features of the widest activation that is made of a chunk.
+    """
     count = residual.shape[0] if rows is None else rows.shape[0]
     step = chunk_rows(count, width)
     # No row at all is a chunk, too: its parameters get gradients of zero, as without recomputation.
@@ -49,7 +55,13 @@ def part_of(x: Tensor, part: slice) -> Tensor:
 
 
 def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> Tensor:
-    """x[rows] as a tensor of its own; with `view`, in the memory of `x` where it can be."""
+    """x[rows] [R, C] as a tensor of its own; with `view`, in the memory of `x` where it can be.
+
+    Args:
+        x: [T, C].
+        rows: [R] int32, or a slice; None: all T.
+        view: whether the result may share memory with `x`.
+    """
     if isinstance(rows, slice):
         return x[rows]
     if rows is None and view:
@@ -58,7 +70,7 @@ def gather_rows(x: Tensor, rows: Tensor | slice | None, view: bool = False) -> T
 
 
 def add_rows(x: Tensor, y: Tensor, rows: Tensor | slice | None) -> None:
-    """x[rows] += y in place."""
+    """x[rows] += y in place: `x` [T, C], `y` [R, C], `rows` [R] int32 and distinct, or a slice."""
     if isinstance(rows, slice):
         x, rows = x[rows], None
     call(torch.ops.lemo.residual_scatter, x, y, rows)
@@ -67,6 +79,13 @@ def add_rows(x: Tensor, y: Tensor, rows: Tensor | slice | None) -> None:
 def add_in_chunks(
     x: Tensor, function: Callable[[Tensor], Tensor], rows: Tensor | None, width: int
 ) -> None:
-    """x[rows] += function(x[rows]) in place, chunk by chunk; `function` works row by row."""
+    """x[rows] += function(x[rows]) in place, chunk by chunk.
+
+    Args:
+        x: [T, C].
+        function: [r, C] -> [r, C]; works row by row.
+        rows: [R] int32; None: all T.
+        width: as for `chunks_of`.
+    """
     for chunk in chunks_of(x, rows, width):
         add_rows(x, function(gather_rows(x, chunk, view=True)), chunk)

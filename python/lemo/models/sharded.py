@@ -17,11 +17,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import FlatParameter
 from torch.distributed.tensor import DTensor
 
-from lemo.ops._autograd import first_order_only, hand_on, is_owned
+from lemo.ops.autograd import first_order_only, hand_on, is_owned
 
 __all__ = [
     "as_if_whole",
-    "check_around",
+    "check_inner_modules",
     "check_layers",
     "check_unflattened",
     "check_whole",
@@ -79,7 +79,7 @@ def check_layers(layers: nn.ModuleList) -> None:
                 )
 
 
-def check_around(causal_lm: nn.Module, *inner: nn.Module) -> None:
+def check_inner_modules(causal_lm: nn.Module, *inner: nn.Module) -> None:
     """Refuses sharded modules out of which lemo takes more than they return.
 
     Raises:

@@ -12,10 +12,10 @@ from torch.nn.functional import pad
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
+from lemo.models.context_checks import check_call
 from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
-from lemo.models.sharing import check_call
 from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
 from lemo.packing.blocks import to_device
@@ -41,6 +41,8 @@ class Training(ABC, Generic[C]):
             known.
         token_scores: [B, S] fp32, scores of the tokens for scorer "given", in the pass that runs;
             None: none are given.
+        host_ids: [B, S] int64 on the CPU, the tokens of the pass that runs; None: they are not
+            given.
         has_trained: whether a pass has trained something.
         elimination: that of the latest pass.
         context: processes that share out the rows; None: this one has them all.

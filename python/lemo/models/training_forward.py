@@ -16,6 +16,7 @@ from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
+from lemo.models.context_checks import needs_all_rows
 from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
 from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
@@ -27,7 +28,6 @@ from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import is_sharded
-from lemo.models.sharing import needs_all_rows
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.models.weights import parameters_of
 from lemo.settings.elimination import LemoConfig
@@ -38,15 +38,13 @@ __all__ = ["TrainingForward"]
 class TrainingForward(Training[Elimination]):
     """What the model computes in place of its own forward, in the native path.
 
-    Attributes:
-        offload: moves what layers save to the host.
-
     Args:
         architecture: access to the model.
         config: the settings.
         context: processes that share out the rows; None: this one has them all.
 
     Attributes:
+        offload: moves what layers save to the host.
         graphs: of passes in which all layers keep the same; None: they are switched off.
     """
 
@@ -272,7 +270,11 @@ class TrainingForward(Training[Elimination]):
         )
 
     def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
-        """The decoder's output: in each row what the dense model gives."""
+        """The decoder's output [B, S, H]: in each row what the dense model gives.
+
+        Raises:
+            NotImplementedError: processes share out the rows.
+        """
         if self.context is not None:
             raise needs_all_rows("logits or hidden states")
         batch, embed = self._begin(arguments)

@@ -31,6 +31,9 @@ def verify(
         architecture: access to the model.
         forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle.
+
+    Raises:
+        ValueError: as of the handle.
     """
     model = architecture.causal_lm
     arguments = beginning(batch, tokens, next(model.parameters()).device)
@@ -70,6 +73,9 @@ def verify_sharded(
         root: that module; its gradients are None.
         forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle; each process may have its own.
+
+    Raises:
+        ValueError: as of the handle.
     """
     arguments = beginning(batch, tokens, next(root.parameters()).device)
     trainable = {name: p for name, p in root.named_parameters() if p.requires_grad}
@@ -158,7 +164,20 @@ class Difference:
 
 
 def beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> dict[str, Any]:
-    """The first sequence's first tokens, without padding, with labels."""
+    """The first sequence's first tokens, without padding, with labels.
+
+    Args:
+        batch: input_ids [B, S], and attention_mask, position_ids and labels where there are any.
+        tokens: of the sequence, at most.
+        device: where they go.
+
+    Returns:
+        The arguments of a call: input_ids and labels [1, t], and position_ids where there is no
+        mask.
+
+    Raises:
+        ValueError: no batch of two tokens or more, or fewer are asked for.
+    """
     ids = batch.get("input_ids")
     if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] < 2:
         got = list(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
@@ -216,6 +235,7 @@ def own_forward(model: nn.Module, arguments: dict[str, Any], **more: Any) -> Any
 
 
 def gradients(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gradients of parameters by name; zeros for those that the loss does not depend on."""
     found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if gradient is None else gradient

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lemo.ops._call import call
+from lemo.ops.call import call
 
 _ops = torch.ops.lemo
 

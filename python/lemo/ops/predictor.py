@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemo.ops._autograd import first_order_only
-from lemo.ops._call import call
+from lemo.ops.autograd import first_order_only
+from lemo.ops.call import call
 from lemo.packing.blocks import BlockLayout
 
 _ops = torch.ops.lemo

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lemo.ops._autograd import first_order_only, hand_on, overwritable
-from lemo.ops._call import call
+from lemo.ops.autograd import first_order_only, hand_on, overwritable
+from lemo.ops.call import call
 
 _ops = torch.ops.lemo
 

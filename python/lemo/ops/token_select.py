@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lemo import _C
-from lemo.ops._call import call
+from lemo.ops.call import call
 from lemo.packing.blocks import BlockLayout, Selection
 
 _ops = torch.ops.lemo

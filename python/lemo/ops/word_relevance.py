@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemo.ops._call import call
+from lemo.ops.call import call
 
 _ops = torch.ops.lemo
 

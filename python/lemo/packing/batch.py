@@ -138,7 +138,11 @@ def _packed_lengths(position_ids: Tensor) -> list[int]:
 
 
 def shape_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
-    """(B, S) of a batch given as ids or embeddings; exactly one of the two must be given."""
+    """(B, S) of a batch given as ids [B, S] or embeddings [B, S, H].
+
+    Raises:
+        ValueError: both or none of the two are given, or one of other dimensions.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: expected exactly one of input_ids and inputs_embeds")
     for name, given, dims in (

@@ -33,9 +33,15 @@ class BlockLayout:
     def from_seqlens(
         cls, seqlens: Sequence[int], block_size: int, device: torch.device | str | None = None
     ) -> "BlockLayout":
-        """Cuts sequences into blocks, on torch's default device unless `device` names one.
+        """Cuts sequences into blocks.
 
-        ValueError on a negative length or block_size < 1.
+        Args:
+            seqlens: tokens of each sequence.
+            block_size: tokens of a block.
+            device: where the tensors go; None: torch's default device.
+
+        Raises:
+            ValueError: a negative length, or a `block_size` below 1.
         """
         starts, cuts = _C.plan_blocks(list(seqlens), block_size)
         rows = [starts[block] for block in cuts]

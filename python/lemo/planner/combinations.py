@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from lemo.planner.plan import Plan, bytes_text
+from lemo.planner.plan import Plan
 from lemo.planner.request import Request
 from lemo.planner.rows import has_one_set
+from lemo.planner.text import bytes_text
 
 __all__ = ["Combination", "combination_lines", "combinations"]
 
@@ -65,7 +66,7 @@ def combinations(
 def _ways(request: Request, gpus: int) -> Iterator[tuple[int, int]]:
     """(GPUs of a group, GPUs over which weights are cut)."""
     elimination = request.elimination
-    # What context parallelism (lemo.models.sharing) and sharding refuse.
+    # What context parallelism (lemo.models.context_checks) and sharding refuse.
     shares = has_one_set(elimination, request.shape.layers)
     refused = elimination.layerwise.group_size or elimination.host_memory
     shares = shares and not refused and (elimination.head_groups or 1) == 1

@@ -186,13 +186,6 @@ class StepMemory:
         rows, hidden = self._step.labels, self._shape.hidden
         return rows * (self._norm() + (self._step.size * hidden))
 
-    def after_forward(self, modes: Iterable[str]) -> int:
-        """Bytes between the two passes, in which there is no residual."""
-        residual = self._step.residual_rows * self._shape.hidden * self._step.size
-        gradients = self._adapters.parameters(self._shape) * self._adapters.size
-        kept = sum(self.layer(index, mode).kept for index, mode in enumerate(modes))
-        return self.fixed - residual - gradients + kept + self.loss_kept
-
     def peak(self, modes: Iterable[str], shares: Iterable[float] = ()) -> int:
         """The highest bytes of a step with a mode for each layer.
 

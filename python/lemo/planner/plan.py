@@ -19,7 +19,6 @@ __all__ = [
     "HostRules",
     "Plan",
     "Planner",
-    "bytes_text",
     "longest_that_fits",
 ]
 
@@ -30,7 +29,6 @@ NOMINAL = Rates(7.35e14, 6.3e14, 5.9e14, 2.9e12, 4.3e-5, fp8=1.3e15, link=5e10)
 """Rates of an H200, fitted to recorded steps. They order the modes where nothing was measured. That
 of the link to the host is what its PCIe 5 gives."""
 
-_GIB = 2**30
 # Kept bytes of a layer are rounded up to a 2^-16th of the memory: the planner then tells few sums
 # apart.
 _PARTS = 16
@@ -415,12 +413,3 @@ def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
         else:
             too_long = middle
     return fits
-
-
-def bytes_text(size: int) -> str:
-    """Bytes as a text in GiB, below a tenth of one in MiB, below a tenth of that in bytes."""
-    if size < 2**20 / 10:
-        return f"{size} bytes"
-    if size < _GIB / 10:
-        return f"{size / 2**20:.3g} MiB"
-    return f"{size / _GIB:.{1 if size >= 10 * _GIB else 2}f} GiB"

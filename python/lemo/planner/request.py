@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lemo.planner.memory import StepMemory
-from lemo.planner.plan import GraphRules, HostRules, Planner, bytes_text, longest_that_fits
+from lemo.planner.plan import GraphRules, HostRules, Planner, longest_that_fits
 from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
+from lemo.planner.text import bytes_text
 from lemo.planner.timing import Rates, StepTime
 from lemo.settings.elimination import LemoConfig
 

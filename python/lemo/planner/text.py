@@ -1,10 +1,10 @@
-"""A plan in words."""
+"""Plans and sizes in words."""
 
 from __future__ import annotations
 
-from lemo.planner.plan import Plan, bytes_text
+from lemo.planner.plan import Plan
 
-__all__ = ["ACTIONS", "action_text", "layers_text", "plan_lines"]
+__all__ = ["ACTIONS", "action_text", "bytes_text", "layers_text", "plan_lines"]
 
 ACTIONS = {
     "none": "store everything",
@@ -12,6 +12,8 @@ ACTIONS = {
     "layer": "recompute all",
 }
 """What happens to a layer in each mode."""
+
+_GIB = 2**30
 
 
 def layers_text(layers: range) -> str:
@@ -36,3 +38,12 @@ def plan_lines(plan: Plan) -> list[str]:
 def action_text(mode: str, host: int) -> str:
     """What happens to a layer, and how many of its bytes go to the host."""
     return ACTIONS[mode] + (f", {bytes_text(host)} to the host" if host else "")
+
+
+def bytes_text(size: int) -> str:
+    """Bytes as a text in GiB, below a tenth of one in MiB, below a tenth of that in bytes."""
+    if size < 2**20 / 10:
+        return f"{size} bytes"
+    if size < _GIB / 10:
+        return f"{size / 2**20:.3g} MiB"
+    return f"{size / _GIB:.{1 if size >= 10 * _GIB else 2}f} GiB"

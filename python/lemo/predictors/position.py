@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lemo.packing.blocks import BlockLayout
 
-__all__ = ["PositionProfile", "free_blocks", "query_blocks"]
+__all__ = ["PositionProfile", "contested_blocks", "query_blocks"]
 
 
 def query_blocks(layout: BlockLayout) -> Tensor:
@@ -27,7 +27,7 @@ def query_blocks(layout: BlockLayout) -> Tensor:
     return ends - torch.arange(layout.num_blocks, device=ends.device)
 
 
-def free_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
+def contested_blocks(layout: BlockLayout, keep_first: int, keep_last: int) -> Tensor:
     """[B] bool: blocks that are not kept in any case for their place at an end of the sequence."""
     from_end = query_blocks(layout) - 1
     counts = layout.cu_blocks.diff().long()

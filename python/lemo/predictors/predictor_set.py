@@ -64,6 +64,9 @@ class PredictorSet:
             kind: "attention" or "mlp".
             x: [T, H], output of the sub-block's norm for all rows.
             layout: how the T rows are cut; its block size must be that of the predictors.
+
+        Raises:
+            ValueError: it is not; or there is no such sub-block.
         """
         if layout.block_size != self.block_size:
             raise ValueError(

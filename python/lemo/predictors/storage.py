@@ -22,9 +22,9 @@ from lemo.predictors.relevance import REACH, RelevancePredictor
 __all__ = [
     "RELEVANCE",
     "content_digest",
-    "fingerprint",
     "load",
     "load_relevance",
+    "model_shape",
     "target_of",
     "tensors_of",
     "tensors_of_relevance",
@@ -40,7 +40,7 @@ RELEVANCE = "relevance"
 _MIXES = ("key_mix", "query_mix")
 
 
-def fingerprint(config: Any) -> dict[str, Any]:
+def model_shape(config: Any) -> dict[str, Any]:
     """The shape of the model that predictors are made for, from its Transformers config."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = config.num_attention_heads
@@ -184,7 +184,7 @@ def _read(folder: Path, model_config: Any) -> tuple[dict[str, Any], dict[str, Te
     else:
         _check_tensors(weights, tensors, description)
     if model_config is not None:
-        _check_model(folder, description["model"], fingerprint(model_config))
+        _check_model(folder, description["model"], model_shape(model_config))
     return description, tensors
 
 

@@ -17,11 +17,12 @@ from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import lock
 from lemo.models.architectures import ARCHITECTURES
-from lemo.models.labels import IGNORE_INDEX
-from lemo.predictors.storage import fingerprint
+from lemo.models.labels import IGNORE_INDEX, of_tokens
+from lemo.predictors.storage import model_shape
 from lemo.preparation.output import check_output
-from lemo.preparation.pipeline import Report, prepare
+from lemo.preparation.pipeline import prepare
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
+from lemo.preparation.reports import Report
 from lemo.preparation.windows import Window
 from lemo.relevance.heads import RetrievalHeads
 from lemo.settings.preparation import PrepareConfig
@@ -91,7 +92,7 @@ def prepare_from_examples(
         dtype = pick_dtype(config.dtype, device, elimination=True)
         model_config = load_config(config.model, ARCHITECTURES)
         assert config.heads is not None
-        heads = RetrievalHeads.load(config.heads, fingerprint(model_config))
+        heads = RetrievalHeads.load(config.heads, model_shape(model_config))
         extend_context(model_config, max(config.lengths), config.rope_scaling)
         report("documents", 0, 1, "")
         training, held_out = _examples(config, model_config.get_text_config().vocab_size)
@@ -117,7 +118,9 @@ def _examples(
             )
         return [
             RelevanceWindow(
-                "examples", torch.tensor(list(each.ids)), _predicting(torch.tensor(each.labels))
+                "examples",
+                torch.tensor(list(each.ids)),
+                of_tokens(torch.tensor(each.labels) != IGNORE_INDEX),
             )
             for each in opened.examples
         ]
@@ -133,13 +136,6 @@ def _examples(
         count = min(math.ceil(_HELD_OUT_SHARE * len(found)), config.held_out_windows)
         held_out, order = [found[index] for index in order[:count]], order[count:]
     return [found[index] for index in order[: config.windows]], held_out[: config.held_out_windows]
-
-
-def _predicting(labels: torch.Tensor) -> torch.Tensor:
-    """[S] bool: rows that predict a label."""
-    rows = torch.zeros(len(labels), dtype=torch.bool)
-    rows[:-1] = labels[1:] != IGNORE_INDEX
-    return rows
 
 
 class _Windows:

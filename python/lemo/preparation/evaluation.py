@@ -1,33 +1,27 @@
 """The loss of a model that eliminates tokens."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from lemo.models.enable import enable
+from lemo.models.eval_mode import evaluating
 from lemo.preparation.windows import Window
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["elimination_loss", "evaluating"]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+__all__ = ["elimination_loss"]
 
 
 @torch.no_grad()
 def elimination_loss(model: nn.Module, windows: Sequence[Window], config: LemoConfig) -> float:
-    """Mean loss a token while the model eliminates as `config` says; no dropout, no gradient."""
+    """Mean loss of a token, in nats, while the model eliminates; no dropout, no gradient.
+
+    Args:
+        model: a causal LM, without lemo.
+        windows: whose tokens are predicted.
+        config: what is eliminated.
+    """
     device = next(model.parameters()).device
     total, tokens = 0.0, 0
     with evaluating(model):

@@ -132,7 +132,11 @@ class FeatureStore:
             file.write(rows.view(torch.uint8).numpy().data)
 
     def end_window(self, tokens: int) -> None:
-        """Closes a window; every sub-block must have been added exactly once."""
+        """Closes a window.
+
+        Raises:
+            RuntimeError: a sub-block was not added, or more than once.
+        """
         self.layouts.append(BlockLayout.from_seqlens([tokens], self.block_size, "cpu"))
         for (layer, kind), scores in self._scores.items():
             if len(scores) != len(self.layouts):

@@ -7,7 +7,7 @@ answer look most at the block of its fact.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from lemo.data.documents import Document, read_documents
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
+from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
@@ -35,8 +36,6 @@ from lemo.training.model import (
 
 __all__ = ["find_heads", "find_heads_in_documents", "needle_windows"]
 
-Report = Callable[[int, int], None]
-
 # Of what the heads of all layers find, those of the first layers have to find this share.
 _ENOUGH = 0.95
 
@@ -47,7 +46,7 @@ _CHARACTERS_PER_TOKEN = 8
 
 
 def find_heads_in_documents(
-    config: HeadsConfig, report: Report = lambda done, total: None
+    config: HeadsConfig, report: CountReport = lambda done, total: None
 ) -> RetrievalHeads:
     """Loads the model, plants facts in the documents, and writes the heads that find them.
 
@@ -96,6 +95,13 @@ def needle_windows(
 ) -> list[NeedleWindow]:
     """Windows with facts, each in a document of its own as far as there are so many.
 
+    Args:
+        documents: their beginnings are not used.
+        tokenizer: of the model.
+        length: tokens of a window.
+        count: how many windows.
+        seed: of facts and places.
+
     Raises:
         ValueError: no document is long enough.
     """
@@ -125,7 +131,7 @@ def find_heads(
     block_size: int = 128,
     count: int = 4,
     layers: int | None = None,
-    report: Report = lambda done, total: None,
+    report: CountReport = lambda done, total: None,
 ) -> RetrievalHeads:
     """The heads that look most at the facts which answers need.
 
@@ -170,7 +176,7 @@ def find_heads(
             f"{layer}.{head}": round(mean[layer, head].item(), 4) for layer, head in heads
         },
     }
-    return RetrievalHeads(fingerprint(architecture.config), heads, found_by)
+    return RetrievalHeads(model_shape(architecture.config), heads, found_by)
 
 
 def _fewest_layers(mean: Tensor, count: int) -> int:

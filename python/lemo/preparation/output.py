@@ -47,6 +47,11 @@ def publish(result: Path, output: Path, overwrite: bool) -> None:
 
     An old folder is moved away first, next to `result`, and moved back if this fails.
 
+    Args:
+        result: in a folder of `work_folder`.
+        output: where it is to appear.
+        overwrite: as for `check_output`.
+
     Raises:
         FileExistsError: see `check_output`; something may have appeared since it was called first.
         OSError: the system cannot move a folder.

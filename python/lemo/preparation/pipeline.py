@@ -4,7 +4,7 @@ Exact scores of the dense model, one predictor for each sub-block, thresholds fo
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,18 @@ import torch
 from torch import nn
 
 from lemo.models.architectures import architecture_of
+from lemo.models.eval_mode import evaluating
 from lemo.predictors.modules import KINDS
-from lemo.predictors.storage import fingerprint, write_folder
-from lemo.preparation.evaluation import evaluating
+from lemo.predictors.storage import model_shape, write_folder
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.preparation.output import check_output, publish, work_folder
 from lemo.preparation.predictor import TrainedPredictor, train_predictor
+from lemo.preparation.reports import Report
 from lemo.preparation.threshold_search import add_thresholds, eliminating_layers
 from lemo.preparation.windows import Window, check_windows
 from lemo.settings.preparation import PredictorSettings
 
 __all__ = ["Report", "prepare"]
-
-# Called as report(stage, done, total, message) for every unit of work.
-Report = Callable[[str, int, int, str], None]
 
 
 def prepare(
@@ -64,7 +62,7 @@ def prepare(
     settings = PredictorSettings() if settings is None else settings
     output = Path(output)
     check_output(output, overwrite)
-    shape = fingerprint(architecture_of(model).config)
+    shape = model_shape(architecture_of(model).config)
     eliminating_layers(shape["num_layers"], settings.dense_layers)
     check_windows(training, held_out, shape, settings)
     with work_folder(output) as work, evaluating(model):

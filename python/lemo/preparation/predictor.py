@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import Predictor, default_rank, make_predictor
-from lemo.predictors.position import PositionProfile, free_blocks, query_blocks
+from lemo.predictors.position import PositionProfile, contested_blocks, query_blocks
 from lemo.predictors.storage import tensors_of
 from lemo.preparation.exact_scores import SubBlockData
 from lemo.preparation.ranking import Budget, kept_set_recall
@@ -79,7 +79,9 @@ def train_predictor(
 
 
 def _fit_profile(data: SubBlockData, settings: PredictorSettings, flat: bool) -> PositionProfile:
-    free = [free_blocks(layout, settings.keep_first, settings.keep_last) for layout in data.layouts]
+    free = [
+        contested_blocks(layout, settings.keep_first, settings.keep_last) for layout in data.layouts
+    ]
     return PositionProfile.fit(
         torch.cat([scores[chosen] for scores, chosen in zip(data.scores, free)]),
         torch.cat([query_blocks(layout)[chosen] for layout, chosen in zip(data.layouts, free)]),
@@ -162,7 +164,7 @@ def _layer_scores(
 ) -> LayerScores:
     free = torch.cat(
         [
-            scores[free_blocks(layout, settings.keep_first, settings.keep_last)]
+            scores[contested_blocks(layout, settings.keep_first, settings.keep_last)]
             for scores, layout in zip(predicted, data.layouts)
         ]
     )

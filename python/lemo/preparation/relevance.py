@@ -8,7 +8,7 @@ before blocks are chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,28 @@ from torch.nn.functional import pad
 from lemo import ops
 from lemo.models.architectures import Architecture, architecture_of
 from lemo.models.arguments import ForwardArguments
+from lemo.models.eval_mode import evaluating
 from lemo.models.scout import Scout
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, kept_blocks
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import (
     RELEVANCE,
-    fingerprint,
+    model_shape,
     tensors_of_relevance,
     write_folder,
 )
 from lemo.preparation.elastic import ElasticSize
-from lemo.preparation.evaluation import evaluating
 from lemo.preparation.output import check_output, publish, work_folder
+from lemo.preparation.reports import Report
 from lemo.preparation.training import schedule, windows_of_steps
 from lemo.relevance.answers import Answers
-from lemo.relevance.attention import head_relevance
+from lemo.relevance.attention import head_relevance, with_keys
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers.relevance import predicted_relevance
 from lemo.settings.preparation import PredictorSettings
 
 __all__ = ["RelevanceWindow", "prepare_relevance"]
 
-# Called as report(stage, done, total, message) for every unit of work.
-Report = Callable[[str, int, int, str], None]
 Span = tuple[int, int]
 
 # Windows whose embeddings say how large features are.
@@ -212,10 +211,8 @@ class _Lessons:
         batch, residual = _embedded(architecture, window, self._size)
         parts = []
         for index, q, k in Scout(architecture)(batch, residual, 0, self._heads):
-            mine = self._heads[index]
-            keys = k[:, [head // (q.shape[1] // k.shape[1]) for head in mine]]
-            scale = architecture.scale(index)
-            [found] = head_relevance(q[:, mine], keys, batch.layout, [answers], scale)
+            mine, scale = with_keys(q, k, self._heads[index]), architecture.scale(index)
+            [found] = head_relevance(*mine, batch.layout, [answers], scale)
             assert found is not None
             parts.append(found)
         return torch.cat(parts, 1).mean(1).float().cpu()
@@ -322,7 +319,7 @@ def _describe(
     losses: list[float],
 ) -> dict[str, Any]:
     """predictor.json."""
-    shape = fingerprint(architecture.config)
+    shape = model_shape(architecture.config)
     taught, tested = lessons
     recalls = dict(_recalls(architecture, predictor, tested, settings))
     parameters = sum(parameter.numel() for parameter in predictor.parameters())
@@ -385,7 +382,7 @@ def _recalls(
 def _held(scores: Tensor, lesson: _Lesson, settings: PredictorSettings) -> float:
     """The mean share of what answers need that the blocks with labels and the best others hold."""
     free = lesson.answers.free_blocks(settings.block_size, scores) > 0
-    budget = math.ceil(settings.keep * scores.numel())
+    budget = kept_blocks(settings.keep, scores.numel())
     # As `lemo.selection.budget`: at least half is for the prompt.
     count = max(budget - int((~free).sum()), -(-budget // 2))
     kept = scores.masked_fill(~free, -math.inf).topk(min(count, int(free.sum()))).indices

@@ -15,9 +15,10 @@ from lemo.data import ExampleWindows, open_training_data
 from lemo.models.architectures import ARCHITECTURES, architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
-from lemo.models.labels import IGNORE_INDEX, of_labels
+from lemo.models.labels import IGNORE_INDEX, of_tokens
 from lemo.models.scout import Scout
 from lemo.packing.batch import PackedBatch
+from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers
 from lemo.relevance.store import Example, check_output, write_scores
 from lemo.selection.scorers import AttentionScorer, LexicalScorer
@@ -34,7 +35,6 @@ from lemo.training.model import (
 
 __all__ = ["score_examples"]
 
-Report = Callable[[int, int], None]
 # Gives an example's scores [blocks], or None where it has no answers.
 Score = Callable[[Example], Tensor | None]
 
@@ -42,7 +42,7 @@ _log = logging.getLogger("lemo")
 
 
 def score_examples(
-    config: ScoresConfig, report: Report = lambda done, total: None
+    config: ScoresConfig, report: CountReport = lambda done, total: None
 ) -> ExampleWindows:
     """Reads the examples as `lemo finetune` does, scores their blocks, and writes the scores.
 
@@ -115,7 +115,7 @@ def _by_words(config: ScoresConfig) -> Score:
     def score(example: Example) -> Tensor | None:
         ids = torch.tensor([list(example.ids)])
         packed = PackedBatch((1, ids.shape[1]), None, None, ids.device)
-        batch = Batch.of(packed, config.block_size, None, ids.device)
+        batch = Batch.of(packed, config.block_size, ids.device)
         # It reads no residual.
         [relevance] = scorer.relevance(0, torch.empty(0), batch, [ids[0]], [_answers(example)])
         return None if relevance is None else relevance.amax(0)
@@ -172,7 +172,4 @@ def _check_scout(scout: str, tokenizer: str) -> None:
 
 
 def _answers(example: Example) -> Answers | None:
-    labels = torch.tensor([IGNORE_INDEX, *example.labels[1:]])
-    rows = of_labels(labels[None], None, IGNORE_INDEX)
-    assert rows is not None
-    return Answers.of(rows[0])
+    return Answers.of(of_tokens(torch.tensor(list(example.labels)) != IGNORE_INDEX))

@@ -74,7 +74,10 @@ def thresholds_for_budget(
         counted: layers over which the average is taken (those that eliminate); None: all.
 
     Returns:
-        one threshold for each layer; the average share is exact to one block, ties of scores aside.
+        One threshold for each layer; the average share is exact to one block, ties of scores aside.
+
+    Raises:
+        ValueError: `keep` is no share.
     """
     if not 0 <= keep <= 1:
         raise ValueError(f"keep: expected a share in [0, 1], got {keep!r}")

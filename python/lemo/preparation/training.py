@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import MlpPredictor, Predictor
-from lemo.predictors.position import PositionProfile, free_blocks
+from lemo.predictors.position import PositionProfile, contested_blocks
 from lemo.preparation.elastic import ElasticSize
 from lemo.preparation.exact_scores import SubBlockData
 from lemo.preparation.ranking import Budget, ranking_loss
@@ -135,7 +135,7 @@ def _block_losses(
         exact = torch.cat([data.scores[i] for i in chosen]).to(device)
         seqlens = [n for i in chosen for n in data.layouts[i].seqlens]
         layout = BlockLayout.from_seqlens(seqlens, data.layouts[chosen[0]].block_size, device)
-        free = free_blocks(layout, settings.keep_first, settings.keep_last)
+        free = contested_blocks(layout, settings.keep_first, settings.keep_last)
         content, target = predictor(x, layout), profile.standardise(exact, layout)
         regression = functional.smooth_l1_loss(content[free], target[free])
         predicted = profile.restore(content, layout)

@@ -9,7 +9,7 @@ from lemo import ops
 from lemo.packing.blocks import BlockLayout
 from lemo.relevance.answers import Answers, shares
 
-__all__ = ["head_relevance"]
+__all__ = ["head_relevance", "with_keys"]
 
 
 def head_relevance(
@@ -54,3 +54,9 @@ def head_relevance(
             )
         block += count
     return relevance
+
+
+def with_keys(q: Tensor, k: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(q, k) of some heads, [T, H, D] each, from all queries [T, Hq, D] and keys [T, Hk, D]."""
+    share = q.shape[1] // k.shape[1]
+    return q[:, list(heads)], k[:, [head // share for head in heads]]

@@ -20,7 +20,7 @@ class RetrievalHeads:
     """Some heads of a model, found by `lemo relevance heads`.
 
     Attributes:
-        model: the shape of the model, see `lemo.predictors.storage.fingerprint`.
+        model: the shape of the model, see `lemo.predictors.storage.model_shape`.
         heads: (layer, head) pairs, both counted from 0.
         found_by: how they were found: settings, and recall on generated needles.
     """

@@ -12,8 +12,15 @@ from pathlib import Path
 import yaml
 
 from lemo.planner.text import ACTIONS
-from lemo.training.run_folder import ELIMINATION_NAME, PLAN_NAME
-from lemo.training.run_log import describe_broken, parse_log
+from lemo.training.run_folder import (
+    CONFIG_NAME,
+    ELIMINATION_NAME,
+    KEPT_MAP_NAME,
+    METRICS_NAME,
+    PLAN_NAME,
+    RELEVANCE_NAME,
+)
+from lemo.training.run_log import LOG_NAME, describe_broken, parse_log
 
 SUB_BLOCKS = ("attention", "mlp")
 
@@ -209,8 +216,8 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         raise FileNotFoundError(
             f"run: expected the folder of a run, got '{folder}', which does not exist"
         )
-    records, broken = _read_records(folder / "log.jsonl")
-    config = _read_config(folder / "config.yaml")
+    records, broken = _read_records(folder / LOG_NAME)
+    config = _read_config(folder / CONFIG_NAME)
     resolved = folder / ELIMINATION_NAME
     asked = config.get("elimination") or {}
     return Run(
@@ -219,9 +226,9 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         config=config,
         records=records,
         broken=broken,
-        kept_map=_read_kept_map(folder / "kept_map.json"),
-        metrics=_read_metrics(folder / "metrics.json"),
-        relevance=_read_relevance(folder / "relevance.json"),
+        kept_map=_read_kept_map(folder / KEPT_MAP_NAME),
+        metrics=_read_metrics(folder / METRICS_NAME),
+        relevance=_read_relevance(folder / RELEVANCE_NAME),
         plan=_read_plan(folder / PLAN_NAME),
         elimination=_read_object(resolved) if asked and resolved.is_file() else asked,
     )

@@ -92,7 +92,11 @@ class Selector:
             self._keeps_everything = False
 
     def set_progress(self, progress: float) -> None:
-        """Share of the training that is done, in [0, 1]; for `keep_schedule`."""
+        """Share of the training that is done, in [0, 1]; for `keep_schedule`.
+
+        Raises:
+            TypeError, ValueError: no number, or none of this range.
+        """
         if isinstance(progress, bool) or not isinstance(progress, Real):
             raise TypeError(f"progress: expected a number, got {progress!r}")
         if not 0.0 <= progress <= 1.0:

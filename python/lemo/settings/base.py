@@ -11,12 +11,13 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union
+from typing import Annotated, Any, Literal, Union
 
 import annotated_types
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 from pydantic.fields import FieldInfo
+from typing_extensions import Self
 
 __all__ = [
     "Flag",
@@ -91,7 +92,12 @@ class Settings(BaseModel):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Absent fields take their defaults."""
+        """The inverse of `to_dict`. Absent fields take their defaults.
+
+        Raises:
+            ValueError: no mapping, or a setting that is not known or has a bad value; the message
+                names it.
+        """
         if not isinstance(values, Mapping):
             raise ValueError(f"values: expected a mapping of settings, got {values!r}")
         return cls(**{str(name): value for name, value in values.items()})

@@ -6,9 +6,10 @@ import functools
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from lemo.settings.base import (
     Flag,
@@ -24,6 +25,8 @@ from lemo.settings.base import (
 )
 
 __all__ = ["LayerwiseConfig", "LemoConfig"]
+
+T = TypeVar("T")
 
 Layers = tuple[Integer, ...]
 
@@ -321,29 +324,17 @@ class LemoConfig(Settings):
             return None if self.host_memory else (0.0,) * num_layers
         if not isinstance(self.offload, tuple):
             return (float(self.offload),) * num_layers
-        if len(self.offload) != num_layers:
-            raise ValueError(
-                f"offload: expected {num_layers} entries, one for each layer, got "
-                f"{len(self.offload)}"
-            )
-        return self.offload
+        return _for_each_layer("offload", self.offload, num_layers)
 
-    def recompute_modes(self, num_layers: int) -> tuple[str, ...] | None:
-        """What each layer recomputes; None: what the planner chooses.
+    def recompute_modes(self, num_layers: int) -> tuple[str, ...]:
+        """The setting `recompute` of each layer: "auto" for all of them, or else none is "auto".
 
         Raises:
             ValueError: there is not one for each layer.
         """
-        if self.recompute == "auto":
-            return None
         if isinstance(self.recompute, str):
             return (self.recompute,) * num_layers
-        if len(self.recompute) != num_layers:
-            raise ValueError(
-                f"recompute: expected {num_layers} entries, one for each layer, got "
-                f"{len(self.recompute)}"
-            )
-        return self.recompute
+        return _for_each_layer("recompute", self.recompute, num_layers)
 
     @property
     def finds_answers(self) -> bool:
@@ -370,6 +361,14 @@ class LemoConfig(Settings):
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
         return self.model_copy(update=filled)
+
+
+def _for_each_layer(name: str, values: tuple[T, ...], num_layers: int) -> tuple[T, ...]:
+    if len(values) != num_layers:
+        raise ValueError(
+            f"{name}: expected {num_layers} entries, one for each layer, got {len(values)}"
+        )
+    return values
 
 
 def _predicts_relevance(folder: str) -> bool:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
+from typing_extensions import Self
 
 from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, fields_of, names_in
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["Device", "Dtype", "FinetuneConfig", "Quantize", "RopeScaling", "differences"]
+__all__ = [
+    "NOT_COMPARED",
+    "Device",
+    "Dtype",
+    "FinetuneConfig",
+    "Quantize",
+    "RopeScaling",
+    "differences",
+]
 
 RopeScaling = Literal["linear", "yarn", "dynamic", "none"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -18,7 +27,7 @@ Quantize = Literal["nf4", "int8", "float8"]
 
 # Fields that say how to start or how to watch a run; they may differ when it is resumed. So may
 # the paths of its inputs: what lies there is compared, by fingerprints in the checkpoints.
-_NOT_COMPARED = (
+NOT_COMPARED = (
     *("output", "resume", "overwrite", "log_every", "save_every", "keep_checkpoints", "shard"),
     *("model", "documents"),
     # What is stored and what is recomputed changes rounding alone; a run that ran out of memory
@@ -191,7 +200,7 @@ class FinetuneConfig(Settings):
 def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:
     """What a resumed run may not change but does, as lines "name was saved, now wanted"."""
     old, new = _flat(saved), _flat(wanted)
-    names = {name for name in old if name not in _NOT_COMPARED and old[name] != new.get(name)}
+    names = {name for name in old if name not in NOT_COMPARED and old[name] != new.get(name)}
     if "elimination" in names:
         # Where there is none its settings are nothing to compare.
         names = {name for name in names if not name.startswith("elimination.")}

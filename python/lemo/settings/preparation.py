@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, Tokens
 from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling

@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lemo.data.reading import first_of, naming
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 
 _log = logging.getLogger("lemo")
@@ -20,7 +20,11 @@ _OLD_WEIGHTS = "adapter_model.bin"
 
 
 def find_adapter(path: str | Path) -> Path:
-    """The adapter folder at ``path`` itself or in the run folder ``path``."""
+    """The adapter folder at ``path`` itself or in the run folder ``path``.
+
+    Raises:
+        FileNotFoundError: there is none in either place.
+    """
     path = Path(path)
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file():
@@ -31,7 +35,12 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def base_model_name(adapter: str | Path) -> str:
-    """The base model that an adapter names in its configuration."""
+    """The base model that an adapter names in its configuration.
+
+    Raises:
+        FileNotFoundError: see `find_adapter`.
+        ValueError: the configuration cannot be read, or names none.
+    """
     path = find_adapter(adapter) / ADAPTER_CONFIG
     with naming(f"adapter: {path} cannot be used"):
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -59,8 +68,8 @@ def trained_config(folder: Path, config: PreTrainedConfig, model: str) -> PreTra
         return config
     with naming(f"adapter: {path} cannot be used"):
         trained = AutoConfig.from_pretrained(path)
-        shape = fingerprint(trained)
-    for name, value in fingerprint(config).items():
+        shape = model_shape(trained)
+    for name, value in model_shape(config).items():
         if shape[name] != value:
             raise ValueError(
                 f"adapter: {folder} was trained on a model with {name} {shape[name]!r}, but "

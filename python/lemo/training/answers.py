@@ -20,6 +20,7 @@ from lemo.data.examples import shorten
 from lemo.data.reading import first_of
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
+from lemo.models.eval_mode import evaluating
 from lemo.models.labels import IGNORE_INDEX
 from lemo.training.evaluate import load_for_evaluation, plain_head_of
 from lemo.training.model import load_config, load_tokenizer
@@ -145,9 +146,7 @@ def evaluate_answers(
             name, max(lengths), adapter, rope_scaling, dtype=dtype, device=device
         )
     total, done, results = sum(map(len, fitting.values())), 0, []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for length, chosen in fitting.items():
             answers: list[Answer] = []
             for example in chosen:
@@ -156,8 +155,6 @@ def evaluate_answers(
                 if progress is not None:
                     progress(done, total)
             results.append(_summary(length, len(chosen), answers))
-    finally:
-        model.train(was_training)
     return results
 
 

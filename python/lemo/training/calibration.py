@@ -38,7 +38,11 @@ _LAYERS = (2, 10)
 
 
 def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
-    """The rates that were measured on this machine for such a model, if they were."""
+    """The rates that were measured on this machine for such a model; None: none were.
+
+    Args:
+        shape, device, dtype: as for `calibrated`.
+    """
     found = _read().get(_key(shape, device, dtype))
     # Those of an earlier version may lack some.
     known = {field.name for field in fields(Rates)}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from lemo.ops import supports_device
 from lemo.planner.combinations import combination_lines, combinations
-from lemo.planner.plan import NOMINAL, DoesNotFitError, bytes_text
-from lemo.planner.text import plan_lines
+from lemo.planner.plan import NOMINAL, DoesNotFitError, Plan
+from lemo.planner.request import Request
+from lemo.planner.text import bytes_text, plan_lines
+from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
 from lemo.training.model import load_config
@@ -35,31 +39,67 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
         raise ValueError("elimination: expected settings of it, got null")
     elimination = elimination.resolved(answers=elimination.finds_answers)
     model_config, tokens = load_config(config.model), config.context_length
-    here = torch.cuda.is_available() and supports_device("cuda")
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
+    here = torch.cuda.is_available() and supports_device("cuda")
     if limit is None:
         limit = memory_limit(config, device) if here else None
         if limit is None:
             raise ValueError("--gpu-memory: expected a size such as 80GiB, because no GPU is here")
-    on_cpu = device.type == "cpu"
-    dtype = torch.float32 if on_cpu else torch.bfloat16
+    timed = here or device.type == "cpu"
+    request = _request(config, elimination, model_config, device, timed)
+    yield f"model: {model_config.model_type}, {_sizes(request, tokens)}"
+    yield from _about_step(request, tokens)
+    layers = request.shape.layers
+    modes = None if elimination.recompute == "auto" else elimination.recompute_modes(layers)
+    if gpus > 1:
+        yield from _of_several(request, tokens, gpus, limit, modes, timed)
+        return
+    plan = _plan_within(request, tokens, limit, modes)
+    yield from plan_lines(plan)
+    yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
+    if plan.graphs:
+        yield f"CUDA graphs: {bytes_text(plan.graphs)} of it, also between steps"
+    if elimination.host_memory:
+        yield f"host memory: {bytes_text(plan.host)} of {bytes_text(elimination.host_bytes)}"
+    if timed:
+        yield f"step time: {plan.seconds:.3g} s"
+    else:
+        yield "step time: not known here: no GPU to measure rates on"
+    yield f"longest window that fits: {request.longest(limit)} tokens"
+
+
+def _request(
+    config: FinetuneConfig,
+    elimination: LemoConfig,
+    model_config: Any,
+    device: torch.device,
+    timed: bool,
+) -> Request:
+    """What is to be planned; where a step is timed, with the rates of this machine."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     if config.dtype != "auto":
         dtype = getattr(torch, config.dtype)
-    rates = None
+    # Refuses what is not predicted before anything is measured.
     request = request_of(config, elimination, model_config, dtype, device, NOMINAL)
-    if here or on_cpu:
-        rates = calibrated(request.shape, device, dtype, elimination.in_8_bits)
-        request = request_of(config, elimination, model_config, dtype, device, rates)
-    planner, modes = request.planner(tokens), elimination.recompute_modes(request.shape.layers)
+    if not timed:
+        return request
+    rates = calibrated(request.shape, device, dtype, elimination.in_8_bits)
+    return replace(request, rates=rates)
+
+
+def _sizes(request: Request, tokens: int) -> str:
     linear, others = request.shape.parameters()
-    rows = planner.rows
-    yield (
-        f"model: {model_config.model_type}, {request.shape.layers} layers, "
-        f"{(linear + others) / 1e9:.3g} billion parameters, "
-        f"{bytes_text(planner.weights)} with LoRA and its optimizer"
+    return (
+        f"{request.shape.layers} layers, {(linear + others) / 1e9:.3g} billion parameters, "
+        f"{bytes_text(request.planner(tokens).weights)} with LoRA and its optimizer"
     )
+
+
+def _about_step(request: Request, tokens: int) -> Iterator[str]:
+    """What layers keep of the step, and which of their products are in 8 bits."""
+    rows, elimination = request.planner(tokens).rows, request.elimination
     yield (
-        f"step: {config.batch_size} x {tokens} tokens, of which layers keep "
+        f"step: {request.batch} x {tokens} tokens, of which layers keep "
         + (f"{min(rows)}" if min(rows) == max(rows) else f"{min(rows)} to {max(rows)}")
     )
     if elimination.in_8_bits:
@@ -70,18 +110,33 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
         for each in request.shape.linears():
             if each.inputs % 16 or each.outputs % 16:
                 yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"
-    if gpus > 1:
-        found = combinations(request, tokens, gpus, limit, modes)
-        if found[0].plan is None:
-            raise DoesNotFitError(
-                f"memory: a step does not fit into {bytes_text(limit)} of each of {gpus} GPUs, "
-                f"however they are used; what would fit on one: {request.advice(tokens, limit)}"
-            )
-        yield f"{gpus} GPUs, with {bytes_text(limit)} of each, the most tokens a second first:"
-        yield from combination_lines(found, timed=rates is not None)
-        if rates is not None:
-            yield f"expected between GPUs: {rates.between / 1e9:g} GB/s to each (not measured)"
-        return
+
+
+def _of_several(
+    request: Request,
+    tokens: int,
+    gpus: int,
+    limit: int,
+    modes: Sequence[str] | None,
+    timed: bool,
+) -> Iterator[str]:
+    """The ways to use several GPUs; the arguments are those of `combinations`."""
+    found = combinations(request, tokens, gpus, limit, modes)
+    if found[0].plan is None:
+        raise DoesNotFitError(
+            f"memory: a step does not fit into {bytes_text(limit)} of each of {gpus} GPUs, "
+            f"however they are used; what would fit on one: {request.advice(tokens, limit)}"
+        )
+    yield f"{gpus} GPUs, with {bytes_text(limit)} of each, the most tokens a second first:"
+    yield from combination_lines(found, timed=timed)
+    if timed:
+        between = request.rates.between / 1e9
+        yield f"expected between GPUs: {between:g} GB/s to each (not measured)"
+
+
+def _plan_within(request: Request, tokens: int, limit: int, modes: Sequence[str] | None) -> Plan:
+    """The plan of one GPU; DoesNotFitError where none is within the limit."""
+    planner, elimination = request.planner(tokens), request.elimination
     if modes is None or (elimination.host_memory and not elimination.moves):
         plan = planner.plan(limit, modes)
         if plan is None:
@@ -89,26 +144,16 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
                 f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} "
                 f"may be taken; what would fit: {request.advice(tokens, limit)}"
             )
-    else:
-        plan = planner.given(modes, limit)
-        if plan.host > elimination.host_bytes:
-            raise DoesNotFitError(
-                f"elimination.host_memory: expected {bytes_text(plan.host)} or more for offload "
-                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
-            )
-        if plan.peak > limit:
-            raise DoesNotFitError(
-                f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
-                f"with recompute auto {bytes_text(planner.least())} at least"
-            )
-    yield from plan_lines(plan)
-    yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
-    if plan.graphs:
-        yield f"CUDA graphs: {bytes_text(plan.graphs)} of it, also between steps"
-    if elimination.host_memory:
-        yield f"host memory: {bytes_text(plan.host)} of {bytes_text(elimination.host_bytes)}"
-    if rates is None:
-        yield "step time: not known here: no GPU to measure rates on"
-    else:
-        yield f"step time: {plan.seconds:.3g} s"
-    yield f"longest window that fits: {request.longest(limit)} tokens"
+        return plan
+    plan = planner.given(modes, limit)
+    if plan.host > elimination.host_bytes:
+        raise DoesNotFitError(
+            f"elimination.host_memory: expected {bytes_text(plan.host)} or more for offload "
+            f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
+        )
+    if plan.peak > limit:
+        raise DoesNotFitError(
+            f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
+            f"with recompute auto {bytes_text(planner.least())} at least"
+        )
+    return plan

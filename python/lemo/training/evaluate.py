@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lemo.data import Document, first_windows, read_documents
 from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
-from lemo.ops.linear_cross_entropy import CHUNK_BYTES
+from lemo.models.eval_mode import evaluating
+from lemo.models.loss import loss_chunk_rows
 from lemo.training import quantised
 from lemo.training.adapter import (
     base_model_name,
@@ -108,10 +109,8 @@ def evaluate(
         vocab_size = model.get_input_embeddings().weight.shape[0]
         groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
 
-    was_training = model.training
-    model.eval()
     results, done = [], 0
-    try:
+    with evaluating(model):
         for length, kinds in groups.items():
             for kind, windows in kinds.items():
                 losses = []
@@ -126,8 +125,6 @@ def evaluate(
                     if progress is not None:
                         progress(done, total)
                 results.append(_summary(kind, length, torch.stack(losses)))
-    finally:
-        model.train(was_training)
     return results
 
 
@@ -193,7 +190,7 @@ def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torc
     ids = ids.to(causal_lm.device)
     hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
     head = causal_lm.get_output_embeddings()
-    rows = max(CHUNK_BYTES // (4 * causal_lm.config.vocab_size), 1)
+    rows = loss_chunk_rows(causal_lm.config.vocab_size)
     segments = zip(hidden.split(rows), ids[1:].split(rows), strict=True)
     return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in segments])
 

@@ -17,9 +17,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lemo
 from lemo.attention import register_attention
@@ -34,7 +33,6 @@ from lemo.data import (
 )
 from lemo.files import new_folder, write_file
 from lemo.models.architectures import ARCHITECTURES
-from lemo.models.general import by_reason
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
 from lemo.selection.statistics import kept_map
@@ -44,12 +42,13 @@ from lemo.training import fingerprint, memory, quantised, remarks
 from lemo.training.behind import Copy, HostMemory, Writer
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
-from lemo.training.kept import KeptRows
+from lemo.training.kept_shares import KeptShares
 from lemo.training.model import (
     MODEL_CONFIG,
     adapter_weights,
     add_lora,
     extend_context,
+    leave_casts_to_autocast,
     load_config,
     load_model,
     load_tokenizer,
@@ -233,13 +232,32 @@ class _Run:
             elimination.heads if elimination else None,
             scores.digest if scores else None,
         )
+        self.peft_model = self._with_lora(base)
+        self.handle = None
+        if config.elimination is not None:
+            self.handle = self._enabled(config.elimination, answers, scores)
+        self.trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.trainable,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            # One kernel for all parameters.
+            fused=accelerator.device.type == "cuda",
+        )
+        self.optimizer = accelerator.prepare(optimizer)
+        self.model = self.peft_model if config.shard else accelerator.prepare(self.peft_model)
+        self.kept, self.host_memory = KeptShares(), HostMemory()
+
+    def _with_lora(self, base: PreTrainedModel) -> PeftModel:
+        """The model with its adapter, in training mode, where it is trained."""
+        config, accelerator = self.config, self.accelerator
         # The same start of LoRA in all processes, then dropout of their own.
         set_seed(config.seed)
-        self.peft_model: PeftModel = add_lora(base, config)
+        model = add_lora(base, config)
         set_seed(config.seed + accelerator.process_index)
-        self.peft_model.train()
+        model.train()
         if accelerator.mixed_precision != "no":
-            _leave_casts_to_autocast(self.peft_model)
+            leave_casts_to_autocast(model)
         if config.gradient_checkpointing:
             base.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -249,45 +267,30 @@ class _Run:
             # Others hold a mask of the size of tokens x tokens where a row has several examples.
             register_attention()
             base.set_attn_implementation("lemo")
-        # Before enable: lemo's scorers and predictors go where the weights are.
         if config.shard:
-            shard(self.peft_model, accelerator)
+            shard(model, accelerator)
         else:
-            self.peft_model.to(accelerator.device)
-        self.handle = None
-        if config.elimination is not None:
-            elimination = config.elimination.resolved(answers)
-            enabled = self._with_plan(elimination), self.replicas.context
-            self.handle = lemo.enable(self.peft_model, *enabled)
-            # Behind enable: a mistake in the settings is all that is said of them.
-            if elimination != config.elimination:
-                remarks.say_what_is_kept(elimination, answers)
-            remarks.check_scorer(elimination, answers)
-            remarks.check_blocks(config.context_length, self.handle.block_size, elimination)
-            if scores is not None:
-                remarks.check_stored_blocks(config.context_length, self.handle.block_size, scores)
-            with self._autocast():
-                for line in by_reason(self.handle.general_modules()):
-                    _log.info("runs as the module it is, not in lemo's code: %s", line)
-            for line in by_reason(self.handle.unquantised_products()):
-                _log.info("multiplies in the model's dtype, not in 8 bits: %s", line)
-        trainable = [p for p in self.peft_model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            # One kernel for all parameters.
-            fused=accelerator.device.type == "cuda",
-        )
-        self.optimizer = accelerator.prepare(optimizer)
-        self.model = self.peft_model if config.shard else accelerator.prepare(self.peft_model)
-        self.trainable = trainable
-        self.kept, self.host_memory = KeptRows(), HostMemory()
+            model.to(accelerator.device)
+        return model
 
-    def _with_plan(self, elimination: LemoConfig) -> LemoConfig:
-        if self.plan is None:
-            return elimination
-        return elimination.model_copy(update=self.plan.settings)
+    def _enabled(self, asked: LemoConfig, answers: bool, scores: ScoreStore | None) -> lemo.Handle:
+        """lemo on the model, which is where it is trained: scorers go where its weights are."""
+        elimination = asked.resolved(answers)
+        settings = elimination
+        if self.plan is not None:
+            settings = elimination.model_copy(update=self.plan.settings)
+        handle = lemo.enable(self.peft_model, settings, self.replicas.context)
+        # Behind enable: a mistake in the settings is all that is said of them.
+        if elimination != asked:
+            remarks.say_what_is_kept(elimination, answers)
+        remarks.check_scorer(elimination, answers)
+        length = self.config.context_length
+        remarks.check_blocks(length, handle.block_size, elimination)
+        if scores is not None:
+            remarks.check_stored_blocks(length, handle.block_size, scores)
+        with self._autocast():
+            remarks.say_what_runs_otherwise(handle)
+        return handle
 
     @property
     def windows_per_step(self) -> int:
@@ -543,13 +546,6 @@ def _accelerator(config: FinetuneConfig) -> Accelerator:
             f"{accelerator.distributed_type.value}"
         )
     return accelerator
-
-
-def _leave_casts_to_autocast(model: PeftModel) -> None:
-    """Prevents PEFT from casting every adapter input to fp32."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False
 
 
 def _least_limit(config: FinetuneConfig, accelerator: Accelerator) -> int | None:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from lemo.predictors.storage import content_digest
-from lemo.predictors.storage import fingerprint as shape_of
+from lemo.predictors.storage import content_digest, model_shape
 from lemo.relevance.heads import RetrievalHeads
 
 # Values of a tensor that are read: all of a small one, of a large one as many from even places.
@@ -86,7 +85,7 @@ def of_heads(file: str, model_config: Any) -> str:
     Raises:
         FileNotFoundError, ValueError: see `lemo.relevance.heads.RetrievalHeads.load`.
     """
-    return _digest(str(sorted(RetrievalHeads.load(file, shape_of(model_config)).heads)))
+    return _digest(str(sorted(RetrievalHeads.load(file, model_shape(model_config)).heads)))
 
 
 def of_weights(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -335,6 +336,13 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def leave_casts_to_autocast(model: PeftModel) -> None:
+    """Prevents PEFT from casting every adapter input to fp32."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def _check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:

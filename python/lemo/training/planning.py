@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 
 from lemo.files import write_file
 from lemo.planner.memory import MODES
-from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, bytes_text
+from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
-from lemo.planner.text import plan_lines
+from lemo.planner.text import bytes_text, plan_lines
 from lemo.planner.timing import Rates
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
@@ -219,34 +220,18 @@ def plan_run(
                 "planned what goes there, got null; or say elimination.offload"
             )
         return None
-    try:
-        if elimination is None:
-            raise ValueError("elimination: expected settings of it, got null")
-        request = replace(
-            request_of(config, elimination, model_config, dtype, device),
-            processes=config.context_parallel,
-            shards=processes if config.shard else 1,
-        )
-        planner = request.planner(config.context_length)
-    except ValueError as error:
-        name = "memory_limit"
-        if config.memory_limit is None:
-            if elimination is None or not elimination.host_memory or elimination.moves:
-                _log.info("no plan: %s", error)
-                return None
-            name = "elimination.host_memory"
-        raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
-    if elimination.recompute == "auto" and config.gradient_checkpointing:
-        elimination = elimination.model_copy(update={"recompute": "layer"})
-    asked: dict[str, Any] = {
-        "recompute": elimination.recompute,
-        "memory_limit": config.memory_limit,
-    }
-    if elimination.host_memory:
-        asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
-    if elimination.head_groups is not None:
-        asked["head_groups"] = elimination.head_groups
-    modes = elimination.recompute_modes(request.shape.layers)
+    predicted = _predicted(config, elimination, model_config, dtype, device, processes)
+    if predicted is None or elimination is None:
+        return None
+    request, planner = predicted
+    recompute: Any = elimination.recompute
+    if recompute == "auto" and config.gradient_checkpointing:
+        recompute = "layer"
+    asked = _asked(config, elimination, recompute)
+    modes: Sequence[str] | None = None
+    if recompute != "auto":
+        settings = elimination.model_copy(update={"recompute": recompute})
+        modes = settings.recompute_modes(request.shape.layers)
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
         plan = planner.given(modes, limit)
@@ -256,6 +241,69 @@ def plan_run(
         plan = _recorded(config, asked, planner, limit) or planner.plan(limit, modes)
         if plan is not None:
             return RunPlan(plan, asked, request)
+    message = _what_would_fit(config, request, planner, limit, modes)
+    if config.memory_limit is None and _keeps_less(elimination):
+        # What is predicted is an upper bound.
+        _log.warning("%s; scores may keep fewer rows, so the run begins", message)
+        smallest = planner.smallest(limit, modes)
+        return None if modes is not None else RunPlan(smallest, asked, request)
+    raise DoesNotFitError(message)
+
+
+def _predicted(
+    config: FinetuneConfig,
+    elimination: LemoConfig | None,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    processes: int,
+) -> tuple[Request, Planner] | None:
+    """What is planned, and its planner; None where memory cannot be predicted and need not be.
+
+    The arguments and the error are those of `plan_run`.
+    """
+    try:
+        if elimination is None:
+            raise ValueError("elimination: expected settings of it, got null")
+        request = replace(
+            request_of(config, elimination, model_config, dtype, device),
+            processes=config.context_parallel,
+            shards=processes if config.shard else 1,
+        )
+        return request, request.planner(config.context_length)
+    except ValueError as error:
+        name = "memory_limit"
+        if config.memory_limit is None:
+            if elimination is None or not elimination.host_memory or elimination.moves:
+                _log.info("no plan: %s", error)
+                return None
+            name = "elimination.host_memory"
+        raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
+
+
+def _asked(config: FinetuneConfig, elimination: LemoConfig, recompute: Any) -> dict[str, Any]:
+    """The settings that a plan follows from; a resumed run keeps the plan where they are equal."""
+    asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    if elimination.host_memory:
+        asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
+    if elimination.head_groups is not None:
+        asked["head_groups"] = elimination.head_groups
+    return asked
+
+
+def _what_would_fit(
+    config: FinetuneConfig,
+    request: Request,
+    planner: Planner,
+    limit: int,
+    modes: Sequence[str] | None,
+) -> str:
+    """What is said where no plan is within the limit.
+
+    Raises:
+        DoesNotFitError: it is the host that is too small.
+    """
+    elimination = request.elimination
     if elimination.moves:
         least = planner.of(modes or [MODES[-1]] * request.shape.layers, limit).host
         if least > elimination.host_bytes:
@@ -269,13 +317,7 @@ def plan_run(
     )
     if modes is not None:
         message += f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
-    message += f"; what would fit: {request.advice(config.context_length, limit)}"
-    if config.memory_limit is None and _keeps_less(elimination):
-        # What is predicted is an upper bound.
-        _log.warning("%s; scores may keep fewer rows, so the run begins", message)
-        smallest = planner.smallest(limit, modes)
-        return None if modes is not None else RunPlan(smallest, asked, request)
-    raise DoesNotFitError(message)
+    return message + f"; what would fit: {request.advice(config.context_length, limit)}"
 
 
 def _keeps_less(elimination: LemoConfig) -> bool:

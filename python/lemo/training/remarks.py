@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable
 from pathlib import Path
 
 from lemo.files import write_file
-from lemo.packing.blocks import block_tokens
+from lemo.models.enable import Handle
+from lemo.models.general import by_reason
+from lemo.packing.blocks import block_tokens, kept_blocks
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.training.run_folder import ELIMINATION_NAME
@@ -20,11 +21,18 @@ _log = logging.getLogger("lemo")
 
 
 def say(lines: Iterable[str]) -> None:
+    """Logs lines, such as those of a plan."""
     for line in lines:
         _log.info("%s", line)
 
 
 def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
+    """Logs what was left open and follows from the data.
+
+    Args:
+        elimination: the settings, none left open.
+        answers: whether answers alone have labels.
+    """
     size = elimination.block_size
     _log.info(
         "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
@@ -54,12 +62,27 @@ def check_scorer(elimination: LemoConfig, answers: bool) -> None:
         )
 
 
+def say_what_runs_otherwise(handle: Handle) -> None:
+    """Names modules that are not computed by lemo, and products that are not in 8 bits."""
+    for line in by_reason(handle.general_modules()):
+        _log.info("runs as the module it is, not in lemo's code: %s", line)
+    for line in by_reason(handle.unquantised_products()):
+        _log.info("multiplies in the model's dtype, not in 8 bits: %s", line)
+
+
 def write_elimination(folder: Path, elimination: LemoConfig) -> None:
     """Writes the settings that a run has, what was left open filled in, for its report."""
     write_file(folder / ELIMINATION_NAME, json.dumps(elimination.to_dict(), indent=2) + "\n")
 
 
 def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:
+    """Warns where blocks leave little to choose, or more is kept than is asked for.
+
+    Args:
+        length: tokens of a window.
+        block_size: tokens of a block, or a share of the window.
+        elimination: the settings, none left open.
+    """
     block_size = block_tokens(block_size, length)
     blocks = -(-length // block_size)
     if blocks < 4:
@@ -74,7 +97,7 @@ def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) 
     layerwise = elimination.layerwise
     for name, keep in (("keep", elimination.keep), ("layerwise.keep_mlp", layerwise.keep_mlp)):
         if layerwise.policy == "ratio" and isinstance(keep, float):
-            kept = math.ceil(keep * blocks - 1e-9) / blocks
+            kept = kept_blocks(keep, blocks) / blocks
             if kept - keep > 0.05:
                 _log.warning(
                     "elimination.%s: %g of %d blocks is rounded up to %g of the tokens; smaller "
@@ -87,6 +110,13 @@ def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) 
 
 
 def check_stored_blocks(length: int, block_size: int | float, scores: ScoreStore) -> None:
+    """Warns where blocks are shorter than those of stored scores.
+
+    Args:
+        length: tokens of a window.
+        block_size: tokens of a block, or a share of the window.
+        scores: they.
+    """
     tokens = block_tokens(block_size, length)
     if tokens < scores.block_size:
         _log.warning(

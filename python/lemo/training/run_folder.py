@@ -28,9 +28,13 @@ ELIMINATION_NAME = "elimination.json"  # the settings of config.yaml with what i
 KEPT_MAP_NAME = "kept_map.json"
 METRICS_NAME = "metrics.json"
 PLAN_NAME = "plan.json"
+RELEVANCE_NAME = "relevance.json"  # why blocks of one prompt are kept; only the demo writes it
 CHECKPOINTS_NAME = "checkpoints"
 ADAPTER_NAME = "adapter"
-RUN_FILES = (CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME, PLAN_NAME, ELIMINATION_NAME)
+RUN_FILES = (
+    *(CONFIG_NAME, LOG_NAME, KEPT_MAP_NAME, METRICS_NAME, PLAN_NAME, ELIMINATION_NAME),
+    RELEVANCE_NAME,
+)
 
 # Every file that lemo writes into the folders of a run.
 _CONTENTS = {

@@ -5,5 +5,5 @@ architectures: its own modules run on the kept rows, packed, at their original p
 attention is lemo's (docs/design/models.md). Read from the inside out: `parts` (what is asked of a
 model), `attention` (what its layers call), `kept` (the rows of a batch that are kept), `layout`
 (whether the model uses them as it should), `head` (the loss), `forward` (a training pass),
-`checks` (`handle.verify`).
+`verify` (`handle.verify`).
 """

@@ -320,7 +320,11 @@ def _attention(
 
 
 def own_attention(name: str, cls: type) -> Callable[..., Any]:
-    """The function by which an attention class attends under an implementation's name."""
+    """The function by which an attention class attends under an implementation's name.
+
+    Raises:
+        NotImplementedError: "eager", of a class that has none.
+    """
     if name != "eager":
         function: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS[name]
         return function

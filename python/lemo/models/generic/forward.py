@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import ModelOutput
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import sharing
+from lemo.models import context_checks
 from lemo.models.arguments import ForwardArguments
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
@@ -27,7 +27,7 @@ from lemo.models.labels import IGNORE_INDEX
 from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
 from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.models.sharded import check_around, check_unflattened, check_whole, is_sharded
+from lemo.models.sharded import check_inner_modules, check_unflattened, check_whole, is_sharded
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
@@ -100,7 +100,7 @@ class GenericForward(Training[Choice]):
         check_settings(parts.name, config)
         super().__init__(config, partial(_choice, parts.num_layers), context)
         if context is not None:
-            sharing.check_settings(config, self.selector)
+            context_checks.check_settings(config, self.selector)
         self._group_size = config.layerwise.group_size or 0
         self._parts = parts
         self.offload = Offload(config.host_bytes)
@@ -170,14 +170,8 @@ class GenericForward(Training[Choice]):
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
         parts, ignored = self._parts, arguments.ignored_label
-        if self.context is not None:
-            self.context.begin(parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
-        counted = self._counted(arguments, kept, targets, lost)
-        count = counted.rows.numel()
-        if self.context is not None:
-            assert kept.selection.rows is not None
-            counted = counted.among(kept.selection.rows, targets.numel())
+        counted, count = self._counted(arguments, kept, targets, lost)
         # The own code sees two rows without labels: what is left of its loss does not come from
         # labels, but from routers and the like.
         call, mask = self._own_arguments(arguments, kept)
@@ -185,7 +179,7 @@ class GenericForward(Training[Choice]):
         call["num_items_in_batch"] = 1
         now, own = self._run(kept, partial(self.own, **call), _two_rows, mask)
         assert now.hidden is not None
-        hidden = self._rows_of(now, kept, counted)
+        hidden = self._index(now.hidden[0], kept, counted)
         if now.has_more and self.context is not None:
             raise NotImplementedError(
                 f"context_parallel: {parts.name} adds a loss of its routers, which would be that "
@@ -236,14 +230,8 @@ class GenericForward(Training[Choice]):
             Its result, and the labels of the batch for each label that counts, fp32 scalar.
         """
         self.check_call(arguments)
-        if self.context is not None:
-            self.context.begin(self._parts.causal_lm, arguments.given)
         kept, targets, lost = self._keep(arguments)
-        counted = self._counted(arguments, kept, targets, lost)
-        count = counted.rows.numel()
-        if self.context is not None:
-            assert kept.selection.rows is not None
-            counted = counted.among(kept.selection.rows, targets.numel())
+        counted, count = self._counted(arguments, kept, targets, lost)
         call, mask = self._own_arguments(arguments, kept)
         call["shift_labels"] = counted.targets[None]
         if arguments.num_items_in_batch is not None:
@@ -283,7 +271,16 @@ class GenericForward(Training[Choice]):
         return self._pass is not None
 
     def decode(self, call: dict[str, Any], original: Callable[..., Any]) -> Any:
-        """The decoder's output for the kept rows of a call."""
+        """The decoder's output for the kept rows of a call.
+
+        Args:
+            call: its arguments by name, for all rows of the batch.
+            original: the decoder's own forward.
+
+        Raises:
+            ValueError: the decoder is called twice in a pass, or not every layer attends once.
+            NotImplementedError: it computes with its attention mask.
+        """
         now, parts = self._pass, self._parts
         assert now is not None
         if now.hidden is not None:
@@ -331,6 +328,8 @@ class GenericForward(Training[Choice]):
 
     def _keep(self, arguments: ForwardArguments) -> tuple[KeptBatch, Tensor, Tensor | None]:
         """(kept rows, next labels of all rows [T], labels that padding predicts)."""
+        if self.context is not None:
+            self.context.begin(self._parts.causal_lm, arguments.given)
         self._check(arguments)
         self.elimination = self._chosen(arguments)
         ids, embedded = arguments.input_ids, arguments.inputs_embeds
@@ -342,7 +341,7 @@ class GenericForward(Training[Choice]):
             positions = positions[0] if positions.shape[0] == 4 else None
         packed = PackedBatch(shape, mask, positions, device)
         size = self.elimination.block_size if self._forced is None else self._forced[1]
-        batch = Batch.of(packed, size, None, device)
+        batch = Batch.of(packed, size, device)
         targets, lost = next_labels(
             packed, arguments.labels, arguments.shift_labels, arguments.ignored_label
         )
@@ -375,7 +374,7 @@ class GenericForward(Training[Choice]):
     def _check(self, arguments: ForwardArguments) -> None:
         parts = self._parts
         check_unflattened(parts.causal_lm)
-        check_around(parts.causal_lm, parts.base, parts.decoder)
+        check_inner_modules(parts.causal_lm, parts.base, parts.decoder)
         check_adapters(parts.causal_lm)
         parts.check_installed(self._implementations)
         replace(arguments, unknown={}).check(self._parts.config)
@@ -387,11 +386,17 @@ class GenericForward(Training[Choice]):
 
     def _counted(
         self, arguments: ForwardArguments, kept: KeptBatch, targets: Tensor, lost: Tensor | None
-    ) -> CountedLabels:
+    ) -> tuple[CountedLabels, int]:
+        """(the labels that count and that this process predicts, how many all predict)."""
         config = self.elimination.config
         masked = masked_rows(kept.batch.layout, [kept.whole], True, config.burn_in)
         items, ignored = arguments.num_items_in_batch, arguments.ignored_label
-        return counted_labels(targets, masked, items, ignored, lost)
+        counted = counted_labels(targets, masked, items, ignored, lost)
+        number = counted.rows.numel()
+        if self.context is None:
+            return counted, number
+        assert kept.selection.rows is not None
+        return counted.among(kept.selection.rows, targets.numel()), number
 
     def _own_arguments(
         self, arguments: ForwardArguments, kept: KeptBatch
@@ -452,10 +457,6 @@ class GenericForward(Training[Choice]):
             )
         self._base = now.base or self._base
         return now, output
-
-    def _rows_of(self, now: _Pass, kept: KeptBatch, counted: CountedLabels) -> Tensor:
-        assert now.hidden is not None
-        return self._index(now.hidden[0], kept, counted)
 
     def _index(self, hidden: Tensor, kept: KeptBatch, counted: CountedLabels) -> Tensor:
         """[N, H], of the kept rows' hidden states [R, H] those whose labels count."""

@@ -8,9 +8,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.arguments import ForwardArguments
-from lemo.models.generic.checks import verify
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
+from lemo.models.generic.verify import verify
 from lemo.models.labelled_rows import fused_call, with_head
 from lemo.models.path import Path, Steering, returned
 from lemo.models.replaced_forward import Implementation, ReplacedForward

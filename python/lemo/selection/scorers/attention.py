@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.predictors.storage import fingerprint
+from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers
-from lemo.relevance.attention import head_relevance
+from lemo.relevance.attention import head_relevance, with_keys
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers.answers import AnswerScorer
 from lemo.selection.scorers.base import BlockedBatch, ScoredModel
@@ -49,7 +49,7 @@ class AttentionScorer(AnswerScorer):
         Raises:
             FileNotFoundError, ValueError: see `RetrievalHeads.load`.
         """
-        heads = RetrievalHeads.load(path, fingerprint(model.config))
+        heads = RetrievalHeads.load(path, model_shape(model.config))
         return cls(heads, model, scout, seed)
 
     def relevance(
@@ -69,10 +69,8 @@ class AttentionScorer(AnswerScorer):
             )
         parts = []
         for index, q, k in self._scout(batch, residual, layer, self._heads):
-            mine = self._heads[index]
-            keys = k[:, [head // (q.shape[1] // k.shape[1]) for head in mine]]
-            scale = self._model.scale(index)
-            parts.append(head_relevance(q[:, mine], keys, batch.layout, answers, scale))
+            mine, scale = with_keys(q, k, self._heads[index]), self._model.scale(index)
+            parts.append(head_relevance(*mine, batch.layout, answers, scale))
         size = batch.layout.block_size
         relevance: list[Tensor | None] = []
         for ids, found, *heads in zip(texts, answers, *parts):

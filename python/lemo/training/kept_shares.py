@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lemo.selection.statistics import LayerStatistics
 
 
-class KeptRows:
+class KeptShares:
     """Sums the statistics of the forward passes of a step, without a read-back from the device."""
 
     def __init__(self) -> None:

@@ -1,14 +1,15 @@
 """The generic path against the model's own forward, with all rows and with some left out."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lemo import ops
 from lemo.models.arguments import ForwardArguments
+from lemo.models.eval_mode import evaluating
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
 from lemo.models.labels import IGNORE_INDEX
@@ -53,7 +54,8 @@ def _verify_text(
     trainable = {"the embedded tokens": embedded}
     trainable |= {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        # Its own code may make noise of any kind, not dropout alone.
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         arguments["inputs_embeds"] = embedded
         columns = torch.arange(embedded.shape[1], device=embedded.device)[None]
@@ -100,7 +102,7 @@ def _verify_as_called(parts: Parts, forward: GenericForward, batch: Mapping[str,
     arguments = {"labels": arguments.get("input_ids"), **arguments, "use_cache": False}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         with forward.dense():
             expected = own_forward(model, arguments).loss
@@ -124,19 +126,6 @@ def _compare(
             f"model: lemo does not compute what {parts.name} computes, {when}: {difference}. "
             "Train without lemo"
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout nor noise of any kind, which a model's own code may make, and no checkpointing."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _first_sequence(arguments: Mapping[str, Any]) -> int:

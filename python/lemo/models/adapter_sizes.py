@@ -1,0 +1,75 @@
+"""The sizes of a model's adapters, as the planner has to know them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lemo.models.adapters import adapted
+from lemo.models.architectures import Architecture
+from lemo.planner.shape import LINEAR, Adapters
+
+__all__ = ["adapters_of_layer", "adapters_of_layers"]
+
+
+def adapters_of_layers(
+    architecture: Architecture, dtype: torch.dtype, autocast: bool
+) -> Adapters | None:
+    """LoRA on a decoder, at most: what `adapters_of_layer` says of all layers together."""
+    found: Adapters | None = None
+    for index in range(architecture.num_layers):
+        each = adapters_of_layer(architecture.layer(index), dtype, autocast)
+        if each is None:
+            return None
+        found = each if found is None else found.united(each)
+        if found is None:
+            return None
+    return found
+
+
+def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> Adapters | None:
+    """LoRA on a decoder layer; None where it trains something else.
+
+    Args:
+        layer: of Llama's kind.
+        dtype: of its activations.
+        autocast: whether autocast is on.
+    """
+    known: set[int] = set()
+    ranks, sizes, targets, dropout = [0], set(), set(), False
+    for name in LINEAR:
+        part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+        module = getattr(part, name, None)
+        if module is None:
+            return None
+        linear = adapted(module)
+        if isinstance(linear, str) or len(linear.pairs) > 1:
+            return None
+        for pair in linear.pairs:
+            if pair.bias is not None or pair.magnitude is not None:
+                return None
+            known |= {id(pair.a), id(pair.b)}
+            sizes.add(pair.a.dtype)
+            targets.add(name)
+            ranks.append(pair.a.shape[0])
+            dropout |= pair.dropout > 0
+    norms = False
+    for name, module in layer.named_modules():
+        if "norm" in name.rpartition(".")[2] or ".modules_to_save" in name:
+            for parameter in module.parameters(recurse=False):
+                if parameter.requires_grad:
+                    known.add(id(parameter))
+                    sizes.add(parameter.dtype)
+                    norms = True
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    if any(id(parameter) not in known for parameter in trained) or len(sizes) > 1:
+        return None
+    adapter = next(iter(sizes), dtype)
+    return Adapters(
+        max(ranks),
+        frozenset(targets),
+        adapter.itemsize,
+        apart=adapter != dtype and not autocast,
+        dropout=dropout,
+        norms=norms,
+    )
