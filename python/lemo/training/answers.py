@@ -22,7 +22,7 @@ from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.models.eval_mode import evaluating
 from lemo.models.labels import IGNORE_INDEX
-from lemo.training.evaluate import load_for_evaluation, plain_head_of
+from lemo.training.evaluate import load_for_evaluation, logits_of_rows
 from lemo.training.model import load_config, load_tokenizer
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
@@ -56,16 +56,13 @@ def answers_of(model: PreTrainedModel | PeftModel, example: Encoded) -> list[Ans
         model: a causal LM in eval mode.
         example: ids and labels; labels are not shifted.
     """
-    causal_lm = plain_head_of(model)
-    device = causal_lm.device
     ids, labels = torch.tensor(example.ids), torch.tensor(example.labels)
     rows = (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
     if not len(rows):
         return []
-    hidden = causal_lm.base_model(input_ids=ids[None].to(device), use_cache=False)
     # Logits of the rows that predict answers only.
-    logits = causal_lm.get_output_embeddings()(hidden.last_hidden_state[0, rows.to(device)]).float()
-    wanted = labels[rows + 1].to(device)
+    logits = logits_of_rows(model, ids, rows)
+    wanted = labels[rows + 1].to(logits.device)
     losses = cross_entropy(logits, wanted, reduction="none").cpu()
     right = (logits.argmax(-1) == wanted).cpu()
     # An answer ends where the next row does not follow the last one.

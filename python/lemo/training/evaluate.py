@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -92,9 +93,10 @@ def evaluate(
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
     if isinstance(model, str | Path):
-        config = load_config(str(model), supported=ARCHITECTURES)
+        config = load_config(str(model))
         tokenizer = tokenizer or load_tokenizer(str(model))
-        groups, total = _windows(documents, tokenizer, lengths, limit, config.vocab_size)
+        vocab_size = config.get_text_config().vocab_size
+        groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
         model = load_for_evaluation(
             str(model),
             max(lengths),
@@ -144,8 +146,7 @@ def load_for_evaluation(
         adapter, rope_scaling, dtype, device: see :func:`evaluate`.
     """
     place = pick_device(device, elimination=False)
-    # Their logits are a plain projection of the last hidden state, which window_losses relies on.
-    config = load_config(model, supported=ARCHITECTURES)
+    config = load_config(model)
     folder = None if adapter is None else find_adapter(adapter)
     if folder is not None:
         config = trained_config(folder, config, model)
@@ -162,37 +163,56 @@ def load_for_evaluation(
     return loaded if is_placed and folder is None else loaded.to(place)
 
 
-def plain_head_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The causal LM, whose logits are its output embedding's product with the last hidden state.
+def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The causal LM, without PEFT's wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
-    Raises:
-        ValueError: a class of which lemo does not know that; others scale or cap their logits.
+
+def has_plain_head(causal_lm: PreTrainedModel) -> bool:
+    """Whether logits are known to be the output embedding's product with the last hidden state;
+    other models may scale or cap theirs."""
+    return any(kind.__name__ in ARCHITECTURES for kind in type(causal_lm).__mro__)
+
+
+@torch.no_grad()
+def logits_of_rows(
+    model: PreTrainedModel | PeftModel, ids: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    """Logits of some rows of a sequence, [R, vocabulary] float32; those of others are made only
+    where a model of another kind than lemo's own has no `logits_to_keep`.
+
+    Args:
+        model: a causal LM in eval mode.
+        ids: [T].
+        rows: [R] int64.
     """
-    causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not any(kind.__name__ in ARCHITECTURES for kind in type(causal_lm).__mro__):
-        raise ValueError(
-            f"model: expected one of {', '.join(ARCHITECTURES)}, got {type(causal_lm).__name__}, "
-            "whose logits may be another function of its hidden states"
-        )
-    return causal_lm
+    causal_lm = causal_lm_of(model)
+    ids, rows = ids.to(causal_lm.device)[None], rows.to(causal_lm.device)
+    if has_plain_head(causal_lm):
+        hidden = causal_lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, rows]
+        return causal_lm.get_output_embeddings()(hidden).float()
+    if "logits_to_keep" in inspect.signature(causal_lm.forward).parameters:
+        return causal_lm(input_ids=ids, use_cache=False, logits_to_keep=rows).logits[0].float()
+    return causal_lm(input_ids=ids, use_cache=False).logits[0, rows].float()
 
 
 @torch.no_grad()
 def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """Cross entropies of the tokens after the first: ids [length] -> float32 [length - 1], in nats.
 
-    The head runs on chunks of rows, so logits of the whole window never exist.
-
-    Raises:
-        ValueError: see `plain_head_of`.
+    The head runs on chunks of rows, so logits of the whole window never exist; of models of other
+    kinds than lemo's own they do.
     """
-    causal_lm = plain_head_of(model)
+    causal_lm = causal_lm_of(model)
     ids = ids.to(causal_lm.device)
-    hidden = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0, :-1]
-    head = causal_lm.get_output_embeddings()
-    rows = loss_chunk_rows(causal_lm.config.vocab_size)
-    segments = zip(hidden.split(rows), ids[1:].split(rows), strict=True)
-    return torch.cat([cross_entropy(head(h).float(), y, reduction="none") for h, y in segments])
+    rows = loss_chunk_rows(causal_lm.config.get_text_config().vocab_size)
+    if has_plain_head(causal_lm):
+        states = causal_lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state
+        head = causal_lm.get_output_embeddings()
+    else:
+        states, head = causal_lm(input_ids=ids[None], use_cache=False).logits, torch.nn.Identity()
+    parts = zip(states[0, :-1].split(rows), ids[1:].split(rows), strict=True)
+    return torch.cat([cross_entropy(head(x).float(), y, reduction="none") for x, y in parts])
 
 
 def write_metrics(path: Path, results: Sequence[dict[str, Any]]) -> None:

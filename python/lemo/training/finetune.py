@@ -32,7 +32,6 @@ from lemo.data import (
     tokenizing_threads,
 )
 from lemo.files import new_folder, write_file
-from lemo.models.architectures import ARCHITECTURES
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
 from lemo.selection.statistics import kept_map
@@ -195,8 +194,7 @@ class _Run:
         self.config = config
         self.accelerator = accelerator
         self.replicas = Replicas.of(config, accelerator)
-        supported = None if config.elimination is None else ARCHITECTURES
-        model_config = load_config(config.model, supported, remarks.OTHER_MODELS)
+        model_config = load_config(config.model)
         if config.shard:
             check_sharding(config, model_config, accelerator)
         extend_context(model_config, config.context_length, config.rope_scaling)
@@ -212,7 +210,7 @@ class _Run:
         scores = _stored_scores(config, tokenizer)
         vocab_size = model_config.get_text_config().vocab_size
         self.windows = _windows(config, tokenizer, vocab_size, scores)
-        dtype = pick_dtype(config.dtype, accelerator.device, supported is not None)
+        dtype = pick_dtype(config.dtype, accelerator.device, config.elimination is not None)
         answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
         wanted = config.elimination and config.elimination.resolved(answers)
         limit = _least_limit(config, accelerator)

@@ -47,15 +47,12 @@ _NO_KERNELS = (
 )
 
 
-def load_config(
-    model: str, supported: Iterable[str] | None = None, others: str = ""
-) -> PreTrainedConfig:
+def load_config(model: str, supported: Iterable[str] | None = None) -> PreTrainedConfig:
     """Configuration of a model folder or hub name.
 
     Args:
         model: folder or hub name.
         supported: names of the classes that will do; None: every causal language model.
-        others: what can be done with other classes, for the message.
 
     Raises:
         FileNotFoundError: neither a folder with a config.json nor a model that can be reached.
@@ -78,7 +75,6 @@ def load_config(
         )
         raise ValueError(
             f"model: expected {wanted}, got '{model}' of type {name or config.model_type}"
-            + (f"; {others}" if name and others else "")
         )
     # A model without memory shows what does not fit before anything else takes time.
     with naming(f"model: the config.json of '{model}' makes no model"), torch.device("meta"):

@@ -15,8 +15,6 @@ from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
 from lemo.training.run_folder import ELIMINATION_NAME
 
-OTHER_MODELS = "--dense trains others as they are, and lemo.enable in Python most of them"
-
 _log = logging.getLogger("lemo")
 
 
