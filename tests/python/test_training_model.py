@@ -1,12 +1,13 @@
 """Context extension, loading models and adapters."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, OPTConfig
 
 from lemo import _C
 from lemo.ops import supports_device
@@ -53,6 +54,24 @@ def test_linear_scaling_interpolates_positions():
     extend_context(config, 256, "linear")
     torch.testing.assert_close(frequencies(config, 256), base / 4)
     assert config.max_position_embeddings == 256
+
+
+def test_rotations_of_sliding_windows_stay():
+    config = AutoConfig.for_model("gemma3_text", max_position_embeddings=64)
+    before = copy.deepcopy(config.rope_parameters)
+    extend_context(config, 256, "linear")
+    assert config.rope_parameters["sliding_attention"] == before["sliding_attention"]
+    scaled = {"rope_type": "linear", "factor": 4.0}
+    assert config.rope_parameters["full_attention"] == before["full_attention"] | scaled
+    assert config.max_position_embeddings == 256
+
+
+@pytest.mark.parametrize("name", ["bloom", "mamba"])
+def test_models_without_a_limit_reach_every_length(name):
+    config = AutoConfig.for_model(name)
+    before = config.to_dict()
+    extend_context(config, 2**20, "linear")
+    assert config.to_dict() == before
 
 
 def test_yarn_keeps_fast_and_interpolates_slow_frequencies():

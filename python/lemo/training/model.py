@@ -276,7 +276,8 @@ def pick_dtype(name: str, device: torch.device, elimination: bool = False) -> to
 def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> None:
     """Scale the rotary embedding of ``config`` (in place) so that it reaches ``length`` tokens.
 
-    Nothing changes where the model reaches as far already, or with ``rope_scaling`` "none".
+    Nothing changes where the model reaches as far already, has no limit, or with ``rope_scaling``
+    "none". Of models with a rotation for each kind of layer that of sliding windows stays.
 
     Args:
         length: tokens of a window.
@@ -285,8 +286,9 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
     Raises:
         ValueError: the model has learned positions, or its rotary embedding is scaled already.
     """
-    original = config.max_position_embeddings
-    if length <= original:
+    config = config.get_text_config()
+    original = getattr(config, "max_position_embeddings", None)
+    if original is None or length <= original:
         return
     rope = getattr(config, "rope_parameters", None)
     if not rope:
@@ -296,19 +298,21 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
         )
     if rope_scaling == "none":
         return
-    if rope.get("rope_type") != "default":
+    by_kind = isinstance(rope.get("full_attention"), dict)
+    scaled = dict(rope["full_attention"] if by_kind else rope)
+    if scaled.get("rope_type") != "default":
         raise ValueError(
-            f"rope_scaling: the model's rotary embedding is of type '{rope.get('rope_type')}' for "
-            f"{original} tokens, so it cannot be scaled to {length} by '{rope_scaling}'; "
+            f"rope_scaling: the model's rotary embedding is of type '{scaled.get('rope_type')}' "
+            f"for {original} tokens, so it cannot be scaled to {length} by '{rope_scaling}'; "
             "use rope_scaling none, or a context_length within the model's"
         )
-    rope = dict(rope, rope_type=rope_scaling, factor=length / original)
+    scaled |= {"rope_type": rope_scaling, "factor": length / original}
     if rope_scaling == "yarn":
-        rope["original_max_position_embeddings"] = original
+        scaled["original_max_position_embeddings"] = original
     # The dynamic kind compares each length with the original one, so that must stay.
     if rope_scaling != "dynamic":
         config.max_position_embeddings = length
-    config.rope_parameters = rope
+    config.rope_parameters = {**rope, "full_attention": scaled} if by_kind else scaled
 
 
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:

@@ -357,8 +357,8 @@ def _attend(
         rows.calls += 1
     if dropout:
         raise ValueError(
-            f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; load "
-            "the model with attention_dropout=0.0"
+            f"attention_dropout: lemo's attention has none, but {rows.model} has {dropout}; set it "
+            "to 0 in the model's configuration (attn_pdrop in those of GPT-2's kind)"
         )
     if mask.window is None and mask.seen is None:
         raise NotImplementedError(
