@@ -129,6 +129,9 @@ def load_model(
         more["quantization_config"] = quantization_config(quantize, dtype)
     if quantize is not None or stored:
         more["device_map"] = {"": device or torch.device("cpu")}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        # By themselves older Transformers take PyTorch's attention, which leaves the softcap out.
+        more["attn_implementation"] = "eager"
     try:
         with naming(f"model: the weights of '{model}' are damaged or cannot be used", OSError):
             loaded, report = AutoModelForCausalLM.from_pretrained(
