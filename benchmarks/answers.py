@@ -374,11 +374,12 @@ def relevance(method: Method, setting: Setting, options: argparse.Namespace) -> 
     """Rows of one scorer, at each share of --keeps."""
     for keep in options.keeps:
         entry = {**method.elimination, "keep": keep}
+        of_none = {name: x for name, x in entry.items() if name not in FILES.values()}
         trial, random = (
             Trial(setting.base, each, options.rank, 0, options.device)
             for each in (
                 Method(method.name, entry, method.scores),
-                Method("random", {**entry, "scorer": "random"}),
+                Method("random", {**of_none, "scorer": "random"}),
             )
         )
         recall = Recall()

@@ -17,6 +17,8 @@ from answer_tasks import TRAINED, Answer, Mixture, Window, make_haystacks
 from answer_tasks.book import ANSWER_TOKENS
 from answer_tasks.paraphrases import HELD_OUT_PAIRS, TRAIN_PAIRS
 from lemo.data import Document
+from lemo.predictors.storage import model_shape
+from lemo.relevance.heads import RetrievalHeads
 from lemo.training.model import load_config, load_model
 from tiny import save_tiny_llama, tiny_tokenizer
 
@@ -540,6 +542,15 @@ def test_relevance_without_training(inputs):
         assert row["keep"] == 0.5 or row["recall"] == 100.0
     recall = {(row["scorer"], row["keep"]): row["recall"] for row in rows if row["task"] == "mean"}
     assert recall["lexical", 0.5] > recall["random", 0.5]
+
+
+def test_relevance_by_retrieval_heads(inputs):
+    shape = model_shape(load_config(str(inputs / "model")))
+    RetrievalHeads(shape, ((0, 1),)).save(inputs / "heads.json")
+    run = arguments(inputs, "--tasks", "number", "--keeps", "0.5", "--relevance", "attention")
+    assert answers.main([*run, "--heads", f"{inputs / 'heads.json'}"]) == 0
+    rows = read_rows(inputs / "rows.jsonl")
+    assert {row["scorer"] for row in rows} == {"attention"}
 
 
 def test_haystacks_come_back_from_the_cache(inputs):
