@@ -112,7 +112,7 @@ def commands(
     commit: str,
     gpus: Iterable[int],
 ) -> list[list[str]]:
-    """A part's commands, without the interpreter."""
+    """A part's commands; those of Python without the interpreter."""
     values = {**where, "gpu": ",".join(str(gpu) for gpu in gpus)}
     made = []
     for text in part.run:
@@ -126,6 +126,12 @@ def commands(
             command += ["--commit", commit]
         made.append(command)
     return made
+
+
+def interpreter(command: list[str]) -> list[str]:
+    """What comes before a command: Python, or nothing before a program."""
+    is_program = not command[0].startswith("-") and not command[0].endswith(".py")
+    return [] if is_program else [sys.executable]
 
 
 def environment(part: Part, gpus: Iterable[int]) -> dict[str, str]:
@@ -146,7 +152,8 @@ def shown(part: Part, command: list[str], gpus: Iterable[int]) -> str:
     variables = environment(part, gpus)
     kept = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH", "HF_HUB_OFFLINE")
     assigned = [f"{name}={shlex.quote(variables[name])}" for name in kept]
-    return " ".join([*assigned, "python3", shlex.join(command)])
+    python = ["python3"] if interpreter(command) else []
+    return " ".join([*assigned, *python, shlex.join(command)])
 
 
 class Places:
@@ -196,7 +203,7 @@ def run_part(part: Part, made: list[list[str]], gpus: list[int], log: Path, limi
             print(f"$ {shown(part, command, gpus)}", file=out, flush=True)
             codes.append(
                 bounded(
-                    [sys.executable, *command],
+                    [*interpreter(command), *command],
                     {**os.environ, **environment(part, gpus)},
                     out,
                     limit - (time.monotonic() - began),
