@@ -3,14 +3,14 @@
     python benchmarks/fp8_quality.py --model MODEL --train TRAIN.jsonl.xz --eval EVAL.jsonl.xz
 
 Measured: perplexity of held-out windows, by the model's own forward pass, after --steps steps of
-LoRA with half of the blocks kept (the defaults) and products "fp8". Against: products "dtype", with
-the same start, windows, kept blocks and learning rates, for each seed. Takes about ten seconds a
-seed for a model of 28M parameters on an H200. The protocol of docs/QUALITY.md has longer windows
-and more steps (`quality.py`, methods fp8-0.5 and fp8-1); this one tells what rounding does, all
-else equal.
+LoRA with half of the blocks kept (the defaults) and products "fp8" and "fp8_fast". Against:
+products "dtype", with the same start, windows, kept blocks and learning rates, for each seed. Takes
+about 15 seconds a seed for a model of 28M parameters on an H200. The protocol of docs/QUALITY.md
+has longer windows and more steps (`quality.py`, methods fp8-0.5 and fp8-1); this one tells what
+rounding does, all else equal.
 
-One record for each seed is appended: bench, shape, ours, peer_value, ratio, and `before`, the
-perplexity without training.
+One record for each seed and kind of products is appended: bench, shape, ours, peer_value, ratio,
+and `before`, the perplexity without training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lemo.data import read_documents
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.model import add_lora, load_config, load_model, load_tokenizer
 
-PRODUCTS = ("dtype", "fp8")
+PRODUCTS = ("dtype", "fp8", "fp8_fast")
 WARMUP = 10
 
 
@@ -118,18 +118,20 @@ def main() -> None:
     common = records.provenance(options.commit, options.device)
     for seed in options.seeds:
         found = {name: trained(options, seed, name, data, held_out) for name in PRODUCTS}
-        (before, ours, left), (_, peer, _) = found["fp8"], found["dtype"]
-        shape = {"model": options.model.resolve().name, "tokens": options.tokens}
-        shape |= {"batch": options.batch, "steps": options.steps, "keep": options.keep}
-        shape |= {"learning_rate": options.learning_rate, "seed": seed, "products": "fp8"}
-        row = records.figure(
-            *("fp8 perplexity", shape, "perplexity", ours, "products in bf16", peer),
-            digits=5,
-            before=round(before, 4),
-            left=left,
-        )
-        records.append(options.output, [row | common])
-        records.show(row, f"seed {seed} before {before:.3f} ")
+        before, peer, _ = found["dtype"]
+        for name in PRODUCTS[1:]:
+            _, ours, left = found[name]
+            shape = {"model": options.model.resolve().name, "tokens": options.tokens}
+            shape |= {"batch": options.batch, "steps": options.steps, "keep": options.keep}
+            shape |= {"learning_rate": options.learning_rate, "seed": seed, "products": name}
+            row = records.figure(
+                *("fp8 perplexity", shape, "perplexity", ours, "products in bf16", peer),
+                digits=5,
+                before=round(before, 4),
+                left=left,
+            )
+            records.append(options.output, [row | common])
+            records.show(row, f"seed {seed} {name} before {before:.3f} ")
 
 
 if __name__ == "__main__":
