@@ -4,9 +4,9 @@
 # Runs FOLDER/lemo_gpu_tests under the four tools of compute-sanitizer, and Python tests of the ops
 # under memcheck: there the bindings allocate the kernels' scratch. Every suite under every tool is
 # a process of its own, JOBS of them at a time (default: the cores, 16 at most), each for LIMIT
-# seconds at most (default 200). A line for each as it ends, then what failed and the ends of those
-# logs; all logs stay in build/sanitize. The exit status is 1 if one of them found anything, did not
-# end, or did not get as far as a summary.
+# seconds at most (default 200). A line for each as it ends, then what failed, and what those logs
+# begin and end with; all logs stay in build/sanitize. The exit status is 1 if one of them found
+# anything, did not end, or did not get as far as a summary.
 #
 # racecheck follows every access to shared memory and takes a hundred times as long as the rest:
 # of a suite with tests named Small... it runs those only, which reach every kernel.
@@ -140,6 +140,9 @@ echo "== $clean of $total clean, $((SECONDS - start)) s, $jobs at a time"
 grep -v 'clean$' "$logs/summary" | while read -r line; do
     name=$(sed -E 's/^[0-9]+ s +([^ ]+ [^ ]+) .*/\1/' <<< "$line")
     echo "== $line"
-    tail -n 25 "$logs/${name//[ \/]/_}.log"
+    log="$logs/${name//[ \/]/_}.log"
+    # What was found first, without the host's side of it, and how it ended.
+    grep '^=========' "$log" | grep -v 'Host Frame' | head -n 25
+    tail -n 15 "$log"
 done >&2
 exit 1
