@@ -6,6 +6,7 @@ benchmarks/results/memory.jsonl; of each setting the last row counts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,8 @@ MEASURED = {
     "host_gib": ("predicted_host_gib", "host, GiB"),
     "step_s": ("predicted_s", "step, s"),
 }
+# Of a longest window: how much longer one is that did not train.
+NEAR = 1.06
 # Cap and how weights are stored.
 Column = tuple[float, str | None]
 
@@ -77,7 +80,7 @@ def longest_within(rows: list[dict[str, Any]]) -> str:
         if tokens is None:
             continue
         order += [] if name in order else [name]
-        bound = "+" if is_bounded and row.get("too_long") is None else ""
+        bound = "+" if is_bounded and (row.get("too_long") or math.inf) > NEAR * tokens else ""
         cells.setdefault(name, {})[column] = f"{tokens}{bound} ({row['step_s']:.1f} s)"
     if not cells:
         return ""

@@ -215,6 +215,8 @@ def test_tables_of_the_longest_windows():
         window("liger", 24.0, 1024, 4.0),
         window("liger", 24.0, 21504, 4.0),
         window("liger", 48.0, 87040, 24.04, bounded_by="time", too_long=None),
+        window("lemo-1", 48.0, 59392, 1.5, bounded_by="trials", too_long=103424),
+        window("lemo-0.25", 48.0, 59392, 1.5, bounded_by="trials", too_long=60416),
         window("cce", 24.0, None, None, failed="ImportError: no cce"),
         window("checkpointing", 24.0, 9, 9.0, gpu=None),
         planned(99904, 3.0, share=1.0, context=0.75),
@@ -223,11 +225,12 @@ def test_tables_of_the_longest_windows():
         planned(1048576, 124.6),
     ]
     text = longest_page.figures(rows)
-    assert text.splitlines()[2:8] == [
+    assert text.splitlines()[2:9] == [
         "|  | 24 GiB, bf16 | 24 GiB, nf4 | 48 GiB, bf16 |",
         "| --- | ---: | ---: | ---: |",
         "| Liger kernels, checkpointing | 21504 (4.0 s) |  | 87040+ (24.0 s) |",
-        "| lemo, keep 1, layers recomputed | 23552 (4.0 s) |  |  |",
+        "| lemo, keep 1, layers recomputed | 23552 (4.0 s) |  | 59392+ (1.5 s) |",
+        "| lemo, keep 0.25, layers recomputed |  |  | 59392 (1.5 s) |",
         "| lemo, keep 0.25, planned | 99904 (3.0 s) | 238112 (11.0 s) |  |",
         "",
     ]
