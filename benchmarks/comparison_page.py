@@ -97,23 +97,26 @@ def fastest_exact(rows: Rows, tokens: int) -> str | None:
 
 def shares(rows: Rows) -> str:
     """Steps of lemo as shares of the fastest exact contender's; empty where there are none."""
-    ours = [name for name in names_of(rows) if name.startswith("lemo")]
+    peers = {tokens: fastest_exact(rows, tokens) for tokens in lengths_of(rows)}
     lines = []
-    for tokens in lengths_of(rows):
-        peer = fastest_exact(rows, tokens)
-        if peer is None:
-            continue
-        cells = []
-        for name in ours:
-            step = rows.get((name, tokens), {}).get("step_s")
-            cells.append("" if step is None else f"{step / rows[peer, tokens]['step_s']:.3f}")
-        if any(cells):
-            seconds = f"{rows[peer, tokens]['step_s']:.2f} s"
-            lines.append([str(tokens), f"{title_of(peer)}, {seconds}", *cells])
+    for name in names_of(rows):
+        steps = [rows.get((name, tokens), {}).get("step_s") for tokens in peers]
+        cells = [
+            "" if step is None or peer is None else f"{step / rows[peer, tokens]['step_s']:.3f}"
+            for step, (tokens, peer) in zip(steps, peers.items())
+        ]
+        if name.startswith("lemo") and any(cells):
+            lines.append([title_of(name), *cells])
     if not lines:
         return ""
-    head = ["tokens", "fastest exact method", *(title_of(name) for name in ours)]
-    return markdown(head, ["---:", "---", *["---:"] * len(ours)], lines)
+    fastest = [
+        "" if peer is None else f"{title_of(peer)}, {rows[peer, tokens]['step_s']:.2f} s"
+        for tokens, peer in peers.items()
+    ]
+    head = ["", *(f"{tokens} tokens" for tokens in peers)]
+    return markdown(
+        head, ["---", *["---:"] * len(peers)], [["fastest exact method", *fastest], *lines]
+    )
 
 
 def host_table(rows: Rows) -> str:

@@ -330,8 +330,9 @@ def test_tables_show_the_last_row_of_each():
     ]
     # What is not exact is no measure.
     assert comparison_page.shares(rows).splitlines()[2:] == [
-        "| 8192 | Transformers + PEFT, nothing recomputed, 2.00 s | 0.500 |",
-        "| 65536 | Liger kernels, checkpointing, 16.00 s | 0.250 |",
+        "| fastest exact method | Transformers + PEFT, nothing recomputed, 2.00 s | "
+        "Liger kernels, checkpointing, 16.00 s |",
+        "| lemo, keep 0.5, layers recomputed | 0.500 | 0.250 |",
     ]
     text = comparison_page.figures(ROWS)
     assert "- Unsloth: ImportError: no unsloth (at 8192 tokens)." in text
