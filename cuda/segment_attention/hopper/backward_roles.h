@@ -228,9 +228,7 @@ __device__ void consume_probabilities(const BackwardArguments& args,
             shared.dout_full[at.stage].wait(at.parity);
             // As in consume_backward, dq before the first step and the scores behind the last one
             // are computed of what lies there, and not used.
-            if (!first_step) {
-                sync_named(Traits::kFirstDscoresBarrier + dscores_stage, Traits::kRolesThreads);
-            }
+            sync_named(Traits::kFirstDscoresBarrier + dscores_stage, Traits::kRolesThreads);
             role.start_dq(dscores_stage, dq);
             role.start_gradient(probabilities, shared.dout[at.stage], dv);
             wait_mmas<1>();  // dq
@@ -308,6 +306,8 @@ __device__ void consume_gradients(const BackwardArguments& args, BackwardShared<
     arrive_named(Traits::kWeightsEmptyBarrier, Traits::kRolesThreads);  // they are at first
     shared.q_full[0].wait(0);
     if (shared.steps[0].m_tile >= 0) {
+        // Of the step before the first one, for which the other role does not wait in vain.
+        arrive_named(Traits::kFirstDscoresBarrier + 1, Traits::kRolesThreads);
         shared.kv_full.wait(0);
         shared.dout_full[0].wait(0);
         role.start_scores(shared.v, shared.dout[0], dscores);
