@@ -2,13 +2,14 @@
 
     python scripts/two_gpus.py --model FOLDER --documents FILE [--only TEXT ...] [--jobs 3]
 
-`lemo finetune` is started with torchrun, Trainer and TRL's SFTTrainer with accelerate launch. A run
+`lemo finetune` is started with torchrun, Trainer and TRL's SFTTrainer with accelerate launch, which
+shards the weights wherever processes share out rows: it has no other way to do that. A run
 of two processes has to give the losses of the run of one process on the same windows, which
 accumulates the passes of both: that of its first step within --first (relative; bf16 products in
 another order, with the weights as they were), those of the later steps within --later.
 
-Prints a line for each check, what failed runs printed last, and in the end a verdict; exits with 1
-where a check fails. With --device cpu, without what accelerate does on GPUs alone.
+Prints a line for each check, the first error of each failed run, and in the end a verdict; exits
+with 1 where a check fails. With --device cpu, without what accelerate does on GPUs alone.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,7 +32,11 @@ from typing import Any
 LAYER = "LlamaDecoderLayer"
 # Passes of an optimizer step, of all processes together.
 PASSES = 2
-LINES_OF_FAILED = 25
+LINES_OF_FAILED = 40
+# How errors begin: lemo's, Python's, those of NCCL and of torch's C++ code.
+ERROR = re.compile(r"lemo: error|Traceback \(most recent|\[E\d|terminate called")
+# What torch writes in front of a line of one of several processes.
+RANK = re.compile(r"^\[rank\d+\]: ?")
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,10 @@ RUNS = (
     Run("finetune, nf4, context", "finetune", "finetune, nf4", (*NF4, *CONTEXT), 2),
     Run("Trainer, data", "Trainer", "Trainer"),
     Run("Trainer, sharded", "Trainer", "Trainer", SHARDED, on_cpu=False),
-    Run("Trainer, context", "Trainer", "Trainer", groups=2, on_cpu=False),
+    Run("Trainer, context", "Trainer", "Trainer", SHARDED, 2, on_cpu=False),
     Run("SFTTrainer, data", "SFTTrainer", "SFTTrainer"),
     Run("SFTTrainer, sharded", "SFTTrainer", "SFTTrainer", SHARDED, on_cpu=False),
-    Run("SFTTrainer, context", "SFTTrainer", "SFTTrainer", groups=2, on_cpu=False),
+    Run("SFTTrainer, context", "SFTTrainer", "SFTTrainer", SHARDED, 2, on_cpu=False),
 )
 
 
@@ -139,6 +145,25 @@ def check(run: Run, found: dict[str, list[float]], options: argparse.Namespace) 
     return holds
 
 
+def first_error(log: list[str]) -> list[str]:
+    """The lines of the first error in a log, to the end of what was raised; none: its last lines.
+
+    Launchers add theirs behind it, which say no more than which process ended first.
+    """
+    bare = [RANK.sub("", line) for line in log]
+    begin = next((i for i, line in enumerate(bare) if ERROR.match(line)), None)
+    if begin is None:
+        return log[-LINES_OF_FAILED:]
+    end = begin
+    if bare[begin].startswith("Traceback"):
+        frames = range(begin + 1, len(bare))
+        # Those of several processes may be mixed.
+        raised = (i for i in frames if bare[i][:1].strip() and not ERROR.match(bare[i]))
+        end = next(raised, len(bare) - 1)
+    # Messages have more lines than one.
+    return log[max(begin, end + 6 - LINES_OF_FAILED) : end + 6]
+
+
 class Group:
     """Starts runs; those of one process take turns on the two GPUs."""
 
@@ -167,8 +192,9 @@ class Group:
                 code = None
         print(f"       {run.name}: {time.monotonic() - begun:.0f} s", flush=True)
         if code != 0:
-            said = log.read_text(errors="replace").splitlines()[-LINES_OF_FAILED:]
-            print("\n".join([f"       {run.name} ended with {code}", *said]), flush=True)
+            said = first_error(log.read_text(errors="replace").splitlines())
+            shown = [f"       | {line[:300]}" for line in said]
+            print("\n".join([f"       {run.name} ended with {code}", *shown]), flush=True)
             return []
         lines = (folder / "log.jsonl").read_text().splitlines()
         return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]

@@ -14,12 +14,14 @@ from itertools import cycle
 import pytest
 import torch
 import torch.distributed as dist
+from bitsandbytes.nn import Params4bit
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lemo
 from lemo import ops
+from lemo.distributed.agreement import check_weights
 from lemo.distributed.attention import SharedKeys, shared_attention
 from lemo.distributed.context import ContextParallel
 from lemo.distributed.dealing import deal
@@ -471,6 +473,17 @@ def other_batches_and_other_weights_are_refused():
             pytest.raises(ValueError, match="model: expected the same weights .*lora_A"),
         ):
             model(**arguments)
+
+
+@case
+def packed_weights_are_compared_by_their_bytes():
+    """Bytes of 4 bits that are called floats may be no numbers, whose sums are all the same."""
+    data = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)
+    packed = [("packed", Params4bit(data, bnb_quantized=True))]
+    check_weights(packed, data.device, dist.group.WORLD)
+    data.view(torch.uint8)[5] += dist.get_rank()
+    with pytest.raises(ValueError, match="model: expected the same weights .* in packed"):
+        check_weights(packed, data.device, dist.group.WORLD)
 
 
 @case

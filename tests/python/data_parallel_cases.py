@@ -7,13 +7,17 @@ from typing import Any
 
 import datasets
 import torch
-from accelerate import Accelerator, ParallelismConfig
+from accelerate import ParallelismConfig, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import lemo
+from lemo.training.sharding import whole
 from tiny_models import config_of, lora, make_ids, make_model
 from trainer_cases import tokenizer, words
 
@@ -27,6 +31,18 @@ KINDS = {
     "Trainer, generic": {"path": "generic"},
     "SFTTrainer": {"path": "native"},
     "SFTTrainer, completions": {"path": "native"},
+}
+
+
+# What `accelerate launch --use_fsdp --fsdp_version 2 ...` tells the processes that it starts.
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
 
 
@@ -46,10 +62,17 @@ def train_in_groups(folder: str, size: int, kinds: tuple[str, ...]) -> dict[str,
     if distributed.is_initialized():
         as_torchrun()
     if size > 1:
-        # Accelerate has its ParallelismConfig for GPUs alone; nothing else differs on the CPU.
-        Accelerator.multi_device = property(lambda self: self.use_distributed)
-        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+        as_on_gpus()
     return {kind: _train(kind, KINDS[kind], folder, size, evaluates=True) for kind in kinds}
+
+
+def as_on_gpus() -> None:
+    """Has accelerate take this process for one of several with a GPU each, which are CPUs here.
+
+    It has ParallelismConfig, and FSDP, for GPUs alone; nothing else of it is replaced.
+    """
+    PartialState._prepare_backend = lambda self, *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
 
 
 def as_torchrun() -> None:
@@ -73,7 +96,7 @@ def _train(
     }
     common = {
         "output_dir": str(Path(folder) / kind),
-        "use_cpu": True,
+        "use_cpu": size == 1,
         "max_steps": STEPS,
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": PASSES // (processes // size),
@@ -91,7 +114,7 @@ def _train(
     if size > 1:
         sizes = ParallelismConfig(cp_size=size, dp_shard_size=processes // size)
         mesh = sizes.get_device_mesh("cpu")
-        common |= {"parallelism_config": sizes}
+        common |= {"parallelism_config": sizes} | _by_fsdp(launched="completions" not in kind)
     handle = lemo.enable(model, config_of(**fixed | settings), mesh)
     if kind.startswith("SFT"):
         rows = [{"text": words(count, seed)} for seed, count in enumerate(LENGTHS)]
@@ -121,24 +144,47 @@ def _train(
 
     def look(module: nn.Module, *_: Any) -> None:
         wrapped = trainer.model_wrapped
-        if processes > 1 and module is model:
+        if processes > 1 and size == 1 and module is model:
             reduced.append(wrapped.require_backward_grad_sync)
 
     model.register_forward_pre_hook(look)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
+    trained = [whole(p.detach()).flatten() for p in model.parameters() if p.requires_grad]
     # No tensors: those are handed over by processes that have ended.
     found = {"losses": losses, "trained": torch.cat(trained).tolist(), "reduced": reduced}
-    return found | {"evaluated": trainer.evaluate()["eval_loss"]} if evaluates else found
+    found["parameters"] = len([*model.parameters()])
+    found["sharded"] = sum(isinstance(p, DTensor) for p in model.parameters())
+    if evaluates:
+        found["evaluated"] = trainer.evaluate()["eval_loss"]
+        found["saved"] = _saved(trainer, Path(folder) / f"{kind}, saved by {processes}")
+    return found
+
+
+def _by_fsdp(launched: bool) -> dict[str, Any]:
+    """Arguments of a trainer whose weights FSDP2 shards, as accelerate launch said or they say."""
+    if launched:
+        os.environ |= LAUNCHED
+        return {}
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    return {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def _saved(trainer: Trainer, folder: Path) -> list[float]:
+    """The adapter that a trainer saves, of which every process reads the main process's file."""
+    trainer.save_model(str(folder))
+    trainer.accelerator.wait_for_everyone()
+    weights = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([weights[name].flatten() for name in sorted(weights)]).tolist()
 
 
 def refusals(folder: str) -> dict[str, str]:
     """What trainers say that do not fit the group of processes that lemo was told of."""
     warnings.simplefilter("ignore")
     as_torchrun()
-    Accelerator.multi_device = property(lambda self: self.use_distributed)
-    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    as_on_gpus()
+    os.environ |= LAUNCHED
     ids = make_ids(1, 32, 0)[0].tolist()
 
     def message(
@@ -146,11 +192,12 @@ def refusals(folder: str) -> dict[str, str]:
     ) -> str:
         AcceleratorState._reset_state()
         model = lora(make_model("llama"))
+        model.set_attn_implementation("sdpa")  # accelerate cuts the batches of no other
         config = config_of(keep=0.5, block_size=8, scorer="random", dense_layers=())
         handle = lemo.enable(model, config, context)
         if size is not None:
             more["parallelism_config"] = ParallelismConfig(cp_size=size)
-        arguments = {"output_dir": folder, "use_cpu": True, "max_steps": 1, "report_to": []}
+        arguments = {"output_dir": folder, "max_steps": 1, "report_to": []}
         trainer = Trainer(
             model,
             TrainingArguments(**arguments, disable_tqdm=True, save_strategy="no", **more),
@@ -166,6 +213,16 @@ def refusals(folder: str) -> dict[str, str]:
             return str(error)
         return ""
 
+    def without_plugin() -> str:
+        del os.environ["ACCELERATE_USE_FSDP"]
+        try:
+            message(2, world)
+        except ValueError as error:
+            return str(error)
+        finally:
+            os.environ |= LAUNCHED
+        return ""
+
     world = distributed.group.WORLD
     alone = distributed.new_group([0]), distributed.new_group([1])
     return {
@@ -175,5 +232,6 @@ def refusals(folder: str) -> dict[str, str]:
         "the callback alone": message(2, world, attaches=False),
         "labels of a process": message(2, world, average_tokens_across_devices=False),
         "a group of one": message(2, alone[distributed.get_rank()]),
+        "not sharded": without_plugin(),
         "fits": message(2, world),
     }

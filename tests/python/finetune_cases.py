@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from data_parallel_cases import as_torchrun
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
 from lemo.training.finetune import finetune
+from lemo.training.model import load_config, load_model
 from lemo.training.run_log import read_log
 
 PASSES = 4
@@ -41,6 +43,8 @@ TWO = {
         "elimination": SETTINGS["elimination"] | {"recompute": "selective"},
     },
     "sharded, nf4, dense": {"shard": True, "quantize": "nf4", "elimination": None},
+    # A model that is stored so.
+    "sharded, packed": {"shard": True, "model": "packed"},
 }
 
 
@@ -50,8 +54,19 @@ def train(folder: str, name: str, **more: Any) -> None:
     place = Path(folder)
     paths = {"model": place / "model", "documents": place / "d.jsonl", "output": place / name}
     accumulation = {"gradient_accumulation": PASSES // processes}
+    if "model" in more:
+        paths["model"] = place / more.pop("model")
     settings = SETTINGS | accumulation | {key: str(path) for key, path in paths.items()} | more
     finetune(FinetuneConfig.from_dict(settings))
+
+
+def save_packed(folder: str) -> None:
+    """The model of the runs, stored in 4 bits that are packed in uint8."""
+    place = Path(folder)
+    plain, packed = str(place / "model"), place / "packed"
+    load_model(plain, load_config(plain), torch.float32, "nf4").save_pretrained(packed)
+    for file in (place / "model").glob("tokenizer*"):
+        shutil.copy(file, packed)
 
 
 def in_two(folder: str) -> dict[str, str]:
@@ -59,6 +74,7 @@ def in_two(folder: str) -> dict[str, str]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     as_torchrun()
+    FSDPParam.__init__ = _of_old_torch
     for name, settings in TWO.items():
         train(folder, name, **settings)
     place, main = Path(folder), distributed.get_rank() == 0
@@ -72,6 +88,16 @@ def in_two(folder: str) -> dict[str, str]:
     distributed.barrier()
     train(folder, "resumed by two", resume=True)
     return {"quantised": _error(folder, shard=True, quantize="int8")}
+
+
+_of_torch = FSDPParam.__init__
+
+
+def _of_old_torch(self: FSDPParam, param: torch.nn.Parameter, *more: Any) -> None:
+    """As in torch 2.11, whatever torch it is."""
+    if not param.is_floating_point():
+        raise RuntimeError("only Tensors of floating point dtype can require gradients")
+    _of_torch(self, param, *more)
 
 
 def losing_one(folder: str) -> str:

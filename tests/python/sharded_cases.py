@@ -40,7 +40,8 @@ class Case:
         model: settings of the model.
         architecture: its name.
         dtype: of the frozen weights; adapters are fp32.
-        quantised: whether the linear layers of the decoder are bitsandbytes' of 4 bits.
+        stored: dtype in which 4 bits of the decoder's linear layers are packed; None: they are
+            not quantised.
         first: whether the model is sharded before lemo is enabled.
         run: one training step, see below.
     """
@@ -51,7 +52,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     architecture: str = "llama"
     dtype: torch.dtype = torch.float32
-    quantised: bool = False
+    stored: torch.dtype | None = None
     first: bool = False
     run: str = "labels"
     paths: tuple[str, ...] = BOTH
@@ -83,7 +84,10 @@ CASES = {
     "adapters whole": Case({"recompute": "layer"}, shard="ignored", paths=NATIVE),
     "kept gathered": Case(options={"reshard_after_forward": False}),
     "frozen bf16": Case(dtype=torch.bfloat16),
-    "nf4": Case({"recompute": "layer"}, model={"hidden_size": 64}, quantised=True, paths=NATIVE),
+    "nf4": Case(model={"hidden_size": 64}, stored=torch.bfloat16),
+    "nf4, layer": Case(
+        {"recompute": "layer"}, model={"hidden_size": 64}, stored=torch.float32, paths=NATIVE
+    ),
     "accumulation": Case(run="accumulation"),
     "without labels": Case(run="logits"),
     "logits read late": Case(run="late"),
@@ -219,8 +223,8 @@ def others() -> tuple[dict[str, float], list[str], list[str]]:
 
 def _model(case: Case) -> PeftModel:
     base = make_model(case.architecture, dtype=case.dtype, **case.model)
-    if case.quantised:
-        _quantise(base)
+    if case.stored is not None:
+        _quantise(base, case.stored)
     model = lora(base)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -228,17 +232,21 @@ def _model(case: Case) -> PeftModel:
     return model
 
 
-def _quantise(model: nn.Module) -> None:
+def _quantise(model: nn.Module, stored: torch.dtype) -> None:
     for layer in model.model.layers:
         for parent in (layer.self_attn, layer.mlp):
             for name, linear in list(parent.named_children()):
                 if not isinstance(linear, nn.Linear):
                     continue
                 new = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, bias=False, quant_type="nf4"
+                    linear.in_features,
+                    linear.out_features,
+                    bias=False,
+                    quant_type="nf4",
+                    quant_storage=stored,
                 )
                 new.weight = bitsandbytes.nn.Params4bit(
-                    linear.weight.data.clone(), quant_type="nf4", module=new
+                    linear.weight.data.clone(), quant_type="nf4", quant_storage=stored, module=new
                 )
                 setattr(parent, name, new.to("cpu"))
     model.is_loaded_in_4bit = True

@@ -27,9 +27,11 @@ def of_two(tmp_path_factory):
 def check(one, several, kind):
     for found in several:
         expected = one[kind]
+        assert found[kind]["sharded"] == found[kind]["parameters"] > 0
         assert found[kind]["losses"] == pytest.approx(expected["losses"], rel=FP32_RELATIVE_ERROR)
-        weights = (torch.tensor(run[kind]["trained"]) for run in (found, one))
-        assert_close_fp32(*weights, "trained weights")
+        for what in ("trained", "saved"):
+            weights = (torch.tensor(run[kind][what]) for run in (found, one))
+            assert_close_fp32(*weights, f"{what} weights")
         evaluated = expected["evaluated"]
         assert found[kind]["evaluated"] == pytest.approx(evaluated, rel=FP32_RELATIVE_ERROR)
 
@@ -53,4 +55,6 @@ def test_trainers_with_other_groups_are_refused(tmp_path):
         assert "expected a trainer that handle.attach" in found["the callback alone"]
         assert "average_tokens_across_devices: expected true" in found["labels of a process"]
         assert "gives 1 processes the same batch, got cp_size 2" in found["a group of one"]
+        # Accelerate's own words.
+        assert "no `fsdp_plugin` was provided" in found["not sharded"]
         assert found["fits"] == ""

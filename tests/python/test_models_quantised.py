@@ -32,16 +32,20 @@ def layers_with_linears(model):
                     yield module, name, child
 
 
-def quantise(model, kind):
+def quantise(model, kind, stored=torch.uint8):
     """Puts layers of bitsandbytes in place of the decoder layers' linear ones."""
     for module, name, linear in layers_with_linears(model):
         has_bias = linear.bias is not None
         if kind == "nf4":
             new = bitsandbytes.nn.Linear4bit(
-                linear.in_features, linear.out_features, bias=has_bias, quant_type="nf4"
+                linear.in_features,
+                linear.out_features,
+                bias=has_bias,
+                quant_type="nf4",
+                quant_storage=stored,
             )
             new.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.data.clone(), quant_type="nf4", module=new
+                linear.weight.data.clone(), quant_type="nf4", quant_storage=stored, module=new
             )
         else:
             new = bitsandbytes.nn.Linear8bitLt(
@@ -74,8 +78,8 @@ def dequantised(model):
     return model.requires_grad_(False)
 
 
-def quantised_lora(kind, architecture="llama"):
-    return lora(quantise(make_model(architecture), kind))
+def quantised_lora(kind, architecture="llama", stored=torch.uint8):
+    return lora(quantise(make_model(architecture), kind, stored))
 
 
 def trained(model, batch, config=None):
@@ -106,9 +110,17 @@ def test_with_everything_kept_it_is_plain_qlora(kind, recompute):
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
-def test_four_bits_train_as_the_weights_that_they_stand_for(architecture, recompute):
-    model, batch = quantised_lora("nf4", architecture), padded_batch([61, 45])
+@pytest.mark.parametrize(
+    ("architecture", "stored"),
+    [
+        ("llama", torch.uint8),
+        ("llama", torch.bfloat16),
+        ("llama", torch.float32),
+        ("opt", torch.uint8),
+    ],
+)
+def test_four_bits_train_as_the_weights_that_they_stand_for(architecture, stored, recompute):
+    model, batch = quantised_lora("nf4", architecture, stored), padded_batch([61, 45])
     twin = lora(dequantised(quantise(make_model(architecture), "nf4")))
     config = lemo.LemoConfig(keep=0.5, block_size=BLOCK, recompute=recompute)
     loss = trained(model, batch, config)

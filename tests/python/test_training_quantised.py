@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lemo import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
@@ -116,3 +117,18 @@ def test_other_names_are_refused(inputs, tmp_path):
         quantised.quantization_config("int3", torch.bfloat16)
     with pytest.raises(ValueError, match="quantize"):
         config_of(inputs, tmp_path, quantize="int3")
+
+
+def test_packed_weights_that_are_called_floats_are_not_taken_for_numbers(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, config = str(inputs / "model"), load_config(str(inputs / "model"))
+    how = quantised.quantization_config("nf4", torch.float32)
+    how.bnb_4bit_quant_storage = torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, quantization_config=how)
+    packed = loaded.model.layers[0].mlp.up_proj.weight
+    assert packed.dtype == torch.bfloat16
+    # Some of 256 patterns are no number.
+    assert not packed.isfinite().all()
+    loaded.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), load_config(str(tmp_path)), torch.float32)
+    assert again.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import torch
 
 import lemo
 from data_parallel_cases import KINDS, PASSES, STEPS, train
-from finetune_cases import adapter, in_two, losing_one, losses, stop
+from finetune_cases import adapter, in_two, losing_one, losses, save_packed, stop
 from finetune_cases import train as finetune
 from processes import run
 from tiny import save_tiny_llama, write_documents
@@ -47,6 +47,7 @@ def runs(tmp_path_factory):
     finetune(str(folder), "dense", elimination=None)
     finetune(str(folder), "nf4", quantize="nf4")
     finetune(str(folder), "nf4, dense", quantize="nf4", elimination=None)
+    save_packed(str(folder))
     errors = run(2, in_two, folder, str(folder))
     for name, source in (("resumed by one", "two"), ("resumed by one, whole", "sharded")):
         stop(folder / source, folder / name)
@@ -64,6 +65,7 @@ def runs(tmp_path_factory):
         ("sharded, nf4", "nf4"),
         ("sharded, nf4, selective", "nf4"),
         ("sharded, nf4, dense", "nf4, dense"),
+        ("sharded, packed", "nf4"),
         ("resumed sharded", "one"),
         ("resumed whole", "one"),
         ("resumed by two", "one"),

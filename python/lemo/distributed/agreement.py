@@ -50,7 +50,7 @@ def check_weights(
         group: the processes.
     """
     compared = {
-        name: parameter.detach().sum(dtype=torch.float64).to(device)
+        name: _numbers(parameter).sum(dtype=torch.float64).to(device)
         for name, parameter in parameters
         if not (isinstance(parameter, DTensor) or parameter.is_meta)
     }
@@ -64,6 +64,12 @@ def check_weights(
             f"{', '.join(different[:3])}{', ...' if len(different) > 3 else ''}; seed before "
             "weights are made, or load the same"
         )
+
+
+def _numbers(parameter: nn.Parameter) -> Tensor:
+    """What a parameter holds; of packed weights of 4 bits the bytes, not the floats they may be."""
+    values = parameter.detach()
+    return values.view(torch.uint8) if hasattr(parameter, "quant_state") else values
 
 
 def hash_of(text: str) -> int:

@@ -1,8 +1,9 @@
 """Trainers whose processes share out the kept rows of a batch (`lemo.ContextParallel`).
 
 Accelerate's ParallelismConfig with a `cp_size` already gives the processes of a group the same
-batches and counts steps by groups. What it does to a batch afterwards, cutting its tokens and
-replacing the model's attention, lemo does instead, by kept rows.
+batches, counts steps by groups, and shards the weights over all processes by FSDP2, without which
+it has no `cp_size`. What it does to a batch afterwards, cutting its tokens and replacing the
+model's attention, lemo does instead, by kept rows.
 """
 
 import sys
@@ -73,7 +74,7 @@ def share_out(trainer: transformers.Trainer, context: ContextParallel | None) ->
         raise ValueError(
             f"trainer: expected one that gives {context.size} processes the same batch, got "
             f"cp_size {size}; set parallelism_config=ParallelismConfig(cp_size={context.size}, "
-            "dp_shard_size=the number of groups) of its arguments"
+            "dp_shard_size=the number of groups) of its arguments, and FSDP2 (fsdp_version 2)"
         )
     theirs = accelerator.torch_device_mesh["cp"].get_group()
     ranks = (dist.get_process_group_ranks(group) for group in (theirs, context.group))
@@ -88,7 +89,7 @@ def share_out(trainer: transformers.Trainer, context: ContextParallel | None) ->
             "average_tokens_across_devices: expected true with context_parallel, where a step has "
             "one loss over the labels of all groups, got false"
         )
-    # DDP and FSDP take the mean over all processes, which those of a group are.
+    # FSDP takes the mean over all processes, those of a group among them.
     before = context.averages_gradients
     context.averages_gradients = False
     context.stop_averaging()

@@ -196,6 +196,8 @@ def _check_finite(model: str, loaded: PreTrainedModel) -> None:
         if weight.dtype in _PLAIN
         and weight.numel()
         and not is_traceable_wrapper_subclass(weight)
+        # Packed weights, whose bytes are called numbers of a floating dtype.
+        and not hasattr(weight, "quant_state")
         # The least and the greatest are nan where any weight is.
         and not all(bound.isfinite() for bound in weight.detach().aminmax())
     ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +26,9 @@ _log = logging.getLogger("lemo")
 
 # How gloo's errors begin, which are plain RuntimeErrors.
 _GLOO = "gloo/transport"
+
+# Seconds from one look at NCCL's errors to the next.
+_PAUSE = 1.0
 
 
 @contextmanager
@@ -46,22 +52,55 @@ def process_group() -> Iterator[None]:
 def naming_lost_processes(folder: Path) -> Iterator[None]:
     """Says what it means where this process cannot reach another one any more.
 
+    Gloo raises an error. NCCL raises none: this process waits for its GPU, and torch aborts it a
+    minute after the timeout of the process group. So a thread asks NCCL, and ends this process.
+
     Args:
         folder: of the run.
 
     Raises:
         ConnectionError: in place of the errors of torch.distributed.
     """
+    advice = (
+        f"and its own message, if it had one, says why; the checkpoints in '{folder}' are whole: "
+        "start the run again with --resume"
+    )
+    over = Event()
+    text = f"is gone, or has kept this one waiting for the timeout of their group, {advice}"
+    watch = Thread(target=_end_with_lost, args=(over, text), name="lemo-lost", daemon=True)
+    watch.start()
     try:
         yield
     except RuntimeError as error:
         lost = isinstance(error, torch.distributed.DistError) or _GLOO in str(error)
         if not lost:
             raise
-        raise ConnectionError(
-            f"processes: another process of the run is gone, and its own message, if it had one, "
-            f"says why; the checkpoints in '{folder}' are whole: start the run again with --resume"
-        ) from error
+        raise ConnectionError(f"processes: another process of the run is gone, {advice}") from error
+    finally:
+        over.set()
+        watch.join()
+
+
+def _end_with_lost(over: Event, what: str) -> None:
+    """Ends this process, with a message, where NCCL has given up another one."""
+    while not over.wait(_PAUSE):
+        if any(error().name != "SUCCESS" for error in _errors()):
+            print(
+                f"lemo: error: processes: another process of the run {what}",
+                file=sys.stderr,
+                flush=True,
+            )
+            # Nothing else ends a thread that waits for its GPU, or what that computes from then on.
+            os._exit(1)
+
+
+def _errors() -> list[Callable[[], Any]]:
+    """What tells the error of each process group of this process; gloo's have none to tell."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    groups = list(torch.distributed.distributed_c10d._world.pg_map)
+    backends = [group._get_backend(kind) for group in groups for kind in group._device_types]
+    return [backend.get_error for backend in backends if hasattr(backend, "get_error")]
 
 
 def enter_folder(folder: Path, accelerator: Accelerator, stack: ExitStack) -> None:

@@ -51,12 +51,26 @@ def shard(model: PeftModel, accelerator: Accelerator) -> None:
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     base = model.get_base_model()
+    _store_as_floats(base)
     for layer in base.get_decoder().layers:
         fully_shard(layer, mesh=mesh)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if embedding.weight is not head.weight:
         fully_shard(embedding, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def _store_as_floats(model: nn.Module) -> None:
+    """Calls packed weights of 4 bits numbers of a floating dtype, whose bytes are the same.
+
+    FSDP2 of torch 2.11 cuts no others, and bitsandbytes reads bytes of either.
+    """
+    for module in model.modules():
+        layer: Any = module
+        weight = layer._parameters.get("weight")
+        if hasattr(weight, "quant_state") and not weight.is_floating_point():
+            weight.data = weight.data.flatten().view(torch.bfloat16)[:, None]
+            weight.quant_storage = layer.quant_storage = torch.bfloat16
 
 
 def reduces(model: nn.Module, wanted: bool) -> None:
