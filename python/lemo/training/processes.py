@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.checkpoint import Checkpoint
+from lemo.training.model import pick_device
 from lemo.training.run_folder import writing
 
 T = TypeVar("T")
@@ -23,6 +24,20 @@ _log = logging.getLogger("lemo")
 
 # How gloo's errors begin, which are plain RuntimeErrors.
 _GLOO = "gloo/transport"
+
+
+def process_state(config: FinetuneConfig) -> PartialState:
+    """Rank and device of this process in a run.
+
+    Raises:
+        ValueError: the device of ``config`` cannot be had.
+    """
+    device = pick_device(config.device, config.elimination is not None)
+    # Accelerate keeps the device of the first run for the whole process otherwise.
+    if PartialState._shared_state != {} and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # Said outright, because without a GPU Accelerate does not look for the other processes.
+    return PartialState(cpu=device.type == "cpu")
 
 
 @contextmanager
