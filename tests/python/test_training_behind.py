@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
 from lemo.training.behind import Copy, HostMemory, Writer
-from lemo.training.run_log import _SCALARS, LOG_NAME, read_log
+from lemo.training.run_log import _SCALARS, LOG_NAME, RunLog, read_log
 from lemo.training.step_records import StepRecords
 
 pytestmark = pytest.mark.cpu_only
@@ -436,3 +437,17 @@ def test_a_checkpoint_that_runs_out_of_memory_is_explained(tmp_path, on_a_gpu):
     with pytest.raises(MemoryError, match=r"step 2: CUDA out of memory; .*go on"):
         run.train(tmp_path, 0, None)
     assert logged(tmp_path) == [1]
+
+
+def test_a_step_is_one_event_however_many_layers_there_are(tmp_path):
+    """The host writes them while the GPU works on the next step, which may be as short."""
+    log = RunLog(tmp_path, 0)
+    record = dict.fromkeys(_SCALARS, 0.5) | {"kept": [{"attention": 0.25, "mlp": 0.75}] * 40}
+    for step in (1, 2):
+        log.write(record | {"step": step})
+    log.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+    assert [event.step for event in events] == [1, 2]
+    for event in events:
+        assert len({value.tag for value in event.summary.value}) == len(_SCALARS) + 2 * 40

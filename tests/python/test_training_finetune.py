@@ -175,6 +175,11 @@ def test_run_with_elimination(config):
     # 6 blocks of 16 tokens, of which layer 1 keeps 3 until progress 0.7 (step 6 of 6 at 5/6).
     assert records[0]["kept"] == [{"attention": 1.0, "mlp": 1.0}, {"attention": 0.5, "mlp": 0.5}]
     assert [record["kept_share"] for record in records] == [0.75] * 5 + [1.0]
+    board = EventAccumulator(f"{config.output}/tensorboard").Reload()
+    for layer, shares in enumerate(([1.0] * 6, [0.5] * 5 + [1.0])):
+        for name in ("attention", "mlp"):
+            events = board.Scalars(f"kept/{name}/{layer:03d}")
+            assert [(e.step, e.value) for e in events] == list(enumerate(shares, 1))
     kept = json.loads((Path(config.output) / "kept_map.json").read_text())
     assert (kept["block_size"], kept["tokens"]) == (16, 96)
     assert kept["layers"][0] == {"attention": [0, 1, 2, 3, 4, 5], "mlp": [0, 1, 2, 3, 4, 5]}
