@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from devices import on_gpu
+from devices import no_synchronisation, on_gpu
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
 from lemo.models.architectures import Architecture
@@ -186,6 +186,35 @@ def test_run_with_elimination(config):
     blocks = kept["layers"][1]["attention"]
     assert len(blocks) == 3
     assert 5 in blocks, "the last block is always kept"
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+def test_a_step_and_a_checkpoint_are_issued_without_waiting_for_the_gpu(
+    config, monkeypatch, graphs
+):
+    """It would have nothing to do until the host has issued what comes next."""
+    step, save, issued = module._Run._step, module._Run._save, []
+
+    def issue(function, number, *arguments):
+        # The first passes capture, and read what later ones know.
+        if number < 5:
+            return function(*arguments)
+        with no_synchronisation():
+            result = function(*arguments)
+        issued.append(function.__name__)
+        return result
+
+    monkeypatch.setattr(
+        module._Run, "_step", lambda run, number, batches: issue(step, number, run, number, batches)
+    )
+    monkeypatch.setattr(
+        module._Run, "_save", lambda run, folder, number: issue(save, number, run, folder, number)
+    )
+    elimination = LemoConfig(block_size=16, keep=0.5, cuda_graphs=graphs)
+    # One checkpoint, at the end: the thread that writes it reads what was kept.
+    finetune(config.replace(steps=8, save_every=8, lora_dropout=0.0, elimination=elimination))
+    assert issued == ["_step"] * 4 + ["_save"]
 
 
 @on_cpu
