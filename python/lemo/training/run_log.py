@@ -12,6 +12,7 @@ from lemo.files import naming_file, write_file
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+_FLUSH_SECONDS = 2
 _SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_bytes", "kept_share")
 
 
@@ -91,7 +92,9 @@ class RunLog:
         records = read_log(self._path, last_step=step)
         write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("ab", buffering=0)
-        self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
+        # A thread of its own writes the file: to flush it here would wait for that.
+        place = str(folder / TENSORBOARD_NAME)
+        self._board: Any = SummaryWriter(place, purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
         self._summary = Summary
 
     def write(self, record: dict[str, Any]) -> None:
@@ -114,7 +117,6 @@ class RunLog:
         # One event with all of them: `add_scalar` makes one each, two for each layer.
         values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         self._board.file_writer.add_summary(self._summary(value=values), record["step"])
-        self._board.flush()
 
     def close(self) -> None:
         self._file.close()
