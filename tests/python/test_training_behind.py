@@ -1,5 +1,6 @@
 """What is read and written behind the device: copies as they were, and errors that arrive."""
 
+import json
 import math
 import threading
 import time
@@ -11,6 +12,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from lemo.packing.blocks import BlockLayout
+from lemo.selection.statistics import LayerStatistics
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
 from lemo.training.behind import Copy, HostMemory, Writer
@@ -206,6 +209,23 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(
     assert len(allocated) == 2
     # Found once; shares of weights are gathered for each checkpoint, and at the end.
     assert len(walks) == (4 if shard else 1)
+
+
+def test_what_was_kept_is_copied_with_the_rest_of_a_checkpoint(tmp_path, monkeypatch):
+    """Read by the thread that writes, it would wait for the steps that were issued since."""
+    monkeypatch.setattr(finetune, "gather_object", lambda x: x)
+    monkeypatch.setattr(finetune, "adapter_weights", lambda x: {"w": torch.ones(3)})
+    monkeypatch.setattr(finetune, "save_checkpoint", lambda *a, **k: None)
+    run = Run(None, None)
+    run.windows, run.inputs = SimpleNamespace(fingerprint="f"), {}
+    layout = BlockLayout.from_seqlens([40, 20], 10, "cpu")
+    kept = torch.tensor([1, 3, 4])
+    run.kept = SimpleNamespace(last=[LayerStatistics(0, 60, 30, 60, kept, None, layout)])
+    write = finetune._Run._save(run, tmp_path, 2)
+    kept.zero_()  # as it is on the device by now
+    write()
+    [layer] = json.loads((tmp_path / "kept_map.json").read_text())["layers"]
+    assert layer == {"attention": [1, 3], "mlp": [0, 1, 2, 3]}
 
 
 def full():

@@ -34,7 +34,7 @@ from lemo.data import (
 from lemo.files import new_folder, write_file
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
-from lemo.selection.statistics import kept_map
+from lemo.selection.statistics import blocks_of, kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised, remarks
@@ -490,8 +490,10 @@ class _Run:
         weights = self._adapter_weights()
         if not self.accelerator.is_main_process:
             return None
-        held = Copy({"weights": weights, "optimizer": optimizer}, self.host_memory)
         kept = self.kept.last
+        blocks = {} if kept is None else blocks_of(kept)
+        state = {"weights": weights, "optimizer": optimizer, "blocks": blocks}
+        held = Copy(state, self.host_memory)
 
         def write() -> None:
             state = held.value()
@@ -508,7 +510,9 @@ class _Run:
                 keep=self.config.keep_checkpoints,
             )
             if kept is not None:
-                write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map(kept)) + "\n")
+                write_file(
+                    folder / KEPT_MAP_NAME, json.dumps(kept_map(kept, state["blocks"])) + "\n"
+                )
 
         return write
 
