@@ -155,6 +155,8 @@ def _finetune(
             # Model or documents may have been called by another path.
             write_config(folder, config)
         accelerator.wait_for_everyone()
+        if run.handle is not None:
+            stack.enter_context(run.handle.unchanged())
         run.train(folder, first, progress)
     return _result(folder, config.steps)
 
