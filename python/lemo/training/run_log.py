@@ -12,7 +12,6 @@ from lemo.files import naming_file, write_file
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
-_FLUSH_SECONDS = 2
 _SCALARS = ("loss", "learning_rate", "tokens_per_second", "peak_memory_bytes", "kept_share")
 
 
@@ -92,9 +91,7 @@ class RunLog:
         records = read_log(self._path, last_step=step)
         write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("ab", buffering=0)
-        # A thread of its own writes the file: to flush it here would wait for that.
-        place = str(folder / TENSORBOARD_NAME)
-        self._board: Any = SummaryWriter(place, purge_step=step + 1, flush_secs=_FLUSH_SECONDS)
+        self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
         self._summary = Summary
 
     def write(self, record: dict[str, Any]) -> None:
@@ -117,6 +114,8 @@ class RunLog:
         # One event with all of them: `add_scalar` makes one each, two for each layer.
         values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         self._board.file_writer.add_summary(self._summary(value=values), record["step"])
+        # A full disk arrives here; the writer's own thread would only print it.
+        self._board.flush()
 
     def close(self) -> None:
         self._file.close()
