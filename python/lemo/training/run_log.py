@@ -114,7 +114,7 @@ class RunLog:
         # One event with all of them: `add_scalar` makes one each, two for each layer.
         values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
         self._board.file_writer.add_summary(self._summary(value=values), record["step"])
-        # A full disk arrives here; the writer's own thread would only print it.
+        # A full disk arrives here, not when the run ends or in the writer's own thread.
         self._board.flush()
 
     def close(self) -> None:
