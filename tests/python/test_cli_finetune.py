@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.nn.functional import cross_entropy
+from torch.utils.tensorboard import FileWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from lemo.cli.main import main
@@ -229,19 +231,29 @@ def test_the_system_refuses_to_write_a_checkpoint(lemo):
     assert lemo("finetune --output run --resume")[0] == 0
 
 
-def test_the_system_refuses_to_write_the_logs(lemo, monkeypatch):
-    # TensorBoard's file is the first that grows beyond this; a thread of its own writes it.
+@pytest.mark.parametrize("longest", ["run/log.jsonl", None])
+def test_the_system_refuses_to_write_the_logs(lemo, monkeypatch, longest):
+    # TensorBoard's file has a thread of its own, which would print what it cannot write.
     shown = []
     monkeypatch.setattr(threading, "excepthook", shown.append)
+    if longest is None:
+        tags = dict.fromkeys(("loss", *(f"a long name of the loss, {n}" for n in range(200))), 1.0)
+        add = FileWriter.add_summary
+        longer = Summary(value=[{"tag": tag, "simple_value": x} for tag, x in tags.items()])
+        monkeypatch.setattr(
+            FileWriter, "add_summary", lambda self, summary, step: add(self, longer, step)
+        )
     with largest_file(1500):
         code, _, err = lemo(SHORT.replace("--steps 2", "--steps 30"))
     assert code == 1
     assert "Traceback" not in err
-    assert err.splitlines()[-1] == "lemo: error: File too large"
+    message = "lemo: error: File too large" + (f": {longest}" if longest else "")
+    assert err.splitlines()[-1] == message
     assert shown == []
     lines = Path("run/log.jsonl").read_text().splitlines(keepends=True)
     assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert lines[-1].endswith("\n")
+    assert longest is not None or len(lines) == 1, "the run went on"
 
 
 def test_interrupted(lemo, monkeypatch):

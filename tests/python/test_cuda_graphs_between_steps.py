@@ -3,14 +3,16 @@
 On the CPU a stand-in takes the place of graphs (graph_stand_in.py).
 """
 
-import gc
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 import devices
+import graph_memory
 from graph_cases import SCENARIOS
 from graph_runs import Run, difference
 from graph_stand_in import take_the_place_of_graphs
@@ -44,7 +46,6 @@ def graphs(monkeypatch):
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def cases():
@@ -69,34 +70,25 @@ def test_the_bits_are_those_of_passes_without_graphs(name):
     run.handle.graphs.clear()
 
 
-def limit_memory(byte_count):
-    """Gives torch so many bytes beside what it has reserved."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + byte_count) / total)
+@pytest.fixture
+def alone():
+    """Runs a function in a process of its own, and gives what it returns.
+
+    What other tests left on the GPU holds memory of torch's allocator open, in which a pass finds
+    place beyond a limit.
+    """
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        yield lambda function: pool.submit(function).result()
 
 
 @pytest.mark.gpu_only
-def test_graphs_are_given_up_where_memory_runs_out_beside_them():
-    run = Run("on", DEVICE)
-    run.steps(3, tokens=32768)
-    graphs = run.handle.graphs
-    assert graphs.captured == 1
-    # Beside the memory of a long pass another long one has no place.
-    limit_memory(graphs.bytes // 4)
-    run.step(tokens=30720)
-    assert (graphs.captured, graphs.bytes) == (0, 0)
-    run.step(tokens=32768)
-    assert all(loss.isfinite() for loss, _ in run.found)
+def test_graphs_are_given_up_where_memory_runs_out_beside_them(alone):
+    captured, left, finite = alone(graph_memory.beside_a_long_pass)
+    assert captured == 1
+    assert left == (0, 0)
+    assert finite
 
 
 @pytest.mark.gpu_only
-def test_auto_captures_nothing_that_would_leave_too_little_memory():
-    run = Run("auto", DEVICE)
-    torch.cuda.reset_peak_memory_stats()
-    run.step(tokens=32768)
-    used = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
-    limit_memory(int(1.6 * used))
-    run.steps(3, tokens=32768)
-    assert run.handle.graphs.captured == 0
+def test_auto_captures_nothing_that_would_leave_too_little_memory(alone):
+    assert alone(graph_memory.captured_with_little_memory) == 0

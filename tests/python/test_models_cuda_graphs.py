@@ -153,6 +153,30 @@ def test_what_changes_in_the_model_is_not_replayed(captured):
         layer.lora_A["default"].weight.requires_grad_()
 
 
+def test_modules_that_are_said_to_be_unchanged_are_read_once(captured, monkeypatch):
+    """Each time that it is said, and in every pass where it is not."""
+    reads, read = [], training_forward.state_of
+    monkeypatch.setattr(training_forward, "state_of", lambda x: reads.append(1) or read(x))
+    model, handle = enabled()
+    with handle.unchanged():
+        found = train(model)
+        assert len(reads) == 1
+        assert handle.graphs.replays == 3
+    for layer in model.modules():
+        if hasattr(layer, "scaling") and isinstance(layer.scaling, dict):
+            layer.scaling["default"] *= 3
+    with handle.unchanged():
+        train(model, 3)
+        assert len(reads) == 2
+        assert handle.graphs.captured == 2
+    train(model, 2)
+    assert len(reads) == 4
+    expected = train(enabled()[0])
+    for (loss, grads), (loss2, grads2) in zip(found, expected, strict=True):
+        assert torch.equal(loss, loss2)
+        assert all(torch.equal(grads[name], x) for name, x in grads2.items())
+
+
 def test_hooks_that_come_later_are_called(captured):
     model, _ = enabled()
     train(model, 3)

@@ -1,5 +1,6 @@
 """What is read and written behind the device: copies as they were, and errors that arrive."""
 
+import json
 import math
 import threading
 import time
@@ -9,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from lemo.packing.blocks import BlockLayout
+from lemo.selection.statistics import LayerStatistics
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
 from lemo.training.behind import Copy, HostMemory, Writer
-from lemo.training.run_log import _SCALARS, LOG_NAME, read_log
+from lemo.training.run_log import _SCALARS, LOG_NAME, RunLog, read_log
 from lemo.training.step_records import StepRecords
 
 pytestmark = pytest.mark.cpu_only
@@ -60,20 +64,41 @@ def test_a_record_is_complete_when_the_next_step_has_begun():
     records = StepRecords(3, None, None)
     records._log = type("Log", (), {"write": lambda self, record: shown.append(record)})()
     loss = torch.tensor(2.5)
-    records.begin({"step": 1, "tokens": 10}, loss, lambda: written.append(1))
+    records.begin({"step": 1, "tokens": 10}, loss)
+    write = records.when_done(lambda: written.append(1))
     loss += 1  # the next step's
     assert shown == written == []
     records.finish()
     records.finish()
+    write()
     [record] = shown
     assert record["loss"] == 2.5
     assert record["seconds"] > 0
     assert record["tokens_per_second"] == 10 / record["seconds"]
     assert written == [1]
-    records.begin({"step": 2, "tokens": 10}, torch.tensor(math.nan), lambda: written.append(2))
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(math.nan))
+    write = records.when_done(lambda: written.append(2))
+    write()
     with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
         records.finish()
+    write()
     assert written == [1], "no checkpoint of it"
+    assert len(shown) == 1
+
+
+def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
+    """Whichever of two threads comes first; a run that goes on from it finds the step there."""
+    events = []
+    records = StepRecords(3, None, lambda record: events.append("shown"))
+    records._log = type("Log", (), {"write": lambda self, record: events.append(record["loss"])})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    write = records.when_done(lambda: events.append("written"))
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert events == [2.5, "written"]
+    records.finish()
+    assert events == [2.5, "written", "shown"], "in the main thread, and logged once"
 
 
 def test_a_copy_takes_one_piece_of_the_device_at_a_time(monkeypatch):
@@ -154,10 +179,15 @@ def test_copies_that_are_not_read_yet_share_no_memory(allocated):
     assert larger.value().sum() == 100
 
 
-def test_checkpoints_and_losses_after_the_first_allocate_nothing(tmp_path, monkeypatch, allocated):
-    saved = []
+@pytest.mark.parametrize("shard", [False, True])
+def test_checkpoints_and_losses_after_the_first_allocate_nothing(
+    tmp_path, monkeypatch, allocated, shard
+):
+    saved, walks = [], []
     monkeypatch.setattr(finetune, "gather_object", lambda x: x)
-    monkeypatch.setattr(finetune, "adapter_weights", lambda x: {"w": torch.ones(3)})
+    monkeypatch.setattr(
+        finetune, "adapter_weights", lambda x: walks.append(1) or {"w": torch.ones(3)}
+    )
     monkeypatch.setattr(finetune, "save_checkpoint", lambda *a, **k: saved.append(a[3:5]))
     monkeypatch.setattr(finetune.memory, "reset_peak", lambda device: None)
     monkeypatch.setattr(finetune, "prefetched", lambda *a: (x for x in ()))
@@ -169,6 +199,7 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(tmp_path, monke
             time.sleep(0.001)
 
     run = Run(act, None, steps=6)
+    run.config = run.config.replace(shard=shard)
     run.windows, run.inputs = SimpleNamespace(fingerprint="f"), {}
     run._write_adapter = lambda folder, weights: None
     run.train(tmp_path, 0, None)
@@ -176,6 +207,25 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(tmp_path, monke
     assert all(torch.equal(w["w"], torch.ones(3)) for w, _ in saved)
     # One for checkpoints and one for losses.
     assert len(allocated) == 2
+    # Found once; shares of weights are gathered for each checkpoint, and at the end.
+    assert len(walks) == (4 if shard else 1)
+
+
+def test_what_was_kept_is_copied_with_the_rest_of_a_checkpoint(tmp_path, monkeypatch):
+    """Read by the thread that writes, it would wait for the steps that were issued since."""
+    monkeypatch.setattr(finetune, "gather_object", lambda x: x)
+    monkeypatch.setattr(finetune, "adapter_weights", lambda x: {"w": torch.ones(3)})
+    monkeypatch.setattr(finetune, "save_checkpoint", lambda *a, **k: None)
+    run = Run(None, None)
+    run.windows, run.inputs = SimpleNamespace(fingerprint="f"), {}
+    layout = BlockLayout.from_seqlens([40, 20], 10, "cpu")
+    kept = torch.tensor([1, 3, 4])
+    run.kept = SimpleNamespace(last=[LayerStatistics(0, 60, 30, 60, kept, None, layout)])
+    write = finetune._Run._save(run, tmp_path, 2)
+    kept.zero_()  # as it is on the device by now
+    write()
+    [layer] = json.loads((tmp_path / "kept_map.json").read_text())["layers"]
+    assert layer == {"attention": [1, 3], "mlp": [0, 1, 2, 3]}
 
 
 def full():
@@ -282,13 +332,59 @@ def test_a_checkpoint_does_not_wait_for_the_next_step(tmp_path, on_a_gpu):
         run.train(tmp_path, 0, None)
 
 
+def test_the_next_step_begins_while_one_with_a_checkpoint_runs(tmp_path, on_a_gpu, monkeypatch):
+    """Waiting for it would leave the GPU without work until the host has issued the next one."""
+    value, began = Copy.value, threading.Event()
+
+    def slow(self):
+        # The device has done step 2 only when the host has issued step 3.
+        result = value(self)
+        assert result.item() != 2 or began.wait(5)
+        return result
+
+    def act(step):
+        if step == 3:
+            assert not run.saved
+            began.set()
+        return float(step)
+
+    monkeypatch.setattr(Copy, "value", slow)
+    run = Run(act, lambda step: None)
+    run._adapter_weights = dict
+    run._write_adapter = lambda folder, weights: None
+    run.train(tmp_path, 0, None)
+    assert run.saved == [2, 4]
+    assert logged(tmp_path) == [1, 2, 3, 4]
+
+
+def test_weights_that_are_not_finite_are_the_error_though_a_loss_follows(tmp_path, on_a_gpu):
+    """The checkpoint is of a step before, whenever it gets written."""
+    followed = threading.Event()
+
+    def act(step):
+        if step == 3:
+            followed.set()
+            return math.nan
+        return None
+
+    def write(step):
+        assert followed.wait(5)
+        time.sleep(0.1)
+        raise FloatingPointError("the trained weights are not finite")
+
+    with pytest.raises(FloatingPointError, match="the trained weights are not finite"):
+        Run(act, write).train(tmp_path, 0, None)
+    assert logged(tmp_path) == [1, 2]
+
+
 def test_an_interrupt_while_the_host_waits_loses_nothing(tmp_path, on_a_gpu, monkeypatch):
     value, times = Copy.value, []
 
     def interrupted(self):
-        times.append(1)
-        if len(times) == 2:
-            raise KeyboardInterrupt
+        if threading.current_thread() is threading.main_thread():
+            times.append(1)
+            if len(times) == 2:
+                raise KeyboardInterrupt
         return value(self)
 
     monkeypatch.setattr(Copy, "value", interrupted)
@@ -361,3 +457,17 @@ def test_a_checkpoint_that_runs_out_of_memory_is_explained(tmp_path, on_a_gpu):
     with pytest.raises(MemoryError, match=r"step 2: CUDA out of memory; .*go on"):
         run.train(tmp_path, 0, None)
     assert logged(tmp_path) == [1]
+
+
+def test_a_step_is_one_event_however_many_layers_there_are(tmp_path):
+    """The host writes them while the GPU works on the next step, which may be as short."""
+    log = RunLog(tmp_path, 0)
+    record = dict.fromkeys(_SCALARS, 0.5) | {"kept": [{"attention": 0.25, "mlp": 0.75}] * 40}
+    for step in (1, 2):
+        log.write(record | {"step": step})
+    log.close()
+    [file] = (tmp_path / "tensorboard").iterdir()
+    events = [e for e in EventFileLoader(str(file)).Load() if e.HasField("summary")]
+    assert [event.step for event in events] == [1, 2]
+    for event in events:
+        assert len({value.tag for value in event.summary.value}) == len(_SCALARS) + 2 * 40

@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
 
-from devices import on_gpu
+from devices import no_synchronisation, on_gpu
+from graph_stand_in import take_the_place_of_graphs
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
+from lemo.models import training_forward
 from lemo.models.architectures import Architecture
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
@@ -175,12 +177,60 @@ def test_run_with_elimination(config):
     # 6 blocks of 16 tokens, of which layer 1 keeps 3 until progress 0.7 (step 6 of 6 at 5/6).
     assert records[0]["kept"] == [{"attention": 1.0, "mlp": 1.0}, {"attention": 0.5, "mlp": 0.5}]
     assert [record["kept_share"] for record in records] == [0.75] * 5 + [1.0]
+    board = EventAccumulator(f"{config.output}/tensorboard").Reload()
+    for layer, shares in enumerate(([1.0] * 6, [0.5] * 5 + [1.0])):
+        for name in ("attention", "mlp"):
+            events = board.Scalars(f"kept/{name}/{layer:03d}")
+            assert [(e.step, e.value) for e in events] == list(enumerate(shares, 1))
     kept = json.loads((Path(config.output) / "kept_map.json").read_text())
     assert (kept["block_size"], kept["tokens"]) == (16, 96)
     assert kept["layers"][0] == {"attention": [0, 1, 2, 3, 4, 5], "mlp": [0, 1, 2, 3, 4, 5]}
     blocks = kept["layers"][1]["attention"]
     assert len(blocks) == 3
     assert 5 in blocks, "the last block is always kept"
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+def test_a_step_and_a_checkpoint_are_issued_without_waiting_for_the_gpu(
+    config, monkeypatch, graphs
+):
+    """It would have nothing to do until the host has issued what comes next."""
+    step, save, issued = module._Run._step, module._Run._save, []
+
+    def issue(function, number, *arguments):
+        # The first passes capture, and read what later ones know.
+        if number < 5:
+            return function(*arguments)
+        with no_synchronisation():
+            result = function(*arguments)
+        issued.append(function.__name__)
+        return result
+
+    monkeypatch.setattr(
+        module._Run, "_step", lambda run, number, batches: issue(step, number, run, number, batches)
+    )
+    monkeypatch.setattr(
+        module._Run, "_save", lambda run, folder, number: issue(save, number, run, folder, number)
+    )
+    elimination = LemoConfig(block_size=16, keep=0.5, cuda_graphs=graphs)
+    # The thread that writes the checkpoints would raise, too.
+    finetune(config.replace(steps=8, save_every=2, lora_dropout=0.0, elimination=elimination))
+    assert issued == [*("_step", "_step", "_save")] * 2
+
+
+@on_cpu
+def test_a_run_reads_the_modules_once(config, monkeypatch):
+    """Not in every step, for which a GPU would wait."""
+    take_the_place_of_graphs(monkeypatch)
+    # A divisor is read where it is on the CPU; here it stands for one on a GPU.
+    loss = sys.modules["lemo.ops.linear_cross_entropy"]
+    monkeypatch.setattr(loss, "float", lambda x: 1.0, raising=False)
+    reads, read = [], training_forward.state_of
+    monkeypatch.setattr(training_forward, "state_of", lambda x: reads.append(1) or read(x))
+    settings = LemoConfig(block_size=16, keep=0.5, cuda_graphs="on")
+    finetune(config.replace(lora_dropout=0.0, elimination=settings, verify=False))
+    assert len(reads) == 1
 
 
 @on_cpu

@@ -60,7 +60,7 @@ def finetune(
 def _run(wanted: FinetuneConfig) -> None:
     from lemo.cli.progress import StepProgress
     from lemo.training.finetune import finetune as run
-    from lemo.training.finetune import process_state
+    from lemo.training.processes import process_state
     from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME
 
     screen = options.console(quiet=not process_state(wanted).is_main_process)

@@ -13,7 +13,8 @@ from typing import Any
 
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import memory
-from lemo.training.finetune import finetune, process_state
+from lemo.training.finetune import finetune
+from lemo.training.processes import process_state
 
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _MAPPED_BYTES = 1 << 20

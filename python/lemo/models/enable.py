@@ -347,6 +347,17 @@ class Handle:
         finally:
             self._forward.host_ids = before
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Says that passes inside find the model as the first of them finds it.
+
+        Where CUDA graphs replay passes, its modules are then read once, not in every pass. Values
+        of weights may change, in place. Modules and adapters may not be replaced or switched,
+        weights not moved or frozen, and hooks neither come nor go.
+        """
+        with self._forward.unchanged():
+            yield
+
     def naming(self, rows: Tensor | None) -> AbstractContextManager[None]:
         """Names rows that predict a label, [B, S] bool, for forward passes inside.
 

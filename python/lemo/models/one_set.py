@@ -26,9 +26,23 @@ from lemo.models.weights import is_plain
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MOST_CAPTURED
 
-__all__ = ["Labels", "OneSet", "labels_of_rows", "uses_plain_head"]
+__all__ = ["Labels", "OneSet", "State", "labels_of_rows", "state_of", "uses_plain_head"]
 
 _CAPTURED_MODES = ("auto", "none", "layer", "selective")
+
+
+class State(NamedTuple):
+    """The modules of a model as they are in a pass.
+
+    Attributes:
+        said: what they say of themselves and may say differently in another pass.
+        tensors: all parameters that the layers, the last norm and the head read, in a fixed order.
+        has_hooks: whether gradients of those that are trained have hooks.
+    """
+
+    said: Hashable
+    tensors: list[Tensor]
+    has_hooks: bool
 
 
 class Labels(NamedTuple):
@@ -174,13 +188,11 @@ class OneSet:
 
     # What a graph depends on
 
-    def captured(self) -> tuple[Hashable, list[Tensor], list[Tensor]]:
+    def captured(self, state: State) -> tuple[Hashable, list[Tensor], list[Tensor]]:
         """(what is equal where the same function is computed, the parameters that it trains, all
         that the model computes from)."""
         device = self.now.batch.layout.cu_seqlens.device.type
-        state, tensors = _state(self.architecture)
-        found = {id(x): x for x in tensors if x.requires_grad}
-        parameters = list(found.values())
+        parameters = _trained(state.tensors)
         key = (
             id(self.decoder),
             self.decoder.is_overruled,
@@ -189,12 +201,12 @@ class OneSet:
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
             _switches(),
-            _has_hooks(parameters),
+            state.has_hooks,
             len(parameters),
-            state,
+            state.said,
         )
         embedding = self.architecture.causal_lm.get_input_embeddings()
-        return key, parameters, [*tensors, *embedding._parameters.values()]
+        return key, parameters, [*state.tensors, *embedding._parameters.values()]
 
     def is_long(self) -> bool:
         """Whether kernels take longer than the host takes to issue them."""
@@ -312,9 +324,13 @@ def _checkpoint(layer: Any) -> Any:
     return getattr(layer, "_gradient_checkpointing_func", None)
 
 
-def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
-    """What the modules say of themselves and may say differently in another pass; all parameters
-    that the layers, the last norm and the head read, in a fixed order.
+def _trained(tensors: Sequence[Tensor]) -> list[Tensor]:
+    found = {id(x): x for x in tensors if x.requires_grad}
+    return list(found.values())
+
+
+def state_of(architecture: Architecture) -> State:
+    """Reads the modules, which takes milliseconds.
 
     Modules whose type or attributes count are in it themselves, so that no other one takes over
     their number (`id`) while this is kept.
@@ -345,7 +361,7 @@ def _state(architecture: Architecture) -> tuple[Hashable, list[Tensor]]:
         read += active._parameters.values()
     tensors = [x for x in read if x is not None]
     said += [None if x is None else _described(x) for x in read]
-    return tuple(said), tensors
+    return State(tuple(said), tensors, _has_hooks(_trained(tensors)))
 
 
 def _described(x: Tensor) -> Hashable:

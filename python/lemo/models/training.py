@@ -102,6 +102,11 @@ class Training(ABC, Generic[C]):
         ):
             yield
 
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """See `lemo.Handle.unchanged`; a path that reads nothing anew has nothing to do."""
+        yield
+
     def set_progress(self, progress: float) -> None:
         """Share of the training that is done, in [0, 1]."""
         for elimination in (self._of_text, self._of_answers):

@@ -4,6 +4,8 @@ For a loss alone, left-out rows are not computed. For logits or hidden states a 
 computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +26,14 @@ from lemo.models.interception import check_adapters
 from lemo.models.labelled_rows import LabelledStates
 from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
 from lemo.models.offload import Offload
-from lemo.models.one_set import Labels, OneSet, labels_of_rows, uses_plain_head
+from lemo.models.one_set import (
+    Labels,
+    OneSet,
+    State,
+    labels_of_rows,
+    state_of,
+    uses_plain_head,
+)
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import is_sharded
@@ -62,6 +71,8 @@ class TrainingForward(Training[Elimination]):
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
         self._mostly_labelled = False
+        self._keeps_state = False
+        self._kept_state: State | None = None
         self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
@@ -200,10 +211,27 @@ class TrainingForward(Training[Elimination]):
             graphs = None
         if graphs is None:
             return step(inputs), most, None
-        key, parameters, read = step.captured()
+        key, parameters, read = step.captured(self._state())
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        self._keeps_state, self._kept_state = True, None
+        try:
+            yield
+        finally:
+            self._keeps_state, self._kept_state = False, None
+
+    def _state(self) -> State:
+        """The modules as they are in this pass."""
+        state = self._kept_state
+        if state is None:
+            state = state_of(self._architecture)
+        if self._keeps_state:
+            self._kept_state = state
+        return state
 
     def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
         """Labels of `targets` [R] that count at most; until something has been trained exactly."""

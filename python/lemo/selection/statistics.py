@@ -1,6 +1,6 @@
 """What the layers kept in a forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lemo.packing.blocks import BlockLayout, Selection
 
-__all__ = ["LayerStatistics", "kept_map"]
+__all__ = ["LayerStatistics", "blocks_of", "kept_map"]
 
 
 @dataclass(frozen=True)
@@ -50,26 +50,28 @@ class LayerStatistics:
         return min(self.attention_rows, self.mlp_rows) < self.tokens
 
 
-def kept_map(statistics: Sequence[LayerStatistics]) -> dict[str, Any]:
-    """The blocks of the first sequence that each sub-block kept; waits for the device.
+def blocks_of(statistics: Sequence[LayerStatistics]) -> dict[int, Tensor]:
+    """The indices of kept blocks, each tensor once, by its id."""
+    pairs = ((layer.attention_blocks, layer.mlp_blocks) for layer in statistics)
+    return {id(kept): kept for pair in pairs for kept in pair if kept is not None}
+
+
+def kept_map(statistics: Sequence[LayerStatistics], blocks: Mapping[int, Tensor]) -> dict[str, Any]:
+    """The blocks of the first sequence that each sub-block kept.
 
     Args:
         statistics: of all layers in one forward pass.
+        blocks: copies on the host of what `blocks_of` gives.
 
     Returns:
         {"block_size", "tokens", "layers": [{"attention": [...], "mlp": [...]}]}.
     """
     layout = statistics[0].layout
     count = layout.block_counts[0]
-    # Layers share their sets, so this is one read-back for each set.
-    read: dict[int, list[int]] = {}
+    read = {name: [n for n in kept.tolist() if n < count] for name, kept in blocks.items()}
 
     def first_sequence(kept: Tensor | None) -> list[int]:
-        if kept is None:
-            return list(range(count))
-        if id(kept) not in read:
-            read[id(kept)] = [block for block in kept.tolist() if block < count]
-        return read[id(kept)]
+        return list(range(count)) if kept is None else read[id(kept)]
 
     return {
         "block_size": layout.block_size,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, gather_object, get_int_from_env, set_seed
 from peft import PeftModel
@@ -34,7 +34,7 @@ from lemo.data import (
 from lemo.files import new_folder, write_file
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
-from lemo.selection.statistics import kept_map
+from lemo.selection.statistics import blocks_of, kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised, remarks
@@ -51,7 +51,6 @@ from lemo.training.model import (
     load_config,
     load_model,
     load_tokenizer,
-    pick_device,
     pick_dtype,
     write_adapter,
 )
@@ -62,6 +61,7 @@ from lemo.training.processes import (
     naming_lost_processes,
     of_main,
     process_group,
+    process_state,
 )
 from lemo.training.replicas import Replicas
 from lemo.training.run_folder import (
@@ -155,22 +155,10 @@ def _finetune(
             # Model or documents may have been called by another path.
             write_config(folder, config)
         accelerator.wait_for_everyone()
+        if run.handle is not None:
+            stack.enter_context(run.handle.unchanged())
         run.train(folder, first, progress)
     return _result(folder, config.steps)
-
-
-def process_state(config: FinetuneConfig) -> PartialState:
-    """Rank and device of this process in a run.
-
-    Raises:
-        ValueError: the device of ``config`` cannot be had.
-    """
-    device = pick_device(config.device, config.elimination is not None)
-    # Accelerate keeps the device of the first run for the whole process otherwise.
-    if PartialState._shared_state != {} and PartialState().device.type != device.type:
-        AcceleratorState._reset_state(reset_partial_state=True)
-    # Said outright, because without a GPU Accelerate does not look for the other processes.
-    return PartialState(cpu=device.type == "cpu")
 
 
 def learning_rate(step: int, config: FinetuneConfig) -> float:
@@ -189,6 +177,8 @@ class _Run:
 
     Errors in model, documents and settings are raised here, before anything is written to disk.
     """
+
+    _weights: dict[str, Tensor] | None = None
 
     def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
         self.config = config
@@ -356,20 +346,24 @@ class _Run:
                     write = self._save(folder, step) if saves else None
                 # The step before is looked at while this one runs.
                 records.finish()
-                records.begin(record, loss, write and partial(writer.submit, write))
-                if saves or not behind:
-                    # A checkpoint waits for no other step: a kill would lose it.
-                    records.finish()
+                records.begin(record, loss)
+                if write is not None:
+                    # As soon as this step is done: a kill during the next one would lose it.
+                    writer.submit(records.when_done(write))
                 if not behind:
+                    records.finish()
                     writer.wait()
                     records.restart()
             records.finish()
-            weights = adapter_weights(self.peft_model)
+            weights = self._adapter_weights()
             writer.wait()
             if main:
                 self._write_adapter(folder / ADAPTER_NAME, weights)
-        except BaseException:
+        except BaseException as error:
             records.leave()
+            if isinstance(error, FloatingPointError):
+                # A checkpoint that was still to be written may have shown it a step earlier.
+                writer.wait()
             raise
         finally:
             batches.close()
@@ -495,11 +489,13 @@ class _Run:
         optimizer = {"optimizer": whole(self.optimizer.state_dict())}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
-        weights = adapter_weights(self.peft_model)
+        weights = self._adapter_weights()
         if not self.accelerator.is_main_process:
             return None
-        held = Copy({"weights": weights, "optimizer": optimizer}, self.host_memory)
         kept = self.kept.last
+        blocks = {} if kept is None else blocks_of(kept)
+        state = {"weights": weights, "optimizer": optimizer, "blocks": blocks}
+        held = Copy(state, self.host_memory)
 
         def write() -> None:
             state = held.value()
@@ -516,9 +512,18 @@ class _Run:
                 keep=self.config.keep_checkpoints,
             )
             if kept is not None:
-                write_file(folder / KEPT_MAP_NAME, json.dumps(kept_map(kept)) + "\n")
+                write_file(
+                    folder / KEPT_MAP_NAME, json.dumps(kept_map(kept, state["blocks"])) + "\n"
+                )
 
         return write
+
+    def _adapter_weights(self) -> dict[str, Tensor]:
+        """The adapter's weights as they are now, whole; all processes have to call it."""
+        # To find them takes longer than a step of a small model. What is gathered is a copy.
+        if self._weights is None or self.config.shard:
+            self._weights = adapter_weights(self.peft_model)
+        return self._weights
 
     def _write_adapter(self, folder: Path, weights: dict[str, Tensor]) -> None:
         with new_folder(folder) as target:

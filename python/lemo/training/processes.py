@@ -12,12 +12,13 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.checkpoint import Checkpoint
+from lemo.training.model import pick_device
 from lemo.training.run_folder import writing
 
 T = TypeVar("T")
@@ -29,6 +30,20 @@ _GLOO = "gloo/transport"
 
 # Seconds from one look at NCCL's errors to the next.
 _PAUSE = 1.0
+
+
+def process_state(config: FinetuneConfig) -> PartialState:
+    """Rank and device of this process in a run.
+
+    Raises:
+        ValueError: the device of ``config`` cannot be had.
+    """
+    device = pick_device(config.device, config.elimination is not None)
+    # Accelerate keeps the device of the first run for the whole process otherwise.
+    if PartialState._shared_state != {} and PartialState().device.type != device.type:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # Said outright, because without a GPU Accelerate does not look for the other processes.
+    return PartialState(cpu=device.type == "cpu")
 
 
 @contextmanager

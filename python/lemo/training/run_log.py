@@ -84,13 +84,15 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int):
         # It takes a second to import, and a log can be read without it.
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = folder / LOG_NAME
         records = read_log(self._path, last_step=step)
         write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("ab", buffering=0)
-        self._board = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
+        self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
+        self._summary = Summary
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one step; when this fails (a full disk) no part of a line stays."""
@@ -105,11 +107,14 @@ class RunLog:
         except OSError:
             os.ftruncate(self._file.fileno(), end)
             raise
-        for name in _SCALARS:
-            self._board.add_scalar(name, record[name], record["step"])
+        scalars = {name: record[name] for name in _SCALARS}
         for layer, kept in enumerate(record["kept"]):
             for sub_block, share in kept.items():
-                self._board.add_scalar(f"kept/{sub_block}/{layer:03d}", share, record["step"])
+                scalars[f"kept/{sub_block}/{layer:03d}"] = share
+        # One event with all of them: `add_scalar` makes one each, two for each layer.
+        values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
+        self._board.file_writer.add_summary(self._summary(value=values), record["step"])
+        # A full disk arrives here, not when the run ends or in the writer's own thread.
         self._board.flush()
 
     def close(self) -> None:

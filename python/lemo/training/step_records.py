@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +19,20 @@ from lemo.training.run_log import RunLog
 __all__ = ["StepRecords"]
 
 _log = logging.getLogger("lemo")
+
+
+@dataclass
+class _Step:
+    """A step whose work is under way, or done.
+
+    Attributes:
+        record: without the loss and times, until it is complete.
+        loss: what the device copies to the host.
+    """
+
+    record: dict[str, Any]
+    loss: Copy
+    is_complete: bool = False
 
 
 class StepRecords:
@@ -33,25 +49,56 @@ class StepRecords:
     ) -> None:
         self._steps, self._log, self._progress = steps, log, progress
         self._recent: deque[float] = deque(maxlen=20)
-        self._waiting: tuple[dict[str, Any], Copy, Callable[[], None] | None] | None = None
+        self._waiting: _Step | None = None
         self._last = time.perf_counter()
         self._memory = HostMemory()
+        # Whoever comes first completes a step: `finish`, or the thread that writes its checkpoint.
+        self._lock = threading.Lock()
 
     def restart(self) -> None:
         """The time of the next step begins now."""
         self._last = time.perf_counter()
 
-    def begin(
-        self, record: dict[str, Any], loss: Tensor, then: Callable[[], None] | None = None
-    ) -> None:
+    def begin(self, record: dict[str, Any], loss: Tensor) -> None:
         """A step whose work is under way.
 
         Args:
             record: without the loss and times.
             loss: scalar on the device; may be overwritten afterwards.
-            then: what to do when the step is complete and its loss is finite.
         """
-        self._waiting = record, Copy(loss, self._memory), then
+        self._waiting = _Step(record, Copy(loss, self._memory))
+
+    def when_done(self, act: Callable[[], None]) -> Callable[[], None]:
+        """For another thread: waits for the step that began last and logs it, and does `act` if its
+        loss is finite. Otherwise `finish` says so."""
+        step = self._waiting
+        assert step is not None
+
+        def wait() -> None:
+            if self._complete(step):
+                act()
+
+        return wait
+
+    def _complete(self, step: _Step) -> bool:
+        """Waits for a step and logs it, once; whether its loss is finite."""
+        with self._lock:
+            loss = step.loss.value().item()
+            if not step.is_complete:
+                now = time.perf_counter()
+                seconds, self._last = now - self._last, now
+                tokens_per_second = step.record["tokens"] / seconds
+                step.record |= {
+                    "loss": loss,
+                    "seconds": seconds,
+                    "tokens_per_second": tokens_per_second,
+                }
+                step.is_complete = True
+                if math.isfinite(loss):
+                    self._recent.append(seconds)
+                    if self._log is not None:
+                        self._log.write(step.record)
+        return math.isfinite(loss)
 
     def finish(self) -> None:
         """Waits for the step that began last, if there is one; its time is since the one before.
@@ -61,27 +108,19 @@ class StepRecords:
         """
         if self._waiting is None:
             return
-        record, copy, then = self._waiting
-        loss, step = copy.value().item(), record["step"]
+        step = self._waiting
+        is_finite = self._complete(step)
         # Not before: an interrupt comes while the host waits, and `leave` asks again.
         self._waiting = None
-        now = time.perf_counter()
-        seconds, self._last = now - self._last, now
-        if not math.isfinite(loss):
+        record = step.record
+        if not is_finite:
             raise FloatingPointError(
-                f"step {step}: the loss is {loss}; earlier checkpoints stay as they are; a lower "
-                "learning_rate or dtype bfloat16 may help"
+                f"step {record['step']}: the loss is {record['loss']}; earlier checkpoints stay as "
+                "they are; a lower learning_rate or dtype bfloat16 may help"
             )
-        tokens_per_second = record["tokens"] / seconds
-        record |= {"loss": loss, "seconds": seconds, "tokens_per_second": tokens_per_second}
-        self._recent.append(seconds)
-        if self._log is not None:
-            self._log.write(record)
-            left = (self._steps - step) * sum(self._recent) / len(self._recent)
-            if self._progress is not None:
-                self._progress(record | {"steps": self._steps, "seconds_left": left})
-        if then is not None:
-            then()
+        if self._log is not None and self._progress is not None:
+            left = (self._steps - record["step"]) * sum(self._recent) / len(self._recent)
+            self._progress(record | {"steps": self._steps, "seconds_left": left})
 
     def leave(self) -> None:
         """Like `finish`, where the run ends by an error: one of its own is only logged."""
