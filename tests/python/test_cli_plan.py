@@ -59,14 +59,14 @@ def test_a_plan_of_products_in_8_bits(folder, capsys):
     code, out, _ = run(capsys, *arguments, "--dtype", "bfloat16", "--fp8")
     assert code == 0
     lines = out.splitlines()
-    assert lines[0].startswith("model: llama, 32 layers, 8.03 billion parameters, 21.9 GiB")
+    assert lines[0].startswith("model: llama, 32 layers, 8.03 billion parameters, 21.8 GiB")
     assert lines[2].startswith("products: fp8; the first step logs layers that err too much")
 
     def peak(out):
         line = next(line for line in out.splitlines() if line.startswith("peak memory"))
         return float(line.split()[2])
 
-    assert 6.4 < peak(out) - peak(plain) < 7.2
+    assert 6.2 < peak(out) - peak(plain) < 7.0
 
 
 @pytest.mark.parametrize(

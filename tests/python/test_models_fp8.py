@@ -39,6 +39,14 @@ def trained(model, batch, **settings):
     return handle, loss.detach()
 
 
+def others_left(handle):
+    """`unquantised_products` but for the last MLP, which always stays."""
+    reasons = handle.unquantised_products()
+    last = [n for n, r in reasons.items() if ".2." in n and r.startswith("the last layer's MLP")]
+    assert len(last) in (2, 3), "OPT's has two layers"
+    return {name: reason for name, reason in reasons.items() if name not in last}
+
+
 def layers_of(model):
     return next(m for name, m in model.named_modules() if name.endswith("layers"))
 
@@ -109,7 +117,7 @@ def test_products_err_as_rounding_does(architecture):
         expected = nn.functional.linear(x, weight)
         error = relative_error(y if module.bias is None else y - module.bias, expected)
         assert 0.8 * TYPICAL < error < 1.2 * TYPICAL
-    assert handle.unquantised_products() == {}
+    assert others_left(handle) == {}
 
 
 class Rounded(torch.autograd.Function):
@@ -134,9 +142,10 @@ class RoundedLinear(nn.Linear):
 
 
 def rounded(model):
-    """The plain model, with the oracle in place of its layers' linear ones."""
-    for module in layers_of(model).modules():
-        if type(module) is nn.Linear and not module.weight.requires_grad:
+    """The plain model, with the oracle in place of its layers' linear ones but the last MLP's."""
+    for name, module in layers_of(model).named_modules():
+        last = name.startswith("2.") and ("mlp" in name or "fc" in name)
+        if type(module) is nn.Linear and not module.weight.requires_grad and not last:
             module.__class__ = RoundedLinear
     return model
 
@@ -150,11 +159,11 @@ def test_with_everything_kept_it_is_the_model_with_rounded_factors(architecture,
     plain = lora(make_model(architecture))
     errors, distances = [], []
     for seed in range(6):
-        batch = padded_batch([61, 45], seed=seed)
+        batch = padded_batch([25, 17], seed=seed)
         for each in (model, oracle, plain):
             each.zero_grad()
         handle, loss = trained(model, batch, keep=1.0, recompute=recompute)
-        assert handle.unquantised_products() == {}
+        assert others_left(handle) == {}
         handle.remove()
         expected = oracle(**batch).loss
         expected.backward()
@@ -185,7 +194,7 @@ def test_under_autocast_with_fp32_adapters():
     for each, kind in ((model, "fp8"), (plain, "dtype")):
         with torch.autocast("cpu", torch.bfloat16):
             handle, loss = trained(each, batch, products=kind)
-        assert handle.unquantised_products() == {}
+        assert handle.unquantised_products() == {} if kind == "dtype" else not others_left(handle)
         assert all(gradient.isfinite().all() for gradient in gradients(each).values())
         losses.append(loss)
     # A logit is behind 21 products that err by a few hundredths of themselves.
@@ -201,11 +210,12 @@ def test_rows_are_rounded_once_for_the_layers_that_read_them(monkeypatch):
     model(**batch).loss.backward()
     rounded.clear()
     loss = model(**batch).loss
-    # For each layer: both norms' rows and the heads'. The activation comes in 8 bits.
-    assert sorted(rounded) == [32] * 9
+    # For each layer: both norms' rows and the heads'; in the last one not the MLP's. The activation
+    # comes in 8 bits.
+    assert sorted(rounded) == [32] * 8
     rounded.clear()
     loss.backward()
-    assert len(rounded) == 21 - 3, "the first layer's input needs no gradient"
+    assert len(rounded) == 18 - 3, "the first layer's input needs no gradient"
     assert not fp8._shared
     assert not weights._kept
     handle.remove()
@@ -220,7 +230,7 @@ def test_recomputing_rounds_no_rows_of_products_without_values(monkeypatch):
     loss = model(**batch).loss
     monkeypatch.setattr(ops, "fp8_rows", lambda *a: rounded.append(len(a)) or own(*a))
     loss.backward()
-    assert rounded.count(1) == 3 * 3, "not the activation, whose product is not needed"
+    assert rounded.count(1) == 3 * 3 - 1, "not the activation, whose product is not needed"
 
 
 def test_shared_rows_are_known_by_themselves():
@@ -301,7 +311,7 @@ def test_merged_layers_hold_no_copy():
     layer = vars(module.base_layer)["_lemo_fp8"]
     module.merge()
     name = "model.layers.0.mlp.up_proj.base_layer"
-    assert handle.unquantised_products() == {name: "merged adapters"}
+    assert others_left(handle) == {name: "merged adapters"}
     model(**batch)
     assert layer._weight is None
     assert fp8.bytes_to_come(model) == 0, "not while it is merged"
@@ -309,7 +319,7 @@ def test_merged_layers_hold_no_copy():
     assert fp8.bytes_to_come(model) == 48 * (32 + 4)
     model(**batch)
     assert torch.equal(layer.weight()[1], ops.fp8_rows(module.base_layer.weight)[1])
-    assert handle.unquantised_products() == {}
+    assert others_left(handle) == {}
 
 
 def test_evaluation_and_verify_run_in_the_models_dtype():
@@ -342,7 +352,7 @@ def test_a_layer_that_errs_too_much_stays(caplog):
     with caplog.at_level(logging.WARNING, "lemo"):
         handle, _ = trained(model, batch)
     name = "model.layers.0.mlp.down_proj.base_layer"
-    reasons = handle.unquantised_products()
+    reasons = others_left(handle)
     assert reasons.keys() == {name}
     assert "forward product errs by" in reasons[name]
     assert name in caplog.text
@@ -404,8 +414,8 @@ def test_dora_is_named_and_holds_no_copies():
     handle = lemo.enable(model, config_of())
     assert fp8.bytes_to_come(model) == 0
     model(**padded_batch([61]))
-    reasons = handle.unquantised_products()
-    assert len(reasons) == 21
+    reasons = others_left(handle)
+    assert len(reasons) == 18
     assert {*reasons.values()} == {"DoRA"}
     handle.remove()
     assert handle.unquantised_products() == {}
@@ -422,15 +432,15 @@ def test_linears_of_a_changed_mlp_are_named_and_come_back(when):
     if when == "before":
         hook = mlp.register_forward_hook(lambda *_: None)
         handle = lemo.enable(model, config_of(keep=1.0))
-        assert fp8.bytes_to_come(model) == 2 * 3 * 32 * 48 + 3 * 2 * 32 * (32 + 16) + 4 * (
-            2 * (2 * 48 + 32) + 3 * (2 * 32 + 2 * 16)
+        assert fp8.bytes_to_come(model) == 3 * 32 * 48 + 3 * 2 * 32 * (32 + 16) + 4 * (
+            2 * 48 + 32 + 3 * (2 * 32 + 2 * 16)
         )
     else:
         handle, _ = trained(model, batch, keep=1.0)
         hook = mlp.register_forward_hook(lambda *_: None)
     model(**batch)
     assert fp8.bytes_to_come(model) == 0
-    reasons = handle.unquantised_products()
+    reasons = others_left(handle)
     assert reasons.keys() == MLP
     assert {*reasons.values()} == {
         "a transformers.models.llama.modeling_llama.LlamaMLP or a hook in place of the model's own "
@@ -438,7 +448,7 @@ def test_linears_of_a_changed_mlp_are_named_and_come_back(when):
     }
     assert not [name for name, m in mlp.named_modules() if "_lemo_fp8" in vars(m)]
     hook.remove()
-    assert handle.unquantised_products() == {}
+    assert others_left(handle) == {}
     loss = model(**batch).loss
     assert vars(mlp.up_proj.base_layer)["_lemo_fp8"]._weight is not None
     handle.remove()
@@ -457,7 +467,7 @@ def test_an_mlp_of_another_kind_is_named():
 
     model = lora(make_model("llama"))
     layers_of(model)[1].mlp = Other()
-    reasons = lemo.enable(model, config_of()).unquantised_products()
+    reasons = others_left(lemo.enable(model, config_of()))
     assert reasons.keys() == {"model.layers.1.mlp"}
     assert ".Other or a hook in place of" in reasons["model.layers.1.mlp"]
 
@@ -468,11 +478,11 @@ def test_lora_layers_that_run_as_they_are_are_named():
     hook = projection(model).register_forward_hook(lambda *_: None)
     name = "model.layers.0.mlp.up_proj.base_layer"
     reason = "a hook or a forward of somebody else on the LoRA layer"
-    assert handle.unquantised_products() == {name: reason}
+    assert others_left(handle) == {name: reason}
     hook.remove()
-    assert handle.unquantised_products() == {}
+    assert others_left(handle) == {}
     layers_of(model)[0].mlp.up_proj = nn.Linear(32, 48, bias=False).requires_grad_(False)
-    assert handle.unquantised_products() == {
+    assert others_left(handle) == {
         "model.layers.0.mlp.up_proj": "a torch.nn.modules.linear.Linear that is no linear layer, "
         "or came after enable"
     }

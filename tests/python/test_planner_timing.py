@@ -88,6 +88,24 @@ def test_products_in_8_bits_have_a_rate_of_their_own():
         assert 0 < found - (plain - saved) < 0.02 * plain + 512 * 30 * 128 / RATES.bytes
 
 
+def test_the_last_mlp_does_not_have_that_rate():
+    """Its products are in the model's dtype: with the same rate it takes no pass that rounds."""
+    mlp = SHAPE.mlp_parameters()
+    assert mlp == 3 * SHAPE.hidden * SHAPE.width
+    for mode in MODES:
+        slow, fast = (dataclasses.replace(RATES, fp8=n * RATES.products) for n in (1, 1e9))
+        step = step_with(512, cuda=False)  # whose host and device wait for each other
+        times = [StepTime(SHAPE, Adapters(4), step, rates, fp8=True) for rates in (slow, fast)]
+        inner, last = ([time.layer(index, mode) for time in times] for index in (0, 3))
+        operations = 2 if mode == "none" else 3
+        products = operations * mlp - (0 if mode == "none" else SHAPE.hidden * SHAPE.width)
+        expected = 512 * 2 * products / RATES.products
+        assert (inner[0] - inner[1]) - (last[0] - last[1]) == pytest.approx(expected)
+        assert last[0] < inner[0], "nothing is rounded"
+        whole = times[1].loss + 3 * inner[1] + last[1] + 4 * times[1].host(mode)
+        assert times[1].seconds([mode] * 4) == pytest.approx(whole)
+
+
 def test_sequences_windows_and_groups_shorten_attention():
     alone = StepTime(SHAPE, Adapters(4), step_with(1024), RATES)
     packed = StepTime(SHAPE, Adapters(4), step_with(1024, (512, 512)), RATES)

@@ -457,10 +457,10 @@ class Handle:
         """Linear layers whose products stay in the model's dtype with products "fp8", and why.
 
         Errors are measured in the first training pass, which also logs those that are too large.
+        The last layer's MLP always stays.
 
         Returns:
-            Reasons by the modules' names in `causal_lm`; empty: all are computed in 8 bits, or none
-            were asked to be.
+            Reasons by the modules' names in `causal_lm`; empty: none were asked to be in 8 bits.
         """
         return self.path.unquantised_products()
 

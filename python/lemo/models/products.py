@@ -16,10 +16,11 @@ __all__ = ["Fp8Products"]
 
 # The linear layers of an MLP that somebody has changed.
 _MLP = ("gate_proj", "up_proj", "down_proj")
+_LAST = "the last layer's MLP, whose error reaches the loss most directly"
 
 
 class Fp8Products:
-    """Products in 8 bits of all layers of a decoder; the head stays as it is.
+    """Products in 8 bits of the layers of a decoder; the last MLP and the head stay as they are.
 
     A weight's copy in 8 bits is made again where PEFT has merged adapters into the weight or
     unloaded them, and where it was written to as a tensor. Other writes through `weight.data` are
@@ -121,7 +122,7 @@ class Fp8Products:
             projections = architecture.mlp_projections(index)
             if projections is not None:
                 for module in projections:
-                    yield module, None
+                    yield module, _LAST if index == architecture.num_layers - 1 else None
                 continue
             mlp: Any = architecture.layer(index).mlp
             known = {*mlp.modules()}
@@ -136,7 +137,7 @@ class Fp8Products:
         if self._attention is None:
             return
         names: dict[nn.Module, str] = {}
-        for index in range(self._architecture.num_layers):
+        for index in range(self._architecture.num_layers - 1):
             projections = self._architecture.mlp_projections(index)
             if projections is None:
                 for layer in self._mlps.pop(index, ()):

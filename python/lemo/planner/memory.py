@@ -136,7 +136,9 @@ class StepMemory:
     def weights(self) -> int:
         """Frozen weights, adapters and the optimizer's state."""
         trainable = self._adapters.parameters(self._shape) * self._adapters.size
-        copied = self._fp8 and self._quantize != "float8"
+        copied = 0
+        if self._fp8 and self._quantize != "float8":
+            copied = self._shape.parameters()[0] - self._shape.mlp_parameters()  # not the last MLP
         frozen = weight_bytes(self._shape, self._step.size, self._quantize)
         shards = self._step.shards
         if shards > 1:
@@ -145,7 +147,7 @@ class StepMemory:
             whole = 3 * layer_bytes(self._shape, self._step.size, self._quantize)
             whole += self._shape.vocabulary * self._shape.hidden * self._step.size
             return (frozen + 3 * trainable) // shards + min(whole, frozen)
-        return frozen + (self._shape.parameters()[0] if copied else 0) + 3 * trainable
+        return frozen + copied + 3 * trainable
 
     @property
     def fixed(self) -> int:

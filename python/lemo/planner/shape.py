@@ -81,6 +81,10 @@ class ModelShape:
         """Parameters of the linear layers of a decoder layer."""
         return sum(each.inputs * each.outputs for each in self.linears())
 
+    def mlp_parameters(self) -> int:
+        """Those of its MLP."""
+        return sum(each.inputs * each.outputs for each in self.linears()[-3:])
+
     def parameters(self) -> tuple[int, int]:
         """(parameters of linear layers, all others) of the whole model."""
         linear = self.layers * self.layer_parameters()

@@ -150,8 +150,10 @@ class StepTime:
             modes: of each layer.
             moved: bytes of each layer that go to the host; empty: none.
         """
+        modes = list(modes)
         alike = Counter(zip(self._step.rows, modes))
         device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
+        device += self._last_mlp(self._step.rows[-1], modes[-1])
         device += sum(self.waiting(index, size) for index, size in enumerate(moved))
         host = sum(n * self.host(mode) for (_, mode), n in alike.items())
         if self._step.graphs:
@@ -195,7 +197,9 @@ class StepTime:
             index: the layer.
             mode: one of `lemo.planner.memory.MODES`.
         """
-        return self._layer(self._step.rows[index], mode)
+        rows = self._step.rows[index]
+        last = index + 1 == len(self._step.rows)
+        return self._layer(rows, mode) + (self._last_mlp(rows, mode) if last else 0.0)
 
     def waiting(self, index: int, size: int) -> float:
         """Seconds for which the device waits because bytes of a layer go to the host and back.
@@ -241,6 +245,19 @@ class StepTime:
             forward = self._forward(rows)
             total += max(0.0, coming - forward) + max(0.0, coming - (total - forward))
         return total
+
+    def _last_mlp(self, rows: LayerRows, mode: str) -> float:
+        """What the last layer's MLP takes more than others', whose products are in 8 bits."""
+        if not self._fp8:
+            return 0.0
+        more = self._window, self._group_size, False, self._quantize, self._started
+        plain = StepTime(self._shape, self._adapters, self._step, self._rates, *more)
+        return self._seconds(rows, _Work(), plain._mlp(mode) - self._mlp(mode))
+
+    def _mlp(self, mode: str) -> _Work:
+        """An MLP in both passes, with what it computes a second time."""
+        work = self._mlp_forward() + self._mlp_gradient()
+        return work if mode == "none" else work + self._mlp_forward() - self._down()
 
     def _sent(self, size: int) -> float:
         """What a process receives of weights of so many bytes."""

@@ -249,10 +249,10 @@ class LemoConfig(Settings):
         description="In what products with the frozen weights of layers are computed, forward and "
         "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
         "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
-        "exact; fp8_fast: the same with the tensor cores' own sums, which keep fewer bits. Layers "
-        "that err too much stay in dtype; Handle.unquantised_products and the log name them. The "
-        "head, attention, norms and adapters are not changed. After weights were "
-        "written through weight.data, enable again.",
+        "exact; fp8_fast: the same with the tensor cores' own sums, which keep fewer bits. The "
+        "last layer's MLP stays in dtype, as do layers that err too much; "
+        "Handle.unquantised_products and the log name them. The head, attention, norms and "
+        "adapters are not changed. After weights were written through weight.data, enable again.",
     )
     seed: Seed = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(
