@@ -452,9 +452,10 @@ class Search:
                 break
             # Imports and weights take time, too, which is none of a step.
             answer = self._ask(worker, "", until) if is_new else {}
-            answer.pop("ended", None)
+            is_late = answer.pop("ended", None) is not None and bool(trained(trials))
             if "failed" in answer:
-                more |= answer
+                bound = "deadline" if is_late else bound
+                more |= {} if is_late else answer
                 break
             is_new = False
             answer = self._ask(worker, json.dumps(tokens), until)

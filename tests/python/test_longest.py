@@ -99,6 +99,9 @@ class FakeWorker:
             peak = None if self.settings["share"] > 0.96 else 22.0
             return {"trials": [[tokens, peak, peak and 4.0]], "predicted_s": 4.1, "host_gib": 3}
         if not question:
+            if self.settings["contender"] == "cce" and self.log.endswith("-1"):
+                time.sleep(seconds)
+                raise WorkerError(f"no answer in {seconds:g} s")
             return {}
         tokens = json.loads(question)
         if self.settings["contender"] == "unsloth-tiled" and tokens > 16384:
@@ -189,6 +192,10 @@ def test_no_contender_takes_the_others_time(search_of):
     assert (row["tokens"], row["bounded_by"]) == (16384, "deadline")
     assert "failed" not in row
     assert max(seconds for *_, seconds in FakeWorker.asked) <= 0.5
+    # What was found stays where the next process is not ready in time.
+    row = search_of().row("cce", 0.5)
+    assert (row["tokens"], row["too_long"], row["bounded_by"]) == (16384, 24576, "deadline")
+    assert "failed" not in row
     # No answer for longer than a step may take: the length is too long, and shorter ones follow.
     given = ("--step-limit", "0.3", "--timeout", "0.4", "--short", "32768")
     row = search_of(*given).row("unsloth-tiled")
