@@ -42,7 +42,7 @@ from typing import Any
 
 from common import records
 from common.processes import MEASURE, Worker, WorkerError, run_script
-from contenders import CONTENDERS
+from contenders import CONTENDERS, Built
 from gpu_finetune import ENVIRONMENT, GIB, RANK, TARGETS
 
 # What a shape is called, and its number of layers.
@@ -155,9 +155,12 @@ class Steps:
         settings: of a worker: contender, shape, layers, memory, device, and where the weights are
             stored in 4 bits, "quantize": "nf4".
         tokens: of the longest window.
+        build: in place of the contender's own.
     """
 
-    def __init__(self, settings: dict[str, Any], tokens: int) -> None:
+    def __init__(
+        self, settings: dict[str, Any], tokens: int, build: Callable[..., Built] | None = None
+    ) -> None:
         import torch
 
         from common.models import config_of_shape
@@ -170,7 +173,7 @@ class Steps:
             torch.cuda.set_per_process_memory_fraction(share)
         config = config_of_shape(settings["shape"], tokens, settings["layers"])
         config.quantize = settings.get("quantize")
-        self._built = contender.build(config, self.device, tokens)
+        self._built = (build or contender.build)(config, self.device, tokens)
         self.weights = torch.cuda.memory_allocated() if on_gpu else 0
         parameters = [each for each in self._built.model.parameters() if each.requires_grad]
         self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -32,8 +32,9 @@ from itertools import groupby
 from typing import Any
 
 from common import records
-from common.planned import settings_of
+from common.planned import longest_plan, settings_of
 from common.processes import measure, run_script
+from comparison import OUT_OF_MEMORY, reason
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
 GIB = 2**30
@@ -104,17 +105,16 @@ def worker(settings: dict) -> Callable[[str], dict]:
         )
         usable = limit if cap is None else cap
         if tokens is None:
-            usable = round(settings["share"] * usable)
-            tokens = request.longest(usable)
-            if not tokens:
+            tokens, plan = longest_plan(request, round(settings["share"] * usable))
+            if plan is None:
                 return {"refused": "not even 16 tokens fit"}
-        planner = request.planner(tokens)
-        plan = planner.plan(usable)
-        if plan is None:
-            return {"refused": request.advice(tokens, usable)}
+        else:
+            plan = request.planner(tokens).plan(usable)
+            if plan is None:
+                return {"refused": request.advice(tokens, usable)}
         found: dict[str, Any] = {"tokens": tokens, "predicted_gib": round(plan.peak / GIB, 3)}
         found |= {"gpu": torch.cuda.get_device_name(device) if on_gpu else None}
-        found |= {"kept_rows": max(planner.rows), "head_groups": plan.head_groups}
+        found |= {"kept_rows": max(request.planner(tokens).rows), "head_groups": plan.head_groups}
         found |= {"cap_gib": None if cap is None else round(cap / GIB, 3)}
         found |= {"predicted_host_gib": round(plan.host / GIB, 3)}
         found |= {"predicted_s": round(plan.seconds, 3)}
@@ -125,10 +125,10 @@ def worker(settings: dict) -> Callable[[str], dict]:
         try:
             return found | measured(request, plan, tokens)
         except RuntimeError as error:
-            if "out of memory" not in str(error):
+            if reason(error) != OUT_OF_MEMORY:
                 raise
             print(error, file=sys.stderr, flush=True)
-            return found | {"failed": "out of memory"}
+            return found | {"failed": OUT_OF_MEMORY}
 
     def measured(request: Request, plan: Plan, tokens: int) -> dict:
         device = torch.device(settings["device"])

@@ -12,6 +12,7 @@ from typing import Any
 
 from common import records
 from common.records import markdown
+from comparison_longest import title_of
 from contenders import CONTENDERS
 
 __all__ = ["NOTHING", "RESULTS", "figures"]
@@ -26,6 +27,8 @@ MEASURED = {
 }
 # Of a longest window: how much longer one is that did not train.
 NEAR = 1.06
+# What ended a search before memory did.
+BOUNDED = ("time", "most", "trials", "deadline")
 # Cap and how weights are stored.
 Column = tuple[float, str | None]
 
@@ -68,9 +71,9 @@ def longest_within(rows: list[dict[str, Any]]) -> str:
     order: list[str] = []
     for row in filter(is_within, rows):
         if row["bench"] == "longest window":
-            name = CONTENDERS[row["contender"]].title
+            name = title_of(row["contender"])
             column: Column = row["memory"], row["quantize"]
-            tokens, is_bounded = row["tokens"], row.get("bounded_by") in ("time", "most", "trials")
+            tokens, is_bounded = row["tokens"], row.get("bounded_by") in BOUNDED
         else:
             shape = row["shape"]
             host = f", {row['host_gib']:.0f} GiB on the host" if shape["host_memory"] else ""

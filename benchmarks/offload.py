@@ -12,6 +12,7 @@ quality. Sets of kept rows:
              quarter, an eighth
     turns    each layer has a set of its own: a half of the tokens, a quarter, a half, and so on.
              Little of what a layer stores hides behind a layer of fewer tokens
+    far      the same with three quarters and a quarter
     pairs    the same with all of the tokens twice, and an eighth twice
 
 Ways:
@@ -31,7 +32,8 @@ Overlap is that of one more step under torch.profiler: the share of the time of 
 device and host in which a kernel runs, too. Host bytes are what the pool, or the hooks, held at
 most. Appends rows of bench "offload" to --output: step_s, step_s_range, peak_gib, host_gib, copy_s,
 overlap, shares, loss (of the first step, the same in all ways of one set), and for lemo's own ways
-predicted_s, predicted_gib and predicted_host_gib by rates calibrated here, and their link_gb_s.
+predicted_s, predicted_gib and predicted_host_gib by rates calibrated here, and their link_gb_s and
+launch_us, the host's time for an operation.
 """
 
 from __future__ import annotations
@@ -47,12 +49,12 @@ from common.processes import measure, run_script
 from gpu_finetune import ENVIRONMENT, RANK, TARGETS
 
 GIB = 2**30
-SETS = ("one", "falling", "turns", "pairs")
+SETS = ("one", "falling", "turns", "far", "pairs")
 WAYS = ("none", "uniform", "sensitive", "torch", "unsloth", "whole")
 # Shares of the tokens that quarters of the layers keep, where sets differ.
 FALLING = (1.0, 0.5, 0.25, 0.125)
 # The same of layers in turn.
-IN_TURN = {"turns": (0.5, 0.25), "pairs": (1.0, 1.0, 0.125, 0.125)}
+IN_TURN = {"turns": (0.5, 0.25), "far": (0.75, 0.25), "pairs": (1.0, 1.0, 0.125, 0.125)}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,6 +120,7 @@ def worker(settings: dict) -> Callable[[str], dict]:
             "predicted_gib": round(plan.peak / GIB, 3),
             "predicted_host_gib": round(plan.host / GIB, 3),
             "link_gb_s": round(rates.link / 1e9, 2),
+            "launch_us": round(1e6 * rates.launch, 2),
         }
         if plan.host > settings["host_memory"] * GIB:
             raise ValueError(

@@ -1,7 +1,10 @@
 """Searches for the longest window, steps of long windows as they are planned, and their tables."""
 
 import json
+import time
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ import torch
 import comparison_longest
 import longest
 import longest_page
+from common import records, timing
 from common.models import config_of_shape, random_llama, with_lora
 from common.planned import settings_of
+from common.processes import WorkerError
 from lemo import LemoConfig, enable
 from lemo.models import decoder
 from lemo.models.unit import Unit
@@ -28,18 +33,17 @@ LIMITS = {"short": 8192, "most": 1048576, "trials": 4, "step_limit": 60.0}
 # --- the search
 
 
-def searched(most, weights, growth, usable, limits=LIMITS):
-    """(trials, what ends them) of a contender whose memory grows by `growth` GiB for 8192 tokens,
-    and which in truth trains `most` tokens."""
-    peaks, seconds = {}, {}
+def searched(most, weights, growth, usable, limits=LIMITS, known=(), power=1.5):
+    """(GiB of each length, what ends them) of a contender whose memory grows by `growth` GiB for
+    8192 tokens, and which in truth trains `most` tokens."""
+    trials = []
     for _ in range(20):
-        tokens, bound = comparison_longest.next_length(peaks, seconds, usable, limits)
-        if tokens is None or tokens in peaks:
-            return peaks, bound
-        peaks[tokens] = None if tokens > most else weights + growth * tokens / 8192
-        if peaks[tokens] is not None:
-            seconds[tokens] = (tokens / 8192) ** 1.5
-    raise AssertionError(f"no end: {peaks}")
+        tokens, bound = comparison_longest.next_length(trials, usable, limits, [*known])
+        if tokens is None or tokens in [each[0] for each in trials]:
+            return {tokens: peak for tokens, peak, _ in trials}, bound
+        peak = None if tokens > most else weights + growth * tokens / 8192
+        trials.append([tokens, peak, None if peak is None else (tokens / 8192) ** power])
+    raise AssertionError(f"no end: {trials}")
 
 
 @pytest.mark.parametrize(
@@ -77,20 +81,37 @@ def options(*arguments):
 
 
 class FakeWorker:
-    """The first process runs out of memory at 24576 tokens; the second ends the search."""
+    """Trains up to 24000 tokens and takes 0.2 s for 1024 of them. Of Unsloth every trial but the
+    short ones takes too long to answer."""
 
-    def __init__(self, _script, settings, _environment, _log):
-        self.settings = settings
+    asked: ClassVar = []
 
-    def ask(self, question, _seconds):
-        known = json.loads(question)
+    def __init__(self, _script, settings, _environment, log):
+        self.settings, self.has_failed, self.log = settings, False, log.stem
+
+    def ask(self, question, seconds):
+        assert not self.has_failed, "a process that ran out of memory is asked again"
+        self.asked.append((self.settings["contender"], self.settings.get("share"), seconds))
         if self.settings["contender"] == "liger":
             return {"failed": "ImportError: no liger"}
-        if not known:
-            trials = [[8192, 18.1, 1.0], [16384, 21.2, 2.5], [24576, None, None]]
-            return {"trials": trials, "bounded_by": "memory", "over": False}
-        assert known[-1] == [24576, None, None]
-        return {"trials": [[23552, 23.0, 4.0]], "bounded_by": "memory", "over": True, "host_gib": 3}
+        if "share" in self.settings:
+            tokens = round(1e4 * self.settings["share"]) + round(self.settings["host_memory"])
+            peak = None if self.settings["share"] > 0.96 else 22.0
+            return {"trials": [[tokens, peak, peak and 4.0]], "predicted_s": 4.1, "host_gib": 3}
+        if not question:
+            if self.settings["contender"] == "cce" and self.log.endswith("-1"):
+                time.sleep(seconds)
+                raise WorkerError(f"no answer in {seconds:g} s")
+            return {}
+        tokens = json.loads(question)
+        if self.settings["contender"] == "unsloth-tiled" and tokens > 16384:
+            time.sleep(seconds)
+            raise WorkerError(f"no answer in {seconds:g} s")
+        if tokens > 24000:
+            self.has_failed = True
+            return {"trials": [[tokens, None, None]]}
+        peak = 14.0 + 3.0 * tokens / 8192
+        return {"trials": [[tokens, peak, tokens / 5120]], "host_gib": 3, "pinned_gib": 7.0}
 
     def close(self):
         pass
@@ -104,27 +125,138 @@ class FakeWorker:
         pass
 
 
-def test_a_new_process_goes_on_where_memory_ran_out(monkeypatch, tmp_path):
+@pytest.fixture
+def search_of(monkeypatch, tmp_path):
     monkeypatch.setattr(comparison_longest, "Worker", FakeWorker)
-    stack = SimpleNamespace(enter_context=lambda worker: worker)
-    search = comparison_longest.Search(options("--logs", str(tmp_path)), stack)
-    row = search.row("checkpointing")
-    wanted = {"tokens": 23552, "too_long": 24576, "step_s": 4.0, "peak_gib": 23.0, "host_gib": 3}
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(FakeWorker, "asked", [])
+
+    def make(*arguments):
+        given = ["--logs", str(tmp_path), "--output", str(tmp_path / "rows.jsonl"), *arguments]
+        stack = SimpleNamespace(enter_context=lambda worker: worker)
+        return comparison_longest.Search(options(*given), stack)
+
+    return make
+
+
+def test_a_new_process_goes_on_where_memory_ran_out(search_of):
+    row = search_of().row("checkpointing")
+    assert row["tokens"] <= 24000 < row["too_long"]
+    assert row["too_long"] <= comparison_longest.CLOSE * row["tokens"]
+    wanted = {"bounded_by": "memory", "too_slow": None, "host_gib": 3}
     assert row.items() >= wanted.items()
-    row = search.row("liger")
+    row = search_of().row("liger")
     assert (row["tokens"], row["failed"]) == (None, "ImportError: no liger")
 
 
-def test_trials_of_one_process(monkeypatch):
+def test_trials_of_earlier_rows_say_where_to_begin(search_of, tmp_path):
+    search = search_of("--device", "cuda")
+    known = [[8192, 17.0, 1.6], [16384, 20.0, 3.2]]
+    shape = {"model": "Llama-3-8B shape", "layers": 32, "lora_rank": 8}
+    row = {"bench": "longest window", "contender": "checkpointing", "quantize": None}
+    row |= {"memory": 48.0, "tokens": 16384, "trials": known, "gpu": "G", "shape": shape}
+    records.append(tmp_path / "rows.jsonl", [row])
+    row = search.row("checkpointing")
+    # 23.25 GiB are reached at 25259 tokens; nothing short is trained.
+    assert row["trials"][0] == [24576, None, None]
+    assert row["tokens"] <= 24000 < row["too_long"]
+    # What did not fit into as much does not fit.
+    row["trials"].append([23552, None, None])
+    records.append(tmp_path / "rows.jsonl", [row | {"gpu": "G"}])
+    assert search_of("--device", "cuda").row("checkpointing")["trials"][0][0] == 21504
+    other = search.row("cce")
+    assert other["trials"][0][0] == 8192
+
+
+def test_a_step_beyond_the_limit_is_too_long_in_time(search_of):
+    row = search_of("--step-limit", "3.5").row("checkpointing")
+    # 0.2 s for 1024 tokens: 17920 take 3.5 s.
+    assert row["tokens"] <= 17920
+    assert row["bounded_by"] == "time"
+    assert row["step_s"] <= 3.5
+    # The square of the length says less than this contender can do; where it says more:
+    slow = LIMITS | {"step_limit": 10.0, "trials": 9}
+    peaks, bound = searched(10**6, 15, 0.5, 100.0, slow, power=4)
+    assert bound == "time"
+    within = max(tokens for tokens in peaks if (tokens / 8192) ** 4 <= 10)
+    beyond = min(tokens for tokens in peaks if (tokens / 8192) ** 4 > 10)
+    assert within < beyond <= 1.5 * within
+
+
+def test_no_contender_takes_the_others_time(search_of):
+    search = search_of("--step-limit", "0.05")
+    began = time.monotonic()
+    # Two short steps are fast; the answer to the third length does not come.
+    row = search_of().row("unsloth-tiled", 0.5)
+    assert time.monotonic() - began < 5
+    assert (row["tokens"], row["bounded_by"]) == (16384, "deadline")
+    assert "failed" not in row
+    assert max(seconds for *_, seconds in FakeWorker.asked) <= 0.5
+    # What was found stays where the next process is not ready in time.
+    row = search_of().row("cce", 0.5)
+    assert (row["tokens"], row["too_long"], row["bounded_by"]) == (16384, 24576, "deadline")
+    assert "failed" not in row
+    # No answer for longer than a step may take: the length is too long, and shorter ones follow.
+    given = ("--step-limit", "0.3", "--timeout", "0.4", "--short", "32768")
+    row = search_of(*given).row("unsloth-tiled")
+    (tokens, peak, seconds), *_ = row["trials"]
+    assert (tokens, peak) == (32768, None)
+    assert seconds >= 0.4
+    assert (row["tokens"], row["too_slow"], row["too_long"]) == (1024, 2048, None)
+    row = search.row("unsloth-tiled", 0.2)
+    assert (row["tokens"], row["too_slow"], row["bounded_by"]) == (None, 1024, "time")
+
+
+def test_plans_are_tried_for_less_and_less_of_the_cap(search_of, tmp_path):
+    row = search_of().row("lemo-1-planned")
+    assert [trial[:2] for trial in row["trials"]] == [[9900, None], [9700, None], [9500, 22.0]]
+    assert (row["tokens"], row["too_long"], row["step_s"]) == (9500, 9700, 4.0)
+    assert (row["keep"], row["predicted_s"]) == (1.0, 4.1)
+    assert {name for name, *_ in FakeWorker.asked} == {"lemo-1-planned"}
+    # With as much of the host as Unsloth has taken.
+    search = search_of("--device", "cuda")
+    assert "no row of Unsloth" in search.row("lemo-1-host")["failed"]
+    unsloth = search.row("unsloth") | {"gpu": "G"}
+    records.append(tmp_path / "rows.jsonl", [unsloth])
+    assert search.row("lemo-1-host")["tokens"] == 9507
+    assert search_of("--host-memory", "3").row("lemo-1-host")["tokens"] == 9503
+
+
+def test_trials_of_one_process():
     """A tiny model trains; what is above the memory there is counts as out of memory."""
     settings = {"contender": "checkpointing", "shape": "tiny", "layers": None, "device": "cpu"}
-    settings |= {"short": 1024, "most": 4096, "trials": 4, "step_limit": 1000.0}
-    found = comparison_longest.tried(settings | {"memory": 1e3}, [])
-    assert [trial[0] for trial in found["trials"]] == [1024, 2048, 4096]
-    assert found["over"]
-    found = comparison_longest.tried(settings | {"memory": 1e-3}, [])
-    assert found["trials"] == [[1024, None, None]]
-    assert not found["over"]
+    settings |= {"most": 4096, "memory": 1e3, "quantize": None}
+    answer = comparison_longest.worker(settings)
+    for tokens in (1024, 2048):
+        ((found, peak, seconds),) = answer(json.dumps(tokens))["trials"]
+        assert found == tokens
+        assert 0 < peak < 1e3
+        assert seconds > 0
+    answer = comparison_longest.worker(settings | {"memory": 1e-3})
+    assert answer("1024")["trials"] == [[1024, None, None]]
+
+
+def test_a_planned_trial(monkeypatch):
+    """The longest window of a share of the memory, and a shorter one where steps may not last."""
+    slow = replace(NOMINAL, products=1e10, attention=1e10, attention_backward=1e10)
+    monkeypatch.setattr(calibration, "calibrated", lambda *_: slow)
+    # The whole process is measured on the CPU: its memory is no plan's.
+    monkeypatch.setattr(comparison_longest, "held", lambda _: {"host_gib": 0.0})
+    settings = {"contender": "lemo-0.25-planned", "shape": "tiny", "layers": None, "device": "cpu"}
+    settings |= {"quantize": None, "keep": 0.25, "host_memory": 0.0, "memory": 0.02}
+    found = {}
+    for share, limit in ((1.0, 1e3), (0.9, 1e3), (1.0, None)):
+        limit = limit or found[1.0, 1e3]["predicted_s"] / 2
+        made = settings | {"share": share, "step_limit": limit}
+        found[share, limit] = comparison_longest.worker(made)("")
+    whole, less, short = found.values()
+    assert [each["bounded_by"] for each in found.values()] == ["memory", "memory", "time"]
+    assert whole["trials"][0][0] > less["trials"][0][0] > short["trials"][0][0] > 0
+    assert whole["predicted_gib"] <= 0.02
+    assert short["predicted_s"] <= whole["predicted_s"] / 2
+    assert all(each["trials"][0][2] > 0 for each in found.values())
+    made = settings | {"share": 1.0, "step_limit": 1e3, "memory": 1e-4}
+    assert comparison_longest.worker(made)("")["failed"] == "not even 16 tokens fit"
 
 
 # --- planned steps
@@ -181,6 +313,17 @@ def test_a_small_share_needs_small_blocks(monkeypatch):
     assert found["step_s"] > 0
 
 
+def test_memory_that_runs_out_in_an_operator_is_a_row(monkeypatch):
+    """The C++ core says it in words of its own."""
+
+    def fails(*_):
+        raise torch.OutOfMemoryError("cannot allocate 264241152 bytes for a tensor [9216, 14336]")
+
+    monkeypatch.setattr(timing, "milliseconds", fails)
+    found = answer(monkeypatch, "--tokens", "4096", "--warmup", "0", "--memory", "1")
+    assert found["failed"] == "out of memory"
+
+
 def test_the_longest_window_fits_into_the_share_of_the_cap(monkeypatch):
     given = ("--keep", "0.25", "--warmup", "64", "--memory", "0.02")
     lengths = []
@@ -212,6 +355,7 @@ def planned(tokens, step, **more):
 def test_tables_of_the_longest_windows():
     rows = [
         window("lemo-1", 24.0, 23552, 4.0),
+        window("lemo-1-planned", 24.0, 40960, 4.0),
         window("liger", 24.0, 1024, 4.0),
         window("liger", 24.0, 21504, 4.0),
         window("liger", 48.0, 87040, 24.04, bounded_by="time", too_long=None),
@@ -225,12 +369,13 @@ def test_tables_of_the_longest_windows():
         planned(1048576, 124.6),
     ]
     text = longest_page.figures(rows)
-    assert text.splitlines()[2:9] == [
+    assert text.splitlines()[2:10] == [
         "|  | 24 GiB, bf16 | 24 GiB, nf4 | 48 GiB, bf16 |",
         "| --- | ---: | ---: | ---: |",
         "| Liger kernels, checkpointing | 21504 (4.0 s) |  | 87040+ (24.0 s) |",
         "| lemo, keep 1, layers recomputed | 23552 (4.0 s) |  | 59392+ (1.5 s) |",
         "| lemo, keep 0.25, layers recomputed |  |  | 59392 (1.5 s) |",
+        "| lemo, keep 1, planned | 40960 (4.0 s) |  |  |",
         "| lemo, keep 0.25, planned | 99904 (3.0 s) | 238112 (11.0 s) |  |",
         "",
     ]

@@ -227,7 +227,7 @@ def test_parameters_and_what_all_layers_share_stay(monkeypatch):
     leave = offload._Storage.leave
 
     def listen(storage, *arguments):
-        moved.append(storage._bytes.data_ptr())
+        moved.append(storage._here.data_ptr())
         return leave(storage, *arguments)
 
     monkeypatch.setattr(offload._Storage, "leave", listen)

@@ -1,6 +1,7 @@
 """Plans with a share of activations on the host: bytes, times, the best of all, refusals."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.models import host_pool, modes, offload
 from lemo.planner.memory import HOST_ALIGNMENT, StepMemory
-from lemo.planner.plan import DoesNotFitError, HostRules, Planner
+from lemo.planner.plan import MARGIN, DoesNotFitError, HostRules, Planner
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.report import load_run, write_report
@@ -34,12 +35,13 @@ RATES = Rates(1e11, 2e10, 2e10, 2e10, 2e-5, 1e9)
 SHAPE = ModelShape(3, 512, 1024, 8, 4, 64, 1024)
 
 
-def planner(rows, host=None, cuda=True, link=2e9):
+def planner(rows, host=None, cuda=True, link=2e9, launch=1e-9):
     kept = [LayerRows(count, count) for count in rows]
-    step = step_of(SHAPE, [4096], kept, cuda=cuda, head_groups=1)
-    memory = StepMemory(SHAPE, Adapters(8), step)
-    rates = Rates(1e12, 1e12, 1e12, 1e12, 1e-9, link)
-    time = StepTime(SHAPE, Adapters(8), step, rates)
+    shape = replace(SHAPE, layers=len(rows))
+    step = step_of(shape, [4096], kept, cuda=cuda, head_groups=1)
+    memory = StepMemory(shape, Adapters(8), step)
+    rates = Rates(1e12, 1e12, 1e12, 1e12, launch, link)
+    time = StepTime(shape, Adapters(8), step, rates)
     return Planner(memory, time, host=host or HostRules())
 
 
@@ -114,6 +116,48 @@ def test_bytes_that_hide_behind_the_next_layer_come_first():
     fitting = made.sensitive_shares("selective", sum(sizes) // 2)
     seconds = [made.of(["selective"] * 3, 1, 1, each).seconds for each in (fitting, uniform)]
     assert seconds[0] < seconds[1]
+
+
+@pytest.mark.parametrize("launch", [1e-9, 1e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("link", [2e8, 1e9, 1e11])
+def test_what_is_chosen_is_predicted_to_be_no_slower_than_one_share_of_all(launch, link):
+    faster = 0
+    for rows in ([4096, 1024] * 4, [1024, 4096] * 4, [2048] * 8, [4096] * 4 + [512] * 4):
+        made = planner(rows, link=link, launch=launch)
+        modes = ["none"] * 8
+        sizes = [layer.kept for layer in made.of(modes, 1).layers]
+        for part in (0.05, 0.3, 0.6, 0.9):
+            chosen = made.sensitive_shares("none", round(part * sum(sizes)))
+            moved = sum(share * size for share, size in zip(chosen, sizes))
+            assert moved == pytest.approx(part * sum(sizes), rel=1e-3)
+            seconds = [made.of(modes, 1, 1, each).seconds for each in (chosen, [part] * 8)]
+            assert seconds[0] <= seconds[1] * (1 + 1e-6)
+            faster += seconds[0] < 0.95 * seconds[1]
+        peak = made.of(modes, 1).peak
+        for limit in (0.6, 0.8, 0.9):
+            with_host = planner(rows, HostRules(2 * sum(sizes)), link=link, launch=launch)
+            plan = with_host.plan(round(limit * peak))
+            share = with_host._alike(plan.modes, plan.shares)
+            alike = with_host.of(plan.modes, 1, plan.head_groups, share)
+            if alike.peak <= (1 - MARGIN) * limit * peak:
+                assert plan.seconds <= alike.seconds * (1 + 1e-9)
+    assert faster or link == 1e11 or launch == 1e-3
+
+
+def test_the_hosts_time_may_make_one_share_the_better_choice():
+    """A step that the host bounds waits for no copies: fewer tensors that move are faster."""
+    rows = [4096, 1024] * 4
+    sizes = [layer.kept for layer in planner(rows).of(["none"] * 8, 1).layers]
+    chosen = {}
+    for launch in (1e-9, 1e-3):
+        made = planner(rows, link=2e9, launch=launch)
+        chosen[launch] = made.sensitive_shares("none", sum(sizes) // 4)
+        parts = [
+            sum(layer.parts for layer in made.of(["none"] * 8, 1, 1, each).layers)
+            for each in (chosen[launch], [0.25] * 8)
+        ]
+        assert launch == 1e-9 or parts[0] <= parts[1]
+    assert chosen[1e-9] != chosen[1e-3]
 
 
 def test_what_the_device_waits_for():

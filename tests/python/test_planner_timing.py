@@ -1,6 +1,7 @@
 """Predicted times against steps that were measured on GPUs, and operations against a count."""
 
 import dataclasses
+import importlib
 from collections import Counter
 
 import pytest
@@ -11,7 +12,9 @@ import lemo
 import plan
 from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
-from lemo.planner.memory import MODES
+from lemo.models import host_pool, offload
+from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.rows import selections
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.training import calibration
@@ -155,6 +158,79 @@ def test_operations_of_the_host(case, mode):
     step = step_of(shape, [64], [LayerRows(32, 32)] * 5, drops=False, **settings)
     time = StepTime(shape, adapters, step, Rates(1, 1, 1, 1, launch=1))
     assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["none", "layer"])
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.8, 1.0])
+def test_operations_of_the_host_for_what_goes_there(share, mode, monkeypatch):
+    """Selections of the layers' own and tensors that move, counted as above."""
+    monkeypatch.setattr(offload, "SMALLEST", 256)
+    monkeypatch.setattr(host_pool, "HOST_ALIGNMENT", 64)
+    leave, moved = offload._Storage.leave, []
+
+    def listen(storage, *arguments):
+        moved.append(storage.layer)
+        return leave(storage, *arguments)
+
+    monkeypatch.setattr(offload._Storage, "leave", listen)
+    (adapters, _), counts, predicted = CASES["no MLP"], [], []
+    settings = {"recompute": mode, "keep": 0.5, "block_size": 8, "dense_layers": []}
+    settings |= {"select_at": "all", "scorer": "random", "offload": share, "host_memory": 0.1}
+    for layers in (2, 5):
+        model = model_of("llama", layers, adapters, 2)
+        config = config_of(**settings).resolved(answers=False)
+        lemo.enable(model, config)
+        ids = make_ids(1, 64)
+        moved.clear()
+        with Operations() as operations:
+            model(input_ids=ids, labels=ids).loss.backward()
+        counts.append(sum(n for name, n in operations.count.items() if name not in VIEWS))
+        shape = shape_of(model.get_base_model().config)
+        rows, again = [LayerRows(32, 32)] * layers, selections(config, layers)
+        step = step_of(shape, [64], rows, drops=False, selections=again)
+        # A device that takes no time.
+        time = StepTime(shape, adapters, step, Rates(*[1e30] * 4, launch=1, link=1e30))
+        parts = [len(moved) // layers] * layers
+        predicted.append(time.seconds([mode] * layers, [1] * layers, parts))
+    assert predicted[1] - predicted[0] == pytest.approx(counts[1] - counts[0], rel=0.1)
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "layer"])
+def test_how_many_tensors_of_a_layer_move(mode, monkeypatch):
+    tokens, (adapters, settings) = 256, CASES["no MLP"]
+    # Logarithms and what adapters make are less than that.
+    monkeypatch.setattr(offload, "SMALLEST", 256 * 64)
+    monkeypatch.setattr(host_pool, "HOST_ALIGNMENT", 64)
+    leave, moved = offload._Storage.leave, []
+
+    def listen(storage, *arguments):
+        moved.append(storage.layer)
+        return leave(storage, *arguments)
+
+    monkeypatch.setattr(offload._Storage, "leave", listen)
+    model = model_of("llama", 2, adapters, 2, tokens, width=384)
+    shape, ids = shape_of(model.get_base_model().config), make_ids(1, tokens)
+    rows = [LayerRows(tokens, tokens)] * 2
+    step = step_of(shape, [tokens], rows, cuda=False, **settings | {"size": 4})
+    memory = StepMemory(shape, adapters, step)
+    counts = []
+    for share in (0.05, 0.2, 0.4, 0.6, 0.8, 1.0):
+        moved.clear()
+        config = {"recompute": mode, "keep": 1.0, "offload": share, "host_memory": 0.1}
+        handle = lemo.enable(model, config_of(**config))
+        model(input_ids=ids, labels=ids).loss.backward()
+        handle.remove()
+        counts.append(len(moved) // 2)
+        assert memory.layer(0, mode, share).parts == pytest.approx(counts[-1], abs=2)
+    assert memory.layer(0, mode).parts == 0
+    assert counts[0] < counts[-1] or mode == "layer"
+
+
+def test_the_hosts_time_is_not_that_of_replayed_passes(monkeypatch):
+    module, seen = importlib.import_module("lemo.models.enable"), []
+    monkeypatch.setattr(module, "enable", lambda model, config: seen.append(config))
+    calibration._small_step(2, torch.device("cpu"), torch.float32)
+    assert [config.cuda_graphs for config in seen] == ["off"]
 
 
 def test_rates_are_measured_once_and_stored(monkeypatch, tmp_path):

@@ -187,6 +187,7 @@ class Decoder:
             now.kept = now.place.of(kept)
             if self.visible_keys == "computed":
                 now.left_out = self._left_out(now.kept, now)
+        now.offload.leave_out(now.batch, vars(now.batch.packed))
         return residual
 
     def layers(
@@ -238,9 +239,9 @@ class Decoder:
         execution = execution_of(self._architecture.layer(index), now.modes[index])
         attention = self._attention(index, now, kept)
         if moved is not None:
-            # They belong to all layers.
-            batch = now.batch
-            moved.leave_out(residual, batch, vars(batch.packed), kept, attention.keys, now.left_out)
+            # They belong to all layers, or to the selector.
+            keys = None if attention.keys is kept else attention.keys
+            moved.leave_out(residual, kept, keys, now.left_out)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
             mlp = self._mlp(index, self._of_mlp(index, now, residual))
             return execution.run(residual, self._unit(index, now, attention, mlp))

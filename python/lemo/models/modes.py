@@ -19,7 +19,7 @@ from lemo.models.sharded import is_sharded
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, GraphRules, HostRules, Planner
-from lemo.planner.rows import embeds_all, rows_of
+from lemo.planner.rows import embeds_all, rows_of, selections
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
@@ -204,6 +204,7 @@ class Modes:
             head_groups=config.head_groups,
             shifted=config.layerwise.group_size is not None,
             embeds_all=embeds_all(config),
+            selections=selections(config, shape.layers),
         )
         memory = StepMemory(shape, adapters, step, fp8=config.in_8_bits)
         time = StepTime(shape, adapters, step, NOMINAL, fp8=config.in_8_bits)

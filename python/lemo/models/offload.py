@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lemo.models.host_pool import HostPool, Slot, check_free
-from lemo.models.sharded import is_sharded
+from lemo.models.sharded import held_tensors, is_sharded
 from lemo.planner.text import bytes_text
 
 __all__ = ["LayerOffload", "Offload", "OffloadedPass", "unpack"]
@@ -100,16 +100,21 @@ class _Streams:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._device = device
+        # The last copies either way, and those of this and others that were waited for.
+        self._latest: list[torch.cuda.Event | None] = [None, None]
+        self._seen: dict[_Streams, list[torch.cuda.Event | None]] = {}
         if self._on_gpu:
             self._to_host, self._from_host = (torch.cuda.Stream(device) for _ in range(2))
 
     def to_host(self, copies: Iterable[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
         """Starts copies (target, source) behind what the current stream does now."""
-        return self._copy(copies, self._to_host if self._on_gpu else None)
+        self._latest[0] = self._copy(copies, self._to_host if self._on_gpu else None)
+        return self._latest[0]
 
     def from_host(self, copies: Iterable[tuple[Tensor, Tensor]]) -> torch.cuda.Event | None:
         """The same, the other way."""
-        return self._copy(copies, self._from_host if self._on_gpu else None)
+        self._latest[1] = self._copy(copies, self._from_host if self._on_gpu else None)
+        return self._latest[1]
 
     def _copy(
         self, copies: Iterable[tuple[Tensor, Tensor]], stream: torch.cuda.Stream | None
@@ -133,9 +138,12 @@ class _Streams:
         """Copies to the host wait for what another device, or this one, has begun to copy."""
         if not self._on_gpu or not other._on_gpu:
             return
-        self._to_host.wait_stream(other._from_host)
-        if other is not self:
-            self._to_host.wait_stream(other._to_host)
+        # Mostly none came since: every call takes the host's time.
+        seen = self._seen.setdefault(other, [None, None])
+        for way, event in enumerate(other._latest):
+            if event is not None and event is not seen[way] and (way or other is not self):
+                self._to_host.wait_event(event)
+            seen[way] = event
 
 
 class OffloadedPass:
@@ -153,7 +161,13 @@ class OffloadedPass:
         self._offload, self._shares = offload, shares
         self._backward = _Backward()
         self._latest: LayerOffload | None = None
+        self._left_out: set[int] = set()
         self.is_needed = any(shares)
+
+    def leave_out(self, *held: Any) -> None:
+        """As `LayerOffload.leave_out`, in all layers; the tensors live as long as the pass."""
+        if self.is_needed:
+            self._left_out |= _addresses(held)
 
     @contextmanager
     def layer(self, index: int, module: nn.Module) -> Iterator[LayerOffload | None]:
@@ -187,7 +201,8 @@ class OffloadedPass:
                 f"layer {index} with a share of its weights"
             )
         share = self._shares[index]
-        return LayerOffload(self._offload, index, share, self._latest, self._backward, module)
+        parts = self._offload, index, share, self._latest, self._backward, module
+        return LayerOffload(*parts, self._left_out)
 
     def end(self, layer: LayerOffload) -> None:
         """A layer's forward pass has ended: what the one before moved is gone, this one moves."""
@@ -242,18 +257,19 @@ class LayerOffload:
         before: LayerOffload | None,
         backward: _Backward,
         module: nn.Module,
+        left_out: set[int],
     ) -> None:
         self.before = before
         self.is_there = True
         self._offload, self._index, self._share = offload, index, share
         self._backward = backward
-        self._left_out: set[int] = set()
+        self._left_out = left_out  # of all layers
         self._storages: dict[int, _Storage] = {}
         self._moved: list[weakref.ref[_Storage]] = []
         self._streams: _Streams | None = None
         self._event: torch.cuda.Event | None = None
         self._is_moving = self._is_coming = False
-        weights = [*module.parameters(), *module.buffers()] if share else []
+        weights = list(held_tensors(module)) if share else []
         self._device = weights[0].device if weights else None
         self.leave_out(weights)
 
@@ -265,10 +281,8 @@ class LayerOffload:
         Args:
             held: tensors, and tuples, lists, dicts and dataclasses of them.
         """
-        for tensor in _tensors(held):
-            address = _address(tensor)
-            if address is not None:
-                self._left_out.add(address)
+        if self._share:
+            self._left_out = self._left_out | _addresses(held)
 
     def pack(self, tensor: Tensor) -> _Saved | _Stayed:
         """What autograd stores in place of a tensor that it saves."""
@@ -388,13 +402,16 @@ class _Storage:
 
     def __init__(self, layer: LayerOffload, tensor: Tensor) -> None:
         self.layer, self.device = layer, tensor.device
-        storage = tensor.untyped_storage()
-        self.size = storage.nbytes()
-        self._bytes: Tensor | None = _view(storage, torch.uint8, 0, (self.size,), (1,))
-        # Shares the tensor's version, not its graph.
-        self._source: Tensor | None = tensor.detach()
-        self._version = tensor._version
+        self.size = tensor.untyped_storage().nbytes()
+        # Shares the tensor's version, not its graph; later, what came back.
+        self._here: Tensor | None = tensor.detach()
+        self._version: int | None = tensor._version
         self._is_modified = False
+        # Then it comes back as this tensor, of which no view has to be made.
+        self._is_whole = (
+            tensor.is_contiguous() and not tensor.storage_offset() and tensor.nbytes == self.size
+        )
+        self._like = (tensor.shape, tensor.dtype) if self._is_whole else ((self.size,), torch.uint8)
         self._pool: HostPool | None = None
         self._slot: Slot | None = None
         self._moved = 0
@@ -402,44 +419,70 @@ class _Storage:
 
     def leave(self, pool: HostPool, slot: Slot, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The copies (target, source) by which the first bytes go to the host."""
-        assert self._bytes is not None
         self._pool, self._slot, self._moved = pool, slot, size
-        if size < self.size:
-            self._rest = self._bytes[size:].clone()
-        return zip(slot.pieces, self._bytes[:size].split([len(piece) for piece in slot.pieces]))
+        moving, rest = self._bytes()
+        if rest is not None:
+            self._rest = rest.clone()
+        return zip(slot.pieces, _cut(moving, slot))
 
     def drop(self) -> None:
         """Frees the memory on the device of which the host has a copy."""
         self._see_version()
-        self._bytes = self._source = None
+        self._here = self._version = None
 
     def come_back(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The copies (target, source) by which the bytes come back."""
         assert self._slot is not None
-        self._bytes = torch.empty(self.size, dtype=torch.uint8, device=self.device)
-        if self._rest is not None:
-            self._bytes[self._moved :].copy_(self._rest)
-        sizes = [len(piece) for piece in self._slot.pieces]
-        return zip(self._bytes[: self._moved].split(sizes), self._slot.pieces)
+        shape, dtype = self._like
+        self._here = torch.empty(shape, dtype=dtype, device=self.device)
+        moving, rest = self._bytes()
+        if rest is not None:
+            assert self._rest is not None
+            rest.copy_(self._rest)
+        return zip(_cut(moving, self._slot), self._slot.pieces)
 
-    def read(self) -> Any:
-        """The memory on the device."""
-        if self._bytes is None or self.layer._is_coming:
+    def read(
+        self, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
+    ) -> Tensor:
+        """A tensor of this geometry in the memory on the device."""
+        if self._here is None or self.layer._is_coming:
             self.layer.arrive()
         self._see_version()
         if self._is_modified:
             raise _modified()
-        assert self._bytes is not None
-        return self._bytes.untyped_storage()
+        here = self._here
+        assert here is not None
+        # Of the whole there is a tensor already; making one costs the host as much as a kernel.
+        if (here.dtype, here.storage_offset(), here.shape, here.stride()) == (
+            dtype,
+            offset,
+            shape,
+            stride,
+        ):
+            return here
+        return _view(here.untyped_storage(), dtype, offset, shape, stride)
+
+    def _bytes(self) -> tuple[Tensor, Tensor | None]:
+        """The bytes on the device that move, and those that stay; None: all move."""
+        here = self._here
+        assert here is not None
+        if self._is_whole:
+            memory = here.view(-1).view(torch.uint8)
+        else:
+            memory = _view(here.untyped_storage(), torch.uint8, 0, (self.size,), (1,))
+        if self._moved == self.size:
+            return memory, None
+        moving, rest = memory.split([self._moved, self.size - self._moved])
+        return moving, rest
 
     def _see_version(self) -> None:
-        if self._source is not None and self._source._version != self._version:
-            self._is_modified = True
+        if self._version is not None and self._here is not None:
+            self._is_modified |= self._here._version != self._version
 
     def __del__(self) -> None:
         if self._slot is not None and self._pool is not None:
             # Nothing else may be put where a copy is still on its way to.
-            if self._bytes is not None:
+            if self._here is not None:
                 self.layer.arrive_in_flight()
             self._pool.free(self._slot)
 
@@ -454,7 +497,7 @@ class _Saved:
 
     def read(self) -> Tensor:
         self._layer.enter()
-        return _view(self._storage.read(), self._dtype, self._offset, *self._geometry)
+        return self._storage.read(self._dtype, self._offset, *self._geometry)
 
 
 class _Stayed:
@@ -485,23 +528,28 @@ def _modified() -> RuntimeError:
 
 
 def _parts(storages: Sequence[_Storage], share: float) -> list[tuple[_Storage, int]]:
-    """(storage, its first bytes that move), which together are a share of all; one is cut at most.
+    """(storage, its first bytes that move), which together are a share of all, in few parts.
 
-    The largest that fit move as a whole. Of those that do not, the smallest is cut: what stays of
-    it is copied.
+    The largest move as a whole until one does not fit. Then, of those that would hold all that is
+    left to move, the smallest is cut: what stays of it is copied. So at most one is cut.
     """
     left = round(share * sum(storage.size for storage in storages))
-    parts, others = [], []
-    for storage in sorted(storages, key=lambda each: -each.size):
-        if storage.size <= left:
-            parts.append((storage, storage.size))
-            left -= storage.size
-        else:
-            others.append(storage)
+    parts: list[tuple[_Storage, int]] = []
+    others = sorted(storages, key=lambda each: -each.size)
+    while others and others[0].size <= left:
+        left -= others[0].size
+        parts.append((others[0], others.pop(0).size))
     cut = left // _CUT * _CUT
     if others and cut >= min(SMALLEST, _CUT * 2):
-        parts.append((others[-1], cut))
+        parts.append((next(each for each in reversed(others) if each.size > cut), cut))
     return parts
+
+
+def _cut(memory: Tensor, slot: Slot) -> Sequence[Tensor]:
+    """As many bytes as a slot has, in pieces like its own."""
+    if len(slot.pieces) == 1:
+        return (memory,)
+    return memory.split([len(piece) for piece in slot.pieces])
 
 
 def _view(
@@ -511,11 +559,14 @@ def _view(
     return made.set_(storage, offset, shape, stride)
 
 
-def _address(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # of tensors without memory of their own
-        return None
+def _addresses(held: Any) -> set[int]:
+    """Where the memory of tensors inside of something is."""
+    found = set()
+    for tensor in _tensors(held):
+        # Some tensors have no memory of their own.
+        with suppress(RuntimeError, NotImplementedError):
+            found.add(tensor.untyped_storage().data_ptr())
+    return found
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:

@@ -26,6 +26,7 @@ __all__ = [
     "check_unflattened",
     "check_whole",
     "gathered",
+    "held_tensors",
     "is_sharded",
     "own_class",
     "run_inside",
@@ -42,6 +43,11 @@ _PASSES_ON = "RegisterPostBackwardFunctionBackward"
 def is_sharded(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on this module."""
     return isinstance(module, FSDPModule)
+
+
+def held_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers of a module and of those inside; not of modules that came lately."""
+    return _Walk.through(module).tensors()
 
 
 def check_unflattened(model: nn.Module) -> None:
@@ -149,7 +155,7 @@ class _Walk:
         modules = list(module.modules())
         self._modules = [ref(each) for each in modules]
         self._lists = [ref(each) for each in modules if isinstance(each, nn.ModuleList)]
-        self._holders = [ref(each) for each in modules if each._parameters]
+        self._holders = [ref(each) for each in modules if each._parameters or each._buffers]
         self._looks = 0
 
     @classmethod
@@ -170,6 +176,16 @@ class _Walk:
         return any(
             isinstance(layer, wanted) for each in lists if each is not None for layer in each
         )
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The parameters and buffers that the modules have now."""
+        for each in self._holders:
+            module = each()
+            if module is not None:
+                for held in (module._parameters, module._buffers):
+                    for tensor in held.values():
+                        if tensor is not None:
+                            yield tensor
 
     def finds_parts(self) -> bool:
         """Whether some weight is in parts."""

@@ -49,6 +49,7 @@ class LayerBytes:
         backward: for a moment of its backward pass, beyond those kept.
         host: on the host, from its forward pass to its backward pass.
         moving: on the way to the host, or back, while the next layer runs.
+        parts: tensors, and a part of one, that are copied there.
     """
 
     kept: int
@@ -56,6 +57,7 @@ class LayerBytes:
     backward: int
     host: int = 0
     moving: int = 0
+    parts: int = 0
 
 
 class StepMemory:
@@ -245,7 +247,26 @@ class StepMemory:
             layer.backward + moving,
             moved + _TENSORS * HOST_ALIGNMENT,
             moving,
+            self._parts(rows, layer.kept, moved, mode),
         )
+
+    def _parts(self, rows: LayerRows, kept: int, moved: int, mode: str) -> int:
+        """How many tensors move, the largest first, with the one that is cut.
+
+        Nearly all of what a layer keeps are rows of the MLP's width, and of the model's.
+        """
+        wide = rows.mlp * self._shape.width * self._step.size
+        sizes = [wide, wide] if mode == "none" else []
+        size = max(rows) * self._shape.hidden * self._step.size
+        parts = 0
+        for each in (*sizes, *[size] * (-(-max(kept - sum(sizes), 0) // size))):
+            if moved <= 0:
+                break
+            parts += 1
+            if each > moved:
+                break
+            moved -= each
+        return parts
 
     def _gathered(self, rows: int) -> tuple[int, int]:
         """For a moment of attention's two passes: parts of keys and values of all processes."""

@@ -243,7 +243,19 @@ class Planner:
             return None
         chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
         shares = [share for _, share in chosen]
-        return self.of([mode for mode, _ in chosen], limit, groups, shares)
+        plan = self.of([mode for mode, _ in chosen], limit, groups, shares)
+        if self._host.shares is not None or not any(shares):
+            return plan
+        # The host's time is not a sum over layers, and copies of many tensors take more of it.
+        alike = self.of(plan.modes, limit, groups, self._alike(plan.modes, plan.shares))
+        fits = alike.peak <= usable and alike.host <= self._host.limit
+        return alike if fits and alike.seconds < plan.seconds else plan
+
+    def _alike(self, modes: Sequence[str], shares: Sequence[float]) -> tuple[float, ...]:
+        """One share of all layers, by which as many bytes go to the host as by these."""
+        kept = [self._memory.layer(index, mode).kept for index, mode in enumerate(modes)]
+        moved = sum(share * size for share, size in zip(shares, kept))
+        return (moved / max(sum(kept), 1),) * self._num_layers
 
     def smallest(self, limit: int, modes: Sequence[str] | None = None) -> Plan:
         """The plan that takes the least memory, whether it is within the limit or not.
@@ -302,14 +314,16 @@ class Planner:
         pairs = zip(modes, shares)
         layers = tuple(memory.layer(index, *pair) for index, pair in enumerate(pairs))
         peak = memory.peak(modes, shares) - memory.fixed + self._fixed
-        seconds = time.seconds(modes, [layer.host for layer in layers])
+        moved = ([layer.host for layer in layers], [layer.parts for layer in layers])
+        seconds = time.seconds(modes, *moved)
         return Plan(tuple(modes), layers, peak, seconds, limit, tuple(shares), head_groups)
 
     def sensitive_shares(self, mode: str, size: int) -> tuple[float, ...]:
         """Shares of the layers' bytes by which so many bytes, at most, go to the host.
 
         Those whose copies the device does not wait for come first; the others come from all layers
-        alike, by what they have left.
+        alike, by what they have left. Where one share of all layers is predicted to be faster, as
+        it takes the host less time, it is that.
 
         Args:
             mode: of all layers.
@@ -322,10 +336,13 @@ class Planner:
         free, rest = sum(hidden), [k - h for k, h in zip(kept, hidden)]
         first = min(1.0, size / free) if free else 0.0
         more = max(0, size - free) / sum(rest) if sum(rest) else 0.0
-        return tuple(
+        shares = tuple(
             min(1.0, (first * h + more * r) / k) if k else 0.0
             for h, r, k in zip(hidden, rest, kept)
         )
+        modes = [mode] * count
+        ways = shares, self._alike(modes, shares)
+        return min(ways, key=lambda way: self.of(modes, 0, None, way).seconds)
 
     def fits(self, limit: int) -> bool:
         """Whether a plan is within a limit in bytes."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import GraphRules, HostRules, Planner, longest_that_fits
-from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of
+from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of, selections
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
 from lemo.planner.text import bytes_text
 from lemo.planner.timing import Rates, StepTime
@@ -99,6 +99,7 @@ class Request:
             head_groups=self.elimination.head_groups,
             shifted=group > 0,
             embeds_all=embeds_all(self.elimination),
+            selections=selections(self.elimination, layers),
         )
         if self.processes > 1:
             step = step.shared_out(self.processes)

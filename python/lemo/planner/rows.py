@@ -10,7 +10,7 @@ from lemo.planner.shape import LayerRows
 from lemo.selection.policies import Policies
 from lemo.settings.elimination import LemoConfig
 
-__all__ = ["drops_rows", "embeds_all", "has_one_set", "kept_rows", "rows_of"]
+__all__ = ["drops_rows", "embeds_all", "has_one_set", "kept_rows", "rows_of", "selections"]
 
 # Scorers that read the residual, of all tokens.
 _READ_RESIDUAL = ("attention", "pooled", "predictor", "exact")
@@ -88,3 +88,13 @@ def has_one_set(config: LemoConfig, num_layers: int) -> bool:
     policies = Policies(config, num_layers)
     moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
     return all(map(policies.has_one_set, moments))
+
+
+def selections(config: LemoConfig, num_layers: int) -> int:
+    """How often a pass selects rows by new scores, beside the first time."""
+    policies = Policies(config, num_layers)
+    kinds = ("attention",) if policies.mlp_shares else ("attention", "mlp")
+    count = sum(
+        policies.needs_scores_of(layer, kind, 0.0) for layer in range(num_layers) for kind in kinds
+    )
+    return max(count - 1, 0)

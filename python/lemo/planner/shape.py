@@ -172,6 +172,7 @@ class Step:
         key_parts: in how many parts keys and values are gathered from the others, at most.
         shards: processes over which weights are cut (FSDP2).
         graphs: whether passes are replayed as CUDA graphs.
+        selections: how often a pass selects rows beside the first time.
     """
 
     lengths: tuple[int, ...]
@@ -190,6 +191,7 @@ class Step:
     key_parts: int = 4
     shards: int = 1
     graphs: bool = False
+    selections: int = 0
 
     @property
     def tokens(self) -> int:

@@ -33,6 +33,9 @@ class Operations:
         cast: more for an adapter under autocast to another dtype.
         apart: for an adapter in a dtype of its own.
         norms: for norms that run as modules.
+        selecting: for a sub-block that selects rows of its own.
+        moving: for a layer of which something goes to the host.
+        part: for each tensor that goes there and comes back.
     """
 
     base: int = 34
@@ -40,6 +43,9 @@ class Operations:
     cast: int = 4
     apart: int = 11
     norms: int = 60
+    selecting: int = 16
+    moving: int = 4
+    part: int = 3
 
 
 OPERATIONS = Operations()
@@ -143,26 +149,31 @@ class StepTime:
         more = self._window, self._group_size, self._fp8, self._quantize, self._started
         return StepTime(self._shape, self._adapters, step, self._rates, *more)
 
-    def seconds(self, modes: Iterable[str], moved: Iterable[int] = ()) -> float:
+    def seconds(
+        self, modes: Iterable[str], moved: Iterable[int] = (), parts: Iterable[int] = ()
+    ) -> float:
         """Of an optimizer step.
 
         Args:
             modes: of each layer.
             moved: bytes of each layer that go to the host; empty: none.
+            parts: tensors of each layer that go there, the part of one included.
         """
         modes = list(modes)
         alike = Counter(zip(self._step.rows, modes))
         device = self.loss + sum(n * self._layer(*each) for each, n in alike.items())
         device += self._last_mlp(self._step.rows[-1], modes[-1])
-        device += sum(self.waiting(index, size) for index, size in enumerate(moved))
+        waiting = sum(self.waiting(index, size) for index, size in enumerate(moved))
         host = sum(n * self.host(mode) for (_, mode), n in alike.items())
+        number, each = self._started, self._rates.launch
+        host += each * number.selecting * self._step.selections
+        host += each * sum(number.moving + number.part * count for count in parts if count)
         if self._step.graphs:
             device += host / self._rates.launch * _BETWEEN
             host = self._rates.launch * _REPLAYED * self._adapted * len(self._step.rows)
         if not self._step.cuda:
-            return self._step.passes * (device + host)
-        both = (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
-        return self._step.passes * both
+            return self._step.passes * (device + host + waiting)
+        return self._step.passes * (_both(device, host) + waiting)
 
     def host(self, mode: str) -> float:
         """Of the host, for a layer in both passes."""
@@ -220,11 +231,14 @@ class StepTime:
         return int(min(self._beside(index)) * self._rates.link) if self._step.cuda else 0
 
     def _beside(self, index: int) -> tuple[float, float]:
-        """Seconds of the next layer, forward and (at least) backward."""
+        """Seconds of the next layer, forward and (at least) backward.
+
+        Copies run on while the device waits for the host.
+        """
         if index + 1 == len(self._step.rows):
             return 0.0, 0.0
-        rows = self._step.rows[index + 1]
-        return self._forward(rows), self._backward(rows)
+        rows, host = self._step.rows[index + 1], self.host("none") / 2
+        return _both(self._forward(rows), host), _both(self._backward(rows), host)
 
     def _layer(self, rows: LayerRows, mode: str) -> float:
         total = self._forward(rows) + self._backward(rows)
@@ -416,3 +430,8 @@ class StepTime:
         for name in ("gate_proj", "up_proj", "down_proj"):
             work += self._linear_gradient(name)
         return work + _Work(0, 2 * size * shape.hidden)
+
+
+def _both(device: float, host: float) -> float:
+    """Seconds of work that a host starts and a device does."""
+    return (device**_OVERLAP + host**_OVERLAP) ** (1 / _OVERLAP)
