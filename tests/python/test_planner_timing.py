@@ -160,11 +160,9 @@ def test_operations_of_the_host(case, mode):
     assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.1)
 
 
-@pytest.mark.parametrize("mode", ["none", "layer"])
-@pytest.mark.parametrize("share", [0.2, 0.4, 0.8, 1.0])
-def test_operations_of_the_host_for_what_goes_there(share, mode, monkeypatch):
-    """Selections of the layers' own and tensors that move, counted as above."""
-    monkeypatch.setattr(offload, "SMALLEST", 256)
+def tensors_that_move(monkeypatch, smallest):
+    """The layers of tensors that go to the host from now on, which have so many bytes at least."""
+    monkeypatch.setattr(offload, "SMALLEST", smallest)
     monkeypatch.setattr(host_pool, "HOST_ALIGNMENT", 64)
     leave, moved = offload._Storage.leave, []
 
@@ -173,6 +171,14 @@ def test_operations_of_the_host_for_what_goes_there(share, mode, monkeypatch):
         return leave(storage, *arguments)
 
     monkeypatch.setattr(offload._Storage, "leave", listen)
+    return moved
+
+
+@pytest.mark.parametrize("mode", ["none", "layer"])
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.8, 1.0])
+def test_operations_of_the_host_for_what_goes_there(share, mode, monkeypatch):
+    """Selections of the layers' own and tensors that move, counted as above."""
+    moved = tensors_that_move(monkeypatch, 256)
     (adapters, _), counts, predicted = CASES["no MLP"], [], []
     settings = {"recompute": mode, "keep": 0.5, "block_size": 8, "dense_layers": []}
     settings |= {"select_at": "all", "scorer": "random", "offload": share, "host_memory": 0.1}
@@ -199,15 +205,7 @@ def test_operations_of_the_host_for_what_goes_there(share, mode, monkeypatch):
 def test_how_many_tensors_of_a_layer_move(mode, monkeypatch):
     tokens, (adapters, settings) = 256, CASES["no MLP"]
     # Logarithms and what adapters make are less than that.
-    monkeypatch.setattr(offload, "SMALLEST", 256 * 64)
-    monkeypatch.setattr(host_pool, "HOST_ALIGNMENT", 64)
-    leave, moved = offload._Storage.leave, []
-
-    def listen(storage, *arguments):
-        moved.append(storage.layer)
-        return leave(storage, *arguments)
-
-    monkeypatch.setattr(offload._Storage, "leave", listen)
+    moved = tensors_that_move(monkeypatch, 256 * 64)
     model = model_of("llama", 2, adapters, 2, tokens, width=384)
     shape, ids = shape_of(model.get_base_model().config), make_ids(1, tokens)
     rows = [LayerRows(tokens, tokens)] * 2
