@@ -177,6 +177,21 @@ def test_modules_that_are_said_to_be_unchanged_are_read_once(captured, monkeypat
         assert all(torch.equal(grads[name], x) for name, x in grads2.items())
 
 
+def test_nothing_is_said_of_a_copy_that_is_made_meanwhile(captured):
+    model, handle = enabled()
+    with handle.unchanged():
+        train(model, 2)
+        copied, of_copy = copy.deepcopy((model, handle))
+        train(copied, 3)
+        replays = of_copy.graphs.replays
+        assert replays > 0
+        for layer in copied.modules():
+            if hasattr(layer, "scaling") and isinstance(layer.scaling, dict):
+                layer.scaling["default"] *= 3
+        train(copied, 1)
+        assert of_copy.graphs.replays == replays
+
+
 def test_hooks_that_come_later_are_called(captured):
     model, _ = enabled()
     train(model, 3)

@@ -12,6 +12,7 @@ from lemo.models import host_pool, offload
 from lemo.models.architectures import architecture_of
 from lemo.models.host_pool import HostPool
 from lemo.models.training_forward import TrainingForward
+from lemo.packing.batch import PackedBatch
 from model_cases import BATCHES
 from planner_cases import PeakOfTensors
 from tiny_models import config_of, gradients, lora, make_model
@@ -248,6 +249,49 @@ def test_parameters_and_what_all_layers_share_stay(monkeypatch):
     (made, _), stay = batches[0], [p.data_ptr() for p in model.parameters()]
     assert moved
     assert not {*moved} & {*stay, *(table.data_ptr() for table in made.rotary)}
+
+
+@pytest.mark.parametrize("select_at", ["first", "all"])
+@pytest.mark.parametrize("visible_keys", ["all", "computed"])
+def test_positions_that_all_layers_read_stay(visible_keys, select_at, monkeypatch):
+    """They are not there before the first layer asks for them."""
+    moved, leave = [], offload._Storage.leave
+    read, made = PackedBatch.positions.fget, {}
+
+    def listen(storage, *arguments):
+        moved.append(storage._here.data_ptr())
+        return leave(storage, *arguments)
+
+    def positions(batch):
+        found = read(batch)
+        made[found.data_ptr()] = found
+        return found
+
+    monkeypatch.setattr(offload._Storage, "leave", listen)
+    monkeypatch.setattr(PackedBatch, "positions", property(positions))
+    settings = {"keep": 0.5, "visible_keys": visible_keys, "scorer": "random", "block_size": 8}
+    settings |= {"select_at": select_at, "dense_layers": []}
+    model = lora(make_model("llama"))
+    moving = {"offload": 1.0, "host_memory": 0.25, "recompute": "none"}
+    lemo.enable(model, config_of(**settings, **moving))
+    model(**BATCHES["packed"]()).loss.backward()
+    assert moved
+    assert made
+    assert not {*moved} & {*made}
+
+
+def test_a_buffer_elsewhere_does_not_keep_activations_on_the_device():
+    """As one on the CPU in a layer on a GPU."""
+    taken = []
+    for device in ("cpu", "meta"):
+        model = lora(make_model("llama"))
+        for layer in architecture_of(model).decoder.layers:
+            layer.register_buffer("note", torch.zeros(1, device=device))
+        handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.25, recompute="none"))
+        loss = model(**BATCHES["right"]()).loss
+        taken.append(handle.path.forward.offload.pool.taken)
+        loss.backward()
+    assert taken[1] == taken[0] > 0
 
 
 def test_a_tensor_that_is_changed_after_it_was_saved_is_found():

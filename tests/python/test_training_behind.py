@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import wait
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -257,6 +258,25 @@ def test_a_writer_that_is_closed_logs_the_error_that_nobody_gets(caplog):
         writer.wait()
     writer.close()
     assert not caplog.text, "it was raised"
+
+
+def test_an_interrupt_at_the_first_file_leaves_no_thread_alone(monkeypatch):
+    """A thread that has started, but is not known yet, would write on behind the end of a run."""
+    writer, done, start = Writer(), [], threading.Thread.start
+
+    def write():
+        time.sleep(0.2)
+        done.append(1)
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with suppress(KeyboardInterrupt):
+        writer.submit(write)
+    writer.close()
+    assert done == [1]
 
 
 class Run(finetune._Run):

@@ -187,7 +187,10 @@ class Decoder:
             now.kept = now.place.of(kept)
             if self.visible_keys == "computed":
                 now.left_out = self._left_out(now.kept, now)
-        now.offload.leave_out(now.batch, vars(now.batch.packed))
+        if now.offload.is_needed:
+            # The first layer would make them otherwise, after this.
+            positions = None if self.visible_keys == "kept" else now.batch.positions
+            now.offload.leave_out(now.batch, vars(now.batch.packed), positions)
         return residual
 
     def layers(

@@ -269,9 +269,11 @@ class LayerOffload:
         self._streams: _Streams | None = None
         self._event: torch.cuda.Event | None = None
         self._is_moving = self._is_coming = False
-        weights = list(held_tensors(module)) if share else []
-        self._device = weights[0].device if weights else None
-        self.leave_out(weights)
+        # Buffers may be elsewhere.
+        weight = next(module.parameters(), None) if share else None
+        self._device = None if weight is None else weight.device
+        if share:
+            self.leave_out(*held_tensors(module))
 
     # Forward
 

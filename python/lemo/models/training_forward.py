@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,10 @@ class TrainingForward(Training[Elimination]):
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nobody said it of a copied or pickled model, whose weights are elsewhere.
+        return vars(self) | {"_keeps_state": False, "_kept_state": None}
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

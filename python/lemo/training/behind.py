@@ -157,6 +157,8 @@ class Writer:
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write")
         self._last: Future[None] | None = None
+        # The pool forgets a thread that it starts while an interrupt comes: none starts later.
+        self._pool.submit(lambda: None).result()
 
     def submit(self, write: Callable[[], None]) -> None:
         """Begins to write; waits for what was begun before, and raises its error."""
