@@ -63,6 +63,11 @@ class Run:
     def processes(self) -> int:
         return 2 if self.like else 1
 
+    @property
+    def passes(self) -> int:
+        """Of a process in an optimizer step."""
+        return PASSES // (self.processes // self.groups)
+
 
 SHARDED = (
     "--use_fsdp",
@@ -188,7 +193,9 @@ class Group:
             try:
                 code: int | None = process.wait(self._options.timeout)
             except subprocess.TimeoutExpired:
+                # A launcher ends what it launched, which is in sessions of its own.
                 process.terminate()
+                process.wait()
                 code = None
         print(f"       {run.name}: {time.monotonic() - begun:.0f} s", flush=True)
         if code != 0:
@@ -204,14 +211,13 @@ class Group:
         two = ("--nproc_per_node", "2")
         if run.by == "finetune":
             launcher = ["-m", "torch.distributed.run", "--standalone", *two] if run.like else []
-            passes = PASSES if run.groups == 2 or not run.like else PASSES // 2
             given = {
                 "model": options.model,
                 "documents": options.documents,
                 "output": folder,
                 "context-length": options.tokens,
                 "steps": options.steps,
-                "gradient-accumulation": passes,
+                "gradient-accumulation": run.passes,
                 "device": options.device,
             }
             named = [word for key, value in given.items() for word in (f"--{key}", str(value))]
@@ -251,14 +257,13 @@ def by_trainer(run: Run, options: argparse.Namespace) -> None:
         "use_cpu": not on_gpu,
         "max_steps": options.steps,
         "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": PASSES if run.groups == 2 or not run.like else PASSES // 2,
+        "gradient_accumulation_steps": run.passes,
         "logging_steps": 1,
         "learning_rate": 2e-4,
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
         "bf16": False,
-        "dataloader_num_workers": 0,
     }
     mesh = None
     if run.groups > 1:
