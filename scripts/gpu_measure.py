@@ -33,8 +33,10 @@ Exits with 1 where a part failed, or was not begun.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -52,8 +54,8 @@ from gpu_carry import REPOSITORY, UNPACKED
 PARTS = Path(__file__).with_name("gpu_parts.yaml")
 DONE = REPOSITORY / "build/measured"
 LAST_LINES, LINES_OF_FAILED, WIDTH = 3, 15, 200
-# A part is ended that takes so many times its seconds.
-SLOWER = 2
+# A part is ended that takes so many times its seconds, and gets so many seconds for it.
+SLOWER, GRACE = 2, 3
 INPUTS = ("model", "small", "data", "documents")
 
 
@@ -231,7 +233,11 @@ def bounded(command: list[str], variables: dict[str, str], out: Any, limit: floa
     try:
         return process.wait(max(limit, 0.1))
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        # torchrun starts its workers in sessions of their own, and ends them when it is asked to.
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(GRACE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         return 124
 

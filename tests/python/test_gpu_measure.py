@@ -179,6 +179,24 @@ def test_no_part_goes_beyond_its_time(running, capsys):
     assert "not begun: late (no time)" in text
 
 
+def test_a_launcher_whose_time_is_over_can_end_its_workers(running, tmp_path):
+    """As torchrun's, they are in sessions of their own."""
+    script, number = tmp_path / "launcher.py", tmp_path / "pid"
+    script.write_text(
+        "import pathlib, signal, subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "worker = subprocess.Popen(sleep, start_new_session=True)\n"
+        "def end(*_):\n"
+        "    worker.kill(), worker.wait(), sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"pathlib.Path({str(number)!r}).write_text(str(worker.pid))\n"
+        "time.sleep(60)\n"
+    )
+    assert running([part("slow", seconds=2, command=str(script))]) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
+
+
 def test_what_is_not_here_is_told(running, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_carry, "UNPACKED", tmp_path)
     needy = Part("needy", "", 1, 1, ("-c pass",), ("fa4",))
