@@ -101,12 +101,12 @@ WHEELS = {
 # Peers and tests first: what most parts need has to come first.
 ORDER = (
     "session",
-    "data",
     "peers",
     "tests",
     "torchao",
     "extras",
     "tables",
+    "data",
     "small",
     "model",
     "fa4",

@@ -342,7 +342,7 @@ def test_what_is_packed_is_unpacked(tmp_path, monkeypatch, capsys):
     }
     assert os.access(there / "build/develop/gpu/lemo_gpu_tests", os.X_OK)
     assert [name for name in gpu_carry.ORDER if gpu_carry.is_here(name)] == [
-        *("session", "data", "peers")
+        *("session", "peers", "data")
     ]
     last.rename(folders[-1])
     capsys.readouterr()
