@@ -46,12 +46,10 @@ void check_support(const char* op, const SegmentAttentionParams& p) {
                quoted_kernel(p));
 }
 
-/// Picks the tier. `hopper_trusted`: whether "auto" takes the Hopper tier where it runs;
-/// `large_bytes`: shared memory of the large tiles of the portable tier.
-Tier choose_tier(const char* op, const SegmentAttentionParams& p, bool hopper_trusted,
-                 int large_bytes) {
+/// Picks the tier. `large_bytes`: shared memory of the large tiles of the portable tier.
+Tier choose_tier(const char* op, const SegmentAttentionParams& p, int large_bytes) {
     if (p.kernel == "auto") {
-        if (hopper_trusted && cuda::supports_hopper_kernels(op)) return Tier::kHopper;
+        if (cuda::supports_hopper_kernels(op)) return Tier::kHopper;
         const bool small = cuda::current_gpu(op).block_shared_bytes < large_bytes;
         return small ? Tier::kPortableSmall : Tier::kPortable;
     }
@@ -102,7 +100,7 @@ auto with_forward(const SegmentAttentionParams& params, Body&& body) {
         const bool capped = params.softcap > 0;
         const int size = portable_size<kKeys>(params);
         [[maybe_unused]] const Tier tier =
-            choose_tier(kForward, params, true, portable::large_shared_bytes(size));
+            choose_tier(kForward, params, portable::large_shared_bytes(size));
 #ifdef LEMO_WITH_HOPPER
         if (tier == Tier::kHopper) {
             if (capped) {
@@ -126,12 +124,10 @@ auto with_backward(const SegmentAttentionBackwardParams& params, Body&& body) {
     check_support(kBackward, params.forward);
     return dispatch(params.forward, [&]<typename Element, int kKeys, int kValues>(
                                         Element, cuda::Int<kKeys>, cuda::Int<kValues>) {
-        // The Hopper kernels of larger heads run by name only, until sanitizers find nothing there.
-        constexpr bool kHopperTrusted = kKeys <= 128;
         const bool capped = params.forward.softcap > 0;
         int size = portable_size<kKeys>(params.forward);
-        const Tier tier = choose_tier(kBackward, params.forward, kHopperTrusted,
-                                      portable::large_shared_bytes(size));
+        const Tier tier =
+            choose_tier(kBackward, params.forward, portable::large_shared_bytes(size));
 #ifdef LEMO_WITH_HOPPER
         if (tier == Tier::kHopper) {
             if (capped) {

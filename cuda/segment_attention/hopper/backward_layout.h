@@ -31,7 +31,8 @@ struct BackwardTraits {
     static constexpr int kThreads = kWarpgroupThreads * (1 + kConsumers);
     using Registers = RegisterBudget<24, 240, kConsumers>;
 
-    // Named barriers. Those of the scheduler, one for each consumer.
+    // Named barriers, where the consumers share the keys. Those of the scheduler, one for each
+    // consumer.
     static constexpr int kFirstSchedulerBarrier = 1;
     // The consumers are done with keys and values.
     static constexpr int kKeysBarrier = kFirstSchedulerBarrier + kConsumers;
@@ -39,15 +40,7 @@ struct BackwardTraits {
     // A consumer's part of dq is there for the warp that adds it to scratch; one for each consumer.
     static constexpr int kFirstDqBarrier = kKeysBarrier + 1;
     static constexpr int kDqThreads = kWarpgroupThreads + 32;
-    // Between the roles: the weights of the scores are there, and have been read; the gradients of
-    // scores of a stage are there.
-    static constexpr int kWeightsFullBarrier = kFirstDqBarrier + kConsumers;
-    static constexpr int kWeightsEmptyBarrier = kWeightsFullBarrier + 1;
-    static constexpr int kFirstDscoresBarrier = kWeightsEmptyBarrier + 1;
-    static constexpr int kRolesThreads = kWarpgroupThreads * kConsumers;
-    // Of the warps of one consumer among themselves; one for each.
-    static constexpr int kFirstOwnBarrier = kFirstDscoresBarrier + 2;
-    static_assert(kFirstOwnBarrier + kConsumers <= kNamedBarriers,
+    static_assert(kFirstDqBarrier + kConsumers <= kNamedBarriers,
                   "every named barrier has a number of its own, behind that of __syncthreads()");
 
     template <int kAlongM, int kAlongN>
@@ -133,6 +126,10 @@ struct BackwardShared {
     Barrier q_full[kStages], dout_full[kStages];
     Barrier step_empty[kStages];  // of all that comes with q and dout
     Barrier dq_empty[Traits::kConsumers];
+    // Of roles. The gradients of scores are full: the weights have been read as well.
+    Barrier weights_full;
+    Barrier dscores_full[Traits::kDscoresStages];
+    Barrier keys_empty;  // K and V, and so free for results
 
     /// How many arrivals complete a phase of each barrier. For one thread.
     __device__ void init_barriers() {
@@ -147,6 +144,11 @@ struct BackwardShared {
         }
         for (int warpgroup = 0; warpgroup < Traits::kConsumers; ++warpgroup) {
             dq_empty[warpgroup].init(1);
+        }
+        if constexpr (kSplitRoles) {
+            weights_full.init(kWarpgroupThreads);
+            for (Barrier& full : dscores_full) full.init(kWarpgroupThreads);
+            keys_empty.init(kConsumerThreads);
         }
         publish_barriers();
     }

@@ -19,13 +19,19 @@
 //   of 128 columns, of which the half are reductions. Measured: 449 TFLOP/s on an H200, 45% of the
 //   tensor cores' peak (192 and 128 columns: 384, 39%).
 //
-// Why nothing is overwritten too early, and no arrival at a named barrier is lost:
-// - weights: one buffer. "Full" and "empty" alternate, each begun by the other role.
+// The roles meet at barriers in shared memory, where every lane arrives, and not at named ones:
+// racecheck does not follow bar.arrive, and synccheck takes warps that are at one named barrier in
+// different places of the code for a warp that has come apart.
+//
+// Why nothing is overwritten too early, and no phase of a barrier is missed:
+// - weights: one buffer. The first role writes step j's when the gradients of scores of step j - 1
+//   are full, for which the second role has read the weights of step j - 1.
 // - gradients of scores: two buffers. The first role has read step j - 2's before it says that the
 //   weights of step j are full, and the second role writes step j's after that. The second role's
-//   own warps have read step j - 2's before they meet at the barrier of step j - 1. So the arrivals
-//   of a buffer's barrier alternate as well.
+//   own warps have read step j - 2's before they say that those of step j - 1 are full, for which
+//   all of them wait.
 // - a stage of queries: both roles arrive at `step_empty` when their mmas of the step are done.
+// So "weights are full" and "gradients are full" alternate, and each role waits for every phase.
 // Neither role waits for the other one's progress in a later step: so none waits for ever.
 #pragma once
 
@@ -59,6 +65,9 @@ struct BackwardRole {
     // Added to the places of K and V, so that the compiler works out their operands anew in each
     // step (see consume_backward); with constant places it keeps them in memory.
     int nothing = 0;
+    // So a step's stage and parity are the same for both, and the stage before is the other one.
+    static_assert(Traits::kStages == 2 && Traits::kDscoresStages == 2,
+                  "two buffers of queries and two of gradients of scores");
     typename Traits::ScoreMma score_mma;
     // dv with the output gradients, or dk with the queries
     static constexpr bool kMakesDv = kRole == kProbabilityRole;
@@ -121,22 +130,25 @@ struct BackwardRole {
     template <typename Dq>
     __device__ __forceinline__ void add_dq(const DqPlace& place, const Dq& dq) const {
         constexpr int kPart = Traits::kDqPart;
-        const int thread = static_cast<int>(threadIdx.x) % kWarpgroupThreads;
+        // What follows from it is worked out in each step: there are no registers to keep it.
+        unsigned thread = threadIdx.x % kWarpgroupThreads;
+        asm volatile("" : "+r"(thread));
         int* added = args.added_tiles == nullptr ? nullptr : args.added_tiles + place.tile_index;
         if (added != nullptr) {
-            // Every role of a block counts, and none of a block adds before all of those before.
-            wait_for_count(added, place.tiles_before * Traits::kConsumers);
+            // Every warp of a block counts, and none of a block adds before all of those before.
+            constexpr int kWarps = Traits::kConsumers * kWarpgroupThreads / 32;
+            wait_for_count(added, place.tiles_before * kWarps);
         }
-        float* to = args.dq_sums + (place.tile_index * Traits::kConsumers + kRole) * kPart;
+        float* to =
+            args.dq_sums + (place.tile_index * Traits::kConsumers + kRole) * kPart + thread * 4;
         CUTE_UNROLL
         for (int i = 0; i < cute::size(dq); i += 4) {
-            add_vector(to + (i / 4 * kWarpgroupThreads + thread) * 4, dq(i), dq(i + 1), dq(i + 2),
-                       dq(i + 3));
+            add_vector(to + i * kWarpgroupThreads, dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
         }
         if (added != nullptr) {
             asm volatile("fence.acq_rel.gpu;" ::: "memory");
-            sync_named(Traits::kFirstOwnBarrier + kRole, kWarpgroupThreads);
-            if (thread == 0) {
+            __syncwarp();
+            if (thread % 32 == 0) {
                 asm volatile("red.relaxed.gpu.global.add.s32 [%0], 1;" ::"l"(added) : "memory");
             }
         }
@@ -146,7 +158,8 @@ struct BackwardRole {
     template <typename Gradient>
     __device__ __forceinline__ void store(const Gradient& gradient, Element* area, void* to,
                                           int columns) const {
-        sync_named(Traits::kKeysBarrier, Traits::kKeysThreads);
+        shared.keys_empty.arrive();
+        shared.keys_empty.wait(0);
         store_gradient<Traits, kColumns>(args, shared, gradient, area, to, columns);
     }
 };
@@ -175,21 +188,30 @@ __device__ void consume_probabilities(const BackwardArguments& args,
 
     const float scale_log2 =
         (kCapped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
-    // The scores are there: rounds probabilities, and leaves the weights.
-    const auto make_weights = [&](int stage) __attribute__((always_inline)) {
+    RingPosition<Traits::kStages> at;
+    // The gradients of scores of the step before that at `at`. Before the first step nobody has
+    // filled them: the wait ends at once.
+    const auto stage_before = [&]() __attribute__((always_inline)) { return at.stage ^ 1; };
+    const auto wait_for_dscores = [&]() __attribute__((always_inline)) {
+        const uint32_t parity = at.stage == 0 ? at.parity ^ 1 : at.parity;
+        shared.dscores_full[stage_before()].wait(parity);
+    };
+    // The scores are there: rounds probabilities, and leaves the weights. The gradients of scores
+    // of the step before are there afterwards.
+    const auto make_weights = [&]() __attribute__((always_inline)) {
         QueryStatistics<Traits> lse;
-        load_statistics<Traits>(lse, shared.lse[stage]);
+        load_statistics<Traits>(lse, shared.lse[at.stage]);
         CUTE_UNROLL
         for (int i = 0; i < size(scores); ++i) {
             const float log_sum = i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y;
             scores(i) = kCapped ? tanh_of_log2(scores(i) * args.score.tanh_factor)
                                 : exp2_approximate(fmaf(scores(i), scale_log2, -log_sum));
         }
-        const BackwardStep step = shared.steps[stage];
+        const BackwardStep step = shared.steps[at.stage];
         if (step.needs_mask) {
             hide_unseen(args, shared, step, 0, kCapped ? kHiddenTanh : 0.0f, scores);
         }
-        sync_named(Traits::kWeightsEmptyBarrier, Traits::kRolesThreads);
+        wait_for_dscores();
         auto* weights = reinterpret_cast<float4*>(shared.weights) + thread;
         CUTE_UNROLL
         for (int i = 0; i < size(scores); i += 4) {
@@ -211,11 +233,9 @@ __device__ void consume_probabilities(const BackwardArguments& args,
             probability_pairs(i / 2) = round_pair<Element>(probability[0], probability[1]);
             probability_pairs(i / 2 + 1) = round_pair<Element>(probability[2], probability[3]);
         }
-        arrive_named(Traits::kWeightsFullBarrier, Traits::kRolesThreads);
+        shared.weights_full.arrive();
     };
 
-    RingPosition<Traits::kStages> at;
-    int dscores_stage = 1;  // of the step before
     shared.q_full[0].wait(0);
     if (shared.steps[0].m_tile >= 0) {
         shared.kv_full.wait(0);
@@ -224,17 +244,15 @@ __device__ void consume_probabilities(const BackwardArguments& args,
         DqPlace place{};  // of the step before
         for (bool first_step = true;; first_step = false) {
             role.forget_operands();
-            make_weights(at.stage);
+            make_weights();
             shared.dout_full[at.stage].wait(at.parity);
             // As in consume_backward, dq before the first step and the scores behind the last one
             // are computed of what lies there, and not used.
-            sync_named(Traits::kFirstDscoresBarrier + dscores_stage, Traits::kRolesThreads);
-            role.start_dq(dscores_stage, dq);
+            role.start_dq(stage_before(), dq);
             role.start_gradient(probabilities, shared.dout[at.stage], dv);
             wait_mmas<1>();  // dq
             if (!first_step) role.add_dq(place, dq);
             place = role.dq_place(at.stage);
-            dscores_stage ^= 1;
             Barrier& step_empty = shared.step_empty[at.stage];
             at.advance();
             shared.q_full[at.stage].wait(at.parity);
@@ -244,13 +262,11 @@ __device__ void consume_probabilities(const BackwardArguments& args,
             step_empty.arrive_warp();
             if (shared.steps[at.stage].m_tile < 0) break;
         }
-        sync_named(Traits::kFirstDscoresBarrier + dscores_stage, Traits::kRolesThreads);
-        role.start_dq(dscores_stage, dq);
+        wait_for_dscores();
+        role.start_dq(stage_before(), dq);
         wait_mmas<0>();
         role.add_dq(place, dq);
     }
-    // The other role's last arrival would otherwise stay behind at the barrier.
-    sync_named(Traits::kWeightsEmptyBarrier, Traits::kRolesThreads);
     role.store(dv, shared.v, args.dv, args.value_dim);
 }
 
@@ -274,11 +290,14 @@ __device__ void consume_gradients(const BackwardArguments& args, BackwardShared<
     const auto dscore_pairs = recast<uint32_t>(rounded);
     const DscoresPlace<Traits> dscores_place(0);
 
+    RingPosition<Traits::kStages> at;
+    RingPosition<1> weights_at;
     // The gradients of probabilities are there: makes those of scores.
-    const auto make_dscores = [&](int stage, int dscores_stage) __attribute__((always_inline)) {
+    const auto make_dscores = [&]() __attribute__((always_inline)) {
         QueryStatistics<Traits> delta;
-        load_statistics<Traits>(delta, shared.delta[stage]);
-        sync_named(Traits::kWeightsFullBarrier, Traits::kRolesThreads);
+        load_statistics<Traits>(delta, shared.delta[at.stage]);
+        shared.weights_full.wait(weights_at.parity);
+        weights_at.advance();
         const auto* weights = reinterpret_cast<const float4*>(shared.weights) + thread;
         CUTE_UNROLL
         for (int i = 0; i < size(dscores); i += 8) {
@@ -291,35 +310,29 @@ __device__ void consume_gradients(const BackwardArguments& args, BackwardShared<
                 dscore_pairs(j / 2 + 1) = round_pair<Element>(weight.z * (dscores(j + 2) - mean.x),
                                                               weight.w * (dscores(j + 3) - mean.y));
             }
-            store_matrices_transposed(dscores_place.of(shared.dscores[dscores_stage], i / 8),
+            store_matrices_transposed(dscores_place.of(shared.dscores[at.stage], i / 8),
                                       dscore_pairs(i / 2), dscore_pairs(i / 2 + 1),
                                       dscore_pairs(i / 2 + 2), dscore_pairs(i / 2 + 3));
         }
-        arrive_named(Traits::kWeightsEmptyBarrier, Traits::kRolesThreads);
         publish_shared_writes();
-        arrive_named(Traits::kFirstDscoresBarrier + dscores_stage, Traits::kRolesThreads);
-        sync_named(Traits::kFirstOwnBarrier + kGradientRole, kWarpgroupThreads);
+        Barrier& full = shared.dscores_full[at.stage];
+        full.arrive();
+        full.wait(at.parity);  // for the other warps of this role
     };
 
-    RingPosition<Traits::kStages> at;
-    int dscores_stage = 0;
-    arrive_named(Traits::kWeightsEmptyBarrier, Traits::kRolesThreads);  // they are at first
     shared.q_full[0].wait(0);
     if (shared.steps[0].m_tile >= 0) {
-        // Of the step before the first one, for which the other role does not wait in vain.
-        arrive_named(Traits::kFirstDscoresBarrier + 1, Traits::kRolesThreads);
         shared.kv_full.wait(0);
         shared.dout_full[0].wait(0);
         role.start_scores(shared.v, shared.dout[0], dscores);
         wait_mmas<0>();
         while (true) {
             role.forget_operands();
-            make_dscores(at.stage, dscores_stage);
-            role.start_dq(dscores_stage, dq);
+            make_dscores();
+            role.start_dq(at.stage, dq);
             role.start_gradient(rounded, shared.q[at.stage], dk);
             wait_mmas<1>();  // dq
             role.add_dq(role.dq_place(at.stage), dq);
-            dscores_stage ^= 1;
             Barrier& step_empty = shared.step_empty[at.stage];
             at.advance();
             shared.q_full[at.stage].wait(at.parity);
