@@ -81,7 +81,7 @@ class Method:
             return self.scores
         if self.keep == 1.0 or self.chunks is not None:
             return None if self.chunks is None else "random"
-        return self.elimination.get("scorer", "random")
+        return self.elimination["scorer"]
 
 
 @dataclass(frozen=True)

@@ -180,6 +180,11 @@ def check(name: str, entry: dict, options: argparse.Namespace) -> Method:
     if elimination is not None:
         changed = {"recompute": options.recompute} if options.recompute else {}
         scorer = elimination.get("scorer")
+        if scorer is None and elimination.get("keep") != 1.0:
+            # lemo's default follows the data: it would be another method under this name.
+            raise argparse.ArgumentTypeError(
+                f"{name}: expected elimination with a scorer, got none"
+            )
         if scorer in FILES:
             changed[FILES[scorer]] = getattr(options, FILES[scorer])
             if changed[FILES[scorer]] is None:

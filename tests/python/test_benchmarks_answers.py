@@ -591,3 +591,15 @@ def test_the_methods_of_the_repository_are_valid(inputs):
     assert methods["s2"].elimination["layerwise"] == {"group_size": TOKENS // 4}
     assert methods["attention-0.25"].elimination["heads"] == "heads"
     assert (methods["oracle-0.25"].scorer, methods["oracle-0.25"].keep) == ("needed", 0.25)
+    assert methods["random-0.25"].elimination["scorer"] == "random"
+
+
+def test_a_method_names_its_scorer(inputs, tmp_path, capsys):
+    # Without a name it would be lemo's default for the data, under another name.
+    file = tmp_path / "methods.yaml"
+    file.write_text("chance: {elimination: {keep: 0.25}}")
+    run = arguments(inputs, "--method", "chance")
+    run[run.index("--file") + 1] = str(file)
+    with pytest.raises(SystemExit):
+        answers.parse_arguments(run)
+    assert "chance: expected elimination with a scorer, got none" in capsys.readouterr().err
