@@ -1,8 +1,8 @@
 """segment_attention with the heads and scores of models beside PyTorch's attention.
 
 Head sizes other than 64 and 128 beside cuDNN and FlashAttention-2, where they have kernels for
-them; soft caps, sinks and windows beside FlexAttention, compiled. Heads above 128 also with the
-Hopper kernels of the backward pass, which "auto" does not choose, beside the portable ones.
+them; soft caps, sinks and windows beside FlexAttention, compiled. The backward pass of heads above
+128 also beside lemo's portable kernels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lemo import ops
 
 TOKENS = 16384
 FLEX = "PyTorch FlexAttention"
+PORTABLE = "segment_attention_backward, portable"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ class Model:
     @property
     def values(self) -> int:
         return self.value_size or self.size
-
-    @property
-    def large(self) -> bool:
-        """Whether "auto" runs the portable backward pass where there is a Hopper one."""
-        return max(self.size, self.values) > 128
 
     @property
     def plain(self) -> bool:
@@ -157,13 +153,9 @@ def rows_of(b: Bench, model: Model):
         both = model.size + model.values
         name = "segment_attention of models"
         yield from b.compare(name, shape, forward, forwards, tera=both * tera, **often)
+    if b.device == "cuda" and max(model.size, model.values) > 128:
+        backwards[PORTABLE] = partial(differentiate, forward(kernel="portable"), leaves, dout)
+        b.agree(f"{model.name} backward, {PORTABLE}", backward(), backwards[PORTABLE]())
     five = 3 * model.size + 2 * model.values
     name = "segment_attention_backward of models"
     yield from b.compare(name, shape, backward, backwards, tera=five * tera, **often)
-    if not model.large or b.device != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        return
-    hopper = partial(differentiate, forward(kernel="hopper"), leaves, dout)
-    b.agree(f"{model.name} backward, Hopper and portable kernels", hopper(), backward())
-    backwards = {"segment_attention_backward, portable": backward, **backwards}
-    shape |= {"kernel": "hopper"}
-    yield from b.compare(name, shape, hopper, backwards, tera=five * tera, **often)

@@ -101,9 +101,7 @@ public:
         return results;
     }
 
-    /// `backward_kernel` empty: as `kernel`.
-    Results<T> on_gpu(std::string_view kernel, bool deterministic,
-                      std::string_view backward_kernel = {}) const {
+    Results<T> on_gpu(std::string_view kernel, bool deterministic) const {
         const DeviceArray<T> q(q_), k(k_), v(v_), dout(dout_);
         const DeviceArray<int32_t> cu_q(queries_.cu), cu_k(keys_.cu);
         const DeviceArray<int32_t> q_positions(queries_.positions), k_positions(keys_.positions);
@@ -127,7 +125,6 @@ public:
         params.scratch = scratch.data();
         segment_attention_cuda(params, nullptr);
 
-        if (!backward_kernel.empty()) params.kernel = backward_kernel;
         SegmentAttentionBackwardParams backward{
             params,
             deterministic,
