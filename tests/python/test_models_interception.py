@@ -93,7 +93,52 @@ def register_attention(model, monkeypatch):
     model.config._attn_implementation = "own"
 
 
+def hook_the_decoder(model, monkeypatch):
+    model.model.register_forward_hook(hook)
+
+
+def hook_what_the_decoder_gets(model, monkeypatch):
+    model.model.register_forward_pre_hook(lambda module, args: None)
+
+
+def hook_gradients_of_the_decoder(model, monkeypatch):
+    model.model.register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
+def change_forward_of_the_decoder(model, monkeypatch):
+    model.model.forward = scaled(model.model.forward)
+
+
+def compile_the_decoder(model, monkeypatch):
+    model.model = torch.compile(model.model, backend="eager")
+
+
+def remove_a_layer(model, monkeypatch):
+    del model.model.layers[1]
+
+
+def add_attention_dropout(model, monkeypatch):
+    model.model.layers[2].self_attn.attention_dropout = 0.5
+
+
+def see_later_tokens(model, monkeypatch):
+    model.model.layers[1].self_attn.is_causal = False
+
+
+def mask_no_later_tokens(model, monkeypatch):
+    model.config.is_causal = False
+
+
 REFUSED = {
+    hook_the_decoder: "expected LlamaModel .* a hook from test_models_interception",
+    hook_what_the_decoder_gets: "expected LlamaModel .* a hook from test_models_interception",
+    hook_gradients_of_the_decoder: "expected LlamaModel .* a hook from test_models_interception",
+    change_forward_of_the_decoder: "expected LlamaModel .* replaced",
+    compile_the_decoder: "expected LlamaModel, got what torch.compile made of it",
+    remove_a_layer: "num_hidden_layers = 3 layers, got 2",
+    add_attention_dropout: "attention_dropout 0, got 0.5 in layer 2",
+    see_later_tokens: "causal attention, got is_causal=False in layer 1",
+    mask_no_later_tokens: "causal model, got config.is_causal=False",
     change_decoder_class: "LlamaModel.forward .* got one from test_models_interception",
     change_layer_class: "layers.0 .* whose forward comes from test_models_interception",
     change_attention_class: "layers.0.self_attn .* whose forward comes from",
@@ -118,6 +163,22 @@ def test_what_would_not_run_is_refused(change, when, monkeypatch):
     use = model if when == "after" else lambda **_: lemo.enable(model, EVERYTHING)
     with pytest.raises(ValueError, match=REFUSED[change]):
         use(**BATCH)
+
+
+def test_layers_that_come_later_are_named():
+    model = make_model("llama")
+    lemo.enable(model, EVERYTHING)
+    lora(model, layer_replication=[[0, 2], [1, 3]])
+    with pytest.raises(ValueError, match="expected the 3 layers that it had .* got 4"):
+        model(**BATCH)
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_a_decoder_inside_of_a_compiled_module_is_refused(path):
+    model = make_model("llama")
+    compile_the_decoder(model, None)
+    with pytest.raises(ValueError, match="expected LlamaModel, got what torch.compile made of it"):
+        lemo.enable(model, lemo.LemoConfig(path=path))
 
 
 def change_mlp_class(model, monkeypatch):

@@ -62,6 +62,7 @@ class Architecture:
     mlp_norm_name = "post_attention_layernorm"
     final_norm_name = "norm"
     output_name = "o_proj"
+    dropout_name = "attention_dropout"
 
     def __init__(self, causal_lm: PreTrainedModel) -> None:
         self.causal_lm = causal_lm
@@ -97,15 +98,6 @@ class Architecture:
     def check_supported(self) -> None:
         """Raises ValueError where elimination in training would not compute what the model does."""
         self.check_parts()
-        for index in range(self.num_layers):
-            share = self._attention_dropout(self.layer(index).self_attn)
-            if share:
-                raise ValueError(
-                    f"model: expected attention_dropout 0, got {share} in layer {index}; lemo's "
-                    "attention has no dropout, load the model with attention_dropout=0.0"
-                )
-        if not getattr(self.config, "is_causal", True):
-            raise ValueError("model: expected a causal model, got config.is_causal=False")
         devices = sorted({str(parameter.device) for parameter in self.causal_lm.parameters()})
         if len(devices) > 1:
             raise ValueError(
@@ -117,10 +109,7 @@ class Architecture:
         decoder = self.decoder
         check_unflattened(self.causal_lm)
         check_layers(decoder.layers)
-        check_parts(decoder, self.config._attn_implementation)
-
-    def _attention_dropout(self, attention: nn.Module) -> float:
-        return attention.attention_dropout
+        check_parts(decoder, self.config, self.dropout_name)
 
     # Embedding
 
@@ -465,9 +454,10 @@ class OPTArchitecture(Architecture):
     mlp_norm_name = "final_layer_norm"
     final_norm_name = "final_layer_norm"
     output_name = "out_proj"
+    dropout_name = "dropout"
 
-    def check_supported(self) -> None:
-        super().check_supported()
+    def check_parts(self) -> None:
+        super().check_parts()
         if not self.config.do_layer_norm_before:
             raise ValueError(
                 "model: expected do_layer_norm_before=True, got False (OPT-350m): a norm after "
@@ -478,9 +468,6 @@ class OPTArchitecture(Architecture):
                 f"model: expected layerdrop 0, got {self.decoder.layerdrop}; load the model with "
                 "layerdrop=0.0"
             )
-
-    def _attention_dropout(self, attention: nn.Module) -> float:
-        return attention.dropout
 
     def _rotary(
         self,

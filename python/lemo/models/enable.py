@@ -18,7 +18,7 @@ from lemo.models.callback import attach
 from lemo.models.cuda_graphs import CudaGraphs
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.path import GenericPath
-from lemo.models.interception import check_around
+from lemo.models.interception import check_around, check_not_compiled
 from lemo.models.native import NativePath
 from lemo.models.path import Path
 from lemo.models.replaced_forward import ReplacedForward
@@ -92,6 +92,7 @@ def _path(
     if config.path == "native" or (config.path == "auto" and is_known(model)):
         architecture = architecture_of(model)
         check_around(model, architecture.causal_lm)
+        check_not_compiled(architecture.decoder)
         _check_free(architecture.causal_lm)
         _check_free(architecture.decoder)
         if "forward" in vars(architecture.decoder):
@@ -105,6 +106,7 @@ def _path(
     parts = Parts.of(model)
     check_around(model, parts.causal_lm)
     for module in {parts.causal_lm, parts.base, parts.decoder}:
+        check_not_compiled(module)
         _check_free(module)
     return GenericPath(parts, config, context)
 

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -20,6 +21,7 @@ from lemo.models.sharded import is_sharded, own_class
 __all__ = [
     "check_adapters",
     "check_around",
+    "check_not_compiled",
     "check_parts",
     "has_own_forward",
     "is_intercepted",
@@ -29,8 +31,8 @@ __all__ = [
 ]
 
 _REMEDY = (
-    "lemo runs the parts of a decoder layer itself, so this would not run. Undo it, or train "
-    "without lemo"
+    "lemo runs the parts of a decoder layer itself, so this would not run. Undo it, use "
+    "LemoConfig(path='generic'), or train without lemo"
 )
 # Libraries that put a rotation in place of Transformers' that computes the same.
 _SAME_ROTATION = ("transformers", "liger_kernel")
@@ -40,23 +42,22 @@ _OF_THE_BATCH = ("POLY", "SHADOW", "XLORA")
 _ROW_BY_ROW = ("torch.nn.", "peft.tuners.", "peft.utils.", "bitsandbytes.", "transformers.")
 
 
-def check_parts(decoder: nn.Module, attention_name: str) -> None:
+def check_parts(decoder: nn.Module, config: Any, dropout_name: str) -> None:
     """Refuses a decoder whose layers or attention are not Transformers' own any more.
 
     Args:
         decoder: the stack of layers.
-        attention_name: the config's attention implementation.
+        config: the model's configuration.
+        dropout_name: the attribute of attention that holds its dropout.
 
     Raises:
-        ValueError: the decoder's class has a forward that was replaced; a layer or an attention
-            module is of another class, or has hooks or a forward that was replaced; an attention
-            implementation or a rotation is neither Transformers' nor known to compute the same.
+        ValueError: the decoder has hooks or a forward that was replaced; a layer or an attention
+            module is of another class, or has hooks or a forward that was replaced; attention drops
+            out or sees later tokens; there are fewer layers than the configuration says; an
+            attention implementation or a rotation is neither Transformers' nor known to compute the
+            same.
     """
-    if not has_own_forward(type(decoder)):
-        raise ValueError(
-            f"model: expected {type(decoder).__name__}.forward as Transformers defines it, got one "
-            f"from {origin(type(decoder).forward)}; {_REMEDY}"
-        )
+    _check_decoder(decoder, config)
     for name, module in _parts(decoder):
         cls = own_class(module)
         own = cls.__module__.startswith("transformers.models.")
@@ -75,7 +76,60 @@ def check_parts(decoder: nn.Module, attention_name: str) -> None:
         raise ValueError(
             f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}"
         )
-    _check_functions(type(own_module(own_module(decoder.layers[0]).self_attn)), attention_name)
+    for index, layer in enumerate(decoder.layers):
+        attention = own_module(own_module(layer).self_attn)
+        share = getattr(attention, dropout_name)
+        if share:
+            raise ValueError(
+                f"model: expected attention_dropout 0, got {share} in layer {index}; lemo's "
+                "attention has no dropout, load the model with attention_dropout=0.0"
+            )
+        if not attention.is_causal:
+            raise ValueError(
+                f"model: expected causal attention, got is_causal=False in layer {index}"
+            )
+    if not getattr(config, "is_causal", True):
+        raise ValueError("model: expected a causal model, got config.is_causal=False")
+    attention = type(own_module(own_module(decoder.layers[0]).self_attn))
+    _check_functions(attention, config._attn_implementation)
+
+
+def _check_decoder(decoder: nn.Module, config: Any) -> None:
+    check_not_compiled(decoder)
+    name, forward = type(decoder).__name__, vars(decoder).get("forward")
+    if not has_own_forward(type(decoder)):
+        raise ValueError(
+            f"model: expected {name}.forward as Transformers defines it, got one from "
+            f"{origin(type(decoder).forward)}; {_REMEDY}"
+        )
+    what = None
+    if forward is not None and not origin(forward).startswith("lemo."):
+        what = f"one whose forward was replaced by one from {origin(forward)}"
+    elif hooks := [hook for hook in _foreign_hooks(decoder) if not hook.startswith("lemo.")]:
+        what = f"one with a hook from {hooks[0]}"
+    if what is not None:
+        raise ValueError(
+            f"model: expected {name} as Transformers defines it, got {what}; {_REMEDY}"
+        )
+    if len(decoder.layers) < config.num_hidden_layers:
+        raise ValueError(
+            f"model: expected config.num_hidden_layers = {config.num_hidden_layers} layers, got "
+            f"{len(decoder.layers)}"
+        )
+
+
+def check_not_compiled(module: nn.Module) -> None:
+    """Refuses a part of a model around which `torch.compile` has put a module.
+
+    Raises:
+        ValueError: `module` is what it has put there.
+    """
+    inside = own_module(module)
+    if inside is not module:
+        raise ValueError(
+            f"model: expected {type(inside).__name__}, got what torch.compile made of it; compile "
+            "its layers one by one, by layer.compile(), or the model as a whole"
+        )
 
 
 def check_around(model: nn.Module, causal_lm: nn.Module) -> None:

@@ -47,6 +47,7 @@ class NativePath(Path[TrainingForward]):
         architecture.check_supported()
         self.causal_lm = architecture.causal_lm
         self._architecture = architecture
+        self._num_layers = architecture.num_layers
         self._forward = TrainingForward(architecture, config, context)
         self._states: LabelledStates | None = None
         self._products = None
@@ -83,6 +84,12 @@ class NativePath(Path[TrainingForward]):
 
     def check(self) -> None:
         """Raises ValueError where the model has changed so that the settings do not fit it."""
+        layers = self._architecture.num_layers
+        if layers > self._num_layers:
+            raise ValueError(
+                f"model: expected the {self._num_layers} layers that it had when lemo was enabled, "
+                f"got {layers}; call handle.remove() and lemo.enable again"
+            )
         if self._products is not None:
             self._products.check()
 
