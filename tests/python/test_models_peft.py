@@ -55,6 +55,25 @@ KINDS = {
     "BOFT": of("BOFTConfig", ["q_proj"], boft_block_size=8),
     "HRA": of("HRAConfig", r=2),
     "FourierFT": of("FourierFTConfig", n_frequency=20),
+    "BEFT": of("BeftConfig", ["v_proj"]),
+    "C3A": of("C3AConfig", block_size=8),
+    "DEFT": of("DeftConfig", r=4),
+    "FRoD": of("FrodConfig", ["q_proj"]),
+    "GLoRA": of("GloraConfig", r=4),
+    "GraLoRA": of("GraloraConfig", r=4, gralora_k=2),
+    "HiRA": of("HiraConfig", r=4),
+    "MiSS": of("MissConfig", r=4),
+    "PEANuT": of("PeanutConfig", r=4, depth=2),
+    "PSOFT": of("PsoftConfig", r=4),
+    "RoAd": of("RoadConfig", group_size=16),
+    "SHiRA": of("ShiraConfig", r=4),
+    "SuperTuning": of("SupertuningConfig"),
+    "TinyLoRA": of("TinyLoraConfig"),
+    "trained tokens": of("TrainableTokensConfig", ["embed_tokens"], token_indices=[3, 4, 9]),
+    "Uni-LoRA": of("UniLoraConfig"),
+    "VB-LoRA": of("VBLoRAConfig", vector_length=8, num_vectors=16, r=4),
+    "WaveFT": of("WaveFTConfig", n_frequency=20),
+    "QALoRA": lora_of(use_qalora=True),
     "norms": of("LNTuningConfig", ["input_layernorm", "norm"]),
     "prompt tuning": prompts("PromptTuningConfig"),
     "P-tuning": prompts("PromptEncoderConfig", encoder_hidden_size=16),
@@ -179,7 +198,7 @@ def test_adapters_that_look_for_words_are_refused(path):
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])
-@pytest.mark.parametrize("kind", ["Poly", "XLora"])
+@pytest.mark.parametrize("kind", ["Poly", "XLora", "Lily"])
 def test_adapters_that_know_the_batch_are_refused(kind, path, tmp_path):
     config = of("PolyConfig", QV, r=4, n_tasks=2, n_skills=2)
     base = make("llama")
@@ -188,6 +207,8 @@ def test_adapters_that_know_the_batch_are_refused(kind, path, tmp_path):
         base.config.use_cache = False
         hidden, parts = base.config.hidden_size, {"0": str(tmp_path)}
         config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=hidden, adapters=parts)
+    elif kind == "Lily":
+        config = of("LilyConfig", r=4)
     model = peft.get_peft_model(base, config)
     with pytest.raises(ValueError, match=f"peft_type: expected .* got {kind}Config"):
         lemo.enable(model, LemoConfig(keep=0.5, path=path))

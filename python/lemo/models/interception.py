@@ -36,8 +36,9 @@ _REMEDY = (
 )
 # Libraries that put a rotation in place of Transformers' that computes the same.
 _SAME_ROTATION = ("transformers", "liger_kernel")
-# PEFT's kinds of adapters with scales, tasks or states for each token or sequence of the batch.
-_OF_THE_BATCH = ("POLY", "SHADOW", "XLORA")
+# PEFT's kinds of adapters with scales, tasks or states for each token or sequence of the batch, or
+# with weights that are means over its tokens, padding included (Lily).
+_OF_THE_BATCH = ("LILY", "POLY", "SHADOW", "XLORA")
 # Packages whose embeddings map each token by itself.
 _ROW_BY_ROW = ("torch.nn.", "peft.tuners.", "peft.utils.", "bitsandbytes.", "transformers.")
 
@@ -164,7 +165,7 @@ def check_adapters(module: nn.Module) -> None:
 
     Raises:
         ValueError: one of them looks for words (aLoRA), or holds something for each token or
-            sequence (X-LoRA, Poly, Shadow), active or not.
+            sequence (X-LoRA, Poly, Shadow) or for all tokens together (Lily), active or not.
     """
     configs = vars(module).get("peft_config")
     for config in configs.values() if isinstance(configs, dict) else ():
@@ -173,7 +174,7 @@ def check_adapters(module: nn.Module) -> None:
             raise ValueError(
                 "peft_type: expected adapters that do the same to every token, got "
                 f"{type(config).__name__}, which holds something for each token or sequence of the "
-                "batch, of which lemo leaves rows out; train without lemo"
+                "batch, or for all of its tokens, of which lemo leaves rows out; train without lemo"
             )
         if getattr(config, "alora_invocation_tokens", None):
             raise ValueError(
