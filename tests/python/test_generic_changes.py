@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 from types import MethodType
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import lemo
-from generic_cases import BLOCK, assert_same, make
+from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
 from lemo import LemoConfig
 from tiny_models import make_ids
 
@@ -97,3 +98,38 @@ def test_models_of_one_configuration_train_beside_each_other():
     for each in (model, other):
         assert each(**batch_of()).loss > 0
     assert all(handle.statistics()[0].attention_rows < 80 for handle in handles)
+
+
+def test_models_train_beside_each_other_in_threads():
+    models = [make("phi3", seed=seed) for seed in (0, 1)]
+    dense = [copy.deepcopy(model) for model in models]
+    handles = [lemo.enable(model, HALF) for model in models]
+    batches = [batch_of(), {name: ids[:, :40] for name, ids in batch_of().items()}]
+    losses = [None, None]
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def step(index):
+        losses[index] = models[index](**batches[index]).loss
+        losses[index].backward()
+
+    def wait(*_):
+        begun.set()
+        assert goes_on.wait(60)
+
+    other = threading.Thread(target=step, args=(1,))
+
+    def overlap(*_):
+        # The other pass has begun before this one, and ends in the middle of it.
+        goes_on.set()
+        other.join()
+
+    models[1].model.embed_tokens.register_forward_pre_hook(wait)
+    models[0].model.embed_tokens.register_forward_hook(overlap)
+    other.start()
+    assert begun.wait(60)
+    step(0)
+    for index, handle in enumerate(handles):
+        kept = kept_mask(handle, batches[index])
+        oracle = dense[index](**masked_batch(batches[index], kept)).loss
+        oracle.backward()
+        assert_same(models[index], dense[index], losses[index], oracle)

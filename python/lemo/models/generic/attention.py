@@ -8,6 +8,7 @@ runs through the implementation that the model had before.
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,8 +205,8 @@ class _ReadsMaskError(NotImplementedError, AttributeError):
     """Also an AttributeError: whoever only asks whether there is an attribute gets an answer."""
 
 
-class _Current:
-    """The pass that runs.
+class _Current(threading.local):
+    """The pass that runs in this thread.
 
     Attributes:
         rows: those of the pass; None: masks are the model's own.
@@ -214,6 +215,9 @@ class _Current:
 
     rows: KeptRows | None = None
     knows_batch = False
+
+
+_current = _Current()
 
 
 @contextmanager
@@ -225,12 +229,12 @@ def making_masks(rows: KeptRows | None, knows_batch: bool = False) -> Iterator[N
         knows_batch: whether what makes them has the whole batch, so that its rules speak of the
             batch's lines and columns.
     """
-    before = _Current.rows, _Current.knows_batch
-    _Current.rows, _Current.knows_batch = rows, knows_batch
+    before = _current.rows, _current.knows_batch
+    _current.rows, _current.knows_batch = rows, knows_batch
     try:
         yield
     finally:
-        _Current.rows, _Current.knows_batch = before
+        _current.rows, _current.knows_batch = before
 
 
 def register(original: str) -> str:
@@ -263,7 +267,7 @@ def _mask(
     **kwargs: Any,
 ) -> Any:
     """The mask of one kind of layers; `mask_function` says what a query may see."""
-    rows = _Current.rows
+    rows = _current.rows
     if rows is None:
         make = ALL_MASK_ATTENTION_FUNCTIONS.get(original)
         if make is None:
@@ -278,7 +282,7 @@ def _mask(
         return RowsMask(rows, 0)
     if local_size and _same(mask_function, sliding_window_causal_mask_function(local_size)):
         return RowsMask(rows, local_size)
-    if _Current.knows_batch and not _same(mask_function, bidirectional_mask_function):
+    if _current.knows_batch and not _same(mask_function, bidirectional_mask_function):
         return RowsMask(rows, None, rows.seen(mask_function, bool(kwargs.get("use_vmap"))))
     # Some models make masks that none of their layers uses.
     return RowsMask(rows, None)
