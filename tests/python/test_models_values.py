@@ -10,6 +10,7 @@ from peft import PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 import lemo
+from generic_cases import kept_mask
 from lemo.models.arguments import ForwardArguments
 from model_checks import assert_same_gradients
 from tiny_models import (
@@ -131,6 +132,25 @@ def test_logits_beside_a_loss_are_computed_when_they_are_read():
     own_loss(outputs.logits).backward()
     assert any(gradient.any() for gradient in gradients(model).values())
     assert handle.statistics()[0].attention_rows < 105
+
+
+@pytest.mark.parametrize("scorer", ["random", "given"])
+def test_logits_beside_a_loss_train_the_rows_of_the_loss(scorer):
+    """They neither draw anew nor need the scores again, and statistics stay those of the loss."""
+    model, twin = make_model("llama"), make_model("llama")
+    handle, other = (lemo.enable(each, config(scorer=scorer)) for each in (model, twin))
+    scores = torch.rand(BATCH["labels"].shape, generator=torch.Generator().manual_seed(0))
+    embedded = model.get_input_embeddings()(BATCH["input_ids"]).detach().requires_grad_()
+    call = {**BATCH, "input_ids": None, "inputs_embeds": embedded}
+    with handle.scored(scores), other.scored(scores):
+        outputs, _ = model(**call), twin(**call)
+    kept = kept_mask(handle, BATCH)
+    (gradient,) = torch.autograd.grad(own_loss(outputs.logits), embedded)
+    predicts = BATCH["labels"].roll(-1, 1) != -100  # the last token of a sequence has no gradient
+    assert torch.equal(gradient.abs().sum(2) > 0, kept & predicts)
+    assert torch.equal(kept_mask(handle, BATCH), kept)
+    with handle.scored(scores), other.scored(scores):
+        assert torch.equal(model(**call).loss, twin(**call).loss)
 
 
 def test_mixed_precision_of_accelerate_leaves_them_deferred():

@@ -126,11 +126,16 @@ class TrainingForward(Training[Elimination]):
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
             self._nothing_trained()
         output = EliminatedOutput(loss=loss)
-        rows = arguments.labelled_rows()
+        rows, elimination, kept = arguments.labelled_rows(), self.elimination, self.selector.latest
 
         def logits() -> Tensor:
-            with named_labels.named(self, rows):
-                computed = self.logits(arguments).logits
+            # The same rows as for the loss, though other passes may have come in between.
+            latest = self.elimination
+            try:
+                with named_labels.named(self, rows), elimination.selector.repeating(kept):
+                    computed = self.logits(arguments).logits
+            finally:
+                self.elimination = latest
             assert computed is not None
             return computed
 

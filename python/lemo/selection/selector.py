@@ -54,7 +54,8 @@ class Selector:
         self._keeps_everything = False
         self._reached_threshold = False
         # Until the first forward pass: one over no tokens.
-        self._pass = _Pass(BlockLayout.from_seqlens([], 1, "cpu"), None)
+        self._repeats = False
+        self._pass = Pass(BlockLayout.from_seqlens([], 1, "cpu"), None)
 
     @property
     def mlp_shares(self) -> bool:
@@ -105,6 +106,23 @@ class Selector:
 
     # A forward pass
 
+    @property
+    def latest(self) -> "Pass":
+        """The forward pass that runs, or the one before."""
+        return self._pass
+
+    @contextmanager
+    def repeating(self, earlier: "Pass") -> Iterator[None]:
+        """Passes inside, over the batch of an earlier one, keep what that one kept.
+
+        Nothing is scored, and `statistics` are those of the latest pass again afterwards.
+        """
+        latest, self._pass, self._repeats = self._pass, earlier, True
+        try:
+            yield
+        finally:
+            self._pass, self._repeats = latest, False
+
     def begin(self, layout: BlockLayout, labelled: Tensor | None = None) -> None:
         """Starts a forward pass over these tokens; forgets the previous one.
 
@@ -112,7 +130,8 @@ class Selector:
             layout: how they are cut into blocks.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
         """
-        self._pass = _Pass(layout, labelled)
+        if not self._repeats:
+            self._pass = Pass(layout, labelled)
 
     def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
         """The rows that sub-block `kind` of `layer` keeps.
@@ -124,6 +143,8 @@ class Selector:
                 some layer uses them.
         """
         now = self._pass
+        if self._repeats:
+            return now.selected[kind][layer]
         if kind == "mlp" and self.mlp_shares:
             selection = now.selected["attention"][layer]
         else:
@@ -250,7 +271,7 @@ class Selector:
         return [LayerStatistics.of(layer, *pair) for layer, pair in enumerate(pairs)]
 
 
-class _Pass:
+class Pass:
     """What is known in one forward pass.
 
     Attributes:
