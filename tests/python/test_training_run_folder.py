@@ -17,6 +17,7 @@ from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
 from lemo.settings.finetune import FinetuneConfig
+from lemo.training import checkpoint
 from lemo.training.checkpoint import newest_checkpoint
 from lemo.training.finetune import finetune
 from lemo.training.run_folder import reading, writing
@@ -238,7 +239,7 @@ def test_a_new_adapter_keeps_what_somebody_put_beside_it(inputs, finished, tmp_p
     [
         (lambda state: state | {"step": 3}, "state.json differs from what was written"),
         (lambda state: state | {"data": "0"}, "state.json differs from what was written"),
-        (lambda state: state | {"format": 3}, "state.json: expected format 2, got 3"),
+        (lambda state: state | {"format": 4}, "state.json: expected format 3, got 4"),
         (lambda state: {k: v for k, v in state.items() if k != "sha256"}, "has no 'sha256'"),
         (lambda state: [], "list indices must be integers"),
         (lambda state: state | {"files": []}, "state.json differs from what was written"),
@@ -263,17 +264,26 @@ def test_a_renamed_checkpoint_is_passed_over_and_takes_no_place(inputs, run, cap
     assert steps(run) == ["step-2", "step-4"]
 
 
-def test_a_checkpoint_of_the_first_format_still_resumes(inputs, run):
-    expected = losses(run)
-    for step in ("step-2", "step-4"):
-        file = run / "checkpoints" / step / "state.json"
-        state = json.loads(file.read_text()) | {"format": 1}
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_older_formats_still_resume(inputs, run, tmp_path, monkeypatch, version):
+    old = tmp_path / "old"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "packed", lambda state: state)
+        patch.setattr(checkpoint, "_FORMAT", 2)
+        finetune(settings(inputs, old))
+    file = old / "checkpoints" / "step-2" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["format"] == 2
+    if version == 1:
         del state["sha256"]
-        file.write_text(json.dumps(state))
-    shutil.rmtree(run / "checkpoints" / "step-4")
-    finetune(settings(inputs, run, resume=True))
-    assert losses(run) == expected
-    assert json.loads((run / "checkpoints/step-4/state.json").read_text())["format"] == 2
+        file.write_text(json.dumps(state | {"format": 1}))
+    shutil.rmtree(old / "checkpoints" / "step-4")
+    shutil.rmtree(old / "adapter")
+    began = []
+    finetune(settings(inputs, old, resume=True), lambda record: began.append(record["step"]))
+    assert began == [3, 4]
+    assert losses(old) == losses(run)
+    assert json.loads((old / "checkpoints/step-4/state.json").read_text())["format"] == 3
 
 
 def test_a_moved_run_goes_on_from_another_folder_and_by_other_paths(

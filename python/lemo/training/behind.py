@@ -7,9 +7,9 @@ next work is under way. Files are made of such copies, in a thread of their own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ _PIECE = 64 << 20
 _ALIGNMENT = 16
 
 _log = logging.getLogger("lemo")
+
+_T = TypeVar("_T")
+_Group = tuple[torch.device, torch.dtype]
 
 
 class HostMemory:
@@ -47,6 +50,13 @@ class HostMemory:
         self._free.append(memory)
 
 
+class _Place(NamedTuple):
+    """Where a tensor was in a value: the next one of its group, of this shape."""
+
+    group: _Group
+    shape: torch.Size
+
+
 class Copy:
     """Tensors as they are when the work that is under way is done.
 
@@ -58,36 +68,53 @@ class Copy:
     """
 
     def __init__(self, value: Any, memory: HostMemory) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for x in _tensors(value):
-            groups.setdefault((x.device, x.dtype), []).append(x.detach())
+        groups: dict[_Group, list[Tensor]] = {}
+
+        def place(x: Tensor) -> _Place:
+            group = x.device, x.dtype
+            groups.setdefault(group, []).append(x)
+            return _Place(group, x.shape)
+
+        # Only what is on the host: tensors gathered for this may go.
+        self._held = _replaced(value, Tensor, place)
+        self._counts = {group: [x.numel() for x in found] for group, found in groups.items()}
         sizes = [_aligned(sum(x.nbytes for x in found)) for found in groups.values()]
         on_gpu = any(device.type == "cuda" for device, _ in groups)
         self._memory = memory
         self._host: Tensor | None = memory.take(sum(sizes), on_gpu)
-        parts, at = {}, 0
-        for (key, found), size in zip(groups.items(), sizes):
-            host = self._host[at : at + size].view(key[1])
-            _to_host(found, host)
-            counts = [x.numel() for x in found]
-            parts[key] = iter(host[: sum(counts)].split(counts))
-            at += size
-        # Only what is on the host: tensors gathered for this may go.
-        self._held = _replaced(value, lambda x: next(parts[x.device, x.dtype]).view(x.shape))
+        self._parts = dict(zip(groups, self._host[: sum(sizes)].split(sizes)))
+        with torch.no_grad():
+            for group, found in groups.items():
+                _to_host(found, self._parts[group].view(group[1]))
         self._done: torch.cuda.Event | None = None
         if on_gpu:
             self._done = torch.cuda.Event()
             self._done.record()
 
+    def wait(self) -> None:
+        """Waits until the tensors are on the host; any thread may, at any time."""
+        if self._done is not None:
+            self._done.synchronize()
+
     def value(self) -> Any:
-        """The same with tensors of their own on the host; waits until they are there."""
+        """The same with tensors on the host, in memory of their own; waits until they are there.
+
+        Those of one device and dtype share that memory.
+        """
         host = self._host
         if host is not None:
-            if self._done is not None:
-                self._done.synchronize()
+            self.wait()
+            # Few tensors are copied: each takes Python's lock from the thread that trains.
+            tensors = {}
+            for group, counts in self._counts.items():
+                own = self._parts[group].clone().view(group[1])
+                tensors[group] = iter(own[: sum(counts)].split(counts))
             # An interrupt may come anywhere, and `value` be called again.
-            self._held = _replaced(self._held, Tensor.clone)
+            self._held = _replaced(
+                self._held, _Place, lambda place: next(tensors[place.group]).view(place.shape)
+            )
             self._host = None
+            self._parts.clear()
             self._memory.give(host)
         return self._held
 
@@ -99,17 +126,36 @@ def _aligned(size: int) -> int:
 def _to_host(found: list[Tensor], host: Tensor) -> None:
     """Begins to copy the elements of tensors to the host, one after the other."""
     at = 0
-    for pieces in _batches(piece for x in found for piece in _pieces(x)):
+    for batch in _batches(found):
         # Small ones by one copy: they are hundreds.
+        pieces = [x.reshape(-1) for x in batch]
         piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         host[at : at + piece.numel()].copy_(piece, non_blocking=True)
         at += piece.numel()
 
 
+def _batches(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors, in order and large ones in pieces, by lists of at most `_PIECE` bytes."""
+    batch: list[Tensor] = []
+    size = 0
+    for x in tensors:
+        nbytes = x.nbytes
+        if batch and size + nbytes > _PIECE:
+            yield batch
+            batch, size = [], 0
+        if nbytes > _PIECE:
+            yield from ([piece] for piece in _pieces(x))
+        else:
+            batch.append(x)
+            size += nbytes
+    if batch:
+        yield batch
+
+
 def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """The elements of `x` in order, flat, in pieces of at most `_PIECE` bytes."""
+    """The elements of `x` in order, in pieces of at most `_PIECE` bytes."""
     if x.nbytes <= _PIECE:
-        yield x.reshape(-1)
+        yield x
     elif x.is_contiguous():
         yield from x.view(-1).split(_PIECE // x.element_size())
     else:
@@ -118,37 +164,13 @@ def _pieces(x: Tensor) -> Iterator[Tensor]:
             yield from _pieces(part)
 
 
-def _batches(pieces: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """The pieces, in order, by lists of at most `_PIECE` bytes."""
-    batch: list[Tensor] = []
-    size = 0
-    for piece in pieces:
-        if batch and size + piece.nbytes > _PIECE:
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += piece.nbytes
-    yield batch
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _replaced(value: Any, own: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with own(tensor) for each tensor, in the order of `_tensors`."""
-    if isinstance(value, Tensor):
+def _replaced(value: Any, kind: type[_T], own: Callable[[_T], Any]) -> Any:
+    """`value`, of nested dicts and lists, with own(x) for each x of a kind in it, in order."""
+    if isinstance(value, kind):
         return own(value)
     if isinstance(value, dict):
-        return {name: _replaced(item, own) for name, item in value.items()}
-    return [_replaced(item, own) for item in value] if isinstance(value, list) else value
+        return {name: _replaced(item, kind, own) for name, item in value.items()}
+    return [_replaced(item, kind, own) for item in value] if isinstance(value, list) else value
 
 
 class Writer:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lemo.data.reading import naming
 from lemo.files import new_folder, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
+from lemo.training.optimizer_state import packed, unpacked
 from lemo.training.sharding import cut
 
 STATE_NAME = "state.json"
@@ -34,8 +35,8 @@ OPTIMIZER_NAME = "optimizer.pt"
 CHECKPOINT_FILES = re.compile(
     r"adapter_config\.json|adapter_model\.safetensors|optimizer\.pt|random-\d+\.pt|state\.json"
 )
-# Format 1 had no digest of state.json.
-_FORMAT = 2
+# Format 1 had no digest of state.json, formats 1 and 2 a tensor of each parameter's state.
+_FORMAT = 3
 # What reading a damaged checkpoint raises.
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
@@ -86,13 +87,14 @@ def save_checkpoint(
         step: optimizer steps that are done; this is the position in the data, too.
         model: whose adapter is saved, in PEFT's format.
         weights: those of the adapter, from `adapter_weights`.
-        optimizer: state dict of the optimizer, with anything else that steps with it.
+        optimizer: state dict of the optimizer ("optimizer"), and of what else steps with it.
         random_states: :func:`random_state` of every process, in order of rank.
         data: fingerprint of the training windows.
         inputs: fingerprints of model, tokenizer and predictor.
         gradient_accumulation: forward passes of each process in a step.
         keep: how many checkpoints stay.
     """
+    optimizer = {**optimizer, "optimizer": packed(optimizer["optimizer"])}
     with new_folder(folder / f"step-{step}") as target:
         write_adapter(model, weights, target)
         write_file(target / OPTIMIZER_NAME, _to_bytes(optimizer))
@@ -161,7 +163,8 @@ def load_checkpoint(checkpoint: Checkpoint, model: PeftModel, rank: int | None) 
         )
     if rank is not None:
         set_random_state(_from_file(checkpoint.folder / _random_name(rank)))
-    return _from_file(checkpoint.folder / OPTIMIZER_NAME)
+    state: dict[str, Any] = _from_file(checkpoint.folder / OPTIMIZER_NAME)
+    return {**state, "optimizer": unpacked(state["optimizer"])}
 
 
 def random_state() -> dict[str, Any]:
@@ -236,7 +239,7 @@ def _verify(folder: Path, gradient_accumulation: int) -> Checkpoint:
 def _contents(folder: Path) -> dict[str, Any]:
     """What state.json says, after checking that it is whole and belongs to this folder."""
     contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
-    if contents["format"] not in (1, _FORMAT):
+    if contents["format"] not in (1, 2, _FORMAT):
         raise ValueError(f"{STATE_NAME}: expected format {_FORMAT}, got {contents['format']!r}")
     signed = "sha256" in contents or contents["format"] != 1
     if signed and contents["sha256"] != _own_digest(contents):

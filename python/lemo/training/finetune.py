@@ -486,7 +486,8 @@ class _Run:
     def _save(self, folder: Path, step: int) -> Callable[[], None] | None:
         """What writes a checkpoint, from copies; all processes gather, the main one gets it."""
         states = gather_object([random_state()])
-        optimizer = {"optimizer": whole(self.optimizer.state_dict())}
+        state_dict = self.optimizer.state_dict()
+        optimizer = {"optimizer": whole(state_dict) if self.config.shard else state_dict}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         weights = self._adapter_weights()

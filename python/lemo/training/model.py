@@ -399,8 +399,9 @@ def write_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path)
     Raises:
         FloatingPointError: a weight is not finite; nothing is written.
     """
-    wrong = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
-    if wrong:
+    # All at once: the thread that trains has to wait for Python's lock while each is looked at.
+    if not bool(torch.cat([x.reshape(-1) for x in weights.values()]).isfinite().all()):
+        wrong = [name for name, tensor in weights.items() if not bool(tensor.isfinite().all())]
         raise FloatingPointError(
             f"the trained weights are not finite: {first_of(wrong)}; earlier checkpoints stay as "
             "they are; a lower learning_rate or weight_decay may help"
