@@ -211,8 +211,8 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(
     run.train(tmp_path, 0, None)
     assert len(saved) == 3
     assert all(torch.equal(w["w"], torch.ones(3)) for w, _ in saved)
-    # One for checkpoints and one for losses.
-    assert len(allocated) == 2
+    # One for checkpoints, and one for the loss of each step that is under way.
+    assert len(allocated) == 1 + finetune._AHEAD
     # Found once; shares of weights are gathered for each checkpoint, and at the end.
     assert len(walks) == (4 if shard else 1)
 
@@ -416,8 +416,72 @@ def test_an_interrupt_while_the_host_waits_loses_nothing(tmp_path, on_a_gpu, mon
     run = Run(lambda step: None, lambda step: None)
     with pytest.raises(KeyboardInterrupt):
         run.train(tmp_path, 0, None)
-    assert logged(tmp_path) == [1, 2]
+    assert logged(tmp_path) == [1, 2, 3]
     assert run.saved == [2]
+
+
+def test_the_host_issues_two_steps_before_it_looks_at_one(tmp_path, on_a_gpu, monkeypatch):
+    """So a delay of less than a step leaves no GPU without work."""
+    value, events = Copy.value, []
+
+    def noted(self):
+        result = value(self)
+        events.append(f"loss of {result.item():g}")
+        return result
+
+    def act(step):
+        events.append(f"issue {step}")
+        return float(step)
+
+    monkeypatch.setattr(Copy, "value", noted)
+    run = Run(act, None, steps=5, save_every=5)
+    run._adapter_weights = run._write_adapter = lambda *a: {}
+    run._save = lambda folder, step: lambda: None
+    run.train(tmp_path, 0, None)
+    begun = events[: events.index("issue 5")]
+    assert begun == [f"issue {n}" for n in (1, 2, 3)] + ["loss of 1", "issue 4", "loss of 2"]
+    assert logged(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_no_checkpoint_is_written_behind_a_loss_that_is_not_finite(tmp_path, on_a_gpu):
+    """The thread that writes comes first; the next losses may well be finite again."""
+    held = threading.Event()
+
+    def act(step):
+        if step == 5:
+            held.wait(0.5)
+        return math.nan if step == 3 else None
+
+    run = Run(act, lambda step: held.set(), steps=6)
+    with pytest.raises(FloatingPointError, match="step 3"):
+        run.train(tmp_path, 0, None)
+    assert run.saved == [2]
+    assert logged(tmp_path) == [1, 2]
+
+
+def test_an_earlier_step_is_looked_at_while_a_thread_waits_for_a_later_one(monkeypatch):
+    shown, done, waits = [], threading.Event(), threading.Event()
+    records = StepRecords(3, None, None)
+    records._log = type("Log", (), {"write": lambda self, record: shown.append(record["step"])})()
+    losses = iter((torch.tensor(1.0), torch.tensor(2.0)))
+    records.begin({"step": 1, "tokens": 10}, next(losses))
+    records.begin({"step": 2, "tokens": 10}, next(losses))
+    later = records._waiting[1].loss
+
+    def wait(self):
+        if self is later:
+            waits.set()
+            assert done.wait(5), "nobody looked at step 1 meanwhile"
+
+    monkeypatch.setattr(Copy, "wait", wait)
+    thread = threading.Thread(target=records.when_done(lambda: shown.append("written")))
+    thread.start()
+    assert waits.wait(5)
+    records.finish(leave=1)
+    done.set()
+    thread.join()
+    records.finish()
+    assert shown == [1, 2, "written"]
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(tmp_path, on_a_gpu, caplog):

@@ -78,6 +78,10 @@ from lemo.training.step_records import StepRecords
 
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
+# Steps that a GPU may still have to do when the host begins to issue the next one: what holds the
+# host up for less than a step, such as a thread that writes a checkpoint, costs no time then.
+_AHEAD = 2
+
 _log = logging.getLogger("lemo")
 
 
@@ -344,8 +348,8 @@ class _Run:
                 with self._explained(step):
                     record, loss = self._step(step, batches)
                     write = self._save(folder, step) if saves else None
-                # The step before is looked at while this one runs.
-                records.finish()
+                # Earlier steps are looked at while the latest ones run.
+                records.finish(leave=_AHEAD - 1)
                 records.begin(record, loss)
                 if write is not None:
                     # As soon as this step is done: a kill during the next one would lose it.

@@ -49,7 +49,7 @@ class StepRecords:
     ) -> None:
         self._steps, self._log, self._progress = steps, log, progress
         self._recent: deque[float] = deque(maxlen=20)
-        self._waiting: _Step | None = None
+        self._waiting: deque[_Step] = deque()
         self._last = time.perf_counter()
         self._memory = HostMemory()
         # Whoever comes first completes a step: `finish`, or the thread that writes its checkpoint.
@@ -66,22 +66,25 @@ class StepRecords:
             record: without the loss and times.
             loss: scalar on the device; may be overwritten afterwards.
         """
-        self._waiting = _Step(record, Copy(loss, self._memory))
+        self._waiting.append(_Step(record, Copy(loss, self._memory)))
 
     def when_done(self, act: Callable[[], None]) -> Callable[[], None]:
-        """For another thread: waits for the step that began last and logs it, and does `act` if its
-        loss is finite. Otherwise `finish` says so."""
-        step = self._waiting
-        assert step is not None
+        """For another thread: waits for the steps that have begun and logs them, and does `act` if
+        their losses are finite. Otherwise `finish` says so."""
+        steps = list(self._waiting)
+        assert steps
 
         def wait() -> None:
-            if self._complete(step):
+            # In order, and none behind one that is not finite.
+            if all(map(self._complete, steps)):
                 act()
 
         return wait
 
     def _complete(self, step: _Step) -> bool:
         """Waits for a step and logs it, once; whether its loss is finite."""
+        # Outside of the lock: the other thread may wait for an earlier step.
+        step.loss.wait()
         with self._lock:
             loss = step.loss.value().item()
             if not step.is_complete:
@@ -100,27 +103,30 @@ class StepRecords:
                         self._log.write(step.record)
         return math.isfinite(loss)
 
-    def finish(self) -> None:
-        """Waits for the step that began last, if there is one; its time is since the one before.
+    def finish(self, leave: int = 0) -> None:
+        """Waits for the steps that have begun, but for some; their times are since the ones before.
+
+        Args:
+            leave: how many of the latest steps are not waited for.
 
         Raises:
-            FloatingPointError: its loss is not finite.
+            FloatingPointError: the loss of one is not finite; later ones are forgotten.
         """
-        if self._waiting is None:
-            return
-        step = self._waiting
-        is_finite = self._complete(step)
-        # Not before: an interrupt comes while the host waits, and `leave` asks again.
-        self._waiting = None
-        record = step.record
-        if not is_finite:
-            raise FloatingPointError(
-                f"step {record['step']}: the loss is {record['loss']}; earlier checkpoints stay as "
-                "they are; a lower learning_rate or dtype bfloat16 may help"
-            )
-        if self._log is not None and self._progress is not None:
-            left = (self._steps - record["step"]) * sum(self._recent) / len(self._recent)
-            self._progress(record | {"steps": self._steps, "seconds_left": left})
+        while len(self._waiting) > leave:
+            step = self._waiting[0]
+            is_finite = self._complete(step)
+            # Not before: an interrupt comes while the host waits, and `leave` asks again.
+            self._waiting.popleft()
+            record = step.record
+            if not is_finite:
+                self._waiting.clear()
+                raise FloatingPointError(
+                    f"step {record['step']}: the loss is {record['loss']}; earlier checkpoints "
+                    "stay as they are; a lower learning_rate or dtype bfloat16 may help"
+                )
+            if self._log is not None and self._progress is not None:
+                left = (self._steps - record["step"]) * sum(self._recent) / len(self._recent)
+                self._progress(record | {"steps": self._steps, "seconds_left": left})
 
     def leave(self) -> None:
         """Like `finish`, where the run ends by an error: one of its own is only logged."""
