@@ -8,21 +8,30 @@ them, under torch.profiler (CUPTI), the time in which a kernel or a copy ran. Wh
 former is the share in which nothing ran. The profiler slows the host down: "profiled" is the share
 of its own steps, and "profiled_step_ms" what they took. Tokenizing, logs and checkpoints are those
 of every run; --save-every says how many checkpoints fall into either steps. Against: nothing. Takes
-half a minute for a small model.
+a minute for a small model.
 
 Every gap of more than 5 microseconds has a cause: the call of CUDA's runtime in which the host
 waited, if it did for most of the gap, else the operator that it was busy with, else "Python" and
 the kernel that ran behind it. The longest sums are printed, and stand in the record as "gaps":
-{cause: [milliseconds, how often]}.
+{cause: [milliseconds, how often]}. "calls" are the times of CUDA's runtime: {call: [milliseconds,
+how often, the longest]}, "collections" those of Python's garbage collector, without a profiler.
+
+As many steps as --save-every says are profiled once more, with Python's stacks, which slows the
+host down further. Of their gaps "frames" says which function of lemo the training loop was in, by
+file and line: {what the loop had called > the innermost function > what that had called, of another
+library: [milliseconds, gaps]}; "beside" which function another thread was in meanwhile: Python runs
+one of them at a time. "stacks_idle" is the share of these steps in which nothing ran.
 """
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from common import records, traces
+from common import records, stacks, traces
 
 WARM_UP = 8
 
@@ -40,8 +49,44 @@ def parse_arguments(arguments: list[str] | None = None):
     return parser.parse_args(arguments)
 
 
-def watched_run(options, folder: Path) -> tuple[float, Path]:
-    """(seconds of the steps in the middle of a run, the trace of as many behind them)."""
+class Collections:
+    """Python's garbage collections while `counts`.
+
+    Attributes:
+        found: [milliseconds, how often, the longest in milliseconds].
+    """
+
+    def __init__(self) -> None:
+        self.counts, self._began = False, 0.0
+        self.found = [0.0, 0, 0.0]
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._began = time.perf_counter()
+        elif self.counts:
+            milliseconds = 1e3 * (time.perf_counter() - self._began)
+            total, count, most = self.found
+            self.found = [total + milliseconds, count + 1, max(most, milliseconds)]
+
+
+class Watched(NamedTuple):
+    """What was seen of a run.
+
+    Attributes:
+        seconds: that the steps in its middle took.
+        collections: what `Collections` found in them.
+        trace: of as many steps behind them.
+        with_stacks: the trace of some more steps, with Python's stacks.
+    """
+
+    seconds: float
+    collections: list[float]
+    trace: Path
+    with_stacks: Path
+
+
+def watched_run(options, folder: Path) -> Watched:
+    """Trains a model, and looks at it in three ways, one behind the other."""
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -54,17 +99,24 @@ def watched_run(options, folder: Path) -> tuple[float, Path]:
     with profile(activities=kinds):
         torch.ones(1, device="cuda").add_(1)
         torch.cuda.synchronize()
-    profiler = profile(activities=kinds)
+    profiler, with_stacks = profile(activities=kinds), profile(activities=kinds, with_stack=True)
     begin = WARM_UP + options.steps
     last, seconds = begin + options.steps, []
+    end = last + options.save_every
+    collections = Collections()
 
     def watch(record: dict[str, Any]) -> None:
-        if WARM_UP < record["step"] <= begin:
+        step = record["step"]
+        if WARM_UP < step <= begin:
             seconds.append(record["seconds"])
-        if record["step"] == begin:
+        collections.counts = WARM_UP <= step < begin
+        if step == begin:
             profiler.start()
-        elif record["step"] == last:
+        elif step == last:
             profiler.stop()
+            with_stacks.start()
+        elif step == end:
+            with_stacks.stop()
 
     config = FinetuneConfig(
         model=str(options.model),
@@ -72,22 +124,42 @@ def watched_run(options, folder: Path) -> tuple[float, Path]:
         output=str(folder / "run"),
         context_length=options.tokens,
         # The last step, with which every run ends, is not looked at.
-        steps=last + 2,
+        steps=end + 3,
         save_every=options.save_every,
         device="cuda",
         elimination=LemoConfig(keep=options.keep, cuda_graphs=options.graphs),
     )
+    gc.callbacks.append(collections)
     finetune(config, watch)
-    trace = options.trace or folder / "trace.json"
+    gc.callbacks.remove(collections)
+    trace, stacks_file = options.trace or folder / "trace.json", folder / "stacks.json"
     profiler.export_chrome_trace(str(trace))
-    return sum(seconds), trace
+    with_stacks.export_chrome_trace(str(stacks_file))
+    return Watched(sum(seconds), collections.found, trace, stacks_file)
+
+
+def found_in(watched: Watched) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the summary of the first trace, what both say of the host)."""
+    events = traces.read_events(watched.trace)
+    found, calls = traces.summary(*traces.spans_of(events)), stacks.runtime_calls(events)
+    events = traces.read_events(watched.with_stacks)
+    spans = traces.spans_of(events)
+    frames = stacks.frames_of_gaps(spans[0], *stacks.frames_of_threads(events))
+    return found, {
+        "calls": calls,
+        "collections": [round(value, 2) for value in watched.collections],
+        "stacks_idle": round(100 * traces.summary(*spans)["idle"], 2),
+        "frames": frames["loop"],
+        "beside": frames["beside"],
+    }
 
 
 def main() -> int:
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
-        seconds, trace = watched_run(options, Path(folder))
-        found = traces.summary(*traces.read_trace(trace))
+        watched = watched_run(options, Path(folder))
+        found, of_host = found_in(watched)
+    seconds = watched.seconds
     shape = {
         "model": options.model.name,
         "tokens": options.tokens,
@@ -109,11 +181,20 @@ def main() -> int:
         profiled_step_ms=round(found["milliseconds"] / options.steps, 2),
         short_gaps=round(100 * found["short_gaps"], 2),
         gaps=found["gaps"],
+        **of_host,
     )
     records.append(options.output, [row | records.provenance(options.commit, "cuda")])
     records.show(row)
-    for name, (milliseconds, count) in found["gaps"].items():
-        print(f"{milliseconds:>10.2f} ms {count:>7} times  {name}")
+    for about, ranked in (
+        ("gaps, by what came behind them", found["gaps"]),
+        ("gaps with stacks, by where the loop was", of_host["frames"]),
+        ("by where other threads were meanwhile", of_host["beside"]),
+        ("calls of CUDA's runtime", of_host["calls"]),
+        ("garbage collections", {"": of_host["collections"]}),
+    ):
+        print(f"{about}:")
+        for name, (milliseconds, count, *_) in ranked.items():
+            print(f"{milliseconds:>10.2f} ms {count:>7} times  {name}")
     return 0
 
 

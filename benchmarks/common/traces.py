@@ -16,7 +16,9 @@ __all__ = [
     "gaps",
     "overlap",
     "overlap_of_trace",
+    "read_events",
     "read_trace",
+    "spans_of",
     "summary",
 ]
 
@@ -77,11 +79,22 @@ def _begin(span: Span) -> float:
     return span.begin
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace as they are in its file."""
+    # Not all names in a trace are text that the encoding allows.
+    events: list[dict[str, Any]] = json.loads(path.read_text(errors="replace"))["traceEvents"]
+    return events
+
+
 def read_trace(path: Path) -> tuple[list[Span], list[Span], list[Span]]:
     """(what ran on the GPU, waiting calls of the runtime, operators), each sorted."""
+    return spans_of(read_events(path))
+
+
+def spans_of(events: Iterable[dict[str, Any]]) -> tuple[list[Span], list[Span], list[Span]]:
+    """What `read_trace` gives, from the events of a trace."""
     on_gpu, calls, operators = [], [], []
-    # Not all names in a trace are text that the encoding allows.
-    for event in json.loads(path.read_text(errors="replace"))["traceEvents"]:
+    for event in events:
         kind, name = event.get("cat"), event.get("name", "")
         if event.get("ph") != "X":
             continue
