@@ -17,7 +17,7 @@ from lemo.packing.blocks import BlockLayout
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
-from lemo.training.behind import Copy, HostMemory, Writer
+from lemo.training.behind import Copy, HostMemory, Joined, Writer
 from lemo.training.run_log import _SCALARS, LOG_NAME, RunLog, read_log
 from lemo.training.step_records import StepRecords
 
@@ -35,6 +35,19 @@ def test_a_copy_holds_what_was_there():
     assert held["b"][1:] == ["text", None]
     assert held["b"][0] == 7
     assert held["c"]["e"] == 1.5
+
+
+def test_joined_tensors_come_back_as_one():
+    numbers = torch.arange(30.0)
+    joined = Joined([numbers[:6].view(2, 3).T, numbers[6], numbers[7:7], numbers[10:14]])
+    value = {"a": numbers[20:22], "b": [joined, Joined([torch.tensor(5)])], "c": numbers[22]}
+    copy = Copy(value, HostMemory())
+    numbers += 100
+    held = copy.value()
+    assert held["a"].tolist() == [20, 21]
+    assert held["b"][0].tolist() == [0, 3, 1, 4, 2, 5, 6, 10, 11, 12, 13]
+    assert held["b"][1].tolist() == [5]
+    assert held["c"].item() == 22
 
 
 def test_what_was_read_is_not_where_the_next_copy_goes():

@@ -18,6 +18,7 @@ from lemo.cli.main import main
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import checkpoint
+from lemo.training import finetune as module
 from lemo.training.checkpoint import newest_checkpoint
 from lemo.training.finetune import finetune
 from lemo.training.run_folder import reading, writing
@@ -268,7 +269,7 @@ def test_a_renamed_checkpoint_is_passed_over_and_takes_no_place(inputs, run, cap
 def test_checkpoints_of_older_formats_still_resume(inputs, run, tmp_path, monkeypatch, version):
     old = tmp_path / "old"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "packed", lambda state: state)
+        patch.setattr(module, "packed", lambda state: state)
         patch.setattr(checkpoint, "_FORMAT", 2)
         finetune(settings(inputs, old))
     file = old / "checkpoints" / "step-2" / "state.json"
@@ -283,7 +284,10 @@ def test_checkpoints_of_older_formats_still_resume(inputs, run, tmp_path, monkey
     finetune(settings(inputs, old, resume=True), lambda record: began.append(record["step"]))
     assert began == [3, 4]
     assert losses(old) == losses(run)
-    assert json.loads((old / "checkpoints/step-4/state.json").read_text())["format"] == 3
+    new = old / "checkpoints" / "step-4"
+    assert json.loads((new / "state.json").read_text())["format"] == 3
+    written = torch.load(new / "optimizer.pt", weights_only=True)["optimizer"]
+    assert written.keys() == {"param_groups", "packed"}
 
 
 def test_a_moved_run_goes_on_from_another_folder_and_by_other_paths(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "HostMemory", "Writer"]
+__all__ = ["Copy", "HostMemory", "Joined", "Writer"]
 
 # Bytes on the device that one copy to the host may take.
 _PIECE = 64 << 20
@@ -23,7 +23,6 @@ _ALIGNMENT = 16
 
 _log = logging.getLogger("lemo")
 
-_T = TypeVar("_T")
 _Group = tuple[torch.device, torch.dtype]
 
 
@@ -50,6 +49,10 @@ class HostMemory:
         self._free.append(memory)
 
 
+class Joined(list[Tensor]):
+    """Tensors of one device and dtype, at least one, of which a copy is one: all their elements."""
+
+
 class _Place(NamedTuple):
     """Where a tensor was in a value: the next one of its group, of this shape."""
 
@@ -63,21 +66,24 @@ class Copy:
     The device holds no more for it than one piece at a time, of at most 64 MiB.
 
     Args:
-        value: a tensor, or nested dicts and lists of tensors and other values.
+        value: a tensor, or nested dicts and lists of tensors, `Joined` ones and other values.
         memory: where it is until its value has been read.
     """
 
     def __init__(self, value: Any, memory: HostMemory) -> None:
         groups: dict[_Group, list[Tensor]] = {}
+        self._counts: dict[_Group, list[int]] = {}
 
-        def place(x: Tensor) -> _Place:
-            group = x.device, x.dtype
-            groups.setdefault(group, []).append(x)
-            return _Place(group, x.shape)
+        def place(x: Tensor | Joined) -> _Place:
+            tensors = x if isinstance(x, Joined) else [x]
+            group = tensors[0].device, tensors[0].dtype
+            groups.setdefault(group, []).extend(tensors)
+            count = sum(each.numel() for each in tensors)
+            self._counts.setdefault(group, []).append(count)
+            return _Place(group, torch.Size([count]) if isinstance(x, Joined) else x.shape)
 
         # Only what is on the host: tensors gathered for this may go.
-        self._held = _replaced(value, Tensor, place)
-        self._counts = {group: [x.numel() for x in found] for group, found in groups.items()}
+        self._held = _replaced(value, (Tensor, Joined), place)
         sizes = [_aligned(sum(x.nbytes for x in found)) for found in groups.values()]
         on_gpu = any(device.type == "cuda" for device, _ in groups)
         self._memory = memory
@@ -164,7 +170,7 @@ def _pieces(x: Tensor) -> Iterator[Tensor]:
             yield from _pieces(part)
 
 
-def _replaced(value: Any, kind: type[_T], own: Callable[[_T], Any]) -> Any:
+def _replaced(value: Any, kind: type | tuple[type, ...], own: Callable[[Any], Any]) -> Any:
     """`value`, of nested dicts and lists, with own(x) for each x of a kind in it, in order."""
     if isinstance(value, kind):
         return own(value)

@@ -26,7 +26,7 @@ from torch import Tensor
 from lemo.data.reading import naming
 from lemo.files import new_folder, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
-from lemo.training.optimizer_state import packed, unpacked
+from lemo.training.optimizer_state import unpacked
 from lemo.training.sharding import cut
 
 STATE_NAME = "state.json"
@@ -87,14 +87,14 @@ def save_checkpoint(
         step: optimizer steps that are done; this is the position in the data, too.
         model: whose adapter is saved, in PEFT's format.
         weights: those of the adapter, from `adapter_weights`.
-        optimizer: state dict of the optimizer ("optimizer"), and of what else steps with it.
+        optimizer: "optimizer", a copy of what `packed` makes of the optimizer's state dict, and
+            state dicts of what else steps with it.
         random_states: :func:`random_state` of every process, in order of rank.
         data: fingerprint of the training windows.
         inputs: fingerprints of model, tokenizer and predictor.
         gradient_accumulation: forward passes of each process in a step.
         keep: how many checkpoints stay.
     """
-    optimizer = {**optimizer, "optimizer": packed(optimizer["optimizer"])}
     with new_folder(folder / f"step-{step}") as target:
         write_adapter(model, weights, target)
         write_file(target / OPTIMIZER_NAME, _to_bytes(optimizer))

@@ -54,6 +54,7 @@ from lemo.training.model import (
     pick_dtype,
     write_adapter,
 )
+from lemo.training.optimizer_state import packed
 from lemo.training.planning import memory_limit, out_of_memory, plan_run
 from lemo.training.processes import (
     check_passes,
@@ -491,7 +492,7 @@ class _Run:
         """What writes a checkpoint, from copies; all processes gather, the main one gets it."""
         states = gather_object([random_state()])
         state_dict = self.optimizer.state_dict()
-        optimizer = {"optimizer": whole(state_dict) if self.config.shard else state_dict}
+        optimizer = {"optimizer": packed(whole(state_dict) if self.config.shard else state_dict)}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         weights = self._adapter_weights()

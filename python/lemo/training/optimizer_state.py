@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lemo.training.behind import Joined
+
 __all__ = ["packed", "unpacked"]
 
 
 def packed(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict whose tensors of one name, of all parameters, are one; see `unpacked`.
+    """A state dict whose tensors of one name, of all parameters, a copy makes one; see `unpacked`.
 
     What is no state dict of an optimizer that keeps the same for all parameters stays as it is.
     """
@@ -32,7 +34,7 @@ def packed(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def unpacked(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict that was given to `packed`; one that never was stays as it is."""
+    """The state dict of which `behind.Copy` copied what `packed` gave; any other stays as it is."""
     if "packed" not in state:
         return state
     rest = {name: value for name, value in state.items() if name != "packed"}
@@ -47,7 +49,8 @@ def unpacked(state: dict[str, Any]) -> dict[str, Any]:
 
 def _are_alike(values: list[Any], count: int) -> bool:
     tensors = [value for value in values if isinstance(value, Tensor)]
-    return len(tensors) == len(values) == count and len({x.dtype for x in tensors}) == 1
+    kinds = {(x.device, x.dtype) for x in tensors}
+    return len(tensors) == len(values) == count and len(kinds) == 1
 
 
 def _joined(tensors: list[Tensor]) -> dict[str, Any]:
@@ -55,7 +58,7 @@ def _joined(tensors: list[Tensor]) -> dict[str, Any]:
     shapes: dict[torch.Size, int] = {}
     of = [shapes.setdefault(x.shape, len(shapes)) for x in tensors]
     return {
-        "elements": torch.cat([x.reshape(-1) for x in tensors]),
+        "elements": Joined(tensors),
         "shapes": [list(shape) for shape in shapes],
         "shape": torch.tensor(of),
     }
