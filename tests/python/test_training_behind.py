@@ -225,7 +225,7 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(
     assert len(saved) == 3
     assert all(torch.equal(w["w"], torch.ones(3)) for w, _ in saved)
     # One for checkpoints, and one for the loss of each step that is under way.
-    assert len(allocated) == 1 + finetune._AHEAD
+    assert len(allocated) == 1 + finetune.AHEAD
     # Found once; shares of weights are gathered for each checkpoint, and at the end.
     assert len(walks) == (4 if shard else 1)
 
@@ -544,7 +544,6 @@ def test_all_processes_gather_and_the_main_one_copies(tmp_path, monkeypatch, mai
     monkeypatch.setattr(finetune, "adapter_weights", lambda x: gathered.append("weights") or {})
     monkeypatch.setattr(finetune, "Copy", lambda value, memory: copied.append(value))
     run = Run(None, None, main=main)
-    run.config = run.config.replace(shard=True)
     write = finetune._Run._save(run, tmp_path, 2)
     assert sorted(gathered) == ["optimizer", "random", "weights"]
     assert len(copied) == main

@@ -75,13 +75,9 @@ from lemo.training.run_folder import (
 )
 from lemo.training.run_log import LOG_NAME, RunLog, read_log
 from lemo.training.sharding import check_sharding, cut_state, reduces, shard, whole
-from lemo.training.step_records import StepRecords
+from lemo.training.step_records import AHEAD, StepRecords
 
 _DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-
-# Steps that a GPU may still have to do when the host begins to issue the next one: what holds the
-# host up for less than a step, such as a thread that writes a checkpoint, costs no time then.
-_AHEAD = 2
 
 _log = logging.getLogger("lemo")
 
@@ -350,7 +346,7 @@ class _Run:
                     record, loss = self._step(step, batches)
                     write = self._save(folder, step) if saves else None
                 # Earlier steps are looked at while the latest ones run.
-                records.finish(leave=_AHEAD - 1)
+                records.finish(leave=AHEAD - 1)
                 records.begin(record, loss)
                 if write is not None:
                     # As soon as this step is done: a kill during the next one would lose it.
@@ -491,8 +487,7 @@ class _Run:
     def _save(self, folder: Path, step: int) -> Callable[[], None] | None:
         """What writes a checkpoint, from copies; all processes gather, the main one gets it."""
         states = gather_object([random_state()])
-        state_dict = self.optimizer.state_dict()
-        optimizer = {"optimizer": packed(whole(state_dict) if self.config.shard else state_dict)}
+        optimizer = {"optimizer": packed(whole(self.optimizer.state_dict()))}
         if self.accelerator.scaler is not None:
             optimizer["scaler"] = self.accelerator.scaler.state_dict()
         weights = self._adapter_weights()

@@ -81,11 +81,16 @@ def reduces(model: nn.Module, wanted: bool) -> None:
 
 def whole(value: Any) -> Any:
     """`value`, of nested dicts and lists, with whole tensors; every process has to call it."""
+    # A process alone has no others, and hundreds of tensors to look at.
+    return _whole(value) if torch.distributed.is_initialized() else value
+
+
+def _whole(value: Any) -> Any:
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {name: whole(item) for name, item in value.items()}
-    return [whole(item) for item in value] if isinstance(value, list) else value
+        return {name: _whole(item) for name, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
 
 
 def cut(tensor: Tensor, like: Tensor) -> Tensor:

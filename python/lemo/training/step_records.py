@@ -16,7 +16,11 @@ from torch import Tensor
 from lemo.training.behind import Copy, HostMemory
 from lemo.training.run_log import RunLog
 
-__all__ = ["StepRecords"]
+__all__ = ["AHEAD", "StepRecords"]
+
+# Steps that a GPU may still have to do when the host begins to issue the next one: what holds the
+# host up for less than a step, such as a thread that writes a checkpoint, costs no time then.
+AHEAD = 2
 
 _log = logging.getLogger("lemo")
 
