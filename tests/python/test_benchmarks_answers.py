@@ -584,22 +584,17 @@ def test_bad_arguments(inputs, capsys, more, message):
 
 
 def test_the_methods_of_the_repository_are_valid(inputs):
-    run = arguments(inputs)
-    run[run.index("--file") + 1] = "benchmarks/answers.yaml"
-    options = answers.parse_arguments([*run, "--heads", "heads", "--predictor", "folder"])
+    more = ["--file", "benchmarks/answers.yaml", "--heads", "heads", "--predictor", "folder"]
+    options = answers.parse_arguments(arguments(inputs, *more))
     methods = {method.name: method for method in options.methods}
+    assert methods["random-0.25"].elimination["scorer"] == "random"
     assert methods["s2"].elimination["layerwise"] == {"group_size": TOKENS // 4}
     assert methods["attention-0.25"].elimination["heads"] == "heads"
     assert (methods["oracle-0.25"].scorer, methods["oracle-0.25"].keep) == ("needed", 0.25)
-    assert methods["random-0.25"].elimination["scorer"] == "random"
 
 
 def test_a_method_names_its_scorer(inputs, tmp_path, capsys):
-    # Without a name it would be lemo's default for the data, under another name.
-    file = tmp_path / "methods.yaml"
-    file.write_text("chance: {elimination: {keep: 0.25}}")
-    run = arguments(inputs, "--method", "chance")
-    run[run.index("--file") + 1] = str(file)
+    (file := tmp_path / "methods.yaml").write_text("chance: {elimination: {keep: 0.25}}")
     with pytest.raises(SystemExit):
-        answers.parse_arguments(run)
+        answers.parse_arguments(arguments(inputs, "--method", "chance", "--file", str(file)))
     assert "chance: expected elimination with a scorer, got none" in capsys.readouterr().err
