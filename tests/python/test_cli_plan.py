@@ -112,6 +112,15 @@ def test_less_memory_recomputes_more(folder, capsys):
     assert "store everything" not in out
 
 
+def test_memory_and_recomputation_as_of_a_run(folder, capsys):
+    arguments = folder, "--tokens", "64K", "--keep", "0.25", "--set", "memory_limit=140"
+    _, out, _ = run(capsys, *arguments)
+    assert "layers 0-31: store everything" in out
+    assert " of 140.0 GiB" in out
+    _, out, _ = run(capsys, *arguments, "--set", "gradient_checkpointing=true")
+    assert "layers 0-31: recompute all" in out
+
+
 def test_a_context_that_does_not_fit(folder, capsys):
     code, out, err = run(
         capsys, folder, "--tokens", "1024K", "--keep", "0.5", "--gpu-memory", "40GiB"
@@ -141,6 +150,9 @@ def test_what_is_refused(folder, capsys, tmp_path):
         (("--lora-targets", "lm_head"), "lora_targets: expected some of"),
         (("--set", "elimination.visible_keys=computed"), "visible_keys: expected kept"),
         (("--set", "elimination.recompute=[none, layer]"), "recompute: expected 32 entries"),
+        (("--set", "context_parallel=2"), "context_parallel: expected 1, since --gpus"),
+        (("--set", "shard=true"), "shard: expected false, since --gpus"),
+        (("--set", "memory_limit=40"), "memory_limit: expected null beside --gpu-memory, got 40"),
     ):
         given = arguments if "--gpu-memory" in arguments else (*arguments, "--gpu-memory", "80GiB")
         code, _, err = run(capsys, folder, "--tokens", "8K", *given)

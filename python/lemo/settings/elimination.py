@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -360,6 +361,36 @@ class LemoConfig(Settings):
             filled["keep_tokens"] = _PROMPT_TOKENS if finds and self.keep is None else 0
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
+        return self.model_copy(update=filled)
+
+    def of_predictors(
+        self, block_size: int | None, thresholds: Mapping[str, Sequence[float]] | None
+    ) -> Self:
+        """These settings with what predictors of sub-blocks say where it is left to them.
+
+        Args:
+            block_size: tokens of the blocks that they score; None: any number.
+            thresholds: their own, of "attention" and "mlp", one for each layer; None: none.
+
+        Raises:
+            ValueError: they score blocks of another size than the one of the settings.
+        """
+        filled: dict[str, object] = {}
+        if block_size is not None:
+            if isinstance(self.block_size, int) and self.block_size != block_size:
+                raise ValueError(
+                    f"block_size: the predictors were trained for {block_size}, "
+                    f"got {self.block_size}"
+                )
+            filled["block_size"] = block_size
+        layerwise = self.layerwise
+        if thresholds and layerwise.policy == "threshold" and layerwise.thresholds is None:
+            mlp = layerwise.mlp_thresholds or thresholds.get("mlp")
+            chosen = {
+                "thresholds": tuple(thresholds["attention"]),
+                "mlp_thresholds": None if mlp is None else tuple(mlp),
+            }
+            filled["layerwise"] = layerwise.model_copy(update=chosen)
         return self.model_copy(update=filled)
 
 
