@@ -27,8 +27,8 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
 
     A model's own forward knows kept rows, too: tokens that its attention mask leaves out in the
     middle are seen by no other, and the others keep their positions. What else a batch holds, such
-    as images or kinds of tokens, belongs to tokens in a way that the model knows: such a batch is compared as a whole
-    first.
+    as images or kinds of tokens, belongs to tokens in a way that the model knows: such a batch is
+    compared as a whole first.
 
     Args:
         parts: the model.
