@@ -75,7 +75,7 @@ def watched_run(options, folder: Path) -> tuple[float, Path]:
         steps=last + 2,
         save_every=options.save_every,
         device="cuda",
-        elimination=LemoConfig(keep=options.keep, cuda_graphs=options.graphs),
+        elimination=LemoConfig(keep=options.keep, scorer="random", cuda_graphs=options.graphs),
     )
     finetune(config, watch)
     trace = options.trace or folder / "trace.json"
