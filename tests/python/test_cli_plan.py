@@ -146,6 +146,11 @@ def test_rates_of_the_cpu(folder, capsys, monkeypatch, tmp_path):
 def test_what_is_refused(folder, capsys, tmp_path):
     for arguments, message in (
         (("--gpu-memory", "many"), "--gpu-memory: expected a size such as 80GiB, got 'many'"),
+        (("--gpu-memory", f"{10**12}GiB"), "--gpu-memory: expected a size of 1048576 TiB at most"),
+        (("--gpu-memory", "9" * 400), "--gpu-memory: expected a size of 1048576 TiB at most"),
+        (("--host-memory", "9" * 400), "--host-memory: expected a size of 1048576 TiB at most"),
+        (("--gpus", 10**12), "--gpus: expected a number from 1 to 256, got 1000000000000"),
+        (("--batch-size", 10**12), "batch_size: expected an integer in [1, 1048576]"),
         (("--recompute", "all"), "recompute: expected one of"),
         (("--lora-targets", "lm_head"), "lora_targets: expected some of"),
         (("--set", "elimination.visible_keys=computed"), "visible_keys: expected kept"),
@@ -185,4 +190,4 @@ def test_a_plan_of_several_gpus(folder, capsys):
     assert "does not fit into 4.00 GiB of each of 8 GPUs, however they are used" in error
     code, _, error = run(capsys, *arguments[:5], "--gpus", "0")
     assert code != 0
-    assert "--gpus: expected a number of at least 1, got 0" in error
+    assert "--gpus: expected a number from 1 to 256, got 0" in error

@@ -15,7 +15,9 @@ from typing_extensions import Self
 from lemo.settings.base import (
     Flag,
     Integer,
+    NotNegative,
     Number,
+    Positive,
     Seed,
     Settings,
     Share,
@@ -137,7 +139,7 @@ class LemoConfig(Settings):
     keep_least: Share = Field(
         0.0, description="Share of blocks that keep_relevance keeps at least, one block always."
     )
-    keep_tokens: Annotated[Integer, Field(ge=0)] | None = Field(
+    keep_tokens: NotNegative | None = Field(
         None,
         description="With a scorer that finds what answers need: tokens of each prompt that are "
         "kept at least. null: 1024 where keep is null, too, else 0.",
@@ -165,15 +167,13 @@ class LemoConfig(Settings):
         description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
         "finetune`.",
     )
-    keep_first: Annotated[Integer, Field(ge=0)] = Field(
+    keep_first: NotNegative = Field(
         0,
         description="Blocks always kept at the start of a sequence. By ratio, blocks that have "
         "labels come before them; with scorer random they are kept only where the share leaves "
         "room for another block.",
     )
-    keep_last: Annotated[Integer, Field(ge=0)] = Field(
-        1, description="The same at the end of a sequence."
-    )
+    keep_last: NotNegative = Field(1, description="The same at the end of a sequence.")
     visible_keys: Literal["kept", "all", "computed"] = Field(
         "kept",
         description="What kept rows attend to. kept: kept rows. all: also left-out rows, as they "
@@ -186,7 +186,7 @@ class LemoConfig(Settings):
         description="Tokens that do not count in the loss. true: those that no sub-block kept; a "
         "share: those that fewer than this share of all sub-blocks kept; false: all count.",
     )
-    burn_in: Annotated[Integer, Field(ge=0)] | Annotated[Number, Field(ge=0, lt=1)] = Field(
+    burn_in: NotNegative | Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.0,
         union_mode="left_to_right",
         description="Tokens at the start of a kept span, fewer than a block, whose loss does not "
@@ -216,7 +216,7 @@ class LemoConfig(Settings):
         "list: one for each layer. auto: none where host_memory is 0; else, on a GPU, what is "
         "fastest for each layer within the free memory.",
     )
-    host_memory: Annotated[Number, Field(ge=0)] = Field(
+    host_memory: Annotated[Number, Field(ge=0, le=2**30)] = Field(
         0.0,
         description="GiB of the host that saved activations may take, as one pool of pinned "
         "memory. 0: they stay on the device.",
@@ -231,7 +231,7 @@ class LemoConfig(Settings):
         "or weights; the log says so. The activations' memory stays with the graphs; "
         "Handle.graphs.clear() gives it back.",
     )
-    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+    head_groups: Positive | None = Field(
         None,
         description="Groups of key heads, with their query heads, by which attention's backward "
         "runs in layers that are recomputed: more of them take less memory at a time, and a little "
