@@ -44,8 +44,8 @@ def test_a_float_that_yaml_takes_for_a_string():
         ("context_length", 1, "an integer in [2, 2147483647]"),
         ("batch_size", 1.5, "an integer in [1, 1048576]"),
         ("warmup_steps", -1, "an integer in [0, 2147483647]"),
-        ("learning_rate", "fast", "a number in [0, 1e+06]"),
-        ("learning_rate", float("nan"), "a number in [0, 1e+06]"),
+        ("learning_rate", "fast", "a number in [0, 1e+30]"),
+        ("learning_rate", float("nan"), "a number in [0, 1e+30]"),
         ("lora_dropout", 1.0, "a number in [0, 1)"),
         ("max_grad_norm", -1, "a number >= 0"),
         ("rope_scaling", "longrope", "one of linear, yarn, dynamic, none"),
@@ -98,7 +98,7 @@ def test_sizes_that_nothing_has_are_named_before_anything_is_read(name, size):
         ({"elimination": {"host_memory": 1e300}}, r"host_memory: expected .* \[0, 1073741824\]"),
         (
             {"learning_rate": 1e300},
-            r"learning_rate: expected .* in \[0, 1e\+06\], got 1e\+300",
+            r"learning_rate: expected .* in \[0, 1e\+30\], got 1e\+300",
         ),
     ],
 )

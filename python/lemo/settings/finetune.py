@@ -87,7 +87,7 @@ class FinetuneConfig(Settings):
         description="Cut the weights into a share for each process (FSDP2), and gather those of a "
         "layer while it runs: for models that do not fit one GPU. Start it with torchrun.",
     )
-    learning_rate: Annotated[Number, Field(ge=0, le=1e6)] = Field(
+    learning_rate: Annotated[Number, Field(ge=0, le=1e30)] = Field(
         2e-4, description="Learning rate after the warm-up, the highest one."
     )
     lr_schedule: Literal["cosine", "constant"] = Field(

@@ -75,7 +75,7 @@ class PredictorSettings(Settings):
         "the MLP one for every 2048 tokens. With target relevance the default is 1000.",
     )
     windows_per_step: Windows = Field(4, description="Windows packed into one step.")
-    learning_rate: Annotated[Number, Field(gt=0, le=1e6)] = Field(
+    learning_rate: Annotated[Number, Field(gt=0, le=1e30)] = Field(
         3e-3,
         description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0. "
         "With target relevance the default is 0.002.",
