@@ -83,7 +83,10 @@ def check(name: str, method: dict, options: argparse.Namespace) -> dict:
         expected = ", ".join((*SETTINGS, "about or steps"))
         raise argparse.ArgumentTypeError(f"{name}: expected {expected}, got {sorted(unknown)}")
     elimination = method.get("elimination")
-    if elimination is not None and elimination.get("scorer") == "predictor":
+    if elimination is not None:
+        # lemo's default follows the labels, and words would be meant by the same name.
+        elimination = {"scorer": "random"} | elimination
+    if elimination is not None and elimination["scorer"] == "predictor":
         if options.predictors is None:
             raise argparse.ArgumentTypeError(
                 f"--predictors: expected a folder, because '{name}' uses one"

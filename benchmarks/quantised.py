@@ -51,7 +51,7 @@ def losses(options: argparse.Namespace, keep: float | None) -> list[float]:
             learning_rate=1e-3,
             device=options.device,
             quantize=options.quantize,
-            elimination=None if keep is None else LemoConfig(keep=keep),
+            elimination=None if keep is None else LemoConfig(keep=keep, scorer="random"),
         )
         finetune(config, progress=lambda record: found.append(round(record["loss"], 4)))
     name = "plain" if keep is None else f"keep {keep}"

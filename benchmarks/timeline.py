@@ -127,7 +127,7 @@ def watched_run(options, folder: Path) -> Watched:
         steps=end + 3,
         save_every=options.save_every,
         device="cuda",
-        elimination=LemoConfig(keep=options.keep, cuda_graphs=options.graphs),
+        elimination=LemoConfig(keep=options.keep, scorer="random", cuda_graphs=options.graphs),
     )
     gc.callbacks.append(collections)
     finetune(config, watch)

@@ -144,7 +144,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (TRAIN + " --steps 0", "steps: expected an integer >= 1, got 0"),
+        (TRAIN + " --steps 0", "steps: expected an integer in [1, 2147483647], got 0"),
         (TRAIN + " --set stepz=1", "unknown setting 'stepz'; did you mean steps"),
         (TRAIN + " --set elimination.kep=1", "did you mean keep"),
         (TRAIN + " --keep 2", "elimination.keep: expected"),
@@ -182,7 +182,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         (TRAIN + " --model bert", "model: expected a causal language model, got 'bert'"),
         ("finetune --model {model}", "documents: expected a value, got none"),
         ("eval --documents {documents} --lengths 64", "--model, --adapter: expected at least"),
-        ("eval --model {model} --documents {documents} --lengths 1", "length: expected an int"),
+        ("eval --model {model} --documents {documents} --lengths 1", "lengths: expected an int"),
         ("eval --model {model} --documents {documents} --lengths 999", "4 documents are shorter"),
         ("eval --adapter none --documents {documents} --lengths 64", "adapter: expected a PEFT"),
         (

@@ -112,6 +112,15 @@ def test_less_memory_recomputes_more(folder, capsys):
     assert "store everything" not in out
 
 
+def test_memory_and_recomputation_as_of_a_run(folder, capsys):
+    arguments = folder, "--tokens", "64K", "--keep", "0.25", "--set", "memory_limit=140"
+    _, out, _ = run(capsys, *arguments)
+    assert "layers 0-31: store everything" in out
+    assert " of 140.0 GiB" in out
+    _, out, _ = run(capsys, *arguments, "--set", "gradient_checkpointing=true")
+    assert "layers 0-31: recompute all" in out
+
+
 def test_a_context_that_does_not_fit(folder, capsys):
     code, out, err = run(
         capsys, folder, "--tokens", "1024K", "--keep", "0.5", "--gpu-memory", "40GiB"
@@ -137,10 +146,18 @@ def test_rates_of_the_cpu(folder, capsys, monkeypatch, tmp_path):
 def test_what_is_refused(folder, capsys, tmp_path):
     for arguments, message in (
         (("--gpu-memory", "many"), "--gpu-memory: expected a size such as 80GiB, got 'many'"),
+        (("--gpu-memory", f"{10**12}GiB"), "--gpu-memory: expected a size of 1048576 TiB at most"),
+        (("--gpu-memory", "9" * 400), "--gpu-memory: expected a size of 1048576 TiB at most"),
+        (("--host-memory", "9" * 400), "--host-memory: expected a size of 1048576 TiB at most"),
+        (("--gpus", 10**12), "--gpus: expected a number from 1 to 256, got 1000000000000"),
+        (("--batch-size", 10**12), "batch_size: expected an integer in [1, 1048576]"),
         (("--recompute", "all"), "recompute: expected one of"),
         (("--lora-targets", "lm_head"), "lora_targets: expected some of"),
         (("--set", "elimination.visible_keys=computed"), "visible_keys: expected kept"),
         (("--set", "elimination.recompute=[none, layer]"), "recompute: expected 32 entries"),
+        (("--set", "context_parallel=2"), "context_parallel: expected 1, since --gpus"),
+        (("--set", "shard=true"), "shard: expected false, since --gpus"),
+        (("--set", "memory_limit=40"), "memory_limit: expected null beside --gpu-memory, got 40"),
     ):
         given = arguments if "--gpu-memory" in arguments else (*arguments, "--gpu-memory", "80GiB")
         code, _, err = run(capsys, folder, "--tokens", "8K", *given)
@@ -173,4 +190,4 @@ def test_a_plan_of_several_gpus(folder, capsys):
     assert "does not fit into 4.00 GiB of each of 8 GPUs, however they are used" in error
     code, _, error = run(capsys, *arguments[:5], "--gpus", "0")
     assert code != 0
-    assert "--gpus: expected a number of at least 1, got 0" in error
+    assert "--gpus: expected a number from 1 to 256, got 0" in error

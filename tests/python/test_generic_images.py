@@ -9,6 +9,7 @@ import torch
 import lemo
 from generic_cases import (
     BLOCK,
+    IMAGE,
     IMAGE_MODELS,
     assert_same,
     kept_mask,
@@ -105,6 +106,28 @@ def test_prompts_without_images_of_a_model_that_masks_them_otherwise(keep):
     loss = train(model, batch)
     assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
     handle.verify(batch)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("images", [True, False])
+@pytest.mark.parametrize("prefix", [0, 40, 64])
+def test_prompts_whose_tokens_see_each_other_both_ways(prefix, images, keep):
+    """PaliGemma's, of any length, with an image or without one."""
+    model, batch = make_image_model("paligemma")
+    ids = batch["input_ids"]
+    batch["token_type_ids"] = (torch.arange(64) >= prefix).expand(2, 64).long()
+    if not images:
+        del batch["pixel_values"]
+        batch["input_ids"] = make_ids(2, 64).clamp(max=IMAGE - 1)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, settings(keep))
+    loss = train(model, batch)
+    oracle = masked_batch(batch, kept_mask(handle, batch)) if keep < 1 else batch
+    assert_same(model, dense, loss, train(dense, oracle))
+    handle.verify(batch)
+    # What the test would not see otherwise: that the rule changes the loss.
+    causal = {**oracle, "token_type_ids": torch.ones_like(ids)}
+    assert prefix == 0 or abs(dense(**causal).loss - loss) > 1e-3
 
 
 def test_verify_compares_images():

@@ -145,6 +145,16 @@ def test_kinds_of_tokens_are_those_of_kept_rows(name, kinds, keep):
     assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
 
 
+def test_prompts_that_see_each_other_both_ways_are_refused_where_the_decoder_masks_them():
+    """It gets kept rows alone, so that a rule of the whole batch cannot be asked."""
+    pytest.importorskip("transformers.models.hrm_text")  # of newer versions
+    model = make("hrm_text")
+    lemo.enable(model, settings(0.5))
+    batch = {**plain_batch(), "token_type_ids": (torch.arange(61) < 20).long().expand(2, 61)}
+    with pytest.raises(NotImplementedError, match="HrmTextForCausalLM masks .* by a rule of its"):
+        model(**batch)
+
+
 # Checkpointing, adapters, compilation
 
 

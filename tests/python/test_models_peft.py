@@ -108,14 +108,15 @@ def train(model, batch):
     return loss
 
 
-def check(model, keep, path):
+def check(model, keep, path, batch=None, **settings):
     """A step of lemo's beside one of the model's own on the kept rows."""
+    batch = batch_of() if batch is None else batch
     dense = copy.deepcopy(model)
-    handle = lemo.enable(model, LemoConfig(keep=keep, block_size=BLOCK, path=path))
+    handle = lemo.enable(model, LemoConfig(keep=keep, block_size=BLOCK, path=path, **settings))
     calls = []
     forward = handle.causal_lm.forward
     handle.causal_lm.forward = lambda *a, **k: calls.append(k) or forward(*a, **k)
-    loss, mine = train(model, batch_of()), gradients(model)
+    loss, mine = train(model, batch), gradients(model)
     given = calls[0]
     if given.get("input_ids") is None:
         given["input_ids"] = given["inputs_embeds"][..., 0]
@@ -126,7 +127,7 @@ def check(model, keep, path):
     inner = own.forward
     said = {name: oracle[name] for name in ("labels", "attention_mask", "position_ids")}
     own.forward = lambda *a, **k: inner(*a, **(k | said))
-    assert_close_fp32(loss, train(dense, batch_of()), "loss")
+    assert_close_fp32(loss, train(dense, batch), "loss")
     theirs = gradients(dense)
     assert mine
     assert mine.keys() == theirs.keys()
@@ -152,6 +153,21 @@ def test_adapters_of_every_kind(kind, path, keep):
 )
 def test_adapters_of_other_weights(name, config, keep):
     check(adapted(config, name), keep, "generic")
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("kind", ["prompt tuning", "P-tuning"])
+def test_prompt_tuning_on_answers_says_what_to_set(kind, path):
+    batch = batch_of()
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :45] = -100
+    model = adapted(KINDS[kind])
+    handle = lemo.enable(model, LemoConfig(path=path))
+    with pytest.raises(ValueError, match=r"'lexical' \(auto .* scorer='random', and keep_first=1"):
+        train(model, batch)
+    handle.remove()
+    check(model, 0.5, path, batch, scorer="random", keep_first=1)
+    assert all(gradient.any() for gradient in gradients(model).values())
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

@@ -137,6 +137,25 @@ def test_layers_that_torch_has_compiled():
         module.forward()
 
 
+@pytest.mark.cpu_only  # a GPU has no limit that can be set so
+def test_backward_passes_that_torch_has_compiled():
+    """The same message; its type is torch's, which lemo cannot choose there."""
+    compiled = torch.compile(
+        lambda q, cuts: ops.segment_attention(q, q, q, cuts), backend="aot_eager"
+    )
+    q = torch.randn(2**16, 1, 256).requires_grad_()
+    out = compiled(q, torch.arange(2**16 + 1, dtype=torch.int32))
+    gradient = torch.ones_like(out)
+    with (
+        address_space(2**25),
+        pytest.raises(
+            RuntimeError, match=r"^\[lemo:memory\] cannot allocate \d+ bytes for a tensor"
+        ),
+    ):
+        out.backward(gradient)
+    assert q.grad is None
+
+
 def failing(message):
     def op():
         raise RuntimeError(f"[lemo:device_memory] {message}")

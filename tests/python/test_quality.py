@@ -200,6 +200,20 @@ def test_the_methods_of_the_repository_are_valid(inputs):
             LemoConfig(**method["elimination"])
 
 
+def test_no_method_follows_the_labels_of_the_data(inputs):
+    """By lemo's defaults a method would train with random blocks on text, with words on answers."""
+    options = quality.parse_arguments(
+        [*arguments(inputs), "--file", "benchmarks/quality.yaml", "--predictors", "folder"]
+    )
+    scorers = {
+        name: method["elimination"]["scorer"]
+        for name, method in options.known.items()
+        if method["elimination"] is not None
+    }
+    assert "auto" not in scorers.values()
+    assert (scorers["tail-0.5"], scorers["paper"]) == ("random", "exact")
+
+
 @pytest.mark.parametrize(
     ("runs", "shown"),
     [

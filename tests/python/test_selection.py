@@ -14,7 +14,7 @@ from lemo import reference
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.packing.blocks import BlockLayout
-from lemo.selection.scorers import ExactScorer, PooledScorer, PredictorScorer, RandomScorer
+from lemo.selection.scorers import ExactScorer, PooledScorer, RandomScorer
 from lemo.selection.scorers.paper.pooled import block_means, visible_means
 from lemo.selection.selector import Selector
 from tiny_models import HIDDEN, config_of, make_model, padded_batch
@@ -26,7 +26,8 @@ seqlens = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
 
 def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0, labelled=None):
     """({(layer, kind): kept blocks}, the (layer, kind) pairs that were scored, the selector)."""
-    selector = Selector(config.resolved(answers=False), num_layers, folder)
+    config = config.resolved(answers=False).of_predictors(None, folder)
+    selector = Selector(config, num_layers)
     selector.set_progress(progress)
     selector.begin(layout, labelled)
     kept, scored = {}, []
@@ -466,7 +467,7 @@ def test_predicted_scores(monkeypatch, block_size):
     assert handle.statistics()[2].attention_blocks.tolist() == [0, 3, 4, 5, 6, 7]
     assert handle.statistics()[2].mlp_blocks.tolist() == [0, 7]
     with pytest.raises(ValueError, match="block_size: the predictors were trained for 8, got 64"):
-        PredictorScorer(predictors, None, 64)
+        lemo.enable(make_model("llama"), config_of(**settings, block_size=64))
 
 
 def test_scores_ignore_the_other_sequences_of_a_batch():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lemo import LemoConfig
-from lemo.settings.base import read_yaml
+from lemo.settings.base import expected, fields_of, read_yaml
 from lemo.settings.finetune import FinetuneConfig, differences
 
 # Settings alone.
@@ -39,13 +39,13 @@ def test_a_float_that_yaml_takes_for_a_string():
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("steps", 0, "an integer >= 1"),
-        ("steps", True, "an integer >= 1"),
-        ("context_length", 1, "an integer >= 2"),
-        ("batch_size", 1.5, "an integer >= 1"),
-        ("warmup_steps", -1, "an integer >= 0"),
-        ("learning_rate", "fast", "a number >= 0"),
-        ("learning_rate", float("nan"), "a number >= 0"),
+        ("steps", 0, "an integer in [1, 2147483647]"),
+        ("steps", True, "an integer in [1, 2147483647]"),
+        ("context_length", 1, "an integer in [2, 2147483647]"),
+        ("batch_size", 1.5, "an integer in [1, 1048576]"),
+        ("warmup_steps", -1, "an integer in [0, 2147483647]"),
+        ("learning_rate", "fast", "a number in [0, 1e+30]"),
+        ("learning_rate", float("nan"), "a number in [0, 1e+30]"),
         ("lora_dropout", 1.0, "a number in [0, 1)"),
         ("max_grad_norm", -1, "a number >= 0"),
         ("rope_scaling", "longrope", "one of linear, yarn, dynamic, none"),
@@ -64,6 +64,47 @@ def test_a_bad_value_is_named(name, value, expected):
     message = re.escape(f"{name}: expected {expected}, got {value!r}")
     with pytest.raises(ValueError, match=f"^{message}"):
         FinetuneConfig.from_dict(NEEDED | {name: value})
+
+
+@pytest.mark.parametrize("size", [10**12, 10**24])
+@pytest.mark.parametrize(
+    "name",
+    [name for name, field in fields_of(FinetuneConfig) if "an integer" in expected(field)],
+)
+def test_sizes_that_nothing_has_are_named_before_anything_is_read(name, size):
+    group, _, last = name.rpartition(".")
+    values = {last: (size,) if last in ("dense_layers", "select_at") else size}
+    for outer in reversed(group.split(".") if group else []):
+        values = {outer: values}
+    if last in ("dense_layers", "select_at"):
+        pytest.skip("compared with the layers of the model")
+    with pytest.raises(ValueError, match=f"^{name}: expected an integer"):
+        FinetuneConfig.from_dict(NEEDED | values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"batch_size": 2**18},
+            "batch_size: expected at most 262143 times 8192 tokens, since a step has 2147483647 at "
+            "most, got 262144",
+        ),
+        (
+            {"batch_size": 512, "gradient_accumulation": 512},
+            "gradient_accumulation: expected at most 511 times 4194304 tokens",
+        ),
+        ({"memory_limit": 1e300}, r"memory_limit: expected a number in \(0, 1073741824\] or null"),
+        ({"elimination": {"host_memory": 1e300}}, r"host_memory: expected .* \[0, 1073741824\]"),
+        (
+            {"learning_rate": 1e300},
+            r"learning_rate: expected .* in \[0, 1e\+30\], got 1e\+300",
+        ),
+    ],
+)
+def test_steps_that_no_memory_holds_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig.from_dict(NEEDED | values)
 
 
 @pytest.mark.parametrize(

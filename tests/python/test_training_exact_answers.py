@@ -41,6 +41,7 @@ def inputs(tmp_path_factory):
     ]
     pairs = [pair for both in zip(others, said, strict=False) for pair in both]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "long.jsonl").write_text(json.dumps(others[0]) + "\n")
     return folder
 
 
@@ -123,10 +124,15 @@ def test_bad_arguments(inputs):
     pairs, model = inputs / "pairs.jsonl", str(inputs / "model")
     with pytest.raises(ValueError, match="lengths: expected at least one"):
         evaluate_answers(model, pairs, [])
-    with pytest.raises(ValueError, match="limit: expected an integer >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"limit: expected an integer in \[1, 2147483647\], got 0"):
         evaluate_answers(model, pairs, [40], limit=0)
-    with pytest.raises(ValueError, match="an example with answers of fewer than 1 tokens"):
-        evaluate_answers(model, pairs, [1])
+    with pytest.raises(ValueError, match="an example with answers of fewer than 2 tokens"):
+        evaluate_answers(model, pairs.with_name("long.jsonl"), [2])
+    for lengths, limit, name in (([1], None, "lengths"), ([8, 10**12], 2, "lengths")):
+        with pytest.raises(ValueError, match=f"^{name}: expected an integer in"):
+            evaluate_answers(model, pairs, lengths, limit=limit)
+    with pytest.raises(ValueError, match="^limit: expected an integer in"):
+        evaluate(model, inputs / "documents.jsonl", [8], limit=10**24)
     loaded = AutoModelForCausalLM.from_pretrained(model)
     with pytest.raises(ValueError, match="tokenizer: expected the model's"):
         evaluate_answers(loaded, pairs, [40])

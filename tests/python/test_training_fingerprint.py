@@ -42,9 +42,10 @@ def inputs(tmp_path_factory):
 def config(inputs, tmp_path):
     for name in ("model", "predictor"):
         shutil.copytree(inputs / name, tmp_path / name)
+    shutil.copy(inputs / "documents.jsonl", tmp_path)
     return FinetuneConfig(
         model=str(tmp_path / "model"),
-        documents=str(inputs / "documents.jsonl"),
+        documents=str(tmp_path / "documents.jsonl"),
         output=str(tmp_path / "run"),
         context_length=64,
         steps=4,
@@ -76,6 +77,10 @@ def change_tokenizer(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
+def change_documents(folder: Path) -> None:
+    write_documents(folder / "documents.jsonl", words=121)
+
+
 def change_predictor(folder: Path) -> None:
     file = folder / "predictor" / "predictor.json"
     thresholds = json.loads(file.read_text())["thresholds"]
@@ -83,20 +88,33 @@ def change_predictor(folder: Path) -> None:
     change_json(file, thresholds=thresholds)
 
 
+@pytest.mark.parametrize("done", [False, True])
 @pytest.mark.parametrize(
-    ("change", "name"),
+    ("change", "message"),
     [
-        (change_config, "config.json of the model"),
-        (change_weight, "weights of the model"),
-        (change_tokenizer, "tokenizer"),
-        (change_predictor, "predictor"),
+        (change_config, "resume: .*{} .* changed since: config.json of the model; put back"),
+        (change_weight, "resume: .*{} .* changed since: weights of the model; put back"),
+        (change_tokenizer, "resume: .*{} .* changed since: tokenizer; put back"),
+        (change_predictor, "resume: .*{} .* changed since: predictor; put back"),
+        (change_documents, "documents: expected the ones that .*{} was trained on, but "),
     ],
 )
-def test_resume_refuses_inputs_that_changed(config, tmp_path, change, name):
-    stop_after_step_2(config)
+def test_resume_refuses_inputs_that_changed(config, tmp_path, change, message, done):
+    if done:
+        finetune(config)
+    else:
+        stop_after_step_2(config)
     change(tmp_path)
-    with pytest.raises(ValueError, match=rf"^resume: .*step-2 .* changed since: {name}; put back"):
+    with pytest.raises(ValueError, match="^" + message.format("step-4" if done else "step-2")):
         finetune(config.replace(resume=True))
+
+
+def test_a_run_that_is_done_is_resumed_where_its_steps_do_not_fit(config, caplog):
+    config = config.replace(device="cpu")
+    finetune(config)
+    caplog.set_level("INFO", "lemo")
+    finetune(config.replace(resume=True, memory_limit=1e-6))
+    assert "all 4 steps are done already" in caplog.text
 
 
 def stop_after_step_2(config) -> None:

@@ -8,14 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 import lemo
 from lemo import LemoConfig
+from lemo.models import modes as modes_module
 from lemo.planner.plan import DoesNotFitError
 from lemo.planner.timing import Rates
+from lemo.preparation.pipeline import prepare
+from lemo.preparation.windows import Window
 from lemo.report import load_run, write_report
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training import calibration
+from lemo.settings.preparation import PredictorSettings
+from lemo.training import calibration, dry_run
 from lemo.training import finetune as module
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config
@@ -152,6 +157,54 @@ def test_an_upper_bound_that_does_not_fit_is_no_refusal(config, caplog):
 def test_a_limit_where_memory_cannot_be_predicted(config, elimination):
     with pytest.raises(ValueError, match="memory_limit: memory cannot be predicted"):
         finetune(changed(config, memory_limit=1.0, elimination=elimination))
+
+
+@pytest.fixture(scope="module")
+def predictor(inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    windows = [Window("a", torch.arange(64)), Window("a", torch.arange(64, 128))]
+    settings = PredictorSettings(block_size=16, search_rounds=0, steps=2)
+    prepare(model, windows, windows, inputs / "predictor", settings)
+    return str(inputs / "predictor")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows"),
+    [
+        # By thresholds, also those of the folder, layers keep all at most.
+        ({"layerwise": {"policy": "threshold"}}, {96}),
+        # Three of six blocks of 16, as predicted for, of six sixteenths: not two quarters of 24.
+        ({"keep": 0.4}, {48}),
+        ({"keep": 0.3}, {32}),
+    ],
+)
+def test_predictors_say_what_is_left_to_them(config, predictor, settings, rows, monkeypatch):
+    elimination = LemoConfig(scorer="predictor", predictor=predictor, **settings)
+    config = changed(config, elimination=elimination, memory_limit=1.0, steps=1)
+    assert set(planned(config).request.planner(96).rows) == rows
+    lines = list(dry_run.planned(changed(config, memory_limit=None), GIB))
+    assert lines[1] == f"step: 1 x 96 tokens, of which layers keep {max(rows)}"
+    finetune(config)
+    # The same in each pass of the library.
+    asked = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module.step_of
+    monkeypatch.setattr(
+        modes_module, "step_of", lambda *a, **k: asked.append(a[2]) or make(*a, **k)
+    )
+    model = lora(AutoModelForCausalLM.from_pretrained(config.model)).train()
+    lemo.enable(model, elimination)
+    ids = make_ids(1, 96)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert {row for layer in asked[0] for row in layer} == rows
+
+
+def test_predictors_of_other_blocks_are_refused(config, predictor):
+    elimination = LemoConfig(scorer="predictor", predictor=predictor, block_size=32)
+    config = changed(config, elimination=elimination)
+    for run in (lambda: list(dry_run.planned(config, GIB)), lambda: finetune(config)):
+        with pytest.raises(ValueError, match="block_size: the predictors .* for 16, got 32"):
+            run()
 
 
 def test_a_listed_plan_is_followed(config):

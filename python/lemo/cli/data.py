@@ -38,12 +38,15 @@ def check(
     """Read all of a file and say what was understood: lengths, labels, one example."""
     if labels not in ("answers", "all"):
         raise ValueError(f"--labels: expected one of answers, all, got '{labels}'")
-    if context_length < 2:
-        raise ValueError(f"--context-length: expected an integer >= 2, got {context_length}")
 
     from lemo.data.check import check_file
+    from lemo.settings.base import MOST
     from lemo.training.model import load_config, load_tokenizer
 
+    if not 2 <= context_length <= MOST:
+        raise ValueError(
+            f"--context-length: expected an integer in [2, {MOST}], got {context_length}"
+        )
     options.show_messages(options.console())
     vocab_size = load_config(model).get_text_config().vocab_size
     found = check_file(

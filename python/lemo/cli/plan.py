@@ -11,6 +11,9 @@ from lemo.cli import options
 from lemo.cli.streams import printable
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_MOST_BYTES = 2**60
+# Of a host; all ways to use them are compared.
+_MOST_GPUS = 256
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
@@ -75,8 +78,8 @@ def plan(
             f"'{tokens}'"
         )
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
-    if gpus < 1:
-        raise ValueError(f"--gpus: expected a number of at least 1, got {gpus}")
+    if not 1 <= gpus <= _MOST_GPUS:
+        raise ValueError(f"--gpus: expected a number from 1 to {_MOST_GPUS}, got {gpus}")
     if limit == 0:
         raise ValueError(f"--gpu-memory: expected a size above 0, got '{gpu_memory}'")
     settings: dict[str, Any] = {
@@ -114,9 +117,12 @@ def parse_bytes(text: str, option: str) -> int:
     """ "80GiB" -> 85899345920; without a unit bytes.
 
     Raises:
-        ValueError: not a size; the message names ``option``.
+        ValueError: not a size, or one that no machine has; the message names ``option``.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
         raise ValueError(f"{option}: expected a size such as 80GiB, got '{text}'")
-    return round(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS[match[2]]
+    if size > _MOST_BYTES:
+        raise ValueError(f"{option}: expected a size of 1048576 TiB at most, got '{text}'")
+    return round(size)

@@ -19,19 +19,18 @@ class Choice:
     """How the blocks of one kind of batch, text or prompts with answers, are chosen.
 
     Attributes:
-        config: the settings, none left open.
+        config: the settings, none left open, with what the scorer's predictors say.
         scorer: where block scores come from.
-        block_size: tokens of a block, or their share of a batch's longest sequence: that of the
-            config, or that of the predictors where it leaves the choice to them.
+        block_size: tokens of a block, or their share of a batch's longest sequence.
         selector: what each sub-block keeps.
     """
 
     def __init__(self, config: LemoConfig, num_layers: int, scorer: Scorer) -> None:
-        assert config.block_size is not None
-        self.config = config
+        self.config = config.of_predictors(scorer.block_size, scorer.thresholds)
+        assert self.config.block_size is not None
         self.scorer = scorer
-        self.block_size = scorer.block_size or config.block_size
-        self.selector = Selector(config, num_layers, scorer.thresholds)
+        self.block_size = self.config.block_size
+        self.selector = Selector(self.config, num_layers)
 
 
 class Elimination(Choice):
@@ -53,6 +52,7 @@ class Elimination(Choice):
     ) -> None:
         scorer = make_scorer(config, architecture, Scout(architecture))
         super().__init__(config, architecture.num_layers, scorer)
+        config = self.config
         if context is not None:
             check_settings(config, self.selector)
         parts = architecture, self.selector, self.scorer

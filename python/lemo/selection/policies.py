@@ -1,6 +1,5 @@
 """The policies of a config, resolved for the layers of a model."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from lemo.settings.elimination import LemoConfig
@@ -29,18 +28,12 @@ class Policies:
         sources: for each layer, the layer whose scores it uses; a dense layer uses none.
     """
 
-    def __init__(
-        self,
-        config: LemoConfig,
-        num_layers: int,
-        folder_thresholds: dict[str, list[float]] | None = None,
-    ) -> None:
+    def __init__(self, config: LemoConfig, num_layers: int) -> None:
         """Resolves the settings that may differ from layer to layer.
 
         Args:
             config: the settings, resolved.
             num_layers: layers of the model.
-            folder_thresholds: "attention" and "mlp" thresholds of a predictor folder.
 
         Raises:
             ValueError: a list without one entry for each layer, a layer that does not exist, a
@@ -60,29 +53,23 @@ class Policies:
         }
         self._thresholds: dict[str, list[float]] = {}
         if layerwise.policy == "threshold":
-            self._thresholds = self._resolve_thresholds(folder_thresholds or {})
+            self._thresholds = self._resolve_thresholds()
             self.mlp_shares = "mlp" not in self._thresholds
         else:
             self.mlp_shares = layerwise.keep_mlp is None
         self.sources = self._resolve_sources()
         self._check_keeps_something()
 
-    def _resolve_thresholds(self, folder: dict[str, list[float]]) -> dict[str, list[float]]:
-        attention: Sequence[float] | None = self._layerwise.thresholds
-        mlp: Sequence[float] | None = self._layerwise.mlp_thresholds
-        if attention is None:
-            attention = folder.get("attention")
-            mlp = folder.get("mlp") if mlp is None else mlp
+    def _resolve_thresholds(self) -> dict[str, list[float]]:
+        attention, mlp = self._layerwise.thresholds, self._layerwise.mlp_thresholds
         if attention is None:
             raise ValueError(
                 "layerwise.thresholds: policy 'threshold' needs one for each layer, got null, and "
                 "the predictor folder has none either"
             )
-        thresholds = {
-            "attention": _per_layer("layerwise.thresholds", tuple(attention), self._num_layers)
-        }
+        thresholds = {"attention": _per_layer("layerwise.thresholds", attention, self._num_layers)}
         if mlp is not None:
-            thresholds["mlp"] = _per_layer("layerwise.mlp_thresholds", tuple(mlp), self._num_layers)
+            thresholds["mlp"] = _per_layer("layerwise.mlp_thresholds", mlp, self._num_layers)
         return thresholds
 
     def _resolve_sources(self) -> list[int]:

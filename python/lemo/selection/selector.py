@@ -32,25 +32,19 @@ class Selector:
         progress: share of the training that is done, in [0, 1].
     """
 
-    def __init__(
-        self,
-        config: LemoConfig,
-        num_layers: int,
-        folder_thresholds: dict[str, list[float]] | None = None,
-    ) -> None:
+    def __init__(self, config: LemoConfig, num_layers: int) -> None:
         """Resolves the settings for the layers of a model.
 
         Args:
             config: the settings.
             num_layers: layers of the model.
-            folder_thresholds: "attention" and "mlp" thresholds of a predictor folder.
 
         Raises:
             ValueError: the settings do not fit the model, see `Policies`.
         """
         self.config = config
         self.progress = 0.0
-        self._policies = Policies(config, num_layers, folder_thresholds)
+        self._policies = Policies(config, num_layers)
         self._keeps_everything = False
         self._reached_threshold = False
         # Until the first forward pass: one over no tokens.

@@ -20,15 +20,22 @@ from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
 __all__ = [
+    "MOST",
+    "Context",
     "Flag",
+    "GiB",
     "Integer",
+    "NotNegative",
     "Number",
+    "Positive",
+    "Rank",
     "Seed",
     "Settings",
     "Share",
     "Switch",
     "Text",
     "Tokens",
+    "Windows",
     "expected",
     "fields_of",
     "names_in",
@@ -62,10 +69,20 @@ Integer = Annotated[int, Strict()]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-# The operators count tokens in 32 bits.
-Tokens = Annotated[Integer, Field(ge=1, le=2**31 - 1)]
-# NumPy takes 32 bits; each process adds its number.
-Seed = Annotated[Integer, Field(ge=0, le=2**31 - 1)]
+GiB = Annotated[Number, Field(gt=0, le=2**30)]
+# Whatever is counted fits 32 bits: the operators count tokens so, NumPy takes seeds so (each
+# process adds its number), and nothing that runs to its end has more steps.
+MOST = 2**31 - 1
+Positive = Annotated[Integer, Field(ge=1, le=MOST)]
+NotNegative = Annotated[Integer, Field(ge=0, le=MOST)]
+Tokens = Positive
+Seed = NotNegative
+# More than any layer has features.
+Rank = Annotated[Integer, Field(ge=1, le=2**16)]
+# In memory at once: those of a step are, before its first pass.
+Windows = Annotated[Integer, Field(ge=1, le=2**20)]
+# Tokens of a sequence, of which one predicts another.
+Context = Annotated[Integer, Field(ge=2, le=MOST)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_text)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -14,7 +15,9 @@ from typing_extensions import Self
 from lemo.settings.base import (
     Flag,
     Integer,
+    NotNegative,
     Number,
+    Positive,
     Seed,
     Settings,
     Share,
@@ -136,7 +139,7 @@ class LemoConfig(Settings):
     keep_least: Share = Field(
         0.0, description="Share of blocks that keep_relevance keeps at least, one block always."
     )
-    keep_tokens: Annotated[Integer, Field(ge=0)] | None = Field(
+    keep_tokens: NotNegative | None = Field(
         None,
         description="With a scorer that finds what answers need: tokens of each prompt that are "
         "kept at least. null: 1024 where keep is null, too, else 0.",
@@ -164,15 +167,13 @@ class LemoConfig(Settings):
         description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
         "finetune`.",
     )
-    keep_first: Annotated[Integer, Field(ge=0)] = Field(
+    keep_first: NotNegative = Field(
         0,
         description="Blocks always kept at the start of a sequence. By ratio, blocks that have "
         "labels come before them; with scorer random they are kept only where the share leaves "
         "room for another block.",
     )
-    keep_last: Annotated[Integer, Field(ge=0)] = Field(
-        1, description="The same at the end of a sequence."
-    )
+    keep_last: NotNegative = Field(1, description="The same at the end of a sequence.")
     visible_keys: Literal["kept", "all", "computed"] = Field(
         "kept",
         description="What kept rows attend to. kept: kept rows. all: also left-out rows, as they "
@@ -185,7 +186,7 @@ class LemoConfig(Settings):
         description="Tokens that do not count in the loss. true: those that no sub-block kept; a "
         "share: those that fewer than this share of all sub-blocks kept; false: all count.",
     )
-    burn_in: Annotated[Integer, Field(ge=0)] | Annotated[Number, Field(ge=0, lt=1)] = Field(
+    burn_in: NotNegative | Annotated[Number, Field(ge=0, lt=1)] = Field(
         0.0,
         union_mode="left_to_right",
         description="Tokens at the start of a kept span, fewer than a block, whose loss does not "
@@ -215,7 +216,7 @@ class LemoConfig(Settings):
         "list: one for each layer. auto: none where host_memory is 0; else, on a GPU, what is "
         "fastest for each layer within the free memory.",
     )
-    host_memory: Annotated[Number, Field(ge=0)] = Field(
+    host_memory: Annotated[Number, Field(ge=0, le=2**30)] = Field(
         0.0,
         description="GiB of the host that saved activations may take, as one pool of pinned "
         "memory. 0: they stay on the device.",
@@ -230,7 +231,7 @@ class LemoConfig(Settings):
         "or weights; the log says so. The activations' memory stays with the graphs; "
         "Handle.graphs.clear() gives it back.",
     )
-    head_groups: Annotated[Integer, Field(ge=1)] | None = Field(
+    head_groups: Positive | None = Field(
         None,
         description="Groups of key heads, with their query heads, by which attention's backward "
         "runs in layers that are recomputed: more of them take less memory at a time, and a little "
@@ -360,6 +361,36 @@ class LemoConfig(Settings):
             filled["keep_tokens"] = _PROMPT_TOKENS if finds and self.keep is None else 0
         if self.keep is None:
             filled["keep"] = _ANSWER_KEEP if finds else _TEXT_KEEP
+        return self.model_copy(update=filled)
+
+    def of_predictors(
+        self, block_size: int | None, thresholds: Mapping[str, Sequence[float]] | None
+    ) -> Self:
+        """These settings with what predictors of sub-blocks say where it is left to them.
+
+        Args:
+            block_size: tokens of the blocks that they score; None: any number.
+            thresholds: their own, of "attention" and "mlp", one for each layer; None: none.
+
+        Raises:
+            ValueError: they score blocks of another size than the one of the settings.
+        """
+        filled: dict[str, object] = {}
+        if block_size is not None:
+            if isinstance(self.block_size, int) and self.block_size != block_size:
+                raise ValueError(
+                    f"block_size: the predictors were trained for {block_size}, "
+                    f"got {self.block_size}"
+                )
+            filled["block_size"] = block_size
+        layerwise = self.layerwise
+        if thresholds and layerwise.policy == "threshold" and layerwise.thresholds is None:
+            mlp = layerwise.mlp_thresholds or thresholds.get("mlp")
+            chosen = {
+                "thresholds": tuple(thresholds["attention"]),
+                "mlp_thresholds": None if mlp is None else tuple(mlp),
+            }
+            filled["layerwise"] = layerwise.model_copy(update=chosen)
         return self.model_copy(update=filled)
 
 

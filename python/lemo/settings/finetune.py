@@ -7,7 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
-from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, fields_of, names_in
+from lemo.settings.base import (
+    MOST,
+    Context,
+    Flag,
+    GiB,
+    NotNegative,
+    Number,
+    Positive,
+    Rank,
+    Seed,
+    Settings,
+    Text,
+    Windows,
+    fields_of,
+    names_in,
+)
 from lemo.settings.elimination import LemoConfig
 
 __all__ = [
@@ -40,10 +55,6 @@ NOT_COMPARED = (
 )
 
 
-Positive = Annotated[Integer, Field(ge=1)]
-NotNegative = Annotated[Integer, Field(ge=0)]
-
-
 class FinetuneConfig(Settings):
     """Settings of one run of `lemo finetune`."""
 
@@ -58,14 +69,14 @@ class FinetuneConfig(Settings):
         "the answers, or all.",
     )
     output: Text = Field(description="Run folder.")
-    context_length: Annotated[Integer, Field(ge=2)] = Field(
+    context_length: Context = Field(
         8192,
         description="Tokens of a training window. Beyond the model's own context its rotary "
         "embedding is scaled.",
     )
     steps: Positive = Field(100, description="Optimizer steps of the run.")
-    batch_size: Positive = Field(1, description="Windows of a forward pass, in each process.")
-    gradient_accumulation: Positive = Field(1, description="Forward passes of an optimizer step.")
+    batch_size: Windows = Field(1, description="Windows of a forward pass, in each process.")
+    gradient_accumulation: Windows = Field(1, description="Forward passes of an optimizer step.")
     context_parallel: Positive = Field(
         1,
         description="Processes that share out the kept rows of each window; the others of a run "
@@ -76,7 +87,7 @@ class FinetuneConfig(Settings):
         description="Cut the weights into a share for each process (FSDP2), and gather those of a "
         "layer while it runs: for models that do not fit one GPU. Start it with torchrun.",
     )
-    learning_rate: Annotated[Number, Field(ge=0)] = Field(
+    learning_rate: Annotated[Number, Field(ge=0, le=1e30)] = Field(
         2e-4, description="Learning rate after the warm-up, the highest one."
     )
     lr_schedule: Literal["cosine", "constant"] = Field(
@@ -91,7 +102,7 @@ class FinetuneConfig(Settings):
     max_grad_norm: Annotated[Number, Field(ge=0)] = Field(
         1.0, description="Gradients are scaled down to this norm; 0 leaves them as they are."
     )
-    lora_rank: Positive = Field(16, description="Rank of every LoRA pair.")
+    lora_rank: Rank = Field(16, description="Rank of every LoRA pair.")
     lora_alpha: Annotated[Number, Field(ge=0)] = Field(
         32.0, description="Scale of every LoRA pair, divided by the rank."
     )
@@ -132,7 +143,7 @@ class FinetuneConfig(Settings):
         description="Recompute layers in backward. elimination.recompute says more; its default "
         "follows this.",
     )
-    memory_limit: Annotated[Number, Field(gt=0)] | None = Field(
+    memory_limit: GiB | None = Field(
         None,
         description="GiB of device memory that a step may take, by which each layer stores or "
         "recomputes its activations (elimination.recompute auto); a run that cannot fit is "
@@ -166,6 +177,15 @@ class FinetuneConfig(Settings):
     def _check(self) -> Self:
         if self.resume and self.overwrite:
             raise ValueError("resume, overwrite: expected at most one of the two, got both")
+        tokens = self.context_length
+        for name in ("batch_size", "gradient_accumulation"):
+            count = getattr(self, name)
+            if count * tokens > MOST:
+                raise ValueError(
+                    f"{name}: expected at most {MOST // tokens} times {tokens} tokens, since a "
+                    f"step has {MOST} at most, got {count}"
+                )
+            tokens *= count
         elimination = self.elimination
         if elimination is None and self.context_parallel > 1:
             raise ValueError(

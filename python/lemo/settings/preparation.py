@@ -7,8 +7,22 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lemo.settings.base import Flag, Integer, Number, Seed, Settings, Text, Tokens
-from lemo.settings.finetune import Device, Dtype, NotNegative, Positive, RopeScaling
+from lemo.settings.base import (
+    Context,
+    Flag,
+    GiB,
+    Integer,
+    NotNegative,
+    Number,
+    Positive,
+    Rank,
+    Seed,
+    Settings,
+    Text,
+    Tokens,
+    Windows,
+)
+from lemo.settings.finetune import Device, Dtype, RopeScaling
 
 __all__ = ["PredictorSettings", "PrepareConfig"]
 
@@ -32,7 +46,7 @@ class PredictorSettings(Settings):
     block_size: Tokens = Field(
         1024, description="Tokens of a block. With target relevance the default is 64."
     )
-    rank: Positive | None = Field(
+    rank: Rank | None = Field(
         None,
         description="Hidden units of a predictor's layers; null: a sixteenth of the hidden size, "
         "at least 8. With target relevance the default is 256.",
@@ -60,8 +74,8 @@ class PredictorSettings(Settings):
         description="Training steps of each predictor. For attention a step of the optimizer; for "
         "the MLP one for every 2048 tokens. With target relevance the default is 1000.",
     )
-    windows_per_step: Positive = Field(4, description="Windows packed into one step.")
-    learning_rate: Annotated[Number, Field(gt=0)] = Field(
+    windows_per_step: Windows = Field(4, description="Windows packed into one step.")
+    learning_rate: Annotated[Number, Field(gt=0, le=1e30)] = Field(
         3e-3,
         description="Peak rate of AdamW; linear warm-up over 5% of the steps, then a cosine to 0. "
         "With target relevance the default is 0.002.",
@@ -95,10 +109,10 @@ class PredictorSettings(Settings):
     search_rounds: NotNegative = Field(
         1, description="Rounds of the threshold search; 0 leaves the thresholds of the budget."
     )
-    search_windows: Positive = Field(
+    search_windows: Windows = Field(
         2, description="Held-out windows of one evaluation of the loss in that search."
     )
-    disk_gib: Annotated[Number, Field(gt=0)] = Field(
+    disk_gib: GiB = Field(
         16.0,
         description="Limit of what inputs of sub-blocks take on disk while it runs, in GiB.",
     )
@@ -146,15 +160,15 @@ class PrepareConfig(PredictorSettings):
     held_out_documents: Text | None = Field(
         None, description="Documents to test on; null: a tenth of documents, at least one."
     )
-    lengths: Annotated[tuple[Annotated[Integer, Field(ge=2)], ...], Field(min_length=1)] = Field(
+    lengths: Annotated[tuple[Context, ...], Field(min_length=1)] = Field(
         (4096,), description="Tokens of the windows; each length gets as many windows."
     )
-    windows: Positive = Field(
+    windows: Windows = Field(
         64,
         description="Training windows of each length. With target relevance: examples at most, and "
         "the default is 1024.",
     )
-    held_out_windows: Positive = Field(8, description="Test windows of each length.")
+    held_out_windows: Windows = Field(8, description="Test windows of each length.")
     rope_scaling: RopeScaling = Field(
         "linear",
         description="How a model is extended whose context is shorter than the longest window: "

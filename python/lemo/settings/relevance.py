@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lemo.settings.base import Flag, Integer, Seed, Settings, Text, Tokens
-from lemo.settings.finetune import Device, Dtype, Positive, RopeScaling
+from lemo.settings.base import Context, Flag, Positive, Seed, Settings, Text, Tokens, Windows
+from lemo.settings.finetune import Device, Dtype, RopeScaling
 
 __all__ = ["HeadsConfig", "ScoresConfig"]
 
@@ -22,12 +22,12 @@ class HeadsConfig(Settings):
         ".parquet or .txt file, or a folder written by datasets.save_to_disk."
     )
     output: Text = Field(description="File to write.")
-    context_length: Annotated[Integer, Field(ge=1024)] = Field(
+    context_length: Annotated[Tokens, Field(ge=1024)] = Field(
         8192,
         description="Tokens of a window. Beyond the model's own context its rotary embedding is "
         "scaled.",
     )
-    windows: Positive = Field(24, description="Windows, each with 16 facts and 4 questions.")
+    windows: Windows = Field(24, description="Windows, each with 16 facts and 4 questions.")
     block_size: Tokens = Field(128, description="Tokens of a block.")
     count: Positive = Field(4, description="Heads to choose at most.")
     layers: Positive | None = Field(
@@ -70,7 +70,7 @@ class ScoresConfig(Settings):
         description="File written by `lemo relevance heads` for the model that computes the "
         "scores, for scorer attention.",
     )
-    context_length: Annotated[Integer, Field(ge=2)] = Field(
+    context_length: Context = Field(
         8192, description="Tokens of a training window, as the run will have it."
     )
     block_size: Tokens = Field(

@@ -22,7 +22,7 @@ from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.models.eval_mode import evaluating
 from lemo.models.labels import IGNORE_INDEX
-from lemo.training.evaluate import load_for_evaluation, logits_of_rows
+from lemo.training.evaluate import check_sizes, load_for_evaluation, logits_of_rows
 from lemo.training.model import load_config, load_tokenizer
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
@@ -123,10 +123,7 @@ def evaluate_answers(
             no example is left; the message names it.
         FloatingPointError: a loss is not a number.
     """
-    if not lengths:
-        raise ValueError("lengths: expected at least one, got none")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected an integer >= 1, got {limit}")
+    check_sizes(lengths, limit)
     if isinstance(model, str | Path):
         name = str(model)
         tokenizer = tokenizer or load_tokenizer(name)

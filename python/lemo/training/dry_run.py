@@ -27,7 +27,7 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
 
     Args:
         config: the run.
-        limit: bytes that a step may take; None: what is free on the GPU here.
+        limit: bytes that a step may take; None: `memory_limit`, or what is free on the GPU here.
         gpus: of a host; more than one: the ways to use them.
 
     Raises:
@@ -37,12 +37,15 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     elimination = config.elimination
     if elimination is None:
         raise ValueError("elimination: expected settings of it, got null")
+    _check(config, limit)
     elimination = elimination.resolved(answers=elimination.finds_answers)
+    if config.gradient_checkpointing and elimination.recompute == "auto":
+        elimination = elimination.model_copy(update={"recompute": "layer"})
     model_config, tokens = load_config(config.model), config.context_length
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     here = torch.cuda.is_available() and supports_device("cuda")
     if limit is None:
-        limit = memory_limit(config, device) if here else None
+        limit = memory_limit(config, device) if here or config.memory_limit else None
         if limit is None:
             raise ValueError("--gpu-memory: expected a size such as 80GiB, because no GPU is here")
     timed = here or device.type == "cpu"
@@ -66,6 +69,23 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     else:
         yield "step time: not known here: no GPU to measure rates on"
     yield f"longest window that fits: {request.longest(limit)} tokens"
+
+
+def _check(config: FinetuneConfig, limit: int | None) -> None:
+    """Refuses settings that nothing would be planned by; the arguments are those of `planned`."""
+    if limit is not None and config.memory_limit is not None:
+        raise ValueError(
+            f"memory_limit: expected null beside --gpu-memory, got {config.memory_limit:g}"
+        )
+    for name, value, expected in (
+        ("context_parallel", config.context_parallel, 1),
+        ("shard", config.shard, False),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"{name}: expected {str(expected).lower()}, since --gpus compares all ways to use "
+                f"several GPUs, got {str(value).lower()}"
+            )
 
 
 def _request(

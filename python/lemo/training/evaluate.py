@@ -20,6 +20,7 @@ from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.eval_mode import evaluating
 from lemo.models.loss import loss_chunk_rows
+from lemo.settings.base import MOST
 from lemo.training import quantised
 from lemo.training.adapter import (
     base_model_name,
@@ -46,6 +47,15 @@ __all__ = [
 ]
 
 _log = logging.getLogger("lemo")
+
+
+def check_sizes(lengths: Sequence[int], limit: int | None) -> None:
+    """Raises ValueError unless there are lengths, and each and the limit are in range."""
+    if not lengths:
+        raise ValueError("lengths: expected at least one, got none")
+    for name, value, least in (*(("lengths", each, 2) for each in lengths), ("limit", limit, 1)):
+        if value is not None and not (isinstance(value, int) and least <= value <= MOST):
+            raise ValueError(f"{name}: expected an integer in [{least}, {MOST}], got {value!r}")
 
 
 def evaluate(
@@ -86,10 +96,7 @@ def evaluate(
         FloatingPointError: a loss is not a number.
     """
     lengths = list(lengths)
-    if not lengths:
-        raise ValueError("lengths: expected at least one, got none")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit: expected an integer >= 1, got {limit}")
+    check_sizes(lengths, limit)
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
     if isinstance(model, str | Path):

@@ -141,12 +141,16 @@ def _finetune(
         accelerator.wait_for_everyone()
         if checkpoint is not None:
             check_passes(checkpoint, config, accelerator.num_processes)
-            if checkpoint.step == config.steps and (folder / ADAPTER_NAME).is_dir():
-                _log.info("%s: all %d steps are done already", folder, config.steps)
-                return _result(folder, config.steps)
+        done = checkpoint is not None and checkpoint.step == config.steps
+        done = done and (folder / ADAPTER_NAME).is_dir()
         if config.deterministic:
             stack.enter_context(deterministic())
-        run = _Run(config, accelerator)
+        run = _Run(config, accelerator, trains=not done)
+        if checkpoint is not None:
+            run.check(checkpoint)
+        if done:
+            _log.info("%s: all %d steps are done already", folder, config.steps)
+            return _result(folder, config.steps)
         first = 0 if checkpoint is None else run.restore(checkpoint)
         run.verify(first)
         accelerator.wait_for_everyone()
@@ -177,11 +181,12 @@ class _Run:
     """Model, data and optimizer of a run in this process.
 
     Errors in model, documents and settings are raised here, before anything is written to disk.
+    With ``trains`` false no step is to come: nothing is planned, or said of the steps.
     """
 
     _weights: dict[str, Tensor] | None = None
 
-    def __init__(self, config: FinetuneConfig, accelerator: Accelerator):
+    def __init__(self, config: FinetuneConfig, accelerator: Accelerator, trains: bool = True):
         self.config = config
         self.accelerator = accelerator
         self.replicas = Replicas.of(config, accelerator)
@@ -189,14 +194,8 @@ class _Run:
         if config.shard:
             check_sharding(config, model_config, accelerator)
         extend_context(model_config, config.context_length, config.rope_scaling)
-        if config.warmup_steps > config.steps:
-            _log.warning(
-                "warmup_steps: %d steps of warm-up in a run of %d end before the learning rate of "
-                "%g is reached",
-                config.warmup_steps,
-                config.steps,
-                config.learning_rate,
-            )
+        if trains:
+            remarks.check_warmup(config)
         tokenizer = load_tokenizer(config.model)
         scores = _stored_scores(config, tokenizer)
         vocab_size = model_config.get_text_config().vocab_size
@@ -204,12 +203,14 @@ class _Run:
         dtype = pick_dtype(config.dtype, accelerator.device, config.elimination is not None)
         answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
         wanted = config.elimination and config.elimination.resolved(answers)
-        limit = _least_limit(config, accelerator)
-        # One for all: where processes share out rows they have to store the same.
-        asked = config, wanted, model_config, dtype, accelerator.device, limit
-        self.plan = of_main(
-            partial(plan_run, *asked, processes=accelerator.num_processes), accelerator
-        )
+        self.plan = None
+        if trains:
+            limit = _least_limit(config, accelerator)
+            # One for all: where processes share out rows they have to store the same.
+            asked = config, wanted, model_config, dtype, accelerator.device, limit
+            self.plan = of_main(
+                partial(plan_run, *asked, processes=accelerator.num_processes), accelerator
+            )
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype, config.quantize, accelerator.device)
         elimination = config.elimination
@@ -294,21 +295,17 @@ class _Run:
         native = self.handle is not None and isinstance(self.handle.path, NativePath)
         return ("labels", "position_ids") if alone and native else ()
 
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Go back to the state of ``checkpoint``; returns its step."""
-        if checkpoint.inputs is None:
-            _log.warning(
-                "%s was written by a lemo that took no fingerprints: model, tokenizer and "
-                "predictor are taken to be those that it was trained with",
-                checkpoint.folder,
-            )
-        else:
-            fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise ValueError unless ``checkpoint`` is of the same model, documents and the like."""
+        fingerprint.check_inputs(checkpoint.inputs, self.inputs, checkpoint.folder)
         if checkpoint.data != self.windows.fingerprint:
             raise ValueError(
                 f"documents: expected the ones that {checkpoint.folder} was trained on, but "
                 f"'{self.config.documents}' holds others now, or another chat template applies"
             )
+
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Go back to the state of ``checkpoint``; returns its step."""
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         same = processes == checkpoint.num_processes
         state = load_checkpoint(checkpoint, self.peft_model, rank if same else None)

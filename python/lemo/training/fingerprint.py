@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from lemo.relevance.heads import RetrievalHeads
 _SAMPLE = 1 << 16
 # What config.json says of who wrote it, when and from where, and nothing of the model.
 _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
+
+_log = logging.getLogger("lemo")
 
 
 def of_inputs(
@@ -56,14 +59,21 @@ def of_inputs(
     return found
 
 
-def check_inputs(saved: Mapping[str, str], now: Mapping[str, str], place: Path) -> None:
+def check_inputs(saved: Mapping[str, str] | None, now: Mapping[str, str], place: Path) -> None:
     """Raises ValueError, naming what differs from what the checkpoint at ``place`` was made from.
 
     Args:
-        saved: :func:`of_inputs` of the run that is resumed.
+        saved: :func:`of_inputs` of the run that is resumed; None: it took none, which is said.
         now: the same of what there is now.
         place: the checkpoint, for the message.
     """
+    if saved is None:
+        _log.warning(
+            "%s was written by a lemo that took no fingerprints: model, tokenizer and predictor "
+            "are taken to be those that it was trained with",
+            place,
+        )
+        return
     changed = [name for name in now if saved.get(name) != now[name]]
     if changed:
         raise ValueError(

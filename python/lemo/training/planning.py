@@ -19,6 +19,7 @@ from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
 from lemo.planner.text import bytes_text, plan_lines
 from lemo.planner.timing import Rates
+from lemo.predictors import load
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
@@ -121,13 +122,18 @@ def request_of(
         rates: of the machine; None: those that are measured here.
 
     Raises:
-        ValueError: memory and time cannot be predicted.
+        FileNotFoundError: there is no such folder of predictors.
+        ValueError: memory and time cannot be predicted; predictors do not fit the model.
     """
     if elimination.path == "generic":
         raise ValueError(
             "elimination.path: expected native, whose memory can be predicted, got generic"
         )
     shape = shape_of(model_config)
+    if elimination.scorer == "predictor" and not elimination.finds_answers:
+        assert elimination.predictor is not None
+        predictors = load(elimination.predictor, model_config)
+        elimination = elimination.of_predictors(predictors.block_size, predictors.thresholds)
     adapters = adapters_of(
         config.lora_rank, config.lora_targets, config.lora_dropout > 0, config.train_norms
     )

@@ -13,6 +13,7 @@ from lemo.models.general import by_reason
 from lemo.packing.blocks import block_tokens, kept_blocks
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig
+from lemo.settings.finetune import FinetuneConfig
 from lemo.training.run_folder import ELIMINATION_NAME
 
 _log = logging.getLogger("lemo")
@@ -22,6 +23,18 @@ def say(lines: Iterable[str]) -> None:
     """Logs lines, such as those of a plan."""
     for line in lines:
         _log.info("%s", line)
+
+
+def check_warmup(config: FinetuneConfig) -> None:
+    """Warns where the run ends before the learning rate is the one of the settings."""
+    if config.warmup_steps > config.steps:
+        _log.warning(
+            "warmup_steps: %d steps of warm-up in a run of %d end before the learning rate of %g "
+            "is reached",
+            config.warmup_steps,
+            config.steps,
+            config.learning_rate,
+        )
 
 
 def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:

@@ -61,6 +61,9 @@ _OURS = {
 }
 # Fields of a decoder's output from which no model makes a loss.
 _STATES = {"last_hidden_state", "past_key_values", "cache", "hidden_states", "attentions"}
+# Types whose `token_type_ids` tell images (1) from text (0). Those of PaliGemma tell answers from
+# prompts, whose tokens see each other both ways.
+_KINDS_OF_IMAGES = ("gemma3",)
 
 
 @dataclass
@@ -411,8 +414,9 @@ class GenericForward(Training[Choice]):
         call["use_cache"] = False
         call["return_dict"] = True
         kinds = call.get("token_type_ids")
-        if parts.takes_images and torch.is_tensor(kinds) and not bool(kinds.any()):
-            # All tokens are text, as without them; with them Gemma 3 makes masks for images.
+        of_images = parts.config.model_type in _KINDS_OF_IMAGES
+        if of_images and torch.is_tensor(kinds) and not bool(kinds.any()):
+            # All tokens are text, as without them; with them there would be masks for images.
             del call["token_type_ids"]
         if arguments.position_ids is None and parts.skips_positions:
             raise ValueError(

@@ -27,15 +27,16 @@ def verify(parts: Parts, forward: GenericForward, batch: Mapping[str, Any], toke
 
     A model's own forward knows kept rows, too: tokens that its attention mask leaves out in the
     middle are seen by no other, and the others keep their positions. What else a batch holds, such
-    as images, belongs to tokens in a way that the model knows: such a batch is compared as a whole
-    first.
+    as images or kinds of tokens, belongs to tokens in a way that the model knows: such a batch is
+    compared as a whole first.
 
     Args:
         parts: the model.
         forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle.
     """
-    if not ForwardArguments.of(batch).unknown:
+    kinds = parts.takes_images and batch.get("token_type_ids") is not None
+    if not ForwardArguments.of(batch).unknown and not kinds:
         _verify_text(parts, forward, batch, tokens)
         return
     _verify_as_called(parts, forward, batch)

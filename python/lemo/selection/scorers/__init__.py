@@ -35,7 +35,7 @@ def make_scorer(config: LemoConfig, model: ScoredModel, scout: Scout) -> Scorer:
 
     Raises:
         FileNotFoundError, ValueError: the predictor folder is absent, damaged, or made for another
-            model or block size; the same of the file of heads.
+            model; the same of the file of heads.
     """
     match config.scorer:
         case "random":
@@ -53,5 +53,5 @@ def make_scorer(config: LemoConfig, model: ScoredModel, scout: Scout) -> Scorer:
         case "predictor" if config.predictor is not None and config.finds_answers:
             return RelevanceScorer.from_folder(config.predictor, model, config.seed)
         case "predictor" if config.predictor is not None:
-            return PredictorScorer.from_folder(config.predictor, model, config.block_size)
+            return PredictorScorer.from_folder(config.predictor, model)
     raise ValueError(f"scorer: expected one of LemoConfig's, got {config.scorer!r}")

@@ -61,12 +61,17 @@ class AnswerScorer(Scorer):
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         if batch.ids is None or batch.labelled is None:
-            missing = "labels", "pass them to the model, or use handle.labelled or handle.attach"
+            default = " (auto for prompts with answers)" if self._name == "lexical" else ""
+            begin = f"scorer: '{self._name}'{default} expected the batch's "
             if batch.ids is None:
-                missing = "input_ids", "the model got inputs_embeds, as of prompt tuning"
+                raise ValueError(
+                    f"{begin}input_ids, got inputs_embeds, as of prompt tuning and P-tuning; set "
+                    "scorer='random', and keep_first=1, so that virtual tokens are kept, or "
+                    "scorer='given' with handle.scored"
+                )
             raise ValueError(
-                f"scorer: '{self._name}' needs the batch's {missing[0]}, which are not known "
-                f"({missing[1]}); or use scorer 'random'"
+                f"{begin}labels, got none; pass them to the model, or use handle.labelled or "
+                "handle.attach, or set scorer='random'"
             )
         layout = batch.layout
         texts, labelled = (rows.split(layout.seqlens) for rows in batch.on_host())

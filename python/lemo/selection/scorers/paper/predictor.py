@@ -14,36 +14,22 @@ class PredictorScorer(Scorer):
     Args:
         predictors: what runs.
         model: the model that is scored.
-        block_size: as in `LemoConfig`; a share, or None, means the blocks that they were trained
-            for.
-
-    Raises:
-        ValueError: they were trained for blocks of another number of tokens.
     """
 
-    def __init__(
-        self, predictors: PredictorSet, model: ScoredModel, block_size: int | float | None
-    ) -> None:
-        if isinstance(block_size, int) and predictors.block_size != block_size:
-            raise ValueError(
-                f"block_size: the predictors were trained for {predictors.block_size}, "
-                f"got {block_size}"
-            )
+    def __init__(self, predictors: PredictorSet, model: ScoredModel) -> None:
         self.predictors = predictors
         self._model = model
         self.block_size = predictors.block_size
         self.thresholds = predictors.thresholds
 
     @classmethod
-    def from_folder(
-        cls, folder: str, model: ScoredModel, block_size: int | float | None
-    ) -> "PredictorScorer":
+    def from_folder(cls, folder: str, model: ScoredModel) -> "PredictorScorer":
         """The predictors that `lemo prepare` wrote for a model.
 
         Raises:
             FileNotFoundError, ValueError: see `lemo.predictors.load`.
         """
-        return cls(load(folder, model_config=model.config), model, block_size)
+        return cls(load(folder, model_config=model.config), model)
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         x = self._model.normalized(layer, kind, residual)
