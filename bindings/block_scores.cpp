@@ -26,7 +26,7 @@ TorchTensor block_scores(TorchTensor q, TorchTensor k, TorchTensor block_starts,
 STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
         "block_scores(Tensor q, Tensor k, Tensor block_starts, Tensor cu_blocks, float scale, "
-        "str kernel=\"auto\") -> Tensor");
+        "str kernel_name=\"auto\") -> Tensor");
 }
 
 #define LEMO_REGISTER(key) \

@@ -102,12 +102,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def(
         "segment_attention(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, "
         "Tensor? q_positions, Tensor? k_positions, float scale, int window, int group_size, "
-        "float softcap=0.0, Tensor? sinks=None, str kernel=\"auto\") -> (Tensor, Tensor)");
+        "float softcap=0.0, Tensor? sinks=None, str kernel_name=\"auto\") -> (Tensor, Tensor)");
     m.def(
         "segment_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, "
         "Tensor lse, Tensor cu_q, Tensor cu_k, Tensor? q_positions, Tensor? k_positions, "
         "float scale, int window, int group_size, float softcap=0.0, Tensor? sinks=None, "
-        "bool deterministic=False, str kernel=\"auto\") -> (Tensor, Tensor, Tensor, Tensor)");
+        "bool deterministic=False, str kernel_name=\"auto\") -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 #define LEMO_REGISTER(key)                                                            \

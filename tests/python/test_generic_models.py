@@ -217,6 +217,18 @@ def test_adapters(order):
         assert_close_fp32(mine[name], gradient, name)
 
 
+def test_layers_that_torch_compiles_by_default():
+    """Inductor hands names of arguments on to functions of its own, which have some, too."""
+    model = make("mistral", num_hidden_layers=1, layer_types=None)
+    eager = copy.deepcopy(model)
+    for one in (eager, model):
+        lemo.enable(one, settings())
+    model.model.layers[0].compile()
+    batch = plain_batch()
+    losses = train(model, batch), train(eager, batch)
+    assert_same(model, eager, *losses)
+
+
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("what", ["model", "layers", "each layer"])
 def test_compiled_models(what, checkpoints):

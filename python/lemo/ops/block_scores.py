@@ -10,7 +10,7 @@ _ops = torch.ops.lemo
 
 
 @torch.library.register_fake("lemo::block_scores")
-def _(q, k, block_starts, cu_blocks, scale, kernel="auto"):
+def _(q, k, block_starts, cu_blocks, scale, kernel_name="auto"):
     return q.new_empty(block_starts.shape[0] - 1, dtype=torch.float32)
 
 

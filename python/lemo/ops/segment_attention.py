@@ -33,7 +33,7 @@ def _(
     softcap=0.0,
     sinks=None,
     deterministic=False,
-    kernel="auto",
+    kernel_name="auto",
 ):
     heads = 0 if sinks is None else q.shape[1]
     dsinks = q.new_empty(heads, dtype=torch.float32)
