@@ -141,8 +141,9 @@ class Fp8Linear:
         if turn != self._turn:
             self._turn = turn
             if self._weight is not None and self._made_of == self._identity():
+                weight: Any = self._module.weight
                 values, scales = self._weight
-                scales.copy_(ops.fp8_rows(self._module.weight.detach())[1])
+                scales.copy_(ops.fp8_rows(weight.detach())[1])
                 self._round(values, scales)
 
     def put_inside(self, around: nn.Module) -> None:
