@@ -410,7 +410,8 @@ class Handle:
         """Tells that optimizer step `step`, from 0, of `steps` begins.
 
         `keep_schedule` goes on, and random scores depend on the seed, the process and the step from
-        here on, so that a resumed training draws what one without interruption draws.
+        here on, so that a resumed training draws what one without interruption draws. With products
+        "fp8" some weights are rounded anew; without this call their rounding stays the same.
 
         Raises:
             ValueError: `step` is not between 0 and `steps`.
@@ -418,7 +419,7 @@ class Handle:
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
-        self._forward.begin_step(step)
+        self.path.begin_step(step)
 
     def begin_pass(self, index: int) -> None:
         """Tells that forward pass `index` of the step begins, after `begin_step`.

@@ -5,6 +5,9 @@ arXiv 2209.05433). One copy of the weight serves both directions: for the gradie
 which sums over outputs, their scales are multiplied into the columns of the result's gradient
 before that is rounded. Sums are in fp32.
 
+Adapters would learn to mend the rounding of the weights, were it the same in each step. It changes
+from step to step (`Fp8Linear.begin_step`).
+
 Tensor cores read both factors along the dimension that is summed over, so the gradient's product
 needs the copy transposed; that is made anew each time, in a small share of the product's time.
 """
@@ -41,6 +44,13 @@ LIMIT = (1 + 2**-4) ** 2 - 1
 """The largest relative error of a product without cancellation: e4m3 rounds each factor by 2^-4 of
 itself at most. Where a product errs by more, numbers are lost below e4m3's range, or terms cancel;
 the layer's products are then left as they are."""
+
+# Steps after which a weight is rounded anew; layers take turns.
+_PERIOD = 8
+# Multiples of the golden ratio are spread evenly over [0, 1), however many there are.
+_GOLDEN = (5**0.5 - 1) / 2
+# Numbers of a weight that are in fp32 at a time while it is rounded anew.
+_AT_ONCE = 2**24
 
 # Rows on which the error is measured.
 _SAMPLE = 256
@@ -89,15 +99,20 @@ class Fp8Linear:
         reasons: why products stay as they are, by direction, "forward" or "backward".
     """
 
-    def __init__(self, module: nn.Module, name: str, fast: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, name: str, fast: bool = False, place: int = 0, step: int = 0
+    ) -> None:
         """Puts itself on the module, until `remove`.
 
         Args:
             module: the layer.
             name: of it, for messages.
             fast: as of `lemo.ops.fp8_product`.
+            place: its turn among the steps in which weights are rounded anew.
+            step: the optimizer step that runs, from 0.
         """
         self.name, self.paused, self._fast = name, False, fast
+        self._place, self._turn = place, (step + place) // _PERIOD
         self.reasons: dict[str, str] = {}
         self._module = module
         self._measured: set[str] = set()
@@ -114,6 +129,22 @@ class Fp8Linear:
     def drop(self) -> None:
         """Frees the weight in 8 bits; the next product makes it anew."""
         self._weight = None
+
+    def begin_step(self, step: int) -> None:
+        """Tells that optimizer step `step`, from 0, begins: some weights are rounded anew.
+
+        They are on another grid then, whose scales are up to twice as large. So a weight's error is
+        another one, and in the mean over steps small. The copy's memory stays the same, which CUDA
+        graphs read.
+        """
+        turn = (step + self._place) // _PERIOD
+        if turn != self._turn:
+            self._turn = turn
+            if self._weight is not None and self._made_of == self._identity():
+                weight: Any = self._module.weight
+                values, scales = self._weight
+                scales.copy_(ops.fp8_rows(weight.detach())[1])
+                self._round(values, scales)
 
     def put_inside(self, around: nn.Module) -> None:
         """Says which module computes with the layer: a LoRA layer, or the layer itself.
@@ -195,8 +226,8 @@ class Fp8Linear:
         weight: Any = self._module.weight
         if is_torchao_float8(self._module):
             return weight.qdata, weight.scale.float().view(-1, 1)
-        made_of = weight.device, weight.data_ptr(), weight._version
-        if self._weight is None or self._made_of != made_of:
+        identity = self._identity()
+        if self._weight is None or self._made_of != identity:
             check_gpu(weight.device, self._fast)
             if not bool(weight.detach().isfinite().all()):
                 raise ValueError(
@@ -204,8 +235,28 @@ class Fp8Linear:
                     f"nan in {self.name}"
                 )
             self._weight = ops.fp8_rows(weight.detach())
-            self._made_of = made_of
+            self._round(*self._weight)
+            self._made_of = identity
         return self._weight
+
+    def _identity(self) -> tuple[object, ...]:
+        """What is another one where the weight has changed."""
+        weight: Any = self._module.weight
+        return weight.device, weight.data_ptr(), weight._version
+
+    def _round(self, values: Tensor, scales: Tensor) -> None:
+        """Rounds the weight into values, with the scales of this turn.
+
+        Args:
+            values: [out, in] in e4m3.
+            scales: [out, 1], the least there can be.
+        """
+        weight: Any = self._module.weight
+        scales.mul_(2 ** (self._turn * _GOLDEN % 1))
+        rows = max(1, _AT_ONCE // weight.shape[1])
+        parts = (x.split(rows) for x in (weight.detach(), scales, values))
+        for matrix, scale, rounded in zip(*parts, strict=True):
+            rounded.copy_(matrix / scale)
 
     def bytes_to_come(self) -> int:
         """Bytes of the weight in 8 bits, if it is still to be made."""

@@ -82,6 +82,11 @@ class NativePath(Path[TrainingForward]):
         if self._products is not None:
             self._products.remove()
 
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        if self._products is not None:
+            self._products.begin_step(step)
+
     def check(self) -> None:
         """Raises ValueError where the model has changed so that the settings do not fit it."""
         layers = self._architecture.num_layers

@@ -48,6 +48,10 @@ class Path(ABC, Generic[F]):
         """See `lemo.Handle.unquantised_products`."""
         return {}
 
+    def begin_step(self, step: int) -> None:
+        """Tells that optimizer step `step`, from 0, begins."""
+        self.forward.begin_step(step)
+
     def install(self) -> None:
         """Called before the forwards are replaced."""
         return

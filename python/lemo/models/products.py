@@ -33,6 +33,7 @@ class Fp8Products:
 
     def __init__(self, architecture: Architecture, fast: bool = False) -> None:
         self._architecture, self._fast = architecture, fast
+        self._step = 0
         self._attention: list[Fp8Linear] | None = None
         # By layer; none where the MLP runs as the module that it is.
         self._mlps: dict[int, list[Fp8Linear]] = {}
@@ -52,11 +53,10 @@ class Fp8Products:
             base = _base_of(module)
             _check_base(base, names[base], self._fast)
         architecture = self._architecture
-        layers = range(architecture.num_layers)
-        attention = [
-            module for index in layers for module in architecture.attention_projections(index)
-        ]
-        self._attention = self._put_on(attention, names)
+        self._attention = []
+        for index in range(architecture.num_layers):
+            projections = architecture.attention_projections(index)
+            self._attention += self._put_on(projections, names, index)
         self._follow_mlps()
 
     def remove(self) -> None:
@@ -64,6 +64,12 @@ class Fp8Products:
         for layer in self._layers():
             layer.remove()
         self._attention, self._mlps = None, {}
+
+    def begin_step(self, step: int) -> None:
+        """Tells that optimizer step `step`, from 0, begins; see `Fp8Linear.begin_step`."""
+        self._step = step
+        for layer in self._layers():
+            layer.begin_step(step)
 
     def check(self) -> None:
         """Follows what the model has become; refuses weights that are sharded, by now.
@@ -144,14 +150,14 @@ class Fp8Products:
                     layer.remove()
             elif index not in self._mlps:
                 names = names or self._names()
-                self._mlps[index] = self._put_on(projections, names)
+                self._mlps[index] = self._put_on(projections, names, index)
 
     def _put_on(
-        self, projections: Iterable[nn.Module], names: dict[nn.Module, str]
+        self, projections: Iterable[nn.Module], names: dict[nn.Module, str], index: int
     ) -> list[Fp8Linear]:
         bases = map(_base_of, projections)
         return [
-            Fp8Linear(base, names[base], self._fast)
+            Fp8Linear(base, names[base], self._fast, index, self._step)
             for base in bases
             if hasattr(base, "in_features")
         ]

@@ -1,0 +1,141 @@
+"""products="fp8": weights whose rounding changes from step to step."""
+
+import pytest
+import torch
+from torch import nn
+
+import lemo
+from lemo.models.fp8 import Fp8Linear, fp8_of
+from tiny_models import lora, make_ids, make_model
+
+# The GPU's attention knows no fp32.
+pytestmark = pytest.mark.cpu_only
+
+STEPS = 128
+PERIOD = 8
+
+
+def enabled(model):
+    return lemo.enable(model, lemo.LemoConfig(keep=0.5, block_size=8, products="fp8"))
+
+
+def layers_of(model):
+    """What computes in 8 bits, with the index of its layer."""
+    found = ((name, fp8_of(module)) for name, module in model.named_modules())
+    return [(int(name.split("layers.")[1][0]), each) for name, each in found if each is not None]
+
+
+def linear(outputs=64, inputs=192):
+    torch.manual_seed(0)
+    module = nn.Linear(inputs, outputs, bias=False).bfloat16().requires_grad_(False)
+    module.weight.copy_(torch.randn(outputs, inputs) * torch.randn(outputs, 1).exp())
+    return module
+
+
+def dequantised(layer):
+    values, scales = layer.weight()
+    return values.double() * scales.double()
+
+
+def all_of_e4m3():
+    """Its finite numbers: (8 + m) 2^(e - 10) of 3 bits m and 4 bits e, or m 2^-9 where e is 0."""
+    sizes = [(8 + m) * 2.0 ** (e - 10) for e in range(1, 16) for m in range(8)][:-1]
+    sizes += [m * 2.0**-9 for m in range(8)]
+    return torch.tensor(sorted({*sizes, *(-x for x in sizes)}), dtype=torch.float64)
+
+
+def test_each_weight_is_the_nearest_of_a_grid_that_changes_by_turns():
+    """Grids have scales 1 to 2 times as large, by multiples of the golden ratio."""
+    numbers = all_of_e4m3()
+    assert numbers.max() == 448
+    module = linear()
+    weight = module.weight.double()
+    for place in (0, 5):
+        layer = Fp8Linear(module, "some", place=place)
+        scales = []
+        for step in range(0, 40):
+            layer.begin_step(step)
+            turn = (step + place) // PERIOD
+            wider = 2 ** (turn * 0.6180339887498949 % 1)
+            expected = weight.abs().amax(1, keepdim=True) / 448 * wider
+            assert torch.allclose(layer.weight()[1].double(), expected, rtol=1e-6)
+            distance = (weight[..., None] / expected[..., None] - numbers).abs().amin(-1) * expected
+            found = (dequantised(layer) - weight).abs()
+            assert (found <= distance * (1 + 1e-5) + 1e-6 * weight.abs()).all()
+            scales.append(layer.weight()[1][0].item())
+        changes = [step for step in range(1, 40) if scales[step] != scales[step - 1]]
+        assert changes == [step for step in range(1, 40) if (step + place) % PERIOD == 0]
+
+
+def test_the_mean_over_steps_is_nearer_to_the_weight_than_any_rounding():
+    """What an adapter could learn to mend becomes small; one rounding errs as much as any other."""
+    module = linear()
+    weight = module.weight.double()
+    layer = Fp8Linear(module, "some")
+    total, once = torch.zeros_like(weight), []
+    for step in range(STEPS):
+        layer.begin_step(step)
+        error = (dequantised(layer) - weight) / weight.norm(dim=1, keepdim=True)
+        total += error
+        once.append(error.norm().item())
+    assert max(once) < 1.15 * min(once)
+    assert total.norm() / STEPS < 0.25 * min(once)
+
+
+def test_the_copy_stays_where_it_is():
+    """CUDA graphs read its memory."""
+    layer = Fp8Linear(linear(), "some")
+    values, scales = layer.weight()
+    before = values.clone()
+    layer.begin_step(PERIOD)
+    assert layer.weight()[0] is values
+    assert layer.weight()[1] is scales
+    assert not torch.equal(values.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_rows_of_zeros_and_the_largest_numbers_stay_finite():
+    module = linear()
+    module.weight[3] = 0
+    module.weight[4] = torch.finfo(torch.bfloat16).max / 4
+    layer = Fp8Linear(module, "some")
+    for step in range(0, STEPS, PERIOD):
+        layer.begin_step(step)
+        found = dequantised(layer)
+        assert found.isfinite().all()
+        assert not found[3].any()
+
+
+def test_the_handle_tells_of_steps_and_a_resumed_run_rounds_alike():
+    ids = make_ids(1, 64)
+    model, resumed = lora(make_model("llama")), lora(make_model("llama"))
+    resumed.load_state_dict(model.state_dict())
+    handle, last = enabled(model), enabled(resumed)
+    assert {index for index, _ in layers_of(model)} == {0, 1, 2}
+    first, seen = {}, set()
+    for step in range(20):
+        handle.begin_step(step, 20)
+        model(input_ids=ids, labels=ids)
+        for index, layer in layers_of(model):
+            scales, turn = layer.weight()[1], (step + index) // PERIOD
+            wider = scales / first.setdefault(layer.name, scales.clone())
+            expected = torch.full_like(wider, 2 ** (turn * 0.6180339887498949 % 1))
+            assert torch.allclose(wider, expected, rtol=1e-6)
+            seen.add((index, turn))
+    assert len(seen) == 9
+    last.begin_step(19, 20)
+    resumed(input_ids=ids, labels=ids)
+    for (_, ours), (_, theirs) in zip(layers_of(model), layers_of(resumed), strict=True):
+        assert ours.weight()[1].equal(theirs.weight()[1])
+        assert dequantised(ours).equal(dequantised(theirs))
+
+
+def test_a_merged_weight_is_rounded_on_the_grid_of_the_step():
+    module = linear()
+    layer = Fp8Linear(module, "some")
+    layer.weight()
+    layer.begin_step(PERIOD)
+    module.weight.mul_(3)
+    values, scales = layer.weight()
+    expected = module.weight.float().abs().amax(1, keepdim=True) / 448 * 2**0.6180339887498949
+    assert torch.allclose(scales, expected, rtol=1e-6)
+    assert (values.float().abs().amax(1) > 448 / 2 * 0.9).all()
