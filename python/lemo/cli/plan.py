@@ -11,10 +11,10 @@ from lemo.cli import options
 from lemo.cli.streams import printable
 
 _UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_BYTES = 2**60
 # Of a host; all ways to use them are compared.
 _MOST_GPUS = 256
-_UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def plan(
