@@ -77,6 +77,22 @@ def test_keep_1_is_the_dense_model(architecture, batch, adapted):
     assert_close(value, expected, exact)
 
 
+def test_layers_that_torch_compiles_are_the_dense_models():
+    """By Inductor, torch.compile's default."""
+    torch.compiler.reset()
+    batch = BATCHES["right"]()
+    model, plain, oracle = models("llama")
+    lemo.enable(model, EVERYTHING.replace(path="generic", scorer="random"))
+    for layer in model.get_base_model().model.layers:
+        layer.compile()
+    value = step(model, lambda model: model(**batch).loss)
+    expected, exact = (
+        step(each, lambda each: each(**batch, use_cache=False).loss.float())
+        for each in (plain, oracle)
+    )
+    assert_close(value, expected, exact)
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_autocast(architecture, keep):
