@@ -254,3 +254,14 @@ def test_compiled_models(what, checkpoints):
             model.model.layers[index] = layer._orig_mod
     assert_same(model, eager, *losses)
     assert what == "model" or counter.frame_count
+
+
+def test_a_head_whose_weights_are_gone_in_backward():
+    """Its capped logits are computed again there."""
+    model = make("gemma2")
+    lemo.enable(model, settings(keep=1.0))
+    others = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    others["model.norm.weight"].requires_grad_()
+    loss = torch.func.functional_call(model, others, (), plain_batch()).loss
+    with pytest.raises(RuntimeError, match="expected Linear to have the same weights in backward"):
+        loss.backward()

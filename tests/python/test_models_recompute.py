@@ -394,3 +394,25 @@ def test_a_training_step_copies_no_gradient_of_the_residual(recompute):
     with Copies():
         loss.backward()
     assert residual not in shapes
+
+
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+def test_weights_that_are_gone_in_backward(how):
+    """With other weights, backward would compute the layer again as it was in no forward pass."""
+    model, batch = make_model("llama"), BATCHES["right"]()
+    lemo.enable(model, config_of(keep=1.0, recompute=how, **DEFAULTS))
+    others = {
+        name: (weight.detach() + 0.1 * torch.randn_like(weight)).requires_grad_()
+        for name, weight in model.named_parameters()
+    }
+    loss = torch.func.functional_call(model, others, (), batch).loss
+    if how != "none":
+        with pytest.raises(RuntimeError, match="expected LlamaDecoderLayer to have the same weigh"):
+            loss.backward()
+        return
+    loss.backward()
+    plain = make_model("llama")
+    plain.load_state_dict(others)
+    plain(**batch, use_cache=False).loss.backward()
+    for name, gradient in gradients(plain).items():
+        assert_close_fp32(others[name].grad, gradient, name)

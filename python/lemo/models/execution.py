@@ -56,17 +56,18 @@ class Recomputed:
     """Backward computes the unit again, from the rows that it read.
 
     Args:
-        parameters: trainable parameters of the layer.
+        layer: of the unit.
+        parameters: those of the layer.
         selective: store attention's output, so that attention runs forward once only.
     """
 
     joins = True
 
-    def __init__(self, parameters: list[nn.Parameter], selective: bool) -> None:
-        self._parameters, self._selective = parameters, selective
+    def __init__(self, layer: nn.Module, parameters: list[nn.Parameter], selective: bool) -> None:
+        self._layer, self._parameters, self._selective = layer, parameters, selective
 
     def run(self, residual: Tensor, unit: Unit) -> Tensor:
-        return recomputed(residual, unit, self._parameters, self._selective)
+        return recomputed(residual, unit, self._layer, self._parameters, self._selective)
 
 
 class Checkpointed:
@@ -121,8 +122,7 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
     if any(parameter._backward_hooks for parameter in parameters):
         # Their hooks would see the gradients of the unit's inside, too.
         return Checkpointed(partial(checkpoint, use_reentrant=False))
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return Recomputed(trained, recompute == "selective")
+    return Recomputed(layer, parameters, recompute == "selective")
 
 
 def is_plain_checkpoint(function: Any) -> bool:

@@ -15,7 +15,7 @@ from lemo.models.architectures import Architecture, active_module
 from lemo.models.interception import has_own_forward
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.sharded import check_whole, is_sharded, own_class, run_inside
-from lemo.models.weights import is_plain
+from lemo.models.weights import check_same_weights, is_plain, parameters_of
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
@@ -221,7 +221,7 @@ def head_loss(
         check_whole(active, "the head")
         if plain:
             return _of_linear(active, rows, targets, chunk_rows, divisor, ignore_index)
-        return _of_logits(logits, rows, targets, chunk_rows, divisor)
+        return _of_logits(outer, logits, rows, targets, chunk_rows, divisor)
 
     return run_inside(outer, loss, hidden)
 
@@ -247,6 +247,7 @@ def _of_linear(
 
 
 def _of_logits(
+    head: nn.Module,
     logits: Callable[[Tensor], Tensor],
     hidden: Tensor,
     targets: Tensor,
@@ -256,7 +257,7 @@ def _of_logits(
     def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits(rows).float(), labels, reduction="sum")
 
-    total = sum_over_chunks(chunk_loss, hidden, targets, chunk_rows)
+    total = sum_over_chunks(chunk_loss, head, hidden, targets, chunk_rows)
     return total / (targets.numel() if divisor is None else divisor)
 
 
@@ -267,6 +268,7 @@ def loss_chunk_rows(vocabulary: int) -> int:
 
 def sum_over_chunks(
     chunk_loss: Callable[[Tensor, Tensor], Tensor],
+    head: nn.Module,
     hidden: Tensor,
     targets: Tensor,
     chunk_rows: int,
@@ -275,12 +277,19 @@ def sum_over_chunks(
 
     Args:
         chunk_loss: ([n, H], [n]) -> scalar, the sum over n rows.
+        head: whose weights it uses.
         hidden: [N, H].
         targets: [N] int64.
         chunk_rows: the most rows of a chunk.
     """
+    parameters = parameters_of(head)
+
+    def checked(rows: Tensor, labels: Tensor) -> Tensor:
+        check_same_weights(head, parameters)
+        return chunk_loss(rows, labels)
+
     losses = [
-        checkpoint(chunk_loss, rows, labels, use_reentrant=False)
+        checkpoint(checked, rows, labels, use_reentrant=False)
         for rows, labels in zip(hidden.split(chunk_rows), targets.split(chunk_rows))
     ]
     return torch.stack(losses).sum()

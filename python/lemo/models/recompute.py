@@ -9,8 +9,9 @@ The unit works on the residual in place, and backward adds into the residual's g
 (docs/design/models.md).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from lemo.models.out_of_memory import explained
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
 from lemo.models.unit import Unit
-from lemo.models.weights import kept_matrices
+from lemo.models.weights import check_same_weights, kept_matrices
 from lemo.ops.autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import SavedAttention
 
@@ -33,7 +34,11 @@ __all__ = ["recomputed"]
 
 
 def recomputed(
-    residual: Tensor, unit: Unit, parameters: Sequence[Tensor], selective: bool = False
+    residual: Tensor,
+    unit: Unit,
+    layer: nn.Module,
+    parameters: Sequence[Tensor],
+    selective: bool = False,
 ) -> Tensor:
     """Adds a unit to the residual [T, H] in place and returns it.
 
@@ -44,19 +49,27 @@ def recomputed(
     Args:
         residual: not a leaf that requires grad.
         unit: what to compute.
-        parameters: trainable parameters that the unit may use. They are arguments of the autograd
-            node, so hooks on the accumulation of gradients (of DDP and the like) see them.
+        layer: whose unit it is; backward expects it to have the same parameters.
+        parameters: `parameters_of` the layer. Trainable ones are arguments of the autograd node, so
+            hooks on the accumulation of gradients (of DDP and the like) see them.
         selective: store attention's output and logarithms, so that it runs forward once only.
     """
-    return _Recomputed.apply(unit, selective, residual, *parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    check = partial(check_same_weights, layer, parameters)
+    return _Recomputed.apply(unit, check, selective, residual, *trained)
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, unit: Unit, selective: bool, residual: Tensor, *parameters: nn.Parameter
+        ctx: Any,
+        unit: Unit,
+        check: Callable[[], None],
+        selective: bool,
+        residual: Tensor,
+        *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.unit, ctx.selective, ctx.parameters = unit, selective, parameters
+        ctx.unit, ctx.check, ctx.selective, ctx.parameters = unit, check, selective, parameters
         ctx.mark_dirty(residual)
         saved: tuple[Tensor, ...] = ()
         # Before the random numbers that backward draws again.
@@ -87,7 +100,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @first_order_only("recompute")
     def backward(ctx: Any, dresidual: Tensor) -> tuple[Tensor | None, ...]:
-        unit, needs_residual = ctx.unit, ctx.needs_input_grad[2]
+        ctx.check()
+        unit, needs_residual = ctx.unit, ctx.needs_input_grad[3]
         rows, *saved = ctx.saved_tensors
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]
         dresidual = overwritable(ctx, dresidual)
@@ -96,7 +110,7 @@ class _Recomputed(torch.autograd.Function):
             with explained(lambda: f"in the backward pass of a layer with {len(rows)} kept rows"):
                 _backward_in_groups(ctx, rows, saved, dresidual, gradients)
             passed_on = hand_on(ctx, dresidual) if needs_residual else None
-            return None, None, passed_on, *gradients.totals()
+            return None, None, None, passed_on, *gradients.totals()
         with (
             explained(lambda: f"in the backward pass of a layer with {rows.shape[0]} kept rows"),
             ctx.surroundings.restored(),
@@ -125,7 +139,7 @@ class _Recomputed(torch.autograd.Function):
             if drows is not None:
                 add_rows(dresidual, drows, unit.read_rows)
         passed_on = hand_on(ctx, dresidual) if needs_residual else None
-        return None, None, passed_on, *gradients.totals()
+        return None, None, None, passed_on, *gradients.totals()
 
 
 def _backward_in_groups(
@@ -144,7 +158,7 @@ def _backward_in_groups(
         dresidual: [T, H], the residual's gradient, into which that of the rows is added.
         gradients: gets those of the parameters.
     """
-    unit, needs_residual = ctx.unit, ctx.needs_input_grad[2]
+    unit, needs_residual = ctx.unit, ctx.needs_input_grad[3]
     groups = GroupedBackward(
         unit.attention, unit.head_groups, rows, saved, ctx.surroundings, ctx.behind_heads
     )

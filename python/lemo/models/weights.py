@@ -5,7 +5,7 @@ call, as autocast does with weights of another dtype. lemo calls a layer several
 works in chunks of rows; inside `kept_matrices` the matrix is made once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lemo.models.interception import has_own_forward, is_intercepted
 
 __all__ = [
+    "check_same_weights",
     "is_plain",
     "is_torchao_float8",
     "kept_matrices",
@@ -41,6 +42,27 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
                 found[id(parameter)] = parameter
         waiting += [child for child in each._modules.values() if child is not None]
     return list(found.values())
+
+
+def check_same_weights(module: nn.Module, before: Sequence[Tensor]) -> None:
+    """Refuses to compute again with other weights than in forward.
+
+    Args:
+        module: what is computed again in backward.
+        before: its `parameters_of` in forward.
+
+    Raises:
+        RuntimeError: it has others now, as `torch.func.functional_call` leaves it.
+    """
+    now = parameters_of(module)
+    # Weights that hooks bring from the host are on the meta device between two calls.
+    same = (a is b or (a.is_meta and b.is_meta) for a, b in zip(now, before))
+    if len(now) != len(before) or not all(same):
+        raise RuntimeError(
+            f"model: expected {type(module).__name__} to have the same weights in backward, which "
+            "computes it again, as in forward, got others; run backward while those of forward are "
+            "in place (torch.func.functional_call puts the model's own back when it returns)"
+        )
 
 
 def is_plain(module: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class Head:
             return rows.sum() + 0.0 * self._own_sum(row, label, 1)
 
         rows = loss_chunk_rows(vocabulary) if chunk_rows is None else chunk_rows
-        total = sum_over_chunks(chunk_loss, hidden, targets, rows)
+        total = sum_over_chunks(chunk_loss, self._head(), hidden, targets, rows)
         return total / (targets.numel() if divisor is None else divisor)
 
     @torch.no_grad()
