@@ -217,7 +217,13 @@ def test_adapters(order):
         assert_close_fp32(mine[name], gradient, name)
 
 
-def test_layers_that_torch_compiles_by_default():
+@pytest.fixture
+def nothing_compiled():
+    """torch.compile stops to compile a function that it has compiled too often before."""
+    torch.compiler.reset()
+
+
+def test_layers_that_torch_compiles_by_default(nothing_compiled):
     """Inductor hands names of arguments on to functions of its own, which have some, too."""
     model = make("mistral", num_hidden_layers=1, layer_types=None)
     eager = copy.deepcopy(model)
@@ -231,7 +237,7 @@ def test_layers_that_torch_compiles_by_default():
 
 @pytest.mark.parametrize("checkpoints", [False, True])
 @pytest.mark.parametrize("what", ["model", "layers", "each layer"])
-def test_compiled_models(what, checkpoints):
+def test_compiled_models(nothing_compiled, what, checkpoints):
     counter = CompileCounterWithBackend("aot_eager")
     model = make("mistral")
     if checkpoints:
