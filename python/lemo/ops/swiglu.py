@@ -42,10 +42,15 @@ class _Swiglu(torch.autograd.Function):
     @first_order_only("swiglu")
     def backward(ctx, dout, *_):
         gate, up = ctx.saved_tensors
-        call(_ops.swiglu_backward, dout, gate, up)
-        # Whoever still wants the values, a second backward pass included, gets autograd's error.
-        torch.autograd.graph.increment_version((gate, up))
-        dgate, dup = gate.detach(), up.detach()
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            # A second backward pass wants the values.
+            dgate, dup = gate.clone(), up.clone()
+            call(_ops.swiglu_backward, dout, dgate, dup)
+        else:
+            call(_ops.swiglu_backward, dout, gate, up)
+            # Whoever still wants the values gets autograd's error.
+            torch.autograd.graph.increment_version((gate, up))
+            dgate, dup = gate.detach(), up.detach()
         return (
             dgate if ctx.needs_input_grad[0] else None,
             dup if ctx.needs_input_grad[1] else None,
@@ -74,8 +79,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Backward keeps `gate` and `up` alone and overwrites them with their gradients, so it allocates
     nothing. Other references to them see the changed values; autograd raises where somebody else's
-    backward pass, or a second one through this op (`retain_graph`), needs their values again.
-    Leaves, and views of them, are copied first and stay as they are.
+    backward pass needs their values again. Leaves, and views of them, are copied first and stay as
+    they are. With `retain_graph=True` the gradients are tensors of their own.
 
     Args:
         gate: [R, F] float.
