@@ -488,6 +488,32 @@ def test_unsupported_models_are_named():
         lemo.enable(make_model("llama"), {"keep": 0.5})
 
 
+class Distillation(torch.nn.Module):
+    """A teacher and its student, as one model for a trainer."""
+
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+    def forward(self, **batch):
+        with torch.no_grad():
+            self.teacher(**batch)
+        return self.student(**batch)
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_two_causal_lms_in_one_model_are_refused(path):
+    """lemo would run on the first of them, whichever is trained."""
+    model = Distillation(make_model("llama").requires_grad_(False), make_model("qwen3"))
+    settings = lemo.LemoConfig(keep=0.5, block_size=8, path=path)
+    with pytest.raises(ValueError, match="one causal LM inside Distillation, got a LlamaForCausal"):
+        lemo.enable(model, settings)
+    handle = lemo.enable(model.student, settings)
+    ids = make_ids(1, 40)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert handle.statistics()[0].attention_rows == 24
+
+
 def test_enabling_twice_is_refused():
     model = make_model("llama")
     lemo.enable(model, HALF)

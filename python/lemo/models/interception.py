@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.models.sharded import is_sharded, own_class
@@ -141,10 +142,18 @@ def check_around(model: nn.Module, causal_lm: nn.Module) -> None:
         causal_lm: the model inside.
 
     Raises:
-        ValueError: a wrapper has taken the causal LM's forward before lemo; or see
-            `check_adapters`.
+        ValueError: a wrapper has taken the causal LM's forward before lemo; there is another causal
+            LM beside it; or see `check_adapters`.
     """
+    inside = set(causal_lm.modules())
     for module in model.modules():
+        beside = module not in inside and all(part is not causal_lm for part in module.modules())
+        if beside and isinstance(module, PreTrainedModel) and module.can_generate():
+            raise ValueError(
+                f"model: expected one causal LM inside {type(model).__name__}, got a "
+                f"{type(causal_lm).__name__} and a {type(module).__name__}, such as a student and "
+                "its teacher; call lemo.enable on the one that is trained"
+            )
         held = getattr(vars(module).get("forward"), "__self__", None)
         if module is not causal_lm and held is causal_lm:
             raise ValueError(
