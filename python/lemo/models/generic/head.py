@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lemo.models.eval_mode import evaluating
 from lemo.models.loss import head_loss, loss_chunk_rows, sum_over_chunks
 
 __all__ = ["Head"]
@@ -74,6 +75,11 @@ class Head:
     def _look(self, like: Tensor) -> bool:
         """Whether the loss is the cross entropy of the head's logits, on two made-up rows."""
         head = self._head()
+        # Dropout would make other logits at each call, and use up random numbers of the training.
+        with evaluating(head):
+            return self._is_cross_entropy(head, like)
+
+    def _is_cross_entropy(self, head: nn.Module, like: Tensor) -> bool:
         generator = torch.Generator("cpu").manual_seed(0)
         rows = torch.randn(2, like.shape[1], generator=generator, device="cpu").to(like)
         logits = head(rows)
