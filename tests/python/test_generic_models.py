@@ -269,5 +269,5 @@ def test_a_head_whose_weights_are_gone_in_backward():
     others = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     others["model.norm.weight"].requires_grad_()
     loss = torch.func.functional_call(model, others, (), plain_batch()).loss
-    with pytest.raises(RuntimeError, match="expected Linear to have the same weights in backward"):
+    with pytest.raises(RuntimeError, match="expected Linear .* in backward, .* got other weights"):
         loss.backward()

@@ -12,10 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from lemo import ops
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture, active_module
+from lemo.models.as_in_forward import AsInForward
 from lemo.models.interception import has_own_forward
 from lemo.models.labels import IGNORE_INDEX
 from lemo.models.sharded import check_whole, is_sharded, own_class, run_inside
-from lemo.models.weights import check_same_weights, is_plain, parameters_of
+from lemo.models.weights import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
 
@@ -282,10 +283,10 @@ def sum_over_chunks(
         targets: [N] int64.
         chunk_rows: the most rows of a chunk.
     """
-    parameters = parameters_of(head)
+    now = AsInForward(head)
 
     def checked(rows: Tensor, labels: Tensor) -> Tensor:
-        check_same_weights(head, parameters)
+        now.check()
         return chunk_loss(rows, labels)
 
     losses = [

@@ -1,6 +1,6 @@
 """What a training forward returns: the loss, and logits that exist only when they are read."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,13 +16,12 @@ class DeferredLogits:
 
     Args:
         compute: gives the logits, with a graph where gradients are enabled.
-        parameters: what the logits depend on; they may not change before the logits are read.
+        difference: what is another in the model than in the forward pass, in words; None: nothing.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> None:
+    def __init__(self, compute: Callable[[], Tensor], difference: Callable[[], str | None]) -> None:
         self._compute = compute
-        self._parameters = list(parameters)
-        self._versions = self._current_versions()
+        self._difference = difference
         self._read: dict[bool, Tensor] = {}
         self._autocast = _autocast_state()
 
@@ -30,16 +29,18 @@ class DeferredLogits:
         """The logits; computed at most once with a graph and once without.
 
         Raises:
-            RuntimeError: an optimizer step or the like came in between.
+            RuntimeError: an optimizer step, a switch of adapters or the like came in between.
         """
         with_graph = torch.is_grad_enabled()
         logits = self._read.get(True, self._read.get(with_graph))
         if logits is not None:
             return logits if with_graph else logits.detach()
-        if self._versions != self._current_versions():
+        difference = self._difference()
+        if difference is not None:
             raise RuntimeError(
-                "logits: expected to be read before the weights change, but they have changed "
-                "since the forward pass; read outputs.logits before optimizer.step()"
+                "logits: expected to be read while the model is as in the forward pass, since they "
+                f"are computed then, got {difference}; read outputs.logits before optimizer.step() "
+                "and before adapters are switched or disabled"
             )
         device, dtype, enabled = self._autocast
         with torch.autocast(device, dtype=dtype, enabled=enabled):
@@ -47,9 +48,6 @@ class DeferredLogits:
         # Mixed precision hands out fp32.
         self._read[with_graph] = logits.float() if enabled else logits
         return self._read[with_graph]
-
-    def _current_versions(self) -> list[int]:
-        return [parameter._version for parameter in self._parameters]
 
 
 class EliminatedOutput(CausalLMOutputWithPast):

@@ -21,12 +21,13 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from lemo import ops
 from lemo.models.architectures import GradientTarget
+from lemo.models.as_in_forward import AsInForward
 from lemo.models.head_groups import GroupedBackward, attended
 from lemo.models.out_of_memory import explained
 from lemo.models.rows import add_in_chunks, add_rows, chunks_of, gather_rows
 from lemo.models.sub_blocks import MLP
 from lemo.models.unit import Unit
-from lemo.models.weights import check_same_weights, kept_matrices
+from lemo.models.weights import kept_matrices
 from lemo.ops.autograd import first_order_only, hand_on, overwritable
 from lemo.ops.segment_attention import SavedAttention
 
@@ -49,14 +50,14 @@ def recomputed(
     Args:
         residual: not a leaf that requires grad.
         unit: what to compute.
-        layer: whose unit it is; backward expects it to have the same parameters.
+        layer: whose unit it is; backward expects it to be the same as behind forward.
         parameters: `parameters_of` the layer. Trainable ones are arguments of the autograd node, so
             hooks on the accumulation of gradients (of DDP and the like) see them.
         selective: store attention's output and logarithms, so that it runs forward once only.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    check = partial(check_same_weights, layer, parameters)
-    return _Recomputed.apply(unit, check, selective, residual, *trained)
+    look = partial(AsInForward, layer, parameters)
+    return _Recomputed.apply(unit, look, selective, residual, *trained)
 
 
 class _Recomputed(torch.autograd.Function):
@@ -64,12 +65,12 @@ class _Recomputed(torch.autograd.Function):
     def forward(
         ctx: Any,
         unit: Unit,
-        check: Callable[[], None],
+        look: Callable[[], AsInForward],
         selective: bool,
         residual: Tensor,
         *parameters: nn.Parameter,
     ) -> Tensor:
-        ctx.unit, ctx.check, ctx.selective, ctx.parameters = unit, check, selective, parameters
+        ctx.unit, ctx.selective, ctx.parameters = unit, selective, parameters
         ctx.mark_dirty(residual)
         saved: tuple[Tensor, ...] = ()
         # Before the random numbers that backward draws again.
@@ -93,6 +94,8 @@ class _Recomputed(torch.autograd.Function):
                 with kept_matrices():
                     add_in_chunks(residual, unit.mlp, unit.kept_rows, unit.mlp.width)
         unit.left_out.finish(residual)
+        # Behind forward: PEFT takes merged adapters that are disabled out of the weight there.
+        ctx.layer = look()
         ctx.num_left_out = len(left_out)
         ctx.save_for_backward(rows, *left_out, *saved)
         return residual
@@ -100,7 +103,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @first_order_only("recompute")
     def backward(ctx: Any, dresidual: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.check()
+        ctx.layer.check()
         unit, needs_residual = ctx.unit, ctx.needs_input_grad[3]
         rows, *saved = ctx.saved_tensors
         left_out, saved = tuple(saved[: ctx.num_left_out]), saved[ctx.num_left_out :]

@@ -4,7 +4,7 @@ For a loss alone, left-out rows are not computed. For logits or hidden states a 
 computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ from lemo.distributed.context import ContextParallel
 from lemo.models import labels as named_labels
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
+from lemo.models.as_in_forward import AsInForward
 from lemo.models.batch import Batch
 from lemo.models.context_checks import needs_all_rows
 from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
@@ -39,7 +40,6 @@ from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import is_sharded
 from lemo.models.training import LABELS_UNKNOWN, Training
-from lemo.models.weights import parameters_of
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["TrainingForward"]
@@ -98,9 +98,11 @@ class TrainingForward(Training[Elimination]):
         targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
         batch = replace(batch, host=self._on_host(batch, arguments))
         entries: list[Tensor] | None = None
-        read: list[Tensor] | None = None
+        difference: Callable[[], str | None] | None = None
         if not asked and self._has_one_set(targets.device):
-            loss, counted, read = self._loss_of_one_set(arguments, batch, embed, targets, lost)
+            loss, counted, difference = self._loss_of_one_set(
+                arguments, batch, embed, targets, lost
+            )
         else:
             decoder = self.elimination.decoder
             if asked:
@@ -139,7 +141,8 @@ class TrainingForward(Training[Elimination]):
             assert computed is not None
             return computed
 
-        output["logits"] = DeferredLogits(logits, read or parameters_of(architecture.causal_lm))
+        difference = difference or AsInForward(architecture.causal_lm).difference
+        output["logits"] = DeferredLogits(logits, difference)
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
@@ -182,9 +185,9 @@ class TrainingForward(Training[Elimination]):
         embed: Embed,
         targets: Tensor,
         lost: Tensor | None,
-    ) -> tuple[Tensor, int, list[Tensor] | None]:
+    ) -> tuple[Tensor, int, Callable[[], str | None] | None]:
         """The loss, how many labels count as far as it is known without a device's answer, and
-        the parameters that the model computes from; None: nobody looked for them."""
+        what tells in what the model differs from what it is now; None: nobody looked at it."""
         decoder, ignored = self.elimination.decoder, arguments.ignored_label
         labelled = targets != ignored
         with explained(decoder.describe):
@@ -217,10 +220,22 @@ class TrainingForward(Training[Elimination]):
             graphs = None
         if graphs is None:
             return step(inputs), most, None
-        key, parameters, read = step.captured(self._state())
+        state = self._state()
+        key, parameters, read = step.captured(state)
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
-        return graphs.run(key, step, inputs, parameters, module, obstacle), most, read
+        difference = partial(self._difference, state, read, [x._version for x in read])
+        return graphs.run(key, step, inputs, parameters, module, obstacle), most, difference
+
+    def _difference(
+        self, state: State, read: Sequence[Tensor], versions: Sequence[int]
+    ) -> str | None:
+        """What is another than when the modules and the versions of all weights were these."""
+        if [x._version for x in read] != versions:
+            return "weights that were changed in place since"
+        if state_of(self._architecture).said != state.said:
+            return "other modules, adapters, dropout or weights"
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         # Nobody said it of a copied or pickled model, whose weights are elsewhere.

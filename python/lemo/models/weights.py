@@ -5,8 +5,9 @@ call, as autocast does with weights of another dtype. lemo calls a layer several
 works in chunks of rows; inside `kept_matrices` the matrix is made once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from torch import Tensor, nn
 from lemo.models.interception import has_own_forward, is_intercepted
 
 __all__ = [
-    "check_same_weights",
     "is_plain",
     "is_torchao_float8",
     "kept_matrices",
     "matrix_of",
     "once",
     "parameters_of",
+    "version_of",
 ]
 
 # What `kept_matrices` keeps: by its owner's id, the owner (so that the id stays its own) and its
@@ -44,25 +45,9 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def check_same_weights(module: nn.Module, before: Sequence[Tensor]) -> None:
-    """Refuses to compute again with other weights than in forward.
-
-    Args:
-        module: what is computed again in backward.
-        before: its `parameters_of` in forward.
-
-    Raises:
-        RuntimeError: it has others now, as `torch.func.functional_call` leaves it.
-    """
-    now = parameters_of(module)
-    # Weights that hooks bring from the host are on the meta device between two calls.
-    same = (a is b or (a.is_meta and b.is_meta) for a, b in zip(now, before))
-    if len(now) != len(before) or not all(same):
-        raise RuntimeError(
-            f"model: expected {type(module).__name__} to have the same weights in backward, which "
-            "computes it again, as in forward, got others; run backward while those of forward are "
-            "in place (torch.func.functional_call puts the model's own back when it returns)"
-        )
+def version_of(weight: Tensor) -> int | None:
+    """How often a weight was changed in place, by other ways than `.data`; None: not counted."""
+    return None if weight.is_inference() else weight._version
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -90,23 +75,43 @@ def matrix_of(
     autocast), and two whose product is that with their dequantised weight:
     `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314), and
     `nn.Linear` with torchao's float8 for weights alone.
+
+    It is called in forward and in backward, where it raises RuntimeError if the weight was changed
+    in place in between, as autograd does for what it saves.
     """
     if is_plain(module):
         weight = module.weight
         if weight.requires_grad:
             return None
         if weight.dtype == dtype:
-            return lambda: weight
-        return (lambda: once(module, dtype, weight.to)) if cast else None
+            return _unchanged(weight, lambda: weight)
+        return _unchanged(weight, lambda: once(module, dtype, weight.to)) if cast else None
     if is_torchao_float8(module):
         quantised = module.weight
         if quantised.requires_grad or quantised.dtype != dtype:
             return None
-        return lambda: once(module, dtype, lambda dtype: _plain(quantised).to(dtype))
+        make = partial(once, module, dtype, lambda dtype: _plain(quantised).to(dtype))
+        return _unchanged(quantised, make)
     # The layer computes in a dtype of its own where it has one.
     if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
-        return lambda: once(module, dtype, lambda dtype: _dequantised(module).to(dtype))
+        make = partial(once, module, dtype, lambda dtype: _dequantised(module).to(dtype))
+        return _unchanged(module.weight, make)
     return None
+
+
+def _unchanged(weight: Tensor, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`make`, which raises RuntimeError once `weight` has been changed in place."""
+    version = version_of(weight)
+
+    def checked() -> Tensor:
+        if version_of(weight) != version:
+            raise RuntimeError(
+                f"weight: expected that of a frozen layer, {list(weight.shape)}, to have the same "
+                "values in backward as in forward, got one that was changed in place since"
+            )
+        return make()
+
+    return checked
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 from lemo.distributed.context import ContextParallel
 from lemo.models import context_checks
 from lemo.models.arguments import ForwardArguments
+from lemo.models.as_in_forward import AsInForward
 from lemo.models.batch import Batch
 from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
@@ -217,7 +218,7 @@ class GenericForward(Training[Choice]):
             with self.dense():
                 return self.own(**{**given, "return_dict": True}).logits
 
-        output["logits"] = DeferredLogits(logits, parts.causal_lm.parameters())
+        output["logits"] = DeferredLogits(logits, AsInForward(parts.causal_lm).difference)
         return output
 
     def labelled(

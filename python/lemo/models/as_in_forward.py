@@ -1,0 +1,88 @@
+"""Whether a module is still what it was in forward, where it is computed once more later.
+
+Autograd raises where a tensor that it has saved was changed since. What is computed again, by
+lemo's recomputation or for logits that are read later, saves less and reads the rest from the
+module.
+"""
+
+import copy
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lemo.models.sharded import is_sharded
+from lemo.models.weights import parameters_of, version_of
+
+__all__ = ["AsInForward"]
+
+# By which PEFT's layers say what they add.
+_OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+
+class AsInForward:
+    """What a module is when this is made.
+
+    Args:
+        module: is computed again later.
+        parameters: its `parameters_of`; None: they are looked for.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor] | None = None) -> None:
+        self._module = module
+        self._parameters = parameters_of(module) if parameters is None else parameters
+        self._versions = _versions(self._parameters)
+        self._switches = _switches(module)
+
+    def difference(self) -> str | None:
+        """What is another now, in words; None: nothing."""
+        now = parameters_of(self._module)
+        # Weights that hooks bring from the host are on the meta device between two calls.
+        same = (a is b or (a.is_meta and b.is_meta) for a, b in zip(now, self._parameters))
+        if (len(now) != len(self._parameters) or not all(same)) and not self._is_sharded():
+            return "other weights"
+        if _versions(self._parameters) != self._versions:
+            return "weights that were changed in place since"
+        if _switches(self._module) != self._switches:
+            return "other active, merged, disabled or scaled adapters, or other dropout"
+        return None
+
+    def _is_sharded(self) -> bool:
+        """Whether FSDP2 puts other tensors into it for forward; those of now are checked there."""
+        return any(map(is_sharded, self._module.modules()))
+
+    def check(self) -> None:
+        """Refuses to compute the module again in backward.
+
+        Raises:
+            RuntimeError: it is another than in forward.
+        """
+        difference = self.difference()
+        if difference is not None:
+            raise RuntimeError(
+                f"model: expected {type(self._module).__name__} to have the same weights, adapters "
+                "and dropout in backward, which computes it again, as in forward, got "
+                f"{difference}; run backward while those of forward are in place "
+                "(torch.func.functional_call puts the model's own back when it returns)"
+            )
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int | None]:
+    return [None if parameter.is_meta else version_of(parameter) for parameter in parameters]
+
+
+def _switches(module: nn.Module) -> list[Any]:
+    """What the modules inside say of adapters, and of dropout where there is any."""
+    found: list[Any] = []
+    # Walked by hand, as in `parameters_of`.
+    waiting = [module]
+    while waiting:
+        each = waiting.pop()
+        said = each.__dict__
+        if "_active_adapter" in said:
+            found += (copy.copy(said.get(name)) for name in _OF_ADAPTERS)
+        share: Hashable = said.get("p", said.get("dropout"))
+        if share:
+            found.append(share if said["training"] else None)
+        waiting += [child for child in each._modules.values() if child is not None]
+    return found

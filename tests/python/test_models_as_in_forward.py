@@ -1,0 +1,159 @@
+"""What is computed once more after forward is computed as in forward, or refused."""
+
+import pytest
+import torch
+
+import lemo
+from generic_cases import make
+from tiny_models import LINEAR, gradients, lora, make_ids
+from tolerances import assert_close_fp32
+
+pytestmark = pytest.mark.cpu_only
+
+IDS = make_ids(2, 40)
+BATCH = {"input_ids": IDS, "labels": IDS}
+HEAD = [*LINEAR, "lm_head"]
+REFUSED = "to have the same weights, adapters and dropout in backward"
+
+
+def adapted(modules=LINEAR, **more):
+    """A model with two adapters, of which the first is active."""
+    model = lora(make("llama"), target_modules=modules, **more)
+    model.add_adapter("other", model.peft_config["default"])
+    return model.train()
+
+
+def layers_of(model):
+    return [module for module in model.modules() if hasattr(module, "scale_layer")]
+
+
+def scale(model):
+    for layer in layers_of(model):
+        layer.scale_layer(3.0)
+
+
+def write(model, trained):
+    weight = next(
+        weight
+        for name, weight in model.named_parameters()
+        if "down_proj" in name and weight.requires_grad == trained
+    )
+    with torch.no_grad():
+        weight += 1.0
+
+
+CHANGES = {
+    "another adapter": lambda model: model.base_model.set_adapter("other"),
+    "two adapters": lambda model: model.base_model.set_adapter(["default", "other"]),
+    "no adapter": lambda model: model.base_model.disable_adapter_layers(),
+    "a merged adapter": lambda model: model.merge_adapter(),
+    "another scale": scale,
+    "no dropout": lambda model: model.eval(),
+}
+
+
+def train(model, change=None):
+    """(loss, gradients) of a step in which the model changes between forward and backward."""
+    torch.manual_seed(3)
+    loss = model(**BATCH, use_cache=False).loss
+    if change is not None:
+        change(model)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_("lora" in name)  # PEFT freezes what it switches off
+    loss.backward()
+    return loss, {
+        name: gradient for name, gradient in gradients(model).items() if "other" not in name
+    }
+
+
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_switched_between_forward_and_backward(change, how):
+    model, dense = (adapted(lora_dropout=0.3) for _ in range(2))
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    if how != "none":
+        with pytest.raises(RuntimeError, match=f"expected LlamaDecoderLayer {REFUSED}.* adapters"):
+            train(model, CHANGES[change])
+        return
+    (loss, mine), (expected, theirs) = (train(each, CHANGES[change]) for each in (model, dense))
+    assert_close_fp32(loss, expected, "loss")
+    assert mine.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert_close_fp32(mine[name], gradient, name)
+
+
+@pytest.mark.parametrize("how", ["layer", "selective"])
+def test_what_changes_nothing_is_not_refused(how):
+    model, dense = adapted(), adapted()
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+
+    def other_step(model):
+        model.eval()
+        with torch.no_grad(), model.disable_adapter():
+            model(input_ids=IDS)
+
+    (_, mine), (_, theirs) = train(model, other_step), train(dense)
+    for name, gradient in theirs.items():
+        assert_close_fp32(mine[name], gradient, name)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+def test_weights_that_are_written_to_between_forward_and_backward(how, trained):
+    """As in the plain model, where autograd says so."""
+    model, dense = adapted(), adapted()
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    with pytest.raises(RuntimeError, match="inplace"):
+        train(dense, lambda model: write(model, trained))
+    with pytest.raises(RuntimeError, match="in place|inplace"):
+        train(model, lambda model: write(model, trained))
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("change", ["another adapter", "no adapter", "another scale", "no dropout"])
+def test_a_head_that_is_switched_between_forward_and_backward(change, path):
+    """Its logits are made a chunk of rows at a time, and made again in backward."""
+    model = adapted(HEAD, lora_dropout=0.3)
+    lemo.enable(model, lemo.LemoConfig(keep=1, path=path))
+    with pytest.raises(RuntimeError, match=f"{REFUSED}.* adapters"):
+        train(model, CHANGES[change])
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("change", [*CHANGES, "other weights"])
+def test_logits_that_are_read_when_the_model_has_changed_are_refused(change, path):
+    """Such as those of a student, read where its adapters are disabled for the teacher."""
+    model = adapted(lora_dropout=0.3)
+    lemo.enable(model, lemo.LemoConfig(keep=0.5, path=path))
+    if change == "other weights":
+        others = {name: weight + 0.1 for name, weight in model.named_parameters()}
+        outputs = torch.func.functional_call(model, others, (), BATCH)
+    else:
+        outputs = model(**BATCH)
+        CHANGES[change](model)
+    with pytest.raises(RuntimeError, match="logits: expected to be read while the model is as in"):
+        _ = outputs.logits
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_a_student_is_read_after_its_teacher(path):
+    model, dense = adapted(), adapted()
+    lemo.enable(model, lemo.LemoConfig(keep=0.5, path=path))
+    outputs = model(**BATCH)
+    with torch.no_grad(), model.disable_adapter():
+        teacher = model(input_ids=IDS).logits
+    with dense.disable_adapter():
+        assert_close_fp32(teacher, dense(input_ids=IDS).logits)
+    assert_close_fp32(outputs.logits, dense(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+def test_a_graph_that_is_kept_gives_its_gradients_again(how):
+    model, dense = adapted(), adapted()
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    for each in (model, dense):
+        loss = each(**BATCH, use_cache=False).loss
+        loss.backward(retain_graph=True)
+        (2 * loss).backward()
+    for name, gradient in gradients(dense).items():
+        assert_close_fp32(gradients(model)[name], gradient, name)
