@@ -1,6 +1,7 @@
 #include "lemo/check.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 namespace lemo {
@@ -105,6 +106,11 @@ void Checker::heads(const Tensor& q, const Tensor& k) const {
 void Checker::scale(double value) const {
     const auto narrow = static_cast<float>(value);
     that(std::isfinite(narrow) && narrow > 0, "scale", "a finite number above 0", value);
+}
+
+void Checker::block_size(int64_t value) const {
+    that(value >= 1 && value <= std::numeric_limits<int32_t>::max(), "block_size",
+         "from 1 to 2147483647", value);
 }
 
 void Checker::same_device(

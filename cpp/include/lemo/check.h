@@ -79,6 +79,9 @@ public:
     /// The argument 'scale' is finite and above 0 in fp32, as kernels take it.
     void scale(double value) const;
 
+    /// The argument 'block_size' is from 1 to 2^31 - 1, so that the end of no block overflows.
+    void block_size(int64_t value) const;
+
     /// All given tensors lie on the device of the first one.
     void same_device(std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
 
