@@ -94,7 +94,8 @@ public:
     void ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const;
 
     /// `cuts` [>= 1] int32 go from 0 to `end`, ascending; strictly where no piece may be empty.
-    /// Reads CPU tensors' data.
+    /// Reads CPU tensors' data; of others checks what sizes tell. `end` is -1 where only the device
+    /// knows it.
     void cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const;
 
     /// `block_starts` [B+1] and `cu_blocks` [N+1] describe `num_tokens` rows. Reads CPU tensors.
