@@ -94,6 +94,7 @@ Tensor view(const TorchTensor& tensor) {
     result.data = tensor.data_ptr();
     result.dtype = to_dtype(tensor.scalar_type());
     result.device = to_device(tensor);
+    if (result.device == Device::kCuda) result.device_index = device_index(tensor);
     result.ndim = static_cast<int>(tensor.dim());
     for (int i = 0; i < result.ndim; ++i) {
         result.shape[static_cast<size_t>(i)] = tensor.size(i);

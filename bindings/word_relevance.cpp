@@ -13,7 +13,7 @@ TorchTensor word_relevance(TorchTensor ids, TorchTensor firsts, TorchTensor ends
     const Checker check("word_relevance");
     check.typed("ids", view(tokens), DType::kInt64, 1);
     check.typed("firsts", view(starts), DType::kInt64, 1);
-    check.that(block_size >= 1, "block_size", "at least 1", block_size);
+    check.block_size(block_size);
     TorchTensor relevance = make_empty(
         tokens, {starts.numel(), num_blocks(tokens.numel(), block_size)}, ScalarType::Float);
     run("word_relevance", tokens,

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "block_runs.h"
 #include "convert.h"
 #include "exp2.h"
 #include "gemm.h"
@@ -65,28 +66,6 @@ struct Queries {
     }
 };
 
-/// Consecutive blocks of one sequence: those that fit into kKeyRows keys, or one larger block.
-struct Run {
-    int64_t first_block, end_block;
-    int64_t end_row;  // of the sequence
-};
-
-std::vector<Run> plan_runs(const int32_t* start, const int32_t* cut, int64_t num_sequences) {
-    std::vector<Run> runs;
-    for (int64_t n = 0; n < num_sequences; ++n) {
-        for (int64_t block = cut[n]; block < cut[n + 1];) {
-            Run run{block, block + 1, start[cut[n + 1]]};
-            while (run.end_block < cut[n + 1] &&
-                   start[run.end_block + 1] - start[block] <= kKeyRows) {
-                ++run.end_block;
-            }
-            block = run.end_block;
-            runs.push_back(run);
-        }
-    }
-    return runs;
-}
-
 /// Takes a query's scores for the keys [first, end) into its results for their blocks, from
 /// `block` on.
 LEMO_MULTIVERSION
@@ -120,12 +99,12 @@ public:
           group_(params.q.size(1) / key_heads_), head_dim_(params.q.size(2)),
           scale_(static_cast<float>(params.scale)) {}
 
-    void run(const Run& run, int64_t key_head) {
+    void walk(const cpu::BlockRun& run, int64_t key_head) {
         // The stacked rows of the query heads that share this key head.
         const float* stacked = queries_.values.data() + key_head * num_rows_ * group_ * head_dim_;
-        const int64_t key_end = start_[run.end_block];
-        const int64_t end_query = queries_.first_from(run.end_row) * group_;
-        for (int64_t j = start_[run.first_block]; j < key_end; j += kKeyRows) {
+        const int64_t key_end = start_[run.end];
+        const int64_t end_query = queries_.first_from(start_[run.sequence_end]) * group_;
+        for (int64_t j = start_[run.first]; j < key_end; j += kKeyRows) {
             const int64_t num_keys = std::min(kKeyRows, key_end - j);
             const int64_t first_query = queries_.first_from(j) * group_;
             if (first_query == end_query) return;  // later keys are seen by fewer
@@ -144,8 +123,8 @@ public:
                     const int64_t to =
                         (queries_.place[query] * key_heads_ * group_ + head) * num_blocks_;
                     take_scores(scores_.data() + s * num_keys, j,
-                                std::min(j + num_keys, queries_.row[query] + 1), start_,
-                                run.first_block, maximum_ + to, logsumexp_ + to);
+                                std::min(j + num_keys, queries_.row[query] + 1), start_, run.first,
+                                maximum_ + to, logsumexp_ + to);
                 }
             }
         }
@@ -202,9 +181,9 @@ void check(const BlockAttentionParams& params) {
 void block_attention_cpu(const BlockAttentionParams& params) {
     std::fill_n(params.maximum.as<float>(), params.maximum.num_elements(), kNothing);
     std::fill_n(params.logsumexp.as<float>(), params.logsumexp.num_elements(), kNothing);
-    const std::vector<Run> runs =
-        plan_runs(params.block_starts.as<const int32_t>(), params.cu_blocks.as<const int32_t>(),
-                  params.cu_blocks.size(0) - 1);
+    const std::vector<cpu::BlockRun> runs =
+        cpu::cut_runs(params.block_starts.as<const int32_t>(), params.cu_blocks.as<const int32_t>(),
+                      params.cu_blocks.size(0) - 1, kKeyRows);
     const Queries queries(params);
     const int64_t key_heads = params.k.size(1);
     cpu::dispatch_float(params.q.dtype, [&]<typename T>(T) {
@@ -212,7 +191,7 @@ void block_attention_cpu(const BlockAttentionParams& params) {
                                        Walker<T>(params, queries));
         cpu::parallel_for(static_cast<int64_t>(runs.size()) * key_heads,
                           [&](int64_t i, int thread) {
-                              walkers[static_cast<size_t>(thread)].run(
+                              walkers[static_cast<size_t>(thread)].walk(
                                   runs[static_cast<size_t>(i / key_heads)], i % key_heads);
                           });
     });

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "block_runs.h"
 #include "convert.h"
 #include "gemm.h"
 #include "lemo/check.h"
@@ -18,34 +19,19 @@ namespace {
 constexpr int64_t kQueryRows = 128;
 constexpr int64_t kKeyRows = 256;
 
-/// Consecutive key blocks of one sequence. The task walks all queries that can see them, so each
-/// score has one writer and nothing larger than a tile is shared.
-struct Task {
-    int64_t first_block, end_block;  // the key blocks
-    int64_t last_block;              // end of the sequence's blocks
-};
-
-/// Groups of key blocks of about kKeyRows rows, those with the most queries to walk first.
-std::vector<Task> plan_tasks(const int32_t* start, const int32_t* cut, int64_t num_sequences) {
-    std::vector<Task> tasks;
-    for (int64_t n = 0; n < num_sequences; ++n) {
-        for (int64_t block = cut[n]; block < cut[n + 1];) {
-            Task task{block, block + 1, cut[n + 1]};
-            while (task.end_block < task.last_block &&
-                   start[task.end_block + 1] - start[block] <= kKeyRows) {
-                ++task.end_block;
-            }
-            block = task.end_block;
-            tasks.push_back(task);
-        }
-    }
-    const auto work = [start](const Task& task) {
-        const int64_t keys = start[task.end_block] - start[task.first_block];
-        return keys * (start[task.last_block] - start[task.first_block]);
+/// Runs of key blocks, those with the most queries to walk first. A task walks all queries that can
+/// see the keys of one run, so each score has one writer and nothing larger than a tile is shared.
+std::vector<cpu::BlockRun> plan_tasks(const int32_t* start, const int32_t* cut,
+                                      int64_t num_sequences) {
+    std::vector<cpu::BlockRun> runs = cpu::cut_runs(start, cut, num_sequences, kKeyRows);
+    const auto work = [start](const cpu::BlockRun& run) {
+        const int64_t keys = start[run.end] - start[run.first];
+        return keys * (start[run.sequence_end] - start[run.first]);
     };
-    std::stable_sort(tasks.begin(), tasks.end(),
-                     [&](const Task& a, const Task& b) { return work(a) > work(b); });
-    return tasks;
+    std::stable_sort(runs.begin(), runs.end(), [&](const cpu::BlockRun& a, const cpu::BlockRun& b) {
+        return work(a) > work(b);
+    });
+    return runs;
 }
 
 inline float positive(float value) { return value > 0.0f ? value : 0.0f; }
@@ -78,16 +64,16 @@ public:
           scale_(static_cast<float>(params.scale / static_cast<double>(heads_))),
           product_(kQueryRows * kKeyRows), sum_(kQueryRows * kKeyRows) {}
 
-    void run(const Task& task) {
-        const int64_t key_blocks = task.end_block - task.first_block;
-        const int64_t query_blocks = task.last_block - task.first_block;
+    void walk(const cpu::BlockRun& run) {
+        const int64_t key_blocks = run.end - run.first;
+        const int64_t query_blocks = run.sequence_end - run.first;
         maxima_.assign(static_cast<size_t>(query_blocks * key_blocks), 0.0f);
-        const int64_t key_end = start_[task.end_block], query_end = start_[task.last_block];
-        for (int64_t j = start_[task.first_block]; j < key_end; j += kKeyRows) {
+        const int64_t key_end = start_[run.end], query_end = start_[run.sequence_end];
+        for (int64_t j = start_[run.first]; j < key_end; j += kKeyRows) {
             const int64_t num_keys = std::min(kKeyRows, key_end - j);
             const int64_t key_width = key_heads_ * head_dim_, query_width = heads_ * head_dim_;
             const float* keys = cpu::as_float(k_ + j * key_width, num_keys * key_width, wide_k_);
-            int64_t query_block = task.first_block;
+            int64_t query_block = run.first;
             // Queries before the tile's first key see none of it.
             for (int64_t i = j; i < query_end; i += kQueryRows) {
                 const int64_t num_queries = std::min(kQueryRows, query_end - i);
@@ -97,8 +83,8 @@ public:
                 for (int64_t row = i; row < i + num_queries; ++row) {
                     while (row >= start_[query_block + 1]) ++query_block;
                     const int64_t visible = std::min(num_keys, row - j);
-                    take_maxima(task, sum_.data() + (row - i) * num_keys, j, visible,
-                                maxima_.data() + (query_block - task.first_block) * key_blocks);
+                    take_maxima(run, sum_.data() + (row - i) * num_keys, j, visible,
+                                maxima_.data() + (query_block - run.first) * key_blocks);
                 }
             }
         }
@@ -107,7 +93,7 @@ public:
             for (int64_t m = n; m < query_blocks; ++m) {
                 sum += maxima_[static_cast<size_t>(m * key_blocks + n)];
             }
-            scores_[task.first_block + n] = scale_ * (sum / static_cast<float>(query_blocks - n));
+            scores_[run.first + n] = scale_ * (sum / static_cast<float>(query_blocks - n));
         }
     }
 
@@ -126,13 +112,13 @@ private:
 
     /// Raises the maxima of one query row's block by its first `visible` sums, which start at key
     /// row `first_key`.
-    void take_maxima(const Task& task, const float* sums, int64_t first_key, int64_t visible,
-                     float* maxima) const {
+    void take_maxima(const cpu::BlockRun& run, const float* sums, int64_t first_key,
+                     int64_t visible, float* maxima) const {
         const int64_t end_key = first_key + visible;
-        for (int64_t n = task.first_block; n < task.end_block && start_[n] < end_key; ++n) {
+        for (int64_t n = run.first; n < run.end && start_[n] < end_key; ++n) {
             const int64_t from = std::max<int64_t>(start_[n], first_key);
             const int64_t to = std::min<int64_t>(start_[n + 1], end_key);
-            float& best = maxima[n - task.first_block];
+            float& best = maxima[n - run.first];
             best = maximum(sums + (from - first_key), to - from, best);
         }
     }
@@ -168,13 +154,13 @@ void check(const BlockScoresParams& params) {
 }
 
 void block_scores_cpu(const BlockScoresParams& params) {
-    const std::vector<Task> tasks =
+    const std::vector<cpu::BlockRun> tasks =
         plan_tasks(params.block_starts.as<const int32_t>(), params.cu_blocks.as<const int32_t>(),
                    params.cu_blocks.size(0) - 1);
     cpu::dispatch_float(params.q.dtype, [&]<typename T>(T) {
         std::vector<Walker<T>> walkers(static_cast<size_t>(cpu::max_threads()), Walker<T>(params));
         cpu::parallel_for(static_cast<int64_t>(tasks.size()), [&](int64_t i, int thread) {
-            walkers[static_cast<size_t>(thread)].run(tasks[static_cast<size_t>(i)]);
+            walkers[static_cast<size_t>(thread)].walk(tasks[static_cast<size_t>(i)]);
         });
     });
 }

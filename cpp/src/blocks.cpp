@@ -11,8 +11,7 @@ namespace {
 
 void check_sequences(const Checker& check, const std::vector<int64_t>& seqlens,
                      int64_t block_size) {
-    check.that(block_size >= 1 && block_size <= std::numeric_limits<int32_t>::max(), "block_size",
-               "from 1 to 2147483647", block_size);
+    check.block_size(block_size);
     int64_t rows = 0;
     for (const int64_t length : seqlens) {
         check.that(length >= 0, "seqlens", "lengths of at least 0", length);

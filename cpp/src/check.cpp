@@ -1,6 +1,7 @@
 #include "lemo/check.h"
 
 #include <cmath>
+#include <limits>
 #include <utility>
 
 namespace lemo {
@@ -15,6 +16,12 @@ const char* prefix(ErrorKind kind) {
         case ErrorKind::kDeviceMemory: return "[lemo:device_memory] ";
     }
     return "";
+}
+
+/// "cpu", or "cuda:1".
+std::string device_of(const Tensor& tensor) {
+    const std::string kind = name(tensor.device);
+    return tensor.device == Device::kCuda ? kind + ":" + std::to_string(tensor.device_index) : kind;
 }
 
 }  // namespace
@@ -107,14 +114,22 @@ void Checker::scale(double value) const {
     that(std::isfinite(narrow) && narrow > 0, "scale", "a finite number above 0", value);
 }
 
+void Checker::block_size(int64_t value) const {
+    that(value >= 1 && value <= std::numeric_limits<int32_t>::max(), "block_size",
+         "from 1 to 2147483647", value);
+}
+
 void Checker::same_device(
     std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const {
     const auto& [first_name, first] = *arguments.begin();
     for (const auto& [argument, tensor] : arguments) {
-        if (!tensor->given() || tensor->device == first->device) continue;
+        if (!tensor->given() ||
+            (tensor->device == first->device && tensor->device_index == first->device_index)) {
+            continue;
+        }
         fail(argument,
-             std::string("the device of '") + first_name + "' (" + name(first->device) + ")",
-             name(tensor->device));
+             std::string("the device of '") + first_name + "' (" + device_of(*first) + ")",
+             device_of(*tensor));
     }
 }
 
@@ -135,8 +150,14 @@ void Checker::ascending_rows(const char* argument, const Tensor& rows, int64_t n
 void Checker::cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const {
     typed(argument, cuts, DType::kInt32, 1);
     that(cuts.size(0) >= 1, argument, "at least one entry", "none");
-    if (cuts.device != Device::kCpu) return;
-
+    that(end <= std::numeric_limits<int32_t>::max(), argument, "a last entry of at most 2147483647",
+         end);
+    const auto ends_there = [end] { return "a last entry of " + std::to_string(end); };
+    if (cuts.device != Device::kCpu) {
+        // Without a piece kernels have nowhere to look for the first row.
+        that(cuts.size(0) > 1 || end <= 0, argument, ends_there, "the first entry only");
+        return;
+    }
     const int32_t* cut = cuts.as<const int32_t>();
     const int64_t n = cuts.size(0);
     that(cut[0] == 0, argument, "a first entry of 0", cut[0]);
@@ -145,9 +166,7 @@ void Checker::cuts(const char* argument, const Tensor& cuts, int64_t end, bool s
         fail(argument, strict ? "ascending entries" : "entries that do not descend",
              std::to_string(cut[i]) + " after " + std::to_string(cut[i - 1]));
     }
-    if (cut[n - 1] != end) {
-        fail(argument, "a last entry of " + std::to_string(end), std::to_string(cut[n - 1]));
-    }
+    that(cut[n - 1] == end, argument, ends_there, cut[n - 1]);
 }
 
 void Checker::layout(const Tensor& block_starts, const Tensor& cu_blocks,

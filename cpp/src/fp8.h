@@ -1,4 +1,4 @@
-// Rows in e4m3 on the CPU, bit by bit what the GPU makes of them.
+// Rows in e4m3 on the CPU, bit by bit what the GPU makes of them (NaN but for its sign).
 #pragma once
 
 #include <algorithm>

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <string>
 #include <tuple>
 
 #include "lemo/blocks.h"
@@ -22,10 +23,13 @@ struct State {
     int32_t option;  // of the last layer
 };
 
+/// The most bytes of a layer, and of the rest: sums of all layers, rounded up, stay within int64.
+int64_t largest_bytes(const LayerOptions& layers) {
+    return std::numeric_limits<int64_t>::max() / 8 / (static_cast<int64_t>(layers.size()) + 1);
+}
+
 void check_layers(const Checker& check, const LayerOptions& layers) {
-    // Sums of all layers stay within int64.
-    const int64_t largest =
-        std::numeric_limits<int64_t>::max() / 4 / (static_cast<int64_t>(layers.size()) + 1);
+    const int64_t largest = largest_bytes(layers);
     for (const std::vector<LayerOption>& options : layers) {
         check.that(!options.empty(), "layers", "one or more options of each layer", "none");
         for (const LayerOption& option : options) {
@@ -41,13 +45,20 @@ void check_layers(const Checker& check, const LayerOptions& layers) {
     }
 }
 
-void check_limits(const Checker& check, const MemoryLimits& limits) {
+void check_bytes(const Checker& check, const LayerOptions& layers, const char* argument,
+                 int64_t bytes, int64_t least) {
+    const int64_t largest = largest_bytes(layers);
+    check.that(
+        bytes >= least && bytes <= largest, argument,
+        [&] { return "from " + std::to_string(least) + " to " + std::to_string(largest); }, bytes);
+}
+
+void check_limits(const Checker& check, const LayerOptions& layers, const MemoryLimits& limits) {
     check.that(limits.device >= 0, "device", "at least 0", limits.device);
     check.that(limits.host >= 0, "host", "at least 0", limits.host);
-    check.that(limits.fixed >= 0, "fixed", "at least 0", limits.fixed);
-    check.that(limits.granularity >= 1, "granularity", "at least 1", limits.granularity);
-    check.that(limits.host_granularity >= 1, "host_granularity", "at least 1",
-               limits.host_granularity);
+    check_bytes(check, layers, "fixed", limits.fixed, 0);
+    check_bytes(check, layers, "granularity", limits.granularity, 1);
+    check_bytes(check, layers, "host_granularity", limits.host_granularity, 1);
     check.that(limits.states >= 2, "states", "at least 2", limits.states);
 }
 
@@ -121,7 +132,7 @@ MemoryPlan evaluate_plan(const LayerOptions& layers, const std::vector<int32_t>&
                          int64_t fixed) {
     const Checker check("evaluate_plan");
     check_layers(check, layers);
-    check.that(fixed >= 0, "fixed", "at least 0", fixed);
+    check_bytes(check, layers, "fixed", fixed, 0);
     check.that(options.size() == layers.size(), "options", "one for each layer",
                static_cast<int64_t>(options.size()));
     MemoryPlan plan{options, 0, fixed, 0};
@@ -143,7 +154,7 @@ MemoryPlan evaluate_plan(const LayerOptions& layers, const std::vector<int32_t>&
 MemoryPlan plan_memory(const LayerOptions& layers, const MemoryLimits& limits) {
     const Checker check("plan_memory");
     check_layers(check, layers);
-    check_limits(check, limits);
+    check_limits(check, layers, limits);
     const auto rounded = [](int64_t bytes, int64_t granularity) {
         return ceil_div(bytes, granularity) * granularity;
     };
@@ -185,7 +196,9 @@ MemoryPlan plan_memory(const LayerOptions& layers, const MemoryLimits& limits) {
 }
 
 int64_t least_memory(const LayerOptions& layers, const MemoryLimits& limits) {
-    check_layers(Checker("least_memory"), layers);
+    const Checker check("least_memory");
+    check_layers(check, layers);
+    check_limits(check, layers, limits);
     MemoryLimits tried = limits;
     // Without a limit of the device every option fits, so any plan is an upper bound.
     int64_t enough = limits.fixed;

@@ -47,16 +47,9 @@ void check_forward(const Checker& check, const SegmentAttentionParams& p) {
     check.floating("v", p.v, 3);
     check.same_dtype("k", p.k, "q", p.q);
     check.same_dtype("v", p.v, "q", p.q);
-    check.that(p.q.size(2) >= 1, "q", "a head size of at least 1", p.q);
-    check.dim("k", p.k, 2, p.q.size(2), "the head size of 'q'");
+    check.heads(p.q, p.k);
     for (int i = 0; i < 2; ++i) check.dim("v", p.v, i, p.k.size(i), "as in 'k'");
     check.that(p.v.size(2) >= 1, "v", "a head size of at least 1", p.v);
-    if (p.k.size(1) < 1 || p.q.size(1) < 1 || p.q.size(1) % p.k.size(1) != 0) {
-        check.fail("q",
-                   "a number of heads that is a multiple of the " + std::to_string(p.k.size(1)) +
-                       " heads of 'k'",
-                   std::to_string(p.q.size(1)));
-    }
     check.same_device({{"q", &p.q},
                        {"k", &p.k},
                        {"v", &p.v},

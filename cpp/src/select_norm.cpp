@@ -175,6 +175,7 @@ void check(const SelectNormBackwardParams& params) {
     check_packed(check, "dy", params.dy, "dx", params.dx, num_rows);
     check_packed(check, "x_rows", params.x_rows, "dx", params.dx, num_rows);
     check_statistics(check, params.kind, params.mean, params.rstd, num_rows);
+    check.same_device({{"dx", &params.dx}, {"mean", &params.mean}, {"rstd", &params.rstd}});
     for (const auto& [argument, gradient] :
          {std::pair{"dweight", &params.dweight}, {"dbias", &params.dbias}}) {
         if (!gradient->given()) continue;

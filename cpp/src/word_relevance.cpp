@@ -222,7 +222,7 @@ void check(const WordRelevanceParams& params) {
     check.typed("firsts", params.firsts, DType::kInt64, 1);
     check.typed("ends", params.ends, DType::kInt64, 1);
     check.same_device({{"ids", &params.ids}, {"firsts", &params.firsts}, {"ends", &params.ends}});
-    check.that(params.block_size >= 1, "block_size", "at least 1", params.block_size);
+    check.block_size(params.block_size);
     check.dim("ends", params.ends, 0, params.firsts.size(0), "the number of answers");
     if (params.ids.device != Device::kCpu) return;
     const int64_t tokens = params.ids.size(0);

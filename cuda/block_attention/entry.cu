@@ -1,34 +1,14 @@
 // block_attention on CUDA: what is supported. One tier.
 #include "lemo/block_attention.h"
 
-#include <string>
-
 #include "block_attention/portable/kernel.h"
-#include "common/vector.h"
-#include "lemo/check.h"
+#include "common/head_support.h"
 
 namespace lemo {
-namespace {
-
-void check_supported(const BlockAttentionParams& params) {
-    const Checker check("block_attention");
-    check.that(params.q.dtype != DType::kFloat32, "q", "bfloat16 or float16 on CUDA",
-               describe(params.q), ErrorKind::kUnsupported);
-    const int64_t head_dim = params.q.size(2);
-    check.that(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, "q",
-               "a head size of a multiple of 8 up to 128 on CUDA", std::to_string(head_dim),
-               ErrorKind::kUnsupported);
-    for (const auto& [name, tensor] : {std::pair{"q", &params.q}, std::pair{"k", &params.k}}) {
-        check.that(cuda::vectorisable(0, {tensor->data}), name, "data at a multiple of 16 bytes",
-                   "another address", ErrorKind::kUnsupported);
-    }
-}
-
-}  // namespace
 
 void block_attention_cuda(const BlockAttentionParams& params, void* stream) {
     using namespace cuda::block_attention::portable;
-    check_supported(params);
+    cuda::check_small_heads(Checker("block_attention"), params.q, params.k);
     if (params.maximum.is_empty()) return;
     const auto count = [](int64_t value) { return static_cast<int>(value); };
     const AttentionArguments args{params.q.data,

@@ -2,34 +2,18 @@
 // and keys, summed over heads in registers; nothing of size T x T, nor B x B, exists.
 #include "lemo/block_scores.h"
 
-#include <string>
-
 #include "block_scores/hopper/kernel.h"
 #include "block_scores/portable/kernel.h"
+#include "common/head_support.h"
 #include "common/hopper_support.h"
-#include "common/vector.h"
 
 namespace lemo {
 namespace {
 
 constexpr const char* kOp = "block_scores";
 
-void check_supported(const BlockScoresParams& params) {
-    const Checker check(kOp);
-    check.that(params.q.dtype != DType::kFloat32, "q", "bfloat16 or float16 on CUDA",
-               describe(params.q), ErrorKind::kUnsupported);
-    const int64_t head_dim = params.q.size(2);
-    check.that(head_dim >= 8 && head_dim <= 128 && head_dim % 8 == 0, "q",
-               "a head size of a multiple of 8 up to 128 on CUDA", std::to_string(head_dim),
-               ErrorKind::kUnsupported);
-    for (const auto& [name, tensor] : {std::pair{"q", &params.q}, std::pair{"k", &params.k}}) {
-        check.that(cuda::vectorisable(0, {tensor->data}), name, "data at a multiple of 16 bytes",
-                   "another address", ErrorKind::kUnsupported);
-    }
-}
-
 bool takes_hopper(const BlockScoresParams& params) {
-    const std::string got = "'" + std::string(params.kernel) + "'";
+    const auto got = [&] { return quoted(params.kernel); };
     const Checker check(kOp);
     check.that(params.kernel == "auto" || params.kernel == "portable" || params.kernel == "hopper",
                "kernel", "one of 'auto', 'portable', 'hopper' on CUDA", got);
@@ -48,7 +32,7 @@ int64_t block_scores_scratch_bytes(const BlockScoresParams& params) {
 
 void block_scores_cuda(const BlockScoresParams& params, void* cuda_stream) {
     using namespace cuda::block_scores;
-    check_supported(params);
+    cuda::check_small_heads(Checker(kOp), params.q, params.k);
     const bool hopper_tier = takes_hopper(params);
     const int64_t blocks = params.scores.size(0), sequences = params.cu_blocks.size(0) - 1;
     if (blocks == 0) return;

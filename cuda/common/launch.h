@@ -55,4 +55,11 @@ void dispatch_float(DType dtype, Body&& body) {
     }
 }
 
+/// The same for storage types of two bytes: `dtype` is bfloat16 or float16.
+template <typename Body>
+auto dispatch_half(DType dtype, Body&& body) {
+    if (dtype == DType::kBFloat16) return body(cutlass::bfloat16_t{});
+    return body(cutlass::half_t{});
+}
+
 }  // namespace lemo::cuda

@@ -14,12 +14,14 @@ namespace portable = cuda::linear_cross_entropy::portable;
 
 void require_supported(const LinearCrossEntropyParams& p) {
     const Checker check("linear_cross_entropy");
-    check.that(p.hidden.dtype == p.weight.dtype, "weight",
-               std::string("the dtype of 'hidden' (") + name(p.hidden.dtype) +
-                   ") on cuda, where the product is cuBLAS's",
-               name(p.weight.dtype), ErrorKind::kUnsupported);
+    const auto dtype_of_hidden = [&] {
+        return std::string("the dtype of 'hidden' (") + name(p.hidden.dtype) +
+               ") on cuda, where the product is cuBLAS's";
+    };
+    check.that(p.hidden.dtype == p.weight.dtype, "weight", dtype_of_hidden, name(p.weight.dtype),
+               ErrorKind::kUnsupported);
     check.that(p.weight.size(0) <= 1 << 30, "weight", "a vocabulary of at most 2^30 on cuda",
-               std::to_string(p.weight.size(0)), ErrorKind::kUnsupported);
+               p.weight.size(0), ErrorKind::kUnsupported);
 }
 
 }  // namespace

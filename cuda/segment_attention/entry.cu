@@ -1,8 +1,6 @@
 // segment_attention on CUDA: what is supported, and which kernels run.
 #include "lemo/segment_attention.h"
 
-#include <string>
-
 #include "common/hopper_support.h"
 #include "common/launch.h"
 #include "common/vector.h"
@@ -24,26 +22,22 @@ constexpr int64_t kVectorElements = 8;  // 16 bytes
 /// Which kernels run; named in SegmentAttentionParams::kernel.
 enum class Tier { kHopper, kPortable, kPortableSmall };
 
-std::string quoted_kernel(const SegmentAttentionParams& p) {
-    return "'" + std::string(p.kernel) + "'";
-}
-
 /// Checks what the CUDA kernels support.
 void check_support(const char* op, const SegmentAttentionParams& p) {
     const Checker check(op);
     check.that(p.q.dtype == DType::kBFloat16 || p.q.dtype == DType::kFloat16, "q",
-               "bfloat16 or float16 on a GPU", describe(p.q), ErrorKind::kUnsupported);
+               "bfloat16 or float16 on a GPU", p.q, ErrorKind::kUnsupported);
     const auto head_size = [&](const char* argument, int64_t size) {
         check.that(size % kVectorElements == 0 && size >= kVectorElements && size <= kMaxHeadDim,
-                   argument, "a head size that is a multiple of 8 from 8 to 256 on a GPU",
-                   std::to_string(size), ErrorKind::kUnsupported);
+                   argument, "a head size that is a multiple of 8 from 8 to 256 on a GPU", size,
+                   ErrorKind::kUnsupported);
     };
     head_size("q", p.q.size(2));
     head_size("v", p.v.size(2));
     check.that(p.kernel == "auto" || p.kernel == "hopper" || p.kernel == "portable" ||
                    p.kernel == "portable-small",
                "kernel", "one of 'auto', 'hopper', 'portable', 'portable-small' on a GPU",
-               quoted_kernel(p));
+               [&] { return quoted(p.kernel); });
 }
 
 /// Picks the tier. `large_bytes`: shared memory of the large tiles of the portable tier.
@@ -56,10 +50,11 @@ Tier choose_tier(const char* op, const SegmentAttentionParams& p, int large_byte
     if (p.kernel == "portable") return Tier::kPortable;
     if (p.kernel == "portable-small") return Tier::kPortableSmall;
     const Checker check(op);
-    check.that(cuda::supports_hopper_kernels(op), "kernel",
-               "'auto', 'portable' or 'portable-small' here: 'hopper' needs a GPU of compute "
-               "capability 9.0 and a build for it",
-               quoted_kernel(p), ErrorKind::kUnsupported);
+    check.that(
+        cuda::supports_hopper_kernels(op), "kernel",
+        "'auto', 'portable' or 'portable-small' here: 'hopper' needs a GPU of compute "
+        "capability 9.0 and a build for it",
+        [&] { return quoted(p.kernel); }, ErrorKind::kUnsupported);
     return Tier::kHopper;
 }
 
@@ -67,15 +62,13 @@ Tier choose_tier(const char* op, const SegmentAttentionParams& p, int large_byte
 template <typename Body>
 auto dispatch(const SegmentAttentionParams& p, Body&& body) {
     const int64_t keys = p.q.size(2), values = p.v.size(2);
-    const auto with_head_sizes = [&]<typename Element>(Element element) {
+    return cuda::dispatch_half(p.q.dtype, [&]<typename Element>(Element element) {
         using cuda::Int;
         if (keys <= 64 && values <= 64) return body(element, Int<64>{}, Int<64>{});
         if (keys <= 128 && values <= 128) return body(element, Int<128>{}, Int<128>{});
         if (keys <= 192 && values <= 128) return body(element, Int<192>{}, Int<128>{});
         return body(element, Int<256>{}, Int<256>{});
-    };
-    if (p.q.dtype == DType::kBFloat16) return with_head_sizes(cutlass::bfloat16_t{});
-    return with_head_sizes(cutlass::half_t{});
+    });
 }
 
 /// The head size of the Hopper kernels of keys and values with a softcap.

@@ -36,6 +36,9 @@ struct ScoreSettings {
     ScoreSettings() = default;
 };
 
+/// In the place of the tanh of a score that the query does not see.
+inline constexpr float kHiddenTanh = -2.0f;
+
 /// Sequences of an attention call and the scratch that describes them; passed to kernels by value.
 struct AttentionPlan {
     const int32_t* cu_q;        // [num_sequences + 1]

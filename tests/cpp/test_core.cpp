@@ -3,6 +3,8 @@
 
 #include <cmath>
 #include <limits>
+#include <string>
+#include <vector>
 
 #include "convert.h"
 #include "gemm.h"
@@ -87,6 +89,62 @@ TEST(Check, ScalesAreFiniteAndAboveZeroInFp32) {
                                std::numeric_limits<double>::quiet_NaN()}) {
         EXPECT_THROW(check.scale(value), Error) << value;
     }
+}
+
+/// What a failed check says, without its kind; empty where it passes.
+template <typename Check>
+std::string message_of(Check&& check) {
+    try {
+        check();
+    } catch (const Error& error) {
+        const std::string text = error.what();
+        return text.substr(text.find("] ") + 2);
+    }
+    return "";
+}
+
+/// A view whose data nobody reads.
+Tensor on_gpu(int index, DType dtype, const std::vector<int64_t>& shape) {
+    static float data[1];
+    Tensor tensor = testing::contiguous_view(data, dtype, Device::kCuda, shape);
+    tensor.device_index = index;
+    return tensor;
+}
+
+TEST(Check, TensorsOfOneCallLieOnOneGpu) {
+    const Checker check("op");
+    std::vector<float> data(2);
+    const Tensor first = on_gpu(0, DType::kFloat32, {2}), second = on_gpu(1, DType::kFloat32, {2});
+    const Tensor on_cpu = testing::view(data, {2});
+    const auto message = [&](const Tensor& x, const Tensor& y) {
+        return message_of([&] { check.same_device({{"x", &x}, {"y", &y}}); });
+    };
+    EXPECT_EQ(message(first, first), "");
+    EXPECT_EQ(message(second, second), "");
+    EXPECT_EQ(message(first, Tensor{}), "");
+    EXPECT_EQ(message(first, second),
+              "op: argument 'y': expected the device of 'x' (cuda:0), got cuda:1");
+    EXPECT_EQ(message(second, on_cpu),
+              "op: argument 'y': expected the device of 'x' (cuda:1), got cpu");
+    EXPECT_EQ(message(on_cpu, second),
+              "op: argument 'y': expected the device of 'x' (cpu), got cuda:1");
+}
+
+TEST(Check, SizesOfCutsOnAGpu) {
+    const Checker check("op");
+    const auto message = [&](int64_t entries, int64_t end) {
+        const Tensor cuts = on_gpu(0, DType::kInt32, {entries});
+        return message_of([&] { check.cuts("cu_q", cuts, end, /*strict=*/false); });
+    };
+    EXPECT_EQ(message(2, 5), "");
+    EXPECT_EQ(message(1, 0), "");
+    EXPECT_EQ(message(1, -1), "");  // only the device knows the end
+    EXPECT_EQ(message(2, (int64_t{1} << 31) - 1), "");
+    EXPECT_EQ(message(0, 0), "op: argument 'cu_q': expected at least one entry, got none");
+    EXPECT_EQ(message(1, 5),
+              "op: argument 'cu_q': expected a last entry of 5, got the first entry only");
+    EXPECT_EQ(message(2, int64_t{1} << 31),
+              "op: argument 'cu_q': expected a last entry of at most 2147483647, got 2147483648");
 }
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {

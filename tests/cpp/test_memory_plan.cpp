@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <optional>
 #include <random>
 
@@ -171,6 +172,21 @@ TEST(MemoryPlan, RefusesWhatDoesNotFit) {
     EXPECT_THROW(plan_memory({{{1, 0, 0, 0, -1.0}}}, {1, 1, 1}), Error);
     EXPECT_THROW(evaluate_plan({layer}, {1}, 0), Error);
     EXPECT_THROW(evaluate_plan({layer}, {}, 0), Error);
+    // Sums of these would overflow.
+    constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
+    EXPECT_THROW(evaluate_plan({layer}, {0}, kLargest), Error);
+    EXPECT_THROW(plan_memory({layer}, {kLargest, kLargest, kLargest}), Error);
+    EXPECT_THROW(plan_memory({layer}, {kLargest, kLargest, 0, kLargest}), Error);
+    EXPECT_THROW(plan_memory({layer}, {kLargest, kLargest, 0, 1, kLargest}), Error);
+    EXPECT_EQ(plan_memory({layer}, {kLargest, kLargest, 1}).peak, 3);
+    try {
+        least_memory({layer}, {0, 0, kLargest - 1});
+        FAIL() << "more bytes than sums can hold passed";
+    } catch (const Error& error) {
+        EXPECT_STREQ(error.what(),
+                     "[lemo:value] least_memory: argument 'fixed': expected from 0 to "
+                     "576460752303423487, got 9223372036854775806");
+    }
 }
 
 }  // namespace

@@ -59,6 +59,28 @@ TEST(SelectNorm, BackwardAddsIntoTheSelectedRows) {
     EXPECT_FLOAT_EQ(dweight[1], 0);
 }
 
+TEST(SelectNorm, StatisticsOnAnotherDeviceAreRefused) {
+    std::vector<float> dy(2), x(2), weight(2), mean(1), rstd(1), dx(2);
+    const SelectNormBackwardParams params{
+        view(dy, {1, 2}), view(x, {1, 2}), Tensor{},         view(weight, {2}), view(mean, {1}),
+        view(rstd, {1}),  "layer",         view(dx, {1, 2}), Tensor{},          Tensor{}};
+    EXPECT_NO_THROW(check(params));
+    for (const bool is_mean : {true, false}) {
+        SelectNormBackwardParams moved = params;
+        (is_mean ? moved.mean : moved.rstd).device = Device::kCuda;
+        try {
+            check(moved);
+            FAIL() << "statistics on a GPU passed";
+        } catch (const Error& error) {
+            EXPECT_STREQ(
+                error.what(),
+                (std::string("[lemo:value] select_norm_backward: argument '") +
+                 (is_mean ? "mean" : "rstd") + "': expected the device of 'dx' (cpu), got cuda:0")
+                    .c_str());
+        }
+    }
+}
+
 TEST(SelectNorm, MessageNamesArgumentExpectedAndGot) {
     std::vector<float> x(2), weight(2), y(2), mean, rstd(1);
     try {

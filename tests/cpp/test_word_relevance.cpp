@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -20,7 +21,7 @@ struct Case {
     std::vector<float> relevance() {
         const auto tokens = static_cast<int64_t>(ids.size());
         const auto answers = static_cast<int64_t>(firsts.size());
-        const int64_t blocks = block_size < 1 ? 0 : (tokens + block_size - 1) / block_size;
+        const int64_t blocks = block_size < 1 ? 0 : (tokens - 1) / block_size + 1;
         std::vector<float> out(static_cast<size_t>(answers * blocks), -1.0f);
         const WordRelevanceParams params{view(ids, {tokens}), view(firsts, {answers}),
                                          view(ends, {static_cast<int64_t>(ends.size())}),
@@ -77,8 +78,11 @@ TEST(WordRelevance, RefusesRowsThatDoNotFit) {
     made.ids[3] = -1;
     EXPECT_THROW(made.relevance(), Error);
     made = distinct();
-    made.block_size = 0;
-    EXPECT_THROW(made.relevance(), Error);
+    // Beyond int32 the number of blocks would overflow.
+    for (const int64_t size : {int64_t{0}, std::numeric_limits<int64_t>::max()}) {
+        made.block_size = size;
+        EXPECT_THROW(made.relevance(), Error) << size;
+    }
 }
 
 }  // namespace

@@ -255,7 +255,7 @@ def reads_data(change, message):
         (
             {"q": torch.randn(6, 3, 8).to(DTYPE)},
             ValueError,
-            "'q': expected a number of heads that is a mul",
+            r"'q': expected a multiple of the 2 head\(s\) of 'k', got 3 head",
         ),
         ({"k": torch.randn(6, 2)}, ValueError, "'k': expected 3 dimension"),
         ({"k": torch.randn(6, 2, 8).double()}, TypeError, "'k': expected float32, .* got another"),

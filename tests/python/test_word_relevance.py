@@ -75,7 +75,15 @@ def test_many_answers_on_several_threads():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_size": 0}, "word_relevance: argument 'block_size': expected at least 1, got 0"),
+        (
+            {"block_size": 0},
+            "word_relevance: argument 'block_size': expected from 1 to 2147483647, got 0",
+        ),
+        (
+            {"block_size": 2**63 - 1},
+            "word_relevance: argument 'block_size': expected from 1 to 2147483647, "
+            "got 9223372036854775807",
+        ),
         ({"firsts": [-1]}, "'firsts': expected rows of at least 0, got -1"),
         ({"ends": [5]}, "'ends': expected rows behind those of firsts"),
         ({"ends": [41]}, "'ends': expected rows behind those of firsts"),

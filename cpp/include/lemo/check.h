@@ -79,6 +79,9 @@ public:
     /// The argument 'scale' is finite and above 0 in fp32, as kernels take it.
     void scale(double value) const;
 
+    /// The argument 'block_size' is from 1 to 2^31 - 1, so that the end of no block overflows.
+    void block_size(int64_t value) const;
+
     /// All given tensors lie on the device of the first one.
     void same_device(std::initializer_list<std::pair<const char*, const Tensor*>> arguments) const;
 
@@ -91,7 +94,8 @@ public:
     void ascending_rows(const char* argument, const Tensor& rows, int64_t num_rows) const;
 
     /// `cuts` [>= 1] int32 go from 0 to `end`, ascending; strictly where no piece may be empty.
-    /// Reads CPU tensors' data.
+    /// Reads CPU tensors' data; of others checks what sizes tell. `end` is -1 where only the device
+    /// knows it.
     void cuts(const char* argument, const Tensor& cuts, int64_t end, bool strict) const;
 
     /// `block_starts` [B+1] and `cu_blocks` [N+1] describe `num_tokens` rows. Reads CPU tensors.

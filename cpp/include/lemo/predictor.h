@@ -45,7 +45,8 @@ void predictor_backward_cpu(const PredictorBackwardParams& params);
 /// are the activations between two maps (and their gradients, backward). Sums, means over blocks,
 /// the last map, scores and gradients of weights are float32. bfloat16 and float16 x with a hidden
 /// size of a multiple of 8 and up to 256 units a hidden layer take one fused kernel forward;
-/// everything else, and backward, takes cuBLAS in chunks of rows.
+/// everything else, and backward, takes cuBLAS in chunks of rows. x and the first maps lie at
+/// multiples of 16 bytes.
 void predictor_cuda(const PredictorParams& params, void* stream);
 void predictor_backward_cuda(const PredictorBackwardParams& params, void* stream);
 

@@ -26,7 +26,7 @@ hopper_scores_kernel(const __grid_constant__ HopperScoresArguments args) {
     }
     if (threadIdx.x == 0) shared.init_barriers();
     __syncthreads();
-    const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+    const int warp = warp_uniform(static_cast<int>(threadIdx.x) / 32);
     if (warp < 4) {
         cutlass::arch::warpgroup_reg_dealloc<Traits::Registers::kProducer>();
         if (warp == 0) {
@@ -63,18 +63,13 @@ void launch_kernel(const ScoresArguments& args, const BlockScoresParams& params,
 }  // namespace
 
 void launch(const ScoresArguments& args, const BlockScoresParams& params, cudaStream_t stream) {
-    const auto run = [&]<typename Element>(Element) {
+    dispatch_half(params.q.dtype, [&]<typename Element>(Element) {
         if (args.head_dim <= 64) {
             launch_kernel<Element, 64>(args, params, stream);
         } else {
             launch_kernel<Element, 128>(args, params, stream);
         }
-    };
-    if (params.q.dtype == DType::kBFloat16) {
-        run(cutlass::bfloat16_t{});
-    } else {
-        run(cutlass::half_t{});
-    }
+    });
 }
 
 }  // namespace lemo::cuda::block_scores::hopper

@@ -347,18 +347,13 @@ void launch_kernel(const ScoresArguments& args, cudaStream_t stream) {
 }  // namespace
 
 void launch(const ScoresArguments& args, DType dtype, cudaStream_t stream) {
-    const auto run = [&]<typename T>(T) {
+    dispatch_half(dtype, [&]<typename T>(T) {
         if (args.head_dim <= 64) {
             launch_kernel<T, 64>(args, stream);
         } else {
             launch_kernel<T, 128>(args, stream);
         }
-    };
-    if (dtype == DType::kBFloat16) {
-        run(cutlass::bfloat16_t{});
-    } else {
-        run(cutlass::half_t{});
-    }
+    });
 }
 
 }  // namespace lemo::cuda::block_scores::portable

@@ -39,8 +39,7 @@ finish_loss_kernel(const float* __restrict__ losses, const int64_t* __restrict__
 void clear(const Tensor& tensor, cudaStream_t stream) {
     const int64_t bytes = tensor.num_elements() * size_of(tensor.dtype);
     if (bytes == 0) return;
-    cudaMemsetAsync(tensor.data, 0, static_cast<size_t>(bytes), stream);
-    check_launch(kOp);
+    check_status(kOp, cudaMemsetAsync(tensor.data, 0, static_cast<size_t>(bytes), stream));
 }
 
 /// Scratch of a call.

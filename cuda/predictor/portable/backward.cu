@@ -166,11 +166,10 @@ void launch(const PredictorBackwardParams& params, cudaStream_t stream) {
     if (plan.blocks == 0) {
         for (int n = 0; n < plan.num_nets; ++n) {
             for (const Tensor* g : {&gradients[n]->down, &gradients[n]->mid, &gradients[n]->up}) {
-                cudaMemsetAsync(g->data, 0, static_cast<size_t>(g->num_elements()) * sizeof(float),
-                                stream);
+                const size_t bytes = static_cast<size_t>(g->num_elements()) * sizeof(float);
+                check_status(kOp, cudaMemsetAsync(g->data, 0, bytes, stream));
             }
         }
-        check_launch(kOp);
         return;
     }
     mean_activations(kOp, plan, stream);

@@ -277,18 +277,13 @@ void fused_sums(const char* op, const PredictorPlan& plan, cudaStream_t stream) 
                         net.sums};
         width = std::max({width, net.stride, net.second});
     }
-    const auto run = [&]<typename T>(T) {
+    dispatch_half(plan.x.dtype, [&]<typename T>(T) {
         if (width <= kFusedWidth / 2) {
             launch_kernel<T, kFusedWidth / 2>(op, args, plan.tiles, stream);
         } else {
             launch_kernel<T, kFusedWidth>(op, args, plan.tiles, stream);
         }
-    };
-    if (plan.x.dtype == DType::kBFloat16) {
-        run(cutlass::bfloat16_t{});
-    } else {
-        run(cutlass::half_t{});
-    }
+    });
 }
 
 }  // namespace lemo::cuda::predictor::portable

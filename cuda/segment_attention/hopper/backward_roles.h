@@ -17,7 +17,7 @@
 // - time: a step takes the tensor cores 2560 cycles. It reads and writes 352 KiB of shared memory
 //   (2800 cycles at 128 bytes) and passes 128 KiB through the L2 cache, twice as much as with heads
 //   of 128 columns, of which the half are reductions. Measured: 449 TFLOP/s on an H200, 45% of the
-//   tensor cores' peak (192 and 128 columns: 384, 39%).
+//   tensor cores' peak (192 and 128 columns: 402, 41%).
 //
 // The roles meet at barriers in shared memory, where every lane arrives, and not at named ones:
 // racecheck does not follow bar.arrive, and synccheck takes warps that are at one named barrier in

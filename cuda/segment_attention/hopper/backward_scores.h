@@ -7,9 +7,6 @@
 
 namespace lemo::cuda::segment_attention::hopper {
 
-/// In the place of the tanh of a score that the query does not see.
-inline constexpr float kHiddenTanh = -2.0f;
-
 /// Puts `hidden` in the place of scores or probabilities [keys, queries] of keys that a query does
 /// not see.
 template <typename Traits, typename Scores>

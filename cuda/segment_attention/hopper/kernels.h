@@ -19,7 +19,7 @@ struct ForwardPass {
     static void launch(const SegmentAttentionParams& params, cudaStream_t stream);
 };
 
-/// The same pairs. Those above 128 are not chosen by "auto" (entry.cu).
+/// The same pairs.
 template <typename Element, int kHeadDim, int kValueDim, bool kCapped>
 struct BackwardPass {
     static int64_t scratch_bytes(const SegmentAttentionBackwardParams& params);

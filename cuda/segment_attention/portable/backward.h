@@ -62,9 +62,6 @@ portable_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     }
 }
 
-/// In the place of the tanh of a score that the query does not see.
-constexpr float kHiddenTanh = -2.0f;
-
 /// Grid: key/value heads, key tiles from the first, which the most queries see.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
