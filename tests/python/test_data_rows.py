@@ -36,6 +36,16 @@ def test_every_kind_of_file(tmp_path, name):
     assert name.split(".")[0] in examples[1].place
 
 
+@pytest.mark.parametrize("kind", [None, "numpy", "torch", "pandas", "arrow"])
+def test_the_format_of_a_folder_does_not_matter(tmp_path, kind):
+    """Also where it leaves columns out: these would then have been read as texts."""
+    records = [record | {"text": "t"} for record in RECORDS]
+    table = datasets.Dataset.from_list(records)
+    for columns in (None, ["text"]):
+        table.with_format(kind, columns=columns).save_to_disk(tmp_path / f"{columns}")
+        assert [row.record for row in read_rows(tmp_path / f"{columns}")] == records
+
+
 def test_names_of_tables_are_no_patterns(tmp_path):
     for number, name in enumerate(("d[1].parquet", "d1.parquet", "d*.parquet", "d?.parquet")):
         rows = [{"text": f"{number}"}]

@@ -255,7 +255,8 @@ def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
         # Of no rows the library writes no file, which it cannot load.
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             return
-        dataset = datasets.load_from_disk(str(folder))
+        # Plain values of all columns: a format that was set stays in the folder.
+        dataset = datasets.load_from_disk(str(folder)).with_format(None)
     yield from _rows(iter(dataset), folder, damaged)
 
 
