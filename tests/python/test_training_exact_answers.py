@@ -120,6 +120,25 @@ def test_summary_of_a_file(inputs):
     assert limited["exact"] == sum(run[0] == run[1] for run in runs[:2]) / 2
 
 
+def test_what_does_not_fit_is_told(inputs, tmp_path, caplog):
+    caplog.set_level("INFO", logger="lemo")
+    pairs = [
+        {"prompt": "p" * prompt, "completion": "c" * answer}
+        for prompt, answer in ((10, 4), (60, 4), (4, 60))
+    ]
+    file = tmp_path / "d.jsonl"
+    file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    [row] = evaluate_answers(str(inputs / "model"), file, [40], device="cpu")
+    assert row["documents"] == 2
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if "examples" in line] == [
+        "the middle of the prompt is cut out of 1 of 3 examples, 24 tokens in all, so that they "
+        "fit into 40",
+        "1 of 3 examples are left out, because their answers are too long or none has a label: "
+        "d.jsonl:3",
+    ]
+
+
 def test_bad_arguments(inputs):
     pairs, model = inputs / "pairs.jsonl", str(inputs / "model")
     with pytest.raises(ValueError, match="lengths: expected at least one"):

@@ -18,7 +18,7 @@ from lemo.data.reading import first_of
 from lemo.models.labels import IGNORE_INDEX
 from lemo.relevance.store import ScoreStore
 
-__all__ = ["ExampleWindows", "Shortened", "Window", "shorten"]
+__all__ = ["ExampleWindows", "Shortened", "Window", "remarks_of", "shorten"]
 
 # Tokens at either end of a prompt that stay where its middle is cut: what it is about, and what is
 # asked.
@@ -106,6 +106,32 @@ def _without(example: Encoded, removed: list[tuple[int, int]]) -> Encoded:
     return Encoded.of(ids, labels, example.name)
 
 
+def remarks_of(
+    used: int, length: int, shortened: int, cut_tokens: int, left_out: Sequence[str]
+) -> list[str]:
+    """What was done to examples so that they fit into `length` tokens, a line for each thing.
+
+    Args:
+        used: examples that are left.
+        length: tokens of an example at most.
+        shortened: examples whose prompts were cut.
+        cut_tokens: tokens that this took away.
+        left_out: names of the examples that are not used.
+    """
+    lines, total = [], used + len(left_out)
+    if shortened:
+        lines.append(
+            f"the middle of the prompt is cut out of {shortened} of {total} examples, "
+            f"{cut_tokens} tokens in all, so that they fit into {length}"
+        )
+    if left_out:
+        lines.append(
+            f"{len(left_out)} of {total} examples are left out, because their answers are too long "
+            f"or none has a label: {first_of(left_out)}"
+        )
+    return lines
+
+
 class ExampleWindows:
     """An endless sequence of windows of at most `length` tokens, each of one or several examples.
 
@@ -173,19 +199,10 @@ class ExampleWindows:
     def remarks(self) -> list[str]:
         """What a user should know of the examples, a line for each thing."""
         used = len(self.examples)
-        total = used + len(self.left_out)
-        lines = [f"{used} examples in {len(self)} windows of at most {self.length} tokens"]
-        if self.shortened:
-            lines.append(
-                f"the middle of the prompt is cut out of {self.shortened} of {total} examples, "
-                f"{self.cut_tokens} tokens in all, so that they fit into {self.length}"
-            )
-        if self.left_out:
-            lines.append(
-                f"{len(self.left_out)} of {total} examples are left out, because their answers are "
-                f"too long or none has a label: {first_of(self.left_out)}"
-            )
-        return lines
+        return [
+            f"{used} examples in {len(self)} windows of at most {self.length} tokens",
+            *remarks_of(used, self.length, self.shortened, self.cut_tokens, self.left_out),
+        ]
 
     def __len__(self) -> int:
         """Windows of an epoch."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterable
@@ -36,6 +37,8 @@ from lemo.training.model import (
 )
 
 __all__ = ["prepare_from_documents", "prepare_from_examples"]
+
+_log = logging.getLogger("lemo")
 
 # Share of the documents of each kind that is held out, where no other documents are given for it.
 _HELD_OUT_SHARE = 0.1
@@ -116,6 +119,8 @@ def _examples(
                 f"{name}: expected conversations, or prompts with completions, because target "
                 f"'relevance' learns from answers, but '{path}' holds texts"
             )
+        for line in opened.remarks():
+            _log.info("%s: %s", name, line)
         return [
             RelevanceWindow(
                 "examples",

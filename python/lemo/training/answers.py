@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data.chat import Encoded
 from lemo.data.conversations import parse_example
-from lemo.data.examples import shorten
+from lemo.data.examples import remarks_of, shorten
 from lemo.data.reading import first_of
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
@@ -26,6 +27,8 @@ from lemo.training.evaluate import check_sizes, load_for_evaluation, logits_of_r
 from lemo.training.model import load_config, load_tokenizer
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
+
+_log = logging.getLogger("lemo")
 
 
 @dataclass(frozen=True)
@@ -153,23 +156,27 @@ def evaluate_answers(
 
 
 def _fitting(examples: Iterable[Encoded], length: int) -> list[Encoded]:
-    """The examples, cut to `length` tokens, that have an answer then.
+    """The examples, cut to `length` tokens, that have an answer then; what was done is logged.
 
     Raises:
         ValueError: there is none.
     """
-    left_out, fitting = [], []
+    left_out, fitting, cuts = [], [], []
     for example in examples:
         made = shorten(example, length) if example.num_labels else None
         if made is None:
             left_out.append(example.name)
         else:
             fitting.append(made.example)
+            cuts.append(made.cut)
     if not fitting:
         raise ValueError(
             f"documents: expected an example with answers of fewer than {length} tokens, got none "
             f"in {first_of(left_out)}"
         )
+    shortened = sum(cut > 0 for cut in cuts)
+    for line in remarks_of(len(fitting), length, shortened, sum(cuts), left_out):
+        _log.info("%s", line)
     return fitting
 
 
