@@ -166,6 +166,13 @@ def test_bad_rows_name_file_line_and_keys(record, message):
         parsed(**record)
 
 
+def test_errors_show_the_beginning_of_long_values():
+    for record in ({"messages": "[{'role': 'user'}]" * 9999}, {"messages": [["u"] * 9999]}):
+        with pytest.raises(ValueError, match=r"^d.jsonl:3: .*\.\.\.$") as caught:
+            parsed(**record)
+        assert len(str(caught.value)) < 400
+
+
 def example(prompt, answer, name="x"):
     ids = list(range(prompt + answer))
     return Encoded(ids, [-100] * prompt + ids[prompt:], name)

@@ -284,6 +284,23 @@ def test_templates_without_an_end_are_named_once(caplog):
     assert "the model will not learn where they end" in record.message
 
 
+def test_marks_without_an_end_are_named_once(caplog):
+    tokenizer = with_template("qwen2_5")
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{%generation -%}{{ m.content }}X{%- "
+    text += "endgeneration%}Y{% endfor %}"
+    for end, behind, said in (("", "<|im_end|>", 1), ("<|im_end|>", "", 0)):
+        caplog.clear()
+        tokenizer.chat_template = text.replace("X", end).replace("Y", behind)
+        encoder = ChatEncoder(tokenizer)
+        for _ in range(2):
+            encoded = encoder.encode(parsed(messages=TURNS))
+        # Marks are marks without a space in front, too: the headers are outside.
+        assert answers_of(encoded, tokenizer)[1::2] == [f"It is {n}.{end}" for n in ("one", "two")]
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == said
+        assert all("generation marks: no label behind answers" in line for line in lines)
+
+
 def test_thoughts_that_a_template_leaves_out_are_named_once(caplog):
     for template, message in (("deepseekv3", "message 1 of d.jsonl:3"), ("qwen3", None)):
         caplog.clear()
@@ -310,6 +327,59 @@ def test_completions_end_once():
     both = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
     assert list(both.ids) == [tokenizer.eos_token_id, *plain.ids]
     assert list(both.labels) == [-100, *plain.labels]
+
+
+def test_prompts_begin_once():
+    """Prompts that a chat template has made have the begin already."""
+    from tokenizers import processors
+
+    tokenizer = with_template("qwen2_5")
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[begin]
+    )
+    encoder = ChatEncoder(tokenizer)
+    plain = encoder.encode(Prompted("What? ", "One.", "d:1", "d:1"))
+    assert tokenizer.decode(plain.ids) == "<s>What? One.</s>"
+    assert encoder.encode(Prompted("<s>What? ", "One.", "d:1", "d:1")) == plain
+
+
+def test_tokens_that_take_white_space_are_not_of_the_answer_behind():
+    """Phi-3's headers take the white space in front of an answer with them."""
+    from tokenizers import AddedToken
+
+    tokenizer = with_template("phi3")
+    words = ["<|user|>", "<|assistant|>", "<|end|>"]
+    added = [AddedToken(word, rstrip=True, normalized=False) for word in words]
+    tokenizer.add_tokens([*added, AddedToken("<|next|>", lstrip=True)], special_tokens=True)
+    texts = (USER, ASSISTANT | {"content": "  One. \n"})
+    encoder = ChatEncoder(tokenizer)
+    encoded = encoder.encode(parsed(messages=[*texts, *texts]))
+    found = answers_of(encoded, tokenizer)
+    assert [answer.removesuffix("</s>") for answer in found] == ["One. \n<|end|>"] * 2
+    encoded = encoder.encode(Prompted("<|user|> u<|end|> <|assistant|>", "  One.", "d:1", "d:1"))
+    assert answers_of(encoded, tokenizer) == ["One.</s>"]
+    # The other way round: the token behind an answer takes the white space that ends it.
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}<|next|>{{ m.content }}<|user|>"
+        "{% else %}{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=[*texts, *texts]))
+    assert answers_of(encoded, tokenizer) == ["One.", "One. \n"]
+
+
+def test_halves_of_surrogate_pairs_name_the_row():
+    tokenizer = with_template("qwen3")
+    half = "\ud83d"
+    call = CALL | {"function": {"name": "f", "arguments": {"a": half}}}
+    tool = TOOL | {"function": TOOL["function"] | {"description": half}}
+    for messages, tools in (
+        ([USER, CALLS | {"tool_calls": [call]}, RESULT, ASSISTANT], [TOOL]),
+        ([USER, ASSISTANT | {"reasoning_content": half}], None),
+        ([USER, ASSISTANT], [tool]),
+    ):
+        with pytest.raises(ValueError, match=r"^d\.jsonl:3: .* half of a surrogate pair"):
+            ChatEncoder(tokenizer).encode(parsed(messages=messages, tools=tools))
 
 
 def test_white_space_of_answers_has_labels():

@@ -48,6 +48,18 @@ def test_first_windows_are_the_head_of_the_whole_encoding(bos):
         assert ids.tolist() == tokenizer(document.text)["input_ids"][:100]
 
 
+def test_texts_begin_once():
+    """Texts may have the begin that the tokenizer puts in front of them already."""
+    tokenizer = merging_tokenizer(True)
+    [plain] = documents(60)
+    begun = Document(plain.id, plain.kind, "<s>" + plain.text)
+    length = len(tokenizer(plain.text)["input_ids"])
+    for source in (plain, begun):
+        [(_, ids)], _ = first_windows([source], tokenizer, length)
+        assert ids.tolist() == tokenizer(plain.text)["input_ids"]
+        assert token_windows([source], tokenizer, length).window(0).tolist() == ids.tolist()
+
+
 def test_a_text_cut_within_a_word_changes_no_token():
     # The encoder reads 5 characters for each token first, which ends within the tenth word here.
     text = "bbbbbbbbb" + " aaaa" * 50

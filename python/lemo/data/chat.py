@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lemo.data.conversations import Conversation, Prompted
+from lemo.data.conversations import Conversation, Prompted, check_text
 from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
 from lemo.models.labels import IGNORE_INDEX
 
@@ -23,11 +24,14 @@ __all__ = ["ChatEncoder", "Encoded"]
 
 _log = logging.getLogger("lemo")
 
-_NO_END = "%s puts nothing behind answers: the model will not learn where they end"
+_NO_END = "%s: no label behind answers; the model will not learn where they end"
 _NO_THOUGHT = (
     "the chat template leaves out thoughts, which are not trained on then: first that of message "
     "%d of %s"
 )
+
+# As Transformers looks for marks.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # A text that no message begins with.
 _UNSEEN = "\U000f1e0f"
@@ -125,8 +129,14 @@ class ChatEncoder:
         self._special = {
             token for token in (*tokenizer.all_special_tokens, *added) if token.strip()
         }
+        # Those that take the white space beside them, which is not of their text.
+        self._greedy = {
+            number: str(token)
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.lstrip or token.rstrip
+        }
         template = tokenizer.chat_template
-        self._marks = isinstance(template, str) and "{% generation" in template.replace("{%-", "{%")
+        self._marks = isinstance(template, str) and bool(_GENERATION.search(template))
 
     def encode(self, example: Conversation | Prompted) -> Encoded:
         """Ids and labels of one example; see `encode_all`."""
@@ -154,22 +164,29 @@ class ChatEncoder:
         if isinstance(example, Prompted):
             end = self._tokenizer.eos_token or ""
             if not end:
-                self._warn(_NO_END, "the tokenizer, which has no end token,")
+                self._warn(_NO_END, "the tokenizer has no end token")
             elif example.completion.rstrip().endswith(end):
                 end = ""
             text = example.prompt + example.completion + end
-            return _Text(text, [(len(example.prompt), len(text))], True, example.name)
+            # A prompt that a template has made begins with the token that the tokenizer would add.
+            begin = self._tokenizer.bos_token
+            special = not (begin and text.startswith(begin))
+            return _Text(text, [(len(example.prompt), len(text))], special, example.name)
         if self._tokenizer.chat_template is None:
             raise ValueError(
                 f"{example.place}: expected a tokenizer with a chat template for messages, got one "
                 "without; give 'prompt' and 'completion' as texts, or a tokenizer with a template"
             )
         example, text = self._rendered(example)
+        check_text(example.place, "what the chat template makes of the row", text)
         self._check_thoughts(example, text)
         spans = self._spans_of_shape(example, text)
         if spans is None:
             spans = list(self._search(example, text))
-        if not (self._everything or self._is_marked(example)):
+        if self._is_marked(example):
+            start, end = spans[-1]
+            self._check_end(example, text[start:end], "the chat template's generation marks")
+        elif not self._everything:
             spans = list(self._answers(example, text, spans))
         return _Text(text, spans, False, example.name)
 
@@ -300,9 +317,7 @@ class ChatEncoder:
             if number not in example.context:
                 self._check_answer(example, number, text[start:end])
                 yield start, end
-        last = example.messages[numbers[-1]]["content"].rstrip()
-        if last and text[start:end].endswith(last):
-            self._warn(_NO_END, "the chat template")
+        self._check_end(example, text[start:end], "the chat template")
 
     def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
         """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
@@ -441,6 +456,12 @@ class ChatEncoder:
                 )
         return spans
 
+    def _check_end(self, example: Conversation, answer: str, what: str) -> None:
+        """A warning where nothing follows the content of the last answer."""
+        last = example.messages[_answer_numbers(example)[-1]]["content"]
+        if last.strip() and answer.endswith((last, last.rstrip())):
+            self._warn(_NO_END, what)
+
     def _with_marks(
         self, example: Conversation, messages: Sequence[dict[str, Any]]
     ) -> tuple[str, list[Span]]:
@@ -485,6 +506,11 @@ class ChatEncoder:
         # it ends. Tokens of parts of a character all have the character's.
         reached = numpy.maximum.accumulate(numpy.concatenate(([0], lasts[:-1])))
         begins = numpy.minimum(firsts, reached)
+        for place in numpy.flatnonzero(numpy.isin(made, list(self._greedy))).tolist():
+            word = self._greedy[ids[place]]
+            at = text.text.find(word, firsts[place], lasts[place])
+            if at >= 0:
+                begins[place], lasts[place] = at, at + len(word)
         answer = numpy.zeros(len(ids), dtype=bool)
         for start, end in text.spans:
             # A token across the border of prompt and answer is the answer's to predict.

@@ -71,7 +71,8 @@ def check_file(
         kind, encoded = "documents", []
         vocabulary = Vocabulary(tokenizer, [], vocab_size)
         for document in map(document_of, rows):
-            ids = tokenizer(document.text, verbose=False)["input_ids"]
+            begun = tokenizer.bos_token and document.text.startswith(tokenizer.bos_token)
+            ids = tokenizer(document.text, add_special_tokens=not begun, verbose=False)["input_ids"]
             vocabulary.check_ids(ids, document.id)
             encoded.append(Encoded.of(ids, ids, document.id))
         short = sum(len(each.ids) < length for each in encoded)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lemo.data.rows import Row, keys_of
 
-__all__ = ["Conversation", "Prompted", "parse_example"]
+__all__ = ["Conversation", "Prompted", "check_text", "parse_example"]
 
 FORMS = (
     "'messages' (or 'conversations'), 'prompt' and 'completion', 'instruction' and 'output', "
@@ -31,6 +31,7 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Roles whose text is a call of a tool, as JSON.
 _CALLS = ("function_call", "tool_call")
 _PREFERENCES = ("chosen", "rejected")
+_LONGEST_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def _conversation(
         raise ValueError(
             f"{row.place}: expected 'system' to be a text, got {type(system).__name__}"
         )
-    _check_text(row, "system", system)
+    check_text(row.place, "system", system)
     first = messages[0]
     if system and first["role"] not in ("system", "developer"):
         messages = [{"role": "system", "content": system}, *messages]
@@ -135,7 +136,7 @@ def _conversation(
         if weight not in (0, 1) or train not in (True, False):
             raise ValueError(
                 f"{row.place}: expected message {number} to have a 'weight' of 0 or 1 and a "
-                f"'train' of true or false, got {weight!r} and {train!r}"
+                f"'train' of true or false, got {_shown(weight)} and {_shown(train)}"
             )
         if number in answers and not (weight and train):
             left_out.add(number)
@@ -154,7 +155,7 @@ def _conversation(
     settings = _parsed(record.get("chat_template_kwargs") or {})
     if not isinstance(settings, Mapping):
         raise ValueError(
-            f"{row.place}: expected 'chat_template_kwargs' to be an object, got {settings!r}"
+            f"{row.place}: expected 'chat_template_kwargs' to be an object, got {_shown(settings)}"
         )
     extra |= settings
     return Conversation(tuple(made), row.place, row.name, extra, frozenset(left_out))
@@ -163,7 +164,9 @@ def _conversation(
 def _objects(row: Row, name: str) -> list[Any]:
     value = _parsed(row.record[name])
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
-        raise ValueError(f"{row.place}: expected '{name}' to be a list of objects, got {value!r}")
+        raise ValueError(
+            f"{row.place}: expected '{name}' to be a list of objects, got {_shown(value)}"
+        )
     return value
 
 
@@ -182,14 +185,14 @@ def _messages(row: Row, name: str, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list | tuple) or not value:
         texts = "a text or " if name in ("prompt", "completion") else ""
         raise ValueError(
-            f"{row.place}: expected '{name}' to be {texts}a list of messages, got {value!r}"
+            f"{row.place}: expected '{name}' to be {texts}a list of messages, got {_shown(value)}"
         )
     return [_message(row, f"{name}[{number}]", entry) for number, entry in enumerate(value)]
 
 
 def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{row.place}: expected {where} to be an object, got {entry!r}")
+        raise ValueError(f"{row.place}: expected {where} to be an object, got {_shown(entry)}")
     message = {name: value for name, value in entry.items() if value is not None}
     if "role" not in message and "from" in message:
         message["role"] = message.pop("from")
@@ -205,7 +208,7 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
         known = ", ".join((*_KNOWN_ROLES, *_ROLES, *_CALLS))
         raise ValueError(
             f"{row.place}: expected {where} to have a role (one of {known}), got "
-            + (repr(role) if role is not None else keys_of(message))
+            + (_shown(role) if role is not None else keys_of(message))
         )
     if "function_call" in message:
         message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
@@ -223,10 +226,16 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
             f"{row.place}: expected {where} to have a text 'content', got "
             + (keys_of(message) if content is None else type(content).__name__)
         )
-    _check_text(row, where, content)
+    check_text(row.place, where, content)
     if role == "assistant" and not (content.strip() or _says_more(message)):
         raise ValueError(f"{row.place}: expected {where} to have an answer, got an empty 'content'")
     return message | {"role": role, "content": content}
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, which may be a whole conversation: its beginning."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _says_more(message: Mapping[str, Any]) -> bool:
@@ -243,7 +252,7 @@ def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not name:
             raise ValueError(
                 f"{row.place}: expected {where} to call functions by 'name' and 'arguments', got "
-                f"{call!r}"
+                f"{_shown(call)}"
             )
         function = dict(function) | {"arguments": _parsed(function.get("arguments", {}))}
         rest = dict(call) if "function" in call else {}
@@ -276,7 +285,7 @@ def _prompted(row: Row) -> Conversation | Prompted:
     completion = completion if _is_messages(completion) else row.record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         for name, text in (("prompt", prompt), ("completion", completion)):
-            _check_text(row, name, text)
+            check_text(row.place, name, text)
         if not completion.strip():
             raise ValueError(f"{row.place}: expected 'completion' to be a text, got an empty one")
         return Prompted(prompt, completion, row.place, row.name)
@@ -309,7 +318,7 @@ def _instruction(row: Row) -> Conversation:
             raise ValueError(
                 f"{row.place}: expected '{name}' to be a text, got {type(text).__name__}"
             )
-        _check_text(row, name, text)
+        check_text(row.place, name, text)
     if not texts["output"].strip():
         raise ValueError(f"{row.place}: expected 'output' to be a text, got an empty one")
     history = _parsed(record.get("history") or [])
@@ -318,7 +327,7 @@ def _instruction(row: Row) -> Conversation:
     )
     if not pairs:
         raise ValueError(
-            f"{row.place}: expected 'history' to be a list of pairs of texts, got {history!r}"
+            f"{row.place}: expected 'history' to be a list of pairs of texts, got {_shown(history)}"
         )
     asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
     turns = [*history, (asked, texts["output"])]
@@ -330,8 +339,9 @@ def _instruction(row: Row) -> Conversation:
     return _conversation(row, _messages(row, "history", entries))
 
 
-def _check_text(row: Row, where: str, text: str) -> None:
+def check_text(place: str, where: str, text: str) -> None:
+    """ValueError where a text is none that UTF-8 has."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{row.place}: {where} holds half of a surrogate pair") from None
+        raise ValueError(f"{place}: {where} holds half of a surrogate pair") from None

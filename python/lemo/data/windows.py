@@ -14,6 +14,7 @@ import logging
 import random
 from array import array
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -48,6 +49,13 @@ class _Encoder:
         places = range(len(full) - len(bare) + 1)
         start = next((i for i in places if full[i : i + len(bare)] == bare), 0)
         self.prefix = list(full[:start])
+        self._begin = getattr(tokenizer, "bos_token", None) or "" if self.prefix else ""
+
+    def begun(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Documents without the begin that `prefix` puts in front, where texts have it already."""
+        for document in documents:
+            text = document.text.removeprefix(self._begin)
+            yield document if text == document.text else replace(document, text=text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without added tokens."""
@@ -147,7 +155,7 @@ def first_windows(
     vocabulary = Vocabulary(tokenizer, encoder.prefix, vocab_size)
     count = length - len(encoder.prefix)
     found, short = [], 0
-    for document in documents:
+    for document in encoder.begun(documents):
         ids = [] if _surely_short(document.text, count) else encoder.head(document.text, count)[0]
         if len(ids) == count:
             vocabulary.check_ids(ids, document.id)
@@ -206,7 +214,7 @@ class TokenWindows:
         self._documents: list[Document] = []
         self._characters_per_token: list[float] = []
         self.too_short = 0
-        for document in documents:
+        for document in self._encoder.begun(documents):
             characters = _characters_per_token(document.text, self._encoder, count)
             if characters is None:
                 self.too_short += 1
