@@ -86,6 +86,33 @@ def test_forms_of_one_call(message):
     assert made.messages == (USER, CALLS, {"role": "tool", "content": "7"}, ASSISTANT)
 
 
+@pytest.mark.parametrize("nothing", [[], "[]", None])
+def test_empty_lists_are_as_if_left_out(nothing):
+    """Llama 3.1's template writes of tools where there is a list, and refuses a list of no call."""
+    tokenizer = with_template("llama3_1")
+    plain = parsed(messages=TURNS)
+    messages = [m | {"tool_calls": nothing} if m["role"] == "assistant" else m for m in TURNS]
+    for record in (
+        {"messages": messages},
+        *({"messages": TURNS, name: nothing} for name in ("tools", "functions", "documents")),
+    ):
+        made = parsed(**record)
+        assert made == plain
+        assert ChatEncoder(tokenizer).encode(made) == ChatEncoder(tokenizer).encode(plain)
+
+
+@pytest.mark.parametrize("arguments", [{}, "{}", "", None])
+def test_calls_without_arguments(arguments):
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    made = parsed(messages=[USER, call]).messages[1]["tool_calls"]
+    assert made == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+
+
+def test_texts_that_begin_like_deep_lists_are_texts():
+    deep = "[" * 200_000
+    assert parsed(prompt=deep, completion="c").prompt == deep
+
+
 def test_answers_that_are_not_trained_on():
     system = {"role": "system", "content": "s"}
     turns = [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"train": False}, USER, ASSISTANT]

@@ -147,7 +147,9 @@ def _conversation(
             "'weight' of 0"
         )
     names = ("tools", "documents", "functions")
-    extra: dict[str, Any] = {name: _objects(row, name) for name in names if record.get(name)}
+    found: dict[str, Any] = {name: _objects(row, name) for name in names if record.get(name)}
+    # Templates write of tools that are given, also where the list is empty.
+    extra = {name: value for name, value in found.items() if value}
     functions = [{"type": "function", "function": each} for each in extra.pop("functions", ())]
     if functions:
         # OpenAI's older form.
@@ -175,7 +177,7 @@ def _parsed(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -212,10 +214,9 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
         )
     if "function_call" in message:
         message["tool_calls"] = [message.pop("function_call"), *message.get("tool_calls", [])]
-    if message.get("tool_calls"):
-        message["tool_calls"] = _tool_calls(row, where, _parsed(message["tool_calls"]))
-    else:
-        message.pop("tool_calls", None)
+    calls = _parsed(message.pop("tool_calls", None))
+    if calls:
+        message["tool_calls"] = _tool_calls(row, where, calls)
     content = message.get("content")
     if content is None and "tool_calls" in message:
         content = ""
@@ -254,7 +255,7 @@ def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
                 f"{row.place}: expected {where} to call functions by 'name' and 'arguments', got "
                 f"{_shown(call)}"
             )
-        function = dict(function) | {"arguments": _parsed(function.get("arguments", {}))}
+        function = dict(function) | {"arguments": _parsed(function.get("arguments") or {})}
         rest = dict(call) if "function" in call else {}
         made.append({"type": "function"} | rest | {"function": function})
     return made
