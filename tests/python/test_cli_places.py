@@ -1,4 +1,4 @@
-"""Folders and files as people write them: relative, and with "~" for the home folder."""
+"""Folders and files as people write them: relative, with "~" for the home folder, misspelt."""
 
 import shutil
 
@@ -8,6 +8,7 @@ from lemo.cli.main import main
 from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.preparation import PrepareConfig
 from lemo.settings.relevance import ScoresConfig
+from lemo.training import finetune as training
 from tiny import save_tiny_llama, write_documents
 
 pytestmark = pytest.mark.cpu_only
@@ -75,3 +76,20 @@ def test_settings_that_are_places(home):
         assert (settings.model, settings.documents) == (f"{home}/m", f"{home}/d")
         assert settings.output == f"{home}/o"
     assert FinetuneConfig.from_dict(of_run | {"model": "owner/a~b"}).model == "owner/a~b"
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--heads", "heads: absent: expected a file, found none"),
+        ("--predictor", "predictor: expected a folder written by 'lemo prepare', but absent"),
+        ("--scores", "scores: expected a folder of `lemo relevance scores`, but absent"),
+    ],
+)
+def test_what_a_scorer_reads_is_looked_for_before_documents_are_read(
+    option, message, home, capsys, monkeypatch
+):
+    monkeypatch.setattr(training, "open_training_data", lambda *_: pytest.fail("documents read"))
+    data = "--model", str(home / "model"), "--documents", str(home / "documents.jsonl")
+    assert run("finetune", *data, "--output", "run", *TRAIN, option, "absent") == 1
+    assert message in capsys.readouterr().err
