@@ -79,8 +79,10 @@ def test_dense_turns_elimination_off(tmp_path):
 
 
 def test_integers():
-    assert parse_integers("64, 4096,8K,1k,-1", "--lengths") == [64, 4096, 8192, 1024, -1]
-    for text in ("", "4,", "1.5", "k", "4M"):
+    assert parse_integers("64, 4096,8K,1k,-1,2M", "--lengths") == [
+        *(64, 4096, 8192, 1024, -1, 2097152),
+    ]
+    for text in ("", "4,", "1.5", "k", "4G", "4KM"):
         with pytest.raises(ValueError, match="--lengths: expected integers with commas"):
             parse_integers(text, "--lengths")
 

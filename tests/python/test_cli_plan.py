@@ -75,7 +75,7 @@ def test_a_plan_of_products_in_8_bits(folder, capsys):
         (
             "0",
             "1GiB",
-            "--tokens: expected one length from 2 to 2147483647, such as 65536 or 64K, got '0'",
+            "--tokens: expected one length from 2 to 2147483647, such as 65536, 64K or 1M, got '0'",
         ),
         ("4K,8K", "1GiB", "--tokens: expected one length from 2"),
         ("4K", "0GiB", "--gpu-memory: expected a size above 0, got '0GiB'"),
@@ -97,10 +97,13 @@ def test_lengths_and_lists_that_do_not_fit_the_model(folder, capsys):
     code, _, error = run(capsys, folder, "--tokens", 2**31, "--gpu-memory", "80GiB")
     assert code == 1
     assert "--tokens: expected one length from 2 to 2147483647" in error
-    # No unit: bytes.
-    code, _, error = run(capsys, *arguments, "80")
-    assert code == 1
-    assert ", 80 bytes may be taken" in error
+    # Elsewhere such a number is in GiB (`memory_limit`, `host_memory`).
+    for options in (("80",), ("80GiB", "--host-memory", "100")):
+        code, _, error = run(capsys, *arguments, *options)
+        assert code == 1
+        assert (
+            f"-memory: expected a size with its unit, such as 80GiB, got '{options[-1]}'" in error
+        )
 
 
 def test_less_memory_recomputes_more(folder, capsys):
@@ -133,7 +136,7 @@ def test_a_context_that_does_not_fit(folder, capsys):
         *(capsys, folder, "--tokens", "64K", "--gpu-memory", "40GiB", "--recompute", "none")
     )
     assert code == 1
-    assert "with recompute auto" in err
+    assert "; recompute auto; " in err
 
 
 def test_rates_of_the_cpu(folder, capsys, monkeypatch, tmp_path):
@@ -145,10 +148,16 @@ def test_rates_of_the_cpu(folder, capsys, monkeypatch, tmp_path):
 
 def test_what_is_refused(folder, capsys, tmp_path):
     for arguments, message in (
-        (("--gpu-memory", "many"), "--gpu-memory: expected a size such as 80GiB, got 'many'"),
+        (("--gpu-memory", "many"), "--gpu-memory: expected a size with its unit, such as 80GiB"),
         (("--gpu-memory", f"{10**12}GiB"), "--gpu-memory: expected a size of 1048576 TiB at most"),
-        (("--gpu-memory", "9" * 400), "--gpu-memory: expected a size of 1048576 TiB at most"),
-        (("--host-memory", "9" * 400), "--host-memory: expected a size of 1048576 TiB at most"),
+        (
+            ("--gpu-memory", "9" * 400 + "GB"),
+            "--gpu-memory: expected a size of 1048576 TiB at most",
+        ),
+        (
+            ("--host-memory", "9" * 400 + "GB"),
+            "--host-memory: expected a size of 1048576 TiB at most",
+        ),
         (("--gpus", 10**12), "--gpus: expected a number from 1 to 256, got 1000000000000"),
         (("--batch-size", 10**12), "batch_size: expected an integer in [1, 1048576]"),
         (("--recompute", "all"), "recompute: expected one of"),
@@ -174,7 +183,7 @@ def test_what_is_refused(folder, capsys, tmp_path):
 def test_sizes():
     assert parse_bytes("80GiB", "x") == 80 * 2**30
     assert parse_bytes("1.5 gb", "x") == 1_500_000_000
-    assert parse_bytes("17", "x") == 17
+    assert parse_bytes("0.5MiB", "x") == 2**19
 
 
 def test_a_plan_of_several_gpus(folder, capsys):

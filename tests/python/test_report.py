@@ -321,7 +321,7 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
     folder.mkdir()
     (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     page = write_report([load_run(folder)], tmp_path / "out").read_text()
-    assert "final loss" in page
+    assert "final loss (mean of the last tenth of the steps)" in page
     assert "peak memory</th>" not in page
 
 

@@ -129,8 +129,13 @@ def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, mon
     assert "one sequence at a time" in str(refused.value)
     assert not Path(config.output, "config.yaml").exists()
     elimination = changed(config.elimination, recompute="none")
-    with pytest.raises(DoesNotFitError, match="as asked"):
+    with pytest.raises(DoesNotFitError, match="recompute as it is; .*; recompute auto;"):
         finetune(changed(config, memory_limit=least, elimination=elimination))
+    # "layer" is what is asked for, and nothing less would fit.
+    asked = changed(config, memory_limit=0.9 * least, gradient_checkpointing=True)
+    with pytest.raises(DoesNotFitError) as refused:
+        planned(asked)
+    assert "recompute auto" not in str(refused.value)
 
 
 def test_an_upper_bound_that_does_not_fit_is_no_refusal(config, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import traceback
@@ -132,11 +133,21 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _expanded(argument: str) -> str:
+    """An argument with the home folder in the place of "~"; shells leave it in --option=~/name."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(argument)
+
+
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         with _quiet_threads(debug):
-            code = app([a for a in arguments if a != "--debug"], "lemo", standalone_mode=False)
+            code = app(
+                [_expanded(a) for a in arguments if a != "--debug"], "lemo", standalone_mode=False
+            )
     except KeyboardInterrupt:
         code = 130
     except Exception as error:

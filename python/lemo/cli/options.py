@@ -122,7 +122,7 @@ def _assign(settings: dict[str, Any], names: Sequence[str], value: Any) -> None:
 
 
 def parse_integers(text: str, option: str) -> list[int]:
-    """ "4096,8K,-1" -> [4096, 8192, -1]; "K" counts 1024s.
+    """ "4096,8K,-1" -> [4096, 8192, -1]; "K" counts 1024s, "M" 1024 of these.
 
     Raises:
         ValueError: something is not an integer; the message names ``option``.
@@ -130,9 +130,9 @@ def parse_integers(text: str, option: str) -> list[int]:
     numbers = []
     for part in text.split(","):
         word = part.strip().lower()
-        digits = word.removesuffix("k")
+        unit = {"k": 2**10, "m": 2**20}.get(word[-1:], 1)
         try:
-            numbers.append(int(digits) * (1024 if word != digits else 1))
+            numbers.append(int(word[:-1] if unit > 1 else word) * unit)
         except ValueError:
             raise ValueError(
                 f"{option}: expected integers with commas, such as 4096,8K, got '{text}'"

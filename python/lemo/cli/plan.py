@@ -10,7 +10,7 @@ import typer
 from lemo.cli import options
 from lemo.cli.streams import printable
 
-_UNITS = {"": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+_UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _MOST_BYTES = 2**60
 # Of a host; all ways to use them are compared.
@@ -19,7 +19,7 @@ _MOST_GPUS = 256
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or hub name.")],
-    tokens: Annotated[str, typer.Option(help="Tokens of a window, such as 65536 or 64K.")],
+    tokens: Annotated[str, typer.Option(help="Tokens of a window, such as 65536, 64K or 1M.")],
     keep: Annotated[
         float | None, typer.Option(help="Share of the blocks that is kept.", show_default="0.5")
     ] = None,
@@ -74,7 +74,7 @@ def plan(
     lengths = options.parse_integers(tokens, "--tokens")
     if len(lengths) != 1 or not 2 <= lengths[0] < 2**31:
         raise ValueError(
-            f"--tokens: expected one length from 2 to {2**31 - 1}, such as 65536 or 64K, got "
+            f"--tokens: expected one length from 2 to {2**31 - 1}, such as 65536, 64K or 1M, got "
             f"'{tokens}'"
         )
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
@@ -114,14 +114,14 @@ def plan(
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """ "80GiB" -> 85899345920; without a unit bytes.
+    """ "80GiB" -> 85899345920. The unit may not be left out: settings of the same names are in GiB.
 
     Raises:
         ValueError: not a size, or one that no machine has; the message names ``option``.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or match[2] not in _UNITS:
-        raise ValueError(f"{option}: expected a size such as 80GiB, got '{text}'")
+        raise ValueError(f"{option}: expected a size with its unit, such as 80GiB, got '{text}'")
     size = float(match[1]) * _UNITS[match[2]]
     if size > _MOST_BYTES:
         raise ValueError(f"{option}: expected a size of 1048576 TiB at most, got '{text}'")

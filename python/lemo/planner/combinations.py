@@ -40,9 +40,7 @@ class Combination:
         return 0.0 if self.plan is None else self.tokens / self.plan.seconds
 
 
-def combinations(
-    request: Request, tokens: int, gpus: int, limit: int, modes: Sequence[str] | None = None
-) -> list[Combination]:
+def combinations(request: Request, tokens: int, gpus: int, limit: int) -> list[Combination]:
     """All ways to use so many GPUs, those that train the most tokens in a second first.
 
     Args:
@@ -50,14 +48,13 @@ def combinations(
         tokens: of a window.
         gpus: how many there are.
         limit: bytes of each that a step may take.
-        modes: of each layer; None: what is fastest.
     """
     found = []
     for size, shards in _ways(request, gpus):
         planner = replace(request, processes=size, shards=shards).planner(tokens)
         groups = gpus // size
         windows = groups * request.batch * request.passes
-        plan = planner.plan(limit, modes)
+        plan = planner.plan(limit, request.modes)
         found.append(Combination(groups, size, shards, windows * tokens, plan))
     # Of ways that are as fast the one with the least traffic and settings comes first.
     return sorted(found, key=lambda each: (-each.rate, each.shards, each.size))

@@ -204,7 +204,7 @@ class StepMemory:
             highest = max(highest, stored + max(layer.forward, layer.backward) + moving)
             moving = layer.moving
         # What the last layer moves is gone before the loss.
-        return self.fixed + max(highest, stored + self.loss, self._embedding)
+        return self.fixed + max(highest, stored + self.loss, self.embedding)
 
     def held(self, most: int) -> int:
         """Bytes that graphs keep between steps, beyond what torch counts as allocated.
@@ -215,7 +215,7 @@ class StepMemory:
         return most + self._step.residual_rows * self._shape.hidden * self._step.size + _WORKSPACE
 
     @property
-    def _embedding(self) -> int:
+    def embedding(self) -> int:
         """Beside `fixed`, while all tokens are embedded before rows are dropped: they, and a copy
         of theirs in place of the residual."""
         step = self._step

@@ -42,7 +42,9 @@ _SHARES = 4
 _HEAD_GROUPS = (1, 2, 4, 8, 16, 32)
 # Lengths that are tried are multiples of it.
 _TOKENS = 16
-_MOST_TOKENS = 2**27
+
+
+_Options = list[list[tuple[int, int, int, int, float, int]]]
 
 
 class DoesNotFitError(ValueError):
@@ -241,7 +243,7 @@ class Planner:
             found, *_ = _C.plan_memory(_timeless(options), *limits, *grains)
         if len(found) == 0:
             return None
-        chosen = [choices[index][option] for index, option in enumerate(found[:-1])]
+        chosen = [choices[index][option] for index, option in enumerate(found[1:-1])]
         shares = [share for _, share in chosen]
         plan = self.of([mode for mode, _ in chosen], limit, groups, shares)
         if self._host.shares is not None or not any(shares):
@@ -344,24 +346,45 @@ class Planner:
         ways = shares, self._alike(modes, shares)
         return min(ways, key=lambda way: self.of(modes, 0, None, way).seconds)
 
-    def fits(self, limit: int) -> bool:
-        """Whether a plan is within a limit in bytes."""
+    def fits(self, limit: int, modes: Sequence[str] | None = None) -> bool:
+        """Whether a plan is within a limit in bytes.
+
+        Args:
+            limit: of the device.
+            modes: of each layer; None: whatever is recomputed.
+        """
+        return self._fits(limit, self._smallest_options(modes))
+
+    def least(self, modes: Sequence[str] | None = None) -> int:
+        """The fewest bytes with which a plan fits, whatever goes to the host.
+
+        -1 where the host is too small for what goes there anyway.
+
+        Args:
+            modes: of each layer; None: whatever is recomputed.
+        """
+        options = self._smallest_options(modes)
+        least = self.of([MODES[0]] * self._num_layers, 0).peak
+        # Kept bytes are rounded up by the size of the memory, which is known better afterwards.
+        for _ in range(2):
+            grains = max(1, least >> _PARTS), self._host_grain
+            least = _C.least_memory(options, self._host.limit, self._fixed, *grains)
+            if least < 0:
+                return least
+        while not self._fits(least, options):
+            least += max(1, least >> _PARTS)
+        return least
+
+    def _fits(self, limit: int, options: _Options) -> bool:
         if limit <= self._fixed:
             return False
         grains = max(1, limit >> _PARTS), self._host_grain
-        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
         found, *_ = _C.plan_memory(options, limit, self._host.limit, self._fixed, *grains)
         return len(found) > 0
 
-    def least(self) -> int:
-        """The fewest bytes that the step needs, whatever is recomputed, or goes to the host.
-
-        -1 where the host is too small for what goes there anyway.
-        """
-        most = self.of([MODES[0]] * self._num_layers, 0).peak
-        grains = max(1, most >> _PARTS), self._host_grain
-        options = _timeless(self._with(self._choices()[-1])._options(None)[1])
-        return _C.least_memory(options, self._host.limit, self._fixed, *grains)
+    def _smallest_options(self, modes: Sequence[str] | None) -> _Options:
+        """The options that take the least memory at a time; their seconds do not count."""
+        return _timeless(self._with(self._choices()[-1])._options(modes)[1])
 
     @property
     def _host_grain(self) -> int:
@@ -369,10 +392,10 @@ class Planner:
 
     def _options(
         self, modes: Sequence[str] | None
-    ) -> tuple[list[list[tuple[str, float]]], list[list[tuple[int, int, int, int, float, int]]]]:
+    ) -> tuple[list[list[tuple[str, float]]], _Options]:
         """(mode and share of each option, the options) of each layer.
 
-        The loss is one more layer, which has no choice.
+        The embedding and the loss are one more layer each, which have no choice.
         """
         memory, time, rows = self._memory, self._time, self._memory.step.rows
         known: dict[object, list[tuple[int, int, int, int, float, int]]] = {}
@@ -390,7 +413,8 @@ class Planner:
             if key not in known:
                 known[key] = [self._option(index, *pair) for pair in pairs]
             options.append(known[key])
-        return choices, [*options, [(0, 0, memory.loss, 0, 0.0, 0)]]
+        embedding = [(0, memory.embedding, 0, 0, 0.0, 0)]
+        return choices, [embedding, *options, [(0, 0, memory.loss, 0, 0.0, 0)]]
 
     def _option(self, index: int, mode: str, share: float) -> tuple[int, int, int, int, float, int]:
         layer = self._memory.layer(index, mode, share)
@@ -402,30 +426,28 @@ class Planner:
         return layer.kept, layer.forward, layer.backward, layer.host, time, moving
 
 
-_Options = list[list[tuple[int, int, int, int, float, int]]]
-
-
 def _timeless(options: _Options) -> _Options:
     """Options of which only the bytes count: far fewer sets of them differ."""
     return [[(*each[:4], 0.0, each[5]) for each in layer] for layer in options]
 
 
-def longest_that_fits(planner_of: Callable[[int], Planner], limit: int) -> int:
-    """The most tokens of a sequence, in steps of 16, of which a plan is within a limit.
+def longest_that_fits(fits_with: Callable[[int], bool], most: int) -> int:
+    """The most tokens of a sequence, in steps of 16, with which a step fits.
 
     Args:
-        planner_of: plans steps of so many tokens.
-        limit: in bytes.
+        fits_with: whether a step fits whose sequences have so many tokens.
+        most: tokens that are tried.
 
     Returns:
         0 where not even 16 tokens fit.
     """
     fits, too_long = 0, _TOKENS
-    while too_long <= _MOST_TOKENS and planner_of(too_long).fits(limit):
+    while too_long <= most and fits_with(too_long):
         fits, too_long = too_long, 2 * too_long
+    too_long = min(too_long, most // _TOKENS * _TOKENS + _TOKENS)
     while too_long - fits > _TOKENS:
         middle = (fits + too_long) // 2 // _TOKENS * _TOKENS
-        if planner_of(middle).fits(limit):
+        if fits_with(middle):
             fits = middle
         else:
             too_long = middle

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from lemo.planner.memory import StepMemory
-from lemo.planner.plan import GraphRules, HostRules, Planner, longest_that_fits
+from lemo.planner.memory import MODES, StepMemory
+from lemo.planner.plan import DoesNotFitError, GraphRules, HostRules, Planner, longest_that_fits
 from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of, selections
 from lemo.planner.shape import LINEAR, Adapters, ModelShape, step_of
-from lemo.planner.text import bytes_text
+from lemo.planner.text import bytes_text, needed_text
 from lemo.planner.timing import Rates, StepTime
+from lemo.settings.base import MOST
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["Request", "adapters_of"]
@@ -115,14 +115,37 @@ class Request:
             graphs = GraphRules(self.elimination.cuda_graphs == "on")
         return Planner(memory, time, host=host, graphs=graphs)
 
+    @property
+    def modes(self) -> tuple[str, ...] | None:
+        """The setting `recompute` of each layer; None: auto."""
+        if self.elimination.recompute == "auto":
+            return None
+        return self.elimination.recompute_modes(self.shape.layers)
+
     def longest(self, limit: int) -> int:
-        """The most tokens of a sequence that fit into so many bytes; 0: not even 16."""
-        return longest_that_fits(self.planner, limit)
+        """The most tokens of a sequence that fit into so many bytes, with what the settings
+        recompute; 0: not even 16."""
+        return longest_that_fits(lambda tokens: self._fits(self, tokens, limit), MOST // self.batch)
+
+    def check_host(self, tokens: int) -> None:
+        """Raises DoesNotFitError where the host is too small for what `offload` moves there."""
+        elimination = self.elimination
+        if not elimination.moves:
+            return
+        modes = self.modes or [MODES[-1]] * self.shape.layers
+        needed = self.planner(tokens).of(modes, 0).host
+        if needed > elimination.host_bytes:
+            raise DoesNotFitError(
+                f"elimination.host_memory: expected {needed_text(needed)} or more for offload "
+                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
+            )
 
     def advice(self, tokens: int, limit: int) -> str:
-        """What would make a step fit that does not."""
-        least = self.planner(tokens).least()
-        ways = [f"{bytes_text(least)} of memory"]
+        """What would make a step fit that does not, each with the other settings as they are."""
+        planner = self.planner(tokens)
+        ways = [f"{needed_text(planner.least(self.modes))} of memory"]
+        if self.modes is not None and planner.fits(limit):
+            ways.append("recompute auto")
         longest = self.longest(limit)
         if longest:
             ways.append(f"at most {longest} tokens")
@@ -174,5 +197,5 @@ class Request:
         return host
 
     @staticmethod
-    def _fits(request: Any, tokens: int, limit: int) -> bool:
-        return request.planner(tokens).fits(limit)
+    def _fits(request: Request, tokens: int, limit: int) -> bool:
+        return request.planner(tokens).fits(limit, request.modes)

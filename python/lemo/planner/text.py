@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from lemo.planner.plan import Plan
 
-__all__ = ["ACTIONS", "action_text", "bytes_text", "layers_text", "plan_lines"]
+__all__ = ["ACTIONS", "action_text", "bytes_text", "layers_text", "needed_text", "plan_lines"]
 
 ACTIONS = {
     "none": "store everything",
@@ -47,3 +49,11 @@ def bytes_text(size: int) -> str:
     if size < _GIB / 10:
         return f"{size / 2**20:.3g} MiB"
     return f"{size / _GIB:.{1 if size >= 10 * _GIB else 2}f} GiB"
+
+
+def needed_text(size: int) -> str:
+    """The same of a size that is needed: what the text says is so many bytes, or more."""
+    if size < 2**20 / 10:
+        return bytes_text(size)
+    step = 2**20 if size < _GIB / 10 else _GIB / (10 if size >= 10 * _GIB else 100)
+    return bytes_text(math.ceil(math.ceil(size / step) * step))

@@ -108,7 +108,10 @@ def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("steps", [f"{len(run.records)}" for run in runs]),
         ("broken lines of the log", [f"{run.broken}" if run.broken else ABSENT for run in runs]),
         ("tokens", [f"{run.tokens:,}" if run.tokens else ABSENT for run in runs]),
-        ("final loss", [_decimal(run.final_loss, 4) for run in runs]),
+        (
+            "final loss (mean of the last tenth of the steps)",
+            [_decimal(run.final_loss, 4) for run in runs],
+        ),
         ("seconds a step (median)", [_decimal(run.median("seconds"), 2) for run in runs]),
         (
             "seconds a step (predicted)",

@@ -7,6 +7,7 @@ these come the checks, the messages, the options of the command line and the tab
 from __future__ import annotations
 
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,15 @@ from typing import Annotated, Any, Literal, Union
 
 import annotated_types
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 from typing_extensions import Self
 
@@ -27,6 +36,7 @@ __all__ = [
     "Integer",
     "NotNegative",
     "Number",
+    "Place",
     "Positive",
     "Rank",
     "Seed",
@@ -85,6 +95,8 @@ Windows = Annotated[Integer, Field(ge=1, le=2**20)]
 Context = Annotated[Integer, Field(ge=2, le=MOST)]
 Flag = Annotated[bool, Strict()]
 Text = Annotated[str, Strict(), Field(min_length=1), BeforeValidator(_text)]
+# In files no shell puts the home folder in the place of "~".
+Place = Annotated[Text, AfterValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):

@@ -17,12 +17,12 @@ from lemo.settings.base import (
     Integer,
     NotNegative,
     Number,
+    Place,
     Positive,
     Seed,
     Settings,
     Share,
     Switch,
-    Text,
     Tokens,
     names_in,
 )
@@ -156,13 +156,13 @@ class LemoConfig(Settings):
         "need. The paper's own, kept to compare with it: predictor, with another target, of what "
         "each sub-block computes; exact: that itself, slow; pooled: that of means of blocks.",
     )
-    predictor: Text | None = Field(
+    predictor: Place | None = Field(
         None, description="Folder written by `lemo prepare`, for scorer predictor."
     )
-    heads: Text | None = Field(
+    heads: Place | None = Field(
         None, description="File written by `lemo relevance heads`, for scorer attention."
     )
-    scores: Text | None = Field(
+    scores: Place | None = Field(
         None,
         description="Folder written by `lemo relevance scores`, for scorer given in `lemo "
         "finetune`.",

@@ -14,6 +14,7 @@ from lemo.settings.base import (
     GiB,
     NotNegative,
     Number,
+    Place,
     Positive,
     Rank,
     Seed,
@@ -58,8 +59,8 @@ NOT_COMPARED = (
 class FinetuneConfig(Settings):
     """Settings of one run of `lemo finetune`."""
 
-    model: Text = Field(description="Folder or hub name of the causal language model.")
-    documents: Text = Field(
+    model: Place = Field(description="Folder or hub name of the causal language model.")
+    documents: Place = Field(
         description="What to train on, documents or conversations: a .jsonl, .jsonl.xz, .jsonl.gz, "
         ".json, .csv, .parquet or .txt file, or a folder written by datasets.save_to_disk."
     )
@@ -68,7 +69,7 @@ class FinetuneConfig(Settings):
         description="Tokens of conversations, and of prompts with completions, that have a label: "
         "the answers, or all.",
     )
-    output: Text = Field(description="Run folder.")
+    output: Place = Field(description="Run folder.")
     context_length: Context = Field(
         8192,
         description="Tokens of a training window. Beyond the model's own context its rotary "

@@ -14,11 +14,11 @@ from lemo.settings.base import (
     Integer,
     NotNegative,
     Number,
+    Place,
     Positive,
     Rank,
     Seed,
     Settings,
-    Text,
     Tokens,
     Windows,
 )
@@ -145,19 +145,19 @@ class PredictorSettings(Settings):
 class PrepareConfig(PredictorSettings):
     """Settings of one run of `lemo prepare`."""
 
-    model: Text = Field(description="Folder or hub name of the causal language model.")
-    documents: Text = Field(
+    model: Place = Field(description="Folder or hub name of the causal language model.")
+    documents: Place = Field(
         description="What to learn from: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, .parquet or "
         ".txt file, or a folder written by datasets.save_to_disk. For target relevance: "
         "conversations, or prompts with completions."
     )
-    output: Text = Field(description="Folder to write.")
-    heads: Text | None = Field(
+    output: Place = Field(description="Folder to write.")
+    heads: Place | None = Field(
         None,
         description="File written by `lemo relevance heads`: what a predictor of relevance learns "
         "from.",
     )
-    held_out_documents: Text | None = Field(
+    held_out_documents: Place | None = Field(
         None, description="Documents to test on; null: a tenth of documents, at least one."
     )
     lengths: Annotated[tuple[Context, ...], Field(min_length=1)] = Field(

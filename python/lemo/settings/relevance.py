@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from lemo.settings.base import Context, Flag, Positive, Seed, Settings, Text, Tokens, Windows
+from lemo.settings.base import Context, Flag, Place, Positive, Seed, Settings, Tokens, Windows
 from lemo.settings.finetune import Device, Dtype, RopeScaling
 
 __all__ = ["HeadsConfig", "ScoresConfig"]
@@ -16,12 +16,12 @@ __all__ = ["HeadsConfig", "ScoresConfig"]
 class HeadsConfig(Settings):
     """Settings of one run of `lemo relevance heads`."""
 
-    model: Text = Field(description="Folder or hub name of the causal language model.")
-    documents: Text = Field(
+    model: Place = Field(description="Folder or hub name of the causal language model.")
+    documents: Place = Field(
         description="Texts to plant facts in: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, "
         ".parquet or .txt file, or a folder written by datasets.save_to_disk."
     )
-    output: Text = Field(description="File to write.")
+    output: Place = Field(description="File to write.")
     context_length: Annotated[Tokens, Field(ge=1024)] = Field(
         8192,
         description="Tokens of a window. Beyond the model's own context its rotary embedding is "
@@ -47,25 +47,25 @@ class HeadsConfig(Settings):
 class ScoresConfig(Settings):
     """Settings of one run of `lemo relevance scores`."""
 
-    model: Text = Field(
+    model: Place = Field(
         description="Folder or hub name of the model that will be trained. Its tokenizer and chat "
         "template are used, and it computes the scores where no scout is named."
     )
-    scout: Text | None = Field(
+    scout: Place | None = Field(
         None,
         description="A smaller model with an equal tokenizer, which computes the scores in its "
         "place.",
     )
-    documents: Text = Field(
+    documents: Place = Field(
         description="Conversations, or prompts with completions, as for `lemo finetune`."
     )
-    output: Text = Field(description="Folder to write, for `elimination.scores`.")
+    output: Place = Field(description="Folder to write, for `elimination.scores`.")
     scorer: Literal["lexical", "attention"] = Field(
         "lexical",
         description="Where block scores come from, see `elimination.scorer`. lexical reads the "
         "tokenizer alone, no weights.",
     )
-    heads: Text | None = Field(
+    heads: Place | None = Field(
         None,
         description="File written by `lemo relevance heads` for the model that computes the "
         "scores, for scorer attention.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from lemo.ops import supports_device
 from lemo.planner.combinations import combination_lines, combinations
 from lemo.planner.plan import NOMINAL, DoesNotFitError, Plan
 from lemo.planner.request import Request
-from lemo.planner.text import bytes_text, plan_lines
+from lemo.planner.text import bytes_text, needed_text, plan_lines
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
@@ -52,12 +52,11 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     request = _request(config, elimination, model_config, device, timed)
     yield f"model: {model_config.model_type}, {_sizes(request, tokens)}"
     yield from _about_step(request, tokens)
-    layers = request.shape.layers
-    modes = None if elimination.recompute == "auto" else elimination.recompute_modes(layers)
+    request.check_host(tokens)
     if gpus > 1:
-        yield from _of_several(request, tokens, gpus, limit, modes, timed)
+        yield from _of_several(request, tokens, gpus, limit, timed)
         return
-    plan = _plan_within(request, tokens, limit, modes)
+    plan = _plan_within(request, tokens, limit)
     yield from plan_lines(plan)
     yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
     if plan.graphs:
@@ -137,11 +136,10 @@ def _of_several(
     tokens: int,
     gpus: int,
     limit: int,
-    modes: Sequence[str] | None,
     timed: bool,
 ) -> Iterator[str]:
     """The ways to use several GPUs; the arguments are those of `combinations`."""
-    found = combinations(request, tokens, gpus, limit, modes)
+    found = combinations(request, tokens, gpus, limit)
     if found[0].plan is None:
         raise DoesNotFitError(
             f"memory: a step does not fit into {bytes_text(limit)} of each of {gpus} GPUs, "
@@ -154,26 +152,21 @@ def _of_several(
         yield f"expected between GPUs: {between:g} GB/s to each (not measured)"
 
 
-def _plan_within(request: Request, tokens: int, limit: int, modes: Sequence[str] | None) -> Plan:
+def _plan_within(request: Request, tokens: int, limit: int) -> Plan:
     """The plan of one GPU; DoesNotFitError where none is within the limit."""
-    planner, elimination = request.planner(tokens), request.elimination
+    planner, elimination, modes = request.planner(tokens), request.elimination, request.modes
     if modes is None or (elimination.host_memory and not elimination.moves):
         plan = planner.plan(limit, modes)
         if plan is None:
             raise DoesNotFitError(
-                f"memory: {bytes_text(planner.least())} are needed at least, {bytes_text(limit)} "
-                f"may be taken; what would fit: {request.advice(tokens, limit)}"
+                f"memory: {needed_text(planner.least(modes))} are needed at least, "
+                f"{bytes_text(limit)} may be taken; what would fit: {request.advice(tokens, limit)}"
             )
         return plan
     plan = planner.given(modes, limit)
-    if plan.host > elimination.host_bytes:
-        raise DoesNotFitError(
-            f"elimination.host_memory: expected {bytes_text(plan.host)} or more for offload "
-            f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
-        )
     if plan.peak > limit:
         raise DoesNotFitError(
-            f"memory: {bytes_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
-            f"with recompute auto {bytes_text(planner.least())} at least"
+            f"memory: {needed_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
+            f"what would fit: {request.advice(tokens, limit)}"
         )
     return plan

@@ -196,6 +196,7 @@ class _Run:
         extend_context(model_config, config.context_length, config.rope_scaling)
         if trains:
             remarks.check_warmup(config)
+        of_scorer = fingerprint.of_scorer(config.elimination, model_config)
         tokenizer = load_tokenizer(config.model)
         scores = _stored_scores(config, tokenizer)
         vocab_size = model_config.get_text_config().vocab_size
@@ -213,14 +214,8 @@ class _Run:
             )
         set_seed(config.seed)
         base = load_model(config.model, model_config, dtype, config.quantize, accelerator.device)
-        elimination = config.elimination
         self.inputs = fingerprint.of_inputs(
-            config.model,
-            base,
-            tokenizer,
-            elimination.predictor if elimination else None,
-            elimination.heads if elimination else None,
-            scores.digest if scores else None,
+            config.model, base, tokenizer, of_scorer, scores.digest if scores else None
         )
         self.peft_model = self._with_lora(base)
         self.handle = None

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lemo.predictors.storage import content_digest, model_shape
 from lemo.relevance.heads import RetrievalHeads
+from lemo.settings.elimination import LemoConfig
 
 # Values of a tensor that are read: all of a small one, of a large one as many from even places.
 _SAMPLE = 1 << 16
@@ -31,8 +32,7 @@ def of_inputs(
     model: str,
     weights: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    predictor: str | None,
-    heads: str | None = None,
+    of_scorer: Mapping[str, str],
     scores: str | None = None,
 ) -> dict[str, str]:
     """Hexadecimal digests by name of the input.
@@ -41,8 +41,7 @@ def of_inputs(
         model: folder or hub name.
         weights: the model that was loaded from there, before anything trains.
         tokenizer: the model's.
-        predictor: folder of `lemo prepare`, where there is one.
-        heads: file of `lemo relevance heads`, where there is one.
+        of_scorer: what :func:`of_scorer` returned.
         scores: digest of stored scores, where there are some.
     """
     found = {
@@ -50,12 +49,27 @@ def of_inputs(
         "weights of the model": of_weights(weights),
         "tokenizer": of_tokenizer(tokenizer),
     }
-    if predictor is not None:
-        found["predictor"] = content_digest(predictor)
-    if heads is not None:
-        found["heads"] = of_heads(heads, weights.config)
+    found |= of_scorer
     if scores is not None:
         found["scores"] = scores
+    return found
+
+
+def of_scorer(elimination: LemoConfig | None, model_config: PreTrainedConfig) -> dict[str, str]:
+    """The same of the files that a scorer reads, which takes no time beside documents and weights.
+
+    Args:
+        elimination: its settings.
+        model_config: of the model that they have to be made for.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not there, damaged, or made for another model.
+    """
+    found = {}
+    if elimination is not None and elimination.predictor is not None:
+        found["predictor"] = content_digest(elimination.predictor)
+    if elimination is not None and elimination.heads is not None:
+        found["heads"] = of_heads(elimination.heads, model_config)
     return found
 
 

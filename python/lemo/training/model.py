@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -135,7 +136,8 @@ def load_model(
     try:
         with naming(f"model: the weights of '{model}' are damaged or cannot be used", OSError):
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                model,
+                # Adapters name it, which may be used from another folder.
+                os.path.abspath(model) if os.path.isdir(model) else model,
                 config=config,
                 dtype=dtype,
                 # lemo does not generate, so the model's settings for it need not be read.

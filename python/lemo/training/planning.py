@@ -13,11 +13,10 @@ from typing import Any
 import torch
 
 from lemo.files import write_file
-from lemo.planner.memory import MODES
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
-from lemo.planner.text import bytes_text, plan_lines
+from lemo.planner.text import bytes_text, needed_text, plan_lines
 from lemo.planner.timing import Rates
 from lemo.predictors import load
 from lemo.settings.elimination import LemoConfig
@@ -226,18 +225,17 @@ def plan_run(
                 "planned what goes there, got null; or say elimination.offload"
             )
         return None
+    if (
+        elimination is not None
+        and elimination.recompute == "auto"
+        and config.gradient_checkpointing
+    ):
+        elimination = elimination.model_copy(update={"recompute": "layer"})
     predicted = _predicted(config, elimination, model_config, dtype, device, processes)
     if predicted is None or elimination is None:
         return None
     request, planner = predicted
-    recompute: Any = elimination.recompute
-    if recompute == "auto" and config.gradient_checkpointing:
-        recompute = "layer"
-    asked = _asked(config, elimination, recompute)
-    modes: Sequence[str] | None = None
-    if recompute != "auto":
-        settings = elimination.model_copy(update={"recompute": recompute})
-        modes = settings.recompute_modes(request.shape.layers)
+    asked, modes = _asked(config, elimination), request.modes
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
         plan = planner.given(modes, limit)
@@ -287,9 +285,12 @@ def _predicted(
         raise ValueError(f"{name}: memory cannot be predicted: {error}") from None
 
 
-def _asked(config: FinetuneConfig, elimination: LemoConfig, recompute: Any) -> dict[str, Any]:
+def _asked(config: FinetuneConfig, elimination: LemoConfig) -> dict[str, Any]:
     """The settings that a plan follows from; a resumed run keeps the plan where they are equal."""
-    asked = {"recompute": recompute, "memory_limit": config.memory_limit}
+    asked: dict[str, Any] = {
+        "recompute": elimination.recompute,
+        "memory_limit": config.memory_limit,
+    }
     if elimination.host_memory:
         asked |= {"offload": elimination.offload, "host_memory": elimination.host_memory}
     if elimination.head_groups is not None:
@@ -309,20 +310,12 @@ def _what_would_fit(
     Raises:
         DoesNotFitError: it is the host that is too small.
     """
-    elimination = request.elimination
-    if elimination.moves:
-        least = planner.of(modes or [MODES[-1]] * request.shape.layers, limit).host
-        if least > elimination.host_bytes:
-            raise DoesNotFitError(
-                f"elimination.host_memory: expected {bytes_text(least)} or more for offload "
-                f"{elimination.offload}, got {bytes_text(elimination.host_bytes)}"
-            )
+    request.check_host(config.context_length)
     message = (
         f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
-        f"fits into {bytes_text(limit)}, got one of {bytes_text(planner.least())} at least"
+        f"fits into {bytes_text(limit)}, got one of {needed_text(planner.least(modes))}"
     )
-    if modes is not None:
-        message += f" ({bytes_text(planner.of(modes, limit).peak)} as asked)"
+    message += " at least" if modes is None else " with elimination.recompute as it is"
     return message + f"; what would fit: {request.advice(config.context_length, limit)}"
 
 
