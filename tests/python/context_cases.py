@@ -346,6 +346,12 @@ def nothing_is_averaged_behind_remove():
     arguments = BATCHES["plain"]()
     with context_of(model, flat_config(**DEFAULTS)):
         trained(model, arguments)
+        # A graph that is older than `remove` keeps the parameters' nodes.
+        penalty = sum(p.sum() for p in model.parameters() if p.requires_grad)
+    model.zero_grad()
+    (dist.get_rank() * penalty).backward()
+    for gradient in gradients(model).values():
+        close(gradient, torch.full_like(gradient, dist.get_rank()))
     assert dist.get_rank() or trained(model, arguments)  # would wait for the others
 
 

@@ -31,9 +31,12 @@ def test_every_kind_of_file(tmp_path, name):
             datasets.Dataset.from_list(RECORDS).to_parquet(path)
         case "folder":
             datasets.Dataset.from_list(RECORDS).save_to_disk(path)
-    examples = [parse_example(row) for row in read_rows(path)]
-    assert [len(example.messages) for example in examples] == [2, 4]
-    assert name.split(".")[0] in examples[1].place
+    rows = list(read_rows(path))
+    assert [len(parse_example(row).messages) for row in rows] == [2, 4]
+    # Lines are counted from 1, rows of tables from 0.
+    counts, place = ((1, 2), f"{path}:") if ".jsonl" in name else ((0, 1), f"{path}: row ")
+    assert [row.name for row in rows] == [f"{name}:{number}" for number in counts]
+    assert [row.place for row in rows] == [f"{place}{number}" for number in counts]
 
 
 @pytest.mark.parametrize("kind", [None, "numpy", "torch", "pandas", "arrow"])
@@ -131,7 +134,12 @@ def test_a_text_file_without_its_byte_order_mark(tmp_path):
 
 def test_csv(tmp_path):
     (tmp_path / "d.csv").write_text('instruction,input,output\n"u",,a\n"v","w",b\n')
-    first, second = (parse_example(row) for row in read_rows(tmp_path / "d.csv"))
+    rows = list(read_rows(tmp_path / "d.csv"))
+    place = f"{tmp_path / 'd.csv'}: row"
+    assert [row.place for row in rows] == [f"{place} 0", f"{place} 1"]
+    assert [row.name for row in rows] == ["d.csv:0", "d.csv:1"]
+    assert rows[0].record == {"instruction": "u", "output": "a"}
+    first, second = map(parse_example, rows)
     assert first.messages == (USER, ASSISTANT)
     assert second.messages[0]["content"] == "v\n\nw"
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -209,6 +210,57 @@ def test_a_retained_graph_and_two_graphs_at_once():
     found = run()
     assert all(torch.equal(found[name], oracle) for name, oracle in expected.items())
     assert handle.path.forward.offload.pool.taken == 0
+
+
+def test_backward_may_begin_and_end_at_any_layer_and_has_two_layers_on_the_device():
+    module = torch.nn.Linear(64, 64)
+    x = module.weight  # stays on the device
+
+    def compute(begin=lambda index, module: nullcontext()):
+        y, sums = x, []
+        for index in range(6):
+            with begin(index, module):
+                y = (y + x).tanh()
+            sums.append(y.sum())
+            if index == 3:
+                middle = y
+        return sums, middle
+
+    def gradients_of(sums, middle):
+        # The second ends while layer 3 is on its way, and the third begins below it.
+        for last, first in ((5, x), (5, middle), (1, x), (5, x), (0, x), (3, x)):
+            yield torch.autograd.grad(sums[last], first, retain_graph=True)[0]
+
+    expected = list(gradients_of(*compute()))
+    moved = offload.Offload(MIB).begin([1.0] * 6, x.device)
+    with PeakOfTensors(module) as tensors:
+        results = compute(moved.layer)
+        moved.finish()
+        before = tensors.now
+        for found, oracle in zip(gradients_of(*results), expected):
+            assert torch.equal(found, oracle)
+            assert tensors.now - before <= 3 * x.nbytes  # the gradient is the third
+
+
+def test_a_conjugate_and_what_is_elsewhere_stay():
+    """A conjugate has the bytes of another number; a copy of a meta tensor has none."""
+    module = torch.nn.Linear(1, 1)
+    z, w = torch.randn(2, 64, 64, dtype=torch.complex64).requires_grad_().unbind()
+    elsewhere = torch.ones(64, 64, device="meta", requires_grad=True)
+
+    def compute():
+        # The imaginary part of a conjugate is a view that is marked as negative.
+        return (z.conj() * w).real.sum() + (z.conj().imag * w.imag).sum()
+
+    expected = torch.autograd.grad(compute(), (z, w))
+    made = offload.Offload(MIB)
+    moved = made.begin([1.0], z.device)
+    with moved.layer(0, module):
+        loss, away = compute(), elsewhere * elsewhere
+    moved.finish()
+    assert made.pool.taken == 2 * z.nbytes  # both are in one storage
+    assert all(map(torch.equal, torch.autograd.grad(loss, (z, w)), expected))
+    away.sum().backward()
 
 
 def test_a_graph_that_is_dropped_frees_its_slots():

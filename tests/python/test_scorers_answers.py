@@ -13,7 +13,7 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
 from lemo.predictors.storage import model_shape
 from lemo.relevance.heads import RetrievalHeads
-from lemo.selection.scorers import AttentionScorer
+from lemo.selection.scorers import AttentionScorer, LexicalScorer, RandomScorer
 from tiny_models import VOCABULARY, make_model
 from tolerances import assert_close_fp32
 
@@ -59,6 +59,21 @@ def test_text_is_scored_at_random_and_repeats_with_the_step():
     draws = [kept(step) for step in range(20)]
     assert len({*draws}) > 3
     assert draws == [kept(step) for step in range(20)]
+
+
+@pytest.mark.parametrize("begin", ["begin_step", "begin_replica", "begin_pass"])
+def test_text_is_drawn_as_by_the_random_scorer(begin):
+    ids = prompts([1, 2])["input_ids"]
+    batch, residual = architecture_of(make_model("llama")).embed(
+        ForwardArguments(input_ids=ids), BLOCK
+    )
+    batch = replace(batch, labelled=torch.ones(ids.numel(), dtype=torch.bool))
+    draws = []
+    for scorer in (LexicalScorer(5), RandomScorer(5)):
+        getattr(scorer, begin)(3)
+        draws.append(scorer(0, "attention", residual, batch))
+    assert torch.equal(*draws)
+    assert not torch.equal(draws[0], RandomScorer(5)(0, "attention", residual, batch))
 
 
 def test_what_it_needs_is_named():

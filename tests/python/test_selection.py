@@ -2,6 +2,8 @@
 
 import math
 import types
+from dataclasses import replace
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -13,7 +15,9 @@ import lemo
 from lemo import reference
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, Selection
+from lemo.selection.loss_mask import masked_rows
+from lemo.selection.priority import always_kept
 from lemo.selection.scorers import ExactScorer, PooledScorer, RandomScorer
 from lemo.selection.scorers.paper.pooled import block_means, visible_means
 from lemo.selection.selector import Selector
@@ -480,3 +484,47 @@ def test_scores_ignore_the_other_sequences_of_a_batch():
         return [b for b in handle.statistics()[1].attention_blocks.tolist() if b < 8]
 
     assert kept(1) == kept(2)
+
+
+@pytest.mark.parametrize("leave_room", [False, True])
+@pytest.mark.parametrize(("keep_first", "keep_last"), [(0, 0), (1, 0), (0, 1), (2, 1), (3, 3)])
+@pytest.mark.parametrize("keep", [0.25, 0.5, 1.0])
+def test_ends_are_kept_where_the_share_has_room(keep, keep_first, keep_last, leave_room):
+    counts = [0, 1, 2, 3, 4, 8, 12]
+    layout = BlockLayout.from_seqlens([8 * count for count in counts], 8)
+    expected, crowded, start = [], False, 0
+    for count in counts:
+        ends = [b for b in range(count) if b < keep_first or b >= count - keep_last]
+        # Quarters, which are exact.
+        has_room = len(ends) < math.ceil(keep * count) or not leave_room
+        expected += [start + block for block in ends] if has_room else []
+        crowded |= count > 0 and not has_room
+        start += count
+    assert always_kept(layout, keep, keep_first, keep_last, leave_room) == (expected, crowded)
+
+
+@pytest.mark.parametrize("burn_in", [0, 3, 0.5])
+@pytest.mark.parametrize("mask_loss", [True, 0.125, 0.25, 0.3, 1.0])
+def test_rows_count_that_enough_sub_blocks_keep(mask_loss, burn_in):
+    layout = BlockLayout.from_seqlens([19, 8, 0, 30, 1], 8)
+    keeping_all = Selection.everything(layout)
+    kept = [torch.randperm(layout.num_blocks)[:count].sort().values for count in (1, 2, 4, 5, 6, 6)]
+    selections = [replace(keeping_all, rows=blocks, kept_blocks=blocks.int()) for blocks in kept]
+    selections += [keeping_all, selections[-1]]
+    for chosen in (selections[:6], selections, selections[-1:] * 3):
+        needed = 1 if mask_loss is True else math.ceil(Fraction(str(mask_loss)) * len(chosen))
+        times = [
+            sum(s.kept_blocks is None or block in s.kept_blocks.tolist() for s in chosen)
+            for block in range(layout.num_blocks)
+        ]
+        masked = [count < needed for count in times]
+        expected, block = [], 0
+        for tokens in layout.seqlens:
+            for first in range(0, tokens, 8):
+                size = min(8, tokens - first)
+                burnt = math.ceil(burn_in * (8 if burn_in < 1 else 1))
+                before = first > 0 and masked[block - 1]
+                expected += [masked[block] or (before and row < burnt) for row in range(size)]
+                block += 1
+        found = masked_rows(layout, chosen, mask_loss, burn_in)
+        assert ([False] * layout.num_tokens if found is None else found.tolist()) == expected

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,9 +155,46 @@ def test_fingerprints_of_large_tensors_read_a_part_of_each():
     model = torch.nn.Linear(1000, 1000, dtype=torch.bfloat16)
     before = fingerprint.of_weights(model)
     with torch.no_grad():
+        model.weight[0, 1:16] += 1  # every 16th of a million values is read
+    assert fingerprint.of_weights(model) == before
+    with torch.no_grad():
         model.weight[-1] += 1
     assert fingerprint.of_weights(model) != before
     assert fingerprint.of_weights(model.float()) != before
+
+
+def test_names_shapes_and_dtypes_are_in_the_fingerprint_beside_the_values():
+    def digest(name="a", shape=(2, 6), dtype=torch.bfloat16, other="b"):
+        module = torch.nn.Module()
+        module.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        module.register_buffer(other, torch.ones(1))
+        return fingerprint.of_weights(module)
+
+    changed = {"name": "c"}, {"shape": (3, 4)}, {"dtype": torch.float16}, {"other": "c"}
+    digests = [digest(), *(digest(**change) for change in changed)]
+    assert len({*digests}) == len(digests)
+    assert digest() == digests[0]
+
+
+def test_the_order_in_which_tensors_are_registered_is_not_in_the_fingerprint():
+    digests = set()
+    for names in ("ab", "ba"):
+        module = torch.nn.Module()
+        for name in names:
+            module.register_buffer(name, torch.full((3,), float(ord(name))))
+        digests.add(fingerprint.of_weights(module))
+    assert len(digests) == 1
+
+
+def test_a_tokenizer_of_python_is_known_by_its_vocabulary_and_special_tokens():
+    def digest(words, **special):
+        tokenizer = SimpleNamespace(get_vocab=lambda: words, special_tokens_map=special)
+        return fingerprint.of_tokenizer(tokenizer)
+
+    known = digest({"a": 0, "b": 1}, eos_token="a")
+    assert digest({"b": 1, "a": 0}, eos_token="a") == known
+    assert digest({"a": 1, "b": 0}, eos_token="a") != known
+    assert digest({"a": 0, "b": 1}, eos_token="b") != known
 
 
 def test_fingerprints_of_tokenizers_do_not_depend_on_their_use(inputs):

@@ -447,8 +447,7 @@ class _Storage:
         self, dtype: torch.dtype, offset: int, shape: Sequence[int], stride: Sequence[int]
     ) -> Tensor:
         """A tensor of this geometry in the memory on the device."""
-        if self._here is None or self.layer._is_coming:
-            self.layer.arrive()
+        self.layer.arrive_in_flight()
         self._see_version()
         if self._is_modified:
             raise _modified()
@@ -484,8 +483,7 @@ class _Storage:
     def __del__(self) -> None:
         if self._slot is not None and self._pool is not None:
             # Nothing else may be put where a copy is still on its way to.
-            if self._here is not None:
-                self.layer.arrive_in_flight()
+            self.layer.arrive_in_flight()
             self._pool.free(self._slot)
 
 

@@ -179,7 +179,7 @@ class Selector:
             if rule.policy == "ratio":
                 leave_room = self.config.scorer == "random"
                 first, crowded = always_kept(now.layout, rule.value, *ends, leave_room)
-                if now.labelled is not None or crowded or self._has_budget:
+                if now.labelled is not None or crowded:
                     # The order of the ranks holds all of it.
                     scores, ends = ranks(scores, now.labelled, first), (0, 0)
                 if self._has_budget:
