@@ -20,10 +20,10 @@ struct Tensor {
     void* data = nullptr;
     DType dtype = DType::kOther;
     Device device = Device::kOther;
-    int device_index = 0;  // which GPU; 0 on the CPU
     int ndim = kAbsent;
     std::array<int64_t, kMaxDims> shape{};
     std::array<int64_t, kMaxDims> stride{};
+    int device_index = 0;  // which GPU; 0 on the CPU
 
     bool given() const { return ndim != kAbsent; }
     explicit operator bool() const { return given(); }
