@@ -120,6 +120,26 @@ def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
     assert events == [2.5, "written", "shown"], "in the main thread, and logged once"
 
 
+def test_no_checkpoint_is_written_of_a_step_that_is_not_in_the_log():
+    """The loop comes first, its log fails, and another step is behind it."""
+    written = []
+    records = StepRecords(3, None, None)
+
+    def full(self, record):
+        raise OSError("no space")
+
+    records._log = type("Log", (), {"write": full})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(2.5))
+    write = records.when_done(lambda: written.append(2))
+    with pytest.raises(OSError, match="no space"):
+        records.finish()
+    records.leave()
+    with pytest.raises(OSError, match="no space"):
+        write()
+    assert written == []
+
+
 def test_a_copy_takes_one_piece_of_the_device_at_a_time(monkeypatch):
     taken = []
     cat = torch.cat

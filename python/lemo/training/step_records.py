@@ -30,13 +30,14 @@ class _Step:
     """A step whose work is under way, or done.
 
     Attributes:
-        record: without the loss and times, until it is complete.
+        record: without the loss and times, until these are known.
         loss: what the device copies to the host.
+        is_logged: its record is in the log, where there is one.
     """
 
     record: dict[str, Any]
     loss: Copy
-    is_complete: bool = False
+    is_logged: bool = False
 
 
 class StepRecords:
@@ -91,7 +92,7 @@ class StepRecords:
         step.loss.wait()
         with self._lock:
             loss = step.loss.value().item()
-            if not step.is_complete:
+            if "seconds" not in step.record:
                 now = time.perf_counter()
                 seconds, self._last = now - self._last, now
                 tokens_per_second = step.record["tokens"] / seconds
@@ -100,11 +101,13 @@ class StepRecords:
                     "seconds": seconds,
                     "tokens_per_second": tokens_per_second,
                 }
-                step.is_complete = True
                 if math.isfinite(loss):
                     self._recent.append(seconds)
-                    if self._log is not None:
-                        self._log.write(step.record)
+            if not step.is_logged and math.isfinite(loss):
+                if self._log is not None:
+                    self._log.write(step.record)
+                # Only now: without its line in the log no checkpoint may count the step.
+                step.is_logged = True
         return math.isfinite(loss)
 
     def finish(self, leave: int = 0) -> None:
