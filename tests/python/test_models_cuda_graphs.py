@@ -136,6 +136,17 @@ def test_rows_of_labels(labelled):
     assert set(with_labels.tolist()) <= set(rows.tolist())
 
 
+@pytest.mark.parametrize("count", [640, 16384, 20000])
+def test_answers_of_any_length_have_few_shapes(count):
+    targets, sizes = torch.full((count,), -100), set()
+    for labelled in range(count // 64):
+        targets[labelled] = 1
+        rows, _ = one_set.labels_of_rows(targets, -100, labelled + 1)
+        sizes.add(rows.numel())
+        assert labelled < rows.numel() <= (labelled + 1) * 9 / 8 + count / 64
+    assert len(sizes) <= 3
+
+
 def test_what_changes_in_the_model_is_not_replayed(captured):
     model, handle = enabled()
     train(model, 3)

@@ -28,6 +28,8 @@ from lemo.planner.memory import MOST_CAPTURED
 
 __all__ = ["Labels", "OneSet", "State", "labels_of_rows", "state_of", "uses_plain_head"]
 
+# Numbers of rows with labels that passes of one number of rows have, at most twice as many.
+_LABEL_STEPS = 64
 _CAPTURED_MODES = ("auto", "none", "layer", "selective")
 
 
@@ -69,15 +71,18 @@ def labels_of_rows(targets: Tensor, ignored: int, most: int) -> tuple[Tensor | N
         ignored: the label that does not count.
         most: labels that there are at most.
     """
-    count = min(rounded_up(max(most, 1)), targets.numel())
-    if count == targets.numel():
+    rows = targets.numel()
+    # Steps of a 64th of all rows, whose loss costs little: few shapes, and few graphs.
+    step = 1 << max(0, (rows // _LABEL_STEPS).bit_length() - 1)
+    count = min(-(-rounded_up(max(most, 1)) // step) * step, rows)
+    if count == rows:
         return None, targets
     has = targets != ignored
     others = ~has
     taken = has | (others & (others.cumsum(0) <= count - has.sum()))
     numbers = torch.arange(1, count + 1, device=targets.device)
-    rows = torch.searchsorted(taken.cumsum(0), numbers)
-    return rows.int(), targets[rows]
+    index = torch.searchsorted(taken.cumsum(0), numbers)
+    return index.int(), targets[index]
 
 
 def uses_plain_head(architecture: Architecture) -> bool:
