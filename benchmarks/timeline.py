@@ -104,6 +104,7 @@ def watched_run(options, folder: Path) -> Watched:
     last, seconds = begin + options.steps, []
     end = last + options.save_every
     collections = Collections()
+    trace, stacks_file = options.trace or folder / "trace.json", folder / "stacks.json"
 
     def watch(record: dict[str, Any]) -> None:
         step = record["step"]
@@ -114,6 +115,8 @@ def watched_run(options, folder: Path) -> Watched:
             profiler.start()
         elif step == last:
             profiler.stop()
+            # Now: in a trace that was written behind the next profile all times were 0.
+            profiler.export_chrome_trace(str(trace))
             with_stacks.start()
         elif step == end:
             with_stacks.stop()
@@ -132,8 +135,6 @@ def watched_run(options, folder: Path) -> Watched:
     gc.callbacks.append(collections)
     finetune(config, watch)
     gc.callbacks.remove(collections)
-    trace, stacks_file = options.trace or folder / "trace.json", folder / "stacks.json"
-    profiler.export_chrome_trace(str(trace))
     with_stacks.export_chrome_trace(str(stacks_file))
     return Watched(sum(seconds), collections.found, trace, stacks_file)
 

@@ -116,6 +116,8 @@ def summary(
         raise ValueError("trace: expected kernels of a GPU, got none; CUPTI may be missing")
     running = busy(on_gpu)
     total = running[-1].end - running[0].begin
+    if not total:
+        raise ValueError(f"trace: expected times of {len(on_gpu)} kernels, got the same for all")
     found = gaps(running)
     causes: dict[str, list[float]] = {}
     for gap in found:

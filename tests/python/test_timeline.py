@@ -41,6 +41,12 @@ def test_idle_time_and_its_causes(tmp_path):
     assert found["gaps"] == {"cudaStreamSynchronize": [0.1, 1], "Python, before b": [0.02, 1]}
 
 
+def test_a_trace_without_times_is_refused():
+    spans = traces.spans_of(event("kernel", name, 0.0, 0.0) for name in "ab")
+    with pytest.raises(ValueError, match="expected times of 2 kernels"):
+        traces.summary(*spans)
+
+
 def test_spans_that_overlap_are_one():
     spans = [Span(5, 9, "b"), Span(0, 6, "a"), Span(1, 2, "inside"), Span(12, 13, "c")]
     assert traces.busy(spans) == [Span(0, 9, "a"), Span(12, 13, "c")]
