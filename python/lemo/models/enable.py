@@ -472,9 +472,10 @@ class Handle:
         if not torch.is_grad_enabled():
             return False  # nothing to save, and a reference model may be what is asked
         # A cache means generation. config.use_cache is a default for it and does not count here.
-        if module.training and not arguments.generates:
+        training = module.training and not self._watcher.evaluates
+        if training and not arguments.generates:
             return True
         if not self._forward.has_trained:
-            why = "a key-value cache is used" if module.training else "the model is in eval mode"
+            why = "a key-value cache is used" if training else "the model is in eval mode"
             self._forward.say(f"{why}, so the model's own forward runs and nothing is eliminated")
         return False
