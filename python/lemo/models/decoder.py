@@ -313,9 +313,9 @@ def _check_dtype(residual: Tensor, norm: nn.Module) -> None:
         return
     expected, got = (str(x.dtype).removeprefix("torch.") for x in (weight, residual))
     raise ValueError(
-        f"model: expected embedded tokens in {expected}, the dtype of the first norm, got {got}: the "
-        f"model itself adds in {expected} then, and lemo's own layers would in {got}; convert the "
-        "embedding, train under autocast, or use LemoConfig(path='generic')"
+        f"model: expected embedded tokens in {expected}, the dtype of the first norm, got {got}: "
+        f"the model itself adds in {expected} then, and lemo's own layers would in {got}; convert "
+        "the embedding, train under autocast, or use LemoConfig(path='generic')"
     )
 
 
