@@ -12,6 +12,7 @@ from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
+from lemo.preparation.documents import _examples
 from lemo.preparation.relevance import (
     RelevanceWindow,
     _held,
@@ -307,6 +308,36 @@ def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
     assert code_of(arguments) == 0
     assert "predictor" in capsys.readouterr().out
     assert storage.target_of(tmp_path / "out") == "relevance"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_an_example_are_on_one_side(llama, tmp_path, seed):
+    path = conversations(tmp_path / "d.jsonl")
+    once = path.read_text().splitlines()
+    given = {"model": str(llama), "output": "o", "heads": "h", "lengths": (256,), "seed": seed}
+    config = PrepareConfig(**given, documents=str(path), target="relevance", held_out_windows=4)
+
+    def parts(lines, config=config):
+        path.write_text("\n".join(lines))
+        return [[tuple(each.ids.tolist()) for each in part] for part in _examples(config, 257)]
+
+    training, held_out = parts(4 * once)
+    assert len(held_out) == 1
+    assert len(training) == 5 * 4
+    assert not {*training} & {*held_out}
+    assert parts(4 * once) == [training, held_out]
+    # An example with the same prompt and another answer is another one.
+    other = json.dumps(json.loads(once[0]) | {"completion": " It is another."})
+    training, held_out = parts([once[0], other])
+    assert not {*training} & {*held_out}
+    with pytest.raises(ValueError, match="two different examples or more, one to hold out"):
+        parts([once[0]] * 3)
+    tests = tmp_path / "t.jsonl"
+    tests.write_text("\n".join(once[:2]))
+    config = config.model_copy(update={"held_out_documents": str(tests)})
+    training, held_out = parts(once, config)
+    assert (len(training), len(held_out)) == (4, 2)
+    assert not {*training} & {*held_out}
 
 
 def test_texts_teach_no_relevance(llama, tmp_path, capsys):
