@@ -75,7 +75,7 @@ def test_logits_of_some_tokens_beside_labels_are_refused(path, keep):
     ids = make_ids(2, 24)
     for labels in (ids, ids[:, keep if torch.is_tensor(keep) else slice(-keep, None)]):
         for call in (model, handle.loss):
-            with pytest.raises(ValueError, match="logits_to_keep: expected 0 beside labels, .* got"):
+            with pytest.raises(ValueError, match="logits_to_keep: expected 0 beside labels"):
                 call(input_ids=ids, labels=labels, logits_to_keep=keep)
     model.eval()
     assert model(ids, logits_to_keep=5).logits.shape[1] == 5
