@@ -108,8 +108,7 @@ class ForwardArguments:
         """
         keep, given = self.logits_to_keep, self.inputs_embeds
         given = self.input_ids if given is None else given
-        tokens = 0 if given is None else given.shape[1]
-        if isinstance(keep, int) and (keep == 0 or keep >= tokens):
+        if isinstance(keep, int) and (keep == 0 or (given is not None and keep >= given.shape[1])):
             return
         got = f"a tensor {list(keep.shape)}" if torch.is_tensor(keep) else repr(keep)
         raise ValueError(
