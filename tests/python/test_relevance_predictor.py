@@ -218,6 +218,25 @@ def test_recall_counts_as_many_blocks_as_a_step_keeps():
         assert _held(scores, lesson, settings) == held
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_stays_nan(wrong):
+    """Neither a maximum nor a rank makes a number of it."""
+    labelled = torch.arange(TOKENS) >= TOKENS - 20
+    answers = Answers.of(labelled)
+    layout = BlockLayout.from_seqlens([TOKENS], BLOCK, "cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    predictor = RelevancePredictor(16, 8, torch.ones(16), generator)
+    x = torch.randn(TOKENS, 16, generator=generator)
+    [sound] = predicted_relevance(predictor, x, layout, [answers])
+    assert torch.allclose(sound.sum(-1), torch.ones(1))
+    x[3, 2] = wrong
+    [found] = predicted_relevance(predictor, x, layout, [answers])
+    assert found[sound > 0].isnan().all()
+    ranked = merged(torch.tensor([[0.5, math.nan, 0.0]]), torch.tensor([[0.0, 0.0, 0.2]]))
+    assert ranked[0, 1].isnan()
+    assert ranked[0, 2] == 1.0
+
+
 def test_what_is_open_follows_answers(made):
     config = lemo.LemoConfig(scorer="predictor", predictor=str(made[1]))
     resolved = config.resolved(answers=True)

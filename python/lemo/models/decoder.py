@@ -258,6 +258,9 @@ class Decoder:
     def _select(self, index: int, kind: str, now: Pass, residual: Tensor) -> Selection:
         def score() -> Tensor:
             scores = self._scorer(index, kind, residual.detach(), now.batch)
+            if self._scorer.reads_residual:
+                finite = self._selector.finite
+                scores = finite.checked(index, kind, scores, residual.detach())
             # The others' may differ by rounding, and then the sets.
             return scores if self._context is None else self._context.from_first(scores)
 

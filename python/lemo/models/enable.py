@@ -439,6 +439,14 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
+    def reason_of_nan(self) -> str | None:
+        """Which layer's scores of blocks were nan, where a loss is nan for that; None: none were.
+
+        On a GPU scores are not waited for, so the loss tells of them. On the CPU the pass raises
+        FloatingPointError.
+        """
+        return self._forward.selector.finite.reason()
+
     @property
     def graphs(self) -> CudaGraphs | None:
         """CUDA graphs of training passes (`LemoConfig.cuda_graphs`); None: off, or none here."""

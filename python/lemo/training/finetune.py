@@ -321,7 +321,8 @@ class _Run:
             remarks.say(self.plan.lines())
             self.plan.write(folder)
         log = RunLog(folder, first) if main else None
-        records = StepRecords(config.steps, log, progress)
+        reason = (lambda: None) if self.handle is None else self.handle.reason_of_nan
+        records = StepRecords(config.steps, log, progress, reason)
         self.peak = memory.Peak(self.accelerator.device, self.handle)
         # Tokenizing the next windows hides behind the step that runs.
         # Launchers say how many processes share a machine; without one there is one process.
