@@ -59,8 +59,10 @@ class FiniteScores:
 
     def reason(self) -> str | None:
         """Where scores were nan first, in words; None: nowhere. Waits for a GPU."""
-        places, wrong = ([], []) if self._first is None else self._first
-        return next((_text(*place) for place, is_wrong in zip(places, wrong) if is_wrong), None)
+        if self._first is None:
+            return None
+        found = zip(self._first[0], self._first[1].tolist())
+        return next((_text(*place) for place, wrong in found if wrong), None)
 
 
 def _is_waited_for(tensor: Tensor) -> bool:
