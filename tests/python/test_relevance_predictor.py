@@ -280,6 +280,20 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     assert 0 < held["predicted"] <= held["most"] + 1e-6
 
 
+def test_heads_that_look_at_nothing_finite_teach_nothing(tmp_path):
+    """They were taken for answers that need nothing, and the others alone were learned from."""
+    model = make_model("llama")
+    training = [window(seed, known=False) for seed in range(3)]
+    rare = next(iter({*training[0].ids.tolist()} - {*training[1].ids.tolist()}))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rare, 0] = math.nan
+    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
+    settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
+    with pytest.raises(ValueError, match=f"heads look at in {TOKENS} tokens is not finite"):
+        prepare_relevance(model, training, training, tmp_path / "some", settings, heads=heads)
+    assert not (tmp_path / "some").exists()
+
+
 def test_settings_of_relevance_have_defaults_of_their_own():
     settings = PredictorSettings(target="relevance")
     assert (settings.block_size, settings.keep) == (64, 0.25)
