@@ -1,9 +1,13 @@
-"""Eval mode for a while: which modules were in it before stays as it was."""
+"""Eval mode: for a while, after which each module is as it was, and of whoever calls a model."""
 
 import pytest
 from torch import nn
 
+import lemo
+from lemo import LemoConfig
 from lemo.models.eval_mode import evaluating
+from tiny_models import all_of, gradients, lora, make_model, padded_batch
+from tolerances import assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
 
@@ -37,3 +41,59 @@ def test_every_module_comes_back_in_its_own_mode(fails):
         assert fails
     assert modes(model) == before
     assert model[1][1].told == 0
+
+
+class Wrapped(nn.Module):
+    """Somebody's module around a model."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch):
+        return self.model(**batch)
+
+
+def base_in_train():
+    """A causal LM in eval mode with its decoder in training."""
+    model = make_model("llama").eval()
+    model.model.train()
+    return model
+
+
+def peft_around():
+    """The same of PEFT's model and the causal LM in it."""
+    model = lora(make_model("llama")).eval()
+    model.get_base_model().train()
+    return model
+
+
+def wrapped():
+    model = Wrapped(make_model("llama")).eval()
+    model.model.train()
+    return model
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("make", [base_in_train, peft_around, wrapped])
+def test_who_is_called_in_eval_mode_is_dense_whatever_is_inside(make, path):
+    batch, found = padded_batch([61, 40]), []
+    model, dense = make(), make()
+    handle = lemo.enable(model, LemoConfig(keep=0.5, block_size=8, scorer="random", path=path))
+    for each in (model, dense):
+        outputs = each(**batch)
+        (outputs.loss + outputs.logits.square().mean()).backward()
+        found.append((outputs.loss, all_of(gradients(each))))
+    assert handle.statistics() == []
+    for value, expected in zip(*found):
+        assert_close_fp32(value, expected)
+
+
+def test_a_call_in_training_eliminates_after_one_in_eval_mode_that_failed():
+    model, batch = peft_around(), padded_batch([61, 40])
+    handle = lemo.enable(model, LemoConfig(keep=0.5, block_size=8, scorer="random"))
+    with pytest.raises(ValueError, match="input_ids"):
+        model()
+    model.get_base_model()(**batch)
+    assert all(layer.attention_rows < layer.tokens for layer in handle.statistics())
+    assert handle.statistics()

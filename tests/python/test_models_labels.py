@@ -2,9 +2,13 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+import lemo
 from lemo.models.labels import named, of_call, of_tokens
+from tiny_models import flat_config, make_ids, make_model
+from tolerances import assert_close_fp32
 
 LABELS = torch.tensor([[-100, 7, -100, -100, 5], [3, -100, 0, 2, -100]], device="cpu")
 
@@ -42,3 +46,48 @@ def test_without_labels_nothing_is_known_and_what_was_named_stays():
             assert target.row_labels is inner
         assert target.row_labels is outer
     assert target.row_labels is None
+
+
+def enabled(path):
+    model = make_model("llama")
+    settings = {"keep": 1.0, "block_size": 8, "scorer": "random", "path": path}
+    return model, lemo.enable(model, flat_config(**settings))
+
+
+@pytest.mark.cpu_only  # where attention knows fp32
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("keep", [0, 24, 99])
+def test_logits_of_all_tokens_beside_labels_change_nothing(path, keep):
+    model, ids = enabled(path)[0], make_ids(2, 24)
+    expected = make_model("llama")(ids, labels=ids, logits_to_keep=keep).loss
+    assert_close_fp32(model(ids, labels=ids, logits_to_keep=keep).loss, expected)
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize(
+    "keep",
+    [1, 5, -5, torch.tensor([3, 4, 5]), torch.arange(23, -1, -1)],
+    ids=["last", "last five", "without the first five", "three", "all, reversed"],
+)
+def test_logits_of_some_tokens_beside_labels_are_refused(path, keep):
+    """Transformers fails, or takes labels of these columns alone; lemo's loss had all of them."""
+    model, handle = enabled(path)
+    ids = make_ids(2, 24)
+    for labels in (ids, ids[:, keep if torch.is_tensor(keep) else slice(-keep, None)]):
+        for call in (model, handle.loss):
+            with pytest.raises(ValueError, match="logits_to_keep: expected 0 beside labels"):
+                call(input_ids=ids, labels=labels, logits_to_keep=keep)
+    model.eval()
+    assert model(ids, logits_to_keep=5).logits.shape[1] == 5
+
+
+@pytest.mark.cpu_only
+def test_a_loss_function_of_ones_own_gets_the_logits_of_some_tokens():
+    def total(logits, labels, vocab_size, **_):
+        return logits[..., 0].square().mean() + labels.float().mean()
+
+    model, dense, ids = enabled("native")[0], make_model("llama"), make_ids(2, 24)
+    for each in (model, dense):
+        each.loss_function = total
+    mine, plain = (each(ids, labels=ids, logits_to_keep=5).loss for each in (model, dense))
+    assert_close_fp32(mine, plain)

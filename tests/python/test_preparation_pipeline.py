@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import string
 
 import numpy
 import pytest
@@ -14,10 +15,12 @@ from lemo import predictors, reference
 from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
+from lemo.preparation.documents import _Windows
 from lemo.preparation.evaluation import elimination_loss
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.windows import Window
-from lemo.settings.preparation import PredictorSettings
+from lemo.settings.preparation import PredictorSettings, PrepareConfig
+from lemo.training.model import load_tokenizer
 from limits import largest_file
 from tiny import save_tiny_llama, write_documents
 from tiny_models import VOCABULARY, make_model
@@ -434,6 +437,61 @@ def test_one_long_document_is_cut_in_two(sources, tmp_path):
     extra = ["--documents", str(text), "--lengths", "64", "--output", str(output)]
     assert run(command(sources, *extra, "--search-rounds", "0")) == 0
     assert predictors.load(output).num_layers == 2
+
+
+def cut_in_two(sources, documents, **settings):
+    """(texts to train on, texts to test on) of documents of one window each."""
+    tokenizer = load_tokenizer(str(sources / "model"))
+    given = {"model": "m", "output": "o", "lengths": (12,), "windows": 100, "held_out_windows": 100}
+    config = PrepareConfig(documents=str(documents), **given, **settings)
+    parts = _Windows(config, tokenizer, 257).cut()
+    return [[tokenizer.decode(window.ids) for window in part] for part in parts]
+
+
+def texts(path, contents, kind="text"):
+    """A file of documents, one for each text."""
+    rows = [{"id": f"{i}", "kind": kind, "text": text} for i, text in enumerate(contents)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_a_document_are_on_one_side(sources, tmp_path, seed):
+    """Twelve letters are a window; the documents are twenty, three times each."""
+    different = [letter * 12 for letter in string.ascii_letters[:20]]
+    path = texts(tmp_path / "copies.jsonl", 3 * different)
+    training, held_out = cut_in_two(sources, path, seed=seed)
+    assert len(set(held_out)) == 2
+    assert len(set(training)) == 18
+    assert not {*training} & {*held_out}
+    assert cut_in_two(sources, path, seed=seed) == [training, held_out]
+
+
+def test_documents_without_copies_are_held_out_as_ever(sources, tmp_path):
+    different = [letter * 12 for letter in string.ascii_letters[:20]]
+    once, twice = tmp_path / "once.jsonl", tmp_path / "twice.jsonl"
+    of_once = cut_in_two(sources, texts(once, different))
+    of_twice = cut_in_two(sources, texts(twice, [text for text in different for _ in range(2)]))
+    assert [{*part} for part in of_once] == [{*part} for part in of_twice]
+
+
+def test_copies_of_one_document_are_cut_in_two(sources, tmp_path):
+    path = texts(
+        tmp_path / "copies.jsonl", 3 * [string.digits + string.ascii_letters + string.punctuation]
+    )
+    training, held_out = cut_in_two(sources, path)
+    assert held_out
+    assert not {*training} & {*held_out}
+
+
+def test_what_is_given_to_test_on_is_not_trained_on(sources, tmp_path):
+    documents = texts(tmp_path / "d.jsonl", [letter * 12 for letter in "abcdef"])
+    tests = texts(tmp_path / "t.jsonl", [letter * 12 for letter in "exc"], "other")
+    training, held_out = cut_in_two(sources, documents, held_out_documents=str(tests))
+    assert {*training} == {letter * 12 for letter in "abdf"}
+    assert {*held_out} == {letter * 12 for letter in "exc"}
+    with pytest.raises(ValueError, match="held_out_documents: expected others than those to train"):
+        cut_in_two(sources, documents, held_out_documents=str(documents))
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,12 @@ def test_feature_store_refuses_what_is_not_finite(tmp_path):
     x = torch.zeros(BLOCK, HIDDEN)
     with pytest.raises(ValueError, match="the exact scores of layer 0's mlp are not finite"):
         store.visit(0, "mlp", x, {"activation": torch.full((BLOCK, 4), torch.inf)}, layout)
+    for name in ("q", "k"):
+        heads = {"q": torch.ones(BLOCK, 2, 4), "k": torch.ones(BLOCK, 2, 4), "scale": 0.5}
+        for wrong in (torch.nan, torch.inf, -torch.inf):
+            heads[name][1, 0, 2] = wrong
+            with pytest.raises(ValueError, match="the queries and keys of layer 0's attention are"):
+                store.visit(0, "attention", x, heads, layout)
     with pytest.raises(ValueError, match=f"x: expected .*{HIDDEN}.*got"):
         store.add(0, "mlp", x[:, :3], torch.zeros(BLOCK), layout)
 

@@ -12,6 +12,7 @@ from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
+from lemo.preparation.documents import _examples
 from lemo.preparation.relevance import (
     RelevanceWindow,
     _held,
@@ -217,6 +218,25 @@ def test_recall_counts_as_many_blocks_as_a_step_keeps():
         assert _held(scores, lesson, settings) == held
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_what_is_not_finite_stays_nan(wrong):
+    """Neither a maximum nor a rank makes a number of it."""
+    labelled = torch.arange(TOKENS) >= TOKENS - 20
+    answers = Answers.of(labelled)
+    layout = BlockLayout.from_seqlens([TOKENS], BLOCK, "cpu")
+    generator = torch.Generator("cpu").manual_seed(0)
+    predictor = RelevancePredictor(16, 8, torch.ones(16), generator)
+    x = torch.randn(TOKENS, 16, generator=generator)
+    [sound] = predicted_relevance(predictor, x, layout, [answers])
+    assert torch.allclose(sound.sum(-1), torch.ones(1))
+    x[3, 2] = wrong
+    [found] = predicted_relevance(predictor, x, layout, [answers])
+    assert found[sound > 0].isnan().all()
+    ranked = merged(torch.tensor([[0.5, math.nan, 0.0]]), torch.tensor([[0.0, 0.0, 0.2]]))
+    assert ranked[0, 1].isnan()
+    assert ranked[0, 2] == 1.0
+
+
 def test_what_is_open_follows_answers(made):
     config = lemo.LemoConfig(scorer="predictor", predictor=str(made[1]))
     resolved = config.resolved(answers=True)
@@ -258,6 +278,20 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     assert description["windows"] == {"training": 3, "held_out": 3}
     held = description["recall"]["mean"]
     assert 0 < held["predicted"] <= held["most"] + 1e-6
+
+
+def test_heads_that_look_at_nothing_finite_teach_nothing(tmp_path):
+    """They were taken for answers that need nothing, and the others alone were learned from."""
+    model = make_model("llama")
+    training = [window(seed, known=False) for seed in range(3)]
+    rare = next(iter({*training[0].ids.tolist()} - {*training[1].ids.tolist()}))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[rare, 0] = math.nan
+    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
+    settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
+    with pytest.raises(ValueError, match=f"heads look at in {TOKENS} tokens is not finite"):
+        prepare_relevance(model, training, training, tmp_path / "some", settings, heads=heads)
+    assert not (tmp_path / "some").exists()
 
 
 def test_settings_of_relevance_have_defaults_of_their_own():
@@ -307,6 +341,36 @@ def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
     assert code_of(arguments) == 0
     assert "predictor" in capsys.readouterr().out
     assert storage.target_of(tmp_path / "out") == "relevance"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_copies_of_an_example_are_on_one_side(llama, tmp_path, seed):
+    path = conversations(tmp_path / "d.jsonl")
+    once = path.read_text().splitlines()
+    given = {"model": str(llama), "output": "o", "heads": "h", "lengths": (256,), "seed": seed}
+    config = PrepareConfig(**given, documents=str(path), target="relevance", held_out_windows=4)
+
+    def parts(lines, config=config):
+        path.write_text("\n".join(lines))
+        return [[tuple(each.ids.tolist()) for each in part] for part in _examples(config, 257)]
+
+    training, held_out = parts(4 * once)
+    assert len(held_out) == 1
+    assert len(training) == 5 * 4
+    assert not {*training} & {*held_out}
+    assert parts(4 * once) == [training, held_out]
+    # An example with the same prompt and another answer is another one.
+    other = json.dumps(json.loads(once[0]) | {"completion": " It is another."})
+    training, held_out = parts([once[0], other])
+    assert not {*training} & {*held_out}
+    with pytest.raises(ValueError, match="two different examples or more, one to hold out"):
+        parts([once[0]] * 3)
+    tests = tmp_path / "t.jsonl"
+    tests.write_text("\n".join(once[:2]))
+    config = config.model_copy(update={"held_out_documents": str(tests)})
+    training, held_out = parts(once, config)
+    assert (len(training), len(held_out)) == (4, 2)
+    assert not {*training} & {*held_out}
 
 
 def test_texts_teach_no_relevance(llama, tmp_path, capsys):

@@ -134,6 +134,28 @@ def test_data_check(inputs, tmp_path, capsys):
     assert "got the keys question, answer" in err
 
 
+def test_copies_are_told_of(inputs, tmp_path, capsys):
+    """By `lemo data check` and `lemo eval`, of examples and of documents; each counts."""
+    rows = (inputs / "pairs.jsonl").read_text().splitlines()
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*rows, rows[0], rows[1], rows[0]]))
+    (tmp_path / "once.jsonl").write_text("\n".join(rows))
+    texts = [json.dumps({"id": i, "text": f"{word} " * 40}) for i, word in enumerate("abbcb")]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    model = "--model", inputs / "model"
+    long = "--context-length", 512
+    _, out, _ = run(capsys, "data", "check", tmp_path / "pairs.jsonl", *model, *long)
+    assert "3 of 12 examples are copies of others" in out
+    _, out, _ = run(capsys, "data", "check", tmp_path / "once.jsonl", *model, *long)
+    assert "copies" not in out
+    _, out, _ = run(capsys, "data", "check", tmp_path / "texts.jsonl", *model, *long)
+    assert "2 of 5 documents are copies of others" in out
+    evaluated = "eval", *model, "--device", "cpu", "--documents"
+    _, _, err = run(capsys, *evaluated, tmp_path / "pairs.jsonl", "--lengths", 64)
+    assert "3 of 12 examples are copies of others" in err
+    _, _, err = run(capsys, *evaluated, tmp_path / "texts.jsonl", "--lengths", 32)
+    assert "2 of 5 windows of 32 tokens are copies of others" in err
+
+
 def test_data_check_of_documents(inputs, tmp_path, capsys):
     (tmp_path / "d.txt").write_text("one two " * 40)
     code, out, err = run(

@@ -105,6 +105,15 @@ def test_a_record_is_complete_when_the_next_step_has_begun():
     assert len(shown) == 1
 
 
+def test_a_loss_that_is_nan_is_explained_where_it_is_known():
+    for reason in ("layer 2: the scores are nan", None):
+        records = StepRecords(3, None, None, lambda reason=reason: reason)
+        records.begin({"step": 1, "tokens": 10}, torch.tensor(math.nan))
+        text = "" if reason is None else f"{reason}; "
+        with pytest.raises(FloatingPointError, match=f"step 1: the loss is nan; {text}earlier"):
+            records.finish()
+
+
 def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
     """Whichever of two threads comes first; a run that goes on from it finds the step there."""
     events = []
@@ -576,7 +585,7 @@ def test_a_checkpoint_that_runs_out_of_memory_is_explained(tmp_path, on_a_gpu):
 
     run = Run(lambda step: None, None)
     run._save = fails
-    with pytest.raises(MemoryError, match=r"step 2: CUDA out of memory; .*go on"):
+    with pytest.raises(MemoryError, match=r"step 2: CUDA out of memory; .*no checkpoint yet"):
         run.train(tmp_path, 0, None)
     assert logged(tmp_path) == [1]
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -118,6 +119,29 @@ def test_a_run_keeps_its_plan_and_the_report_shows_it(config, tmp_path):
     (Path(config.output) / "plan.json").write_text(json.dumps(content))
     assert planned(changed(config, resume=True)).plan.modes == tuple(content["modes"])
     assert planned(config).plan.modes != tuple(content["modes"])
+
+
+@pytest.mark.parametrize("modes", ["none", "layer", ("none", "layer", "none", "layer")])
+def test_a_limit_holds_for_given_recomputation_too(config, modes):
+    """The least limit within which it fits is what it needs."""
+    config = changed(config, elimination=changed(config.elimination, recompute=modes))
+
+    def at(limit):
+        return changed(config, memory_limit=limit / GIB)
+
+    # What it needs with all heads at once; groups of heads may need less.
+    most = planned(at(GIB)).plan.peak
+    found = []
+    for parts in range(850, 1001, 10):
+        limit = round(most * parts / 1000)
+        try:
+            found.append(planned(at(limit)).plan.peak)
+            assert found[-1] <= limit
+        except DoesNotFitError:
+            assert not found, "less memory was enough"
+    assert 0 < len(found) < 16
+    with pytest.raises(DoesNotFitError, match="what would fit: "):
+        planned(at(0.85 * most))
 
 
 def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, monkeypatch):
@@ -242,13 +266,13 @@ class Allocator(TorchDispatchMode):
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
-@pytest.mark.parametrize("limit", [None, 1.0])
-def test_out_of_memory_says_what_to_do_and_the_run_goes_on(config, monkeypatch, error, limit):
+@pytest.mark.parametrize(("limit", "last"), [(None, 4), (1.0, 4), (1.0, 1), (None, 2), (None, 3)])
+def test_out_of_memory_says_what_to_do_and_the_run_goes_on(config, monkeypatch, error, limit, last):
     config = changed(config, memory_limit=limit)
     step = module._Run._step
 
     def failing(self, number, batches):
-        if number < 4:
+        if number < last:
             return step(self, number, batches)
         # An activation of the MLP in the kept rows.
         with Allocator(48 * 64, error):
@@ -258,7 +282,11 @@ def test_out_of_memory_says_what_to_do_and_the_run_goes_on(config, monkeypatch, 
     with pytest.raises(MemoryError) as raised:
         finetune(config)
     text = str(raised.value)
-    assert text.startswith("step 4: ")
+    assert text.startswith(f"step {last}: ")
+    # Checkpoints come after steps 2 and 4.
+    assert ("the checkpoint of step 2 are kept; to go on with less memory: " in text) == (last > 2)
+    assert ("there is no checkpoint yet; to begin again with less memory" in text) == (last <= 2)
+    assert (Path(config.output) / "checkpoints").is_dir() == (last > 2)
     assert "--resume --memory-limit" in text if limit else "--resume --recompute layer" in text
     assert ("plan: " in text) == (limit is not None)
     assert "keep" in text
@@ -271,6 +299,20 @@ def test_out_of_memory_says_what_to_do_and_the_run_goes_on(config, monkeypatch, 
         3,
         4,
     ]
+
+
+def test_where_memory_runs_out_after_a_resume_its_checkpoint_is_named(config, monkeypatch):
+    finetune(config)
+    for checkpoint in (Path(config.output) / "checkpoints").iterdir():
+        if "4" in checkpoint.name:
+            shutil.rmtree(checkpoint)
+
+    def failing(self, number, batches):
+        raise MemoryError
+
+    monkeypatch.setattr(module._Run, "_step", failing)
+    with pytest.raises(MemoryError, match="step 3: .* the checkpoint of step 2 are kept; to go on"):
+        finetune(changed(config, resume=True, save_every=100))
 
 
 def test_an_error_of_another_kind_stays_as_it_is(config, monkeypatch):

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lemo.data.chat import Encoded
 from lemo.data.conversations import parse_example
 from lemo.data.documents import document_of
-from lemo.data.examples import ExampleWindows
+from lemo.data.examples import ExampleWindows, of_copies
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.data.vocabulary import Vocabulary
@@ -76,7 +76,10 @@ def check_file(
             vocabulary.check_ids(ids, document.id)
             encoded.append(Encoded.of(ids, ids, document.id))
         short = sum(len(each.ids) < length for each in encoded)
-        remarks = [f"{short} of {len(encoded)} documents are shorter than {length} tokens"]
+        remarks = [
+            f"{short} of {len(encoded)} documents are shorter than {length} tokens",
+            *of_copies("documents", ([each.ids] for each in encoded)),
+        ]
     if not 0 <= shown < len(encoded):
         raise ValueError(f"example: expected a number from 0 to {len(encoded) - 1}, got {shown}")
     tokens = [len(each.ids) for each in encoded]

@@ -18,7 +18,7 @@ from lemo.data.reading import first_of
 from lemo.models.labels import IGNORE_INDEX
 from lemo.relevance.store import ScoreStore
 
-__all__ = ["ExampleWindows", "Shortened", "Window", "remarks_of", "shorten"]
+__all__ = ["ExampleWindows", "Shortened", "Window", "of_copies", "remarks_of", "shorten"]
 
 # Tokens at either end of a prompt that stay where its middle is cut: what it is about, and what is
 # asked.
@@ -132,6 +132,24 @@ def remarks_of(
     return lines
 
 
+def of_copies(what: str, items: Iterable[Sequence[Sequence[int] | Tensor]]) -> list[str]:
+    """A line where some items are copies of others, which count as often as they are there.
+
+    Args:
+        what: their name, in the plural.
+        items: the numbers that make each of them, in one or more parts.
+    """
+    number, found = 0, set()
+    for item in items:
+        number += 1
+        digest = hashlib.sha256()
+        for part in item:
+            digest.update(numpy.asarray(part, dtype=numpy.int64).tobytes())
+        found.add(digest.digest())
+    copies = number - len(found)
+    return [f"{copies} of {number} {what} are copies of others"] if copies else []
+
+
 class ExampleWindows:
     """An endless sequence of windows of at most `length` tokens, each of one or several examples.
 
@@ -202,6 +220,7 @@ class ExampleWindows:
         return [
             f"{used} examples in {len(self)} windows of at most {self.length} tokens",
             *remarks_of(used, self.length, self.shortened, self.cut_tokens, self.left_out),
+            *of_copies("examples", ((each.ids, each.labels) for each in self.examples)),
         ]
 
     def __len__(self) -> int:

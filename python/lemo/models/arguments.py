@@ -98,6 +98,24 @@ class ForwardArguments:
         asked = self.output_hidden_states
         return bool(getattr(config, "output_hidden_states", False) if asked is None else asked)
 
+    def check_labels(self) -> None:
+        """Refuses logits of a part of the tokens beside labels, whose loss is made without logits.
+
+        The model itself fails there, or compares the logits with labels of as many columns.
+
+        Raises:
+            ValueError: `logits_to_keep` leaves tokens out, or is a tensor.
+        """
+        keep, given = self.logits_to_keep, self.inputs_embeds
+        given = self.input_ids if given is None else given
+        if isinstance(keep, int) and (keep == 0 or (given is not None and keep >= given.shape[1])):
+            return
+        got = f"a tensor {list(keep.shape)}" if torch.is_tensor(keep) else repr(keep)
+        raise ValueError(
+            "logits_to_keep: expected 0 beside labels, whose loss lemo makes without logits, got "
+            f"{got}; leave it out, and give all labels, {IGNORE_INDEX} where one is not to count"
+        )
+
     def check(self, config: Any) -> None:
         """Refuses what would change the model's own forward pass and is unknown here.
 

@@ -11,11 +11,11 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lemo import ops
 from lemo.distributed.context import ContextParallel
-from lemo.models.architectures import Architecture
+from lemo.models.architectures import Architecture, active_module
 from lemo.models.batch import Batch
 from lemo.models.execution import execution_of
 from lemo.models.left_out import LeftOutRows
@@ -221,6 +221,9 @@ class Decoder:
     def _layer(self, index: int, now: Pass, residual: Tensor) -> Tensor:
         layer = self._architecture.layer(index)
         check_whole(layer, f"layer {index}")
+        if index == 0:
+            # Inside of the first layer, too: elsewhere FSDP2 may hold weights in another dtype.
+            _check_dtype(residual, self._architecture.attention_norm(0))
         if not now.modes:
             # Inside of the first layer, whose weights may be whole only here.
             residual = self.enter(now, residual)
@@ -255,6 +258,9 @@ class Decoder:
     def _select(self, index: int, kind: str, now: Pass, residual: Tensor) -> Selection:
         def score() -> Tensor:
             scores = self._scorer(index, kind, residual.detach(), now.batch)
+            if self._scorer.reads_residual:
+                finite = self._selector.finite
+                scores = finite.checked(index, kind, scores, residual.detach())
             # The others' may differ by rounding, and then the sets.
             return scores if self._context is None else self._context.from_first(scores)
 
@@ -291,6 +297,29 @@ class Decoder:
         if kept.rows is None:
             return None
         return now.left_out or now.place.left_out(kept, self._selector.left_out)
+
+
+def _check_dtype(residual: Tensor, norm: nn.Module) -> None:
+    """Refuses embedded tokens in a narrower dtype than the one that the model itself adds in.
+
+    Without autocast a sub-block gives the wider dtype of its rows and its weights, so the model's
+    residual has that dtype behind the first one. lemo's residual is one buffer.
+
+    Args:
+        residual: [R, H], at the entry of the first layer.
+        norm: in front of its attention.
+    """
+    if torch.is_autocast_enabled(residual.device.type):
+        return
+    weight = getattr(active_module(norm), "weight", None)
+    if weight is None or torch.promote_types(weight.dtype, residual.dtype) == residual.dtype:
+        return
+    expected, got = (str(x.dtype).removeprefix("torch.") for x in (weight, residual))
+    raise ValueError(
+        f"model: expected embedded tokens in {expected}, the dtype of the first norm, got {got}: "
+        f"the model itself adds in {expected} then, and lemo's own layers would in {got}; convert "
+        "the embedding, train under autocast, or use LemoConfig(path='generic')"
+    )
 
 
 def _described(tokens: int, rows: int, modes: Sequence[str], shares: Sequence[float]) -> str:

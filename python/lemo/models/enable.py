@@ -439,6 +439,14 @@ class Handle:
         """What each layer kept in the last training forward pass; empty before the first."""
         return self._forward.selector.statistics()
 
+    def reason_of_nan(self) -> str | None:
+        """Which layer's scores of blocks were nan, where a loss is nan for that; None: none were.
+
+        On a GPU scores are not waited for, so the loss tells of them. On the CPU the pass raises
+        FloatingPointError.
+        """
+        return self._forward.selector.finite.reason()
+
     @property
     def graphs(self) -> CudaGraphs | None:
         """CUDA graphs of training passes (`LemoConfig.cuda_graphs`); None: off, or none here."""
@@ -472,9 +480,10 @@ class Handle:
         if not torch.is_grad_enabled():
             return False  # nothing to save, and a reference model may be what is asked
         # A cache means generation. config.use_cache is a default for it and does not count here.
-        if module.training and not arguments.generates:
+        training = module.training and not self._watcher.evaluates
+        if training and not arguments.generates:
             return True
         if not self._forward.has_trained:
-            why = "a key-value cache is used" if module.training else "the model is in eval mode"
+            why = "a key-value cache is used" if training else "the model is in eval mode"
             self._forward.say(f"{why}, so the model's own forward runs and nothing is eliminated")
         return False

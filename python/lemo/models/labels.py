@@ -68,11 +68,15 @@ class Watcher:
 
     Calls nest, and several hooks of one may be on the same module: what was known before comes
     back when the last of them ends. A class, because hooks are copied and pickled with a module.
+
+    Attributes:
+        evaluates: whether a module that it watches runs in eval mode.
     """
 
     def __init__(self, target: Named) -> None:
         self._target = target
-        self._before: list[Tensor | None] = []
+        self.evaluates = False
+        self._before: list[tuple[Tensor | None, bool]] = []
 
     def watch(self, module: nn.Module) -> Callable[[], None]:
         """Begins with a module; returns what ends it."""
@@ -84,14 +88,15 @@ class Watcher:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before.append(self._target.row_labels)
+        self._before.append((self._target.row_labels, self.evaluates))
+        self.evaluates = self.evaluates or not module.training
         rows = of_call(kwargs)
         if rows is not None:
             self._target.row_labels = rows
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._target.row_labels = self._before.pop()
+        self._target.row_labels, self.evaluates = self._before.pop()
 
 
 def _remove(*hooks: RemovableHandle) -> None:

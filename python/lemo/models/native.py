@@ -1,7 +1,7 @@
 """The native path: layers that lemo computes itself, of the architectures that it knows."""
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,9 @@ class NativePath(Path[TrainingForward]):
     Raises:
         ValueError: layers or attention are not Transformers' own, the model uses attention dropout
             or another unsupported setting, or `config` does not fit the model.
+
+    Attributes:
+        is_dense: whether a call of the causal LM runs as without lemo.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class NativePath(Path[TrainingForward]):
         self._num_layers = architecture.num_layers
         self._forward = TrainingForward(architecture, config, context)
         self._states: LabelledStates | None = None
+        self.is_dense = False
         self._products = None
         if config.in_8_bits:
             self._products = Fp8Products(architecture, fast=config.products == "fp8_fast")
@@ -104,6 +108,15 @@ class NativePath(Path[TrainingForward]):
     def general_modules(self) -> dict[str, str]:
         return general_modules(self._architecture)
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Inside, the decoder runs as without lemo, whatever mode it is in."""
+        before, self.is_dense = self.is_dense, True
+        try:
+            yield
+        finally:
+            self.is_dense = before
+
     @property
     def labelled_states(self) -> LabelledStates | None:
         """What the decoder answers with while a head of somebody else runs."""
@@ -129,7 +142,8 @@ def causal_lm_forward(
     path = handle.path
     assert isinstance(path, NativePath)
     if not handle.acts_on(causal_lm, arguments):
-        return original()
+        with path.dense():
+            return original()
     path.check()
     if replaced.previous is not None:
         weights = handle.weights
@@ -158,7 +172,7 @@ def decoder_forward(
     decoder, arguments = replaced.__self__, ForwardArguments.of(call)
     path = handle.path
     assert isinstance(path, NativePath)
-    if not handle.acts_on(decoder, arguments):
+    if path.is_dense or not handle.acts_on(decoder, arguments):
         return original()
     path.check()
     if path.labelled_states is not None:

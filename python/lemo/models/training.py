@@ -118,7 +118,8 @@ class Training(ABC, Generic[C]):
             elimination.scorer.begin_step(step)
 
     def check_call(self, arguments: ForwardArguments) -> None:
-        """Refuses a call with labels that is not defined where processes share out the rows."""
+        """Refuses a call with labels that is not defined here, or for processes that share rows."""
+        arguments.check_labels()
         if self.context is not None:
             check_call(arguments)
         else:

@@ -127,7 +127,7 @@ class TrainingForward(Training[Elimination]):
             self.has_trained = True
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
             self._nothing_trained()
-        output = EliminatedOutput(loss=loss)
+        output = EliminatedOutput(loss=self.selector.finite.marked(loss))
         rows, elimination, kept = arguments.labelled_rows(), self.elimination, self.selector.latest
 
         def logits() -> Tensor:
@@ -296,6 +296,7 @@ class TrainingForward(Training[Elimination]):
             rows = rows[torch.isin(rows.int(), computed)]  # this process's
         index = rows_among(rows, residual, computed)
         hidden = self._architecture.final_norm(residual, index)[1]
+        weight = self.selector.finite.marked(weight)
         return LabelledStates(hidden[None], targets[rows][None], weight)
 
     def logits(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:

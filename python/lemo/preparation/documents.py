@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ from lemo.training.model import (
 )
 
 __all__ = ["prepare_from_documents", "prepare_from_examples"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger("lemo")
 
@@ -130,17 +132,49 @@ def _examples(
             for each in opened.examples
         ]
 
-    generator = torch.Generator("cpu").manual_seed(config.seed)
-    found = read("documents", config.documents)
-    order = torch.randperm(len(found), generator=generator, device="cpu").tolist()
+    found = _shuffled(read("documents", config.documents), config.seed)
     if config.held_out_documents is not None:
         held_out = read("held_out_documents", config.held_out_documents)
-    elif len(found) < 2:
-        raise ValueError("documents: expected two examples or more, one to hold out, got one")
     else:
-        count = min(math.ceil(_HELD_OUT_SHARE * len(found)), config.held_out_windows)
-        held_out, order = [found[index] for index in order[:count]], order[count:]
-    return [found[index] for index in order[: config.windows]], held_out[: config.held_out_windows]
+        # Copies of an example are one.
+        different = list({_content(each): each for each in reversed(found)}.values())[::-1]
+        if len(different) < 2:
+            raise ValueError(
+                "documents: expected two different examples or more, one to hold out, got one"
+            )
+        count = math.ceil(_HELD_OUT_SHARE * len(different))
+        held_out = different[: min(count, config.held_out_windows)]
+    held_out = held_out[: config.held_out_windows]
+    return _others(found, held_out, _content)[: config.windows], held_out
+
+
+def _content(window: RelevanceWindow) -> bytes:
+    """What examples that are copies of each other have in common."""
+    return torch.stack((window.ids, window.labelled.long())).numpy().tobytes()
+
+
+def _others(training: list[T], held_out: list[T], content: Callable[[T], Any]) -> list[T]:
+    """The windows or documents to train on without copies of those that are held out.
+
+    Raises:
+        ValueError: nothing is left to train on.
+    """
+    tested = {content(each) for each in held_out}
+    others = [each for each in training if content(each) not in tested]
+    if not others:
+        raise ValueError(
+            "held_out_documents: expected others than those to train on, got copies of all of them"
+        )
+    if len(others) < len(training):
+        copies = len(training) - len(others)
+        _log.info("documents: %d left out of the training, since they are held out", copies)
+    return others
+
+
+def _shuffled(items: list[T], seed: int) -> list[T]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order = torch.randperm(len(items), generator=generator, device="cpu").tolist()
+    return [items[index] for index in order]
 
 
 class _Windows:
@@ -189,10 +223,14 @@ class _Windows:
         config = self._config
         documents = self._long_enough(read_documents(config.documents))
         if config.held_out_documents is not None:
-            return documents, self._long_enough(read_documents(config.held_out_documents))
-        if len(documents) == 1:
-            return self._split_one(documents[0])
-        return _hold_out(documents, config.seed)
+            held_out = self._long_enough(read_documents(config.held_out_documents))
+        else:
+            # Copies of a document are one.
+            different = list({each.text: each for each in reversed(documents)}.values())[::-1]
+            if len(different) == 1:
+                return self._split_one(different[0])
+            held_out = _hold_out(different, config.seed)
+        return _others(documents, held_out, lambda document: document.text), held_out
 
     def _split_one(self, document: Document) -> tuple[list[Document], list[Document]]:
         """Beginning and end of the only document."""
@@ -213,19 +251,20 @@ class _Windows:
         return [document for document, _ in found]
 
 
-def _hold_out(documents: list[Document], seed: int) -> tuple[list[Document], list[Document]]:
-    """A random share of the documents of each kind is held out, and one document at least."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    order = torch.randperm(len(documents), generator=generator, device="cpu").tolist()
-    held_out: set[int] = set()
+def _hold_out(documents: list[Document], seed: int) -> list[Document]:
+    """A random share of different documents of each kind, and one document at least.
+
+    Args:
+        documents: no two of the same text.
+        seed: of the order in which they are taken.
+    """
+    shuffled = _shuffled(documents, seed)
+    held_out: set[str] = set()
     for kind in sorted({document.kind for document in documents}):
-        of_kind = [index for index in order if documents[index].kind == kind]
+        of_kind = [document.text for document in shuffled if document.kind == kind]
         # A kind with a single document stays in the training.
         count = min(math.ceil(_HELD_OUT_SHARE * len(of_kind)), len(of_kind) - 1)
         held_out.update(of_kind[:count])
     if not held_out:
-        held_out = {order[0]}
-    return (
-        [document for index, document in enumerate(documents) if index not in held_out],
-        [documents[index] for index in sorted(held_out)],
-    )
+        held_out = {shuffled[0].text}
+    return [document for document in documents if document.text in held_out]

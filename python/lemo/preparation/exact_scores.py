@@ -96,7 +96,10 @@ class FeatureStore:
     ) -> None:
         """As `capture_sub_blocks` calls it: computes the exact scores and stores them with `x`."""
         if kind == "attention":
-            scores = attention_scores(tensors["q"], tensors["k"], layout, tensors["scale"])
+            q, k = tensors["q"], tensors["k"]
+            # Positive products alone make the scores, and nan is none.
+            _check_finite("queries and keys", layer, kind, q, k)
+            scores = attention_scores(q, k, layout, tensors["scale"])
         else:
             scores = mlp_token_scores(tensors["activation"])
         self.add(layer, kind, x, scores, layout)
@@ -115,11 +118,7 @@ class FeatureStore:
         """
         if x.shape[-1] != self.hidden_size:
             raise ValueError(f"x: expected [tokens, {self.hidden_size}], got {tuple(x.shape)}")
-        if not torch.isfinite(scores).all():
-            raise ValueError(
-                f"model: the exact scores of layer {layer}'s {kind} are not finite; "
-                "expected a model whose activations are finite in its dtype"
-            )
+        _check_finite("exact scores", layer, kind, scores)
         scores = scores.detach().float()
         if kind == "mlp":
             self._token_scores[layer].append(scores.cpu())
@@ -164,3 +163,11 @@ class FeatureStore:
 
     def _file(self, layer: int, kind: str) -> Path:
         return self.folder / f"features.{layer}.{kind}.bf16"
+
+
+def _check_finite(what: str, layer: int, kind: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise ValueError(
+            f"model: the {what} of layer {layer}'s {kind} are not finite; "
+            "expected a model whose activations are finite in its dtype"
+        )

@@ -111,7 +111,7 @@ def prepare_relevance(
         FileExistsError: `output` exists and `overwrite` is not set, or holds anything else.
         TypeError: an unsupported model.
         ValueError: settings of another target; windows without answers that need something; no
-            heads where windows need them.
+            heads where windows need them; activations that are not finite.
         OSError: the disk is full or cannot be written.
     """
     settings = PredictorSettings(target=RELEVANCE) if settings is None else settings
@@ -215,7 +215,13 @@ class _Lessons:
             [found] = head_relevance(*mine, batch.layout, [answers], scale)
             assert found is not None
             parts.append(found)
-        return torch.cat(parts, 1).mean(1).float().cpu()
+        looks = torch.cat(parts, 1).mean(1).float().cpu()
+        if not bool(looks.isfinite().all()):
+            raise ValueError(
+                f"model: what its retrieval heads look at in {window.ids.numel()} tokens is not "
+                "finite; expected activations that are finite in the dtype"
+            )
+        return looks
 
 
 def _embedded(

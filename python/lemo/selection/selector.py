@@ -12,6 +12,7 @@ from lemo import ops
 from lemo.packing.blocks import BlockLayout, Selection
 from lemo.relevance.answers import are_answers
 from lemo.selection.budget import within_budget
+from lemo.selection.finite import FiniteScores
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.policies import Policies, Rule
 from lemo.selection.priority import always_kept, ranks
@@ -30,6 +31,7 @@ class Selector:
     Attributes:
         config: the settings.
         progress: share of the training that is done, in [0, 1].
+        finite: looks whether scores are numbers.
     """
 
     def __init__(self, config: LemoConfig, num_layers: int) -> None:
@@ -44,6 +46,7 @@ class Selector:
         """
         self.config = config
         self.progress = 0.0
+        self.finite = FiniteScores()
         self._policies = Policies(config, num_layers)
         self._keeps_everything = False
         self._reached_threshold = False
@@ -126,6 +129,7 @@ class Selector:
         """
         if not self._repeats:
             self._pass = Pass(layout, labelled)
+            self.finite.begin()
 
     def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
         """The rows that sub-block `kind` of `layer` keeps.

@@ -158,7 +158,9 @@ class PrepareConfig(PredictorSettings):
         "from.",
     )
     held_out_documents: Place | None = Field(
-        None, description="Documents to test on; null: a tenth of documents, at least one."
+        None,
+        description="Documents to test on; null: a tenth of documents, at least one. "
+        "Copies of them are left out of the training.",
     )
     lengths: Annotated[tuple[Context, ...], Field(min_length=1)] = Field(
         (4096,), description="Tokens of the windows; each length gets as many windows."

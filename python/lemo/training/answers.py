@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data.chat import Encoded
 from lemo.data.conversations import parse_example
-from lemo.data.examples import remarks_of, shorten
+from lemo.data.examples import of_copies, remarks_of, shorten
 from lemo.data.reading import first_of
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
@@ -175,7 +175,8 @@ def _fitting(examples: Iterable[Encoded], length: int) -> list[Encoded]:
             f"in {first_of(left_out)}"
         )
     shortened = sum(cut > 0 for cut in cuts)
-    for line in remarks_of(len(fitting), length, shortened, sum(cuts), left_out):
+    copies = of_copies("examples", ((each.ids, each.labels) for each in fitting))
+    for line in (*remarks_of(len(fitting), length, shortened, sum(cuts), left_out), *copies):
         _log.info("%s", line)
     return fitting
 

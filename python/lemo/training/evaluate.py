@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
+from lemo.data.examples import of_copies
 from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.eval_mode import evaluating
@@ -256,6 +257,9 @@ def _windows(
         for kind in kinds:
             kinds[kind] = kinds[kind][:limit]
             total += len(kinds[kind])
+        used = ([ids] for of_kind in kinds.values() for ids in of_kind)
+        for line in of_copies(f"windows of {length} tokens", used):
+            _log.info("%s", line)
     return groups, total
 
 

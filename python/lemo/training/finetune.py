@@ -321,7 +321,8 @@ class _Run:
             remarks.say(self.plan.lines())
             self.plan.write(folder)
         log = RunLog(folder, first) if main else None
-        records = StepRecords(config.steps, log, progress)
+        reason = (lambda: None) if self.handle is None else self.handle.reason_of_nan
+        records = StepRecords(config.steps, log, progress, reason)
         self.peak = memory.Peak(self.accelerator.device, self.handle)
         # Tokenizing the next windows hides behind the step that runs.
         # Launchers say how many processes share a machine; without one there is one process.
@@ -334,7 +335,9 @@ class _Run:
             for step in range(first + 1, config.steps + 1):
                 writer.check()
                 saves = step % config.save_every == 0 or step == config.steps
-                with self._explained(step):
+                # The step of the newest checkpoint that there is, or that is being written.
+                saved = max(first, (step - 1) // config.save_every * config.save_every)
+                with self._explained(step, saved):
                     record, loss = self._step(step, batches)
                     write = self._save(folder, step) if saves else None
                 # Earlier steps are looked at while the latest ones run.
@@ -383,14 +386,14 @@ class _Run:
                 yield range(i, i + config.batch_size)
 
     @contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
+    def _explained(self, step: int, saved: int) -> Iterator[None]:
         """Around a step, whose error, where memory runs out, says what to do."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
                 raise
-            raise out_of_memory(step, error, self.config, self.plan) from error
+            raise out_of_memory(step, error, self.config, self.plan, saved) from error
 
     def _step(self, step: int, batches: Iterator[TrainingBatch]) -> tuple[dict[str, Any], Tensor]:
         """One optimizer step on the next batches; its log record, and its loss on the device."""

@@ -157,7 +157,7 @@ def _window(model_config: Any) -> int:
 
 
 def out_of_memory(
-    step: int, error: BaseException, config: FinetuneConfig, plan: RunPlan | None
+    step: int, error: BaseException, config: FinetuneConfig, plan: RunPlan | None, saved: int
 ) -> MemoryError:
     """The error of a step that ran out of memory: the plan, what to change, how to go on.
 
@@ -166,6 +166,7 @@ def out_of_memory(
         error: torch's or Python's.
         config: the run.
         plan: its plan, if it has one.
+        saved: the step of the newest checkpoint; 0: there is none.
     """
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     elimination, ways = config.elimination, []
@@ -179,11 +180,13 @@ def out_of_memory(
     if plan is not None:
         parts += [line.strip() for line in plan.lines()]
     again = f"lemo finetune --output {shlex.quote(config.output)} --resume"
-    parts.append("the steps up to the newest checkpoint are kept")
+    going = f"the steps up to the checkpoint of step {saved} are kept; to go on"
+    if not saved:
+        going = "there is no checkpoint yet; to begin again"
     if ways:
-        parts.append(f"to go on with less memory: {again} {ways[0]}")
+        parts.append(f"{going} with less memory: {again} {ways[0]}")
     else:
-        parts.append(f"to go on where there is more memory: {again}")
+        parts.append(f"{going} where there is more memory: {again}")
     parts.append(
         "a new run needs less with a smaller keep, context_length or batch_size (and more "
         "gradient_accumulation), or with --quantize nf4"
@@ -239,7 +242,9 @@ def plan_run(
     plan: Plan | None
     if modes is not None and (elimination.moves or not elimination.host_memory):
         plan = planner.given(modes, limit)
-        if (1 - MARGIN) * plan.peak <= limit and plan.host <= elimination.host_bytes:
+        # What is free on a GPU is no limit of the user's, and what is predicted errs.
+        margin = MARGIN if config.memory_limit is None else 0.0
+        if (1 - margin) * plan.peak <= limit and plan.host <= elimination.host_bytes:
             return RunPlan(plan, asked, request)
     else:
         plan = _recorded(config, asked, planner, limit) or planner.plan(limit, modes)

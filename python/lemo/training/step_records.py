@@ -47,12 +47,18 @@ class StepRecords:
         steps: of the run.
         log: of the main process; None: another one.
         progress: gets each record, with "steps" and "seconds_left" added.
+        reason: tells, where a loss is not finite, where that comes from; None: nobody knows.
     """
 
     def __init__(
-        self, steps: int, log: RunLog | None, progress: Callable[[dict[str, Any]], None] | None
+        self,
+        steps: int,
+        log: RunLog | None,
+        progress: Callable[[dict[str, Any]], None] | None,
+        reason: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._steps, self._log, self._progress = steps, log, progress
+        self._reason = reason
         self._recent: deque[float] = deque(maxlen=20)
         self._waiting: deque[_Step] = deque()
         self._last = time.perf_counter()
@@ -127,9 +133,12 @@ class StepRecords:
             record = step.record
             if not is_finite:
                 self._waiting.clear()
+                reason = self._reason()
                 raise FloatingPointError(
-                    f"step {record['step']}: the loss is {record['loss']}; earlier checkpoints "
-                    "stay as they are; a lower learning_rate or dtype bfloat16 may help"
+                    f"step {record['step']}: the loss is {record['loss']}; "
+                    + ("" if reason is None else f"{reason}; ")
+                    + "earlier checkpoints stay as they are; a lower learning_rate or dtype "
+                    "bfloat16 may help"
                 )
             if self._log is not None and self._progress is not None:
                 left = (self._steps - record["step"]) * sum(self._recent) / len(self._recent)

@@ -24,7 +24,8 @@ def predicted_relevance(
 ) -> list[Tensor | None]:
     """How much each answer of each sequence needs each of its blocks, [A, B] fp32.
 
-    Shares that add up to 1 over the blocks before the answer that have no labels; 0 elsewhere.
+    Shares that add up to 1 over the blocks before the answer that have no labels; 0 elsewhere. NaN
+    where what enters is not finite.
 
     Args:
         predictor: on the device of `x`.
@@ -53,6 +54,8 @@ def predicted_relevance(
     queries, keys = predictor.queries(x, rows, spans)[:, None], predictor.keys(x, layout)[:, None]
     [seen, index] = index_tensors(x.device, ends, of_rows)
     largest, _ = ops.block_attention(queries, keys, seen, layout, SHARPNESS)
+    # A maximum passes over nan.
+    largest = largest + 0.0 * (queries.sum() + keys.sum())
     scores = largest.new_zeros(number, layout.num_blocks)
     scores.index_add_(0, index, largest[:, 0])
     results: list[Tensor | None] = []
@@ -63,8 +66,9 @@ def predicted_relevance(
         else:
             mine_of = scores[answer : answer + len(found), block : block + count]
             free = found.open_blocks(layout.block_size, mine_of)
+            predicted = mine_of.masked_fill(~free, -torch.inf).softmax(-1)
             # Of an answer with nothing before it the softmax is NaN.
-            results.append(mine_of.masked_fill(~free, -torch.inf).softmax(-1).nan_to_num(0.0))
+            results.append(predicted.where(free.any(-1, keepdim=True), 0.0))
             answer += len(found)
         block += count
     return results
@@ -82,7 +86,7 @@ def merged(predicted: Tensor, words: Tensor) -> Tensor:
     parts = []
     for scores in (predicted, words):
         ranks = scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-        parts.append((scores > 0) / (1.0 + ranks))
+        parts.append(torch.where(scores.isnan(), scores, (scores > 0) / (1.0 + ranks)))
     return torch.maximum(parts[0], parts[1])
 
 
