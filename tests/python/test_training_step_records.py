@@ -1,0 +1,99 @@
+"""Records of steps: when they are complete, logged and shown."""
+
+import math
+import threading
+
+import pytest
+import torch
+
+from lemo.training.behind import Copy
+from lemo.training.step_records import StepRecords
+
+pytestmark = pytest.mark.cpu_only
+
+
+def test_a_record_is_complete_when_the_next_step_has_begun():
+    shown, written = [], []
+    records = StepRecords(3, None, None)
+    records._log = type("Log", (), {"write": lambda self, record: shown.append(record)})()
+    loss = torch.tensor(2.5)
+    records.begin({"step": 1, "tokens": 10}, loss)
+    write = records.when_done(lambda: written.append(1))
+    loss += 1  # the next step's
+    assert shown == written == []
+    records.finish()
+    records.finish()
+    write()
+    [record] = shown
+    assert record["loss"] == 2.5
+    assert record["seconds"] > 0
+    assert record["tokens_per_second"] == 10 / record["seconds"]
+    assert written == [1]
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(math.nan))
+    write = records.when_done(lambda: written.append(2))
+    write()
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+        records.finish()
+    write()
+    assert written == [1], "no checkpoint of it"
+    assert len(shown) == 1
+
+
+def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
+    """Whichever of two threads comes first; a run that goes on from it finds the step there."""
+    events = []
+    records = StepRecords(3, None, lambda record: events.append("shown"))
+    records._log = type("Log", (), {"write": lambda self, record: events.append(record["loss"])})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    write = records.when_done(lambda: events.append("written"))
+    thread = threading.Thread(target=write)
+    thread.start()
+    thread.join()
+    assert events == [2.5, "written"]
+    records.finish()
+    assert events == [2.5, "written", "shown"], "in the main thread, and logged once"
+
+
+def test_no_checkpoint_is_written_of_a_step_that_is_not_in_the_log():
+    """The loop comes first, its log fails, and another step is behind it."""
+    written = []
+    records = StepRecords(3, None, None)
+
+    def full(self, record):
+        raise OSError("no space")
+
+    records._log = type("Log", (), {"write": full})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(2.5))
+    write = records.when_done(lambda: written.append(2))
+    with pytest.raises(OSError, match="no space"):
+        records.finish()
+    records.leave()
+    with pytest.raises(OSError, match="no space"):
+        write()
+    assert written == []
+
+
+def test_an_earlier_step_is_looked_at_while_a_thread_waits_for_a_later_one(monkeypatch):
+    shown, done, waits = [], threading.Event(), threading.Event()
+    records = StepRecords(3, None, None)
+    records._log = type("Log", (), {"write": lambda self, record: shown.append(record["step"])})()
+    losses = iter((torch.tensor(1.0), torch.tensor(2.0)))
+    records.begin({"step": 1, "tokens": 10}, next(losses))
+    records.begin({"step": 2, "tokens": 10}, next(losses))
+    later = records._waiting[1].loss
+
+    def wait(self):
+        if self is later:
+            waits.set()
+            assert done.wait(5), "nobody looked at step 1 meanwhile"
+
+    monkeypatch.setattr(Copy, "wait", wait)
+    thread = threading.Thread(target=records.when_done(lambda: shown.append("written")))
+    thread.start()
+    assert waits.wait(5)
+    records.finish(leave=1)
+    done.set()
+    thread.join()
+    records.finish()
+    assert shown == [1, 2, "written"]
