@@ -30,13 +30,15 @@ class _Step:
     """A step whose work is under way, or done.
 
     Attributes:
-        record: without the loss and times, until these are known.
+        record: without the loss and times, until it is complete.
         loss: what the device copies to the host.
+        is_complete: its loss and times are in the record.
         is_logged: its record is in the log, where there is one.
     """
 
     record: dict[str, Any]
     loss: Copy
+    is_complete: bool = False
     is_logged: bool = False
 
 
@@ -98,7 +100,7 @@ class StepRecords:
         step.loss.wait()
         with self._lock:
             loss = step.loss.value().item()
-            if "seconds" not in step.record:
+            if not step.is_complete:
                 now = time.perf_counter()
                 seconds, self._last = now - self._last, now
                 tokens_per_second = step.record["tokens"] / seconds
@@ -107,6 +109,7 @@ class StepRecords:
                     "seconds": seconds,
                     "tokens_per_second": tokens_per_second,
                 }
+                step.is_complete = True
                 if math.isfinite(loss):
                     self._recent.append(seconds)
             if not step.is_logged and math.isfinite(loss):
