@@ -147,7 +147,8 @@ class Trial:
             self.handle.set_progress(progress)
 
     def prepared(self, windows: Sequence[Window]) -> dict[str, Tensor]:
-        """The tensors of some windows, on the device, for `loss`."""
+        """The tensors of some windows for `loss`: on the device, but for what lemo reads on the
+        host, and would wait for there."""
         ids = torch.stack([window.ids for window in windows])
         labels = torch.stack([window.labels for window in windows])
         tensors = {"ids": ids, "labels": labels}
@@ -155,7 +156,13 @@ class Trial:
             tensors |= self._chunks.of(ids, labels)
         if self.method.scores is not None:
             tensors["scores"] = self._scores(windows)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        if self.handle is not None:
+            tensors["ids_on_host"] = ids
+        host = () if self.handle is None else ("ids_on_host", "labels")
+        return {
+            name: tensor if name in host else tensor.to(self.device)
+            for name, tensor in tensors.items()
+        }
 
     def loss(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of the labels of prepared windows, a scalar with a graph."""
@@ -164,7 +171,7 @@ class Trial:
         scored = nullcontext()
         if "scores" in tensors:
             scored = self.handle.scored(tensors["scores"])
-        with scored:
+        with scored, self.handle.on_host(tensors["ids_on_host"]):
             return self.model(input_ids=tensors["ids"], labels=tensors["labels"]).loss
 
     def _plain_loss(self, tensors: Mapping[str, Tensor]) -> Tensor:
