@@ -234,15 +234,19 @@ def test_a_run_reads_the_modules_once(config, monkeypatch):
 
 
 @on_cpu
-def test_deterministic_holds_during_the_run_only(config):
-    seen = []
+def test_deterministic_and_short_turns_hold_during_the_run_only(config):
+    seen, turn = [], sys.getswitchinterval()
+
+    def state():
+        return torch.are_deterministic_algorithms_enabled(), sys.getswitchinterval() < turn
+
     for deterministic in (False, True):
         finetune(
             config.replace(steps=1, deterministic=deterministic, overwrite=True),
-            lambda record: seen.append(torch.are_deterministic_algorithms_enabled()),
+            lambda record: seen.append(state()),
         )
-        assert not torch.are_deterministic_algorithms_enabled()
-    assert seen == [False, True]
+        assert state() == (False, False)
+    assert seen == [(False, True), (True, True)]
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
