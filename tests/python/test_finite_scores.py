@@ -11,7 +11,7 @@ from lemo.preparation.windows import Window
 from lemo.selection import finite
 from lemo.selection import selector as selector_module
 from lemo.settings.preparation import PredictorSettings
-from tiny_models import flat_config, make_ids, make_model
+from tiny_models import flat_config, lora, make_ids, make_model
 
 BLOCK = 8
 IDS = make_ids(1, 64)
@@ -88,6 +88,32 @@ def test_where_scores_are_not_waited_for_the_loss_is_nan(scorer, wrong, predicto
         model.model.embed_tokens.weight[5] = torch.nan
     assert model(IDS, labels=LABELS).loss.isnan()
     assert handle.reason_of_nan().startswith("layer 2:")
+
+
+def with_a_broken_token(**settings):
+    """(LoRA on a model whose frozen embedding has nan for a token, its handle)."""
+    model = lora(make_model("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[IDS[0, 40]] = torch.nan
+    config = flat_config(**{"keep": 0.5, "block_size": BLOCK, "scorer": "pooled"} | settings)
+    return model, lemo.enable(model, config)
+
+
+@pytest.mark.cpu_only
+def test_gradients_are_nan_where_the_loss_is(on_a_gpu):
+    """As the model's own: with those of 0 a trainer would go on, and a GradScaler skip no step."""
+    model, handle = with_a_broken_token(keep_first=2)
+    first = IDS.where(torch.arange(64) < 16, torch.tensor(-100))
+    model(input_ids=IDS, labels=first).loss.backward()
+    assert handle.reason_of_nan().startswith("layer 0:")
+    assert any(p.grad.isnan().any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.cpu_only
+def test_where_no_label_is_kept_for_it_the_error_names_the_layer(on_a_gpu):
+    model, _ = with_a_broken_token(keep_first=1, keep=0.25)
+    with pytest.raises(FloatingPointError, match="layer 0: the scores of blocks for its attention"):
+        model(input_ids=IDS, labels=LABELS)
 
 
 @pytest.mark.cpu_only

@@ -180,6 +180,9 @@ class Training(ABC, Generic[C]):
             "fewer masked (burn_in)"
         )
         if not self.has_trained:
+            reason = self.selector.finite.reason()
+            if reason is not None:
+                raise FloatingPointError(reason)
             raise ValueError(message.format(""))
         self.say(message.format(" in this step"))
 
