@@ -97,3 +97,27 @@ def test_a_call_in_training_eliminates_after_one_in_eval_mode_that_failed():
     model.get_base_model()(**batch)
     assert all(layer.attention_rows < layer.tokens for layer in handle.statistics())
     assert handle.statistics()
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_a_call_that_was_interrupted_leaves_nothing(path):
+    """torch runs no hooks for Ctrl-C in a notebook; training was dense ever after."""
+    model, batch = lora(make_model("llama")), padded_batch([61, 40])
+    config = LemoConfig(keep=0.5, block_size=8, scorer="random", path=path)
+    handle = lemo.enable(model, config)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    mlp = model.get_base_model().model.layers[1].mlp
+    for mode in (False, True):
+        hook = mlp.register_forward_pre_hook(interrupt)
+        model.train(mode)
+        outer = batch["labels"] > 0
+        with pytest.raises(KeyboardInterrupt), handle.naming(outer):
+            model(**batch)
+        hook.remove()
+        assert handle.row_labels is None
+    model(**batch).loss.backward()
+    assert handle.statistics()
+    assert all(layer.attention_rows < layer.tokens for layer in handle.statistics())

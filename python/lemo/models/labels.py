@@ -98,6 +98,11 @@ class Watcher:
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._target.row_labels, self.evaluates = self._before.pop()
 
+    def interrupted(self) -> None:
+        """Ends all calls: those that Ctrl-C ends have no hooks run behind them."""
+        while self._before:
+            self._target.row_labels, self.evaluates = self._before.pop()
+
 
 def _remove(*hooks: RemovableHandle) -> None:
     for hook in hooks:
