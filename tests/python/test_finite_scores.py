@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import lemo
+from lemo.predictors.storage import model_shape
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.windows import Window
+from lemo.relevance.heads import RetrievalHeads
 from lemo.selection import finite
 from lemo.selection import selector as selector_module
 from lemo.settings.preparation import PredictorSettings
@@ -155,3 +157,17 @@ def test_a_copied_model_has_its_own_findings(predictor, on_a_gpu):
     other.model.layers[1].mlp.down_proj.wrong = None
     assert other(IDS, labels=LABELS).loss.isfinite()
     assert handle.reason_of_nan() is not None
+
+
+@pytest.mark.cpu_only
+def test_a_pass_of_text_forgets_nothing_of_one_of_answers(on_a_gpu, tmp_path):
+    """Their settings differ; a training loop asks for a loss while later passes run."""
+    model, path = make_model("llama"), tmp_path / "heads.json"
+    RetrievalHeads(model_shape(model.config), ((0, 1),)).save(path)
+    handle = lemo.enable(model, lemo.LemoConfig(scorer="attention", heads=str(path)))
+    embedding = model.get_input_embeddings().weight.data
+    sound, embedding[IDS[0, 3]] = embedding.clone(), torch.nan
+    assert model(IDS, labels=LABELS).loss.isnan()
+    embedding.copy_(sound)
+    assert model(IDS, labels=IDS).loss.isfinite()
+    assert handle.reason_of_nan().startswith("layer 0:")

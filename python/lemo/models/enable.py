@@ -449,7 +449,7 @@ class Handle:
         On a GPU scores are not waited for, so the loss tells of them. On the CPU the pass raises
         FloatingPointError.
         """
-        return self._forward.selector.finite.reason()
+        return self._forward.reason_of_nan()
 
     @property
     def graphs(self) -> CudaGraphs | None:
