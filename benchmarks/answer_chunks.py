@@ -44,8 +44,8 @@ class Chunks:
         settings: {"keep", "block_size"}; "words": the share of the others that are chosen by the
             words that they share with answers (0; the rest is random); "weights": whether a key in
             a random block counts as often in the softmax as there are blocks that the block stands
-            for, but for queries of its own block. The sum over all keys is then estimated without
-            a bias.
+            for, but for queries of its own block. Of queries outside of random blocks the sum over
+            all keys is then estimated without a bias.
         seed: of the random blocks.
     """
 
