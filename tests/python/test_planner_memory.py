@@ -69,19 +69,27 @@ def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
     assert stored + (index if mode == "none" else 0) == found
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize(
-    "modes", [*([mode] * 4 for mode in MODES), ["layer", "selective", "none", "none"]]
+    ("case", "modes", "keep"),
+    [
+        *(("all", [mode] * 4, keep) for mode in MODES for keep in (1.0, 0.5)),
+        *(("all", ["layer", "selective", "none", "none"], keep) for keep in (1.0, 0.5)),
+        # Products of these adapters read copies.
+        *((case, [mode] * 4, 0.5) for mode in MODES for case in ("apart", "dropout")),
+        ("autocast", ["layer"] * 4, 0.5),
+    ],
+    ids=str,
 )
-def test_the_highest_bytes_of_a_step(modes, keep):
+def test_the_highest_bytes_of_a_step(case, modes, keep):
     """Of tensors: the sums inside of attention's backward are none, and are a part of it."""
-    tokens, (adapters, settings) = 2048, CASES["all"]
+    tokens, (adapters, settings) = 2048, CASES[case]
     model = model_of("llama", len(modes), adapters, 2, tokens, width=384)
-    model = model.to(torch.bfloat16)
     lemo.enable(model, lemo.LemoConfig(recompute=modes, keep=keep, block_size=8))
     ids = make_ids(1, tokens)
     with PeakOfTensors(model) as tensors:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
     shape, kept = shape_of(model.get_base_model().config), round(keep * tokens)
     rows = [LayerRows(kept, kept)] * shape.layers
     step = step_of(shape, [tokens], rows, cuda=False, **settings)
