@@ -70,20 +70,22 @@ def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
 
 
 @pytest.mark.parametrize(
-    ("case", "modes", "keep"),
+    ("case", "modes", "keep", "width"),
     [
-        *(("all", [mode] * 4, keep) for mode in MODES for keep in (1.0, 0.5)),
-        *(("all", ["layer", "selective", "none", "none"], keep) for keep in (1.0, 0.5)),
+        *(("all", [mode] * 4, keep, 384) for mode in MODES for keep in (1.0, 0.5)),
+        *(("all", ["layer", "selective", "none", "none"], keep, 384) for keep in (1.0, 0.5)),
+        # Attention takes more than such an MLP.
+        *(("all", [mode] * 4, 0.5, 64) for mode in MODES),
         # Products of these adapters read copies.
-        *((case, [mode] * 4, 0.5) for mode in MODES for case in ("apart", "dropout")),
-        ("autocast", ["layer"] * 4, 0.5),
+        *((case, [mode] * 4, 0.5, 384) for mode in MODES for case in ("apart", "dropout")),
+        ("autocast", ["layer"] * 4, 0.5, 384),
     ],
     ids=str,
 )
-def test_the_highest_bytes_of_a_step(case, modes, keep):
+def test_the_highest_bytes_of_a_step(case, modes, keep, width):
     """Of tensors: the sums inside of attention's backward are none, and are a part of it."""
     tokens, (adapters, settings) = 2048, CASES[case]
-    model = model_of("llama", len(modes), adapters, 2, tokens, width=384)
+    model = model_of("llama", len(modes), adapters, 2, tokens, width=width)
     lemo.enable(model, lemo.LemoConfig(recompute=modes, keep=keep, block_size=8))
     ids = make_ids(1, tokens)
     with PeakOfTensors(model) as tensors:
