@@ -86,7 +86,7 @@ class ModelShape:
         return sum(each.inputs * each.outputs for each in self.linears()[-3:])
 
     def parameters(self) -> tuple[int, int]:
-        """(parameters of linear layers, all others) of the whole model."""
+        """(parameters of linear layers, all others) of the whole model, biases apart."""
         linear = self.layers * self.layer_parameters()
         norms = self.layers * 2 * self.hidden + self.hidden
         if self.head_norms:
