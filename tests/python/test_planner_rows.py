@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lemo.packing.blocks import BlockLayout, block_tokens
+from lemo.planner.plan import NOMINAL
+from lemo.planner.request import Request
 from lemo.planner.rows import drops_rows, has_one_set, rows_of, selections
-from lemo.planner.shape import LayerRows
+from lemo.planner.shape import Adapters, LayerRows, ModelShape
 from lemo.selection.selector import Selector
 from tiny_models import flat_config
 
@@ -104,3 +106,17 @@ def test_prompts_that_are_kept_at_least(tokens, lengths):
     }
     most = rows_of(config, LAYERS, lengths)[0].attention
     assert max(found) <= most <= max(found) + 7 * len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("settings", "counted"),
+    [({}, 512), ({"mask_loss": False}, 4096), ({"select_at": "all"}, 4096)],
+    ids=str,
+)
+def test_rows_whose_loss_is_planned(settings, counted):
+    """Layers that keep different rows together keep more than each of them."""
+    config = flat_config(keep=0.125, block_size=64, **settings).resolved(answers=False)
+    shape = ModelShape(LAYERS, 64, 128, 4, 2, 16, 256)
+    step = Request(shape, Adapters(), config, NOMINAL).planner(4096)._memory.step
+    assert step.labels == counted
+    assert {rows for layer in step.rows for rows in layer} == {512}

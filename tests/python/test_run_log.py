@@ -61,3 +61,11 @@ def test_a_write_that_the_disk_takes_a_part_of_leaves_nothing(tmp_path):
     log.write(record_of(2, 2.5))
     log.close()
     assert path.read_bytes() == before + (json.dumps(record_of(2, 2.5)) + "\n").encode()
+
+
+@pytest.mark.parametrize("kept", [5, [1], {"mlp": 0.5}])
+def test_a_record_without_a_list_of_layers_is_named(kept, tmp_path):
+    (tmp_path / LOG_NAME).write_text(json.dumps({"step": 1, "loss": 1.0, "kept": kept}) + "\n")
+    records, broken = parse_log(tmp_path / LOG_NAME)
+    assert not records
+    assert broken[1].startswith("field 'kept': expected a list of objects, got ")
