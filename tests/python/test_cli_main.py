@@ -23,11 +23,22 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_help_names_the_commands(capsys):
-    for arguments in ([], ["--help"], ["-h"]):
+    for arguments in ([], ["--help"], ["-h"], ["--debug"]):
         code, out, err = run(capsys, *arguments)
         assert (code, err) == (0, "")
         for command in ("prepare", "finetune", "eval", "report", "demo"):
             assert f"  {command}" in out
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["relevance"]])
+def test_help_of_a_group_has_a_line_for_each_command(capsys, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, *group)
+    assert (code, err) == (0, "")
+    # A summary that is too long for its line ends in dots.
+    assert "\nCommands:\n" in out
+    assert "..." not in out.partition("Commands:")[2]
+    assert run(capsys, *group, "--help") == (0, out, "")
 
 
 def test_version(capsys):

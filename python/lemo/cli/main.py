@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import typer
 
 from lemo import __version__
-from lemo.cli import data, demo, finetune, prepare, relevance, report
+from lemo.cli import data, demo, finetune, options, prepare, relevance, report
 from lemo.cli import eval as eval_module
 from lemo.cli import plan as plan_module
 from lemo.cli.streams import TolerantStream, printable, tolerant_streams
@@ -31,7 +31,7 @@ _EXPECTED = (
 
 app = typer.Typer(
     name="lemo",
-    help="Fine-tune language models on very long sequences by removing uninformative token blocks.",
+    help="Fine-tune language models on long sequences; each step leaves out blocks of tokens.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,8 +57,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", help="Print the version.", is_eager=True, callback=_print_version
     ),
@@ -69,6 +70,7 @@ def _options(
     # main() takes --debug off the command line itself, so that it may stand after the command, too.
     # --version is done by its callback.
     del debug, version
+    options.show_help(context)
 
 
 def describe_error(error: BaseException) -> str:
@@ -123,8 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program's name; None takes it from the process.
     """
-    # Without a command the help is what is asked for, not an error.
-    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = sys.argv[1:] if arguments is None else arguments
     # PEFT imports bitsandbytes, which on some CPUs recommends another package, whatever is done.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with tolerant_streams() as (out, err):
