@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
@@ -116,6 +118,31 @@ def _quiet_threads(debug: bool) -> Iterator[None]:
         threading.excepthook = show
 
 
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """A list that is empty until an interrupt comes.
+
+    KeyboardInterrupt is raised as always, but libraries make errors of their own of it: PyTorch a
+    RuntimeError, of which Transformers makes a ModuleNotFoundError.
+    """
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Whoever ignores interrupts, or calls from another thread, keeps it so.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
@@ -144,18 +171,21 @@ def _expanded(argument: str) -> str:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    try:
-        with _quiet_threads(debug):
+    with _quiet_threads(debug), _noted_interrupts() as interrupts:
+        try:
             code = app(
                 [_expanded(a) for a in arguments if a != "--debug"], "lemo", standalone_mode=False
             )
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"lemo: error: {describe_error(error)}", file=sys.stderr)
-        code = getattr(error, "exit_code", 1)
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            if interrupts:
+                code = 130
+            else:
+                print(f"lemo: error: {describe_error(error)}", file=sys.stderr)
+                code = getattr(error, "exit_code", 1)
     if code == 130:
         print("lemo: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
