@@ -396,7 +396,9 @@ def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_si
 @pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
 def test_a_warmup_longer_than_the_run_is_named(config, caplog, warmup, warned):
     finetune(config.replace(steps=1, warmup_steps=warmup))
-    assert (f"warmup_steps: expected at most the 1 steps of the run, got {warmup};" in caplog.text) == warned
+    assert (
+        f"warmup_steps: expected at most the steps of the run, 1, got {warmup}" in caplog.text
+    ) == warned
 
 
 def test_modules_that_run_as_they_are_are_named_once(config, caplog):
@@ -546,12 +548,15 @@ def test_the_adapter_loads_without_lemo(config, tmp_path):
     assert (logits - untrained).abs().max() > 1e-3
 
 
-def test_training_lowers_the_perplexity_that_evaluate_finds(config):
+def test_training_lowers_the_perplexity_that_evaluate_finds(config, caplog):
     config = config.replace(steps=12, learning_rate=2e-2)
     finetune(config)
     lengths = [48, 96]
     before = evaluate(config.model, config.documents, lengths, rope_scaling="linear")
     after = evaluate(config.model, config.documents, lengths, adapter=config.output)
+    assert "context" not in caplog.text
+    evaluate(config.model, config.documents, lengths)
+    assert "windows of up to 96 tokens are longer than the model's context of 64" in caplog.text
     assert [(r["kind"], r["length"]) for r in after] == [("a", 48), ("b", 48), ("a", 96), ("b", 96)]
     for row, trained in zip(before, after):
         assert trained["perplexity"] < row["perplexity"] - 1

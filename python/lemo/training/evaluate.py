@@ -36,6 +36,7 @@ from lemo.training.model import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    reach,
 )
 
 __all__ = [
@@ -159,6 +160,14 @@ def load_for_evaluation(
     if folder is not None:
         config = trained_config(folder, config, model)
     extend_context(config, length, rope_scaling)
+    limit = reach(config)
+    if limit is not None and length > limit:
+        _log.warning(
+            "lengths: windows of up to %d tokens are longer than the model's context of %d, which "
+            "rope_scaling none does not extend; figures of such windows may say little",
+            length,
+            limit,
+        )
     quantize = quantised.recorded(config)
     if quantize is not None:
         _log.info("the model is quantised as it was for the adapter's training: %s", quantize)
