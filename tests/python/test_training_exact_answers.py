@@ -85,6 +85,11 @@ def test_answers_are_runs_of_labels_by_the_full_logits(inputs):
     assert answers_of(model, Encoded([1, 2], [-100, -100], "none")) == []
 
 
+def test_a_length_that_no_example_has_is_no_window_beyond_the_context(inputs, caplog):
+    evaluate_answers(str(inputs / "model"), inputs / "pairs.jsonl", [2**20], device="cpu")
+    assert "context" not in caplog.text
+
+
 def test_summary_of_a_file(inputs):
     done = []
     model = str(inputs / "model")

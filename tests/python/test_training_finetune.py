@@ -556,7 +556,7 @@ def test_training_lowers_the_perplexity_that_evaluate_finds(config, caplog):
     after = evaluate(config.model, config.documents, lengths, adapter=config.output)
     assert "context" not in caplog.text
     evaluate(config.model, config.documents, lengths)
-    assert "windows of up to 96 tokens are longer than the model's context of 64" in caplog.text
+    assert "windows of up to 96 tokens are longer than the model's context of 64;" in caplog.text
     assert [(r["kind"], r["length"]) for r in after] == [("a", 48), ("b", 48), ("a", 96), ("b", 96)]
     for row, trained in zip(before, after):
         assert trained["perplexity"] < row["perplexity"] - 1
