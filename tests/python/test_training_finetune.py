@@ -548,15 +548,12 @@ def test_the_adapter_loads_without_lemo(config, tmp_path):
     assert (logits - untrained).abs().max() > 1e-3
 
 
-def test_training_lowers_the_perplexity_that_evaluate_finds(config, caplog):
+def test_training_lowers_the_perplexity_that_evaluate_finds(config):
     config = config.replace(steps=12, learning_rate=2e-2)
     finetune(config)
     lengths = [48, 96]
     before = evaluate(config.model, config.documents, lengths, rope_scaling="linear")
     after = evaluate(config.model, config.documents, lengths, adapter=config.output)
-    assert "context" not in caplog.text
-    evaluate(config.model, config.documents, lengths)
-    assert "windows of up to 96 tokens are longer than the model's context of 64;" in caplog.text
     assert [(r["kind"], r["length"]) for r in after] == [("a", 48), ("b", 48), ("a", 96), ("b", 96)]
     for row, trained in zip(before, after):
         assert trained["perplexity"] < row["perplexity"] - 1
