@@ -396,9 +396,8 @@ def test_shares_that_are_rounded_far_up_are_named(config, caplog, keep, block_si
 @pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
 def test_a_warmup_longer_than_the_run_is_named(config, caplog, warmup, warned):
     finetune(config.replace(steps=1, warmup_steps=warmup))
-    assert (
-        f"warmup_steps: expected at most the steps of the run, 1, got {warmup}" in caplog.text
-    ) == warned
+    message = f"warmup_steps: expected at most the steps of the run, 1, got {warmup}"
+    assert (message in caplog.text) == warned
 
 
 def test_modules_that_run_as_they_are_are_named_once(config, caplog):
