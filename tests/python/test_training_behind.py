@@ -41,9 +41,9 @@ def test_a_copy_holds_what_was_there():
 def test_turns_are_short_inside_alone():
     before = sys.getswitchinterval()
     with suppress(EOFError), short_turns():
-        assert sys.getswitchinterval() == pytest.approx(2e-4, rel=0.01)
+        assert sys.getswitchinterval() == pytest.approx(1e-4, rel=0.02)
         with short_turns():
-            assert sys.getswitchinterval() == pytest.approx(2e-4, rel=0.01)
+            assert sys.getswitchinterval() == pytest.approx(1e-4, rel=0.02)
         raise EOFError
     assert sys.getswitchinterval() == before
 

@@ -23,7 +23,7 @@ _PIECE = 64 << 20
 # Bytes: tensors of any dtype may begin at a multiple.
 _ALIGNMENT = 16
 # Seconds that a thread of Python waits for another one, at most.
-_TURN = 2e-4
+_TURN = 1e-4
 
 _log = logging.getLogger("lemo")
 
