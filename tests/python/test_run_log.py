@@ -2,6 +2,7 @@
 
 import json
 import resource
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,6 +25,8 @@ def test_a_resumed_run_goes_on_behind_its_step_in_both_logs(tmp_path):
         # Nothing waits in the process: it may be killed.
         assert len((tmp_path / LOG_NAME).read_bytes().splitlines()) == step
     log.close()
+    # TensorBoard reads its files by their names, which hold the second.
+    time.sleep(1.0)
     log = RunLog(tmp_path, 2)
     assert [record["step"] for record in parse_log(tmp_path / LOG_NAME)[0]] == [1, 2]
     log.write(record_of(3, 30.0))
