@@ -70,12 +70,9 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
     constexpr int kThreads = Traits::kThreads;
 
+    const auto [kv_head, place] = HeadAndTile(args.num_kv_heads);
     SequenceTile tile;
-    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN,
-                   static_cast<int>(blockIdx.y), tile)) {
-        return;
-    }
-    const int kv_head = blockIdx.x;
+    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN, place, tile)) return;
     const int group = args.num_heads / args.num_kv_heads;
 
     extern __shared__ __align__(128) std::byte shared_bytes[];
@@ -246,19 +243,19 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
     const int64_t threads = p.q.size(0) * p.q.size(1) * kLanes;
     if (threads > 0) {
         portable_statistics_kernel<typename Traits::Element, kLanes>
-            <<<static_cast<unsigned>(ceil_div<int64_t>(threads, kStatisticsThreads)),
+            <<<grid_x(kOp, "q", ceil_div<int64_t>(threads, kStatisticsThreads)),
                kStatisticsThreads, 0, stream>>>(args);
         check_launch(kOp);
     }
     sum_sink_terms(params, args.sink_terms, stream);
     auto* kernel = portable_backward_kernel<Traits>;
     reserve_shared_memory(kOp, kernel, Traits::kSharedBytes);
-    const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
-                        static_cast<unsigned>(args.plan.max_k_tiles));
+    const unsigned key_grid =
+        grid_x(kOp, "k", int64_t{args.num_kv_heads} * args.plan.max_k_tiles);
     kernel<<<key_grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch(kOp);
-    const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),
-                          static_cast<unsigned>(args.num_heads));
+    const dim3 query_grid(grid_x(kOp, "q", args.plan.max_q_tiles),
+                          grid_yz(kOp, "q", args.num_heads));
     portable_dq_kernel<Traits><<<query_grid, Traits::kThreads, 0, stream>>>(args);
     check_launch(kOp);
 }

@@ -124,11 +124,11 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     constexpr int kThreads = Traits::kThreads;
 
     SequenceTile tile;
-    const int reversed = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+    const auto [head, place] = HeadAndTile(args.num_heads);
+    const int reversed = args.plan.max_q_tiles - 1 - place;
     if (!find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, kBlockM, reversed, tile)) {
         return;
     }
-    const int head = blockIdx.x;
     const int kv_head = head / (args.num_heads / args.num_kv_heads);
     // Rows of keys and queries, and of values and output where those have a size of their own.
     constexpr bool kOne = kOneSize<kHeadDim>;
@@ -278,8 +278,8 @@ void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     args.score = ScoreSettings(params);
     auto* kernel = portable_forward_kernel<Traits>;
     reserve_shared_memory("segment_attention", kernel, Traits::kSharedBytes);
-    const dim3 grid(static_cast<unsigned>(args.num_heads),
-                    static_cast<unsigned>(args.plan.max_q_tiles));
+    const unsigned grid =
+        grid_x("segment_attention", "q", int64_t{args.num_heads} * args.plan.max_q_tiles);
     kernel<<<grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch("segment_attention");
 }
