@@ -24,7 +24,8 @@ from torch.nn.functional import linear
 
 from lemo import ops
 from lemo.models.adapters import Adapted, adapted
-from lemo.models.weights import is_plain, is_torchao_float8, once
+from lemo.models.torchao_weights import is_torchao_float8
+from lemo.models.weights import is_plain, once
 
 __all__ = [
     "LIMIT",

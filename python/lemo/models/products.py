@@ -10,7 +10,7 @@ from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.fp8 import Fp8Linear, check_gpu, setting_of, why_unquantised
 from lemo.models.sharded import is_sharded
-from lemo.models.weights import is_torchao_float8
+from lemo.models.torchao_weights import is_torchao, is_torchao_float8
 
 __all__ = ["Fp8Products"]
 
@@ -174,7 +174,7 @@ def _check_base(module: Any, name: str, fast: bool) -> None:
     weight = getattr(module, "weight", None)
     if type(module).__module__.startswith("bitsandbytes."):
         kind = type(module)
-    elif type(weight).__module__.startswith("torchao.") and not is_torchao_float8(module):
+    elif is_torchao(module) and not is_torchao_float8(module):
         kind = type(weight)
     if kind is not None:
         raise ValueError(

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.models.torchao_weights import dequantiser_of
 
 __all__ = [
     "is_plain",
-    "is_torchao_float8",
     "kept_matrices",
     "matrix_of",
     "once",
@@ -72,9 +72,9 @@ def matrix_of(
 
     None where the layer's product is not known to be one with such a matrix: its own forward has to
     run then. Known are `nn.Linear` with a weight of this dtype (with `cast` of any, as under
-    autocast), and two whose product is that with their dequantised weight:
+    autocast), and those whose product is that with their dequantised weight:
     `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314), and
-    `nn.Linear` with torchao's float8 for weights alone.
+    `nn.Linear` with the weights of torchao that `torchao_weights` knows.
 
     It is called in forward and in backward, where it raises RuntimeError if the weight was changed
     in place in between, as autograd does for what it saves.
@@ -86,11 +86,12 @@ def matrix_of(
         if weight.dtype == dtype:
             return _unchanged(weight, lambda: weight)
         return _unchanged(weight, lambda: once(module, dtype, weight.to)) if cast else None
-    if is_torchao_float8(module):
-        quantised = module.weight
+    dequantise = dequantiser_of(module)
+    if dequantise is not None:
+        quantised: Any = module.weight
         if quantised.requires_grad or quantised.dtype != dtype:
             return None
-        make = partial(once, module, dtype, lambda dtype: _plain(quantised).to(dtype))
+        make = partial(once, module, dtype, lambda dtype: dequantise().to(dtype))
         return _unchanged(quantised, make)
     # The layer computes in a dtype of its own where it has one.
     if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
@@ -153,21 +154,6 @@ def _is_bitsandbytes_4bit(module: nn.Module) -> bool:
     state = getattr(module.weight, "quant_state", None)
     # Not quantised yet, or packed for evaluation on the CPU: left to the layer.
     return state is not None and not getattr(state, "packing_format_for_cpu", False)
-
-
-def is_torchao_float8(module: nn.Module) -> bool:
-    """Whether its weight is e4m3 of torchao, and its input is not quantised."""
-    if type(module) is not nn.Linear or is_intercepted(module) or not has_own_forward(nn.Linear):
-        return False
-    cls = type(module.weight)
-    if cls.__name__ != "Float8Tensor" or not cls.__module__.startswith("torchao."):
-        return False
-    return getattr(module.weight, "act_quant_kwargs", True) is None
-
-
-@torch.no_grad()
-def _plain(weight: Any) -> Tensor:
-    return weight.dequantize()
 
 
 @torch.no_grad()

@@ -1,0 +1,103 @@
+"""Frozen weights that torchao has quantised, made plain.
+
+torchao puts a tensor of its own kind into an `nn.Linear`. Known are those whose product is that of
+the rows as they come with the dequantised weight: float8 and integers of one value a byte for
+weights alone, and int4 in the tiles of torch's own kernel ("tinygemm"), for which torch has no
+backward pass.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lemo.models.interception import has_own_forward, is_intercepted
+
+__all__ = ["dequantiser_of", "is_torchao", "is_torchao_float8"]
+
+# Rows and columns of a tile of int4 values, and the value that stands for 0.
+_TILE, _MIDDLE = (8, 128), 8
+
+
+def is_torchao(module: nn.Module) -> bool:
+    """Whether its weight is a tensor of torchao."""
+    return type(getattr(module, "weight", None)).__module__.startswith("torchao.")
+
+
+def is_torchao_float8(module: nn.Module) -> bool:
+    """Whether its weight is e4m3 of torchao, and its input is not quantised."""
+    return dequantiser_of(module) is not None and type(module.weight).__name__ == "Float8Tensor"
+
+
+def dequantiser_of(module: nn.Module) -> Callable[[], Tensor] | None:
+    """What makes the matrix [out, in] of a layer with a weight of torchao, in the weight's dtype.
+
+    None where the product is not known to be one with that matrix: the weight is of another kind,
+    its input is quantised or scaled, or the layer has hooks or a forward of its own.
+    """
+    if not is_torchao(module) or type(module) is not nn.Linear:
+        return None
+    if is_intercepted(module) or not has_own_forward(nn.Linear):
+        return None
+    weight: Any = module.weight
+    of_input, make = _KINDS.get(type(weight).__name__, (None, _plain))
+    if of_input is None or getattr(weight, of_input, True) is not None:
+        return None
+    return functools.partial(make, weight)
+
+
+@torch.no_grad()
+def _plain(weight: Any) -> Tensor:
+    return weight.dequantize()
+
+
+@torch.no_grad()
+def _of_tiles(weight: Any) -> Tensor:
+    """[out, in] bf16 of int4 values in tiles; both sizes are padded there."""
+    codes = _codes(weight.qdata)
+    scales, zeros = weight.scale_and_zero.transpose(0, 1).contiguous().unbind(-1)
+    groups = (codes.bfloat16() - _MIDDLE).view(*scales.shape, weight.block_size[-1])
+    # [N, K / group, group]. Sums of a product are rounded to bf16 once, as in the kernel.
+    matrix = torch.addcmul(zeros[..., None], groups, scales[..., None]).view(codes.shape)
+    return matrix[: weight.shape[0], : weight.shape[1]].contiguous()
+
+
+def _codes(tiles: Tensor) -> Tensor:
+    """[N, K] uint8 of int4 values in tiles, int32 [N / 8, K / 128, 32, 4]."""
+    values = _halves(tiles).index_select(1, _order(tiles.device))
+    rows, columns = tiles.shape[:2]
+    split = values.view(rows, columns, *_TILE).transpose(1, 2)
+    return split.reshape(rows * _TILE[0], columns * _TILE[1])
+
+
+def _halves(tiles: Tensor) -> Tensor:
+    """[tiles, 1024] uint8: the halves of bytes as they are stored."""
+    stored = tiles.contiguous().view(torch.uint8)
+    return torch.stack([stored & 15, stored >> 4], -1).view(-1, _TILE[0] * _TILE[1])
+
+
+@functools.cache
+def _order(device: torch.device) -> Tensor:
+    """[1024]: where the values of a tile, row by row, are stored in it.
+
+    Found by storing the places themselves, four bits at a time: torch does not say how its kernel
+    orders a tile.
+    """
+    places = torch.arange(_TILE[0] * _TILE[1], device=device).view(_TILE)
+    stored = torch.zeros(_TILE[0] * _TILE[1], dtype=torch.int64, device=device)
+    for shift in (0, 4, 8):
+        bits = places >> shift & 15
+        packed = (bits[:, ::2] << 4 | bits[:, 1::2]).to(torch.uint8)
+        tiles = torch.ops.aten._convert_weight_to_int4pack(packed, _TILE[1] // 16)
+        stored |= _halves(tiles)[0].long() << shift
+    return stored.argsort()
+
+
+# By the name of a kind: what says that the input is quantised or scaled, and what makes the matrix.
+_KINDS: dict[str, tuple[str, Callable[[Any], Tensor]]] = {
+    "Float8Tensor": ("act_quant_kwargs", _plain),
+    "IntxUnpackedToInt8Tensor": ("activation_quantization", _plain),
+    "Int4TilePackedTo4dTensor": ("act_pre_scale", _of_tiles),
+}
