@@ -110,7 +110,8 @@ def perturbed(model, seed=0):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+                noise = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter += 0.2 * noise.to(parameter.device)
     return model.train()
 
 

@@ -12,7 +12,7 @@ from generic_cases import BLOCK, kept_mask, make, masked_batch
 from lemo import LemoConfig
 from lemo.models.weights import matrix_of
 from tiny_models import gradients, lora, make_ids
-from tolerances import assert_close_fp32, assert_close_low_precision
+from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -89,10 +89,12 @@ def test_adapters_over_quantised_layers(kind, path, keep):
     assert mine.keys() == theirs.keys() == oracle.keys()
     assert len(oracle) > 1
     for name, expected in oracle.items():
-        if on_gpu():
-            assert_close_low_precision(mine[name], theirs[name], expected, name)
-        else:
+        if not on_gpu():
             assert_close_fp32(mine[name], expected, name)
+        elif name == "loss":  # of one number plain PyTorch's error may be none by chance
+            assert relative_error(mine[name], expected) < torch.finfo(torch.bfloat16).eps
+        else:
+            assert_close_low_precision(mine[name], theirs[name], expected, name)
     if kind != "tiles":  # by itself the model cannot train
         handle.verify(batch)
 
