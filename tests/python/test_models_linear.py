@@ -493,6 +493,55 @@ def test_gradients_of_layers_of_the_same_rows_without_values(name):
         assert_close_fp32(result[key], oracle, key)
 
 
+def stored_bytes(results_of, layers, dtype, autocast):
+    """Bytes of what autograd keeps, the layers' parameters and the rows left out."""
+    x, _ = inputs(dtype)
+    x.requires_grad_()
+    given = {t.untyped_storage().data_ptr() for t in (x, *layers.parameters())}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            found[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(x.device.type, torch.bfloat16, enabled=autocast),
+    ):
+        y = results_of(x)
+    assert y is not None
+    return sum(size for _, size in found.values())
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layers_of_the_same_rows_store_what_they_store_apart(precision, name):
+    dtype, adapter_dtype, autocast = PRECISIONS[precision]
+    layers = side(name, dtype, adapter_dtype=adapter_dtype)
+
+    def apart(x):
+        return [apply_linear(layer, x) for layer in layers.layers]
+
+    def together(x):
+        return apply_linears(list(layers.layers), x)
+
+    expected = stored_bytes(apart, layers, dtype, autocast)
+    assert stored_bytes(together, layers, dtype, autocast) == expected
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_pairs_of_the_same_rows_that_change_before_backward_are_refused(part):
+    layers = side("plain")
+    x, dy = inputs_of(layers)
+    y = layers.as_one(x)
+    with torch.no_grad():
+        getattr(layers.layers[1], part)["default"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+
+
 def test_layers_of_the_same_rows_multiply_them_once():
     """Products with As, and those of gradients with them, are one for all of the layers."""
     layers = side("plain")

@@ -449,7 +449,7 @@ class Qwen3Architecture(Qwen2Architecture):
     ) -> list[Tensor]:
         attention = self.layer(index).self_attn
         norms = {"q_proj": attention.q_norm, "k_proj": attention.k_norm}
-        heads = super()._heads(index, x, names, values)
+        heads = super()._heads(index, x, names)
         return [norms[name](y) if name in norms else y for name, y in zip(names, heads)]
 
 

@@ -9,7 +9,7 @@ rows at a time.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from lemo.models.adapters import Pair, adapted
 from lemo.models.dora import apply_dora
 from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
-from lemo.models.low_rank import LowRank, stacks
+from lemo.models.low_rank import LowRank, shares, stacks
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops.autograd import first_order_only
 
@@ -176,18 +176,21 @@ class _Linear(torch.autograd.Function):
         # The layer of each pair.
         layers = [i for i, plan in enumerate(plans) for _ in plan.products]
         wanted = _groups(ctx.needs_input_grad[2 + first :], 3)
-        ctx.stacks = stacks(products, [a for a, _, _ in pairs])
+        ctx.stacks = stacks(products, [a for a, _, _ in pairs], [some[:2] for some in wanted])
         saved: list[Tensor | None] = []
         for places in ctx.stacks:
-            product = products[places[0]]
-            # Cast once for both passes.
-            a = _below_each_other([pairs[i][0] for i in places]).to(product.dtype)
+            product, weights = products[places[0]], [pairs[i][0] for i in places]
+            a = _below_each_other(weights)
+            if a.dtype != product.dtype:
+                # Cast once for both passes. What is not cast is put together again in backward.
+                a = a.to(product.dtype)
+                weights = [a] + [None] * (len(places) - 1)
             bs = [pairs[i][1].to(product.dtype) for i in places]
             low, bits = product.lower(cast, a)
-            for i, b, part in zip(places, bs, low.split([b.shape[1] for b in bs], 1)):
+            for i, b, part in zip(places, bs, shares(low, bs, 1)):
                 if plans[layers[i]].width is None:
                     product.add_upper(ys[layers[i]], part, b, pairs[i][2])
-            saved += [low if any(wanted[i][1] for i in places) else None, bits, a, *bs]
+            saved += [low if wanted[places[0]][1] else None, bits, *weights, *bs]
         # The weights are frozen, and those that were made of another kind are made again.
         stored = x if any(wants_a for wants_a, _, _ in wanted) else None
         ctx.plans, ctx.products, ctx.layers, ctx.shape = plans, products, layers, x.shape
@@ -198,7 +201,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @first_order_only("linear")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, *rest = ctx.saved_tensors
+        saved = iter(rest)
         plans, products, layers = ctx.plans, ctx.products, ctx.layers
         first = 2 * len(plans)
         wants_x, _, *others = ctx.needs_input_grad
@@ -213,18 +217,19 @@ class _Linear(torch.autograd.Function):
         das: list[Tensor | None] = [None] * len(products)
         dbs, dbiases = das.copy(), das.copy()
         for places in ctx.stacks:
-            low, bits, a, *saved = saved
-            bs, saved = saved[: len(places)], saved[len(places) :]
-            rows = cast if any(wanted[i][0] for i in places) else None
+            low, bits = islice(saved, 2)
+            weights, bs = (list(islice(saved, len(places))) for _ in range(2))
+            a = _below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
-            da, dbs_here = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
+            rows = cast if wanted[places[0]][0] else None
+            da, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
             if da is not None:
-                parts = da.to(pair_dtypes[places[0]][0]).split([b.shape[1] for b in bs])
-                for i, part in zip(places, parts):
-                    das[i] = part if wanted[i][0] else None
-            for i, dy, db in zip_longest(places, dys_of_pairs, dbs_here or ()):
-                if wanted[i][1]:
-                    dbs[i] = db.to(pair_dtypes[i][1])
+                da = da.to(pair_dtypes[places[0]][0])
+                for i, part in zip(places, shares(da, bs, 0)):
+                    das[i] = part
+            for i, db in zip(places, of_bs):
+                dbs[i] = db.to(pair_dtypes[i][1])
+            for i, dy in zip(places, dys_of_pairs):
                 if wanted[i][2]:
                     dbiases[i] = product.bias_gradient(dy).to(pair_dtypes[i][2])
         of_pairs = chain.from_iterable(zip(das, dbs, dbiases))
@@ -244,7 +249,7 @@ def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.
             dx.addmm_(dy, plan.matrix())
         else:
             dx += found
-    return dys[0].new_zeros(shape) if dx is None else dx
+    return dys[0].new_zeros(shape, dtype=plans[0].dtype) if dx is None else dx
 
 
 def _groups(values: Sequence[Any], size: int) -> list[tuple[Any, ...]]:

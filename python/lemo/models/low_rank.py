@@ -18,7 +18,7 @@ from lemo.models import dropout
 from lemo.models.adapters import Pair
 from lemo.models.rows import is_one_slice, part_of, slices_of
 
-__all__ = ["LowRank", "add_product", "stacks", "summed"]
+__all__ = ["LowRank", "add_product", "shares", "stacks", "summed"]
 
 
 class LowRank(NamedTuple):
@@ -98,8 +98,8 @@ class LowRank(NamedTuple):
         a: Tensor,
         bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor] | None]:
-        """Gradients of `a`, and of each of `bs`; adds the input's to `dx`.
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of `a`, and of each of `bs` if wanted; adds the input's to `dx`.
 
         Args:
             dys: [R, out] each, the gradients of the results of the pairs of a stack.
@@ -114,11 +114,11 @@ class LowRank(NamedTuple):
         if bits is None and dys[0].dtype == dtype and (x is None or x.dtype == dtype):
             return _of_rows(dys, x, low, None, a, bs, dx, self.scaling)
         da: Tensor | None = None
-        dbs: list[Tensor] | None = None
-        for part in slices_of(dys[0].shape[0], max(columns, sum(b.shape[0] for b in bs))):
+        dbs: list[Tensor] = []
+        for part in slices_of(dys[0].shape[0], max(columns, *(b.shape[0] for b in bs))):
             mask = None if bits is None else dropout.unpack(part_of(bits, part), columns)
             da_rows, dbs_rows = _of_rows(
-                [part_of(dy, part).to(dtype) for dy in dys],
+                [part_of(dy, part) for dy in dys],
                 None if x is None else part_of(x, part),
                 None if low is None else part_of(low, part),
                 mask,
@@ -129,8 +129,7 @@ class LowRank(NamedTuple):
             )
             if da_rows is not None:
                 da = summed(da, da_rows)
-            if dbs_rows is not None:
-                dbs = dbs_rows if dbs is None else list(map(summed, dbs, dbs_rows))
+            dbs = list(map(summed, dbs, dbs_rows)) if dbs else dbs_rows
         return da, dbs
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
@@ -138,19 +137,34 @@ class LowRank(NamedTuple):
         return dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling)
 
 
-def stacks(products: Sequence[LowRank], weights: Sequence[Tensor]) -> list[list[int]]:
+def stacks(
+    products: Sequence[LowRank], weights: Sequence[Tensor], wanted: Sequence[tuple[bool, bool]]
+) -> list[list[int]]:
     """The places of the pairs of each stack, in the order of their first ones.
 
     Args:
         products: of pairs that read the same rows.
         weights: their As.
+        wanted: whether gradients of A, and of B, are.
     """
     found: dict[object, list[int]] = {}
-    for place, (product, weight) in enumerate(zip(products, weights, strict=True)):
+    for place, (product, weight, wants) in enumerate(zip(products, weights, wanted, strict=True)):
         # A mask is of one pair alone.
-        key = place if product.dropout else (product, weight.dtype)
+        key = place if product.dropout else (product, weight.dtype, wants)
         found.setdefault(key, []).append(place)
     return list(found.values())
+
+
+def shares(whole: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """What belongs to each pair of a stack, along a dimension of all of their ranks.
+
+    Args:
+        whole: of the stack.
+        bs: [out, their share of r] each.
+        dim: the dimension.
+    """
+    # A view costs the host as much as many an operator.
+    return (whole,) if len(bs) == 1 else whole.split([b.shape[1] for b in bs], dim)
 
 
 def _of_rows(
@@ -162,23 +176,25 @@ def _of_rows(
     bs: Sequence[Tensor],
     dx: Tensor | None,
     scaling: float,
-) -> tuple[Tensor | None, list[Tensor] | None]:
-    ranks = [b.shape[1] for b in bs]
-    dbs = None
-    if low is not None:
-        # The first operand gives the shape alone.
-        dbs = [
-            torch.addmm(b, dy.T, part, beta=0, alpha=scaling)
-            for b, dy, part in zip(bs, dys, low.split(ranks, 1), strict=True)
-        ]
-    if x is None and dx is None:
+) -> tuple[Tensor | None, list[Tensor]]:
+    lows = [None] * len(bs) if low is None else shares(low, bs, 1)
+    d_lows: Sequence[Tensor | None] = [None] * len(bs)
+    wants_low, d_low = x is not None or dx is not None, None
+    if wants_low and len(bs) > 1:
+        d_low = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=a.dtype)
+        d_lows = shares(d_low, bs, 1)
+    dbs: list[Tensor] = []
+    for dy, b, of_low, of_d_low in zip(dys, bs, lows, d_lows, strict=True):
+        dy = dy.to(b.dtype)
+        if of_low is not None:
+            # The first operand gives the shape alone.
+            dbs.append(torch.addmm(b, dy.T, of_low, beta=0, alpha=scaling))
+        if of_d_low is not None:
+            torch.mm(dy, b, out=of_d_low)
+        elif wants_low:
+            d_low = dy @ b
+    if d_low is None:
         return None, dbs
-    if len(dys) == 1:
-        d_low = dys[0] @ bs[0]
-    else:
-        d_low = dys[0].new_empty(dys[0].shape[0], sum(ranks))
-        for dy, b, part in zip(dys, bs, d_low.split(ranks, 1), strict=True):
-            torch.mm(dy, b, out=part)
     da = None
     if x is not None:
         rows = (x if mask is None else dropout.masked(x, mask)).to(d_low.dtype)

@@ -91,7 +91,8 @@ class Attention:
     def project(self, x: Tensor) -> Heads:
         """Queries of the kept rows, keys and values of the key rows, from normalized rows."""
         q, k, v = self.linears(x)
-        q, k = self._batch.rotate(q, self.kept), self._batch.rotate(k, self.keys)
+        q = self._batch.rotate(q, self.kept)
+        k = self._batch.rotate(k, self.keys)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         return Heads(q.to(v.dtype), k.to(v.dtype), v)
 
