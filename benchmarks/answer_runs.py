@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
 
 import lemo
+from answer_chunks import Chunks, targets_of
 from answer_tasks import Haystacks, Mixture, Window
 from common.timing import summary
-from lemo.packing.blocks import block_tokens, kept_blocks
 from lemo.training.evaluate import window_losses
 
 __all__ = [
@@ -56,8 +56,8 @@ class Method:
         elimination: fields of LemoConfig; None: the plain model, without lemo.
         scores: "needed": the blocks that answers need come first, as the benchmark knows them;
             None: what the scorer of `elimination` says.
-        chunks: {"keep", "block_size"} of a shorter window of blocks in their old positions (PoSE,
-            arXiv 2309.10400); None: the whole window.
+        chunks: of a shorter window of blocks in their old positions (as `Chunks` takes them); None:
+            the whole window.
         steps: 0: no training; None: as the protocol says.
         learning_rate: at which it learns most in 100 steps; None: it was not looked for.
     """
@@ -79,8 +79,10 @@ class Method:
     def scorer(self) -> str | None:
         if self.scores is not None:
             return self.scores
-        if self.keep == 1.0 or self.chunks is not None:
-            return None if self.chunks is None else "random"
+        if self.chunks is not None:
+            return "lexical" if self.chunks.get("words") else "random"
+        if self.keep == 1.0:
+            return None
         return self.elimination["scorer"]
 
 
@@ -137,7 +139,7 @@ class Trial:
             config = lemo.LemoConfig(**{"seed": seed, **method.elimination})
             self.handle = lemo.enable(self.model, config)
         self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[list[int]] | None = None
+        self._chunks = None if method.chunks is None else Chunks(method.chunks, seed)
 
     def begin_step(self, step: int, steps: int, progress: float) -> None:
         if self.handle is not None:
@@ -145,15 +147,22 @@ class Trial:
             self.handle.set_progress(progress)
 
     def prepared(self, windows: Sequence[Window]) -> dict[str, Tensor]:
-        """The tensors of some windows, on the device, for `loss`."""
+        """The tensors of some windows for `loss`: on the device, but for what lemo reads on the
+        host, and would wait for there."""
         ids = torch.stack([window.ids for window in windows])
         labels = torch.stack([window.labels for window in windows])
         tensors = {"ids": ids, "labels": labels}
-        if self.method.chunks is not None:
-            tensors |= self._chunks(ids, labels)
+        if self._chunks is not None:
+            tensors |= self._chunks.of(ids, labels)
         if self.method.scores is not None:
             tensors["scores"] = self._scores(windows)
-        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        if self.handle is not None:
+            tensors["ids_on_host"] = ids
+        host = () if self.handle is None else ("ids_on_host", "labels")
+        return {
+            name: tensor if name in host else tensor.to(self.device)
+            for name, tensor in tensors.items()
+        }
 
     def loss(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Mean loss of the labels of prepared windows, a scalar with a graph."""
@@ -162,47 +171,26 @@ class Trial:
         scored = nullcontext()
         if "scores" in tensors:
             scored = self.handle.scored(tensors["scores"])
-        with scored:
+        with scored, self.handle.on_host(tensors["ids_on_host"]):
             return self.model(input_ids=tensors["ids"], labels=tensors["labels"]).loss
 
     def _plain_loss(self, tensors: Mapping[str, Tensor]) -> Tensor:
         targets = tensors.get("targets")
         if targets is None:
-            targets = _targets(tensors["labels"])
+            targets = targets_of(tensors["labels"])
         first = int((targets != -100).any(0).nonzero()[0])
+        # Without a mask Transformers takes gaps between positions for borders of sequences.
+        mask = torch.ones_like(tensors["ids"])
+        if "bias" in tensors:
+            mask = Chunks.mask(tensors["bias"], tensors["blocks"], self.model.dtype)
         logits = self.model(
             input_ids=tensors["ids"],
             position_ids=tensors.get("positions"),
-            # Without a mask Transformers takes gaps between positions for borders of sequences.
-            attention_mask=torch.ones_like(tensors["ids"]),
+            attention_mask=mask,
             use_cache=False,
             logits_to_keep=targets.shape[1] - first,
         ).logits
         return cross_entropy(logits.flatten(0, 1).float(), targets[:, first:].flatten())
-
-    def _chunks(self, ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Blocks of windows: the last one, those with labels, and random ones up to the share."""
-        settings, tokens = self.method.chunks, ids.shape[1]
-        size = block_tokens(settings["block_size"], tokens)
-        count = math.ceil(tokens / size)
-        targets = _targets(labels)
-        chosen = []
-        self._kept = []
-        for row in targets:
-            always = {count - 1, *((row != -100).nonzero()[:, 0] // size).tolist()}
-            order = torch.randperm(count, generator=self._generator).tolist()
-            others = [block for block in order if block not in always]
-            free = max(kept_blocks(settings["keep"], count) - len(always), 0)
-            kept = sorted([*always, *others[:free]])
-            self._kept.append(kept)
-            places = [torch.arange(block * size, min((block + 1) * size, tokens)) for block in kept]
-            chosen.append(torch.cat(places))
-        rows = torch.stack(chosen)
-        return {
-            "ids": ids.gather(1, rows),
-            "targets": targets.gather(1, rows),
-            "positions": rows,
-        }
 
     def _scores(self, windows: Sequence[Window]) -> Tensor:
         """[B, S] fp32: 1 where an answer needs a token, elsewhere random numbers below a half."""
@@ -216,8 +204,8 @@ class Trial:
     def kept(self, windows: Sequence[Window]) -> tuple[int, list[list[int]]] | None:
         """Tokens of a block, and the blocks of each window that the last pass kept in its first
         layer; None: everything. Waits for the device."""
-        if self._kept is not None:
-            return block_tokens(self.method.chunks["block_size"], len(windows[0].ids)), self._kept
+        if self._chunks is not None:
+            return self._chunks.block_size(len(windows[0].ids)), self._chunks.kept
         layers = [] if self.handle is None else self.handle.statistics()
         if not layers or layers[0].attention_blocks is None:
             return None
@@ -235,13 +223,6 @@ class Trial:
         self.model = self.handle = None
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
-
-
-def _targets(labels: Tensor) -> Tensor:
-    """What each row predicts: labels, shifted."""
-    targets = torch.full_like(labels, -100)
-    targets[:, :-1] = labels[:, 1:]
-    return targets
 
 
 # --- recall

@@ -53,6 +53,8 @@ from gpu_carry import REPOSITORY, UNPACKED
 
 PARTS = Path(__file__).with_name("gpu_parts.yaml")
 DONE = REPOSITORY / "build/measured"
+# What parts leave for later ones.
+WORK = REPOSITORY / "build/work"
 LAST_LINES, LINES_OF_FAILED, WIDTH = 3, 15, 200
 # A part is ended that takes so many times its seconds, and gets so many seconds for it.
 SLOWER, GRACE = 2, 3
@@ -89,7 +91,7 @@ def read_parts(path: Path = PARTS) -> tuple[dict[str, Part], dict[str, str]]:
 
 def places(options: argparse.Namespace) -> dict[str, str]:
     """Where the inputs of parts are, and where they write."""
-    found = {"out": str(options.out), "work": str(REPOSITORY / "build/work")}
+    found = {"out": str(options.out), "work": str(WORK)}
     for name in ("model", "small"):
         unpacked = [path for path in (UNPACKED / name).glob("*") if path.is_dir()]
         found[name] = str(getattr(options, name) or [*unpacked, UNPACKED / name / "model"][0])
@@ -263,6 +265,7 @@ def run(options: argparse.Namespace) -> int:
             for command in commands(part, texts, where, options.commit, gpus):
                 print(shown(part, command, gpus))
         return 0
+    WORK.mkdir(parents=True, exist_ok=True)
     began, failed = time.monotonic(), []
     room = Places(options.gpus, max(options.host_memory, *(part.host for part in parts.values())))
     threads = []

@@ -105,11 +105,13 @@ class RecordedMemory(StepMemory):
     def _casts(self) -> int:
         return 0
 
-    def _apart(self, name: str, rows: int) -> int:
-        if not self._adapters.apart or name not in self._adapters.targets:
+    def _copies(self, names: tuple[str, ...], rows: int, backward: bool = True) -> int:
+        adapters = self._adapters
+        if not (adapters.apart and backward and names == ("down_proj",)):
             return 0
-        inputs = next(each.inputs for each in self._shape.linears() if each.name == name)
-        return rows * inputs * (self._adapters.size + self._step.size)
+        if not adapters.targets.issuperset(names):
+            return 0
+        return rows * self._shape.width * (adapters.size + self._step.size)
 
 
 def recorded_steps() -> list[RecordedStep]:

@@ -9,6 +9,7 @@
 
 #include "lemo/blocks.h"
 #include "lemo/check.h"
+#include "lemo/grid.h"
 
 namespace lemo::cuda {
 

@@ -24,6 +24,7 @@ void fp8_rows_cuda(const Fp8RowsParams& params, void* stream) {
     const int64_t rows = params.x.size(0), columns = params.x.size(1);
     if (rows == 0) return;
     const float* factors = params.columns ? params.columns.as<const float>() : nullptr;
+    const unsigned grid = grid_x("fp8_rows", "x", rows);
     cuda::dispatch_float(params.x.dtype, [&]<typename T>(T) {
         const int64_t vectors = columns / kElements<T>;
         const bool held = vectors <= int64_t{kMostVectors} * kThreads &&
@@ -32,7 +33,7 @@ void fp8_rows_cuda(const Fp8RowsParams& params, void* stream) {
         const auto kernel = !held     ? any_rows_kernel<T>
                             : factors ? held_kernel<T, true>(vectors)
                                       : held_kernel<T, false>(vectors);
-        kernel<<<static_cast<unsigned>(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
             params.x.as<const T>(), factors, params.values, params.scales.as<float>(), columns);
     });
     cuda::check_launch("fp8_rows");
@@ -41,10 +42,11 @@ void fp8_rows_cuda(const Fp8RowsParams& params, void* stream) {
 void fp8_transpose_cuda(const Fp8TransposeParams& params, void* stream) {
     const int64_t rows = params.rows, columns = params.columns;
     if (rows == 0 || columns == 0) return;
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(columns, kTile)),
-                    static_cast<unsigned>(ceil_div<int64_t>(rows, kTile)));
-    transpose_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params.x, params.y,
-                                                                               rows, columns);
+    const int64_t column_tiles = ceil_div<int64_t>(columns, kTile);
+    const unsigned grid =
+        grid_x("fp8_transpose", "x", column_tiles * ceil_div<int64_t>(rows, kTile));
+    transpose_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        params.x, params.y, rows, columns, static_cast<unsigned>(column_tiles));
     cuda::check_launch("fp8_transpose");
 }
 

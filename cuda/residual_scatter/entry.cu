@@ -21,7 +21,7 @@ void launch(const Tensor& residual, const Tensor& packed, const Tensor& rows, co
     const int64_t row_bytes = packed.size(1) * std::min(sizeof(Residual), sizeof(Packed)) *
                               (sizeof(Residual) == sizeof(Packed) ? 1 : 2);
     const bool vectorised = cuda::vectorisable(row_bytes, {residual.data, packed.data});
-    const auto grid = static_cast<unsigned>(ceil_div<int64_t>(num_rows, kWarpsPerBlock));
+    const unsigned grid = grid_x(op, "y", ceil_div<int64_t>(num_rows, kWarpsPerBlock));
     residual_rows_kernel<Residual, Packed, kScatter>
         <<<grid, kWarpsPerBlock * 32, 0, static_cast<cudaStream_t>(stream)>>>(
             residual.as<Residual>(), packed.as<Packed>(), rows ? rows.as<const int32_t>() : nullptr,

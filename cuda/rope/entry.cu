@@ -16,7 +16,7 @@ void rope_cuda(const RopeParams& params, void* stream) {
                              static_cast<int>(params.x.size(1)),
                              static_cast<int>(params.x.size(2) / 2),
                              params.transposed};
-    const auto grid = static_cast<unsigned>(ceil_div<int64_t>(args.num_rows, kWarpsPerBlock));
+    const unsigned grid = grid_x("rope", "x", ceil_div<int64_t>(args.num_rows, kWarpsPerBlock));
     cuda::dispatch_float(params.x.dtype, [&]<typename T>(T) {
         constexpr int kWidth = 16 / static_cast<int>(sizeof(T));
         // Whole vectors of a half head of x make whole vectors of the tables, whatever their type.

@@ -110,7 +110,8 @@ AttentionPlan make_plan(const SegmentAttentionParams& params, int q_tile_rows, i
         plan.cu_k_tiles = scratch.cu_k_tiles;
     }
     if (!is_causal_by_row(params) && plan.num_queries > 0) {
-        const dim3 grid(static_cast<unsigned>(ceil_div(plan.num_queries, kThreads)),
+        const dim3 grid(grid_x("segment_attention", "q",
+                               ceil_div<int64_t>(plan.num_queries, kThreads)),
                         static_cast<unsigned>(plan.num_shifts));
         visible_keys_kernel<<<grid, kThreads, 0, stream>>>(
             plan.cu_q, plan.cu_k,

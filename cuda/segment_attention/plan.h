@@ -85,6 +85,16 @@ __device__ __forceinline__ bool find_tile(const AttentionPlan& plan, const int32
     return found.tile < found.num_tiles;
 }
 
+/// The place of a thread block in a grid of `heads` heads side by side, tile after tile. All lie in
+/// the first dimension: a second one ends at 65535 tiles.
+struct HeadAndTile {
+    int head, tile;
+
+    __device__ __forceinline__ explicit HeadAndTile(int heads)
+        : head(static_cast<int>(blockIdx.x % static_cast<unsigned>(heads))),
+          tile(static_cast<int>(blockIdx.x / static_cast<unsigned>(heads))) {}
+};
+
 /// The keys that the queries of one sequence see, as a half-open range of rows of the sequence.
 /// Both ends grow with the query (blocks.h), so the first and the last query of a tile bound it.
 class VisibleKeys {

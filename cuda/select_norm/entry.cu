@@ -28,11 +28,11 @@ void select_norm_cuda(const SelectNormParams& params, void* stream) {
                              vectorised,
                              params.kind == kLayer ? params.mean.as<float>() : nullptr,
                              params.rstd.as<float>()};
+    const unsigned grid = grid_x("select_norm", params.rows ? "rows" : "x", num_rows);
     cuda::dispatch_float(params.x.dtype, [&]<typename T>(T) {
         const size_t shared_bytes = static_cast<size_t>(hidden) * sizeof(T);
         cuda::reserve_shared_memory("select_norm", select_norm_kernel<T>, shared_bytes);
-        select_norm_kernel<T><<<static_cast<unsigned>(num_rows), kThreads, shared_bytes,
-                                static_cast<cudaStream_t>(stream)>>>(
+        select_norm_kernel<T><<<grid, kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(
             params.x.as<const T>(), params.y.as<T>(),
             params.x_rows ? params.x_rows.as<T>() : nullptr, args);
     });
@@ -61,8 +61,8 @@ void select_norm_backward_cuda(const SelectNormBackwardParams& params, void* str
             cuda::reserve_shared_memory("select_norm_backward", select_norm_backward_kernel<T>,
                                         shared_bytes);
             select_norm_backward_kernel<T>
-                <<<static_cast<unsigned>(num_rows), kThreads, shared_bytes, cuda_stream>>>(
-                    dy, x_rows, params.dx.as<T>(), args);
+                <<<grid_x("select_norm_backward", "dy", num_rows), kThreads, shared_bytes,
+                   cuda_stream>>>(dy, x_rows, params.dx.as<T>(), args);
             cuda::check_launch("select_norm_backward");
         }
         if (!params.dweight && !params.dbias) return;

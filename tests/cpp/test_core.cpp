@@ -10,6 +10,7 @@
 #include "gemm.h"
 #include "lemo/blocks.h"
 #include "lemo/check.h"
+#include "lemo/grid.h"
 #include "parallel.h"
 #include "views.h"
 
@@ -145,6 +146,25 @@ TEST(Check, SizesOfCutsOnAGpu) {
               "op: argument 'cu_q': expected a last entry of 5, got the first entry only");
     EXPECT_EQ(message(2, int64_t{1} << 31),
               "op: argument 'cu_q': expected a last entry of at most 2147483647, got 2147483648");
+}
+
+TEST(Grid, HoldsWhatCudaAllowsAndNamesTheArgument) {
+    // 4194304 rows in tiles of 64, with 32 heads, are too many for any dimension but the first.
+    EXPECT_EQ(grid_x("op", "q", int64_t{65536} * 32), 2097152u);
+    EXPECT_EQ(grid_x("op", "q", 0), 0u);
+    EXPECT_EQ(grid_x("op", "q", 2147483647), 2147483647u);
+    EXPECT_EQ(grid_yz("op", "q", 65535), 65535u);
+    EXPECT_EQ(message_of([] { grid_x("op", "q", int64_t{1} << 31); }),
+              "op: argument 'q': expected a size that needs at most 2147483647 thread blocks of a "
+              "CUDA kernel, got one that needs 2147483648");
+    // As unsigned they would be 1.
+    EXPECT_NE(message_of([] { grid_x("op", "q", (int64_t{1} << 32) + 1); }), "");
+    EXPECT_NE(message_of([] { grid_yz("op", "k_up", 65536); }), "");
+    try {
+        grid_yz("op", "k_up", 65536);
+    } catch (const Error& error) {
+        EXPECT_EQ(error.kind(), ErrorKind::kUnsupported);
+    }
 }
 
 TEST(Convert, BFloat16RoundsToNearestEvenAndKeepsNaN) {

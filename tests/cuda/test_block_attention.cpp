@@ -129,6 +129,11 @@ TYPED_TEST(BlockAttentionCuda, ManySequencesAndNone) {
     matches_cpu<TypeParam>({{0, 0}, 64, 1, 1, 1, 8});
 }
 
+TEST(BlockAttentionCuda, MoreChunksThanASecondDimensionOfAGrid) {
+    // The second sequence begins with the chunk of index 65535.
+    matches_cpu<cpu::BFloat16>({{int64_t{65535} * 512, 1000}, int64_t{1} << 22, 3, 1, 1, 8});
+}
+
 TEST(BlockAttentionCuda, RowsThatAreNoTokensSeeNothing) {
     const auto values = random_values<cpu::BFloat16>(40, 1);
     const DeviceArray<cpu::BFloat16> k(values), q(values);

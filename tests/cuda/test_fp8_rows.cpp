@@ -87,17 +87,27 @@ TEST(Fp8RowsCuda, WhatIsNotFiniteStaysSo) {
     EXPECT_TRUE(std::isinf(scales.download()[1]));
 }
 
+void moves_every_byte(int64_t rows, int64_t columns) {
+    std::vector<uint8_t> x(static_cast<size_t>(rows * columns)), expected(x.size());
+    for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<uint8_t>(i * 7 + i / 251);
+    fp8_transpose_cpu({x.data(), expected.data(), rows, columns});
+    const DeviceArray<uint8_t> device_x(x), y(x.size());
+    fp8_transpose_cuda({device_x.data(), y.data(), rows, columns}, nullptr);
+    expect_same_bits(y.download(), expected,
+                     std::to_string(rows) + " x " + std::to_string(columns));
+}
+
 TEST(Fp8TransposeCuda, MovesEveryByte) {
     for (const auto& [rows, columns] :
          {std::pair{16, 16}, {128, 128}, {144, 400}, {1536, 576}, {16, 4096}, {272, 16}}) {
-        std::vector<uint8_t> x(static_cast<size_t>(rows) * columns), expected(x.size());
-        for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<uint8_t>(i * 7 + i / 251);
-        fp8_transpose_cpu({x.data(), expected.data(), rows, columns});
-        const DeviceArray<uint8_t> device_x(x), y(x.size());
-        fp8_transpose_cuda({device_x.data(), y.data(), rows, columns}, nullptr);
-        expect_same_bits(y.download(), expected,
-                         std::to_string(rows) + " x " + std::to_string(columns));
+        moves_every_byte(rows, columns);
     }
+}
+
+// Tiles of rows, or of columns.
+TEST(Fp8TransposeCuda, MoreTilesThanASecondDimensionOfAGrid) {
+    moves_every_byte(65537 * 128, 16);
+    moves_every_byte(16, 65537 * 128);
 }
 
 }  // namespace

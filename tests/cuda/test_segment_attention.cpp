@@ -502,6 +502,14 @@ TYPED_TEST(SegmentAttentionCuda, SmallShapesMatchCpu) {
          {"more tiles", std::vector<int64_t>(14, 10), 24, 6, 64, 1, 1, false}});
 }
 
+TYPED_TEST(SegmentAttentionCuda, MoreTilesThanASecondDimensionOfAGrid) {
+    // A tile for each sequence that is not empty: 67500 of queries, and as many of keys. The second
+    // dimension of a grid ends at 65535.
+    std::vector<int64_t> lengths(90000);
+    for (size_t i = 0; i < lengths.size(); ++i) lengths[i] = static_cast<int64_t>(i % 4);
+    expect_cpu_results<TypeParam>({{"many sequences", lengths, 1, 1, 8, 1, 1, false}});
+}
+
 TYPED_TEST(SegmentAttentionCuda, DeterministicRepeatsAreBitEqual) {
     for (const auto& [kernel, deterministic] : kernels()) {
         if (!deterministic) continue;

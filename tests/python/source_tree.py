@@ -36,7 +36,7 @@ def includes(path: Path) -> list[str]:
 
 def op_stems() -> set[str]:
     """The families of operators: one header each."""
-    shared = {"blocks", "check", "fp8", "memory_plan", "tensor"}
+    shared = {"blocks", "check", "fp8", "grid", "memory_plan", "tensor"}
     stems = {path.stem for path in sources("cpp/include/lemo")}
     assert shared < stems
     return stems - shared

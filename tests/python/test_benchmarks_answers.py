@@ -5,15 +5,14 @@ import random
 import re
 import string
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 import answers
-from answer_runs import Method, Trial, exact_answers, share_of_needed, shares
-from answer_tasks import TRAINED, Answer, Mixture, Window, make_haystacks
+from answer_runs import Method, Trial
+from answer_tasks import TRAINED, Mixture, make_haystacks
 from answer_tasks.book import ANSWER_TOKENS
 from answer_tasks.paraphrases import HELD_OUT_PAIRS, TRAIN_PAIRS
 from lemo.data import Document
@@ -279,65 +278,6 @@ def test_windows_that_are_too_short_are_refused():
 # --- what a run measures
 
 
-def window(ids, *found):
-    made = torch.tensor(ids)
-    labels = torch.full_like(made, -100)
-    for answer in found:
-        labels[answer.start : answer.end] = made[answer.start : answer.end]
-    return Window("task", made, labels, found)
-
-
-class Wrong(torch.nn.Module):
-    """Puts the next token first, but for the tokens at some places."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, ids, places):
-        super().__init__()
-        self.predicted = torch.tensor([*ids[1:], 0])
-        for place in places:
-            self.predicted[place - 1] += 1
-
-    def forward(self, input_ids, use_cache, logits_to_keep):
-        assert not self.training
-        rows = torch.nn.functional.one_hot(self.predicted, 99)[-logits_to_keep:]
-        return SimpleNamespace(logits=rows[None].float())
-
-
-def test_an_answer_is_exact_if_every_token_of_it_is():
-    ids = list(range(20))
-    found = (
-        Answer(8, 11, ((1, 3),), 0.05),
-        Answer(13, 15, ((6, 7),), 0.3),
-        Answer(17, 20, (), None),
-    )
-    for wrong, exact in [
-        ((), [True, True, True]),
-        ((10, 17), [False, True, False]),
-        ((8, 14, 19), [False, False, False]),
-        ((7, 11, 12, 15, 16), [True, True, True]),  # no answer's token
-    ]:
-        model = Wrong(ids, wrong).train()
-        answers_found = exact_answers(model, [window(ids, *found)])
-        assert [answer["exact"] for answer in answers_found] == exact
-        assert model.training
-    shown = shares(exact_answers(Wrong(ids, (10,)), [window(ids, *found)]))
-    assert shown == {
-        "exact": 66.67,
-        "answers": 3,
-        "depth": {"0": 0.0, "1": 100.0},
-        "not_stated": 100.0,
-    }
-
-
-def test_recall_counts_blocks_with_needed_tokens():
-    made = window(range(40), Answer(30, 32, ((7, 9), (9, 12)), 0.2), Answer(35, 37, (), None))
-    assert share_of_needed(made, 4, [0, 1, 9]) == 0.5  # of blocks 1 and 2
-    assert share_of_needed(made, 4, [2, 1]) == 1.0
-    assert share_of_needed(made, 8, [1]) == 0.5
-    assert share_of_needed(window(range(40), Answer(35, 37, (), None)), 4, [1]) is None
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("answers")
@@ -390,8 +330,9 @@ def test_the_oracle_keeps_what_answers_need(inputs):
         assert len(places & set(blocks)) >= min(len(places), 4 - labelled)
 
 
-def test_chunks_see_what_a_masked_window_sees(inputs):
-    chunks = Method("x", chunks={"keep": 0.25, "block_size": 1 / 16})
+@pytest.mark.parametrize("weights", [False, True])
+def test_chunks_see_what_a_masked_window_sees(inputs, weights):
+    chunks = Method("x", chunks={**SMALL, "words": 0.5, "weights": weights})
     trial = Trial(base(inputs), chunks, 2, 0, "cpu")
     made = windows_of("number", 1)
     tensors = trial.prepared(made)
@@ -404,7 +345,13 @@ def test_chunks_see_what_a_masked_window_sees(inputs):
         seen[block * size : (block + 1) * size] = True
     assert torch.equal(tensors["positions"][0], seen.nonzero()[:, 0])
     visible = (seen | torch.eye(TOKENS, dtype=torch.bool)).tril()
-    mask = torch.zeros(1, 1, TOKENS, TOKENS).masked_fill(~visible, torch.finfo().min)
+    mask = torch.zeros(1, 1, TOKENS, TOKENS)
+    if weights:
+        block = torch.arange(TOKENS) // size
+        mask[..., tensors["positions"][0]] = tensors["bias"]
+        assert set(tensors["bias"].exp().round().unique().tolist()) == {1, 13}
+        mask.masked_fill_(block[:, None] == block, 0.0)
+    mask.masked_fill_(~visible, torch.finfo().min)
     logits = trial.model(input_ids=made[0].ids[None], attention_mask=mask).logits[0]
     rows = (made[0].labels[1:] != -100) & seen[:-1]
     assert rows.sum() == (made[0].labels != -100).sum()

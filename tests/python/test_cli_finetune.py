@@ -273,6 +273,9 @@ def test_interrupted(lemo, monkeypatch):
     assert err.splitlines()[-1] == "lemo: interrupted"
     assert "to go on: lemo finetune --output run --resume" in err
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-2"]
+    code, _, err = lemo("eval --adapter run --documents held_out.jsonl --lengths 48")
+    assert code == 1
+    assert "adapter: the run in 'run' is not done" in err
     code, _, err = lemo("finetune --output run --resume")
     assert code == 0
     assert err.splitlines()[0] == "resuming run after step 2"

@@ -1,6 +1,7 @@
 """The error boundary: every failure is one line on standard error and an exit code."""
 
 import errno
+import signal
 import subprocess
 import sys
 import textwrap
@@ -23,11 +24,22 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 def test_help_names_the_commands(capsys):
-    for arguments in ([], ["--help"], ["-h"]):
+    for arguments in ([], ["--help"], ["-h"], ["--debug"]):
         code, out, err = run(capsys, *arguments)
         assert (code, err) == (0, "")
         for command in ("prepare", "finetune", "eval", "report", "demo"):
             assert f"  {command}" in out
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["relevance"]])
+def test_help_of_a_group_has_a_line_for_each_command(capsys, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, *group)
+    assert (code, err) == (0, "")
+    # A summary that is too long for its line ends in dots.
+    assert "\nCommands:\n" in out
+    assert "..." not in out.partition("Commands:")[2]
+    assert run(capsys, *group, "--help") == (0, out, "")
 
 
 def test_version(capsys):
@@ -100,3 +112,41 @@ def test_interrupt(capsys, monkeypatch):
 
     monkeypatch.setattr(module, "app", interrupted)
     assert run(capsys, "report") == (130, "", "lemo: interrupted\n")
+
+
+def test_an_interrupt_of_which_a_library_makes_another_error(capsys, monkeypatch):
+    def imported(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise ModuleNotFoundError("Could not import module 'Other'") from interrupt
+
+    monkeypatch.setattr(module, "app", imported)
+    assert run(capsys, "report") == (130, "", "lemo: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_ignored_interrupt_stays_ignored(capsys, monkeypatch):
+    monkeypatch.setattr(module, "app", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(capsys, "report") == (0, "", "")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_while_the_command_line_is_imported():
+    script = """
+        import signal, sys
+        class Interrupted:
+            def find_spec(self, name, path=None, target=None):
+                if name == "lemo.cli.finetune":
+                    signal.raise_signal(signal.SIGINT)
+        sys.meta_path.insert(0, Interrupted())
+        from lemo.__main__ import main
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "lemo: interrupted\n")

@@ -40,6 +40,9 @@ def test_an_adapter_of_a_relative_model_can_be_used_from_another_folder(home, mo
     monkeypatch.chdir(home)
     data = "--documents", "documents.jsonl"
     assert run("finetune", "--model", "model", *data, "--output", "run", *TRAIN) == 0
+    given = "--model", "model", "--adapter", "run/adapter", *data, "--lengths", "32"
+    assert run("eval", *given) == 0
+    assert "is put into" not in capsys.readouterr().err
     monkeypatch.chdir(home.parent / "here")
     capsys.readouterr()
     data = "--documents", str(home / "documents.jsonl"), "--lengths", "32"

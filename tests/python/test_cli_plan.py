@@ -78,6 +78,7 @@ def test_a_plan_of_products_in_8_bits(folder, capsys):
             "--tokens: expected one length from 2 to 2147483647, such as 65536, 64K or 1M, got '0'",
         ),
         ("4K,8K", "1GiB", "--tokens: expected one length from 2"),
+        ("128X", "1GiB", "--tokens: expected one length from 2"),
         ("4K", "0GiB", "--gpu-memory: expected a size above 0, got '0GiB'"),
     ],
 )

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 import lemo
+from lemo.predictors.storage import model_shape
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.windows import Window
+from lemo.relevance.heads import RetrievalHeads
 from lemo.selection import finite
 from lemo.selection import selector as selector_module
 from lemo.settings.preparation import PredictorSettings
-from tiny_models import flat_config, make_ids, make_model
+from tiny_models import flat_config, lora, make_ids, make_model
 
 BLOCK = 8
 IDS = make_ids(1, 64)
@@ -90,6 +92,32 @@ def test_where_scores_are_not_waited_for_the_loss_is_nan(scorer, wrong, predicto
     assert handle.reason_of_nan().startswith("layer 2:")
 
 
+def with_a_broken_token(**settings):
+    """(LoRA on a model whose frozen embedding has nan for a token, its handle)."""
+    model = lora(make_model("llama"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[IDS[0, 40]] = torch.nan
+    config = flat_config(**{"keep": 0.5, "block_size": BLOCK, "scorer": "pooled"} | settings)
+    return model, lemo.enable(model, config)
+
+
+@pytest.mark.cpu_only
+def test_gradients_are_nan_where_the_loss_is(on_a_gpu):
+    """As the model's own: with those of 0 a trainer would go on, and a GradScaler skip no step."""
+    model, handle = with_a_broken_token(keep_first=2)
+    first = IDS.where(torch.arange(64) < 16, torch.tensor(-100))
+    model(input_ids=IDS, labels=first).loss.backward()
+    assert handle.reason_of_nan().startswith("layer 0:")
+    assert any(p.grad.isnan().any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.cpu_only
+def test_where_no_label_is_kept_for_it_the_error_names_the_layer(on_a_gpu):
+    model, _ = with_a_broken_token(keep_first=1, keep=0.25)
+    with pytest.raises(FloatingPointError, match="layer 0: the scores of blocks for its attention"):
+        model(input_ids=IDS, labels=LABELS)
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("scorer", ["predictor", "exact", "pooled"])
 def test_the_mlp_is_named_where_it_is_scored_first(scorer, predictor):
@@ -129,3 +157,17 @@ def test_a_copied_model_has_its_own_findings(predictor, on_a_gpu):
     other.model.layers[1].mlp.down_proj.wrong = None
     assert other(IDS, labels=LABELS).loss.isfinite()
     assert handle.reason_of_nan() is not None
+
+
+@pytest.mark.cpu_only
+def test_a_pass_of_text_forgets_nothing_of_one_of_answers(on_a_gpu, tmp_path):
+    """Their settings differ; a training loop asks for a loss while later passes run."""
+    model, path = make_model("llama"), tmp_path / "heads.json"
+    RetrievalHeads(model_shape(model.config), ((0, 1),)).save(path)
+    handle = lemo.enable(model, lemo.LemoConfig(scorer="attention", heads=str(path)))
+    embedding = model.get_input_embeddings().weight.data
+    sound, embedding[IDS[0, 3]] = embedding.clone(), torch.nan
+    assert model(IDS, labels=LABELS).loss.isnan()
+    embedding.copy_(sound)
+    assert model(IDS, labels=IDS).loss.isfinite()
+    assert handle.reason_of_nan().startswith("layer 0:")

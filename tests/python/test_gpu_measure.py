@@ -86,6 +86,7 @@ def test_commands():
 def test_a_dry_run_prints_commands_and_begins_none(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(gpu_measure, "DONE", tmp_path / "done")
+    monkeypatch.setattr(gpu_measure, "WORK", tmp_path / "build" / "work")
     assert gpu_measure.main(["run", "scaling", "fa4", "--dry-run", "--gpus", "2", "3"]) == 0
     text = capsys.readouterr().out
     assert "CUDA_VISIBLE_DEVICES=2,3" in text
@@ -169,6 +170,12 @@ def test_parts_run_once_and_failures_are_told(running, tmp_path, capsys):
     assert "said: done before" in capsys.readouterr().out
     assert running(parts[:1], "--again") == 0
     assert "said: done, codes [0]" in capsys.readouterr().out
+
+
+def test_a_part_leaves_something_for_the_next_one(running):
+    leaves = part("leaves", gpus=1, command="-c \"open('{work}/x', 'w')\"")
+    takes = part("takes", gpus=1, command="-c \"open('{work}/x')\"")
+    assert running([leaves, takes], "--gpus", "0") == 0
 
 
 def test_no_part_goes_beyond_its_time(running, capsys):

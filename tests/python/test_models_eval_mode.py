@@ -1,5 +1,9 @@
 """Eval mode: for a while, after which each module is as it was, and of whoever calls a model."""
 
+import functools
+from contextlib import nullcontext
+from itertools import product
+
 import pytest
 from torch import nn
 
@@ -97,3 +101,34 @@ def test_a_call_in_training_eliminates_after_one_in_eval_mode_that_failed():
     model.get_base_model()(**batch)
     assert all(layer.attention_rows < layer.tokens for layer in handle.statistics())
     assert handle.statistics()
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True])
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_a_call_that_was_interrupted_leaves_nothing(path, is_wrapped):
+    """torch runs no hooks for Ctrl-C in a notebook; training was dense ever after."""
+    model, batch = lora(make_model("llama")), padded_batch([61, 40])
+    if is_wrapped:
+        base = model.get_base_model()
+        own = base.forward
+        # In which labels are named once more, around the decoder.
+        base.forward = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+    config = LemoConfig(keep=0.5, block_size=8, scorer="random", path=path)
+    handle = lemo.enable(model, config)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    mlp = model.get_base_model().model.layers[1].mlp
+    for mode, outer in product((False, True), (None, batch["labels"] > 0)):
+        hook = mlp.register_forward_pre_hook(interrupt)
+        model.train(mode)
+        names = nullcontext() if outer is None else handle.naming(outer)
+        with pytest.raises(KeyboardInterrupt), names:
+            model(**batch)
+        hook.remove()
+        assert handle.row_labels is None
+    model(**batch).loss.backward()
+    # The generic path leaves forwards of somebody else as they are.
+    assert bool(handle.statistics()) != (is_wrapped and path == "generic")
+    assert all(layer.attention_rows < layer.tokens for layer in handle.statistics())

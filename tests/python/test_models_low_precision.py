@@ -151,6 +151,20 @@ def test_an_embedding_in_bf16_under_fp32_layers_trains_in_the_generic_path():
     assert_close_fp32(all_of(value), all_of(expected), "gradients")
 
 
+@pytest.mark.cpu_only  # where torch's LayerNorm knows two dtypes
+def test_norms_in_fp32_that_give_the_dtype_of_their_rows_are_the_dense_models():
+    """Those of OPT: it adds in bf16."""
+    made = models("opt")
+    for model in made[:2]:
+        for module in model.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.float()
+    batch = BATCHES["right"]()
+    lemo.enable(made[0], EVERYTHING)
+    value, plain, oracle = (step(each, lambda each: each(**batch).loss.float()) for each in made)
+    assert_close(value, plain, oracle)
+
+
 @pytest.mark.parametrize("batch", DENSE_BATCHES)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits(architecture, batch):

@@ -117,10 +117,20 @@ def test_ways_to_use_eight_gpus():
         "1 window at a time, each shared out by 8 GPUs (--context-parallel 8): "
     )
     assert lines[0].endswith(" tokens a second")
+    found += combinations(request(1.0), 131072, 2, 133 * GIB)
+    for each, line in zip(found, combination_lines(found, timed=True), strict=True):
+        assert line.startswith(f"{each.groups} window{'' if each.groups == 1 else 's'} at a time")
+        assert (f"--context-parallel {each.size}" in line) == (each.size > 1)
+        assert ("--shard" in line) == (each.shards > 1)
     small = combinations(request(1.0), 131072, 8, 12 * GIB)
     assert [each.plan for each in small if each.shards == 1] == [None] * 4
     assert list(combination_lines(small, timed=True))[-1].endswith(": does not fit")
     assert small[0].plan is not None
+    assert [each.rate for each in small] == [
+        0.0 if each.plan is None else each.tokens / each.plan.seconds for each in small
+    ]
+    (alone,) = combinations(request(1.0), 131072, 1, 133 * GIB)
+    assert (alone.groups, alone.size, alone.shards) == (1, 1, 1)
 
 
 def test_ways_that_are_refused_are_not_proposed():

@@ -69,22 +69,36 @@ def test_bytes_of_a_layer_whose_sub_blocks_keep_other_rows(mode):
     assert stored + (index if mode == "none" else 0) == found
 
 
-@pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize(
-    "modes", [*([mode] * 4 for mode in MODES), ["layer", "selective", "none", "none"]]
+    ("case", "modes", "keep", "width", "drops"),
+    [
+        *(("all", [mode] * 4, keep, 384, True) for mode in MODES for keep in (1.0, 0.5)),
+        *(("all", ["layer", "selective", "none", "none"], keep, 384, True) for keep in (1.0, 0.5)),
+        # Attention takes more than such an MLP.
+        *(("all", [mode] * 4, 0.5, 64, True) for mode in MODES),
+        # Products of these adapters read copies.
+        *((case, [mode] * 4, 0.5, 384, True) for mode in MODES for case in ("apart", "dropout")),
+        ("autocast", ["layer"] * 4, 0.5, 384, True),
+        # The loss counts rows that no layer keeps.
+        *(("all", [mode] * 4, keep, 384, False) for mode in MODES for keep in (0.5, 0.25)),
+    ],
+    ids=str,
 )
-def test_the_highest_bytes_of_a_step(modes, keep):
+def test_the_highest_bytes_of_a_step(case, modes, keep, width, drops):
     """Of tensors: the sums inside of attention's backward are none, and are a part of it."""
-    tokens, (adapters, settings) = 2048, CASES["all"]
-    model = model_of("llama", len(modes), adapters, 2, tokens, width=384)
-    model = model.to(torch.bfloat16)
-    lemo.enable(model, lemo.LemoConfig(recompute=modes, keep=keep, block_size=8))
+    tokens, (adapters, settings) = 2048, CASES[case]
+    model = model_of("llama", len(modes), adapters, 2, tokens, width=width)
+    kept_rows = {"keep": keep, "block_size": 8, "mask_loss": drops}
+    lemo.enable(model, lemo.LemoConfig(recompute=modes, **kept_rows))
     ids = make_ids(1, tokens)
     with PeakOfTensors(model) as tensors:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
     shape, kept = shape_of(model.get_base_model().config), round(keep * tokens)
     rows = [LayerRows(kept, kept)] * shape.layers
-    step = step_of(shape, [tokens], rows, cuda=False, **settings)
+    more = {"drops": drops, "all_count": not drops, "cuda": False}
+    step = step_of(shape, [tokens], rows, **more, **settings)
     memory = StepMemory(shape, adapters, step)
     # There is no optimizer.
     predicted = memory.peak(modes) - 2 * adapters.size * adapters.parameters(shape)

@@ -179,6 +179,16 @@ def test_nothing_goes_there_that_need_not():
     assert plan.host == 0
 
 
+def test_the_smallest_plan_takes_the_host_as_far_as_it_goes():
+    rows = [4096, 1024, 2048]
+    whole = planner(rows).of(["layer"] * 3, 1, 1, [1.0] * 3).host
+    for host in (whole // 3, whole, 4 * whole):
+        plan = planner(rows, HostRules(host)).smallest(1)
+        assert plan.modes == ("layer",) * 3
+        assert plan.shares == (pytest.approx(min(1.0, host / whole)),) * 3
+        assert plan.peak == planner(rows).of(plan.modes, 1, 1, plan.shares).peak
+
+
 def test_what_fits_with_the_host_fits():
     rows = [4096] * 3
     without = planner(rows).least()

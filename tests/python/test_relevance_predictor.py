@@ -237,6 +237,20 @@ def test_what_is_not_finite_stays_nan(wrong):
     assert ranked[0, 2] == 1.0
 
 
+def test_the_sum_of_many_keys_is_no_infinity_in_fp16():
+    tokens = 20000
+    answers = Answers.of(torch.arange(tokens) >= tokens - 20)
+    layout = BlockLayout.from_seqlens([tokens], 1024, "cpu")
+    predictor = RelevancePredictor(16, 8, torch.ones(16), torch.Generator("cpu").manual_seed(0))
+    with torch.no_grad():
+        for net in (predictor.key, predictor.query):
+            net.up.abs_()  # features of one sign
+    x = torch.randn(tokens, 16, generator=torch.Generator("cpu").manual_seed(0)).half()
+    assert predictor.keys(x, layout).float().sum().abs() > torch.finfo(torch.float16).max
+    [found] = predicted_relevance(predictor, x, layout, [answers])
+    assert torch.allclose(found.sum(-1), torch.ones(1))
+
+
 def test_what_is_open_follows_answers(made):
     config = lemo.LemoConfig(scorer="predictor", predictor=str(made[1]))
     resolved = config.resolved(answers=True)

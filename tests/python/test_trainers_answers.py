@@ -23,6 +23,8 @@ from trl import SFTConfig, SFTTrainer
 import lemo
 from lemo.models.outputs import DeferredLogits
 from lemo.models.training_forward import TrainingForward
+from lemo.selection import finite
+from lemo.selection import selector as selector_module
 from tiny_models import VOCABULARY, make_model
 from tolerances import assert_close_fp32
 from trainer_cases import LORA, tokenizer
@@ -295,6 +297,26 @@ def test_a_batch_without_labels_trains_nothing(tmp_path):
     loss.backward()
     assert loss == 0
     assert not any(p.grad is not None and p.grad.any() for p in run.trainer.model.parameters())
+
+
+@pytest.mark.parametrize("divisor", [8, None])
+def test_scores_that_are_nan_make_the_loss_nan(divisor, tmp_path, monkeypatch):
+    """Where a GPU is not waited for, also for a mean over the labels, which has no weight."""
+    run = Run("SFT, completions", tmp_path, CONFIG.replace(scorer="pooled"), steps=1)
+    batch, model = run.batches[0][0], run.trainer.model.train()
+    select = selector_module.ops.token_select
+
+    def selecting(scores, *others):
+        return select(scores.nan_to_num(nan=-torch.inf), *others)
+
+    monkeypatch.setattr(selector_module.ops, "token_select", selecting)
+    monkeypatch.setattr(finite, "_is_waited_for", lambda tensor: False)
+    loss = partial(run.trainer.compute_loss, model, batch, num_items_in_batch=divisor)
+    assert loss().isfinite()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[batch["input_ids"][0, 40]] = torch.nan
+    assert loss().isnan()
+    assert run.handle.reason_of_nan().startswith("layer 0:")
 
 
 class OwnLoss(SFTTrainer):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ from lemo.packing.blocks import BlockLayout
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import behind, finetune
-from lemo.training.behind import Copy, HostMemory, Joined, Writer
+from lemo.training.behind import Copy, HostMemory, Joined, Writer, short_turns
 from lemo.training.run_log import _SCALARS, LOG_NAME, RunLog, read_log
 from lemo.training.step_records import StepRecords
 
@@ -35,6 +36,16 @@ def test_a_copy_holds_what_was_there():
     assert held["b"][1:] == ["text", None]
     assert held["b"][0] == 7
     assert held["c"]["e"] == 1.5
+
+
+def test_turns_are_short_inside_alone():
+    before = sys.getswitchinterval()
+    with suppress(EOFError), short_turns():
+        assert sys.getswitchinterval() == pytest.approx(1e-4, rel=0.02)
+        with short_turns():
+            assert sys.getswitchinterval() == pytest.approx(1e-4, rel=0.02)
+        raise EOFError
+    assert sys.getswitchinterval() == before
 
 
 def test_joined_tensors_come_back_as_one():

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lemo.cli.main import main
+from lemo.data import Document
 from lemo.data.chat import Encoded
 from lemo.training.answers import answers_of, evaluate_answers, has_answers
 from lemo.training.evaluate import evaluate
@@ -83,6 +84,20 @@ def test_answers_are_runs_of_labels_by_the_full_logits(inputs):
     assert found[2].exact
     assert not found[1].exact
     assert answers_of(model, Encoded([1, 2], [-100, -100], "none")) == []
+
+
+def test_a_length_that_no_example_has_is_no_window_beyond_the_context(inputs, caplog):
+    evaluate_answers(str(inputs / "model"), inputs / "pairs.jsonl", [2**20], device="cpu")
+    assert "context" not in caplog.text
+
+
+@pytest.mark.parametrize(("scaling", "warned"), [("none", True), ("linear", False)])
+def test_windows_beyond_the_context_are_named(inputs, caplog, scaling, warned):
+    documents = [Document("a", "text", "one word and another " * CONTEXT)]
+    lengths = [CONTEXT, CONTEXT + 1]
+    evaluate(str(inputs / "model"), documents, lengths, rope_scaling=scaling, device="cpu")
+    message = f"windows of up to {CONTEXT + 1} tokens are longer than the model's context of 160;"
+    assert (message in caplog.text) == warned
 
 
 def test_summary_of_a_file(inputs):

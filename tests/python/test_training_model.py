@@ -21,6 +21,7 @@ from lemo.training.model import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    reach,
 )
 from tiny import save_tiny_llama
 
@@ -108,6 +109,15 @@ def test_learned_positions_cannot_be_extended(scaling):
     extend_context(config, 64, scaling)
     with pytest.raises(ValueError, match="context_length: expected at most 64, got 65.*opt has le"):
         extend_context(config, 65, scaling)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn", "dynamic"])
+def test_a_scaled_model_reaches_what_it_was_scaled_to(scaling):
+    config = llama()
+    assert reach(config) == 64
+    extend_context(config, 200, scaling)
+    assert reach(config) == 200
+    assert reach(AutoConfig.for_model("bloom")) is None
 
 
 def test_a_scaled_model_is_not_scaled_again():

@@ -148,7 +148,11 @@ __device__ __forceinline__ void multiply(const uint32_t (&queries)[kHeadDim / 16
     }
 }
 
-/// Grid: tiles of queries, which read the same keys, chunks of tokens, heads.
+int64_t __host__ __device__ query_tiles(const AttentionArguments& args) {
+    return ceil_div<int64_t>(args.num_rows, kQueryRows);
+}
+
+/// Grid: tiles of queries, which read the same keys, of one chunk of tokens after another; heads.
 template <typename T, int kHeadDim>
 __global__ void
 __launch_bounds__(kThreads, 3) portable_attention_kernel(AttentionArguments args) {
@@ -159,15 +163,17 @@ __launch_bounds__(kThreads, 3) portable_attention_kernel(AttentionArguments args
     auto* scores = reinterpret_cast<float*>(query_tile);
 
     const int32_t* starts = args.block_starts;
-    const int chunk = static_cast<int>(blockIdx.y) * kChunk;
+    const auto tiles = static_cast<unsigned>(query_tiles(args));
+    const int chunk = static_cast<int>(blockIdx.x / tiles) * kChunk;
     const int first_block = count_up_to(starts, args.num_blocks, chunk - 1);
     const int end_block = count_up_to(starts, args.num_blocks, chunk + kChunk - 1);
     if (first_block == end_block) return;
 
     const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
-    const int head = static_cast<int>(blockIdx.z);
+    const int head = static_cast<int>(blockIdx.y);
     const int key_head = head / (args.heads / args.key_heads);
-    const int64_t first_query = int64_t{blockIdx.x} * kQueryRows, query = first_query + thread;
+    const int64_t first_query = int64_t{blockIdx.x % tiles} * kQueryRows;
+    const int64_t query = first_query + thread;
     const int2 visible = visible_keys(args, query);
     const int64_t result = (query * args.heads + head) * args.num_blocks;
     const bool exists = query < args.num_rows;
@@ -225,12 +231,12 @@ template <typename T, int kHeadDim>
 void launch_kernel(const AttentionArguments& args, cudaStream_t stream) {
     constexpr size_t kBytes = Tiles<kHeadDim>::kBytes;
     const auto kernel = portable_attention_kernel<T, kHeadDim>;
-    reserve_shared_memory("block_attention", kernel, kBytes);
-    const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(args.num_rows, kQueryRows)),
-                    static_cast<unsigned>(ceil_div(args.num_tokens, kChunk)),
-                    static_cast<unsigned>(args.heads));
+    constexpr const char* kOp = "block_attention";
+    reserve_shared_memory(kOp, kernel, kBytes);
+    const int64_t chunks = ceil_div<int64_t>(args.num_tokens, kChunk);
+    const dim3 grid(grid_x(kOp, "q", query_tiles(args) * chunks), grid_yz(kOp, "q", args.heads));
     kernel<<<grid, kThreads, kBytes, stream>>>(args);
-    check_launch("block_attention");
+    check_launch(kOp);
 }
 
 }  // namespace

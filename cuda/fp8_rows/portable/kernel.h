@@ -102,12 +102,13 @@ __device__ __forceinline__ uint32_t gathered_bytes(const uint32_t (&words)[4], i
     return __byte_perm(low, high, 0x5410);
 }
 
+/// Grid: tiles of columns, `column_tiles` of them in each row of tiles, and tiles of rows.
 __global__ void __launch_bounds__(kThreads)
 transpose_kernel(const uint8_t* __restrict__ x, uint8_t* __restrict__ y, int64_t rows,
-                 int64_t columns) {
+                 int64_t columns, unsigned column_tiles) {
     __shared__ uint32_t from[kTile][kTileStride], to[kTile][kTileStride];
-    const int64_t first_row = int64_t{blockIdx.y} * kTile;
-    const int64_t first_column = int64_t{blockIdx.x} * kTile;
+    const int64_t first_row = int64_t{blockIdx.x / column_tiles} * kTile;
+    const int64_t first_column = int64_t{blockIdx.x % column_tiles} * kTile;
     constexpr int kRowVectors = kTile / kVectorBytes, kRowsAtOnce = kThreads / kRowVectors;
     const int vector = static_cast<int>(threadIdx.x) % kRowVectors;
     const int first = static_cast<int>(threadIdx.x) / kRowVectors;

@@ -171,7 +171,7 @@ private:
                                 params_.ignore_index,
                                 scratch_.losses + first,
                                 num_stashed_};
-        const auto grid = static_cast<unsigned>(rows);
+        const unsigned grid = grid_x(kOp, "hidden", rows);
         if (has_gradient_) {
             row_loss_kernel<T, true><<<grid, kThreads, shared_bytes(), stream_>>>(logits(), args);
         } else {
@@ -189,7 +189,7 @@ private:
 
     void add_weight_gradient(int64_t first, int64_t rows) const {
         T* used_hidden = static_cast<T*>(scratch_.used_hidden);
-        copy_used_rows_kernel<<<static_cast<unsigned>(rows), kCopyThreads, 0, stream_>>>(
+        copy_used_rows_kernel<<<grid_x(kOp, "hidden", rows), kCopyThreads, 0, stream_>>>(
             hidden(first), params_.labels.as<const int64_t>() + first, params_.ignore_index,
             hidden_size_, used_hidden);
         check_launch(kOp);

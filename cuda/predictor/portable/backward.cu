@@ -192,7 +192,8 @@ void launch(const PredictorBackwardParams& params, cudaStream_t stream) {
     if (plan.num_nets == 1) {
         dembedding[0] = params.dscores.as<const float>();
     } else if (outputs > 0) {
-        const dim3 grid(static_cast<unsigned>(plan.sequences), grid_of(outputs));
+        const dim3 grid(grid_x(kOp, "cu_blocks", plan.sequences),
+                        grid_yz(kOp, "k_up", ceil_div<int64_t>(outputs, kThreads)));
         dembedding_kernel<<<grid, kThreads, 0, stream>>>(
             params.dscores.as<const float>(), plan.embedding[0], plan.embedding[1],
             plan.cu_blocks.as<const int32_t>(), outputs, plan.dembedding[0], plan.dembedding[1]);

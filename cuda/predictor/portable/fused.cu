@@ -250,7 +250,7 @@ void launch_kernel(const char* op, const FusedArguments& args, int64_t tiles, cu
     const auto kernel = fused_kernel<T, kWidth>;
     constexpr size_t kBytes = FusedShared<kWidth>::kBytes;
     reserve_shared_memory(op, kernel, kBytes);
-    const auto grid = static_cast<unsigned>(tiles * args.num_nets);
+    const unsigned grid = grid_x(op, "x", tiles * args.num_nets);
     kernel<<<grid, kThreads, kBytes, stream>>>(args);
     check_launch(op);
 }

@@ -109,12 +109,13 @@ unsigned grid_of(int64_t count) {
 
 void sums_by_cublas(const char* op, const PredictorPlan& plan, const Net& net,
                     cudaStream_t stream) {
+    const char* argument = &net == plan.nets ? "k_mid" : "q_mid";
     for (int64_t row = 0; row < plan.tokens; row += kChunkRows) {
         const int64_t rows = std::min(kChunkRows, plan.tokens - row);
         activate(op, plan, net, row, rows, stream);
-        const dim3 grid(static_cast<unsigned>(ceil_div<int64_t>(rows, kTileRows)),
-                        grid_of(net.second));
-        if (grid.y == 0) continue;
+        if (net.second == 0) continue;
+        const dim3 grid(grid_x(op, "x", ceil_div<int64_t>(rows, kTileRows)),
+                        grid_yz(op, argument, ceil_div<int64_t>(net.second, kThreads)));
         sum_rows_kernel<<<grid, kThreads, 0, stream>>>(
             plan.second, plan.block_starts.as<const int32_t>(), static_cast<int>(plan.blocks), row,
             row + rows, net.second, net.sums);
@@ -168,12 +169,12 @@ void mean_activations(const char* op, const PredictorPlan& plan, cudaStream_t st
     if (plan.blocks == 0) return;
     for (int n = 0; n < plan.num_nets; ++n) {
         const Net& net = plan.nets[n];
-        means_kernel<<<static_cast<unsigned>(plan.blocks), kThreads, 0, stream>>>(
+        means_kernel<<<grid_x(op, "block_starts", plan.blocks), kThreads, 0, stream>>>(
             net.sums, plan.block_starts.as<const int32_t>(), net.second, net.means);
         check_launch(op);
         if (net.visible == nullptr) continue;
-        const dim3 grid(static_cast<unsigned>(plan.sequences),
-                        static_cast<unsigned>(ceil_div<int64_t>(net.second, kUnits)));
+        const dim3 grid(grid_x(op, "cu_blocks", plan.sequences),
+                        grid_yz(op, "q_mid", ceil_div<int64_t>(net.second, kUnits)));
         visible_kernel<<<grid, kUnits * kRuns, 0, stream>>>(
             net.means, plan.cu_blocks.as<const int32_t>(), net.second, net.visible);
         check_launch(op);

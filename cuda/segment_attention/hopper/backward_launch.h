@@ -49,8 +49,8 @@ void BackwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     args.score = ScoreSettings(p);
     args.sink_terms = scratch.sink_terms;
 
-    const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),
-                          static_cast<unsigned>(args.num_heads));
+    const dim3 query_grid(grid_x(kOp, "q", args.plan.max_q_tiles),
+                          grid_yz(kOp, "q", args.num_heads));
     hopper_statistics_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);
     check_launch(kOp);
     sum_sink_terms(params, args.sink_terms, stream);
@@ -63,7 +63,7 @@ void BackwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     args.heads_at_once = std::clamp(
         (multiprocessors + args.plan.max_k_tiles / 2) / std::max(args.plan.max_k_tiles, 1), 1,
         args.num_kv_heads);
-    const int blocks = args.num_kv_heads * args.plan.max_k_tiles;
+    const unsigned blocks = grid_x(kOp, "k", int64_t{args.num_kv_heads} * args.plan.max_k_tiles);
     kernel<<<blocks, Traits::kThreads, kSharedBytes, stream>>>(args);
     check_launch(kOp);
     hopper_dq_kernel<Traits><<<query_grid, kRowKernelThreads, 0, stream>>>(args);

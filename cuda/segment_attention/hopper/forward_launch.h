@@ -56,11 +56,12 @@ void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     static_assert(kSharedBytes <= kMaxSharedBytes, "all buffers fit into shared memory");
     reserve_shared_memory(kOp, kernel, kSharedBytes);
     const int multiprocessors = num_multiprocessors(kOp);
+    const int64_t items = grid_x(kOp, "q", int64_t{args.num_heads} * args.plan.max_q_tiles);
     const int group = args.num_heads / args.num_kv_heads;
     args.heads_at_once =
         group * section_heads(params.k, params.v, group * args.plan.max_q_tiles, multiprocessors);
-    const int items = args.num_heads * args.plan.max_q_tiles;
-    kernel<<<std::min(items, multiprocessors), Traits::kThreads, kSharedBytes, stream>>>(args);
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(items, multiprocessors));
+    kernel<<<blocks, Traits::kThreads, kSharedBytes, stream>>>(args);
     check_launch(kOp);
 }
 

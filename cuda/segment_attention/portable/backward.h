@@ -10,13 +10,10 @@
 
 #include <cmath>
 
-#include "common/async_copy.h"
-#include "common/exp2.h"
 #include "common/launch.h"
 #include "common/vector.h"
+#include "segment_attention/portable/backward_products.h"
 #include "segment_attention/portable/dq_accumulators.h"
-#include "segment_attention/portable/kernels.h"
-#include "segment_attention/query_walk.h"
 #include "segment_attention/sinks.h"
 
 namespace lemo::cuda::segment_attention::portable {
@@ -62,7 +59,8 @@ portable_statistics_kernel(const __grid_constant__ BackwardArguments args) {
     }
 }
 
-/// Grid: key/value heads, key tiles from the first, which the most queries see.
+/// dk and dv of one tile of keys, and what that adds to dq. Grid: key/value heads, key tiles from
+/// the first, which the most queries see.
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1)
 portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
@@ -72,202 +70,74 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     constexpr int kHeadDim = Traits::kHeadDim, kValueDim = Traits::kValueDim;
     constexpr int kThreads = Traits::kThreads;
 
+    const auto [kv_head, place] = HeadAndTile(args.num_kv_heads);
     SequenceTile tile;
-    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN,
-                   static_cast<int>(blockIdx.y), tile)) {
-        return;
-    }
-    const int kv_head = blockIdx.x;
+    if (!find_tile(args.plan, args.plan.cu_k_tiles, args.plan.cu_k, kBlockN, place, tile)) return;
     const int group = args.num_heads / args.num_kv_heads;
-    // Rows of keys and queries, and of values and output where those have a size of their own.
-    constexpr bool kOne = kOneSize<kHeadDim>;
-    const int value_dim = kOne ? args.head_dim : args.value_dim;
-    const int64_t q_stride = int64_t{args.num_heads} * args.head_dim;
-    const int64_t k_stride = int64_t{args.num_kv_heads} * args.head_dim;
-    const int64_t out_stride = kOne ? q_stride : int64_t{args.num_heads} * value_dim;
-    const int64_t v_stride = kOne ? k_stride : int64_t{args.num_kv_heads} * value_dim;
-    const int n_first = tile.tile * kBlockN;
-    const int keys_left = tile.num_k - n_first;
-    const int64_t first_key = int64_t{tile.k_first} + n_first;
-    const int64_t k_offset = first_key * k_stride + int64_t{kv_head} * args.head_dim;
-    const int64_t v_offset = kOne ? k_offset : first_key * v_stride + int64_t{kv_head} * value_dim;
-    const auto key_rows = [&]<typename T>(T* base) {
-        return GlobalRows<T>{base + k_offset, k_stride, keys_left, args.head_dim};
-    };
-    const auto value_rows = [&]<typename T>(T* base) {
-        return GlobalRows<T>{base + v_offset, v_stride, keys_left, value_dim};
-    };
-    const int q_tiles_before =
-        args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence] : 0;
 
     extern __shared__ __align__(128) std::byte shared_bytes[];
-    auto* shared = reinterpret_cast<Element*>(shared_bytes);
-    auto sK = make_tensor(make_smem_ptr(shared), typename Traits::LayoutK{});
-    auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutV{});
-    auto sQ = make_tensor(sV.data() + size(sV), typename Traits::LayoutQ{});  // and a second one
-    auto sdO = make_tensor(sQ.data() + 2 * size(sQ), typename Traits::LayoutdO{});
-    auto sP = make_tensor(sdO.data() + Traits::kBuffersOfdO * size(sdO),
-                          typename Traits::LayoutS{});
-    auto sdS = make_tensor(sP.data() + size(sP), typename Traits::LayoutS{});
-    const auto sKt = make_tensor(sK.data(), typename Traits::LayoutKTransposed{});
-    const auto sPt = make_tensor(sP.data(), typename Traits::LayoutSTransposed{});
-    const auto sdSt = make_tensor(sdS.data(), typename Traits::LayoutSTransposed{});
+    const BackwardShared<Traits> shared(shared_bytes);
+    const BackwardRows<Traits> rows(args, tile, kv_head, shared);
+    const int q_tiles_before =
+        args.plan.cu_q_tiles != nullptr ? args.plan.cu_q_tiles[tile.sequence] : 0;
+    const int n_first = rows.n_first();
+    const BackwardScores<Traits> score_math(args.score);
+    const auto where = accumulator_places<kBlockM, kBlockN>(typename Traits::ScoreMma{});
 
-    typename Traits::ScoreMma score_mma;
     typename Traits::KeyMma key_mma;
-    typename Traits::QueryMma query_mma;
-    const auto where =
-        by_row_and_column(score_mma.get_thread_slice(threadIdx.x)
-                              .partition_C(make_identity_tensor(
-                                  TileShape<kBlockM, kBlockN>{})));
-    constexpr int kRows = decltype(size<0>(where))::value;
-
     auto dk = partition_fragment_C(key_mma, TileShape<kBlockN, kHeadDim>{});
     auto dv = partition_fragment_C(key_mma, TileShape<kBlockN, kValueDim>{});
     clear(dk);
     clear(dv);
 
-    const auto query_rows = [&](const void* base, int64_t stride, int columns,
-                                const QueryStep& at) {
-        const int row = at.m_tile * kBlockM;
-        const int64_t offset = (int64_t{tile.q_first} + row) * stride + int64_t{at.head} * columns;
-        return GlobalRows<const Element>{static_cast<const Element*>(base) + offset, stride,
-                                         tile.num_q - row, columns};
-    };
-    const auto load_queries = [&](const QueryStep& at, auto& to) {
-        load_tile_async<kThreads, kBlockM, kHeadDim>(
-            query_rows(args.q, q_stride, args.head_dim, at), to);
-    };
-    const auto load_dout = [&](const QueryStep& at, auto& to) {
-        load_tile_async<kThreads, kBlockM, kValueDim>(
-            query_rows(args.dout, out_stride, value_dim, at), to);
-    };
-    // By way of shared memory: a load into registers would hold up the first mma, which waits for
-    // the same scoreboard. Rows past the end get zeros, and with dO = 0 add nothing.
-    auto* statistics = reinterpret_cast<float2*>(&*(sdS.data() + size(sdS)));
-    const auto load_statistics = [&](const QueryStep& at, int buffer) {
-        if (threadIdx.x >= kBlockM) return;
-        const int row = at.m_tile * kBlockM + static_cast<int>(threadIdx.x);
-        const int64_t from = int64_t{at.head} * args.plan.num_queries + tile.q_first + row;
-        SM80_CP_ASYNC_CACHEALWAYS_ZFILL<uint64_t>::copy(
-            reinterpret_cast<const uint64_t&>(args.statistics[from]),
-            reinterpret_cast<uint64_t&>(statistics[buffer * kBlockM + threadIdx.x]),
-            row < tile.num_q);
-    };
-    constexpr bool kCapped = Traits::kCapped;
-    const float scale_log2 =
-        (kCapped ? args.score.softmax_scale : args.score.scale) * float(M_LOG2E);
-
     const QueryWalk walk(args.plan, tile, kv_head * group, group, args.num_heads, kBlockM,
                          kBlockN);
     QueryStep now = walk.first();
-    int buffer = 0;      // which Q, and which dO if there are two, holds the tile of `now`
+    int buffer = 0;  // which Q, and which dO if there are two, holds the tile of `now`
     // At the tile before: the next block may add once this one's sums have long been written.
     AddOrder order{nullptr};
     if (!walk.done(now)) {
-        load_tile_async<kThreads, kBlockN, kHeadDim>(
-            key_rows(static_cast<const Element*>(args.k)), sK);
-        load_tile_async<kThreads, kBlockN, kValueDim>(
-            value_rows(static_cast<const Element*>(args.v)), sV);
-        load_queries(now, sQ);
-        load_dout(now, sdO);
-        load_statistics(now, 0);
+        rows.load_keys_and_values();
+        rows.load_queries(now, shared.q(0));
+        rows.load_dout(now, shared.dout(0));
+        rows.load_statistics(now, 0);
         commit_copies();
     }
     while (!walk.done(now)) {
         QueryStep next = now;
         walk.advance(next);
-        const auto buffer_of = [&](const auto& first, int index) {
-            return make_tensor(first.data() + index * size(first), first.layout());
-        };
-        const auto sQ_now = buffer_of(sQ, buffer);
-        const auto sdO_now = buffer_of(sdO, Traits::kBuffersOfdO == 2 ? buffer : 0);
-        auto sQ_next = buffer_of(sQ, buffer ^ 1);
-        auto sdO_next = buffer_of(sdO, Traits::kBuffersOfdO == 2 ? buffer ^ 1 : 0);
+        const auto q = shared.q(buffer), q_of_next = shared.q(buffer ^ 1);
+        const auto dout = shared.dout(buffer), dout_of_next = shared.dout(buffer ^ 1);
 
         wait_copies<0>();
         order.publish();
         __syncthreads();  // Q and dO are there; all are done with dS and the other buffers
         order.let_next();
         if (!walk.done(next)) {
-            load_queries(next, sQ_next);
-            load_statistics(next, buffer ^ 1);
-            if constexpr (Traits::kBuffersOfdO == 2) load_dout(next, sdO_next);
+            rows.load_queries(next, q_of_next);
+            rows.load_statistics(next, buffer ^ 1);
+            if constexpr (Traits::kBuffersOfdO == 2) rows.load_dout(next, dout_of_next);
             commit_copies();
         }
-        const auto statistics_of = [&](int r) {
-            return statistics[buffer * kBlockM + get<0>(where(r, _0{}))];
-        };
 
-        auto scores = partition_fragment_C(score_mma, TileShape<kBlockM, kBlockN>{});
-        clear(scores);
-        tile_mma(score_mma, left_operand(LoadFragment<Element>{}, score_mma, sQ_now),
-                 right_operand(LoadFragment<Element>{}, score_mma, sK), scores);
+        // Probabilities, or under a softcap their tanh, of the keys that each query sees.
+        const RowStatistics<Traits, decltype(where)> statistics{shared.statistics(), buffer, where};
+        auto scores = query_key_products<Traits>(q, shared.k());
+        score_math.activate(scores, statistics);
         auto score_rows = by_row_and_column(scores);
-        // Below a softcap the tanh, of which a slope is made later; else probabilities.
-        if constexpr (kCapped) {
-            CUTE_UNROLL
-            for (int i = 0; i < size(scores); ++i) {
-                scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
-            }
-        } else {
-            CUTE_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                const float log_sum = statistics_of(r).x;
-                CUTE_UNROLL
-                for (int c = 0; c < size<1>(score_rows); ++c) {
-                    score_rows(r, c) =
-                        exp2_approximate(fmaf(score_rows(r, c), scale_log2, -log_sum));
-                }
-            }
-        }
         const VisibleKeys visible(args.plan, tile, now.head, args.num_heads);
         const int m_first = now.m_tile * kBlockM;
         const int2 seen_by_first = visible(m_first);
         const int2 seen_by_last = visible(m_first + kBlockM - 1);
         if (n_first < seen_by_last.x || n_first + kBlockN > seen_by_first.y) {
-            const float hidden = kCapped ? kHiddenTanh : 0.0f;
-            CUTE_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                const int2 seen = visible(m_first + get<0>(where(r, _0{})));
-                CUTE_UNROLL
-                for (int c = 0; c < size<1>(score_rows); ++c) {
-                    const int key = n_first + get<1>(where(r, c));
-                    if (key < seen.x || key >= seen.y) score_rows(r, c) = hidden;
-                }
-            }
+            hide_unseen(score_rows, where, visible, m_first, n_first, score_math.kHidden);
         }
 
-        auto dscores = partition_fragment_C(score_mma, TileShape<kBlockM, kBlockN>{});
-        clear(dscores);
-        tile_mma(score_mma, left_operand(LoadFragment<Element>{}, score_mma, sdO_now),
-                 right_operand(LoadFragment<Element>{}, score_mma, sV), dscores);
-        auto dscore_rows = by_row_and_column(dscores);
-        CUTE_UNROLL
-        for (int r = 0; r < kRows; ++r) {
-            const float delta = statistics_of(r).y;
-            if constexpr (kCapped) {
-                const float log_sum = statistics_of(r).x;
-                CUTE_UNROLL
-                for (int c = 0; c < size<1>(dscore_rows); ++c) {
-                    const float tanh = score_rows(r, c);
-                    const float probability =
-                        tanh == kHiddenTanh
-                            ? 0.0f
-                            : exp2_approximate(fmaf(tanh, scale_log2, -log_sum));
-                    score_rows(r, c) = probability;
-                    dscore_rows(r, c) =
-                        probability * (dscore_rows(r, c) - delta) * fmaf(-tanh, tanh, 1.0f);
-                }
-            } else {
-                CUTE_UNROLL
-                for (int c = 0; c < size<1>(dscore_rows); ++c) {
-                    dscore_rows(r, c) = score_rows(r, c) * (dscore_rows(r, c) - delta);
-                }
-            }
-        }
-        store_accumulators<Element>(score_mma, round_to<Element>(scores), sP);
-        store_accumulators<Element>(score_mma, round_to<Element>(dscores), sdS);
+        auto dscores = query_key_products<Traits>(dout, shared.v());
+        score_math.differentiate(scores, dscores, statistics);
+        typename Traits::ScoreMma score_mma;
+        store_accumulators<Element>(score_mma, round_to<Element>(scores), shared.p());
+        store_accumulators<Element>(score_mma, round_to<Element>(dscores), shared.ds());
         const int packed_tile = q_tiles_before + now.m_tile;
         if (args.added_tiles != nullptr) {
             order.added_tiles =
@@ -276,28 +146,20 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
         }
         __syncthreads();  // P and dS are there, and this block may add to dq
 
-        const auto sdOt_now = make_tensor(sdO_now.data(), typename Traits::LayoutdOTransposed{});
-        tile_mma(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sPt),
-                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sdOt_now), dv);
+        add_key_products<Traits>(shared.p(), dout, dv);
         if constexpr (Traits::kBuffersOfdO == 1) {
             __syncthreads();  // all are done with dO
             if (!walk.done(next)) {
-                load_dout(next, sdO_next);
+                rows.load_dout(next, dout_of_next);
                 commit_copies();
             }
         }
 
-        auto dq = partition_fragment_C(query_mma, TileShape<kBlockM, kHeadDim>{});
-        clear(dq);
-        tile_mma(query_mma, left_operand(LoadFragment<Element>{}, query_mma, sdS),
-                 right_operand(LoadFragmentTransposed<Element>{}, query_mma, sKt), dq);
-
+        const auto dq = query_gradient<Traits>(shared.ds(), shared.k());
         // Added in small parts during the last mma: all at once they would hold it up.
         const DqAccumulators<Traits> dq_sums(args, now.head, packed_tile);
-        const auto sQt_now = make_tensor(sQ_now.data(), typename Traits::LayoutQTransposed{});
-        tile_mma(key_mma, left_operand(LoadFragmentTransposed<Element>{}, key_mma, sdSt),
-                 right_operand(LoadFragmentTransposed<Element>{}, key_mma, sQt_now), dk,
-                 [&](int step, int steps) { dq_sums.add(dq, step, steps); });
+        add_key_products<Traits>(shared.ds(), q, dk,
+                                 [&](int step, int steps) { dq_sums.add(dq, step, steps); });
         now = next;
         buffer ^= 1;
     }
@@ -307,13 +169,13 @@ portable_backward_kernel(const __grid_constant__ BackwardArguments args) {
     order.publish();
     __syncthreads();  // all are done with K and V, whose places the results take
     order.let_next();
-    store_accumulators<Element>(key_mma, round_to<Element>(dk), sK);
-    store_accumulators<Element>(key_mma, round_to<Element>(dv), sV);
+    store_accumulators<Element>(key_mma, round_to<Element>(dk), shared.k());
+    store_accumulators<Element>(key_mma, round_to<Element>(dv), shared.v());
     __syncthreads();
-    store_tile<kThreads, kBlockN, kHeadDim>(
-        sK, key_rows(static_cast<Element*>(args.dk)));
-    store_tile<kThreads, kBlockN, kValueDim>(
-        sV, value_rows(static_cast<Element*>(args.dv)));
+    store_tile<kThreads, kBlockN, kHeadDim>(shared.k(),
+                                            rows.like_keys(static_cast<Element*>(args.dk)));
+    store_tile<kThreads, kBlockN, kValueDim>(shared.v(),
+                                             rows.like_values(static_cast<Element*>(args.dv)));
 }
 
 /// Rounds the sums of dq. Grid: query tiles, heads.
@@ -381,19 +243,19 @@ void launch_backward_kernels(const SegmentAttentionBackwardParams& params, cudaS
     const int64_t threads = p.q.size(0) * p.q.size(1) * kLanes;
     if (threads > 0) {
         portable_statistics_kernel<typename Traits::Element, kLanes>
-            <<<static_cast<unsigned>(ceil_div<int64_t>(threads, kStatisticsThreads)),
+            <<<grid_x(kOp, "q", ceil_div<int64_t>(threads, kStatisticsThreads)),
                kStatisticsThreads, 0, stream>>>(args);
         check_launch(kOp);
     }
     sum_sink_terms(params, args.sink_terms, stream);
     auto* kernel = portable_backward_kernel<Traits>;
     reserve_shared_memory(kOp, kernel, Traits::kSharedBytes);
-    const dim3 key_grid(static_cast<unsigned>(args.num_kv_heads),
-                        static_cast<unsigned>(args.plan.max_k_tiles));
+    const unsigned key_grid =
+        grid_x(kOp, "k", int64_t{args.num_kv_heads} * args.plan.max_k_tiles);
     kernel<<<key_grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch(kOp);
-    const dim3 query_grid(static_cast<unsigned>(args.plan.max_q_tiles),
-                          static_cast<unsigned>(args.num_heads));
+    const dim3 query_grid(grid_x(kOp, "q", args.plan.max_q_tiles),
+                          grid_yz(kOp, "q", args.num_heads));
     portable_dq_kernel<Traits><<<query_grid, Traits::kThreads, 0, stream>>>(args);
     check_launch(kOp);
 }

@@ -44,14 +44,10 @@ struct BackwardTraits {
     using QueryMma = TiledMmaOf<kQueryWarps>;  // [kBlockM, kHeadDim]: dq
 
     using LayoutQ = SmemLayout<kBlockM, kHeadDim>;
-    using LayoutQTransposed = SmemLayoutTransposed<kBlockM, kHeadDim>;
     using LayoutdO = SmemLayout<kBlockM, kValueDim>;
-    using LayoutdOTransposed = SmemLayoutTransposed<kBlockM, kValueDim>;
     using LayoutK = SmemLayout<kBlockN, kHeadDim>;
-    using LayoutKTransposed = SmemLayoutTransposed<kBlockN, kHeadDim>;
     using LayoutV = SmemLayout<kBlockN, kValueDim>;
     using LayoutS = SmemLayout<kBlockM, kBlockN>;
-    using LayoutSTransposed = SmemLayoutTransposed<kBlockM, kBlockN>;
 
     // K, V, two Q, dO, P, dS; two tiles of statistics.
     static constexpr int kSharedBytes =

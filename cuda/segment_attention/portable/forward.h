@@ -10,9 +10,8 @@
 #include "common/async_copy.h"
 #include "common/exp2.h"
 #include "common/launch.h"
-#include "segment_attention/plan.h"
 #include "segment_attention/portable/kernels.h"
-#include "segment_attention/portable/tile_ops.h"
+#include "segment_attention/portable/score_tile.h"
 #include "segment_attention/row_end.h"
 
 namespace lemo::cuda::segment_attention::portable {
@@ -36,7 +35,6 @@ struct ForwardTraits {
     using LayoutQ = SmemLayout<kBlockM, kHeadDim>;
     using LayoutK = SmemLayout<kBlockN, kHeadDim>;
     using LayoutV = SmemLayout<kBlockN, kValueDim>;
-    using LayoutVTransposed = SmemLayoutTransposed<kBlockN, kValueDim>;
     // In the place of Q. Columns lie in the same places, 64 at a time.
     using LayoutO = SmemLayout<kBlockM, kValueDim>;
     static_assert(kValueDim <= kHeadDim, "the output fits into the place of Q");
@@ -126,11 +124,11 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     constexpr int kThreads = Traits::kThreads;
 
     SequenceTile tile;
-    const int reversed = static_cast<int>(gridDim.y - 1 - blockIdx.y);
+    const auto [head, place] = HeadAndTile(args.num_heads);
+    const int reversed = args.plan.max_q_tiles - 1 - place;
     if (!find_tile(args.plan, args.plan.cu_q_tiles, args.plan.cu_q, kBlockM, reversed, tile)) {
         return;
     }
-    const int head = blockIdx.x;
     const int kv_head = head / (args.num_heads / args.num_kv_heads);
     // Rows of keys and queries, and of values and output where those have a size of their own.
     constexpr bool kOne = kOneSize<kHeadDim>;
@@ -175,15 +173,12 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
     auto sK = make_tensor(sQ.data() + size(sQ), typename Traits::LayoutK{});
     auto sV = make_tensor(sK.data() + size(sK), typename Traits::LayoutV{});
     auto sO = make_tensor(sQ.data(), typename Traits::LayoutO{});
-    const auto sVt = make_tensor(sV.data(), typename Traits::LayoutVTransposed{});
 
     typename Traits::TiledMma tiled_mma;
-    const auto thread_mma = tiled_mma.get_thread_slice(threadIdx.x);
     auto out = partition_fragment_C(tiled_mma, TileShape<kBlockM, kValueDim>{});
     clear(out);
     auto out_rows = by_row_and_column(out);
-    const auto where = by_row_and_column(
-        thread_mma.partition_C(make_identity_tensor(TileShape<kBlockM, kBlockN>{})));
+    const auto where = accumulator_places<kBlockM, kBlockN>(tiled_mma);
     constexpr int kRows = decltype(size<0>(out_rows))::value;
     OnlineSoftmax<kRows> softmax;
 
@@ -211,25 +206,14 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
 
         auto score_rows = by_row_and_column(scores);
         if constexpr (Traits::kCapped) {
-            CUTE_UNROLL
-            for (int i = 0; i < size(scores); ++i) {
-                scores(i) = tanh_of_log2(scores(i) * args.score.tanh_factor);
-            }
+            take_tanh(scores, args.score.tanh_factor);
         } else if (negative) {
             CUTE_UNROLL
             for (int i = 0; i < size(scores); ++i) scores(i) = -scores(i);
         }
         const int n_first = n_tile * kBlockN;
         if (n_first < seen_by_last.x || n_first + kBlockN > seen_by_first.y) {
-            CUTE_UNROLL
-            for (int r = 0; r < kRows; ++r) {
-                const int2 seen = visible(m_first + get<0>(where(r, _0{})));
-                CUTE_UNROLL
-                for (int c = 0; c < size<1>(score_rows); ++c) {
-                    const int key = n_first + get<1>(where(r, c));
-                    if (key < seen.x || key >= seen.y) score_rows(r, c) = -INFINITY;
-                }
-            }
+            hide_unseen(score_rows, where, visible, m_first, n_first, -INFINITY);
         }
 
         wait_copies<0>();
@@ -242,7 +226,8 @@ portable_forward_kernel(const __grid_constant__ ForwardArguments args) {
         softmax.update(score_rows, out_rows, scale_log2);
         const auto probabilities = round_to<Element>(scores);
         register_mma(tiled_mma, as_left_operand(probabilities),
-                     right_operand(LoadFragmentTransposed<Element>{}, tiled_mma, sVt), out);
+                     right_operand(LoadFragmentTransposed<Element>{}, tiled_mma, transposed(sV)),
+                     out);
     }
 
     softmax.finish();
@@ -293,8 +278,8 @@ void ForwardPass<Element, kHeadDim, kValueDim, kCapped>::launch(
     args.score = ScoreSettings(params);
     auto* kernel = portable_forward_kernel<Traits>;
     reserve_shared_memory("segment_attention", kernel, Traits::kSharedBytes);
-    const dim3 grid(static_cast<unsigned>(args.num_heads),
-                    static_cast<unsigned>(args.plan.max_q_tiles));
+    const unsigned grid =
+        grid_x("segment_attention", "q", int64_t{args.num_heads} * args.plan.max_q_tiles);
     kernel<<<grid, Traits::kThreads, Traits::kSharedBytes, stream>>>(args);
     check_launch("segment_attention");
 }

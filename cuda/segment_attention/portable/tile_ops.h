@@ -45,6 +45,14 @@ using SmemLayoutTransposed =
     decltype(cute::composition(SmemLayout<kRows, kColumns>{},
                                Layout<TileShape<kColumns, kRows>, Stride<cute::Int<kRows>, _1>>{}));
 
+/// A tile in shared memory, [rows, columns], read as its transpose.
+template <typename SharedTensor>
+__device__ __forceinline__ auto transposed(const SharedTensor& tile) {
+    constexpr int kRows = decltype(cute::size<0>(tile))::value;
+    constexpr int kColumns = decltype(cute::size<1>(tile))::value;
+    return cute::make_tensor(tile.data(), SmemLayoutTransposed<kRows, kColumns>{});
+}
+
 /// 16-byte copies of [rows, kColumns] tiles by a whole thread block.
 template <typename CopyOp, typename Element, int kThreads>
 using RowTileCopy = decltype(cute::make_tiled_copy(
@@ -74,7 +82,7 @@ __device__ auto global_tile(const GlobalRows<Element>& rows) {
 /// Starts the asynchronous copy of a tile into shared memory. The caller commits and waits.
 template <int kThreads, int kRows, int kColumns, typename Element, typename SharedTensor>
 __device__ __forceinline__ void load_tile_async(const GlobalRows<const Element>& rows,
-                                                SharedTensor& shared) {
+                                                SharedTensor&& shared) {
     using Copy =
         RowTileCopy<cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>, Element, kThreads>;
     Copy tiled_copy;
@@ -218,7 +226,7 @@ __device__ __forceinline__ auto as_left_operand(Tensor&& tensor) {
 /// Writes accumulators, rounded already, to their places in a tile of shared memory.
 template <typename Element, typename TiledMma, typename Fragment, typename SharedTensor>
 __device__ __forceinline__ void store_accumulators(TiledMma tiled_mma, const Fragment& fragment,
-                                                   SharedTensor& shared) {
+                                                   SharedTensor&& shared) {
     const auto tiled_copy = cute::make_tiled_copy_C(
         cute::Copy_Atom<cute::AutoVectorizingCopyWithAssumedAlignment<32>, Element>{}, tiled_mma);
     const auto thread_copy = tiled_copy.get_thread_slice(threadIdx.x);

@@ -4,6 +4,7 @@
 #include "common/fp8.h"
 #include "common/vector.h"
 #include "lemo/blocks.h"
+#include "lemo/grid.h"
 
 namespace lemo::cuda::swiglu::portable {
 
@@ -154,8 +155,8 @@ swiglu_backward_kernel(const T* __restrict__ dout, T* __restrict__ gate, T* __re
 }
 
 /// Thread blocks for n elements, `width` at a time.
-inline unsigned grid_of(int64_t n, int width) {
-    return static_cast<unsigned>(ceil_div<int64_t>(n, int64_t{kInFlight} * kThreads * width));
+inline unsigned grid_of(const char* op, int64_t n, int width) {
+    return grid_x(op, "gate", ceil_div<int64_t>(n, int64_t{kInFlight} * kThreads * width));
 }
 
 }  // namespace lemo::cuda::swiglu::portable

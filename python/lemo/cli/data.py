@@ -10,15 +10,12 @@ import typer
 from lemo.cli import options
 from lemo.cli.streams import printable
 
-app = typer.Typer(help="Look at training data as lemo reads it.", no_args_is_help=True)
+app = typer.Typer(help="Look at training data as lemo reads it.")
+# The callback also makes it a group where it has one command.
+app.callback(invoke_without_command=True)(options.show_help)
 
 # Characters of each text of the shown example on either side of what is left out.
 _SHOWN = 400
-
-
-@app.callback()
-def _data() -> None:
-    """A group of its own, also with one command."""
 
 
 @app.command()
@@ -35,7 +32,7 @@ def check(
     ),
     example: Annotated[int, typer.Option(help="Number of the example to show, from 0.")] = 0,
 ) -> None:
-    """Read all of a file and say what was understood: lengths, labels, one example."""
+    """Read a file and show lengths, labels and one example."""
     if labels not in ("answers", "all"):
         raise ValueError(f"--labels: expected one of answers, all, got '{labels}'")
 

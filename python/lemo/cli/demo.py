@@ -25,9 +25,10 @@ def demo(
         bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs, no more.")
     ] = False,
 ) -> None:
-    """Train a small model here, fine-tune it on long prompts densely and with lemo, and compare.
+    """Run the whole method on a small model, on the CPU.
 
-    Facts are planted in Python sources and asked for at the end; only the answers have labels.
+    The model is trained here, fine-tuned on long prompts densely and with lemo, and compared. Facts
+    are planted in Python sources and asked for at the end; only the answers have labels.
     """
     # PyTorch and Transformers take seconds to import: only this command pays for them.
     from lemo.demo.run import DemoSettings, run_demo

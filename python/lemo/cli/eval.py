@@ -43,10 +43,11 @@ def eval(
         Path | None, typer.Option("--json", help="Write the results to this file, too.")
     ] = None,
 ) -> None:
-    """Perplexity of the first tokens of documents, or exact answers of conversations.
+    """Measure perplexity, or exact answers, with every token present.
 
-    Every token is present. Of documents: over the window and its last quarter. An answer is exact
-    if each of its tokens is the most likely one; the middle of longer prompts is cut.
+    Of documents: perplexity of their first tokens, over the window and its last quarter. Of
+    conversations: the share of exact answers. An answer is exact if each of its tokens is the most
+    likely one; the middle of longer prompts is cut.
     """
     wanted = options.parse_integers(lengths, "--lengths")
     if model is None and adapter is None:

@@ -101,20 +101,21 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 def _of_field(option: str, name: str, field: FieldInfo) -> inspect.Parameter:
     default = field.get_default(call_default_factory=True)
-    shown: bool | str = False
-    if default not in (PydanticUndefined, None, ()):
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default).lower()
-    where = f" ({name})" if "." in name else ""
     kind = _kind(field.annotation)
+    shown = ""
+    # A flag is off without it.
+    if kind is not bool and default not in (PydanticUndefined, None, ()):
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        shown = f"  [default: {text}]"
+    where = f" ({name})" if "." in name else ""
     flags = [f"--{option.replace('_', '-')}"] if kind is bool else []
     return _parameter(
         option,
         kind,
         typer.Option(
             *flags,
-            help=f"{str(field.description).rstrip('.')}{where}.",
-            # A flag is off without it.
-            show_default=shown if kind is not bool else False,
+            help=f"{str(field.description).rstrip('.')}{where}.{shown}",
+            show_default=False,
         ),
     )
 

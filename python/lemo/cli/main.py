@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Iterator
+from types import FrameType
 
 import typer
 
 from lemo import __version__
-from lemo.cli import data, demo, finetune, prepare, relevance, report
+from lemo.cli import data, demo, finetune, options, prepare, relevance, report
 from lemo.cli import eval as eval_module
 from lemo.cli import plan as plan_module
 from lemo.cli.streams import TolerantStream, printable, tolerant_streams
@@ -31,7 +33,7 @@ _EXPECTED = (
 
 app = typer.Typer(
     name="lemo",
-    help="Fine-tune language models on very long sequences by removing uninformative token blocks.",
+    help="Fine-tune language models on long sequences; each step leaves out blocks of tokens.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -57,8 +59,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", help="Print the version.", is_eager=True, callback=_print_version
     ),
@@ -69,6 +72,7 @@ def _options(
     # main() takes --debug off the command line itself, so that it may stand after the command, too.
     # --version is done by its callback.
     del debug, version
+    options.show_help(context)
 
 
 def describe_error(error: BaseException) -> str:
@@ -114,6 +118,31 @@ def _quiet_threads(debug: bool) -> Iterator[None]:
         threading.excepthook = show
 
 
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """A list that is empty until an interrupt comes.
+
+    KeyboardInterrupt is raised as always, but libraries make errors of their own of it: PyTorch a
+    RuntimeError, of which Transformers makes a ModuleNotFoundError.
+    """
+    noted: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Whoever ignores interrupts, or calls from another thread, keeps it so.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
@@ -123,8 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: the command line without the program's name; None takes it from the process.
     """
-    # Without a command the help is what is asked for, not an error.
-    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    arguments = sys.argv[1:] if arguments is None else arguments
     # PEFT imports bitsandbytes, which on some CPUs recommends another package, whatever is done.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with tolerant_streams() as (out, err):
@@ -143,18 +171,21 @@ def _expanded(argument: str) -> str:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    try:
-        with _quiet_threads(debug):
+    with _quiet_threads(debug), _noted_interrupts() as interrupts:
+        try:
             code = app(
                 [_expanded(a) for a in arguments if a != "--debug"], "lemo", standalone_mode=False
             )
-    except KeyboardInterrupt:
-        code = 130
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"lemo: error: {describe_error(error)}", file=sys.stderr)
-        code = getattr(error, "exit_code", 1)
+        except KeyboardInterrupt:
+            code = 130
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            if interrupts:
+                code = 130
+            else:
+                print(f"lemo: error: {describe_error(error)}", file=sys.stderr)
+                code = getattr(error, "exit_code", 1)
     if code == 130:
         print("lemo: interrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0

@@ -10,10 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import typer
 from rich.console import Console
 
 from lemo.cli.streams import printable
 from lemo.files import writes_through
+
+
+def show_help(context: typer.Context) -> None:
+    """Callback of a group of commands: print its help where none of them is named."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def console(quiet: bool = False) -> Console:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Annotated, Any
 
@@ -65,18 +66,14 @@ def plan(
         typer.Option("--set", metavar="NAME=VALUE", help="Any setting of `lemo finetune`."),
     ] = None,
 ) -> None:
-    """What each layer of a training step stores or recomputes, its peak memory and its time.
+    """Predict memory and time of a training step.
 
-    Nothing is trained and no weights are read. The rates that the time follows from are measured
-    for a second or two, once for each machine and shape; without a GPU here, the plan of one is
-    made by nominal rates, and no time is told.
+    Also what each layer stores or recomputes, and the longest window that fits. Nothing is trained
+    and no weights are read. The rates that the time follows from are measured for a second or two,
+    once for each machine and shape; without a GPU here, the plan of one is made by nominal rates,
+    and no time is told.
     """
-    lengths = options.parse_integers(tokens, "--tokens")
-    if len(lengths) != 1 or not 2 <= lengths[0] < 2**31:
-        raise ValueError(
-            f"--tokens: expected one length from 2 to {2**31 - 1}, such as 65536, 64K or 1M, got "
-            f"'{tokens}'"
-        )
+    length = _parse_length(tokens)
     limit = None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory")
     if not 1 <= gpus <= _MOST_GPUS:
         raise ValueError(f"--gpus: expected a number from 1 to {_MOST_GPUS}, got {gpus}")
@@ -86,7 +83,7 @@ def plan(
         "model": model,
         "documents": "-",
         "output": "-",
-        "context_length": lengths[0],
+        "context_length": length,
         "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation,
         "lora_rank": lora_rank,
@@ -111,6 +108,18 @@ def plan(
     options.show_messages(screen)
     for line in planned(FinetuneConfig.from_dict(settings), limit, gpus):
         options.result_console().print(printable(line), soft_wrap=True)
+
+
+def _parse_length(text: str) -> int:
+    lengths: list[int] = []
+    with contextlib.suppress(ValueError):
+        lengths = options.parse_integers(text, "--tokens")
+    if len(lengths) != 1 or not 2 <= lengths[0] < 2**31:
+        raise ValueError(
+            f"--tokens: expected one length from 2 to {2**31 - 1}, such as 65536, 64K or 1M, got "
+            f"'{text}'"
+        )
+    return lengths[0]
 
 
 def parse_bytes(text: str, option: str) -> int:

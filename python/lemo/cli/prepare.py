@@ -19,9 +19,10 @@ _OPTIONS = (
 
 @with_settings(PrepareConfig, _OPTIONS, "learning_rate=1e-3")
 def prepare(given: Given) -> None:
-    """Train the predictors of all layers on a frozen model and find their thresholds.
+    """Train predictors that score blocks by their content.
 
-    With target relevance: one predictor of what answers need, from conversations. Settings come
+    With --heads: one predictor of what answers need, from conversations. Otherwise one for each
+    sub-block of each layer of the frozen model, with thresholds, as in the paper. Settings come
     from --set, then from the other options, then from --config, then from the defaults.
     """
     settings = PrepareConfig.from_dict(given.collected())

@@ -15,9 +15,8 @@ from lemo.settings.relevance import HeadsConfig, ScoresConfig
 if TYPE_CHECKING:
     from lemo.relevance.heads import RetrievalHeads
 
-app = typer.Typer(
-    help="Find and store which blocks of a prompt its answers need.", no_args_is_help=True
-)
+app = typer.Typer(help="Find and store which blocks of a prompt its answers need.")
+app.callback(invoke_without_command=True)(options.show_help)
 
 # The settings that have an option; the others are for --set and --config.
 _HEADS = (
@@ -33,7 +32,7 @@ _SCORES = (
 @app.command()
 @with_settings(HeadsConfig, _HEADS, "count=8")
 def heads(given: Given) -> None:
-    """Find the attention heads of a model that look at what an answer is copied from.
+    """Find the heads that look at what an answer is copied from.
 
     Facts are planted in the documents and asked for behind them. Settings come from --set, then
     from the other options, then from --config, then from the defaults.
@@ -58,7 +57,7 @@ def heads(given: Given) -> None:
 @app.command()
 @with_settings(ScoresConfig, _SCORES, "rope_scaling=yarn")
 def scores(given: Given) -> None:
-    """Score the blocks of a data set's examples once, for all epochs of a run.
+    """Score the blocks of a data set once, for all epochs.
 
     The folder is for the setting elimination.scores of lemo finetune (--scores). The same command
     with --resume goes on where one was interrupted. Settings come from --set, then from the other

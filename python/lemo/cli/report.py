@@ -20,7 +20,10 @@ def report(
         typer.Option(help="Folder for the report. Default: 'report' in the first run folder."),
     ] = None,
 ) -> None:
-    """Draw the plots of a run and write one HTML page that needs nothing else."""
+    """Draw the plots of runs and write one HTML page.
+
+    The page needs no other file.
+    """
     # Matplotlib takes a second to import: only this command pays for it.
     from lemo.report import load_run, write_report
 

@@ -222,6 +222,9 @@ def _counting(compute_loss: Callable[..., Any], handle: Steered) -> Callable[...
                 "num_items_in_batch: expected the number of labels of a step with "
                 "context_parallel, where each process has its own rows only, got None"
             )
+        else:
+            # Nan where scores were, which the weight tells.
+            loss = loss * (1.0 + 0.0 * weight)
         return (loss, *rest) if return_outputs else loss
 
     return of_kept_labels

@@ -309,9 +309,11 @@ def _check_dtype(residual: Tensor, norm: nn.Module) -> None:
         residual: [R, H], at the entry of the first layer.
         norm: in front of its attention.
     """
-    if torch.is_autocast_enabled(residual.device.type):
+    norm = active_module(norm)
+    # torch's LayerNorm gives the dtype of its rows.
+    if torch.is_autocast_enabled(residual.device.type) or isinstance(norm, nn.LayerNorm):
         return
-    weight = getattr(active_module(norm), "weight", None)
+    weight = getattr(norm, "weight", None)
     if weight is None or torch.promote_types(weight.dtype, residual.dtype) == residual.dtype:
         return
     expected, got = (str(x.dtype).removeprefix("torch.") for x in (weight, residual))

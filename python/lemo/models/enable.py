@@ -225,6 +225,10 @@ class Handle:
         """
         self._detach.append(attach(trainer, self))
 
+    def interrupted(self) -> None:
+        """Tells that a call ends by what is no error, such as KeyboardInterrupt."""
+        self._watcher.interrupted()
+
     def watch(self, module: nn.Module) -> Callable[[], None]:
         """Takes the `labels` of every call of `module` for the labels of what runs inside.
 
@@ -445,7 +449,7 @@ class Handle:
         On a GPU scores are not waited for, so the loss tells of them. On the CPU the pass raises
         FloatingPointError.
         """
-        return self._forward.selector.finite.reason()
+        return self._forward.reason_of_nan()
 
     @property
     def graphs(self) -> CudaGraphs | None:

@@ -122,9 +122,8 @@ class Fp8Linear:
         vars(module)[_ATTRIBUTE] = self
 
     def remove(self) -> None:
-        """Takes it off the module, and frees the weight in 8 bits."""
+        """Takes it off the module."""
         vars(self._module).pop(_ATTRIBUTE, None)
-        self._weight = None
 
     def drop(self) -> None:
         """Frees the weight in 8 bits; the next product makes it anew."""

@@ -77,6 +77,7 @@ class Watcher:
         self._target = target
         self.evaluates = False
         self._before: list[tuple[Tensor | None, bool]] = []
+        self._outside: tuple[Tensor | None, bool] = None, False
 
     def watch(self, module: nn.Module) -> Callable[[], None]:
         """Begins with a module; returns what ends it."""
@@ -97,6 +98,14 @@ class Watcher:
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._target.row_labels, self.evaluates = self._before.pop()
+
+    def interrupted(self) -> None:
+        """Ends all calls: those that Ctrl-C ends have no hooks run behind them."""
+        if self._before:
+            self._outside = self._before[0]
+            self._before.clear()
+        # Once more for a call around the one that was interrupted, if labels were named between.
+        self._target.row_labels, self.evaluates = self._outside
 
 
 def _remove(*hooks: RemovableHandle) -> None:

@@ -197,6 +197,7 @@ class Modes:
             lengths,
             rows,
             drops=one_set,
+            all_count=not one_set,
             size=residual.dtype.itemsize,
             autocast=torch.is_autocast_enabled(device),
             cuda=device == "cuda",

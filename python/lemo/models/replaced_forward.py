@@ -66,11 +66,18 @@ class ReplacedForward:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         original = functools.partial(self.original, *args, **kwargs)
-        if self._handle is None:
+        handle = self._handle
+        if handle is None:
             return original()
         # Layers inside may be compiled.
         with translated():
-            return self._run(self._handle, bind(self.__self__, args, kwargs), self, original)
+            try:
+                return self._run(handle, bind(self.__self__, args, kwargs), self, original)
+            except Exception:
+                raise
+            except BaseException:
+                handle.interrupted()
+                raise
 
     @property
     def original(self) -> Callable[..., Any]:

@@ -117,6 +117,12 @@ class Training(ABC, Generic[C]):
         for elimination in {self._of_text, self._of_answers}:
             elimination.scorer.begin_step(step)
 
+    def reason_of_nan(self) -> str | None:
+        """See `lemo.Handle.reason_of_nan`; in the latest pass or another one."""
+        eliminations = (self.elimination, self._of_text, self._of_answers)
+        reasons = (each.selector.finite.reason() for each in eliminations)
+        return next((reason for reason in reasons if reason is not None), None)
+
     def check_call(self, arguments: ForwardArguments) -> None:
         """Refuses a call with labels that is not defined here, or for processes that share rows."""
         arguments.check_labels()
@@ -180,6 +186,9 @@ class Training(ABC, Generic[C]):
             "fewer masked (burn_in)"
         )
         if not self.has_trained:
+            reason = self.reason_of_nan()
+            if reason is not None:
+                raise FloatingPointError(reason)
             raise ValueError(message.format(""))
         self.say(message.format(" in this step"))
 

@@ -123,11 +123,12 @@ class TrainingForward(Training[Elimination]):
                     decoded.rows,
                     context,
                 )
+        loss = self.selector.finite.marked(loss)
         if counted:
             self.has_trained = True
         elif torch.is_grad_enabled() and bool((targets != ignored).any()):
             self._nothing_trained()
-        output = EliminatedOutput(loss=self.selector.finite.marked(loss))
+        output = EliminatedOutput(loss=loss)
         rows, elimination, kept = arguments.labelled_rows(), self.elimination, self.selector.latest
 
         def logits() -> Tensor:
@@ -286,7 +287,7 @@ class TrainingForward(Training[Elimination]):
         masked = self.selector.masked_rows()
         rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
         count = labelled.sum() if lost is None else labelled.sum() + lost
-        weight = count.float() / max(rows.numel(), 1)
+        weight = self.selector.finite.marked(count.float() / max(rows.numel(), 1))
         if rows.numel():
             self.has_trained = True
         elif bool(labelled.any()):
@@ -296,7 +297,6 @@ class TrainingForward(Training[Elimination]):
             rows = rows[torch.isin(rows.int(), computed)]  # this process's
         index = rows_among(rows, residual, computed)
         hidden = self._architecture.final_norm(residual, index)[1]
-        weight = self.selector.finite.marked(weight)
         return LabelledStates(hidden[None], targets[rows][None], weight)
 
     def logits(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:

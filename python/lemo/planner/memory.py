@@ -285,11 +285,12 @@ class StepMemory:
         mlp = rows.mlp * (self._norm() + self._mlp())
         attention = rows.attention * (self._norm() + self._attention(True))
         hidden = size * shape.hidden
-        down = rows.mlp * (hidden + size * shape.width) + self._apart("down_proj", rows.mlp)
+        down = rows.mlp * (hidden + size * shape.width) + self._copies(("down_proj",), rows.mlp)
         here, back = self._gathered(rows.attention)
         # When attention's backward runs, what the MLP stored is gone.
-        attending = rows.attention * (hidden + self._attention_backward()) - mlp + back
+        attending = rows.attention * hidden + self._attending(rows.attention) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
+        forward += self._copies(("down_proj",), rows.mlp, backward=False)
         forward = max(forward, here - mlp)
         down += rows.mlp * self._rounded()
         matrices = self._matrices(all_of_mlp=False)
@@ -309,9 +310,10 @@ class StepMemory:
         # Rows, their norm, gate, up and their product; in backward its gradient in place of the
         # norm's result, unless adapters hold both.
         forward = chunk * (2 * hidden + 3 * size * shape.width + self._rounded())
+        forward += self._copies(("down_proj",), chunk, backward=False)
         graph = chunk * (self._norm() + self._mlp())
         backward = chunk * (gathered + hidden + size * shape.width + self._rounded()) + graph
-        backward += self._apart("down_proj", chunk)
+        backward += self._copies(("down_proj",), chunk)
         mlp = max(forward + chunk * gathered, backward) + self._matrices(all_of_mlp=True)
 
         if (step.head_groups or 1) > 1:
@@ -324,7 +326,7 @@ class StepMemory:
         attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
         copied = hidden if step.is_indexed(rows.attention) else 0
         here, back = self._gathered(rows.attention)
-        attending = attention + rows.attention * (copied + self._attention_backward()) + back
+        attending = attention + rows.attention * copied + self._attending(rows.attention) + back
         attending += self._matrices(all_of_mlp=False)
         if joined:
             # The graph of attention and what it adds exist while the MLP's backward runs.
@@ -365,8 +367,8 @@ class StepMemory:
         given = max(2 * q + 2 * k, q + 2 * k + hidden)
         highest = max(held + copied + projecting, differentiated, graph - hidden + given)
         computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
-        matrices = self._matrices(all_of_mlp=False)
-        return rows * held, round(rows * highest) + matrices, rows * computed
+        more = self._matrices(all_of_mlp=False) + self._copies((*_ATTENTION, "o_proj"), rows)
+        return rows * held, round(rows * highest) + more, rows * computed
 
     # Bytes of a row
 
@@ -439,12 +441,33 @@ class StepMemory:
         pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
         return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
 
-    def _apart(self, name: str, rows: int) -> int:
-        """For a moment, where an adapter has a dtype of its own: a copy of some of its input."""
-        if not self._adapters.apart or name not in self._adapters.targets:
+    def _attending(self, rows: int) -> int:
+        """For a moment of attention's backward: its kernel, or the products around it."""
+        shape = self._shape
+        around = rows * self._step.size * (shape.queries + 2 * shape.keys)
+        around += self._copies((*_ATTENTION, "o_proj"), rows)
+        return max(rows * self._attention_backward(), around)
+
+    def _copies(self, names: tuple[str, ...], rows: int, backward: bool = True) -> int:
+        """For a moment of one of these layers, where an adapter has dropout or another dtype than
+        the model: copies of some rows, which its products read (lemo.models.low_rank)."""
+        adapters, size = self._adapters, self._step.size
+        if not (adapters.apart or adapters.dropout):
             return 0
-        inputs = next(each.inputs for each in self._shape.linears() if each.name == name)
-        return min(rows * inputs, COPY_ELEMENTS) * self._adapters.size
+        wide = adapters.size if adapters.apart else 0
+        number = wide or size
+        if backward:
+            # The input and its gradient; a mask, in a byte and as it is multiplied; the product.
+            of_input = 2 * number + (1 + 2 * number if adapters.dropout else 0)
+        else:
+            of_input = 1 + size + number if adapters.dropout else wide
+        of_output = wide if backward else 0
+        most = 0
+        for name, inputs, outputs in self._shape.linears():
+            if name in names and name in adapters.targets:
+                part = min(rows, max(1, COPY_ELEMENTS // max(inputs, outputs)))
+                most = max(most, part * (inputs * of_input + outputs * of_output))
+        return most
 
     def _rounded(self) -> int:
         """The widest rows in 8 bits, and their scales."""

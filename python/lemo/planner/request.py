@@ -86,11 +86,13 @@ class Request:
         """
         layers, lengths = self.shape.layers, [tokens] * self.batch
         group = self.elimination.layerwise.group_size or 0
+        drops = drops_rows(self.elimination, layers)
         step = step_of(
             self.shape,
             lengths,
             rows_of(self.elimination, layers, lengths),
-            drops=drops_rows(self.elimination, layers),
+            drops=drops,
+            all_count=not drops,
             size=self.size,
             autocast=self.autocast,
             cuda=self.cuda,

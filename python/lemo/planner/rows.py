@@ -17,7 +17,11 @@ _READ_RESIDUAL = ("attention", "pooled", "predictor", "exact")
 
 
 def kept_rows(
-    lengths: Sequence[int], keep: float, block_size: int | float, ends: tuple[int, int]
+    lengths: Sequence[int],
+    keep: float,
+    block_size: int | float,
+    ends: tuple[int, int],
+    tokens: int = 0,
 ) -> int:
     """Rows of all sequences that a share of their blocks holds, at most.
 
@@ -26,16 +30,24 @@ def kept_rows(
         keep: share of the blocks.
         block_size: tokens of a block, or their share of the longest sequence.
         ends: blocks always kept at the start and at the end of a sequence.
+        tokens: of each prompt that are kept at least, in whole blocks, beside one with labels.
     """
     size = block_tokens(block_size, max(lengths))
-    blocks, rows = _C.plan_selection(list(lengths), size, keep, *ends)
-    return min(sum(lengths), blocks * size) if rows < 0 else rows
+    least = (-(-tokens // size) + 1) * size if tokens else 0
+    total = 0
+    for length in lengths:
+        blocks, rows = _C.plan_selection([length], size, keep, *ends)
+        # Below 0: the last block, which is shorter, may be kept or not.
+        rows = min(length, blocks * size) if rows < 0 else rows
+        total += max(rows, min(length, least))
+    return total
 
 
 def rows_of(config: LemoConfig, num_layers: int, lengths: Sequence[int]) -> list[LayerRows]:
     """The most rows that each layer keeps at any time of the training.
 
-    By a threshold, which scores decide about, a layer may keep all.
+    By a threshold, which scores decide about, a layer may keep all. Of answers whose labels fill
+    more blocks than a share leaves them, more may be kept.
 
     Args:
         config: the settings, none left open (`LemoConfig.resolved`).
@@ -57,16 +69,15 @@ def rows_of(config: LemoConfig, num_layers: int, lengths: Sequence[int]) -> list
     block_size = config.block_size
     assert block_size is not None
     moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
-    least = sum(min(length, config.keep_tokens or 0) for length in lengths)
-    ends = config.keep_first, config.keep_last
+    ends, tokens = (config.keep_first, config.keep_last), config.keep_tokens or 0
 
     def most(layer: int, kind: str) -> int:
         rows = 0
         for progress in moments:
             rule = policies.rule(layer, kind, progress)
             keep = 1.0 if rule is None else rule.value
-            rows = max(rows, kept_rows(lengths, keep, block_size, ends))
-        return max(rows, least)
+            rows = max(rows, kept_rows(lengths, keep, block_size, ends, tokens))
+        return rows
 
     return [LayerRows(most(layer, "attention"), most(layer, "mlp")) for layer in range(num_layers)]
 

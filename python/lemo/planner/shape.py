@@ -86,7 +86,7 @@ class ModelShape:
         return sum(each.inputs * each.outputs for each in self.linears()[-3:])
 
     def parameters(self) -> tuple[int, int]:
-        """(parameters of linear layers, all others) of the whole model."""
+        """(parameters of linear layers, all others) of the whole model, biases apart."""
         linear = self.layers * self.layer_parameters()
         norms = self.layers * 2 * self.hidden + self.hidden
         if self.head_norms:
@@ -256,6 +256,7 @@ def step_of(
     rows: Sequence[LayerRows],
     labelled: float = 1.0,
     drops: bool = True,
+    all_count: bool = False,
     **settings: Any,
 ) -> Step:
     """The step in which layers keep these rows.
@@ -264,9 +265,10 @@ def step_of(
         shape: the model.
         lengths: tokens of each sequence.
         rows: of each layer.
-        labelled: share of the kept rows that have a label.
+        labelled: share of the rows whose loss counts that have a label.
         drops: whether rows that no layer keeps are dropped before the layers (one kept set, and a
             loss of kept rows).
+        all_count: whether the loss of all rows may count; else that of as many as a layer keeps.
         settings: further attributes of `Step`.
     """
     kept = max(max(each) for each in rows)
@@ -274,7 +276,7 @@ def step_of(
     return Step(
         tuple(lengths),
         tuple(rows),
-        labels=max(1, round(labelled * kept)),
+        labels=max(1, round(labelled * (sum(lengths) if all_count else kept))),
         residual_rows=kept if drops else sum(lengths),
         **settings,
     )

@@ -46,7 +46,7 @@ class FiniteScores:
         return scores
 
     def marked(self, value: Tensor) -> Tensor:
-        """A loss or another number of the pass that ends; nan where scores were."""
+        """A loss or its weight in the pass that ends; nan, and its gradients, where scores were."""
         if not self._wrong:
             return value
         wrong = torch.stack(self._wrong)
@@ -55,7 +55,7 @@ class FiniteScores:
             self._first = self._places, torch.where(before.any(), before, wrong)
         else:
             self._first = self._places, wrong
-        return value.masked_fill(wrong.any().to(value.device), torch.nan)
+        return value * torch.where(wrong.any(), torch.nan, 1.0).to(value)
 
     def reason(self) -> str | None:
         """Where scores were nan first, in words; None: nowhere. Waits for a GPU."""

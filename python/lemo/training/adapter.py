@@ -12,6 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from lemo.data.reading import first_of, naming
 from lemo.predictors.storage import model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from lemo.training.run_folder import CHECKPOINTS_NAME, absolute
 
 _log = logging.getLogger("lemo")
 
@@ -29,6 +30,11 @@ def find_adapter(path: str | Path) -> Path:
     for folder in (path, path / "adapter"):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
+    if (path / CHECKPOINTS_NAME).is_dir():
+        raise FileNotFoundError(
+            f"adapter: the run in '{path}' is not done, so it has no adapter yet; lemo finetune "
+            "--output with its folder and --resume goes on with it"
+        )
     raise FileNotFoundError(
         f"adapter: expected a PEFT adapter or a run folder, but '{path}' has no {ADAPTER_CONFIG}"
     )
@@ -100,7 +106,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     if not any((folder / file).is_file() for file in (ADAPTER_WEIGHTS, _OLD_WEIGHTS)):
         raise FileNotFoundError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}")
     trained_on = config.base_model_name_or_path
-    if trained_on and trained_on != name:
+    if trained_on and absolute(trained_on) != absolute(name):
         _log.info("adapter: %s was trained on '%s', and is put into '%s'", folder, trained_on, name)
     # PEFT would say the same, as a Python warning.
     config.base_model_name_or_path = None

@@ -23,7 +23,7 @@ from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.models.eval_mode import evaluating
 from lemo.models.labels import IGNORE_INDEX
-from lemo.training.evaluate import check_sizes, load_for_evaluation, logits_of_rows
+from lemo.training.evaluate import check_context, check_sizes, load_for_evaluation, logits_of_rows
 from lemo.training.model import load_config, load_tokenizer
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
@@ -142,6 +142,8 @@ def evaluate_answers(
         model = load_for_evaluation(
             name, max(lengths), adapter, rope_scaling, dtype=dtype, device=device
         )
+    windows = itertools.chain.from_iterable(fitting.values())
+    check_context(model, max(len(example.ids) for example in windows))
     total, done, results = sum(map(len, fitting.values())), 0, []
     with evaluating(model):
         for length, chosen in fitting.items():

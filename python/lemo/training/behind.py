@@ -7,19 +7,23 @@ next work is under way. Files are made of such copies, in a thread of their own.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "HostMemory", "Joined", "Writer"]
+__all__ = ["Copy", "HostMemory", "Joined", "Writer", "short_turns"]
 
 # Bytes on the device that one copy to the host may take.
 _PIECE = 64 << 20
 # Bytes: tensors of any dtype may begin at a multiple.
 _ALIGNMENT = 16
+# Seconds that a thread of Python waits for another one, at most.
+_TURN = 1e-4
 
 _log = logging.getLogger("lemo")
 
@@ -177,6 +181,21 @@ def _replaced(value: Any, kind: type | tuple[type, ...], own: Callable[[Any], An
     if isinstance(value, dict):
         return {name: _replaced(item, kind, own) for name, item in value.items()}
     return [_replaced(item, kind, own) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def short_turns() -> Iterator[None]:
+    """Inside, threads of Python take turns more often than every 5 ms, Python's default.
+
+    The thread that issues work for a GPU gives its turn away in many operators of torch, and would
+    wait so long for the next one wherever another thread writes or tokenizes.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Writer:

@@ -36,6 +36,7 @@ from lemo.training.model import (
     load_tokenizer,
     pick_device,
     pick_dtype,
+    reach,
 )
 
 __all__ = [
@@ -119,6 +120,7 @@ def evaluate(
         vocab_size = model.get_input_embeddings().weight.shape[0]
         groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
 
+    check_context(model, max(groups))
     results, done = [], 0
     with evaluating(model):
         for length, kinds in groups.items():
@@ -169,6 +171,18 @@ def load_for_evaluation(
     if folder is not None:
         loaded = load_adapter(loaded, folder, model)
     return loaded if is_placed and folder is None else loaded.to(place)
+
+
+def check_context(model: PreTrainedModel | PeftModel, longest: int) -> None:
+    """Warns where the longest window, in tokens, is beyond the positions of the model."""
+    limit = reach(causal_lm_of(model).config)
+    if limit is not None and longest > limit:
+        _log.warning(
+            "lengths: windows of up to %d tokens are longer than the model's context of %d; their "
+            "figures may say little unless rope_scaling extends it",
+            longest,
+            limit,
+        )
 
 
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -38,7 +38,7 @@ from lemo.selection.statistics import blocks_of, kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised, remarks
-from lemo.training.behind import Copy, HostMemory, Writer
+from lemo.training.behind import Copy, HostMemory, Writer, short_turns
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
 from lemo.training.kept_shares import KeptShares
@@ -162,6 +162,7 @@ def _finetune(
         accelerator.wait_for_everyone()
         if run.handle is not None:
             stack.enter_context(run.handle.unchanged())
+        stack.enter_context(short_turns())
         run.train(folder, first, progress)
     return _result(folder, config.steps)
 

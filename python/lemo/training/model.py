@@ -322,6 +322,18 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
     config.rope_parameters = {**rope, "full_attention": scaled} if by_kind else scaled
 
 
+def reach(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest sequence that the positions of a model are made for; None: no limit."""
+    config = config.get_text_config()
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    if limit is None or rope.get("rope_type") != "dynamic":
+        return limit
+    # The configuration has the original length, and how much further it goes.
+    return round(limit * rope.get("factor", 1.0))
+
+
 def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     """Wrap ``model`` with trainable float32 LoRA pairs (and norms), as `config` says.
 

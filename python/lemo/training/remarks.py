@@ -29,10 +29,10 @@ def check_warmup(config: FinetuneConfig) -> None:
     """Warns where the run ends before the learning rate is the one of the settings."""
     if config.warmup_steps > config.steps:
         _log.warning(
-            "warmup_steps: %d steps of warm-up in a run of %d end before the learning rate of %g "
-            "is reached",
-            config.warmup_steps,
+            "warmup_steps: expected at most the steps of the run, %d, got %d; it ends before the "
+            "learning rate of %g is reached",
             config.steps,
+            config.warmup_steps,
             config.learning_rate,
         )
 

@@ -157,11 +157,11 @@ def write_config(folder: Path, config: FinetuneConfig) -> None:
     settings = {name: value for name, value in config.to_dict().items() if name not in _NEVER}
     settings["output"] = os.path.abspath(settings["output"])
     for name in ("model", "documents"):
-        settings[name] = _absolute(settings[name])
+        settings[name] = absolute(settings[name])
     elimination = settings["elimination"]
     if elimination is not None:
         given = {name: elimination[name] for name in _FILES if elimination[name] is not None}
-        paths = {name: _absolute(path) for name, path in given.items()}
+        paths = {name: absolute(path) for name, path in given.items()}
         settings["elimination"] = elimination | paths
     write_file(folder / CONFIG_NAME, yaml.safe_dump(settings, sort_keys=False))
 
@@ -173,8 +173,8 @@ def recorded_model(folder: Path) -> str | None:
     return model if isinstance(model, str) and os.path.exists(model) else None
 
 
-def _absolute(name: str) -> str:
-    # What is no path is the name of a model on the hub.
+def absolute(name: str) -> str:
+    """A path as an absolute one; what is no path, such as a name of the hub, as it is."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 

@@ -91,22 +91,18 @@ class RunLog:
         records = read_log(self._path, last_step=step)
         write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
         self._file = self._path.open("ab", buffering=0)
+        self._last = step
         self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
         self._summary = Summary
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one step; when this fails (a full disk) no part of a line stays."""
-        line = (json.dumps(record) + "\n").encode()
-        end = self._file.tell()
-        try:
-            with naming_file(self._path):
-                written = self._file.write(line)
-                if written != len(line):
-                    # The kernel took a part: trying the rest brings the reason as an exception.
-                    self._file.write(line[written:])
-        except OSError:
-            os.ftruncate(self._file.fileno(), end)
-            raise
+        """Append one step; when this fails (a full disk) no part of a line stays.
+
+        It may be tried again: a step whose line was written gets no second one.
+        """
+        if record["step"] > self._last:
+            self._append((json.dumps(record) + "\n").encode())
+            self._last = record["step"]
         scalars = {name: record[name] for name in _SCALARS}
         for layer, kept in enumerate(record["kept"]):
             for sub_block, share in kept.items():
@@ -116,6 +112,19 @@ class RunLog:
         self._board.file_writer.add_summary(self._summary(value=values), record["step"])
         # A full disk arrives here, not when the run ends or in the writer's own thread.
         self._board.flush()
+
+    def _append(self, line: bytes) -> None:
+        # The file's own position stays behind its end where an earlier line was taken back.
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            with naming_file(self._path):
+                written = self._file.write(line)
+                if written != len(line):
+                    # The kernel took a part: trying the rest brings the reason as an exception.
+                    self._file.write(line[written:])
+        except OSError:
+            os.ftruncate(self._file.fileno(), end)
+            raise
 
     def close(self) -> None:
         self._file.close()
