@@ -1,5 +1,6 @@
 """Backward of attention by groups of heads gives the bits of all heads at once."""
 
+import importlib
 import sys
 
 import pytest
@@ -153,6 +154,34 @@ def test_heads_of_a_group_are_differentiated_together(how, monkeypatch):
     monkeypatch.setattr(module, "call", listen)
     run(lora(made()), BATCHES["right"](), how, 4, **SETTINGS["shared set"])
     assert shapes == [(2, 1)] * 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ("shared set", "plain", [3]),
+        ("all keys", "plain", [2, 1]),
+        ("shared set", "DoRA", [1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_projections_of_one_node_are_differentiated_together(
+    architecture, settings, kind, expected, monkeypatch
+):
+    """Others one after the other: what they are given is not held until all have run."""
+    module, counts = importlib.import_module("lemo.models.recompute"), []
+    add = module._Gradients.add
+
+    def listen(gradients, edges, leaf, dys):
+        counts.append(len(edges))
+        return add(gradients, edges, leaf, dys)
+
+    model, batch = lora(made(architecture), **LORA[kind]), BATCHES["right"]()
+    monkeypatch.setattr(module._Gradients, "add", listen)
+    run(model, batch, "layer", 2, **SETTINGS[settings])
+    layers = model.config.num_hidden_layers
+    # The MLP and attention's output before; the norm, but of the first layer, behind.
+    assert counts == ([1, 1, *expected, 1] * layers)[:-1]
 
 
 @pytest.mark.cpu_only

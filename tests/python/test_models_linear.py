@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo.models import dropout, rows
-from lemo.models.linear import apply_linear
+from lemo.models.linear import apply_linear, apply_linears
 from tolerances import assert_close_fp32, assert_close_low_precision
 
 ROWS, INPUTS, OUTPUTS = 37, 24, 40
@@ -43,10 +44,16 @@ PRECISIONS = {
 
 
 def lora_layer(
-    dtype=torch.float32, has_bias=True, adapter_dtype=None, adapters=1, inputs=INPUTS, **settings
+    dtype=torch.float32,
+    has_bias=True,
+    adapter_dtype=None,
+    adapters=1,
+    inputs=INPUTS,
+    seed=0,
+    **settings,
 ):
     """A PEFT layer around a frozen linear one; equal arguments give equal weights."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(inputs, OUTPUTS, bias=has_bias)).to(dtype)
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["0"]} | settings
     config = LoraConfig(init_lora_weights=False, **settings)
@@ -359,3 +366,197 @@ def test_no_rows():
             assert not value.any(), (name, key)
         trained = {key for key, p in layer.named_parameters() if p.requires_grad}
         assert result.keys() == {"x", "y"} | trained
+
+
+class Side(nn.Module):
+    """Layers that read the same rows; their results side by side."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        return torch.cat([layer(x) for layer in self.layers], dim=1)
+
+    def as_one(self, x, values=True):
+        return torch.cat(apply_linears(list(self.layers), x, values), dim=1)
+
+
+def frozen(layer):
+    return layer.base_layer
+
+
+def trained(layer):
+    """Its product is its own node's, and the pairs are lemo's."""
+    layer.base_layer.weight.requires_grad_()
+    return layer
+
+
+def without(part):
+    def freeze(layer):
+        getattr(layer, part)["default"].weight.requires_grad_(False)
+        return layer
+
+    return freeze
+
+
+def watched(layer):
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+PATTERNS = CONFIGURATIONS["rsLoRA and patterns"]
+# (settings of LoRA, what is done to the layer) of layers side by side
+SIDES = {name: [(settings, None)] * 3 for name, settings in CONFIGURATIONS.items()} | {
+    "ranks": [({}, None), ({"r": 7, "lora_alpha": 7 * 6 / 4}, None), (PATTERNS, None)],
+    "scalings": [({}, None), ({"lora_alpha": 5}, None)],
+    "dropout of one": [({}, None), ({"lora_dropout": 0.3}, None), ({}, None)],
+    "a frozen one": [({}, None), ({}, frozen), ({}, None)],
+    "frozen ones": [({}, frozen)] * 2,
+    "a trained one": [({}, None), ({}, trained), ({}, None)],
+    "trained ones": [({}, trained)] * 2,
+    "a frozen A": [({}, without("lora_A")), ({}, None)],
+    "frozen As": [({}, without("lora_A"))] * 2,
+    "a frozen B": [({}, without("lora_B")), ({}, None)],
+    "frozen Bs": [({}, without("lora_B"))] * 2,
+    "one of DoRA": [({}, None), ({"use_dora": True}, None)],
+    "one with a hook": [({}, None), ({}, watched)],
+}
+ONE = [name for name in SIDES if "DoRA" not in name and name != "one with a hook"]
+
+
+def side(name, dtype=torch.float32, **settings):
+    layers = []
+    for seed, (own, change) in enumerate(SIDES[name]):
+        layer = lora_layer(dtype, seed=seed, **settings, **own)
+        layers.append(layer if change is None else change(layer))
+    return Side(layers)
+
+
+def inputs_of(layers, dtype=torch.float32):
+    x, _ = inputs(dtype)
+    return x, torch.randn(ROWS, len(layers.layers) * OUTPUTS).to(dtype)
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_layers_of_the_same_rows(name):
+    layers = side(name)
+    x, dy = inputs_of(layers)
+    expected, _ = run(layers, layers, x, dy)
+    result, _ = run(layers.as_one, layers, x, dy)
+    assert result.keys() == expected.keys()
+    for key, oracle in expected.items():
+        assert_close_fp32(result[key], oracle, key)
+    found = {result.grad_fn for result in apply_linears(list(layers.layers), x.requires_grad_())}
+    assert (len(found) == 1) == (name in ONE)
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layers_of_the_same_rows_in_low_precision(precision, name):
+    dtype, adapter_dtype, autocast = PRECISIONS[precision]
+    layers = side(name, dtype, adapter_dtype=adapter_dtype)
+    x, dy = inputs_of(layers, torch.bfloat16)
+    x = x.to(dtype)
+    exact = copy.deepcopy(layers).float()
+    oracle, _ = run(exact, exact, x.float(), dy.float())
+    plain, _ = run(layers, layers, x, dy, autocast)
+    result, _ = run(layers.as_one, layers, x, dy, autocast)
+    assert {key: t.dtype for key, t in result.items()} == {key: t.dtype for key, t in plain.items()}
+    for key, value in result.items():
+        low, low_plain = value.bfloat16(), plain[key].bfloat16()
+        assert_close_low_precision(low, low_plain, oracle[key], key)
+
+
+@pytest.mark.parametrize("name", ["plain", "ranks", "a frozen one", "two adapters"])
+def test_layers_of_the_same_rows_a_chunk_at_a_time(name, monkeypatch):
+    layers = side(name, torch.bfloat16, adapter_dtype=torch.float32)
+    x, dy = inputs_of(layers, torch.bfloat16)
+    whole, _ = run(layers.as_one, layers, x, dy)
+    monkeypatch.setattr(rows, "COPY_ELEMENTS", 10 * OUTPUTS)
+    chunked, _ = run(layers.as_one, layers, x, dy)
+    for key, value in whole.items():
+        if value.dtype == torch.float32:
+            assert_close_fp32(chunked[key], value, key)
+        else:
+            assert_close_low_precision(chunked[key], value, value.float(), key)
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_gradients_of_layers_of_the_same_rows_without_values(name):
+    layers = side(name)
+    x, dy = inputs_of(layers)
+    expected, _ = run(layers, layers, x, dy)
+    result, _ = run(lambda x: layers.as_one(x, values=False), layers, x, dy)
+    del expected["y"]
+    for key, oracle in expected.items():
+        assert_close_fp32(result[key], oracle, key)
+
+
+def stored_bytes(results_of, layers, dtype, autocast):
+    """Bytes of what autograd keeps, the layers' parameters and the rows left out."""
+    x, _ = inputs(dtype)
+    x.requires_grad_()
+    given = {t.untyped_storage().data_ptr() for t in (x, *layers.parameters())}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            found[storage.data_ptr()] = tensor, storage.nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast(x.device.type, torch.bfloat16, enabled=autocast),
+    ):
+        y = results_of(x)
+    assert y is not None
+    return sum(size for _, size in found.values())
+
+
+@pytest.mark.parametrize("name", ONE)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_layers_of_the_same_rows_store_what_they_store_apart(precision, name):
+    dtype, adapter_dtype, autocast = PRECISIONS[precision]
+    layers = side(name, dtype, adapter_dtype=adapter_dtype)
+
+    def apart(x):
+        return [apply_linear(layer, x) for layer in layers.layers]
+
+    def together(x):
+        return apply_linears(list(layers.layers), x)
+
+    expected = stored_bytes(apart, layers, dtype, autocast)
+    assert stored_bytes(together, layers, dtype, autocast) == expected
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_pairs_of_the_same_rows_that_change_before_backward_are_refused(part):
+    layers = side("plain")
+    x, dy = inputs_of(layers)
+    y = layers.as_one(x)
+    with torch.no_grad():
+        getattr(layers.layers[1], part)["default"].weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
+
+
+def test_layers_of_the_same_rows_multiply_them_once():
+    """Products with As, and those of gradients with them, are one for all of the layers."""
+    layers = side("plain")
+    x, dy = inputs_of(layers)
+    shapes = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            found = function(*arguments, **(keywords or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                shapes.append(tuple(found.shape))
+            return found
+
+    with Products():
+        run(layers.as_one, layers, x, dy)
+    assert shapes.count((ROWS, 12)) == 1
+    assert shapes.count((12, INPUTS)) == 1
+    assert (ROWS, 4) not in shapes

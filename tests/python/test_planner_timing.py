@@ -136,11 +136,13 @@ class Operations(TorchDispatchMode):
 
 
 VIEWS = {"view", "t", "transpose", "expand", "detach", "slice", "unsqueeze", "_unsafe_view"}
-VIEWS |= {"select", "alias", "as_strided", "permute", "squeeze", "split"}
+VIEWS |= {"select", "alias", "as_strided", "permute", "squeeze", "split", "split_with_sizes"}
 
 
 @pytest.mark.parametrize("mode", ["none", "layer"])
-@pytest.mark.parametrize("case", ["no MLP", "all", "apart", "autocast", "norms"])
+@pytest.mark.parametrize(
+    "case", ["no MLP", "one of q, k and v", "all", "apart", "autocast", "norms"]
+)
 def test_operations_of_the_host(case, mode):
     """Counted with two and with five layers; what happens once for all is not counted."""
     adapters, settings = CASES[case]
@@ -157,7 +159,7 @@ def test_operations_of_the_host(case, mode):
     shape = shape_of(model.get_base_model().config)
     step = step_of(shape, [64], [LayerRows(32, 32)] * 5, drops=False, **settings)
     time = StepTime(shape, adapters, step, Rates(1, 1, 1, 1, launch=1))
-    assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.1)
+    assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.05)
 
 
 def tensors_that_move(monkeypatch, smallest):

@@ -1,6 +1,6 @@
 """The one place that knows how each architecture names and connects its parts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from lemo.models.interception import (
     own_module,
     works_row_by_row,
 )
-from lemo.models.linear import apply_linear, reads_fp8
+from lemo.models.linear import apply_linear, apply_linears, reads_fp8
 from lemo.models.sharded import check_layers, check_unflattened, check_whole, is_sharded, own_class
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
@@ -305,15 +305,19 @@ class Architecture:
 
         Without `values` only gradients of the result count.
         """
-        return self._heads(index, x, "q_proj", values)
+        return self._heads(index, x, ("q_proj",), values)[0]
 
-    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
+    def keys(self, index: int, x: Tensor) -> Tensor:
         """[rows, Hk, D], before rotation."""
-        return self._heads(index, x, "k_proj", values)
+        return self._heads(index, x, ("k_proj",))[0]
 
-    def values(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        """[rows, Hk, D]."""
-        return self._heads(index, x, "v_proj", values)
+    def keys_values(self, index: int, x: Tensor, values: bool = True) -> Sequence[Tensor]:
+        """Keys, before rotation, and values, [rows, Hk, D] each; `values` as for `queries`."""
+        return self._heads(index, x, ("k_proj", "v_proj"), values)
+
+    def queries_keys_values(self, index: int, x: Tensor, values: bool = True) -> Sequence[Tensor]:
+        """`queries` and `keys_values` of the same rows."""
+        return self._heads(index, x, ("q_proj", "k_proj", "v_proj"), values)
 
     def attention_projections(self, index: int) -> tuple[nn.Module, ...]:
         """The linear layers of a layer's attention."""
@@ -322,10 +326,12 @@ class Architecture:
             getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", self.output_name)
         )
 
-    def _heads(self, index: int, x: Tensor, name: str, values: bool) -> Tensor:
+    def _heads(
+        self, index: int, x: Tensor, names: Sequence[str], values: bool = True
+    ) -> list[Tensor]:
         attention = self.layer(index).self_attn
-        projected = apply_linear(getattr(attention, name), x, values)
-        return projected.unflatten(-1, (-1, attention.head_dim))
+        projected = apply_linears([getattr(attention, name) for name in names], x, values)
+        return [y.unflatten(-1, (-1, attention.head_dim)) for y in projected]
 
     def rotated(self, index: int, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Queries and keys of every row of the batch, as attention multiplies them."""
@@ -381,7 +387,7 @@ class Architecture:
         """
         mlp = self.layer(index).mlp
         with shared_rows():
-            gate, up = apply_linear(mlp.gate_proj, x), apply_linear(mlp.up_proj, x)
+            gate, up = apply_linears((mlp.gate_proj, mlp.up_proj), x)
         if _is_silu(mlp.act_fn) and gate.dtype == up.dtype:
             if not rounds:
                 return ops.swiglu(gate, up)
@@ -438,11 +444,13 @@ class Qwen3Architecture(Qwen2Architecture):
     The gradients of the norms need the values.
     """
 
-    def queries(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        return self.layer(index).self_attn.q_norm(super().queries(index, x))
-
-    def keys(self, index: int, x: Tensor, values: bool = True) -> Tensor:
-        return self.layer(index).self_attn.k_norm(super().keys(index, x))
+    def _heads(
+        self, index: int, x: Tensor, names: Sequence[str], values: bool = True
+    ) -> list[Tensor]:
+        attention = self.layer(index).self_attn
+        norms = {"q_proj": attention.q_norm, "k_proj": attention.k_norm}
+        heads = super()._heads(index, x, names)
+        return [norms[name](y) if name in norms else y for name, y in zip(names, heads)]
 
 
 class OPTArchitecture(Architecture):

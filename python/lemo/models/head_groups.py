@@ -4,8 +4,9 @@ Backward of a whole layer's attention holds queries, keys and values, the result
 all of these and fp32 sums for the queries, at once. Heads attend each by itself. So here the result
 alone is kept while the MLP's backward runs; queries, keys and values are projected once more; and
 the kernel runs on some key heads with their queries at a time, whose gradients take the place of
-the queries, keys and values that they are of. The projections' backward follows, of one after the
-other, as autograd orders it: the bits are those of all heads at once.
+the queries, keys and values that they are of. The projections' backward follows, of those that are
+one node together and of others one after the other, as autograd orders it: the bits are those of
+all heads at once.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from lemo.models.architectures import GradientTarget
 from lemo.models.sub_blocks import Attention, Heads
 from lemo.ops.segment_attention import SavedAttention, attention_gradients
+from lemo.packing.blocks import Selection
 from lemo.packing.chunks import split_heads
 
 __all__ = ["GroupedBackward", "attended"]
@@ -29,8 +31,10 @@ __all__ = ["GroupedBackward", "attended"]
 class Gradients(Protocol):
     """What sums gradients of parameters."""
 
-    def add(self, edge: Any, leaf: Tensor | None, dy: Tensor) -> Tensor | None:
-        """Backward from one result; returns the gradient of `leaf`, if one is given."""
+    def add(
+        self, edges: Sequence[Any], leaf: Tensor | None, dys: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Backward from results; returns the gradient of `leaf`, if one is given."""
 
 
 class Surroundings(Protocol):
@@ -104,7 +108,7 @@ class GroupedBackward:
         attention, entry = self._attention, self._entry
         with entry.restored(), entry.autocast(), torch.no_grad():
             heads = attention.project(attention.normalize(self._rows))
-        dout = gradients.add(self._edge, self._leaf, dy)
+        dout = gradients.add([self._edge], self._leaf, [dy])
         del dy
         assert dout is not None
         _differentiate(attention, heads, self._leaf.detach(), self._lse, dout, self._groups)
@@ -115,26 +119,56 @@ class GroupedBackward:
             edge = get_gradient_edge(x) if x.requires_grad else None
             x = x.detach().requires_grad_(edge is not None)
             linears = attention.linears(x, values=False)
-        remaining = list(zip(linears, heads, (attention.kept, attention.keys, None)))
+        remaining = _by_node(list(zip(linears, heads, (attention.kept, attention.keys, None))))
         del linears, heads
         dx = None
         while remaining:
-            linear, gradient, rotation = remaining.pop()
-            if not linear.requires_grad:
-                continue
-            if rotation is not None:
-                gradient = attention.unrotated(gradient.to(linear.dtype), rotation)
-            part = gradients.add(
-                get_gradient_edge(linear), None if edge is None else x, gradient.view_as(linear)
-            )
-            del linear, gradient
+            together, edges, dys = remaining.pop(), [], []
+            while together:
+                linear, gradient, rotation = together.pop()
+                if rotation is not None:
+                    gradient = attention.unrotated(gradient.to(linear.dtype), rotation)
+                edges.append(get_gradient_edge(linear))
+                dys.append(gradient.view_as(linear))
+                del linear, gradient
+            part = gradients.add(edges, None if edge is None else x, dys)
+            del edges, dys
             if part is not None:
                 dx = part if dx is None else dx.add_(part)
             del part
         del x
         if edge is None or dx is None:
             return None
-        return gradients.add(edge, leaf if needs_rows else None, dx)
+        return gradients.add([edge], leaf if needs_rows else None, [dx])
+
+
+_Part = tuple[Tensor, Tensor, Selection | None]
+
+
+def _by_node(parts: list[_Part]) -> list[list[_Part]]:
+    """Those with a graph, and together those whose graphs share a node.
+
+    Args:
+        parts: a result, its gradient and how it is rotated, each.
+    """
+    found: list[tuple[set[Any], list[_Part]]] = []
+    for part in parts:
+        if not part[0].requires_grad:
+            continue
+        nodes, waiting = set(), [part[0].grad_fn]
+        while waiting:
+            node = waiting.pop()
+            # Leaves are shared by all.
+            if node is not None and not hasattr(node, "variable"):
+                nodes.add(node)
+                waiting += [each for each, _ in node.next_functions]
+        together = next((both for both in found if both[0] & nodes), None)
+        if together is None:
+            found.append((nodes, [part]))
+        else:
+            together[1].append(part)
+            together[0].update(nodes)
+    return [together for _, together in found]
 
 
 def _differentiate(

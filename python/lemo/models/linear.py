@@ -1,4 +1,4 @@
-"""Linear layers of a model, plain or with LoRA, as one autograd node each.
+"""Linear layers of a model, plain or with LoRA, as one autograd node for those of the same rows.
 
 PEFT's LoRA layer makes several tensors of the size of its result and, where adapters are fp32 and
 the model is not, a copy of its input in fp32 that is stored; dropout stores a copy, too. The node
@@ -8,47 +8,74 @@ rows at a time.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from lemo.models.adapters import adapted
+from lemo.models.adapters import Pair, adapted
 from lemo.models.dora import apply_dora
 from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
-from lemo.models.low_rank import LowRank
+from lemo.models.low_rank import LowRank, shares, stacks
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops.autograd import first_order_only
 
-__all__ = ["apply_linear", "reads_fp8"]
-
-T = TypeVar("T")
+__all__ = ["apply_linear", "apply_linears", "reads_fp8"]
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
-    """module(x) of a linear layer.
+    """module(x) of a linear layer; see `apply_linears`."""
+    return apply_linears((module,), x, values)[0]
+
+
+def apply_linears(
+    modules: Sequence[nn.Module], x: Tensor, values: bool = True
+) -> tuple[Tensor, ...]:
+    """module(x) of each of some linear layers.
 
     A frozen linear layer whose matrix is known (`matrix_of`), alone or inside a LoRA layer of PEFT
-    (`lemo.models.adapters`), runs as one node. Another layer inside of a LoRA layer runs by its own
-    forward, and the pairs as one node behind it. Everything else runs as the module it is;
-    `lemo.models.general` says why.
+    (`lemo.models.adapters`), runs as a node. Another layer inside of a LoRA layer runs by its own
+    forward, and the pairs as a node behind it. Several layers are one node if all of them can be:
+    then the gradients of `x` are summed by the products that make them. Everything else runs as the
+    module it is; `lemo.models.general` says why.
 
     Args:
-        module: any module that maps [R, in] to [R, out].
+        modules: any modules that map [R, in] to [R, out].
         x: [R, in].
-        values: False where only the gradients of the result count: its values are arbitrary then,
-            and the large product is left out where it can be.
+        values: False where only the gradients of the results count: their values are arbitrary
+            then, and the large products are left out where they can be.
     """
+    several = len(modules) > 1
+    parts = [_part_of(module, x, values, several) for module in modules]
+    if several and not all(isinstance(part, _Part) for part in parts):
+        # One after another: masks of dropout are drawn in the order of the modules.
+        return tuple(apply_linear(module, x, values) for module in modules)
+    nodes = [part for part in parts if isinstance(part, _Part)]
+    if not nodes:
+        return tuple(part(x) for part in parts if not isinstance(part, _Part))
+    # A base layer that runs by its own forward has added its bias.
+    own = [(base(x), None) if plan.matrix is None else (None, base.bias) for plan, base, _ in nodes]
+    pairs = [(pair.a, pair.b, pair.bias) for part in nodes for pair in part.pairs]
+    plans = tuple(part.plan for part in nodes)
+    return _Linear.apply(x, plans, *chain.from_iterable(own), *chain.from_iterable(pairs))
+
+
+def _part_of(
+    module: nn.Module, x: Tensor, values: bool, several: bool
+) -> "_Part | Callable[[Tensor], Tensor]":
+    """A layer's part of a node, or what else gives its result."""
     layer = adapted(module)
     if isinstance(layer, str):
-        return module(x)
+        return module
     base, pairs, _ = layer
     dtype, autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
     if autocast:
         dtype = torch.get_autocast_dtype(x.device.type)
     elif not layer.casts and any(pair.a.dtype != dtype for pair in pairs):
-        return module(x)  # which refuses it
+        return module  # which refuses it
     matrix = matrix_of(base, dtype, autocast)
     # The weight of merged adapters is another one.
     merged = getattr(module, "merged", False)
@@ -56,22 +83,26 @@ def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
         drop(base)
     fp8 = None if matrix is None or merged else fp8_of(base, module)
     own = matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)
-    if not pairs and own and fp8 is None:
-        return base(x)
+    if not pairs and own and fp8 is None and not (several and matrix is not None):
+        return base
     if pairs and pairs[0].magnitude is not None:
         if matrix is None:
-            return module(x)
+            return module
         product_dtype = dtype if autocast else pairs[0].a.dtype
         norm_dtype = pairs[0].a.dtype if layer.casts else x.dtype
-        bias = base.bias
-        return apply_dora(x, matrix, bias, pairs[0], dtype, product_dtype, norm_dtype, values)
+        return partial(
+            apply_dora,
+            matrix=matrix,
+            bias=base.bias,
+            pair=pairs[0],
+            dtype=dtype,
+            product_dtype=product_dtype,
+            norm_dtype=norm_dtype,
+            values=values,
+        )
     products = tuple(LowRank.of(pair, dtype if autocast else pair.a.dtype) for pair in pairs)
-    tensors = [tensor for pair in pairs for tensor in (pair.a, pair.b, pair.bias)]
     width = None if values or matrix is None else base.out_features
-    plan = _Plan(matrix, products, dtype, width, fp8)
-    if matrix is None:
-        return _Linear.apply(x, base(x), None, plan, *tensors)
-    return _Linear.apply(x, None, base.bias, plan, *tensors)
+    return _Part(_Plan(matrix, products, dtype, width, fp8), base, pairs)
 
 
 def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -84,7 +115,7 @@ def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
 
 
 class _Plan(NamedTuple):
-    """What a node computes.
+    """What a node computes for a layer.
 
     Attributes:
         matrix: gives the weight; None: the base layer has run already.
@@ -100,80 +131,130 @@ class _Plan(NamedTuple):
     width: int | None
     fp8: Fp8Linear | None
 
+    def result(self, x: Tensor, cast: Tensor, given: Tensor | None, bias: Tensor | None) -> Tensor:
+        """[R, out] without the pairs, a tensor of its own.
+
+        Args:
+            x: [R, in].
+            cast: the same in `dtype`.
+            given: the result, where the base layer has run already.
+            bias: the base layer's.
+        """
+        if self.width is not None:
+            return cast.new_empty(1, 1).expand(x.shape[0], self.width)
+        if self.matrix is None:
+            assert given is not None
+            return given.clone(memory_format=torch.contiguous_format)
+        bias = None if bias is None else bias.to(self.dtype)
+        found = None if self.fp8 is None else self.fp8.forward(x, cast, self.matrix, bias)
+        return linear(cast, self.matrix(), bias) if found is None else found
+
+
+class _Part(NamedTuple):
+    """A layer's part of a node: its plan, the layer without its pairs, and the pairs."""
+
+    plan: _Plan
+    base: nn.Module
+    pairs: tuple[Pair, ...]
+
 
 class _Linear(torch.autograd.Function):
-    """The base layer's product, or its given result, and pairs (three tensors each).
+    """Base layers' products, or their given results, and pairs.
 
-    All operands are in the dtype of autocast before they are multiplied, so it casts nothing.
+    All operands are in the dtype of autocast before they are multiplied, so it casts nothing. They
+    are two for each layer, its given result and its bias, and then three for each pair.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        result: Tensor | None,
-        bias: Tensor | None,
-        plan: _Plan,
-        *tensors: Tensor | None,
-    ) -> Tensor:
-        matrix, products, dtype, width, fp8 = plan
-        cast, wanted = x.to(dtype), _triples(ctx.needs_input_grad[4:])
-        if width is not None:
-            y = cast.new_empty(1, 1).expand(x.shape[0], width)
-        elif matrix is not None:
-            bias_cast = None if bias is None else bias.to(dtype)
-            found = None if fp8 is None else fp8.forward(x, cast, matrix, bias_cast)
-            y = linear(cast, matrix(), bias_cast) if found is None else found
-        else:
-            y = result.clone(memory_format=torch.contiguous_format)
-        lows, masks = [], []
+        ctx: Any, x: Tensor, plans: tuple[_Plan, ...], *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        cast, first = x.to(plans[0].dtype), 2 * len(plans)
+        own, pairs = _groups(tensors[:first], 2), _groups(tensors[first:], 3)
+        ys = [plan.result(x, cast, *both) for plan, both in zip(plans, own)]
+        products = [product for plan in plans for product in plan.products]
+        # The layer of each pair.
+        layers = [i for i, plan in enumerate(plans) for _ in plan.products]
+        wanted = _groups(ctx.needs_input_grad[2 + first :], 3)
+        ctx.stacks = stacks(products, [a for a, _, _ in pairs], [some[:2] for some in wanted])
         saved: list[Tensor | None] = []
-        for product, (a, b, b_bias), (_, wants_b, _) in zip(products, _triples(tensors), wanted):
-            # Cast once for both passes.
-            a, b = a.to(product.dtype), b.to(product.dtype)
-            saved += (a, b, b_bias)
+        for places in ctx.stacks:
+            product, weights = products[places[0]], [pairs[i][0] for i in places]
+            a = _below_each_other(weights)
+            if a.dtype != product.dtype:
+                # Cast once for both passes. What is not cast is put together again in backward.
+                a = a.to(product.dtype)
+                weights = [a] + [None] * (len(places) - 1)
+            bs = [pairs[i][1].to(product.dtype) for i in places]
             low, bits = product.lower(cast, a)
-            if width is None:
-                product.add_upper(y, low, b, b_bias)
-            lows.append(low if wants_b else None)
-            masks.append(bits)
-        # The weight is frozen, and one that was made of another kind is made again.
-        ctx.plan = plan
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
+            for i, b, part in zip(places, bs, shares(low, bs, 1)):
+                if plans[layers[i]].width is None:
+                    product.add_upper(ys[layers[i]], part, b, pairs[i][2])
+            saved += [low if wanted[places[0]][1] else None, bits, *weights, *bs]
+        # The weights are frozen, and those that were made of another kind are made again.
         stored = x if any(wants_a for wants_a, _, _ in wanted) else None
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-        ctx.save_for_backward(stored, *lows, *masks, *saved)
-        return y
+        ctx.plans, ctx.products, ctx.layers, ctx.shape = plans, products, layers, x.shape
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, *tensors)]
+        ctx.save_for_backward(stored, *saved)
+        return tuple(ys)
 
     @staticmethod
     @first_order_only("linear")
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
-        matrix, products, dtype, _, fp8 = ctx.plan
-        count = len(products)
-        lows, masks, pairs = saved[:count], saved[count : 2 * count], _triples(saved[2 * count :])
-        wants_x, wants_result, wants_bias, _, *others = ctx.needs_input_grad
-        wanted = _triples(others)
-        cast = None if x is None else x.to(dtype)
-        dx = None
-        if wants_x:
-            if matrix is not None:
-                found = None if fp8 is None else fp8.input_gradient(dy, matrix)
-                dx = dy @ matrix() if found is None else found
-            else:  # its own node has given the base layer's
-                dx = dy.new_zeros(dy.shape[0], pairs[0][0].shape[1], dtype=dtype)
-        gradients: list[Tensor | None] = []
-        for product, low, bits, pair, wants in zip(products, lows, masks, pairs, wanted):
-            gradients += product.backward(dy, cast, low, bits, pair, wants, dx)
-        gradients = [x if x is None else x.to(to) for x, to in zip(gradients, ctx.dtypes)]
-        return (
-            None if dx is None else dx.to(ctx.x_dtype),
-            dy if wants_result else None,
-            dy.sum(0).to(ctx.bias_dtype) if wants_bias else None,
-            None,
-            *gradients,
-        )
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x, *rest = ctx.saved_tensors
+        saved = iter(rest)
+        plans, products, layers = ctx.plans, ctx.products, ctx.layers
+        first = 2 * len(plans)
+        wants_x, _, *others = ctx.needs_input_grad
+        wanted_own, wanted = _groups(others[:first], 2), _groups(others[first:], 3)
+        x_dtype, *dtypes = ctx.dtypes
+        bias_dtypes, pair_dtypes = dtypes[1:first:2], _groups(dtypes[first:], 3)
+        cast = None if x is None else x.to(plans[0].dtype)
+        dx = _input_gradient(plans, dys, ctx.shape) if wants_x else None
+        own: list[Tensor | None] = []
+        for dy, (wants_result, wants_bias), dtype in zip(dys, wanted_own, bias_dtypes):
+            own += [dy if wants_result else None, dy.sum(0).to(dtype) if wants_bias else None]
+        das: list[Tensor | None] = [None] * len(products)
+        dbs, dbiases = das.copy(), das.copy()
+        for places in ctx.stacks:
+            low, bits = islice(saved, 2)
+            weights, bs = (list(islice(saved, len(places))) for _ in range(2))
+            a = _below_each_other([weight for weight in weights if weight is not None])
+            product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
+            rows = cast if wanted[places[0]][0] else None
+            da, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
+            if da is not None:
+                da = da.to(pair_dtypes[places[0]][0])
+                for i, part in zip(places, shares(da, bs, 0)):
+                    das[i] = part
+            for i, db in zip(places, of_bs):
+                dbs[i] = db.to(pair_dtypes[i][1])
+            for i, dy in zip(places, dys_of_pairs):
+                if wanted[i][2]:
+                    dbiases[i] = product.bias_gradient(dy).to(pair_dtypes[i][2])
+        of_pairs = chain.from_iterable(zip(das, dbs, dbiases))
+        return None if dx is None else dx.to(x_dtype), None, *own, *of_pairs
 
 
-def _triples(values: Sequence[T]) -> list[tuple[T, T, T]]:
-    return list(zip(values[::3], values[1::3], values[2::3]))
+def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.Size) -> Tensor:
+    """What comes from the base layers whose products are a node's own."""
+    dx: Tensor | None = None
+    for plan, dy in zip(plans, dys):
+        if plan.matrix is None:
+            continue
+        found = None if plan.fp8 is None else plan.fp8.input_gradient(dy, plan.matrix)
+        if dx is None:
+            dx = dy @ plan.matrix() if found is None else found
+        elif found is None:
+            dx.addmm_(dy, plan.matrix())
+        else:
+            dx += found
+    return dys[0].new_zeros(shape, dtype=plans[0].dtype) if dx is None else dx
+
+
+def _groups(values: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
+    return list(zip(*(values[i::size] for i in range(size))))
+
+
+def _below_each_other(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)

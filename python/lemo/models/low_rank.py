@@ -1,9 +1,14 @@
-"""The low-rank products of a LoRA pair, forward and backward, from an input that is stored once.
+"""The low-rank products of LoRA pairs, forward and backward, from an input that is stored once.
+
+Pairs of several layers that read the same rows and multiply alike are one stack: one product has
+the rows with all of their As, which are written below each other, and backward has one for the
+gradient of the As and one for that of the rows.
 
 Where the pair has another dtype than the input, or dropout, the products need a copy of the input.
 It is made a chunk of rows at a time, again in backward, and never stored.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +18,7 @@ from lemo.models import dropout
 from lemo.models.adapters import Pair
 from lemo.models.rows import is_one_slice, part_of, slices_of
 
-__all__ = ["LowRank", "add_product", "summed"]
+__all__ = ["LowRank", "add_product", "shares", "stacks", "summed"]
 
 
 class LowRank(NamedTuple):
@@ -86,96 +91,120 @@ class LowRank(NamedTuple):
 
     def backward(
         self,
-        dy: Tensor,
-        x: Tensor | None,
-        low: Tensor | None,
-        bits: Tensor | None,
-        pair: tuple[Tensor, Tensor, Tensor | None],
-        wanted: tuple[bool, bool, bool],
-        dx: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of `a`, `b` and `bias`, if wanted, in their dtypes; adds the input's to `dx`.
-
-        Args:
-            dy: [R, out], the gradient of the result.
-            x: [R, in]; read where the gradient of `a` is wanted.
-            low: [R, r]; read where that of `b` is wanted.
-            bits: of the mask.
-            pair: a, b and bias.
-            wanted: which of their gradients.
-            dx: [R, in]; None: not wanted.
-        """
-        (a, b, bias), (wants_a, wants_b, wants_bias) = pair, wanted
-        da, db = self._products(
-            dy, x if wants_a else None, low if wants_b else None, bits, a, b, dx
-        )
-        dbias = None
-        if wants_bias and bias is not None:
-            dbias = dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling).to(bias.dtype)
-        return (
-            None if da is None else da.to(a.dtype),
-            None if db is None else db.to(b.dtype),
-            dbias,
-        )
-
-    def _products(
-        self,
-        dy: Tensor,
+        dys: Sequence[Tensor],
         x: Tensor | None,
         low: Tensor | None,
         bits: Tensor | None,
         a: Tensor,
-        b: Tensor,
+        bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of `a` and `b`; without `x` or `low` None."""
+    ) -> tuple[Tensor | None, list[Tensor]]:
+        """Gradients of `a`, and of each of `bs` if wanted; adds the input's to `dx`.
+
+        Args:
+            dys: [R, out] each, the gradients of the results of the pairs of a stack.
+            x: [R, in]; None: the gradient of `a` is not wanted.
+            low: [R, r], of all pairs side by side; None: those of `bs` are not wanted.
+            bits: of the mask.
+            a: [r, in], of all pairs below each other, in `dtype`.
+            bs: [out, their share of r] each, in `dtype`.
+            dx: [R, in]; None: not wanted.
+        """
         columns, dtype = a.shape[1], self.dtype
-        a, b = a.to(dtype), b.to(dtype)
-        if bits is None and dy.dtype == dtype and (x is None or x.dtype == dtype):
-            return _of_rows(dy, x, low, None, a, b, dx, self.scaling)
-        da = db = None
-        for part in slices_of(dy.shape[0], max(columns, b.shape[0])):
+        if bits is None and dys[0].dtype == dtype and (x is None or x.dtype == dtype):
+            return _of_rows(dys, x, low, None, a, bs, dx, self.scaling)
+        da: Tensor | None = None
+        dbs: list[Tensor] = []
+        for part in slices_of(dys[0].shape[0], max(columns, *(b.shape[0] for b in bs))):
             mask = None if bits is None else dropout.unpack(part_of(bits, part), columns)
-            da_rows, db_rows = _of_rows(
-                part_of(dy, part).to(dtype),
+            da_rows, dbs_rows = _of_rows(
+                [part_of(dy, part) for dy in dys],
                 None if x is None else part_of(x, part),
                 None if low is None else part_of(low, part),
                 mask,
                 a,
-                b,
+                bs,
                 None if dx is None else part_of(dx, part),
                 self.scaling,
             )
-            da = da_rows if da_rows is None else summed(da, da_rows)
-            db = db_rows if db_rows is None else summed(db, db_rows)
-        return da, db
+            if da_rows is not None:
+                da = summed(da, da_rows)
+            dbs = list(map(summed, dbs, dbs_rows)) if dbs else dbs_rows
+        return da, dbs
+
+    def bias_gradient(self, dy: Tensor) -> Tensor:
+        """[out], that of `bias`, in fp32."""
+        return dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling)
+
+
+def stacks(
+    products: Sequence[LowRank], weights: Sequence[Tensor], wanted: Sequence[tuple[bool, bool]]
+) -> list[list[int]]:
+    """The places of the pairs of each stack, in the order of their first ones.
+
+    Args:
+        products: of pairs that read the same rows.
+        weights: their As.
+        wanted: whether gradients of A, and of B, are.
+    """
+    found: dict[object, list[int]] = {}
+    for place, (product, weight, wants) in enumerate(zip(products, weights, wanted, strict=True)):
+        # A mask is of one pair alone.
+        key = place if product.dropout else (product, weight.dtype, wants)
+        found.setdefault(key, []).append(place)
+    return list(found.values())
+
+
+def shares(whole: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
+    """What belongs to each pair of a stack, along a dimension of all of their ranks.
+
+    Args:
+        whole: of the stack.
+        bs: [out, their share of r] each.
+        dim: the dimension.
+    """
+    # A view costs the host as much as many an operator.
+    return (whole,) if len(bs) == 1 else whole.split([b.shape[1] for b in bs], dim)
 
 
 def _of_rows(
-    dy: Tensor,
+    dys: Sequence[Tensor],
     x: Tensor | None,
     low: Tensor | None,
     mask: Tensor | None,
     a: Tensor,
-    b: Tensor,
+    bs: Sequence[Tensor],
     dx: Tensor | None,
     scaling: float,
-) -> tuple[Tensor | None, Tensor | None]:
-    # The first operand gives the shape alone.
-    db = None if low is None else torch.addmm(b, dy.T, low, beta=0, alpha=scaling)
-    if x is None and dx is None:
-        return None, db
-    d_low = dy @ b
+) -> tuple[Tensor | None, list[Tensor]]:
+    lows = [None] * len(bs) if low is None else shares(low, bs, 1)
+    d_lows: Sequence[Tensor | None] = [None] * len(bs)
+    wants_low, d_low = x is not None or dx is not None, None
+    if wants_low and len(bs) > 1:
+        d_low = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=a.dtype)
+        d_lows = shares(d_low, bs, 1)
+    dbs: list[Tensor] = []
+    for dy, b, of_low, of_d_low in zip(dys, bs, lows, d_lows, strict=True):
+        dy = dy.to(b.dtype)
+        if of_low is not None:
+            # The first operand gives the shape alone.
+            dbs.append(torch.addmm(b, dy.T, of_low, beta=0, alpha=scaling))
+        if of_d_low is not None:
+            torch.mm(dy, b, out=of_d_low)
+        elif wants_low:
+            d_low = dy @ b
+    if d_low is None:
+        return None, dbs
     da = None
     if x is not None:
-        rows = (x if mask is None else dropout.masked(x, mask)).to(dy.dtype)
+        rows = (x if mask is None else dropout.masked(x, mask)).to(d_low.dtype)
         da = torch.addmm(a, d_low.T, rows, beta=0, alpha=scaling)
     if dx is not None:
         if mask is None:
             add_product(dx, d_low, a, scaling)
         else:
             dx.add_(dropout.masked(d_low @ a, mask), alpha=scaling)
-    return da, db
+    return da, dbs
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

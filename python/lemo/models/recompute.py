@@ -137,7 +137,7 @@ class _Recomputed(torch.autograd.Function):
             del attended
         if edge is not None:
             dy = gather_rows(dresidual, unit.kept_rows, view=True).to(dtype)
-            drows = gradients.add(edge, leaf if needs_residual else None, dy)
+            drows = gradients.add([edge], leaf if needs_residual else None, [dy])
             del dy, edge
             if drows is not None:
                 add_rows(dresidual, drows, unit.read_rows)
@@ -221,7 +221,7 @@ def _mlp_backward(
         if not y.requires_grad:
             continue
         dy = gather_rows(dresidual, chunk, view=True).to(y.dtype)
-        drows = gradients.add(get_gradient_edge(y), leaf if wanted else None, dy)
+        drows = gradients.add([get_gradient_edge(y)], leaf if wanted else None, [dy])
         del y, dy, leaf
         if drows is not None:
             add_rows(dresidual, drows, chunk)
@@ -234,12 +234,14 @@ class _Gradients:
         self._parameters = parameters
         self._sums: list[Tensor | None] = [None] * len(parameters)
 
-    def add(self, edge: Any, leaf: Tensor | None, dy: Tensor) -> Tensor | None:
-        """Backward from one result; returns the gradient of `leaf`, if one is given."""
+    def add(
+        self, edges: Sequence[Any], leaf: Tensor | None, dys: Sequence[Tensor]
+    ) -> Tensor | None:
+        """Backward from results; returns the gradient of `leaf`, if one is given."""
         inputs = [*([] if leaf is None else [leaf]), *self._parameters]
         if not inputs:
             return None
-        gradients = list(torch.autograd.grad(edge, inputs, dy, allow_unused=True))
+        gradients = list(torch.autograd.grad(edges, inputs, dys, allow_unused=True))
         dleaf = None if leaf is None else gradients.pop(0)
         for index, gradient in enumerate(gradients):
             if gradient is None:

@@ -79,27 +79,20 @@ class Attention:
         """What `project` rotates; without `values` only gradients of it count."""
         architecture, index = self._architecture, self._index
         with shared_rows():
-            return Heads(
-                architecture.queries(index, self._kept_of(x), values),
-                architecture.keys(index, x, values),
-                architecture.values(index, x, values),
-            )
+            if self.keys is self.kept or self.kept.rows is None:
+                return Heads(*architecture.queries_keys_values(index, x, values))
+            q = architecture.queries(index, x.index_select(0, self.kept.rows), values)
+            return Heads(q, *architecture.keys_values(index, x, values))
 
     def unrotated(self, gradient: Tensor, selection: Selection) -> Tensor:
         """The gradient of heads before they are rotated, from that of rotated ones."""
         return self._batch.rotate(gradient, selection, transposed=True)
 
-    def _kept_of(self, x: Tensor) -> Tensor:
-        rows = None if self.keys is self.kept else self.kept.rows
-        return x if rows is None else x.index_select(0, rows)
-
     def project(self, x: Tensor) -> Heads:
         """Queries of the kept rows, keys and values of the key rows, from normalized rows."""
-        architecture, index = self._architecture, self._index
-        with shared_rows():
-            q = self._batch.rotate(architecture.queries(index, self._kept_of(x)), self.kept)
-            k = self._batch.rotate(architecture.keys(index, x), self.keys)
-            v = architecture.values(index, x)
+        q, k, v = self.linears(x)
+        q = self._batch.rotate(q, self.kept)
+        k = self._batch.rotate(k, self.keys)
         # Under autocast a norm of the heads (Qwen3) gives its weight's dtype.
         return Heads(q.to(v.dtype), k.to(v.dtype), v)
 

@@ -349,10 +349,10 @@ class StepMemory:
         q, k, lse = size * shape.queries, size * shape.keys, 4 * shape.heads
         out = q + lse
         held = (0 if selective else out) + self._linears(("o_proj",), shape.queries, held=True)
-        projecting = hidden + max(2 * q, q + 3 * k)
+        projecting = hidden + 2 * q + 2 * k
         if shape.head_norms:
             # In fp32: the heads, and their squares or themselves once more.
-            projecting = hidden + q + 8 * shape.queries
+            projecting = hidden + q + 2 * k + 8 * shape.queries
         heads = q + 2 * k
         copied = hidden if step.is_indexed(rows) else 0
         # Of a group: copies of queries, keys, values, result and its gradient; what they become.
@@ -360,11 +360,11 @@ class StepMemory:
         groups = split_heads(shape.key_heads, step.head_groups or 1, step.shifted)
         most = max(sum(b - a for a, b in ranges) for ranges in groups)
         differentiated = heads + q + max(held + copied, held + of_group * most / shape.key_heads)
-        # The graph of the projections, of whose gradients one after the other is made.
+        # The graph of the projections; gradients are rotated, and then make one of the rows.
         graph = self._norm() + self._linears(_ATTENTION, shape.hidden, normalised=True)
         if shape.head_norms:
             graph += self._of_head_norms() + q + k
-        given = max(2 * q + hidden, q + 2 * k + hidden, q + k + 2 * hidden)
+        given = max(2 * q + 2 * k, q + 2 * k + hidden)
         highest = max(held + copied + projecting, differentiated, graph - hidden + given)
         computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
         more = self._matrices(all_of_mlp=False) + self._copies((*_ATTENTION, "o_proj"), rows)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, layer_bytes
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, Step, layer_bytes
 
 __all__ = ["Operations", "Rates", "StepTime", "operations"]
 
@@ -16,10 +16,12 @@ __all__ = ["Operations", "Rates", "StepTime", "operations"]
 # the two steps of the 135M shape in h200_finetune.jsonl.
 _REPLAYED, _BETWEEN = 2, 4.5e-6
 # Recomputing makes the host's operations more by this share.
-_AGAIN = 0.3
+_AGAIN = 0.36
 # A host and a GPU work at the same time; where neither waits for the other all the time, a step
 # takes a little longer than the longer of both.
 _OVERLAP = 4
+# Linear layers that read the same rows.
+_TOGETHER = (LINEAR[:3], LINEAR[3:4], LINEAR[4:6], LINEAR[6:])
 
 
 @dataclass(frozen=True)
@@ -27,22 +29,27 @@ class Operations:
     """What the host starts for a layer in both passes, as torch's dispatcher counts it
     (tests/python/test_planner_timing.py).
 
+    Adapters of layers that read the same rows are a stack (`lemo.models.low_rank`). Masks of
+    dropout are not counted.
+
     Attributes:
         base: without adapters.
-        adapter: for each adapter.
-        cast: more for an adapter under autocast to another dtype.
-        apart: for an adapter in a dtype of its own.
+        adapter: for each adapter, and for each stack.
+        cast: more of both under autocast to another dtype.
+        apart: the same as `adapter` in a dtype of their own.
+        several: more for a stack of several.
         norms: for norms that run as modules.
         selecting: for a sub-block that selects rows of its own.
         moving: for a layer of which something goes to the host.
         part: for each tensor that goes there and comes back.
     """
 
-    base: int = 34
-    adapter: int = 6
-    cast: int = 4
-    apart: int = 11
-    norms: int = 60
+    base: int = 31
+    adapter: tuple[int, int] = (3, 3)
+    cast: tuple[int, int] = (2, 2)
+    apart: tuple[int, int] = (5, 6)
+    several: int = 3
+    norms: int = 56
     selecting: int = 16
     moving: int = 4
     part: int = 3
@@ -51,13 +58,24 @@ class Operations:
 OPERATIONS = Operations()
 
 
-def operations(adapted: int) -> int:
+def operations(adapted: Collection[str]) -> int:
     """What the host starts for a layer in both passes where nothing is recomputed.
 
     Args:
-        adapted: linear layers with adapters, in the model's dtype.
+        adapted: names of linear layers with adapters, in the model's dtype.
     """
-    return OPERATIONS.base + adapted * OPERATIONS.adapter
+    return OPERATIONS.base + _of_adapters(OPERATIONS, OPERATIONS.adapter, _stacks(adapted))
+
+
+def _stacks(adapted: Collection[str]) -> list[int]:
+    """How many adapters each stack has."""
+    counts = (sum(name in adapted for name in names) for names in _TOGETHER)
+    return [count for count in counts if count]
+
+
+def _of_adapters(number: Operations, kind: tuple[int, int], stacks: list[int]) -> int:
+    several = sum(count > 1 for count in stacks)
+    return kind[0] * sum(stacks) + kind[1] * len(stacks) + number.several * several
 
 
 @dataclass(frozen=True)
@@ -177,12 +195,13 @@ class StepTime:
 
     def host(self, mode: str) -> float:
         """Of the host, for a layer in both passes."""
-        adapters, count = self._adapters, self._adapted
-        number = self._started
-        one = number.apart if adapters.apart else number.adapter
+        adapters, number = self._adapters, self._started
+        kind = number.apart if adapters.apart else number.adapter
         if self._step.autocast and adapters.size != self._step.size:
-            one += number.cast
-        started = number.base + count * one + (number.norms if self._norms_apart else 0)
+            kind = kind[0] + number.cast[0], kind[1] + number.cast[1]
+        stacks = _stacks(adapters.targets)
+        started = number.base + _of_adapters(number, kind, stacks)
+        started += number.norms if self._norms_apart else 0
         return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 
     @property

@@ -218,7 +218,7 @@ def _launch(device: torch.device, dtype: torch.dtype) -> float:
     a GPU busy."""
     few, many = (_seconds(_small_step(layers, device, dtype), device) for layers in _LAYERS)
     layer = max(many - few, many / 10) / (_LAYERS[1] - _LAYERS[0])
-    return layer / operations(len(_ADAPTED))
+    return layer / operations(_ADAPTED)
 
 
 _ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj"]
