@@ -66,14 +66,20 @@ def lengths_of(rows: Rows) -> list[int]:
 
 
 def cell(rows: Rows, name: str, tokens: int) -> str:
-    """Time and memory; empty where there is no figure."""
+    """Time and memory; empty where there is no figure, with a star where it is too long."""
     row = rows.get((name, tokens), {})
     if row.get("failed") == OUT_OF_MEMORY:
         return OUT_OF_MEMORY
     if row.get("step_s") is None:
         return ""
     memory = row["peak_gib"]
-    return f"{row['step_s']:.2f} s" + ("" if memory is None else f", {memory:.1f} GiB")
+    time = f"{row['step_s']:.2f}{'*' if pinned_in(row) else ''} s"
+    return time + ("" if memory is None else f", {memory:.1f} GiB")
+
+
+def pinned_in(row: dict[str, Any]) -> bool:
+    """Whether a step was the first of its length and pinned memory of the host besides."""
+    return row.get("warmed") is False and (row.get("pinned_gib") or 0.0) >= LEAST_PINNED
 
 
 def table(rows: Rows, wanted: Iterable[str] | None = None) -> str:
@@ -195,6 +201,8 @@ def measured_on(group: Group, rows: Rows) -> str:
     counted += (
         f" (the first of their length in {first} of {len(measured)} figures)" if first else ""
     )
+    if any(map(pinned_in, measured)):
+        counted += "; *: pinning memory of the host took a part of it, once"
     return f"{model}, {card}{bound}; {counted}; {', '.join(days)}, commit {', '.join(commits)}"
 
 

@@ -354,6 +354,32 @@ def test_a_failure_is_named_until_the_contender_runs_at_another_commit():
     # A first step of its length is said to be one.
     text = comparison_page.short_figures([*ROWS, later])
     assert "measured steps: 1 (the first of their length in 1 of 6 figures); d, e, commit" in text
+    assert "*" not in text
+    # With memory that it pinned, it is longer than others.
+    text = comparison_page.short_figures([*ROWS, later | {"pinned_gib": 5.0}])
+    assert "in 1 of 6 figures); *: pinning memory of the host" in text
+    assert "9.00* s" in text
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("pinned", "times"), [(0.0, [9.0]), (3.0, [4.0])])
+def test_a_long_first_step_counts_unless_it_pins_memory(monkeypatch, pinned, times):
+    class Steps:
+        device, trained_tokens, weights = "cpu", 8, 0
+        losses: ClassVar = [torch.tensor(1.0)]
+
+        def __init__(self, settings, tokens):
+            self._seconds = iter((9.0, 4.0))
+
+        def seconds(self):
+            return next(self._seconds)
+
+    monkeypatch.setattr(comparison, "Steps", Steps)
+    monkeypatch.setattr(comparison, "held", lambda device: {"pinned_gib": pinned})
+    settings = {"tokens": 8, "warm_up_tokens": 8, "long_step": 5.0, "steps": 1}
+    found = comparison.measured(settings)
+    assert [found["step_s"]] == times
+    assert found["warmed"] is (pinned > 0)
 
 
 @pytest.mark.cpu_only
