@@ -3,6 +3,7 @@
 import gc
 import json
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +177,51 @@ def test_garbage_collections_are_timed_while_they_count():
     total, count, most = collections.found
     assert count == 2
     assert 0 < most < total
+
+
+def test_each_profiler_sees_its_own_steps(monkeypatch, tmp_path):
+    """Which steps have which profiler, and which are timed without one."""
+    running, seen = [], {}
+
+    class Profiler:
+        def __init__(self, activities, with_stack=False):
+            kinds = [activity.name for activity in activities]
+            self.name = "stacks" if with_stack else "calls" if "CPU" in kinds else "kernels"
+
+        def start(self):
+            running.append(self.name)
+
+        def stop(self):
+            running.remove(self.name)
+
+        __enter__ = start
+
+        def __exit__(self, *error):
+            self.stop()
+
+        def export_chrome_trace(self, path):
+            Path(path).write_text(self.name)
+
+    def finetune(config, watch):
+        for step in range(1, config.steps + 1):
+            seen.setdefault(" ".join(running), []).append(step)
+            watch({"step": step, "seconds": 1.0 if running else 10.0})
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "ones", lambda *sizes, device: torch.zeros(*sizes))
+    monkeypatch.setattr("lemo.training.finetune.finetune", finetune)
+    paths = ["--model", str(tmp_path), "--documents", str(tmp_path)]
+    kept = tmp_path / "kept.json"
+    counts = ["--steps", "5", "--save-every", "2", "--trace", str(kept)]
+    options = timeline.parse_arguments([*paths, *counts])
+    found = timeline.watched_run(options, tmp_path)
+    assert seen == {
+        "": [*range(1, 14), 23, 24, 25],
+        "kernels": [14, 15, 16, 17, 18],
+        "calls": [19, 20],
+        "stacks": [21, 22],
+    }
+    assert found.seconds == 50.0
+    assert [path.read_text() for path in found.traces] == ["kernels", "calls", "stacks"]
+    assert kept.read_text() == "calls"
