@@ -221,6 +221,14 @@ def fp8_rows(x, columns) -> tuple[Tensor, Tensor]:
     return (x * (most / largest)).to(torch.float8_e4m3fn).float(), largest / most
 
 
+def bf16_split(x, scale, left) -> Tensor:
+    """[R, 3, C] fp32: the nearest bf16 number and that of the rest, twice and once."""
+    s = scale * (x[:, 0] + x[:, 1] if x.ndim == 3 else x)
+    high = s.bfloat16().float()
+    low = torch.where(high.isinf(), 0.0, s - high).bfloat16().float()
+    return torch.stack((high, high, low) if left else (high, low, high), 1)
+
+
 def linear_cross_entropy(hidden, weight, bias, labels, ignore_index) -> tuple[Tensor, Tensor]:
     """(sum of the cross entropies of labels that are not ignored, their number)."""
     logits = hidden @ weight.T

@@ -24,6 +24,7 @@ from source_tree import (
 pytestmark = pytest.mark.cpu_only
 
 EXPECTED_OPS = {
+    "bf16_split",
     "block_attention",
     "block_scores",
     "fp8_rows",
@@ -46,6 +47,7 @@ EXPECTED_OPS = {
 }
 
 EXPECTED_FUNCTIONS = {
+    "bf16_split",
     "block_attention",
     "block_scores",
     "fp8_product",

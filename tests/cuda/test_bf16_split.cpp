@@ -1,0 +1,70 @@
+#include "lemo/bf16_split.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "compare.h"
+#include "device_views.h"
+#include "lemo/check.h"
+
+namespace lemo {
+namespace {
+
+using cpu::BFloat16;
+using testing::DeviceArray;
+using testing::expect_same_bits;
+using testing::random_values;
+using testing::view;
+
+/// The same bits as on the CPU; x begins `skipped` numbers behind an address of 16 bytes.
+void matches_cpu(std::vector<float> x, int64_t rows, bool by_blocks, float scale, bool left,
+                 int64_t skipped = 0) {
+    const int64_t n = (static_cast<int64_t>(x.size()) - skipped) / rows / (by_blocks ? 3 : 1);
+    const auto shape = by_blocks ? std::vector<int64_t>{rows, 3, n} : std::vector<int64_t>{rows, n};
+    std::vector<BFloat16> oracle(static_cast<size_t>(rows * 3 * n));
+    std::vector<float> values(x.begin() + skipped, x.end());
+    bf16_split_cpu({view(values, shape), view(oracle, {rows, 3, n}), scale, left});
+
+    const DeviceArray<float> device_x(x);
+    const DeviceArray<BFloat16> y(oracle.size());
+    Bf16SplitParams params{device_x.view(shape), y.view({rows, 3, n}), scale, left};
+    params.x.data = device_x.data() + skipped;
+    check(params);
+    bf16_split_cuda(params, nullptr);
+    expect_same_bits(y.download(), oracle, std::to_string(rows) + " x " + std::to_string(n));
+}
+
+TEST(Bf16SplitCuda, SameBitsAsTheCpu) {
+    for (const auto& [rows, columns] :
+         {std::pair{1, 1}, {3, 8}, {13, 7}, {4096, 16}, {5, 4096}, {1, 4099}, {700, 48}}) {
+        for (const bool left : {false, true}) {
+            const int64_t n = int64_t{rows} * columns;
+            matches_cpu(random_values<float>(n, 1, 3), rows, false, 0.7f, left);
+            matches_cpu(random_values<float>(3 * n, 2), rows, true, -1.3f, left);
+        }
+    }
+}
+
+TEST(Bf16SplitCuda, ArraysOffA16ByteAddress) {
+    matches_cpu(random_values<float>(64 * 16 + 1, 3), 64, false, 2, true, 1);
+    matches_cpu(random_values<float>(64 * 48 + 2, 4), 64, true, 2, true, 2);
+}
+
+TEST(Bf16SplitCuda, EndsOfTheNumberRange) {
+    const float infinity = std::numeric_limits<float>::infinity();
+    const float most = std::numeric_limits<float>::max();
+    const float least = std::numeric_limits<float>::denorm_min();
+    matches_cpu({infinity, -infinity, most, -most, least, 0x1p-126f, 0.0f, -0.0f}, 1, false, 1,
+                true);
+}
+
+TEST(Bf16SplitCuda, NothingToDo) {
+    const DeviceArray<float> x(1);
+    const DeviceArray<BFloat16> y(1);
+    bf16_split_cuda({x.view({0, 4}), y.view({0, 3, 4}), 1, true}, nullptr);
+    bf16_split_cuda({x.view({4, 0}), y.view({4, 3, 0}), 1, true}, nullptr);
+}
+
+}  // namespace
+}  // namespace lemo
