@@ -19,7 +19,8 @@ from torch.nn.functional import linear
 from lemo.models.adapters import Pair, adapted
 from lemo.models.dora import apply_dora
 from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
-from lemo.models.low_rank import LowRank, shares, stacks
+from lemo.models.low_rank import LowRank, below_each_other, shares, stacks
+from lemo.models.split_low_rank import SplitLowRank, takes_split
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops.autograd import first_order_only
 
@@ -100,9 +101,15 @@ def _part_of(
             norm_dtype=norm_dtype,
             values=values,
         )
-    products = tuple(LowRank.of(pair, dtype if autocast else pair.a.dtype) for pair in pairs)
+    products = tuple(_product_of(pair, x, dtype if autocast else pair.a.dtype) for pair in pairs)
     width = None if values or matrix is None else base.out_features
     return _Part(_Plan(matrix, products, dtype, width, fp8), base, pairs)
+
+
+def _product_of(pair: Pair, x: Tensor, dtype: torch.dtype) -> LowRank | SplitLowRank:
+    """How a pair multiplies rows such as `x`, with products in `dtype`."""
+    split = takes_split(pair, x, dtype)
+    return SplitLowRank.of(pair) if split else LowRank.of(pair, dtype)
 
 
 def reads_fp8(module: nn.Module, dtype: torch.dtype) -> bool:
@@ -126,7 +133,7 @@ class _Plan(NamedTuple):
     """
 
     matrix: Callable[[], Tensor] | None
-    products: tuple[LowRank, ...]
+    products: tuple[LowRank | SplitLowRank, ...]
     dtype: torch.dtype
     width: int | None
     fp8: Fp8Linear | None
@@ -179,13 +186,8 @@ class _Linear(torch.autograd.Function):
         ctx.stacks = stacks(products, [a for a, _, _ in pairs], [some[:2] for some in wanted])
         saved: list[Tensor | None] = []
         for places in ctx.stacks:
-            product, weights = products[places[0]], [pairs[i][0] for i in places]
-            a = _below_each_other(weights)
-            if a.dtype != product.dtype:
-                # Cast once for both passes. What is not cast is put together again in backward.
-                a = a.to(product.dtype)
-                weights = [a] + [None] * (len(places) - 1)
-            bs = [pairs[i][1].to(product.dtype) for i in places]
+            product = products[places[0]]
+            a, weights, bs = product.operands(*zip(*(pairs[i][:2] for i in places)))
             low, bits = product.lower(cast, a)
             for i, b, part in zip(places, bs, shares(low, bs, 1)):
                 if plans[layers[i]].width is None:
@@ -219,7 +221,7 @@ class _Linear(torch.autograd.Function):
         for places in ctx.stacks:
             low, bits = islice(saved, 2)
             weights, bs = (list(islice(saved, len(places))) for _ in range(2))
-            a = _below_each_other([weight for weight in weights if weight is not None])
+            a = below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
             rows = cast if wanted[places[0]][0] else None
             da, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
@@ -254,7 +256,3 @@ def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.
 
 def _groups(values: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
     return list(zip(*(values[i::size] for i in range(size))))
-
-
-def _below_each_other(matrices: Sequence[Tensor]) -> Tensor:
-    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)

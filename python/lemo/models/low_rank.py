@@ -18,7 +18,7 @@ from lemo.models import dropout
 from lemo.models.adapters import Pair
 from lemo.models.rows import is_one_slice, part_of, slices_of
 
-__all__ = ["LowRank", "add_product", "shares", "stacks", "summed"]
+__all__ = ["LowRank", "add_product", "below_each_other", "shares", "stacks", "summed"]
 
 
 class LowRank(NamedTuple):
@@ -41,6 +41,23 @@ class LowRank(NamedTuple):
         """With products in `dtype`."""
         scaling = dropout.rescaled(pair.scaling, pair.dropout)
         return LowRank(scaling, pair.scaling, pair.dropout, dtype)
+
+    def operands(
+        self, weights: Sequence[Tensor], uppers: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+        """What the products of a stack read: (a, what to save of it, bs).
+
+        Args:
+            weights: the As.
+            uppers: the Bs.
+        """
+        a = below_each_other(weights)
+        stored: list[Tensor | None] = [*weights]
+        if a.dtype != self.dtype:
+            # Cast once for both passes. What is not cast is put together again in backward.
+            a = a.to(self.dtype)
+            stored = [a, *[None] * (len(weights) - 1)]
+        return a, stored, [b.to(self.dtype) for b in uppers]
 
     def lower(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """(A (mask * x) [R, r], the mask's bits), with a new mask; without dropout no bits.
@@ -165,6 +182,11 @@ def shares(whole: Tensor, bs: Sequence[Tensor], dim: int) -> Sequence[Tensor]:
     """
     # A view costs the host as much as many an operator.
     return (whole,) if len(bs) == 1 else whole.split([b.shape[1] for b in bs], dim)
+
+
+def below_each_other(matrices: Sequence[Tensor]) -> Tensor:
+    """Matrices as one."""
+    return matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
 
 
 def _of_rows(
