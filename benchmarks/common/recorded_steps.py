@@ -77,6 +77,13 @@ class RecordedStep:
         return f"{self.model} {windows}{self.tokens} keep {self.keep:g} {self.recompute}"
 
 
+class EarlierAdapters(Adapters):
+    """Adapters whose products in fp32 were just that."""
+
+    def are_split(self, step: Step) -> bool:
+        return False
+
+
 class RecordedMemory(StepMemory):
     """The bytes of a recorded step: linear layers stored more than they do now.
 
@@ -243,7 +250,7 @@ def _answers() -> Iterator[RecordedStep]:
             tokens,
             row["keep"],
             SMOLLM2_135M,
-            Adapters(16, apart=True),
+            EarlierAdapters(16, apart=True),
             step_of(
                 SMOLLM2_135M,
                 lengths,

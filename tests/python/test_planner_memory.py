@@ -5,8 +5,9 @@ import torch
 
 import lemo
 from common.recorded_steps import RecordedMemory, recorded_steps
+from lemo.models import split_low_rank
 from lemo.planner.memory import MODES, StepMemory
-from lemo.planner.shape import LayerRows, shape_of, step_of
+from lemo.planner.shape import Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes
 from planner_cases import CASES, TOKENS, PeakOfTensors, model_of
 from tiny_models import config_of, make_ids
@@ -38,6 +39,23 @@ def test_bytes_that_a_layer_stores(architecture, case, mode):
     rows = [LayerRows(TOKENS // 2, TOKENS // 2)] * shape.layers
     step = step_of(shape, [TOKENS], rows, drops=False, cuda=False, **settings)
     assert StepMemory(shape, adapters, step).layer(0, mode).kept == found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_bytes_of_pairs_whose_operands_are_split(dropout, mode, monkeypatch):
+    """As on a GPU, whose attention stores what the CPU's stores."""
+    adapters, more = Adapters(8, apart=True, dropout=dropout), []
+    for is_split in (False, True):
+        monkeypatch.setattr(
+            split_low_rank, "_has_fp32_sums", lambda device, is_split=is_split: is_split
+        )
+        found, shape, _ = measured("llama", mode, adapters, {}, keep=0.5)
+        rows = [LayerRows(TOKENS // 2, TOKENS // 2)] * shape.layers
+        step = step_of(shape, [TOKENS], rows, drops=False, cuda=is_split)
+        assert adapters.are_split(step) == is_split
+        more.append(found - StepMemory(shape, adapters, step).layer(0, mode).kept)
+    assert more == [0, 0]
 
 
 @pytest.mark.parametrize("mode", MODES)

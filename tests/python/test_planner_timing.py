@@ -6,13 +6,13 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import lemo
 import plan
 from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
-from lemo.models import host_pool, offload
+from lemo.models import host_pool, offload, split_low_rank
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.rows import selections
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
@@ -136,16 +136,36 @@ class Operations(TorchDispatchMode):
 
 
 VIEWS = {"view", "t", "transpose", "expand", "detach", "slice", "unsqueeze", "_unsafe_view"}
-VIEWS |= {"select", "alias", "as_strided", "permute", "squeeze", "split", "split_with_sizes"}
+VIEWS |= {
+    "unbind",
+    "select",
+    "alias",
+    "as_strided",
+    "permute",
+    "squeeze",
+    "split",
+    "split_with_sizes",
+}
+
+
+def one_operation(left, right, out=None):
+    """A product of bf16 matrices in fp32, which is one on GPUs."""
+    with _disable_current_modes():
+        found = left.float() @ right.float()
+    return found.clone() if out is None else out.copy_(found)
 
 
 @pytest.mark.parametrize("mode", ["none", "layer"])
 @pytest.mark.parametrize(
-    "case", ["no MLP", "one of q, k and v", "all", "apart", "autocast", "norms"]
+    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "autocast", "norms"]
 )
-def test_operations_of_the_host(case, mode):
+def test_operations_of_the_host(case, mode, monkeypatch):
     """Counted with two and with five layers; what happens once for all is not counted."""
-    adapters, settings = CASES[case]
+    adapters, settings = CASES["apart" if case == "split" else case]
+    if case == "split":
+        adapters = dataclasses.replace(adapters, rank=8)
+        monkeypatch.setattr(split_low_rank, "_has_fp32_sums", lambda device: True)
+        monkeypatch.setattr(split_low_rank, "_wide", one_operation)
     counts = []
     for layers in (1, 2, 5):
         model = model_of("llama", layers, adapters, 2)
@@ -159,6 +179,7 @@ def test_operations_of_the_host(case, mode):
     shape = shape_of(model.get_base_model().config)
     step = step_of(shape, [64], [LayerRows(32, 32)] * 5, drops=False, **settings)
     time = StepTime(shape, adapters, step, Rates(1, 1, 1, 1, launch=1))
+    assert adapters.are_split(step) == (case == "split")
     assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.05)
 
 

@@ -224,11 +224,9 @@ class _Linear(torch.autograd.Function):
             a = below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
             rows = cast if wanted[places[0]][0] else None
-            da, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
-            if da is not None:
-                da = da.to(pair_dtypes[places[0]][0])
-                for i, part in zip(places, shares(da, bs, 0)):
-                    das[i] = part
+            of_as, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
+            for i, da in zip(places, of_as):
+                das[i] = da.to(pair_dtypes[i][0])
             for i, db in zip(places, of_bs):
                 dbs[i] = db.to(pair_dtypes[i][1])
             for i, dy in zip(places, dys_of_pairs):

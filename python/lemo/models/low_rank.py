@@ -115,8 +115,8 @@ class LowRank(NamedTuple):
         a: Tensor,
         bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of `a`, and of each of `bs` if wanted; adds the input's to `dx`.
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Gradients of each of the As and of `bs` if wanted; adds the input's to `dx`.
 
         Args:
             dys: [R, out] each, the gradients of the results of the pairs of a stack.
@@ -129,9 +129,9 @@ class LowRank(NamedTuple):
         """
         columns, dtype = a.shape[1], self.dtype
         if bits is None and dys[0].dtype == dtype and (x is None or x.dtype == dtype):
-            return _of_rows(dys, x, low, None, a, bs, dx, self.scaling)
-        da: Tensor | None = None
-        dbs: list[Tensor] = []
+            da, dbs = _of_rows(dys, x, low, None, a, bs, dx, self.scaling)
+            return () if da is None else shares(da, bs, 0), dbs
+        da, dbs = None, []
         for part in slices_of(dys[0].shape[0], max(columns, *(b.shape[0] for b in bs))):
             mask = None if bits is None else dropout.unpack(part_of(bits, part), columns)
             da_rows, dbs_rows = _of_rows(
@@ -147,7 +147,7 @@ class LowRank(NamedTuple):
             if da_rows is not None:
                 da = summed(da, da_rows)
             dbs = list(map(summed, dbs, dbs_rows)) if dbs else dbs_rows
-        return da, dbs
+        return () if da is None else shares(da, bs, 0), dbs
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """[out], that of `bias`, in fp32."""

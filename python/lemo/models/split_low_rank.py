@@ -101,16 +101,15 @@ class SplitLowRank(NamedTuple):
         a: Tensor,
         bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Tensor | None, list[Tensor]]:
-        """Gradients of the As [pairs * rank, in], and of each B if wanted; adds the input's to
-        `dx`."""
+    ) -> tuple[Sequence[Tensor], list[Tensor]]:
+        """Gradients of each of the As and of the Bs if wanted; adds the input's to `dx`."""
         dbs = []
         if low is not None:
             for dy, of_pair in zip(dys, shares(low, bs, 1), strict=True):
                 high, rest = _wide(dy.T, of_pair).unflatten(1, (_BLOCKS, -1))[:, 1:].unbind(1)
                 dbs.append(high + rest)
         if x is None and dx is None:
-            return None, dbs
+            return (), dbs
         products = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=torch.float32)
         for dy, b, product in zip(dys, bs, shares(products, bs, 1), strict=True):
             _wide(dy, b, product)
@@ -118,17 +117,18 @@ class SplitLowRank(NamedTuple):
         if bits is None:
             if dx is not None:
                 dx.addmm_(d_low, a)
-            return None if x is None else self._of_weights(d_low, x), dbs
-        da: Tensor | None = None
+            return () if x is None else self._of_weights(d_low, x), dbs
+        das: list[Tensor] = []
         for part in slices_of(d_low.shape[0], a.shape[1]):
             mask = dropout.unpack(part_of(bits, part), a.shape[1])
             of_rows = part_of(d_low, part)
             if x is not None:
                 rows = dropout.masked(part_of(x, part), mask)
-                da = summed(da, self._of_weights(of_rows, rows))
+                found = self._of_weights(of_rows, rows)
+                das = list(map(summed, das, found)) if das else [*found]
             if dx is not None:
                 part_of(dx, part).add_(dropout.masked(_wide(of_rows, a), mask))
-        return da, dbs
+        return das, dbs
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """[out], that of `bias`, in fp32."""
@@ -139,10 +139,10 @@ class SplitLowRank(NamedTuple):
         blocks = products.view(-1, _BLOCKS, self.rank)
         return ops.bf16_split(blocks, self.scaling, left=True).view(products.shape)
 
-    def _of_weights(self, d_low: Tensor, rows: Tensor) -> Tensor:
-        """[pairs * rank, in]"""
+    def _of_weights(self, d_low: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        """[rank, in] of each pair."""
         blocks = _wide(d_low.T, rows).view(-1, _BLOCKS, self.rank, rows.shape[1])
-        return (blocks[:, 1] + blocks[:, 2]).flatten(0, 1)
+        return (blocks[:, 1] + blocks[:, 2]).unbind()
 
 
 def _wide(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:

@@ -31,6 +31,8 @@ takes to issue them, some milliseconds."""
 _TENSORS = 64
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj")
+# Bytes of an fp32 number of a pair in three blocks of bf16, and of what a product makes of it.
+_SPLIT, _SPLIT_PRODUCT = 6, 12
 # Workspace of matrix products, which torch's allocator holds, on GPUs.
 _WORKSPACE = 32 * 2**20
 # Logits of a loss chunk, see `lemo.ops.linear_cross_entropy`.
@@ -85,6 +87,7 @@ class StepMemory:
         size = step.size
         # A norm whose weight has another dtype than the residual runs as Transformers' module.
         self._norms_apart = adapters.norms and adapters.size != size
+        self._split = adapters.are_split(step)
 
     @property
     def step(self) -> Step:
@@ -417,7 +420,10 @@ class StepMemory:
         adapters, size = self._adapters, self._step.size
         count = sum(name in adapters.targets for name in names)
         low = count * adapters.rank
-        low *= adapters.size if adapters.apart else size
+        if self._split:
+            low *= _SPLIT
+        else:
+            low *= adapters.size if adapters.apart else size
         if adapters.dropout:
             low += count * -(-width // 8)  # the mask's bits
         if normalised and self._norms_apart:
@@ -434,9 +440,11 @@ class StepMemory:
         return gradients + sums
 
     def _casts(self) -> int:
-        """Copies of adapters in autocast's dtype, which are stored for backward."""
+        """Copies of adapters in the dtype of their products, which are stored for backward."""
         adapters, size = self._adapters, self._step.size
-        if not self._step.autocast or adapters.apart or adapters.size == size:
+        if self._split:
+            size = _SPLIT
+        elif not self._step.autocast or adapters.apart or adapters.size == size:
             return 0
         pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
         return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
@@ -454,20 +462,25 @@ class StepMemory:
         adapters, size = self._adapters, self._step.size
         if not (adapters.apart or adapters.dropout):
             return 0
-        wide = adapters.size if adapters.apart else 0
+        wide = adapters.size if adapters.apart and not self._split else 0
         number = wide or size
-        if backward:
+        if self._split:
+            # A mask; the input; in backward its gradient, as a product and masked.
+            of_input = 1 + size + (2 * adapters.size if backward else 0) if adapters.dropout else 0
+        elif backward:
             # The input and its gradient; a mask, in a byte and as it is multiplied; the product.
             of_input = 2 * number + (1 + 2 * number if adapters.dropout else 0)
         else:
             of_input = 1 + size + number if adapters.dropout else wide
         of_output = wide if backward else 0
-        most = 0
+        most = ranks = 0
         for name, inputs, outputs in self._shape.linears():
             if name in names and name in adapters.targets:
                 part = min(rows, max(1, COPY_ELEMENTS // max(inputs, outputs)))
                 most = max(most, part * (inputs * of_input + outputs * of_output))
-        return most
+                ranks += adapters.rank
+        # What products with the weights of a stack give, and its parts.
+        return most + (rows * ranks * (_SPLIT + _SPLIT_PRODUCT) if self._split else 0)
 
     def _rounded(self) -> int:
         """The widest rows in 8 bits, and their scales."""

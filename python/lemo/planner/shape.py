@@ -115,6 +115,10 @@ class Adapters:
     dropout: bool = False
     norms: bool = False
 
+    def are_split(self, step: Step) -> bool:
+        """Whether pairs multiply as sums of two bf16 numbers (`lemo.models.split_low_rank`)."""
+        return self.apart and step.cuda and (step.size, self.size) == (2, 4) and self.rank % 8 == 0
+
     def united(self, other: Adapters) -> Adapters | None:
         """What has all that either has; None: they are of two dtypes."""
         if self == other:

@@ -37,6 +37,7 @@ class Operations:
         adapter: for each adapter, and for each stack.
         cast: more of both under autocast to another dtype.
         apart: the same as `adapter` in a dtype of their own.
+        split: the same as sums of two numbers in the dtype of the rows.
         several: more for a stack of several.
         norms: for norms that run as modules.
         selecting: for a sub-block that selects rows of its own.
@@ -48,6 +49,7 @@ class Operations:
     adapter: tuple[int, int] = (3, 3)
     cast: tuple[int, int] = (2, 2)
     apart: tuple[int, int] = (5, 6)
+    split: tuple[int, int] = (5, 8)
     several: int = 3
     norms: int = 56
     selecting: int = 16
@@ -150,6 +152,7 @@ class StepTime:
         self._shape, self._adapters, self._step, self._rates = shape, adapters, step, rates
         self._window, self._group_size = window, group_size
         self._norms_apart = adapters.norms and adapters.size != step.size
+        self._split = adapters.are_split(step)
         self._quantize = quantize
 
     def with_head_groups(self, groups: int) -> StepTime:
@@ -197,6 +200,7 @@ class StepTime:
         """Of the host, for a layer in both passes."""
         adapters, number = self._adapters, self._started
         kind = number.apart if adapters.apart else number.adapter
+        kind = number.split if self._split else kind
         if self._step.autocast and adapters.size != self._step.size:
             kind = kind[0] + number.cast[0], kind[1] + number.cast[1]
         stacks = _stacks(adapters.targets)
@@ -372,6 +376,9 @@ class StepTime:
         if name not in self._adapters.targets:
             return work
         pair = 2 * rank * (inputs + outputs)
+        if self._split:
+            # In three blocks, of which a product, its parts, and they again are moved.
+            return work + _Work(3 * pair, size * (inputs + 2 * outputs) + rank * 3 * (4 + 3 * size))
         if self._adapters.apart:
             wide = self._adapters.size
             # Widened; read; made; scaled; added; narrowed.
@@ -388,6 +395,9 @@ class StepTime:
         if name not in self._adapters.targets:
             return work
         pair = 4 * rank * (inputs + outputs)
+        if self._split:
+            moved = size * (2 * outputs + 3 * inputs) + rank * 3 * (8 + 4 * size)
+            return work + _Work(3 * pair, moved)
         if self._adapters.apart:
             wide = self._adapters.size
             moved = outputs * (2 * (size + wide) + 4 * wide) + inputs * (3 * wide + 4 * size)
