@@ -224,33 +224,6 @@ def test_what_runs_by_its_own_forward_is_named():
     assert "computes in bfloat16 and the rows are float32" in reason
 
 
-def test_float8_stores_no_matrix():
-    """torchao's own forward keeps every dequantised weight until backward."""
-    torchao = pytest.importorskip("torchao.quantization")
-    base, batch = make_model("llama", dtype=torch.bfloat16), padded_batch([61, 45])
-    matrices = {tuple(linear.weight.shape) for *_, linear in layers_with_linears(base)}
-    torchao.quantize_(base.model.layers, torchao.Float8WeightOnlyConfig())
-    model = lora(base.requires_grad_(False))
-    handle = lemo.enable(model, lemo.LemoConfig(keep=1.0, recompute="none"))
-    assert handle.general_modules() == {}
-    handle.verify(batch)
-    found = []
-
-    def pack(tensor):
-        found.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    assert loss.isfinite()
-    assert matrices
-    assert not (matrices | {shape[::-1] for shape in matrices}) & {*found}
-    projection = decoder_layers(model)[0].mlp.up_proj
-    x = torch.randn(5, projection.in_features).bfloat16()
-    own = projection.base_layer(x)
-    assert torch.equal(own, x @ weights.matrix_of(projection.base_layer, torch.bfloat16)().T)
-
-
 def test_weights_of_other_kinds_are_left_to_their_layers():
     """torchao puts a tensor of its own kind into a plain linear layer."""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
@@ -107,13 +107,15 @@ def _of_base(base: nn.Module, dtype: torch.dtype) -> str:
     if weight.requires_grad:
         return "its weight is trained"
     if not is_plain(base):
-        kind = type(weight)
-        return f"its weight is a {kind.__module__}.{kind.__name__}"
+        kind = f"its weight is {_kind(weight)}"
+        if weight.dtype == dtype:
+            return kind
+        return f"{kind} of {_name(weight.dtype)} and the rows are {_name(dtype)}"
     return f"its weight is {_name(weight.dtype)} and the rows are {_name(dtype)}"
 
 
-def _kind(module: nn.Module) -> str:
-    cls = type(module)
+def _kind(part: nn.Module | Tensor) -> str:
+    cls = type(part)
     return f"a {cls.__module__}.{cls.__name__}"
 
 
