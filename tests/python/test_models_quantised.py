@@ -208,6 +208,26 @@ def test_fp32_adapters_over_a_quantised_layer_of_bf16(kind, settings):
     assert stored[0] >= stored[1] + 40 * 4 * module.in_features
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_dora_over_four_bits_that_are_computed_by_their_layers(recompute):
+    """On the CPU PEFT then makes a new parameter of the same memory at each call."""
+    model, plain = (
+        lora(quantise(make_model("llama"), "nf4"), use_dora=True).train() for _ in range(2)
+    )
+    for module in model.modules():
+        if type(module) is bitsandbytes.nn.Linear4bit:
+            module.register_forward_hook(lambda *_: None)
+    lemo.enable(model, lemo.LemoConfig(keep=1.0, recompute=recompute))
+    for seed in range(2):
+        batch = padded_batch([61, 45], seed=seed)
+        model.zero_grad()
+        plain.zero_grad()
+        weight = decoder_layers(model)[0].mlp.up_proj.base_layer.weight
+        assert_close_fp32(trained(model, batch), trained(plain, batch))
+        assert decoder_layers(model)[0].mlp.up_proj.base_layer.weight is not weight
+        assert_same_gradients(model, plain)
+
+
 def test_what_runs_by_its_own_forward_is_named():
     found = {}
     for kind in ("nf4", "int8"):

@@ -114,7 +114,7 @@ def test_matrices_are_those_of_the_products(kind):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["float8", "int8", "int4"])
 def test_no_matrix_is_stored(kind, autocast):
-    """By its own forward torchao keeps each of them until backward. Autocast casts those of fp32."""
+    """By its own forward torchao keeps each until backward. Autocast casts those of fp32."""
     base = quantised(kind)
     shapes = {tuple(linear.weight.shape) for linear in linear_layers(base.model.layers)}
     model = lora(base)
