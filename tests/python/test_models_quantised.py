@@ -244,6 +244,22 @@ def test_what_runs_by_its_own_forward_is_named():
     assert "computes in bfloat16 and the rows are float32" in reason
 
 
+def test_four_bits_of_another_dtype():
+    """Their layers round them to the rows' dtype forward, to that which was quantised backward."""
+    model, plain = (quantised_lora("nf4") for _ in range(2))
+    for each in (model, plain):
+        for module in each.modules():
+            if type(module) is bitsandbytes.nn.Linear4bit:
+                module.weight.quant_state.dtype = torch.bfloat16
+    handle = lemo.enable(model, lemo.LemoConfig(keep=1.0))
+    batch = padded_batch([61, 45])
+    assert_close_fp32(trained(model, batch), trained(plain, batch))
+    assert_same_gradients(model, plain)
+    (reason,) = {*handle.general_modules().values()}
+    assert "stands for bfloat16 and the rows are float32" in reason
+    handle.verify(batch)
+
+
 def test_weights_of_other_kinds_are_left_to_their_layers():
     """torchao puts a tensor of its own kind into a plain linear layer."""
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+import lemo
 from lemo import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import quantised
@@ -16,6 +18,7 @@ from lemo.training.finetune import finetune
 from lemo.training.model import load_config, load_model
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
+from tolerances import relative_error
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
 
@@ -102,6 +105,61 @@ def test_a_model_that_is_stored_quantised_stays_as_it_is(inputs, tmp_path):
     run = run.replace(model=str(tmp_path / "stored"), documents=str(inputs / "documents.jsonl"))
     finetune(run)
     assert len(losses(run.output)) == 2
+
+
+def stored(inputs, folder, how, dtype):
+    """A folder with the model as Transformers stores it, which it quantised out of `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        inputs / "model", dtype=dtype, quantization_config=how, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+    for file in (inputs / "model").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def ways_to_store():
+    """By name: what Transformers quantises by."""
+    torchao = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("bitsandbytes")
+    return {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "torchao float8": TorchAoConfig(torchao.Float8WeightOnlyConfig()),
+        "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+        "torchao int4": TorchAoConfig(
+            torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+        ),
+    }
+
+
+STORED = ["nf4", "int8", "torchao float8", "torchao int8", "torchao int4"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_a_stored_model_computes_in_the_dtype_that_is_asked_for(inputs, tmp_path, how):
+    """Transformers leaves it, or a part of it, in the dtype that it was stored in."""
+    dtypes = torch.bfloat16, torch.float32
+    ids = torch.arange(60)[None]
+    for was, wanted in (dtypes, dtypes[::-1]):
+        folder = stored(inputs, tmp_path / str(was), ways_to_store()[how], was)
+        config = load_config(str(folder))
+        # In evaluation bitsandbytes packs 4 bits in another way on some CPUs.
+        model = load_model(str(folder), config, wanted).train()
+        assert model.get_input_embeddings().weight.dtype == wanted
+        assert model.model.norm.weight.dtype == wanted
+        logits = model(input_ids=ids).logits
+        assert logits.dtype == wanted
+        # The values in few bits are those that were stored.
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=was, device_map={"": "cpu"})
+        again.train()
+        assert again.model.norm.weight.dtype == was
+        bound = 8 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(logits, again(input_ids=ids).logits) < bound
+        handle = lemo.enable(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")))
+        others = {*handle.general_modules().values()}
+        assert len(others) == (1 if how == "int8" else 0), others
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("float8", "torchao")])

@@ -101,6 +101,10 @@ def _of_base(base: nn.Module, dtype: torch.dtype) -> str:
     computes = getattr(base, "compute_dtype", None)
     if computes not in (None, dtype):
         return f"{_kind(base)} computes in {_name(computes)} and the rows are {_name(dtype)}"
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    if state is not None and not packed and state.dtype not in (dtype, torch.float32):
+        return f"{_kind(base)} stands for {_name(state.dtype)} and the rows are {_name(dtype)}"
     if type(base) is not nn.Linear:
         return f"{_kind(base)}, whose product is its own"
     weight = base.weight

@@ -91,8 +91,14 @@ def matrix_of(
         if quantised.requires_grad or not (cast or multiplies(quantised, dtype)):
             return None
         return _unchanged(quantised, partial(once, module, dtype, dequantise))
-    # The layer computes in a dtype of its own where it has one.
-    if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
+    # The layer computes in a dtype of its own where it has one. Forward it rounds to that of the
+    # rows, backward to that which was quantised before.
+    rounds_once = (dtype, torch.float32)
+    if (
+        _is_bitsandbytes_4bit(module)
+        and module.compute_dtype in (None, dtype)
+        and module.weight.quant_state.dtype in rounds_once
+    ):
         make = partial(once, module, dtype, lambda dtype: _dequantised(module).to(dtype))
         return _unchanged(module.weight, make)
     return None

@@ -30,7 +30,7 @@ from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
-from lemo.training.quantised import is_quantised, quantization_config
+from lemo.training.quantised import is_quantised, put_in, quantization_config
 from lemo.training.sharding import whole
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,7 +106,7 @@ def load_model(
     Args:
         model: folder or hub name.
         config: its configuration.
-        dtype: of weights that are not quantised.
+        dtype: of weights that are not quantised, and of all products.
         quantize: how those of linear layers are, see `lemo.training.quantised`; None: as they are
             stored.
         device: where a quantised model goes, at once and layer by layer, so that it never is whole
@@ -151,6 +151,8 @@ def load_model(
         raise _not_found(model, error) from error
     _check_weights(model, loaded, report)
     _check_finite(model, loaded)
+    if stored:
+        put_in(loaded, dtype)
     return loaded.requires_grad_(False)
 
 

@@ -6,11 +6,20 @@ from importlib.util import find_spec
 from typing import Any, get_args
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
+from lemo.models.torchao_weights import is_torchao
 from lemo.settings.finetune import Quantize
 
-__all__ = ["is_in_4_bits", "is_quantised", "quantization_config", "recorded", "remember"]
+__all__ = [
+    "is_in_4_bits",
+    "is_quantised",
+    "put_in",
+    "quantization_config",
+    "recorded",
+    "remember",
+]
 
 # Which package stores weights in each way.
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "float8": "torchao"}
@@ -64,6 +73,58 @@ def is_in_4_bits(config: PreTrainedConfig) -> bool:
     if found is None:
         return False
     return bool(dict(found if isinstance(found, dict) else found.to_dict()).get("load_in_4bit"))
+
+
+def put_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Has a model that was stored quantised compute in `dtype`.
+
+    Transformers leaves what bitsandbytes and torchao have quantised, and with the first all that is
+    beside it, in the dtype in which it was stored. Values in few bits stay as they are.
+
+    Raises:
+        ValueError: weights that are made plain in another dtype alone.
+    """
+    if getattr(model, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES:
+        _put_rest_in(model, dtype)
+    for name, module in model.named_modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            # Gradients are multiplied in that of the state.
+            module.compute_dtype = state.dtype = dtype
+        if is_torchao(module):
+            weight = _torchao_in(module.weight, dtype)
+            if weight.dtype != dtype:
+                stored = str(weight.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"dtype: expected {stored}, in which the quantised weight of {name} is stored, "
+                    f"got {str(dtype).removeprefix('torch.')}"
+                )
+            module.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _put_rest_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # What Transformers keeps in fp32 whatever it is asked for.
+    wide = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, weight in model.named_parameters():
+        packed = hasattr(weight, "quant_state") or not weight.is_floating_point()
+        if not packed and not any(part in name for part in wide):
+            weight.data = weight.data.to(dtype)
+
+
+def _torchao_in(weight: Any, dtype: torch.dtype) -> Any:
+    """The same values, which stand for numbers of `dtype`."""
+    if weight.dtype == dtype:
+        return weight
+    moved = weight.detach().to(dtype)
+    if moved.dtype == dtype:
+        return moved
+    # Most kinds say of what dtype they are, and do not change it.
+    names, said = weight.__tensor_flatten__()
+    if not isinstance(said, dict) or "dtype" not in said:
+        return weight
+    tensors = {name: getattr(weight, name) for name in names}
+    sizes = weight.shape, weight.stride()
+    return type(weight).__tensor_unflatten__(tensors, {**said, "dtype": dtype}, *sizes)
 
 
 def remember(config: dict[str, Any], quantize: str) -> dict[str, Any]:
