@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import lemo
@@ -18,7 +18,7 @@ from lemo.training.finetune import finetune
 from lemo.training.model import load_config, load_model
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
-from tolerances import relative_error
+from tolerances import assert_close_fp32, relative_error
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
 
@@ -160,6 +160,30 @@ def test_a_stored_model_computes_in_the_dtype_that_is_asked_for(inputs, tmp_path
         handle = lemo.enable(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")))
         others = {*handle.general_modules().values()}
         assert len(others) == (1 if how == "int8" else 0), others
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_an_adapter_is_evaluated_over_weights_that_are_stored_in_another_way(inputs, tmp_path, how):
+    folder = stored(inputs, tmp_path / "stored", ways_to_store()[how], torch.float32)
+    plain, ids = str(inputs / "model"), torch.arange(60)[None]
+    settings = {"learning_rate": 0.02, "steps": 2, "lr_schedule": "constant"}
+    over_stored = config_of(inputs, tmp_path / "a", quantize=None, **settings)
+    over_stored = over_stored.replace(model=str(folder))
+    # Trained on one, in float8 on the other.
+    over_plain = config_of(inputs, tmp_path / "b", quantize="float8", **settings)
+    for run, model in ((over_stored, plain), (over_plain, str(folder))):
+        finetune(run)
+        mine = load_for_evaluation(model, 64, adapter=run.output)
+        base = AutoModelForCausalLM.from_pretrained(model, device_map={"": "cpu"})
+        # Windows of 96 tokens, 64 of the model's.
+        base.config.rope_parameters |= {"rope_type": "linear", "factor": 1.5}
+        base.model.rotary_emb = type(base.model.rotary_emb)(base.config)
+        expected = PeftModel.from_pretrained(base, f"{run.output}/adapter")
+        with torch.no_grad():
+            assert_close_fp32(mine(input_ids=ids).logits, expected(input_ids=ids).logits)
+            base_alone = expected.unload()(input_ids=ids).logits
+            assert relative_error(mine(input_ids=ids).logits, base_alone) > 0.1
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("float8", "torchao")])

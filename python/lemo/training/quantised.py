@@ -19,6 +19,7 @@ __all__ = [
     "quantization_config",
     "recorded",
     "remember",
+    "stored_like",
 ]
 
 # Which package stores weights in each way.
@@ -130,6 +131,15 @@ def _torchao_in(weight: Any, dtype: torch.dtype) -> Any:
 def remember(config: dict[str, Any], quantize: str) -> dict[str, Any]:
     """A model's configuration, as it was before it was quantised, that says how it was trained."""
     return {k: v for k, v in config.items() if k != "quantization_config"} | {_FIELD: quantize}
+
+
+def stored_like(config: PreTrainedConfig, model: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration, changed in place, that says of stored weights what that of `model` says."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if is_quantised(model):
+        config.quantization_config = model.quantization_config
+    return config
 
 
 def recorded(config: PreTrainedConfig) -> str | None:
