@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import lemo
 from lemo import LemoConfig
+from lemo.planner.plan import NOMINAL
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import quantised
 from lemo.training.evaluate import load_for_evaluation
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config, load_model
+from lemo.training.planning import out_of_memory, request_of
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
 from tolerances import assert_close_fp32, relative_error
@@ -184,6 +186,49 @@ def test_an_adapter_is_evaluated_over_weights_that_are_stored_in_another_way(inp
             assert_close_fp32(mine(input_ids=ids).logits, expected(input_ids=ids).logits)
             base_alone = expected.unload()(input_ids=ids).logits
             assert relative_error(mine(input_ids=ids).logits, base_alone) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_a_plan_counts_weights_as_they_are_stored(inputs, tmp_path, how):
+    folder = stored(inputs, tmp_path / "stored", ways_to_store()[how], torch.float32)
+    run, model_config = config_of(folder, tmp_path, quantize=None), load_config(str(folder))
+    run = run.replace(model=str(folder))
+    asked = (
+        run.elimination.resolved(False),
+        model_config,
+        torch.float32,
+        torch.device("cpu"),
+        NOMINAL,
+    )
+    request = request_of(run, *asked)
+    shape = request.shape
+    predicted = request.planner(96).weights - 12 * request.adapters.parameters(shape)
+    size = (folder / "model.safetensors").stat().st_size
+    # The header of a small file, and statistics of short rows.
+    assert 0.85 * size < predicted < size
+    with pytest.raises(ValueError, match="quantize: expected null, because .* already"):
+        request_of(run.replace(quantize="nf4"), *asked)
+    fp8 = run.replace(elimination=run.elimination.replace(products="fp8"))
+    if how != "torchao float8":
+        with pytest.raises(ValueError, match=r"elimination\.products: expected dtype over weights"):
+            request_of(fp8, fp8.elimination.resolved(False), *asked[1:])
+
+
+@pytest.mark.parametrize("quantize", [None, "float8"])
+def test_who_runs_out_of_memory_is_not_told_to_quantise_twice(inputs, tmp_path, quantize):
+    run = config_of(inputs, tmp_path, quantize=quantize)
+    said = str(out_of_memory(1, MemoryError("none left"), run, None, 0))
+    assert ("--quantize nf4" in said) == (quantize is None)
+
+
+def test_weights_whose_memory_is_not_known_are_not_planned(inputs, tmp_path):
+    config = load_config(str(inputs / "model"))
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    run = config_of(inputs, tmp_path, quantize=None)
+    asked = run.elimination.resolved(False), config, torch.float32, torch.device("cpu"), NOMINAL
+    with pytest.raises(ValueError, match="model: expected weights that are plain, .* got gptq"):
+        request_of(run, *asked)
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("float8", "torchao")])

@@ -30,7 +30,7 @@ from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
-from lemo.training.quantised import is_quantised, put_in, quantization_config
+from lemo.training.quantised import check_stored, is_quantised, put_in, quantization_config
 from lemo.training.sharding import whole
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -119,12 +119,7 @@ def load_model(
         OSError: they cannot be read.
     """
     stored = is_quantised(config)
-    if quantize is not None and stored:
-        method = dict(config.quantization_config).get("quant_method")
-        raise ValueError(
-            f"quantize: expected null, because '{model}' is stored quantised already ({method}), "
-            f"got '{quantize}'"
-        )
+    check_stored(config, quantize, model)
     more: dict[str, Any] = {}
     if quantize is not None:
         more["quantization_config"] = quantization_config(quantize, dtype)

@@ -13,17 +13,25 @@ from lemo.models.torchao_weights import is_torchao
 from lemo.settings.finetune import Quantize
 
 __all__ = [
+    "check_stored",
     "is_in_4_bits",
     "is_quantised",
     "put_in",
     "quantization_config",
     "recorded",
     "remember",
+    "stored_as",
     "stored_like",
 ]
 
 # Which package stores weights in each way.
 _PACKAGES = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "float8": "torchao"}
+# How weights are stored that are made plain from a byte each, by the name of torchao's settings.
+_OF_TORCHAO = {
+    "Float8WeightOnlyConfig": "float8",
+    "Int8WeightOnlyConfig": "torchao_int",
+    "IntxWeightOnlyConfig": "torchao_int",
+}
 # What an adapter's copy of the model's configuration says of it.
 _FIELD = "lemo_quantize"
 
@@ -70,10 +78,50 @@ def is_quantised(config: PreTrainedConfig) -> bool:
 
 def is_in_4_bits(config: PreTrainedConfig) -> bool:
     """Whether the weights of a model are stored in 4 bits of bitsandbytes."""
+    return bool(_settings_of(config).get("load_in_4bit"))
+
+
+def check_stored(config: PreTrainedConfig, quantize: str | None, model: str) -> None:
+    """Raises ValueError where weights that are stored quantised are to be quantised once more."""
+    if quantize is not None and is_quantised(config):
+        method = _settings_of(config).get("quant_method")
+        raise ValueError(
+            f"quantize: expected null, because '{model}' is stored quantised already ({method}), "
+            f"got '{quantize}'"
+        )
+
+
+def stored_as(config: PreTrainedConfig) -> str | None:
+    """How the weights of a model are stored, as `lemo.planner.shape.weight_bytes` has it.
+
+    Raises:
+        ValueError: in a way whose memory lemo does not predict.
+    """
+    found = _settings_of(config)
+    if not found:
+        return None
+    kind = found.get("quant_method")
+    if kind == "bitsandbytes":
+        return "nf4" if is_in_4_bits(config) else "int8"
+    if kind == "torchao":
+        how = found.get("quant_type")
+        how = how.get("default", how) if isinstance(how, dict) else how
+        kind = str(how.get("_type") if isinstance(how, dict) else type(how).__name__)
+        if kind in _OF_TORCHAO:
+            return _OF_TORCHAO[kind]
+    known = ", ".join(_OF_TORCHAO)
+    raise ValueError(
+        f"model: expected weights that are plain, of bitsandbytes, or quantised by {known}, whose "
+        f"memory can be predicted, got {kind}"
+    )
+
+
+def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration says of quantised weights; empty: nothing."""
     found = getattr(config, "quantization_config", None)
     if found is None:
-        return False
-    return bool(dict(found if isinstance(found, dict) else found.to_dict()).get("load_in_4bit"))
+        return {}
+    return dict(found if isinstance(found, dict) else found.to_dict())
 
 
 def put_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
