@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from lemo.data.reading import first_of, naming
 from lemo.files import write_file
@@ -337,7 +338,7 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     Raises:
         ValueError: one of the targets names no module, or one that cannot have a LoRA pair.
     """
-    _check_targets(model, config.lora_targets or ())
+    _check_targets(model, config.lora_targets)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -361,8 +362,20 @@ def leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Raises ValueError unless each target is, as PEFT reads it, the end of a module's name."""
+def _check_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> None:
+    """Raises ValueError unless each target is, as PEFT reads it, the end of a module's name.
+
+    None stands for linear layers, of which there have to be some.
+    """
+    if targets is None:
+        inside: Any = model.base_model
+        if not any(isinstance(m, (torch.nn.Linear, Conv1D)) for m in inside.modules()):
+            raise ValueError(
+                "lora_targets: expected names of modules, such as q_proj and v_proj, because null "
+                "stands for linear layers of torch and the model has none (those of GPTQ and the "
+                "like are modules of their own), got null"
+            )
+        return
     modules = dict(model.named_modules())
     linear = sorted(
         {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, torch.nn.Linear)}
