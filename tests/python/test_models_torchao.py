@@ -22,6 +22,8 @@ TILES = {"group_size": 32, "int4_packing_format": "tile_packed_to_4d"}
 KINDS = {
     "float8": lambda: quantization.Float8WeightOnlyConfig(),
     "int8": lambda: quantization.Int8WeightOnlyConfig(),
+    "int8 tensor": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
+    "int8 groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
     "int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4),
     # torch's kernel, which is for GPUs and has no backward pass of its own.
     "tiles": lambda: quantization.Int4WeightOnlyConfig(**TILES),
@@ -99,9 +101,36 @@ def test_adapters_over_quantised_layers(kind, path, keep):
         handle.verify(batch)
 
 
-@pytest.mark.parametrize("kind", ["float8", "int4", *["tiles"] * on_gpu()])
+@pytest.mark.parametrize(
+    "kind", ["float8", "int8", "int8 tensor", "int8 groups", "int4", *["tiles"] * on_gpu()]
+)
 def test_matrices_are_those_of_the_products(kind):
     """Sizes that are no multiples of a tile's, too."""
     base = quantised(kind, hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
     for linear in linear_layers(base.model.layers):
         assert torch.equal(matrix_of(linear, working_dtype())(), matrix(linear))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["float8", "int8", "int4"])
+def test_no_matrix_is_stored(kind, autocast):
+    """By its own forward torchao keeps each until backward. Autocast casts those of fp32."""
+    base = quantised(kind)
+    shapes = {tuple(linear.weight.shape) for linear in linear_layers(base.model.layers)}
+    model = lora(base)
+    handle = lemo.enable(model, LemoConfig(keep=1.0, recompute="none", block_size=BLOCK))
+    ids, found = make_ids(2, 61), []
+
+    def pack(tensor):
+        found.append(tuple(tensor.shape))
+        return tensor
+
+    with (
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        assert handle.general_modules() == {}
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.isfinite()
+    assert found
+    assert not (shapes | {shape[::-1] for shape in shapes}) & {*found}

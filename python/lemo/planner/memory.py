@@ -27,6 +27,8 @@ MOST_CAPTURED = 1 << 38
 """Multiplications of a layer's forward products beyond which its kernels take longer than the host
 takes to issue them, some milliseconds."""
 
+# Ways to store weights of which a matrix is made once for each layer and direction.
+_MADE_PLAIN = ("nf4", "float8", "torchao_int")
 # Tensors that a layer stores, at most.
 _TENSORS = 64
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -475,7 +477,10 @@ class StepMemory:
 
     def _matrices(self, all_of_mlp: bool) -> int:
         """Matrices that are made of quantised weights: one, or those of an MLP together."""
-        if self._quantize != "nf4" and not self._fp8:
+        if self._quantize not in _MADE_PLAIN and not self._fp8:
             return 0
-        one = self._shape.hidden * self._shape.width * (1 if self._fp8 else self._step.size)
-        return 3 * one if all_of_mlp else one
+        numbers = self._shape.hidden * self._shape.width
+        one = numbers * (1 if self._fp8 else self._step.size)
+        made = 3 * one if all_of_mlp else one
+        # torchao makes float8 plain by way of fp32.
+        return made + (4 * numbers if self._quantize == "float8" and not self._fp8 else 0)
