@@ -162,6 +162,7 @@ def packed(codes, kernel_tiles):
     Of 32 threads, four share a row of a tile. Thread p of them has the pairs of columns p and p + 4
     of each 16 columns; a number is of twice 16 columns, the odd ones in its upper half.
     """
+    assert codes.dtype == torch.uint8
     codes = torch.stack([codes >> 4, codes & 15], -1).flatten(1).long()
     stored = torch.zeros(
         codes.shape[0] // 8, codes.shape[1] // (16 * kernel_tiles), 32, kernel_tiles // 2

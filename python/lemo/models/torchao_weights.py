@@ -87,7 +87,7 @@ def _codes(tiles: Tensor) -> Tensor:
 
 def _halves(tiles: Tensor) -> Tensor:
     """[tiles, 1024] uint8: the halves of bytes as they are stored."""
-    stored = tiles.contiguous().view(torch.uint8)
+    stored = tiles.view(torch.uint8)
     return torch.stack([stored & 15, stored >> 4], -1).view(-1, _TILE[0] * _TILE[1])
 
 
