@@ -106,6 +106,22 @@ def test_packed_sequences_and_the_labels_of_a_step(captured, monkeypatch):
             assert_close_fp32(grads[name], expected[name], name)
 
 
+@pytest.mark.parametrize("keys", ["kept", "all", "computed"])
+def test_packed_sequences_that_end_elsewhere(keys, captured, monkeypatch):
+    """A replay reads where the sequences of its own batch begin."""
+    batches = [packed_batch(lengths) for lengths in ([40, 8, 48], [8, 48, 40], [48, 40, 8]) * 2]
+    model, handle = enabled(visible_keys=keys)
+    found = [train(model, 1, batch)[0] for batch in batches]
+    assert handle.graphs.replays >= 3
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    model, _ = enabled("off", visible_keys=keys)
+    for (loss, grads), batch in zip(found, batches, strict=True):
+        [(expected_loss, expected)] = train(model, 1, batch)
+        assert_close_fp32(loss, expected_loss, "loss")
+        for name in expected:
+            assert_close_fp32(grads[name], expected[name], name)
+
+
 def test_the_stand_in_finds_what_waits(captured, monkeypatch):
     original = one_set.OneSet.__call__
 
