@@ -535,6 +535,7 @@ def test_captures_that_fail_again_and_again_end(captured, monkeypatch):
         ({"select_at": "all", "scorer": "pooled"}, "layers keep rows of their own"),
         ({"recompute": "layer", "adapters": {"lora_dropout": 0.3}}, "recomputed layers with dropo"),
         ({"adapters": {"use_rslora": True, "target_modules": ["lm_head"]}}, "the head is no plain"),
+        ({"products": "fp8"}, "products in 8 bits"),
         ({"adapters": {"bias": "all"}, "architecture": "qwen2"}, None),
     ],
 )

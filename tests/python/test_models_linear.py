@@ -579,3 +579,12 @@ def test_rows_are_copied_a_chunk_at_a_time(monkeypatch):
     copies = [x.shape[0] for x in results.found if x.dtype == torch.float32]
     assert len(copies) >= 2 * ROWS // 10
     assert max(copies) <= max(10, 10 * OUTPUTS // INPUTS)
+
+
+def test_nothing_is_multiplied_for_gradients_that_nobody_wants():
+    layers = side("frozen As")
+    x, dy = inputs_of(layers)
+    y = layers.as_one(x)
+    with Results("mm", "addmm") as results:
+        y.backward(dy)
+    assert [tuple(result.shape) for result in results.found] == [(OUTPUTS, 4)] * 2
