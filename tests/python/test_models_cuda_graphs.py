@@ -136,33 +136,6 @@ def test_the_stand_in_finds_what_waits(captured, monkeypatch):
         train(model)
 
 
-@pytest.mark.parametrize("labelled", [1, 17, 60, 64])
-def test_rows_of_labels(labelled):
-    targets = torch.full((64,), -100)
-    with_labels = torch.randperm(64)[:labelled].sort()[0]
-    targets[with_labels] = torch.arange(labelled)
-    rows, chosen = one_set.labels_of_rows(targets, -100, labelled)
-    if rows is None:
-        assert labelled > 60
-        assert torch.equal(chosen, targets)
-        return
-    assert labelled <= rows.numel() <= labelled + labelled // 8
-    assert torch.equal(rows, rows.unique()), "ascending, each once"
-    assert torch.equal(chosen, targets[rows.long()])
-    assert set(with_labels.tolist()) <= set(rows.tolist())
-
-
-@pytest.mark.parametrize("count", [640, 16384, 20000])
-def test_answers_of_any_length_have_few_shapes(count):
-    targets, sizes = torch.full((count,), -100), set()
-    for labelled in range(count // 64):
-        targets[labelled] = 1
-        rows, _ = one_set.labels_of_rows(targets, -100, labelled + 1)
-        sizes.add(rows.numel())
-        assert labelled < rows.numel() <= (labelled + 1) * 9 / 8 + count / 64
-    assert len(sizes) <= 3
-
-
 def test_what_changes_in_the_model_is_not_replayed(captured):
     model, handle = enabled()
     train(model, 3)
