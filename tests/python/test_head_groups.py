@@ -34,6 +34,7 @@ LORA = {
     "DoRA": {"use_dora": True},
     "dropout": {"lora_dropout": 0.3},
     "biases": {"lora_bias": True},
+    "norms": {"modules_to_save": ["input_layernorm"]},
 }
 
 
