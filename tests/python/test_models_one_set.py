@@ -1,4 +1,4 @@
-"""What a pass with one set of rows depends on: rows with labels, and settings of torch."""
+"""What a pass with one set of rows depends on: labels, modules, and settings of torch."""
 
 from types import SimpleNamespace
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from lemo.models import one_set
+from lemo.models.architectures import architecture_of
+from tiny_models import lora, make_model
 
 pytestmark = pytest.mark.cpu_only
 
@@ -59,3 +61,57 @@ def test_settings_of_torch_by_which_kernels_are_chosen(name, monkeypatch):
         monkeypatch.setattr(cuda, "matmul", SimpleNamespace(**values | {name: MATMUL[name]}))
     assert one_set._switches() != before
     assert one_set._switches() == one_set._switches()
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+
+
+def moved(parameter):
+    parameter.data = parameter.data.clone()
+
+
+def transposed(parameter):
+    parameter.data = parameter.data.T
+
+
+CHANGES = {
+    "training": lambda layer: layer.eval(),
+    "scale": lambda layer: vars(layer.self_attn).update(scaling=1.0),
+    "window": lambda layer: vars(layer.self_attn).update(sliding_window=7),
+    "another activation": lambda layer: setattr(layer.mlp, "act_fn", torch.nn.SiLU()),
+    "a hook on the activation": lambda layer: hooked(layer.mlp.act_fn),
+    "checkpoints": lambda layer: vars(layer).update(gradient_checkpointing=True),
+    "a hook on an adapter": lambda layer: hooked(layer.self_attn.q_proj),
+    "a hook on a weight's layer": lambda layer: hooked(layer.self_attn.q_proj.base_layer),
+    "scaling": lambda layer: layer.self_attn.q_proj.scaling.update(default=9.0),
+    "dropout": lambda layer: layer.self_attn.q_proj.lora_dropout.update(
+        {"default": torch.nn.Dropout(0.5)}
+    ),
+    "frozen": lambda layer: layer.self_attn.q_proj.lora_A["default"].requires_grad_(False),
+    "a weight that moved": lambda layer: moved(layer.mlp.up_proj.weight),
+    "an adapter that moved": lambda layer: moved(layer.self_attn.q_proj.lora_A["default"].weight),
+    "strides": lambda layer: transposed(layer.self_attn.o_proj.base_layer.weight),
+    "eps": lambda layer: vars(layer.input_layernorm).update(variance_epsilon=0.5),
+    "a hook on a norm": lambda layer: hooked(layer.post_attention_layernorm),
+    "a norm that moved": lambda layer: moved(layer.input_layernorm.weight),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_in_a_layer_is_another_state(change):
+    model = lora(make_model("qwen2"))
+    architecture = architecture_of(model)
+    before = one_set.state_of(architecture).said
+    assert one_set.state_of(architecture).said == before
+    CHANGES[change](architecture.layer(1))
+    assert one_set.state_of(architecture).said != before
+
+
+def test_another_checkpoint_function_is_another_state():
+    model = lora(make_model("qwen2"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    architecture = architecture_of(model)
+    before = one_set.state_of(architecture).said
+    architecture.layer(1)._gradient_checkpointing_func = lambda function, *_: function(*_)
+    assert one_set.state_of(architecture).said != before
