@@ -17,21 +17,21 @@ def layers_with_linears(model):
                     yield module, name, child
 
 
-def quantise(model, kind, stored=torch.uint8):
-    """Puts layers of bitsandbytes in place of the decoder layers' linear ones."""
+def quantise(model, kind, stored=torch.uint8, nested=True):
+    """Puts layers of bitsandbytes in place of the decoder layers' linear ones.
+
+    Where it is `nested`, the scales are quantised, too.
+    """
+    settings = {"quant_type": "nf4", "quant_storage": stored, "compress_statistics": nested}
     bitsandbytes = pytest.importorskip("bitsandbytes")
     for module, name, linear in layers_with_linears(model):
         has_bias = linear.bias is not None
         if kind == "nf4":
             new = bitsandbytes.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=has_bias,
-                quant_type="nf4",
-                quant_storage=stored,
+                linear.in_features, linear.out_features, bias=has_bias, **settings
             )
             new.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.data.clone(), quant_type="nf4", quant_storage=stored, module=new
+                linear.weight.data.clone(), module=new, **settings
             )
         else:
             new = bitsandbytes.nn.Linear8bitLt(

@@ -6,6 +6,7 @@ from torch import nn
 
 import lemo
 from lemo.models import one_set, training_forward, weights
+from lemo.models.architectures import architecture_of
 from lemo.models.linear import apply_linear
 from lemo.packing import chunks
 from model_checks import assert_same_gradients
@@ -104,6 +105,20 @@ def test_products_of_four_bits_are_as_long_as_those_of_what_they_stand_for(monke
     ]
     assert len(sizes) == 7
     assert work == [rows * sum(sizes)]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_that_move_are_another_state(nested):
+    """What a graph reads is not the weight's own memory alone."""
+    model = lora(quantise(make_model("llama"), "nf4", nested=nested))
+    architecture = architecture_of(model)
+    state = decoder_layers(model)[1].mlp.up_proj.base_layer.weight.quant_state
+    assert (state.state2 is not None) == nested
+    for owner, name in [(state, "absmax")] + [(state, "offset"), (state.state2, "absmax")] * nested:
+        before = one_set.state_of(architecture).said
+        assert one_set.state_of(architecture).said == before
+        setattr(owner, name, getattr(owner, name).clone())
+        assert one_set.state_of(architecture).said != before
 
 
 def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
