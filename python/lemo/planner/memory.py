@@ -290,7 +290,7 @@ class StepMemory:
         down = rows.mlp * (hidden + size * shape.width) + self._copies(("down_proj",), rows.mlp)
         here, back = self._gathered(rows.attention)
         # When attention's backward runs, what the MLP stored is gone.
-        attending = rows.attention * hidden + self._attending(rows.attention) - mlp + back
+        attending = rows.attention * hidden + self._attending(rows.attention, True) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
         forward += self._copies(("down_proj",), rows.mlp, backward=False)
         forward = max(forward, here - mlp)
@@ -328,7 +328,8 @@ class StepMemory:
         attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
         copied = hidden if step.is_indexed(rows.attention) else 0
         here, back = self._gathered(rows.attention)
-        attending = attention + rows.attention * copied + self._attending(rows.attention) + back
+        attending = attention + rows.attention * copied + back
+        attending += self._attending(rows.attention, not selective)
         attending += self._matrices(all_of_mlp=False)
         if joined:
             # The graph of attention and what it adds exist while the MLP's backward runs.
@@ -364,9 +365,11 @@ class StepMemory:
         differentiated = heads + q + max(held + copied, held + of_group * most / shape.key_heads)
         # The graph of the projections; gradients are rotated, and then make one of the rows.
         graph = self._norm() + self._linears(_ATTENTION, shape.hidden, normalised=True)
+        given = q + 2 * k + max(q, hidden)
         if shape.head_norms:
-            graph += self._of_head_norms() + q + k
-        given = max(2 * q + 2 * k, q + 2 * k + hidden)
+            # Their results are there until the gradients have been rotated.
+            graph += self._of_head_norms()
+            given = q + 2 * k + max(2 * q + k, hidden, self._head_norms_backward())
         highest = max(held + copied + projecting, differentiated, graph - hidden + given)
         computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
         more = self._matrices(all_of_mlp=False) + self._copies((*_ATTENTION, "o_proj"), rows)
@@ -390,13 +393,22 @@ class StepMemory:
         total += self._linears(("o_proj",), shape.queries, held=True)
         if shape.head_norms:
             total += self._of_head_norms()
-        return total + (size * shape.queries + 4 * shape.heads if results else 0)
+        return total + (self._results() if results else 0)
+
+    def _results(self) -> int:
+        """Attention's result and its logarithms."""
+        return self._step.size * self._shape.queries + 4 * self._shape.heads
 
     def _of_head_norms(self) -> int:
         """Stored by norms of queries and keys."""
         shape = self._shape
         widths, heads = shape.queries + shape.keys, shape.heads + shape.key_heads
         return 4 * widths + 4 * heads + (self._step.size * widths if self._adapters.norms else 0)
+
+    def _head_norms_backward(self) -> int:
+        """For a moment of the backward pass of the queries' norm, beside its result's gradient:
+        five tensors in fp32."""
+        return 5 * 4 * self._shape.queries if self._shape.head_norms else 0
 
     def _mlp(self) -> int:
         """Stored by the MLP behind its norm."""
@@ -443,12 +455,15 @@ class StepMemory:
         pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
         return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
 
-    def _attending(self, rows: int) -> int:
-        """For a moment of attention's backward: its kernel, or the products around it."""
+    def _attending(self, rows: int, results: bool) -> int:
+        """For a moment of attention's backward: its kernel, the products around it, or norms of
+        heads; `results` as of `_attention`."""
         shape = self._shape
         around = rows * self._step.size * (shape.queries + 2 * shape.keys)
         around += self._copies((*_ATTENTION, "o_proj"), rows)
-        return max(rows * self._attention_backward(), around)
+        # Gradients are in the place of queries, keys and values, which are freed, as results are.
+        norms = self._head_norms_backward() - (self._results() if results else 0)
+        return max(rows * self._attention_backward(), around, rows * norms)
 
     def _copies(self, names: tuple[str, ...], rows: int, backward: bool = True) -> int:
         """For a moment of one of these layers, where an adapter has dropout or another dtype than
