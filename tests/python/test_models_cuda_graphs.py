@@ -321,6 +321,16 @@ def test_both_ways_to_set_the_precision_of_products(captured):
     assert handle.graphs.replays == replays
 
 
+def test_autocast_to_another_dtype_is_another_graph(captured):
+    model, handle = enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, 3)
+    replays = handle.graphs.replays
+    with torch.autocast("cpu", torch.float16):
+        train(model, 1)
+    assert handle.graphs.replays == replays > 0
+
+
 def test_a_checkpoint_function_of_the_user_is_called_in_every_pass(captured):
     model, handle = enabled(recompute="auto")
     called = []

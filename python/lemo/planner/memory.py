@@ -353,9 +353,6 @@ class StepMemory:
         out = q + lse
         held = (0 if selective else out) + self._linears(("o_proj",), shape.queries, held=True)
         projecting = hidden + 2 * q + 2 * k
-        if shape.head_norms:
-            # In fp32: the heads, and their squares or themselves once more.
-            projecting = hidden + q + 2 * k + 8 * shape.queries
         heads = q + 2 * k
         copied = hidden if step.is_indexed(rows) else 0
         # Of a group: copies of queries, keys, values, result and its gradient; what they become.
@@ -365,11 +362,10 @@ class StepMemory:
         differentiated = heads + q + max(held + copied, held + of_group * most / shape.key_heads)
         # The graph of the projections; gradients are rotated, and then make one of the rows.
         graph = self._norm() + self._linears(_ATTENTION, shape.hidden, normalised=True)
-        given = q + 2 * k + max(q, hidden)
         if shape.head_norms:
-            # Their results are there until the gradients have been rotated.
             graph += self._of_head_norms()
-            given = q + 2 * k + max(2 * q + k, hidden, self._head_norms_backward())
+        # Norms of heads take more here than where they are computed.
+        given = q + 2 * k + max(q, hidden, self._head_norms_backward())
         highest = max(held + copied + projecting, differentiated, graph - hidden + given)
         computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
         more = self._matrices(all_of_mlp=False) + self._copies((*_ATTENTION, "o_proj"), rows)
