@@ -4,7 +4,7 @@ import weakref
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from lemo.planner.shape import LINEAR, Adapters
@@ -26,7 +26,9 @@ CASES = {
 }
 
 
-def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192, heads=(4, 2)):
+def model_of(
+    architecture, layers, adapters, size, tokens=TOKENS, width=192, heads=(4, 2), quantise=None
+):
     dtype = torch.bfloat16 if size == 2 else torch.float32
     model = make_model(
         architecture,
@@ -38,6 +40,8 @@ def model_of(architecture, layers, adapters, size, tokens=TOKENS, width=192, hea
         num_key_value_heads=heads[1],
         max_position_embeddings=tokens,
     ).to(dtype)
+    if quantise is not None:
+        quantise(model)
     lora = LoraConfig(
         r=adapters.rank,
         target_modules=sorted(adapters.targets),
@@ -69,6 +73,10 @@ class PeakOfTensors(TorchDispatchMode):
             self._see(parameter)
 
     def _see(self, tensor):
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                self._see(getattr(tensor, name))
+            return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._live and self._live[key]() is storage:

@@ -98,6 +98,14 @@ def test_products_in_8_bits(lemo):
     assert "products: fp8" in Path("run/config.yaml").read_text()
 
 
+def test_layers_in_8_bits_say_nothing_at_each_call(lemo, caplog):
+    pytest.importorskip("bitsandbytes")
+    assert lemo(TRAIN + " --quantize int8 --steps 1")[0] == 0
+    assert lemo("eval --adapter run --documents {documents} --lengths 64")[0] == 0
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("bitsandbytes")]
+    assert not [message for message in said if "MatMul8bitLt" in message]
+
+
 def test_eval_is_the_perplexity_that_transformers_gives(lemo, inputs):
     documents = [json.loads(line) for line in (inputs / "documents.jsonl").open()]
     model = AutoModelForCausalLM.from_pretrained(inputs / "model")

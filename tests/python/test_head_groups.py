@@ -34,6 +34,7 @@ LORA = {
     "DoRA": {"use_dora": True},
     "dropout": {"lora_dropout": 0.3},
     "biases": {"lora_bias": True},
+    "norms": {"modules_to_save": ["input_layernorm"]},
 }
 
 
@@ -188,16 +189,20 @@ def test_projections_of_one_node_are_differentiated_together(
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("mask_loss", [True, False], ids=["dropped rows", "all rows"])
 @pytest.mark.parametrize("how", ["layer", "selective"])
-def test_the_highest_bytes_of_a_step_are_predicted(how, mask_loss, keep, monkeypatch):
+@pytest.mark.parametrize(("architecture", "key_heads"), [("llama", 4), ("llama", 8), ("qwen3", 4)])
+def test_the_highest_bytes_of_a_step_are_predicted(
+    architecture, key_heads, how, mask_loss, keep, monkeypatch
+):
+    """With as many key heads as queries' the projections are the highest of groups of one head."""
     for module in (rows, memory):
         monkeypatch.setattr(module, "chunk_rows", lambda rows, width: 256)
     tokens, (adapters, settings) = 2048, CASES["no MLP"]
-    model = model_of("llama", 3, adapters, 2, tokens, heads=(8, 4)).to(torch.bfloat16)
+    model = model_of(architecture, 3, adapters, 2, tokens, heads=(8, key_heads)).to(torch.bfloat16)
     ids, shape = make_ids(1, tokens), shape_of(model.get_base_model().config)
     labels = ids.clone()
     labels[:, :-128] = -100  # so that the loss is not the peak
     kept, peaks = round(keep * tokens), []
-    for groups in (1, 2, 4):
+    for groups in (1, 2, key_heads):
         config = {"recompute": how, "keep": keep, "block_size": 8, "mask_loss": mask_loss}
         handle = lemo.enable(
             model, lemo.LemoConfig(**config, scorer="random", keep_last=16, head_groups=groups)
@@ -223,7 +228,8 @@ def test_the_highest_bytes_of_a_step_are_predicted(how, mask_loss, keep, monkeyp
     for measured, predicted, sums in peaks:
         assert measured <= predicted
         assert predicted - sums < 1.05 * measured
-    assert peaks[2][0] < peaks[0][0]
+    # Backward of norms of the heads takes more than groups spare.
+    assert (peaks[2][0] < peaks[0][0]) == (architecture == "llama")
 
 
 def planner_of(groups, **overrides):

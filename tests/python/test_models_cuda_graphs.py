@@ -106,6 +106,22 @@ def test_packed_sequences_and_the_labels_of_a_step(captured, monkeypatch):
             assert_close_fp32(grads[name], expected[name], name)
 
 
+@pytest.mark.parametrize("keys", ["kept", "all", "computed"])
+def test_packed_sequences_that_end_elsewhere(keys, captured, monkeypatch):
+    """A replay reads where the sequences of its own batch begin."""
+    batches = [packed_batch(lengths) for lengths in ([40, 8, 48], [8, 48, 40], [48, 40, 8]) * 2]
+    model, handle = enabled(visible_keys=keys)
+    found = [train(model, 1, batch)[0] for batch in batches]
+    assert handle.graphs.replays >= 3
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    model, _ = enabled("off", visible_keys=keys)
+    for (loss, grads), batch in zip(found, batches, strict=True):
+        [(expected_loss, expected)] = train(model, 1, batch)
+        assert_close_fp32(loss, expected_loss, "loss")
+        for name in expected:
+            assert_close_fp32(grads[name], expected[name], name)
+
+
 def test_the_stand_in_finds_what_waits(captured, monkeypatch):
     original = one_set.OneSet.__call__
 
@@ -118,33 +134,6 @@ def test_the_stand_in_finds_what_waits(captured, monkeypatch):
     model, _ = enabled()
     with pytest.raises(WaitsError, match="_local_scalar_dense"):
         train(model)
-
-
-@pytest.mark.parametrize("labelled", [1, 17, 60, 64])
-def test_rows_of_labels(labelled):
-    targets = torch.full((64,), -100)
-    with_labels = torch.randperm(64)[:labelled].sort()[0]
-    targets[with_labels] = torch.arange(labelled)
-    rows, chosen = one_set.labels_of_rows(targets, -100, labelled)
-    if rows is None:
-        assert labelled > 60
-        assert torch.equal(chosen, targets)
-        return
-    assert labelled <= rows.numel() <= labelled + labelled // 8 + 1
-    assert torch.equal(rows, rows.unique()), "ascending, each once"
-    assert torch.equal(chosen, targets[rows.long()])
-    assert set(with_labels.tolist()) <= set(rows.tolist())
-
-
-@pytest.mark.parametrize("count", [640, 16384, 20000])
-def test_answers_of_any_length_have_few_shapes(count):
-    targets, sizes = torch.full((count,), -100), set()
-    for labelled in range(count // 64):
-        targets[labelled] = 1
-        rows, _ = one_set.labels_of_rows(targets, -100, labelled + 1)
-        sizes.add(rows.numel())
-        assert labelled < rows.numel() <= (labelled + 1) * 9 / 8 + count / 64
-    assert len(sizes) <= 3
 
 
 def test_what_changes_in_the_model_is_not_replayed(captured):
@@ -204,13 +193,16 @@ def test_nothing_is_said_of_a_copy_that_is_made_meanwhile(captured):
 
 
 def test_hooks_that_come_later_are_called(captured):
-    model, _ = enabled()
+    model, handle = enabled()
     train(model, 3)
+    replays = handle.graphs.replays
     layer, called = model.get_base_model().model.layers[1], []
     for module in (layer.self_attn.q_proj.base_layer, layer.mlp.up_proj, layer.input_layernorm):
         hook = module.register_forward_hook(lambda *_: called.append(1))
         train(model, 2)
-        assert called
+        assert len(called) == 2
+        # The stand-in calls hooks where a graph would not.
+        assert handle.graphs.replays == replays
         called.clear()
         hook.remove()
 
@@ -235,6 +227,24 @@ def test_hooks_on_parts_that_run_as_they_are_are_called(architecture, part, capt
         train(model, 4)
         assert len(called) == 4
         assert handle.graphs.replays == replays
+
+
+class Counted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return torch.nn.functional.silu(x)
+
+
+def test_an_activation_of_the_user_is_called_in_every_pass(captured):
+    model, handle = enabled()
+    activation = model.get_base_model().model.layers[1].mlp.act_fn = Counted()
+    train(model, 4)
+    assert activation.calls == 4
+    assert handle.graphs.replays == 0
 
 
 def test_another_activation_is_not_the_captured_one(captured):
@@ -311,6 +321,16 @@ def test_both_ways_to_set_the_precision_of_products(captured):
     assert handle.graphs.replays == replays
 
 
+def test_autocast_to_another_dtype_is_another_graph(captured):
+    model, handle = enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        train(model, 3)
+    replays = handle.graphs.replays
+    with torch.autocast("cpu", torch.float16):
+        train(model, 1)
+    assert handle.graphs.replays == replays > 0
+
+
 def test_a_checkpoint_function_of_the_user_is_called_in_every_pass(captured):
     model, handle = enabled(recompute="auto")
     called = []
@@ -321,12 +341,15 @@ def test_a_checkpoint_function_of_the_user_is_called_in_every_pass(captured):
 
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
+    train(model, 4)
+    replays = handle.graphs.replays
+    assert replays > 0, "torch's own"
     layers = model.get_base_model().model.layers
     for layer in layers:
         layer._gradient_checkpointing_func = checkpointed
     train(model, 4)
     assert len(called) == 4 * len(layers)
-    assert handle.graphs.replays == 0
+    assert handle.graphs.replays == replays
 
 
 def test_memory_that_runs_out_beside_graphs_is_taken_from_them(captured, monkeypatch, caplog):
@@ -519,6 +542,7 @@ def test_captures_that_fail_again_and_again_end(captured, monkeypatch):
         ({"select_at": "all", "scorer": "pooled"}, "layers keep rows of their own"),
         ({"recompute": "layer", "adapters": {"lora_dropout": 0.3}}, "recomputed layers with dropo"),
         ({"adapters": {"use_rslora": True, "target_modules": ["lm_head"]}}, "the head is no plain"),
+        ({"products": "fp8"}, "products in 8 bits"),
         ({"adapters": {"bias": "all"}, "architecture": "qwen2"}, None),
     ],
 )

@@ -468,13 +468,14 @@ def test_an_mlp_of_another_kind_is_named():
     assert ".Other or a hook in place of" in reasons["model.layers.1.mlp"]
 
 
-def test_lora_layers_that_run_as_they_are_are_named():
+@pytest.mark.parametrize("part", ["up_proj", "down_proj"])
+def test_lora_layers_that_run_as_they_are_are_named(part):
     model, batch = lora(make_model("llama")), padded_batch([61])
     handle, _ = trained(model, batch)
-    hook = projection(model).register_forward_hook(lambda *_: None)
-    name = "model.layers.0.mlp.up_proj.base_layer"
+    hook = projection(model, part).register_forward_hook(lambda *_: None)
+    assert model(**batch).loss.isfinite()
     reason = "a hook or a forward of somebody else on the LoRA layer"
-    assert others_left(handle) == {name: reason}
+    assert others_left(handle) == {f"model.layers.0.mlp.{part}.base_layer": reason}
     hook.remove()
     assert others_left(handle) == {}
     layers_of(model)[0].mlp.up_proj = nn.Linear(32, 48, bias=False).requires_grad_(False)

@@ -83,7 +83,7 @@ def test_the_mean_over_steps_is_nearer_to_the_weight_than_any_rounding():
 
 
 def test_the_copy_stays_where_it_is():
-    """CUDA graphs read its memory."""
+    """It is written in place."""
     layer = Fp8Linear(linear(), "some")
     values, scales = layer.weight()
     before = values.clone()

@@ -459,21 +459,49 @@ def test_pairs_of_the_same_rows_that_change_before_backward_are_refused(part):
         y.backward(dy)
 
 
-def test_layers_of_the_same_rows_multiply_them_once():
-    """Products with As, and those of gradients with them, are one for all of the layers."""
+class Results(TorchDispatchMode):
+    """What operators of some names give."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.found = names, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function.overloadpacket.__name__ in self.names:
+            self.found.append(result)
+        return result
+
+
+def test_layers_of_the_same_rows_multiply_them_once(monkeypatch):
+    """Products with As, and those of gradients with them, are one for all of the layers.
+
+    And for all of the rows, where none are copied.
+    """
+    monkeypatch.setattr(rows, "COPY_ELEMENTS", 10 * OUTPUTS)
     layers = side("plain")
-    x, dy = inputs_of(layers)
-    shapes = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-            found = function(*arguments, **(keywords or {}))
-            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-                shapes.append(tuple(found.shape))
-            return found
-
-    with Products():
-        run(layers.as_one, layers, x, dy)
+    with Results("mm", "addmm") as results:
+        run(layers.as_one, layers, *inputs_of(layers))
+    shapes = [tuple(result.shape) for result in results.found]
     assert shapes.count((ROWS, 12)) == 1
     assert shapes.count((12, INPUTS)) == 1
-    assert (ROWS, 4) not in shapes
+    assert shapes.count((ROWS, 4)) == 3  # gradients of the results with the Bs
+
+
+def test_rows_are_copied_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(rows, "COPY_ELEMENTS", 10 * OUTPUTS)
+    layers = side("plain", torch.bfloat16, adapter_dtype=torch.float32)
+    with Results("_to_copy") as results:
+        run(layers.as_one, layers, *inputs_of(layers, torch.bfloat16))
+    copies = [x.shape[0] for x in results.found if x.dtype == torch.float32]
+    assert len(copies) >= 2 * ROWS // 10
+    assert max(copies) <= max(10, 10 * OUTPUTS // INPUTS)
+
+
+def test_nothing_is_multiplied_for_gradients_that_nobody_wants():
+    layers = side("frozen As")
+    x, dy = inputs_of(layers)
+    y = layers.as_one(x)
+    with Results("mm", "addmm") as results:
+        y.backward(dy)
+    assert [tuple(result.shape) for result in results.found] == [(OUTPUTS, 4)] * 2

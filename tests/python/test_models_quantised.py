@@ -6,9 +6,11 @@ from torch import nn
 
 import lemo
 from lemo.models import one_set, training_forward, weights
+from lemo.models.architectures import architecture_of
 from lemo.models.linear import apply_linear
 from lemo.packing import chunks
 from model_checks import assert_same_gradients
+from quantised_cases import decoder_layers, quantise
 from tiny_models import lora, make_model, padded_batch
 from tolerances import assert_close_fp32, relative_error
 
@@ -18,47 +20,6 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.cpu_only
 
 BLOCK = 8
-
-
-def decoder_layers(model):
-    return next(m for name, m in model.named_modules() if name.endswith("layers"))
-
-
-def layers_with_linears(model):
-    for layer in decoder_layers(model):
-        for module in list(layer.modules()):
-            for name, child in module.named_children():
-                if type(child) is nn.Linear:
-                    yield module, name, child
-
-
-def quantise(model, kind, stored=torch.uint8):
-    """Puts layers of bitsandbytes in place of the decoder layers' linear ones."""
-    for module, name, linear in layers_with_linears(model):
-        has_bias = linear.bias is not None
-        if kind == "nf4":
-            new = bitsandbytes.nn.Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                bias=has_bias,
-                quant_type="nf4",
-                quant_storage=stored,
-            )
-            new.weight = bitsandbytes.nn.Params4bit(
-                linear.weight.data.clone(), quant_type="nf4", quant_storage=stored, module=new
-            )
-        else:
-            new = bitsandbytes.nn.Linear8bitLt(
-                linear.in_features, linear.out_features, bias=has_bias, has_fp16_weights=False
-            )
-            new.weight = bitsandbytes.nn.Int8Params(
-                linear.weight.data.clone(), requires_grad=False, has_fp16_weights=False
-            )
-        if has_bias:
-            new.bias = linear.bias
-        setattr(module, name, new.to("cpu"))
-    setattr(model, "is_loaded_in_4bit" if kind == "nf4" else "is_loaded_in_8bit", True)
-    return model.requires_grad_(False)
 
 
 def dequantised(model):
@@ -146,6 +107,20 @@ def test_products_of_four_bits_are_as_long_as_those_of_what_they_stand_for(monke
     assert work == [rows * sum(sizes)]
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_scales_that_move_are_another_state(nested):
+    """What a graph reads is not the weight's own memory alone."""
+    model = lora(quantise(make_model("llama"), "nf4", nested=nested))
+    architecture = architecture_of(model)
+    state = decoder_layers(model)[1].mlp.up_proj.base_layer.weight.quant_state
+    assert (state.state2 is not None) == nested
+    for owner, name in [(state, "absmax")] + [(state, "offset"), (state.state2, "absmax")] * nested:
+        before = one_set.state_of(architecture).said
+        assert one_set.state_of(architecture).said == before
+        setattr(owner, name, getattr(owner, name).clone())
+        assert one_set.state_of(architecture).said != before
+
+
 def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
     made, make = [], weights._dequantised
     monkeypatch.setattr(weights, "_dequantised", lambda m: made.append(id(m)) or make(m))
@@ -208,6 +183,26 @@ def test_fp32_adapters_over_a_quantised_layer_of_bf16(kind, settings):
     assert stored[0] >= stored[1] + 40 * 4 * module.in_features
 
 
+@pytest.mark.parametrize("recompute", ["none", "layer", "selective"])
+def test_dora_over_four_bits_that_are_computed_by_their_layers(recompute):
+    """On the CPU PEFT then makes a new parameter of the same memory at each call."""
+    model, plain = (
+        lora(quantise(make_model("llama"), "nf4"), use_dora=True).train() for _ in range(2)
+    )
+    for module in model.modules():
+        if type(module) is bitsandbytes.nn.Linear4bit:
+            module.register_forward_hook(lambda *_: None)
+    lemo.enable(model, lemo.LemoConfig(keep=1.0, recompute=recompute))
+    for seed in range(2):
+        batch = padded_batch([61, 45], seed=seed)
+        model.zero_grad()
+        plain.zero_grad()
+        weight = decoder_layers(model)[0].mlp.up_proj.base_layer.weight
+        assert_close_fp32(trained(model, batch), trained(plain, batch))
+        assert decoder_layers(model)[0].mlp.up_proj.base_layer.weight is not weight
+        assert_same_gradients(model, plain)
+
+
 def test_what_runs_by_its_own_forward_is_named():
     found = {}
     for kind in ("nf4", "int8"):
@@ -224,31 +219,20 @@ def test_what_runs_by_its_own_forward_is_named():
     assert "computes in bfloat16 and the rows are float32" in reason
 
 
-def test_float8_stores_no_matrix():
-    """torchao's own forward keeps every dequantised weight until backward."""
-    torchao = pytest.importorskip("torchao.quantization")
-    base, batch = make_model("llama", dtype=torch.bfloat16), padded_batch([61, 45])
-    matrices = {tuple(linear.weight.shape) for *_, linear in layers_with_linears(base)}
-    torchao.quantize_(base.model.layers, torchao.Float8WeightOnlyConfig())
-    model = lora(base.requires_grad_(False))
-    handle = lemo.enable(model, lemo.LemoConfig(keep=1.0, recompute="none"))
-    assert handle.general_modules() == {}
+def test_four_bits_of_another_dtype():
+    """Their layers round them to the rows' dtype forward, to that which was quantised backward."""
+    model, plain = (quantised_lora("nf4") for _ in range(2))
+    for each in (model, plain):
+        for module in each.modules():
+            if type(module) is bitsandbytes.nn.Linear4bit:
+                module.weight.quant_state.dtype = torch.bfloat16
+    handle = lemo.enable(model, lemo.LemoConfig(keep=1.0))
+    batch = padded_batch([61, 45])
+    assert_close_fp32(trained(model, batch), trained(plain, batch))
+    assert_same_gradients(model, plain)
+    (reason,) = {*handle.general_modules().values()}
+    assert "stands for bfloat16 and the rows are float32" in reason
     handle.verify(batch)
-    found = []
-
-    def pack(tensor):
-        found.append(tuple(tensor.shape))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**batch).loss
-    assert loss.isfinite()
-    assert matrices
-    assert not (matrices | {shape[::-1] for shape in matrices}) & {*found}
-    projection = decoder_layers(model)[0].mlp.up_proj
-    x = torch.randn(5, projection.in_features).bfloat16()
-    own = projection.base_layer(x)
-    assert torch.equal(own, x @ weights.matrix_of(projection.base_layer, torch.bfloat16)().T)
 
 
 def test_weights_of_other_kinds_are_left_to_their_layers():

@@ -1,6 +1,8 @@
 """Bases that torchao has quantised train as plain models with the matrices of their products."""
 
 import copy
+import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import lemo
 from devices import on_gpu, working_dtype
 from generic_cases import BLOCK, kept_mask, make, masked_batch
 from lemo import LemoConfig
+from lemo.models import torchao_weights
 from lemo.models.weights import matrix_of
 from tiny_models import gradients, lora, make_ids
 from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
@@ -22,6 +25,8 @@ TILES = {"group_size": 32, "int4_packing_format": "tile_packed_to_4d"}
 KINDS = {
     "float8": lambda: quantization.Float8WeightOnlyConfig(),
     "int8": lambda: quantization.Int8WeightOnlyConfig(),
+    "int8 tensor": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerTensor()),
+    "int8 groups": lambda: quantization.Int8WeightOnlyConfig(granularity=quantization.PerGroup(32)),
     "int4": lambda: quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4),
     # torch's kernel, which is for GPUs and has no backward pass of its own.
     "tiles": lambda: quantization.Int4WeightOnlyConfig(**TILES),
@@ -99,9 +104,95 @@ def test_adapters_over_quantised_layers(kind, path, keep):
         handle.verify(batch)
 
 
-@pytest.mark.parametrize("kind", ["float8", "int4", *["tiles"] * on_gpu()])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_products_in_8_bits_of_integers_are_refused(kind):
+    model = lora(quantised(kind))
+    with pytest.raises(ValueError, match=r"than float8, got 'fp8' and a torchao.* as .*q_proj"):
+        lemo.enable(model, LemoConfig(path="native", products="fp8"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["float8", "int8", "int8 tensor", "int8 groups", "int4", *["tiles"] * on_gpu()]
+)
 def test_matrices_are_those_of_the_products(kind):
     """Sizes that are no multiples of a tile's, too."""
     base = quantised(kind, hidden_size=96, num_attention_heads=6, num_key_value_heads=3)
     for linear in linear_layers(base.model.layers):
         assert torch.equal(matrix_of(linear, working_dtype())(), matrix(linear))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", ["float8", "int8", "int4"])
+def test_no_matrix_is_stored(kind, autocast):
+    """By its own forward torchao keeps each until backward. Autocast casts those of fp32."""
+    base = quantised(kind)
+    shapes = {tuple(linear.weight.shape) for linear in linear_layers(base.model.layers)}
+    model = lora(base)
+    handle = lemo.enable(model, LemoConfig(keep=1.0, recompute="none", block_size=BLOCK))
+    ids, found = make_ids(2, 61), []
+
+    def pack(tensor):
+        found.append(tuple(tensor.shape))
+        return tensor
+
+    with (
+        torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        assert handle.general_modules() == {}
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.isfinite()
+    assert found
+    assert not (shapes | {shape[::-1] for shape in shapes}) & {*found}
+
+
+def test_layers_that_somebody_has_changed_run_by_their_own_forward(monkeypatch):
+    linear, other = linear_layers(quantised("int4").model.layers)[:2]
+    linear.register_forward_hook(lambda *_: None)
+    assert matrix_of(linear, working_dtype()) is None
+    assert matrix_of(other, working_dtype()) is not None
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda module, x: 2 * forward(module, x))
+    assert matrix_of(other, working_dtype()) is None
+
+
+def packed(codes, kernel_tiles):
+    """As torch's kernel stores the int4 values of [N, K], two values of a row in each byte.
+
+    Of 32 threads, four share a row of a tile. Thread p of them has the pairs of columns p and p + 4
+    of each 16 columns; a number is of twice 16 columns, the odd ones in its upper half.
+    """
+    assert codes.dtype == torch.uint8
+    codes = torch.stack([codes >> 4, codes & 15], -1).flatten(1).long()
+    stored = torch.zeros(
+        codes.shape[0] // 8, codes.shape[1] // (16 * kernel_tiles), 32, kernel_tiles // 2
+    ).long()
+    for row, column in itertools.product(*map(range, codes.shape)):
+        tile, inside = divmod(column // 16, kernel_tiles)
+        pair, half = divmod(column % 16, 2)
+        thread = row % 8 * 4 + pair % 4
+        place = (half * 2 + inside % 2) * 2 + pair // 4
+        stored[row // 8, tile, thread, inside // 2] |= codes[row, column] << 4 * place
+    return stored.int()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("rows", "columns", "group"), [(16, 256, 32), (11, 200, 128)])
+def test_tiles_of_int4_values(rows, columns, group, monkeypatch):
+    """Scales and zeros are those of a row and a group; rows and columns of padding are left out."""
+    torch.manual_seed(0)
+    padded = 16, 256
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", packed)
+    codes = torch.randint(16, padded)
+    scales, zeros = torch.randint(1, 64, (2, padded[0], padded[1] // group)).bfloat16() / 64
+    weight = SimpleNamespace(
+        qdata=packed((codes[:, ::2] << 4 | codes[:, 1::2]).to(torch.uint8), 8),
+        scale_and_zero=torch.stack([scales, zeros], -1).transpose(0, 1).contiguous(),
+        block_size=(1, group),
+        shape=(rows, columns),
+    )
+    result = torchao_weights._of_tiles(weight, torch.bfloat16)
+    of_columns = torch.arange(padded[1]) // group
+    exact = (codes - 8) * scales.double()[:, of_columns] + zeros.double()[:, of_columns]
+    assert result.is_contiguous()
+    assert torch.equal(result, exact[:rows, :columns].bfloat16())

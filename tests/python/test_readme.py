@@ -93,7 +93,8 @@ def test_the_steps_of_the_first_paragraphs_are_those_of_the_table():
     cells = {line[1]: line[at] for line in lines[2:] if " s, " in line[at]}
     steps = {name: cell.replace(" s, ", " s and ") for name, cell in cells.items()}
     others = [name for name in steps if not name.startswith(("lemo", "LongLoRA"))]
-    fastest = min(others, key=lambda name: float(cells[name].split()[0]))
+    # A star marks a time that has too much in it.
+    fastest = min(others, key=lambda name: float(cells[name].split()[0].rstrip("*")))
     planned, _ = cells["lemo, keep 0.5, planned"].split(",")
     text = " ".join(README.split())
     assert f"with 65536 tokens takes {steps['lemo, keep 0.5, layers recomputed']} on an" in text

@@ -175,6 +175,11 @@ def test_a_damaged_file_is_named_and_computed_again(tmp_path, change):
     assert content(tmp_path / "s") == whole
 
 
+def description(**changes):
+    known = {"block_size": 16, "files": [7], "data": "", "about": {}}
+    return json.dumps({"format": "lemo-scores", "version": 1} | known | changes)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -182,6 +187,9 @@ def test_a_damaged_file_is_named_and_computed_again(tmp_path, change):
         ("{}", "was not written by `lemo relevance scores`"),
         ('{"format": "lemo-scores", "version": 9}', "expected version 1, got 9"),
         ('{"format": "lemo-scores", "version": 1, "block_size": "a"}', "'block_size': expected"),
+        (description(block_size=0), "expected a block_size and files of 1 or more"),
+        (description(files=[1, 0]), "expected a block_size and files of 1 or more"),
+        (description(files=[1, "2"]), "expected a block_size and files of 1 or more"),
     ],
 )
 def test_a_damaged_description_is_named(tmp_path, text, message):

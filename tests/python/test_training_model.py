@@ -388,6 +388,23 @@ def test_lora_targets_that_are_not_there(whole, targets, message):
         add_lora(load(whole), config)
 
 
+def test_layers_that_are_not_linear_ones_of_torch_have_to_be_named(whole):
+    """As those of GPTQ, in whose place the test puts modules of its own."""
+
+    class Packed(torch.nn.Module):
+        pass
+
+    model = load(whole)
+    for layer in model.model.layers:
+        for part in (layer.self_attn, layer.mlp):
+            for name, _ in list(part.named_children()):
+                if name.endswith("_proj"):
+                    setattr(part, name, Packed())
+    config = FinetuneConfig(model="m", documents="d", output="o")
+    with pytest.raises(ValueError, match="lora_targets: expected names of modules, such as q_proj"):
+        add_lora(model, config)
+
+
 @pytest.mark.parametrize("targets", ["q_proj", "self_attn.q_proj,layers.1.mlp.up_proj"])
 def test_lora_targets_by_the_end_of_their_names(whole, targets):
     config = FinetuneConfig(model="m", documents="d", output="o", lora_targets=targets)

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
+import lemo
 from lemo import LemoConfig
+from lemo.planner.plan import NOMINAL
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import quantised
 from lemo.training.evaluate import load_for_evaluation
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config, load_model
+from lemo.training.planning import out_of_memory, request_of
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
+from tolerances import assert_close_fp32, relative_error
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.usefixtures("script_defaults")]
 
@@ -102,6 +107,128 @@ def test_a_model_that_is_stored_quantised_stays_as_it_is(inputs, tmp_path):
     run = run.replace(model=str(tmp_path / "stored"), documents=str(inputs / "documents.jsonl"))
     finetune(run)
     assert len(losses(run.output)) == 2
+
+
+def stored(inputs, folder, how, dtype):
+    """A folder with the model as Transformers stores it, which it quantised out of `dtype`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        inputs / "model", dtype=dtype, quantization_config=how, device_map={"": "cpu"}
+    )
+    model.save_pretrained(folder)
+    for file in (inputs / "model").glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def ways_to_store():
+    """By name: what Transformers quantises by."""
+    torchao = pytest.importorskip("torchao.quantization")
+    pytest.importorskip("bitsandbytes")
+    return {
+        "nf4": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+        "int8": BitsAndBytesConfig(load_in_8bit=True),
+        "torchao float8": TorchAoConfig(torchao.Float8WeightOnlyConfig()),
+        "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+        "torchao int4": TorchAoConfig(
+            torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(32))
+        ),
+    }
+
+
+STORED = ["nf4", "int8", "torchao float8", "torchao int8", "torchao int4"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_a_stored_model_computes_in_the_dtype_that_is_asked_for(inputs, tmp_path, how):
+    """Transformers leaves it, or a part of it, in the dtype that it was stored in."""
+    dtypes = torch.bfloat16, torch.float32
+    ids = torch.arange(60)[None]
+    for was, wanted in (dtypes, dtypes[::-1]):
+        folder = stored(inputs, tmp_path / str(was), ways_to_store()[how], was)
+        config = load_config(str(folder))
+        # In evaluation bitsandbytes packs 4 bits in another way on some CPUs.
+        model = load_model(str(folder), config, wanted).train()
+        assert model.get_input_embeddings().weight.dtype == wanted
+        assert model.model.norm.weight.dtype == wanted
+        logits = model(input_ids=ids).logits
+        assert logits.dtype == wanted
+        # The values in few bits are those that were stored.
+        again = AutoModelForCausalLM.from_pretrained(folder, dtype=was, device_map={"": "cpu"})
+        again.train()
+        assert again.model.norm.weight.dtype == was
+        bound = 8 * torch.finfo(torch.bfloat16).eps
+        assert relative_error(logits, again(input_ids=ids).logits) < bound
+        handle = lemo.enable(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")))
+        others = {*handle.general_modules().values()}
+        assert len(others) == (1 if how == "int8" else 0), others
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_an_adapter_is_evaluated_over_weights_that_are_stored_in_another_way(inputs, tmp_path, how):
+    folder = stored(inputs, tmp_path / "stored", ways_to_store()[how], torch.float32)
+    plain, ids = str(inputs / "model"), torch.arange(60)[None]
+    settings = {"learning_rate": 0.02, "steps": 2, "lr_schedule": "constant"}
+    over_stored = config_of(inputs, tmp_path / "a", quantize=None, **settings)
+    over_stored = over_stored.replace(model=str(folder))
+    # Trained on one, in float8 on the other.
+    over_plain = config_of(inputs, tmp_path / "b", quantize="float8", **settings)
+    for run, model in ((over_stored, plain), (over_plain, str(folder))):
+        finetune(run)
+        mine = load_for_evaluation(model, 64, adapter=run.output)
+        base = AutoModelForCausalLM.from_pretrained(model, device_map={"": "cpu"})
+        # Windows of 96 tokens, 64 of the model's.
+        base.config.rope_parameters |= {"rope_type": "linear", "factor": 1.5}
+        base.model.rotary_emb = type(base.model.rotary_emb)(base.config)
+        expected = PeftModel.from_pretrained(base, f"{run.output}/adapter")
+        with torch.no_grad():
+            assert_close_fp32(mine(input_ids=ids).logits, expected(input_ids=ids).logits)
+            base_alone = expected.unload()(input_ids=ids).logits
+            assert relative_error(mine(input_ids=ids).logits, base_alone) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", STORED)
+def test_a_plan_counts_weights_as_they_are_stored(inputs, tmp_path, how):
+    folder = stored(inputs, tmp_path / "stored", ways_to_store()[how], torch.float32)
+    run, model_config = config_of(folder, tmp_path, quantize=None), load_config(str(folder))
+    run = run.replace(model=str(folder))
+    asked = (
+        run.elimination.resolved(False),
+        model_config,
+        torch.float32,
+        torch.device("cpu"),
+        NOMINAL,
+    )
+    request = request_of(run, *asked)
+    shape = request.shape
+    predicted = request.planner(96).weights - 12 * request.adapters.parameters(shape)
+    size = (folder / "model.safetensors").stat().st_size
+    # The header of a small file, and statistics of short rows.
+    assert 0.85 * size < predicted < size
+    with pytest.raises(ValueError, match="quantize: expected null, because .* already"):
+        request_of(run.replace(quantize="nf4"), *asked)
+    fp8 = run.replace(elimination=run.elimination.replace(products="fp8"))
+    if how != "torchao float8":
+        with pytest.raises(ValueError, match=r"elimination\.products: expected dtype over weights"):
+            request_of(fp8, fp8.elimination.resolved(False), *asked[1:])
+
+
+@pytest.mark.parametrize("quantize", [None, "float8"])
+def test_who_runs_out_of_memory_is_not_told_to_quantise_twice(inputs, tmp_path, quantize):
+    run = config_of(inputs, tmp_path, quantize=quantize)
+    said = str(out_of_memory(1, MemoryError("none left"), run, None, 0))
+    assert ("--quantize nf4" in said) == (quantize is None)
+
+
+def test_weights_whose_memory_is_not_known_are_not_planned(inputs, tmp_path):
+    config = load_config(str(inputs / "model"))
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    run = config_of(inputs, tmp_path, quantize=None)
+    asked = run.elimination.resolved(False), config, torch.float32, torch.device("cpu"), NOMINAL
+    with pytest.raises(ValueError, match="model: expected weights that are plain, .* got gptq"):
+        request_of(run, *asked)
 
 
 @pytest.mark.parametrize(("name", "package"), [("nf4", "bitsandbytes"), ("float8", "torchao")])

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lemo.models.sharded import is_sharded
 from lemo.models.weights import parameters_of, version_of
@@ -37,8 +38,7 @@ class AsInForward:
     def difference(self) -> str | None:
         """What is another now, in words; None: nothing."""
         now = parameters_of(self._module)
-        # Weights that hooks bring from the host are on the meta device between two calls.
-        same = (a is b or (a.is_meta and b.is_meta) for a, b in zip(now, self._parameters))
+        same = map(_are_same, now, self._parameters)
         if (len(now) != len(self._parameters) or not all(same)) and not self._is_sharded():
             return "other weights"
         if _versions(self._parameters) != self._versions:
@@ -65,6 +65,19 @@ class AsInForward:
                 f"{difference}; run backward while those of forward are in place "
                 "(torch.func.functional_call puts the model's own back when it returns)"
             )
+
+
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    # Weights that hooks bring from the host are on the meta device between two calls.
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
+    if a.requires_grad or b.requires_grad or is_traceable_wrapper_subclass(a):
+        return False
+    # On the CPU PEFT's DoRA puts a new parameter of the same memory into layers of bitsandbytes.
+    found = ((x.data_ptr(), x.shape, x.stride(), x.dtype, type(x)) for x in (a, b))
+    return next(found) == next(found)
 
 
 def _versions(parameters: Sequence[Tensor]) -> list[int | None]:

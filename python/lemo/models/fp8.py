@@ -134,8 +134,7 @@ class Fp8Linear:
         """Tells that optimizer step `step`, from 0, begins: some weights are rounded anew.
 
         They are on another grid then, whose scales are up to twice as large. So a weight's error is
-        another one, and in the mean over steps small. The copy's memory stays the same, which CUDA
-        graphs read.
+        another one, and in the mean over steps small. The copy is written in place.
         """
         turn = (step + self._place) // _PERIOD
         if turn != self._turn:

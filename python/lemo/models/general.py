@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
@@ -101,19 +101,25 @@ def _of_base(base: nn.Module, dtype: torch.dtype) -> str:
     computes = getattr(base, "compute_dtype", None)
     if computes not in (None, dtype):
         return f"{_kind(base)} computes in {_name(computes)} and the rows are {_name(dtype)}"
+    state = getattr(getattr(base, "weight", None), "quant_state", None)
+    packed = getattr(state, "packing_format_for_cpu", False)
+    if state is not None and not packed and state.dtype not in (dtype, torch.float32):
+        return f"{_kind(base)} stands for {_name(state.dtype)} and the rows are {_name(dtype)}"
     if type(base) is not nn.Linear:
         return f"{_kind(base)}, whose product is its own"
     weight = base.weight
     if weight.requires_grad:
         return "its weight is trained"
     if not is_plain(base):
-        kind = type(weight)
-        return f"its weight is a {kind.__module__}.{kind.__name__}"
+        kind = f"its weight is {_kind(weight)}"
+        if weight.dtype == dtype:
+            return kind
+        return f"{kind} of {_name(weight.dtype)} and the rows are {_name(dtype)}"
     return f"its weight is {_name(weight.dtype)} and the rows are {_name(dtype)}"
 
 
-def _kind(module: nn.Module) -> str:
-    cls = type(module)
+def _kind(part: nn.Module | Tensor) -> str:
+    cls = type(part)
     return f"a {cls.__module__}.{cls.__name__}"
 
 

@@ -51,10 +51,10 @@ def apply_linears(
     """
     several = len(modules) > 1
     parts = [_part_of(module, x, values, several) for module in modules]
-    if several and not all(isinstance(part, _Part) for part in parts):
+    nodes = [part for part in parts if isinstance(part, _Part)]
+    if several and len(nodes) < len(parts):
         # One after another: masks of dropout are drawn in the order of the modules.
         return tuple(apply_linear(module, x, values) for module in modules)
-    nodes = [part for part in parts if isinstance(part, _Part)]
     if not nodes:
         return tuple(part(x) for part in parts if not isinstance(part, _Part))
     # A base layer that runs by its own forward has added its bias.
@@ -67,7 +67,12 @@ def apply_linears(
 def _part_of(
     module: nn.Module, x: Tensor, values: bool, several: bool
 ) -> "_Part | Callable[[Tensor], Tensor]":
-    """A layer's part of a node, or what else gives its result."""
+    """A layer's part of a node, or what else gives its result.
+
+    Args:
+        module, x, values: as of `apply_linears`.
+        several: whether the node is to have other layers; alone, a plain layer needs no node.
+    """
     layer = adapted(module)
     if isinstance(layer, str):
         return module
@@ -83,8 +88,8 @@ def _part_of(
     if merged:
         drop(base)
     fp8 = None if matrix is None or merged else fp8_of(base, module)
-    own = matrix is None or (values and is_plain(base) and base.weight.dtype == dtype)
-    if not pairs and own and fp8 is None and not (several and matrix is not None):
+    plain = values and fp8 is None and is_plain(base) and base.weight.dtype == dtype
+    if not pairs and (matrix is None or (plain and not several)):
         return base
     if pairs and pairs[0].magnitude is not None:
         if matrix is None:

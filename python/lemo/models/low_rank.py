@@ -1,8 +1,8 @@
 """The low-rank products of LoRA pairs, forward and backward, from an input that is stored once.
 
-Pairs of several layers that read the same rows and multiply alike are one stack: one product has
-the rows with all of their As, which are written below each other, and backward has one for the
-gradient of the As and one for that of the rows.
+Pairs that read the same rows, multiply alike and train the same of A and B are one stack, whichever
+layers they are of. Their As are written below each other. One product has the rows with all of
+them, and backward has one for the gradient of the As and one for that of the rows.
 
 Where the pair has another dtype than the input, or dropout, the products need a copy of the input.
 It is made a chunk of rows at a time, again in backward, and never stored.
@@ -87,10 +87,9 @@ class LowRank(NamedTuple):
         Args:
             y: [R, out].
             low: [R, r], from `lower`.
-            b: [out, r].
+            b: [out, r], in `dtype`.
             bias: [out].
         """
-        b = b.to(self.dtype)
         if y.dtype == self.dtype:
             y.addmm_(low, b.T, alpha=self.scaling)
             if bias is not None:

@@ -1,21 +1,21 @@
 """Frozen weights that torchao has quantised, made plain.
 
 torchao puts a tensor of its own kind into an `nn.Linear`. Known are those whose product is that of
-the rows as they come with the dequantised weight: float8 and integers of one value a byte for
-weights alone, and int4 in the tiles of torch's own kernel ("tinygemm"), for which torch has no
-backward pass.
+the rows as they come with the dequantised weight: float8 and integers of one value a byte (two
+kinds of them) for weights alone, and int4 in the tiles of torch's own kernel ("tinygemm"), for
+which torch has no backward pass.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
 
-__all__ = ["dequantiser_of", "is_torchao", "is_torchao_float8"]
+__all__ = ["dequantiser_of", "is_torchao", "is_torchao_float8", "multiplies"]
 
 # Rows and columns of a tile of int4 values, and the value that stands for 0.
 _TILE, _MIDDLE = (8, 128), 8
@@ -31,8 +31,8 @@ def is_torchao_float8(module: nn.Module) -> bool:
     return dequantiser_of(module) is not None and type(module.weight).__name__ == "Float8Tensor"
 
 
-def dequantiser_of(module: nn.Module) -> Callable[[], Tensor] | None:
-    """What makes the matrix [out, in] of a layer with a weight of torchao, in the weight's dtype.
+def dequantiser_of(module: nn.Module) -> Callable[[torch.dtype], Tensor] | None:
+    """What makes the matrix [out, in] of a layer with a weight of torchao, in a dtype.
 
     None where the product is not known to be one with that matrix: the weight is of another kind,
     its input is quantised or scaled, or the layer has hooks or a forward of its own.
@@ -42,26 +42,39 @@ def dequantiser_of(module: nn.Module) -> Callable[[], Tensor] | None:
     if is_intercepted(module) or not has_own_forward(nn.Linear):
         return None
     weight: Any = module.weight
-    of_input, make = _KINDS.get(type(weight).__name__, (None, _plain))
-    if of_input is None or getattr(weight, of_input, True) is not None:
+    kind = _KINDS.get(type(weight).__name__)
+    if kind is None or any(getattr(weight, name, True) is not None for name in kind.of_input):
         return None
-    return functools.partial(make, weight)
+    return functools.partial(kind.make, weight)
+
+
+def multiplies(weight: Any, dtype: torch.dtype) -> bool:
+    """Whether a layer with this weight, of a known kind, takes rows of `dtype` without autocast."""
+    return weight.dtype == dtype or _KINDS[type(weight).__name__].any_rows
 
 
 @torch.no_grad()
-def _plain(weight: Any) -> Tensor:
-    return weight.dequantize()
+def _plain(weight: Any, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize().to(dtype)
 
 
 @torch.no_grad()
-def _of_tiles(weight: Any) -> Tensor:
-    """[out, in] bf16 of int4 values in tiles; both sizes are padded there."""
+def _of_int8(weight: Any, dtype: torch.dtype) -> Tensor:
+    """[out, in] of values in int8, rounded where torchao's product rounds."""
+    if weight.block_size[-1] < weight.shape[-1]:
+        return _plain(weight, dtype)
+    return weight.qdata.to(dtype).mul_(weight.scale.to(dtype))
+
+
+@torch.no_grad()
+def _of_tiles(weight: Any, dtype: torch.dtype) -> Tensor:
+    """[out, in] of int4 values in tiles, those of bf16; both sizes are padded there."""
     codes = _codes(weight.qdata)
     scales, zeros = weight.scale_and_zero.transpose(0, 1).contiguous().unbind(-1)
     groups = (codes.bfloat16() - _MIDDLE).view(*scales.shape, weight.block_size[-1])
     # [N, K / group, group]. Sums of a product are rounded to bf16 once, as in the kernel.
     matrix = torch.addcmul(zeros[..., None], groups, scales[..., None]).view(codes.shape)
-    return matrix[: weight.shape[0], : weight.shape[1]].contiguous()
+    return matrix[: weight.shape[0], : weight.shape[1]].contiguous().to(dtype)
 
 
 def _codes(tiles: Tensor) -> Tensor:
@@ -74,7 +87,7 @@ def _codes(tiles: Tensor) -> Tensor:
 
 def _halves(tiles: Tensor) -> Tensor:
     """[tiles, 1024] uint8: the halves of bytes as they are stored."""
-    stored = tiles.contiguous().view(torch.uint8)
+    stored = tiles.view(torch.uint8)
     return torch.stack([stored & 15, stored >> 4], -1).view(-1, _TILE[0] * _TILE[1])
 
 
@@ -95,9 +108,23 @@ def _order(device: torch.device) -> Tensor:
     return stored.argsort()
 
 
-# By the name of a kind: what says that the input is quantised or scaled, and what makes the matrix.
-_KINDS: dict[str, tuple[str, Callable[[Any], Tensor]]] = {
-    "Float8Tensor": ("act_quant_kwargs", _plain),
-    "IntxUnpackedToInt8Tensor": ("activation_quantization", _plain),
-    "Int4TilePackedTo4dTensor": ("act_pre_scale", _of_tiles),
+class _Kind(NamedTuple):
+    """A kind of weight.
+
+    Attributes:
+        of_input: what of the weight says that the input is quantised or scaled.
+        make: makes the matrix in a dtype.
+        any_rows: whether torchao multiplies rows of any dtype with it; else of the weight's alone.
+    """
+
+    of_input: tuple[str, ...]
+    make: Callable[[Any, torch.dtype], Tensor]
+    any_rows: bool = False
+
+
+_KINDS = {
+    "Float8Tensor": _Kind(("act_quant_kwargs",), _plain),
+    "Int8Tensor": _Kind(("act_quant_kwargs", "act_pre_scale"), _of_int8, any_rows=True),
+    "IntxUnpackedToInt8Tensor": _Kind(("activation_quantization",), _plain),
+    "Int4TilePackedTo4dTensor": _Kind(("act_pre_scale",), _of_tiles),
 }

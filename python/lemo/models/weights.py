@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
-from lemo.models.torchao_weights import dequantiser_of
+from lemo.models.torchao_weights import dequantiser_of, multiplies
 
 __all__ = [
     "is_plain",
@@ -72,9 +72,8 @@ def matrix_of(
 
     None where the layer's product is not known to be one with such a matrix: its own forward has to
     run then. Known are `nn.Linear` with a weight of this dtype (with `cast` of any, as under
-    autocast), and those whose product is that with their dequantised weight:
-    `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314), and
-    `nn.Linear` with the weights of torchao that `torchao_weights` knows.
+    autocast), plain or of the kinds of torchao that `torchao_weights` knows, and
+    `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314).
 
     It is called in forward and in backward, where it raises RuntimeError if the weight was changed
     in place in between, as autograd does for what it saves.
@@ -89,12 +88,17 @@ def matrix_of(
     dequantise = dequantiser_of(module)
     if dequantise is not None:
         quantised: Any = module.weight
-        if quantised.requires_grad or quantised.dtype != dtype:
+        if quantised.requires_grad or not (cast or multiplies(quantised, dtype)):
             return None
-        make = partial(once, module, dtype, lambda dtype: dequantise().to(dtype))
-        return _unchanged(quantised, make)
-    # The layer computes in a dtype of its own where it has one.
-    if _is_bitsandbytes_4bit(module) and module.compute_dtype in (None, dtype):
+        return _unchanged(quantised, partial(once, module, dtype, dequantise))
+    # The layer computes in a dtype of its own where it has one. Forward it rounds to that of the
+    # rows, backward to that which was quantised before.
+    rounds_once = (dtype, torch.float32)
+    if (
+        _is_bitsandbytes_4bit(module)
+        and module.compute_dtype in (None, dtype)
+        and module.weight.quant_state.dtype in rounds_once
+    ):
         make = partial(once, module, dtype, lambda dtype: _dequantised(module).to(dtype))
         return _unchanged(module.weight, make)
     return None

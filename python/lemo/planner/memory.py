@@ -27,6 +27,8 @@ MOST_CAPTURED = 1 << 38
 """Multiplications of a layer's forward products beyond which its kernels take longer than the host
 takes to issue them, some milliseconds."""
 
+# Ways to store weights of which a matrix is made once for each layer and direction.
+_MADE_PLAIN = ("nf4", "float8", "torchao_int")
 # Tensors that a layer stores, at most.
 _TENSORS = 64
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -291,7 +293,7 @@ class StepMemory:
         down = rows.mlp * (hidden + size * shape.width) + self._copies(("down_proj",), rows.mlp)
         here, back = self._gathered(rows.attention)
         # When attention's backward runs, what the MLP stored is gone.
-        attending = rows.attention * hidden + self._attending(rows.attention) - mlp + back
+        attending = rows.attention * hidden + self._attending(rows.attention, True) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
         forward += self._copies(("down_proj",), rows.mlp, backward=False)
         forward = max(forward, here - mlp)
@@ -329,7 +331,8 @@ class StepMemory:
         attention = rows.attention * (self._attention(not selective) + self._norm() - hidden)
         copied = hidden if step.is_indexed(rows.attention) else 0
         here, back = self._gathered(rows.attention)
-        attending = attention + rows.attention * copied + self._attending(rows.attention) + back
+        attending = attention + rows.attention * copied + back
+        attending += self._attending(rows.attention, not selective)
         attending += self._matrices(all_of_mlp=False)
         if joined:
             # The graph of attention and what it adds exist while the MLP's backward runs.
@@ -353,9 +356,6 @@ class StepMemory:
         out = q + lse
         held = (0 if selective else out) + self._linears(("o_proj",), shape.queries, held=True)
         projecting = hidden + 2 * q + 2 * k
-        if shape.head_norms:
-            # In fp32: the heads, and their squares or themselves once more.
-            projecting = hidden + q + 2 * k + 8 * shape.queries
         heads = q + 2 * k
         copied = hidden if step.is_indexed(rows) else 0
         # Of a group: copies of queries, keys, values, result and its gradient; what they become.
@@ -366,8 +366,9 @@ class StepMemory:
         # The graph of the projections; gradients are rotated, and then make one of the rows.
         graph = self._norm() + self._linears(_ATTENTION, shape.hidden, normalised=True)
         if shape.head_norms:
-            graph += self._of_head_norms() + q + k
-        given = max(2 * q + 2 * k, q + 2 * k + hidden)
+            graph += self._of_head_norms()
+        # Norms of heads take more here than where they are computed.
+        given = q + 2 * k + max(q, hidden, self._head_norms_backward())
         highest = max(held + copied + projecting, differentiated, graph - hidden + given)
         computed = max(projecting, heads + out, out + hidden) - (out if selective else 0)
         more = self._matrices(all_of_mlp=False) + self._copies((*_ATTENTION, "o_proj"), rows)
@@ -391,13 +392,22 @@ class StepMemory:
         total += self._linears(("o_proj",), shape.queries, held=True)
         if shape.head_norms:
             total += self._of_head_norms()
-        return total + (size * shape.queries + 4 * shape.heads if results else 0)
+        return total + (self._results() if results else 0)
+
+    def _results(self) -> int:
+        """Attention's result and its logarithms."""
+        return self._step.size * self._shape.queries + 4 * self._shape.heads
 
     def _of_head_norms(self) -> int:
         """Stored by norms of queries and keys."""
         shape = self._shape
         widths, heads = shape.queries + shape.keys, shape.heads + shape.key_heads
         return 4 * widths + 4 * heads + (self._step.size * widths if self._adapters.norms else 0)
+
+    def _head_norms_backward(self) -> int:
+        """For a moment of the backward pass of the queries' norm, beside its result's gradient:
+        five tensors in fp32."""
+        return 5 * 4 * self._shape.queries if self._shape.head_norms else 0
 
     def _mlp(self) -> int:
         """Stored by the MLP behind its norm."""
@@ -449,12 +459,15 @@ class StepMemory:
         pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
         return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
 
-    def _attending(self, rows: int) -> int:
-        """For a moment of attention's backward: its kernel, or the products around it."""
+    def _attending(self, rows: int, results: bool) -> int:
+        """For a moment of attention's backward: its kernel, the products around it, or norms of
+        heads; `results` as of `_attention`."""
         shape = self._shape
         around = rows * self._step.size * (shape.queries + 2 * shape.keys)
         around += self._copies((*_ATTENTION, "o_proj"), rows)
-        return max(rows * self._attention_backward(), around)
+        # Gradients are in the place of queries, keys and values, which are freed, as results are.
+        norms = self._head_norms_backward() - (self._results() if results else 0)
+        return max(rows * self._attention_backward(), around, rows * norms)
 
     def _copies(self, names: tuple[str, ...], rows: int, backward: bool = True) -> int:
         """For a moment of one of these layers, where an adapter has dropout or another dtype than
@@ -488,7 +501,10 @@ class StepMemory:
 
     def _matrices(self, all_of_mlp: bool) -> int:
         """Matrices that are made of quantised weights: one, or those of an MLP together."""
-        if self._quantize != "nf4" and not self._fp8:
+        if self._quantize not in _MADE_PLAIN and not self._fp8:
             return 0
-        one = self._shape.hidden * self._shape.width * (1 if self._fp8 else self._step.size)
-        return 3 * one if all_of_mlp else one
+        numbers = self._shape.hidden * self._shape.width
+        one = numbers * (1 if self._fp8 else self._step.size)
+        made = 3 * one if all_of_mlp else one
+        # torchao makes float8 plain by way of fp32.
+        return made + (4 * numbers if self._quantize == "float8" and not self._fp8 else 0)

@@ -23,7 +23,7 @@ __all__ = [
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 # Bytes of a number of nf4 with nested statistics: half a byte, and one statistic for each 64.
 _NF4 = 0.5 + (1 + 4 / 256) / 64
-_QUANTISED = {"nf4": _NF4, "int8": 1.0, "float8": 1.0}
+_QUANTISED = {"nf4": _NF4, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
 # Linear layers of a decoder layer, in the order in which they run.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -287,7 +287,14 @@ def step_of(
 
 
 def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
-    """Bytes of the frozen weights, linear layers of the decoder quantised or not."""
+    """Bytes of the frozen weights, linear layers of the decoder quantised or not.
+
+    Args:
+        shape: the model.
+        size: bytes of a number that is not quantised.
+        quantize: as the setting `quantize`, or "torchao_int": integers of torchao, a byte each;
+            None: not.
+    """
     linear, others = shape.parameters()
     return round(linear * _QUANTISED.get(quantize or "", size)) + others * size
 

@@ -297,15 +297,14 @@ def _start(folder: Path, description: _Description) -> None:
 
 
 def _files(examples: Sequence[Example]) -> Iterator[tuple[int, int]]:
-    """(first, end) of the examples of each file."""
+    """(first, end) of the examples, one or more, of each file."""
     first = tokens = 0
     for index, example in enumerate(examples):
         if tokens and tokens + len(example.ids) > _FILE_TOKENS:
             yield first, index
             first, tokens = index, 0
         tokens += len(example.ids)
-    if examples:
-        yield first, len(examples)
+    yield first, len(examples)
 
 
 def _file(folder: Path, number: int) -> Path:

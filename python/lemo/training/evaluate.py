@@ -159,9 +159,10 @@ def load_for_evaluation(
     config = load_config(model)
     folder = None if adapter is None else find_adapter(adapter)
     if folder is not None:
-        config = trained_config(folder, config, model)
+        # The adapter may have been trained on weights that are stored in another way.
+        config = quantised.stored_like(trained_config(folder, config, model), config)
     extend_context(config, length, rope_scaling)
-    quantize = quantised.recorded(config)
+    quantize = None if quantised.is_quantised(config) else quantised.recorded(config)
     if quantize is not None:
         _log.info("the model is quantised as it was for the adapter's training: %s", quantize)
     loaded: PreTrainedModel | PeftModel = load_model(

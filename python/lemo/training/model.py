@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,12 +25,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from lemo.data.reading import first_of, naming
 from lemo.files import write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
-from lemo.training.quantised import is_quantised, quantization_config
+from lemo.training.quantised import check_stored, is_quantised, put_in, quantization_config
 from lemo.training.sharding import whole
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -106,7 +107,7 @@ def load_model(
     Args:
         model: folder or hub name.
         config: its configuration.
-        dtype: of weights that are not quantised.
+        dtype: of weights that are not quantised, and of all products.
         quantize: how those of linear layers are, see `lemo.training.quantised`; None: as they are
             stored.
         device: where a quantised model goes, at once and layer by layer, so that it never is whole
@@ -119,12 +120,7 @@ def load_model(
         OSError: they cannot be read.
     """
     stored = is_quantised(config)
-    if quantize is not None and stored:
-        method = dict(config.quantization_config).get("quant_method")
-        raise ValueError(
-            f"quantize: expected null, because '{model}' is stored quantised already ({method}), "
-            f"got '{quantize}'"
-        )
+    check_stored(config, quantize, model)
     more: dict[str, Any] = {}
     if quantize is not None:
         more["quantization_config"] = quantization_config(quantize, dtype)
@@ -151,6 +147,8 @@ def load_model(
         raise _not_found(model, error) from error
     _check_weights(model, loaded, report)
     _check_finite(model, loaded)
+    if stored:
+        put_in(loaded, dtype)
     return loaded.requires_grad_(False)
 
 
@@ -340,7 +338,7 @@ def add_lora(model: PreTrainedModel, config: FinetuneConfig) -> PeftModel:
     Raises:
         ValueError: one of the targets names no module, or one that cannot have a LoRA pair.
     """
-    _check_targets(model, config.lora_targets or ())
+    _check_targets(model, config.lora_targets)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.lora_rank,
@@ -364,8 +362,20 @@ def leave_casts_to_autocast(model: PeftModel) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def _check_targets(model: PreTrainedModel, targets: Iterable[str]) -> None:
-    """Raises ValueError unless each target is, as PEFT reads it, the end of a module's name."""
+def _check_targets(model: PreTrainedModel, targets: Sequence[str] | None) -> None:
+    """Raises ValueError unless each target is, as PEFT reads it, the end of a module's name.
+
+    None stands for linear layers, of which there have to be some.
+    """
+    if targets is None:
+        inside: Any = model.base_model
+        if not any(isinstance(m, (torch.nn.Linear, Conv1D)) for m in inside.modules()):
+            raise ValueError(
+                "lora_targets: expected names of modules, such as q_proj and v_proj, because null "
+                "stands for linear layers of torch and the model has none (those of GPTQ and the "
+                "like are modules of their own), got null"
+            )
+        return
     modules = dict(model.named_modules())
     linear = sorted(
         {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, torch.nn.Linear)}

@@ -22,6 +22,7 @@ from lemo.predictors import load
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
+from lemo.training.quantised import check_stored, stored_as
 from lemo.training.run_folder import PLAN_NAME
 
 __all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
@@ -129,6 +130,13 @@ def request_of(
             "elimination.path: expected native, whose memory can be predicted, got generic"
         )
     shape = shape_of(model_config)
+    check_stored(model_config, config.quantize, config.model)
+    stored = stored_as(model_config)
+    if elimination.in_8_bits and stored not in (None, "float8"):
+        raise ValueError(
+            "elimination.products: expected dtype over weights that are stored quantised in "
+            f"another way than float8, got {elimination.products}"
+        )
     if elimination.scorer == "predictor" and not elimination.finds_answers:
         assert elimination.predictor is not None
         predictors = load(elimination.predictor, model_config)
@@ -146,7 +154,7 @@ def request_of(
         autocast=dtype != torch.float32,
         cuda=device.type == "cuda",
         passes=config.gradient_accumulation,
-        quantize=config.quantize,
+        quantize=config.quantize or stored,
         window=_window(model_config),
     )
 
@@ -189,8 +197,10 @@ def out_of_memory(
         parts.append(f"{going} where there is more memory: {again}")
     parts.append(
         "a new run needs less with a smaller keep, context_length or batch_size (and more "
-        "gradient_accumulation), or with --quantize nf4"
+        "gradient_accumulation)"
     )
+    if (config.quantize if plan is None else plan.request.quantize) is None:
+        parts[-1] += ", or with --quantize nf4"
     return MemoryError("; ".join(parts))
 
 
