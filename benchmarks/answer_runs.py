@@ -25,6 +25,7 @@ import lemo
 from answer_chunks import Chunks, targets_of
 from answer_tasks import Haystacks, Mixture, Window
 from common.timing import summary
+from lemo.models.fp8 import fp8_of
 from lemo.training.evaluate import window_losses
 
 __all__ = [
@@ -58,6 +59,7 @@ class Method:
             None: what the scorer of `elimination` says.
         chunks: of a shorter window of blocks in their old positions (as `Chunks` takes them); None:
             the whole window.
+        in_dtype: linear layers, by the end of their names, whose products are never in 8 bits.
         steps: 0: no training; None: as the protocol says.
         learning_rate: at which it learns most in 100 steps; None: it was not looked for.
     """
@@ -66,6 +68,7 @@ class Method:
     elimination: Mapping[str, Any] | None = None
     scores: str | None = None
     chunks: Mapping[str, Any] | None = None
+    in_dtype: Sequence[str] = ()
     steps: int | None = None
     learning_rate: float | None = None
 
@@ -138,6 +141,11 @@ class Trial:
         if method.elimination is not None:
             config = lemo.LemoConfig(**{"seed": seed, **method.elimination})
             self.handle = lemo.enable(self.model, config)
+        for name, module in self.model.named_modules():
+            layer = getattr(module, "base_layer", None)
+            found = None if layer is None else fp8_of(layer)
+            if found is not None and name.endswith(tuple(method.in_dtype)):
+                found.remove()
         self._generator = torch.Generator().manual_seed(seed)
         self._chunks = None if method.chunks is None else Chunks(method.chunks, seed)
 

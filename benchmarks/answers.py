@@ -58,7 +58,7 @@ from common import records
 from common.methods import read_methods
 from lemo import LemoConfig
 
-FIELDS = ("elimination", "scores", "chunks", "steps", "learning_rate", "about")
+FIELDS = ("elimination", "scores", "chunks", "in_dtype", "steps", "learning_rate", "about")
 MEAN = "mean"
 # Scorers that read what was found for the model before, and the field that names it.
 FILES = {"attention": "heads", "predictor": "predictor"}

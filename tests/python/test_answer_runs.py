@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from answer_chunks import Chunks, targets_of
-from answer_runs import exact_answers, share_of_needed, shares
+from answer_runs import Method, Trial, exact_answers, share_of_needed, shares
 from answer_tasks import Answer, Window
+from lemo.models.fp8 import fp8_of
+from tiny_models import make_model
 
 pytestmark = pytest.mark.cpu_only
 
@@ -131,3 +133,24 @@ def test_recall_counts_blocks_with_needed_tokens():
     assert share_of_needed(made, 4, [2, 1]) == 1.0
     assert share_of_needed(made, 8, [1]) == 0.5
     assert share_of_needed(window(range(40), Answer(35, 37, (), None)), 4, [1]) is None
+
+
+def test_layers_that_stay_in_their_dtype():
+    base = make_model("llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128)
+    elimination = {"keep": 1.0, "products": "fp8"}
+    found = {}
+    for layers in ((), ("q_proj", "k_proj")):
+        method = Method("m", elimination, in_dtype=layers)
+        model = Trial(base, method, 4, 0, "cpu").model
+        names = [
+            name.split(".")[-2]
+            for name, module in model.named_modules()
+            if name.endswith("base_layer") and fp8_of(module) is not None
+        ]
+        found[layers] = {name: names.count(name) for name in names}
+    expected = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 3)
+    # The last layer's MLP is never in 8 bits.
+    expected |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 2)
+    assert found[()] == expected
+    del expected["q_proj"], expected["k_proj"]
+    assert found["q_proj", "k_proj"] == expected
