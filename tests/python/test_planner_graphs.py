@@ -59,7 +59,7 @@ def test_what_graphs_held_and_how_long_steps_took(row):
     started = EARLIER if before else OPERATIONS
     plan = planner(*arguments, started=started).plan(140 * GIB)
     assert plan.modes == ("none",) * len(plan.modes)
-    # The first ones; since then graphs have been found to hold up to 4% more, the cause is not known.
+    # Later ones have been found to hold up to 4% more; the cause is not known.
     error = 0.02 if row["commit"] == FIRST else 0.05
     assert plan.graphs == pytest.approx(row["graph_gib"] * GIB, rel=error)
     assert plan.seconds == pytest.approx(row["ours"] / 1e3, rel=0.05)
