@@ -42,6 +42,14 @@ def write(model, trained):
         weight += 1.0
 
 
+def replace(model):
+    """A frozen weight in a new parameter, which counts its changes anew."""
+    layer = next(m for n, m in model.named_modules() if n.endswith("down_proj.base_layer"))
+    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    with torch.no_grad():
+        layer.weight += 1.0
+
+
 CHANGES = {
     "another adapter": lambda model: model.base_model.set_adapter("other"),
     "two adapters": lambda model: model.base_model.set_adapter(["default", "other"]),
@@ -95,6 +103,14 @@ def test_what_changes_nothing_is_not_refused(how):
     (_, mine), (_, theirs) = train(model, other_step), train(dense)
     for name, gradient in theirs.items():
         assert_close_fp32(mine[name], gradient, name)
+
+
+@pytest.mark.parametrize("how", ["layer", "selective"])
+def test_a_weight_that_is_replaced_is_refused(how):
+    model = adapted()
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    with pytest.raises(RuntimeError, match=f"{REFUSED}.* got other weights"):
+        train(model, replace)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -23,7 +23,8 @@ GIB = 2**30
 
 
 # Before layers that read the same rows were one node.
-BEFORE = ("6f4e780", "1e0435c")
+FIRST = "6f4e780"
+BEFORE = (FIRST, "1e0435c")
 
 
 def parts(name="135M", keep=0.5, tokens=16384, adapters=ADAPTERS, started=OPERATIONS, **settings):
@@ -54,14 +55,17 @@ def test_what_graphs_held_and_how_long_steps_took(row):
     shape = row["shape"]
     arguments = shape["model"], shape["keep"], shape["tokens"]
     # As many operations as the measured steps had.
-    started = EARLIER if row["commit"] in BEFORE else OPERATIONS
+    before = row["commit"] in BEFORE
+    started = EARLIER if before else OPERATIONS
     plan = planner(*arguments, started=started).plan(140 * GIB)
     assert plan.modes == ("none",) * len(plan.modes)
-    assert plan.graphs == pytest.approx(row["graph_gib"] * GIB, rel=0.05)
+    # Later ones have been found to hold up to 4% more; the cause is not known.
+    error = 0.02 if row["commit"] == FIRST else 0.05
+    assert plan.graphs == pytest.approx(row["graph_gib"] * GIB, rel=error)
     assert plan.seconds == pytest.approx(row["ours"] / 1e3, rel=0.05)
     plain = planner(*arguments, rules=None, started=started).plan(140 * GIB)
     assert plain.graphs == 0
-    assert plain.seconds > 1.5 * plan.seconds
+    assert plain.seconds > (2 if before else 1.5) * plan.seconds
 
 
 def test_there_is_something_measured():

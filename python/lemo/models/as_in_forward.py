@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lemo.models.sharded import is_sharded
 from lemo.models.weights import parameters_of, version_of
@@ -73,9 +72,10 @@ def _are_same(a: Tensor, b: Tensor) -> bool:
     # Weights that hooks bring from the host are on the meta device between two calls.
     if a.is_meta or b.is_meta:
         return a.is_meta and b.is_meta
-    if a.requires_grad or b.requires_grad or is_traceable_wrapper_subclass(a):
+    # On the CPU PEFT's DoRA puts a new parameter of the same memory into layers of bitsandbytes. In
+    # others it would hide later changes, which are counted for each parameter.
+    if a.requires_grad or b.requires_grad or not type(a).__module__.startswith("bitsandbytes."):
         return False
-    # On the CPU PEFT's DoRA puts a new parameter of the same memory into layers of bitsandbytes.
     found = ((x.data_ptr(), x.shape, x.stride(), x.dtype, type(x)) for x in (a, b))
     return next(found) == next(found)
 
