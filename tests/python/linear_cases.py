@@ -76,6 +76,19 @@ def nodes(tensor):
     return found
 
 
+def draw_as_lemo_does(monkeypatch):
+    """On GPUs torch's own dropout makes other masks of the same numbers than `bernoulli_` does."""
+
+    def dropout(x, p, training, inplace):
+        assert training
+        assert not inplace
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+        return x * mask / (1 - p)
+
+    if torch.get_default_device().type != "cpu":
+        monkeypatch.setattr(nn.functional, "dropout", dropout)
+
+
 def run(function, layer, x, dy, autocast=False):
     """{name: tensor} of the result and the gradients, and the names of the nodes."""
     x = x.clone().requires_grad_()

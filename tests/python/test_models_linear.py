@@ -16,6 +16,7 @@ from linear_cases import (
     PRECISIONS,
     RAGGED,
     ROWS,
+    draw_as_lemo_does,
     inputs,
     lora_layer,
     of_lemo,
@@ -27,16 +28,7 @@ from tolerances import assert_close_fp32, assert_close_low_precision
 
 @pytest.fixture(autouse=True)
 def equal_draws(monkeypatch):
-    """On GPUs torch's own dropout makes other masks of the same numbers than `bernoulli_` does."""
-
-    def dropout(x, p, training, inplace):
-        assert training
-        assert not inplace
-        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
-        return x * mask / (1 - p)
-
-    if torch.get_default_device().type != "cpu":
-        monkeypatch.setattr(nn.functional, "dropout", dropout)
+    draw_as_lemo_does(monkeypatch)
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

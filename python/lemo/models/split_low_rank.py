@@ -84,7 +84,7 @@ class SplitLowRank(NamedTuple):
         return self._left(low), bits
 
     def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
-        """y += low B + bias_scaling * bias in place, rounded once."""
+        """y += low B + bias_scaling * bias in place. cuBLAS rounds low B before it adds it."""
         if bias is None:
             y.addmm_(low, b.T)
             return
