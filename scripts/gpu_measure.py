@@ -146,6 +146,8 @@ def environment(part: Part, gpus: Iterable[int]) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(folders),
         "CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in gpus),
         "HF_HUB_OFFLINE": "1",
+        # Parts run beside each other: threads for every core each would wait for one another.
+        "OMP_NUM_THREADS": "4",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",
     }
