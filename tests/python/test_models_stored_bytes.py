@@ -29,7 +29,7 @@ CASES = {
 
 
 def is_split(case):
-    """Whether fp32 pairs multiply as sums of two bf16 numbers, of which products have three blocks."""
+    """Whether fp32 pairs multiply as sums of two bf16 numbers, in three blocks of their rank."""
     on_gpu = torch.get_default_device().type == "cuda"
     return on_gpu and not any(other in case for other in ("bf16 adapters", "autocast", "DoRA"))
 
