@@ -192,6 +192,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         ("eval --documents {documents} --lengths 64", "--model, --adapter: expected at least"),
         ("eval --model {model} --documents {documents} --lengths 1", "lengths: expected an int"),
         ("eval --model {model} --documents {documents} --lengths 999", "4 documents are shorter"),
+        ("eval --model {opt} --documents {documents} --lengths 96", "error: lengths: expected at"),
         ("eval --adapter none --documents {documents} --lengths 64", "adapter: expected a PEFT"),
         (
             "eval --model {model} --documents {documents} --lengths 9 --device x",

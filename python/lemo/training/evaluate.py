@@ -161,7 +161,7 @@ def load_for_evaluation(
     if folder is not None:
         # The adapter may have been trained on weights that are stored in another way.
         config = quantised.stored_like(trained_config(folder, config, model), config)
-    extend_context(config, length, rope_scaling)
+    extend_context(config, length, rope_scaling, "lengths")
     quantize = None if quantised.is_quantised(config) else quantised.recorded(config)
     if quantize is not None:
         _log.info("the model is quantised as it was for the adapter's training: %s", quantize)

@@ -103,6 +103,11 @@ def memory_limit(config: FinetuneConfig, device: torch.device) -> int | None:
     return free
 
 
+def limit_name(config: FinetuneConfig) -> str:
+    """What `memory_limit` returns, as errors call it."""
+    return "GPU memory" if config.memory_limit is None else "memory_limit"
+
+
 def request_of(
     config: FinetuneConfig,
     elimination: LemoConfig,
@@ -327,8 +332,9 @@ def _what_would_fit(
     """
     request.check_host(config.context_length)
     message = (
-        f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
-        f"fits into {bytes_text(limit)}, got one of {needed_text(planner.least(modes))}"
+        f"{limit_name(config)}: expected a step of {config.batch_size} x {config.context_length} "
+        f"tokens that fits into {bytes_text(limit)}, got one of "
+        f"{needed_text(planner.least(modes))}"
     )
     message += " at least" if modes is None else " with elimination.recompute as it is"
     return message + f"; what would fit: {request.advice(config.context_length, limit)}"
