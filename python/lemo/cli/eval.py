@@ -59,7 +59,8 @@ def eval(
 
     from lemo.settings.finetune import Device, Dtype, RopeScaling
     from lemo.training.answers import evaluate_answers, has_answers
-    from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
+    from lemo.training.evaluate import base_model_name, evaluate, find_adapter
+    from lemo.training.metrics import write_metrics
     from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
 
     options.check_choice("--rope-scaling", rope_scaling, RopeScaling)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lemo.files import foreign, lock, remove_folder, write_file
+from lemo.files import foreign, json_text, lock, remove_folder, write_file
 
 __all__ = ["Example", "ScoreStore", "write_scores"]
 
@@ -105,7 +105,7 @@ class _Description:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_file(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+        write_file(folder / DESCRIPTION_FILE, json_text(content, indent=2))
 
     def digest(self) -> bytes:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()

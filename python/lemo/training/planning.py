@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lemo.files import write_file
+from lemo.files import json_text, write_file
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -77,7 +77,7 @@ class RunPlan:
             "seconds": plan.seconds,
             "limit_bytes": plan.limit,
         }
-        write_file(folder / PLAN_NAME, json.dumps(content) + "\n")
+        write_file(folder / PLAN_NAME, json_text(content))
 
     def lines(self) -> list[str]:
         """The plan in words."""
