@@ -10,7 +10,10 @@ from typing import Any
 
 from lemo.files import json_text, write_file
 
-__all__ = ["read_metrics", "write_metrics"]
+__all__ = ["add_metrics", "read_metrics", "write_metrics"]
+
+# What a row is of.
+_SUBJECT = ("source", "kind", "length")
 
 
 def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -35,3 +38,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         row |= {n: math.inf for n in ("perplexity", "tail_perplexity") if row.get(n, n) is None}
     return rows
+
+
+def add_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows; those of the same documents, kind and length take the place of earlier ones."""
+    new = [_subject(row) for row in rows]
+    write_metrics(path, [row for row in read_metrics(path) if _subject(row) not in new] + [*rows])
+
+
+def _subject(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _SUBJECT)
