@@ -143,9 +143,11 @@ def figure(
 
 def append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Adds records to a file of JSON lines."""
+    from lemo.files import json_text
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(map(json_text, records))
 
 
 def read(path: Path, bench: str = "") -> list[dict[str, Any]]:

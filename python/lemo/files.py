@@ -1,11 +1,15 @@
-"""Files and folders that are written whole or not at all, locked, and removed only where lemo's."""
+"""Files and folders that are written whole or not at all, locked, and removed only where lemo's.
+
+And the JSON in them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -15,6 +19,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 LOCK_NAME = ".lock"
 
@@ -34,6 +39,27 @@ def write_file(path: Path, content: bytes | str) -> None:
     """
     with naming_file(path):
         _write(path, content.encode() if isinstance(content, str) else content)
+
+
+def json_text(value: Any, **layout: Any) -> str:
+    """Plain values as JSON, and an end of line.
+
+    JSON knows no numbers that are not finite, such as the perplexity of a model that has diverged:
+    they are null.
+
+    Args:
+        value: what is written.
+        layout: further arguments of `json.dumps`.
+    """
+    return json.dumps(_finite(value), allow_nan=False, **layout) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -82,6 +82,49 @@ def test_finetune_then_eval(lemo):
     ]
 
 
+def test_rows_of_evaluations_stay_until_the_same_are_evaluated_again(lemo, inputs):
+    assert lemo(SHORT)[0] == 0
+    write_documents(Path("others.jsonl"), count=2)
+
+    def rows():
+        found = json.loads(Path("run/metrics.json").read_text())
+        return {(Path(r["source"]).name, r["kind"], r["length"]): r for r in found}, len(found)
+
+    line = "eval --adapter run --documents {documents} --lengths "
+    assert lemo(line + "64")[0] == 0
+    first, _ = rows()
+    assert lemo(line + "48")[0] == 0
+    assert lemo("eval --adapter run --documents others.jsonl --lengths 64")[0] == 0
+    found, count = rows()
+    assert found.items() > first.items()
+    assert {place[::2] for place in found} == {
+        ("documents.jsonl", 64),
+        ("documents.jsonl", 48),
+        ("others.jsonl", 64),
+    }
+    assert lemo(line + "64 --limit 1")[0] == 0
+    again, same = rows()
+    assert (again.keys(), same) == (found.keys(), count)
+    changed = {place for place in again if again[place] != found[place]}
+    assert {place[::2] for place in changed} == {("documents.jsonl", 64)}
+    Path("run/metrics.json").write_text("{}")
+    code, _, err = lemo(line + "64")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "metrics.json: expected a list of objects, got dict" in err
+
+
+def test_a_perplexity_beyond_all_numbers_is_null_in_json(lemo, inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    with torch.no_grad():
+        model.lm_head.weight *= 1e9
+    model.save_pretrained("m")
+    AutoTokenizer.from_pretrained(inputs / "model").save_pretrained("m")
+    code, out, _ = lemo("eval --model m --documents {documents} --lengths 64 --json r.json")
+    assert (code, "inf" in out) == (0, True)
+    found = json.loads(Path("r.json").read_text(), parse_constant=pytest.fail)
+    assert [(row["perplexity"], row["tail_perplexity"]) for row in found] == 2 * [(None, None)]
+
+
 def test_products_in_8_bits(lemo):
     """They change the losses, by a little, and nothing else of a run."""
     losses = []
@@ -192,6 +235,7 @@ def test_yaml_file_and_resume_with_the_settings_of_the_run(lemo, inputs):
         ("eval --documents {documents} --lengths 64", "--model, --adapter: expected at least"),
         ("eval --model {model} --documents {documents} --lengths 1", "lengths: expected an int"),
         ("eval --model {model} --documents {documents} --lengths 999", "4 documents are shorter"),
+        ("eval --model {opt} --documents {documents} --lengths 96", "error: lengths: expected at"),
         ("eval --adapter none --documents {documents} --lengths 64", "adapter: expected a PEFT"),
         (
             "eval --model {model} --documents {documents} --lengths 9 --device x",

@@ -131,7 +131,8 @@ def test_a_context_that_does_not_fit(folder, capsys):
     )
     assert code == 1
     assert "peak memory" not in out
-    for text in ("are needed at least", "40.0 GiB may be taken", "at most ", "tokens", "keep 0."):
+    assert "lemo: error: --gpu-memory: expected " in err
+    for text in (" GiB or more, got 40.0 GiB; ", "at most ", "tokens", "keep 0."):
         assert text in err
     code, _, err = run(
         *(capsys, folder, "--tokens", "64K", "--gpu-memory", "40GiB", "--recompute", "none")
@@ -197,7 +198,13 @@ def test_a_plan_of_several_gpus(folder, capsys):
     assert any(line.startswith("8 windows at a time: ") for line in lines)
     code, _, error = run(capsys, *arguments, "--gpu-memory", "4GiB")
     assert code != 0
-    assert "does not fit into 4.00 GiB of each of 8 GPUs, however they are used" in error
+    assert "error: --gpu-memory: expected room for a step on 8 GPUs, however they are" in error
+    assert " got 4.00 GiB of each; what would fit on one: " in error
+    setting = "--set", "memory_limit=4"
+    for more in ((), ("--gpus", 1)):
+        code, _, error = run(capsys, *arguments, *setting, *more)
+        assert code != 0
+        assert "error: memory_limit: expected " in error
     code, _, error = run(capsys, *arguments[:5], "--gpus", "0")
     assert code != 0
     assert "--gpus: expected a number from 1 to 256, got 0" in error

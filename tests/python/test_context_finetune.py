@@ -85,7 +85,7 @@ def test_a_group_has_one_plan(settings, one, tmp_path):
         assert set(plan["modes"]) == {"none"}
     # Said by every process; the first that ends is named.
     little = run | {"output": str(tmp_path / "little"), "memory_limit": 1e-4}
-    with pytest.raises(AssertionError, match="memory: expected a step of 1 x 96 tokens that fits"):
+    with pytest.raises(AssertionError, match="memory_limit: expected a step of 1 x 96 tokens that"):
         processes.run(2, context_runs.train, tmp_path, little)
 
 

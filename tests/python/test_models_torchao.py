@@ -104,6 +104,68 @@ def test_adapters_over_quantised_layers(kind, path, keep):
         handle.verify(batch)
 
 
+def in_tiles(model):
+    """Puts int4 in tiles into the linear layers, of which all values are 0."""
+    kind = quantization.Int4TilePackedTo4dTensor
+    for linear in linear_layers(model.model.layers):
+        # Sizes are padded: rows to 8, columns to 1024.
+        stored = torch.zeros(-(-linear.out_features // 8), 8, 32, 4, dtype=torch.int32)
+        scales = torch.zeros(32, 8 * stored.shape[0], 2, dtype=torch.bfloat16)
+        weight = kind(stored, scales, [1, 32], linear.weight.shape)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+    return model.requires_grad_(False)
+
+
+class WithoutBackward(torch.autograd.Function):
+    """As torch's kernel."""
+
+    @staticmethod
+    def forward(ctx, x, weight, group, scales):
+        return x.new_zeros(x.shape[0], scales.shape[1])
+
+
+@pytest.fixture
+def tiles_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_weight_int4pack_mm", WithoutBackward.apply)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("tiles_on_the_cpu")
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_tiles_cannot_train_in_the_generic_path(name):
+    """What stands behind them can, and evaluation asks for no gradient."""
+    model = lora(in_tiles(make(name)))
+    handle = lemo.enable(model, LemoConfig(keep=0.5, block_size=BLOCK, path="generic"))
+    ids = make_ids(2, 61)
+    batch = {"input_ids": ids, "labels": ids}
+    other = "path='native'.*, or quantise" if name == "llama" else "; quantise in another way"
+    # The first one whose rows adapters have changed.
+    where = "self_attn.o_proj.base_layer" if name == "llama" else "mlp.gate_up_proj"
+    with pytest.raises(ValueError, match=rf"^model: model.layers.0.{where} is int4 of.*{other}"):
+        model(**batch)
+    assert model.eval()(**batch).loss.isfinite()
+    model.train()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.get_output_embeddings().weight.requires_grad_(True)
+    model(**batch).loss.backward()
+    handle.remove()
+    assert not any(linear._forward_pre_hooks for linear in linear_layers(model))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("tiles_on_the_cpu")
+def test_tiles_that_run_by_their_own_product_cannot_train():
+    """As over rows in fp32 without autocast."""
+    model = lora(in_tiles(make("llama")))
+    handle = lemo.enable(model, LemoConfig(keep=0.5, block_size=BLOCK, path="native"))
+    ids = make_ids(2, 61)
+    with pytest.raises(ValueError, match=r"linear layer of \[32, 32\] is int4 .*general_modules"):
+        model(input_ids=ids, labels=ids)
+    reasons = handle.general_modules()
+    assert "rows are float32" in reasons["model.layers.0.self_attn.o_proj.base_layer"]
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_products_in_8_bits_of_integers_are_refused(kind):
     model = lora(quantised(kind))

@@ -228,7 +228,7 @@ def test_labels_win_over_the_block_that_is_always_kept():
         ({"keep": [0.0] * 3, "keep_mlp": 0.0}, "keep: expected more than 0 in some layer"),
         (
             {"policy": "threshold", "thresholds": [9e9] * 3},
-            "thresholds: expected some block to reach one, got none of 14 in the first batch",
+            "layerwise.thresholds: expected some block to reach one, got none of 14 in the",
         ),
         (
             {"keep": [0.0] * 3, "keep_schedule": [[0.5, 0.5]]},

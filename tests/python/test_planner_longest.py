@@ -77,7 +77,7 @@ def test_scores_of_the_residual_need_all_tokens_embedded(plan):
     assert 0.8 * most < longest_of(out) < most
     code, _, error = plan("--tokens", most, *options)
     assert code == 1
-    needed = float(re.search(r"memory: ([\d.]+) GiB are needed", error)[1])
+    needed = float(re.search(r"--gpu-memory: expected ([\d.]+) GiB or more, got", error)[1])
     assert 2.0 < needed < 2.6
 
 
@@ -127,7 +127,7 @@ def test_what_is_said_to_be_needed_is_enough_and_little_more(plan):
     for tokens in ("24K", "25K", "30K", "34K", "40K"):
         options = "--tokens", tokens, "--batch-size", 3
         _, _, error = plan(*options, "--gpu-memory", "0.3GiB")
-        needed = re.search(r"memory: ([\d.]+) GiB are needed at least", error)[1]
+        needed = re.search(r"--gpu-memory: expected ([\d.]+) GiB or more, got", error)[1]
         assert f"what would fit: {needed} GiB of memory" in error
         assert plan(*options, "--gpu-memory", f"{needed}GiB")[0] == 0
         assert plan(*options, "--gpu-memory", f"{0.98 * float(needed):.4f}GiB")[0] == 1

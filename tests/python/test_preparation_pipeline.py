@@ -501,6 +501,7 @@ def test_what_is_given_to_test_on_is_not_trained_on(sources, tmp_path):
         (["--output", "o", "--lengths", "none"], "--lengths: expected integers"),
         (["--output", "o", "--keep", "1.5"], "keep: expected a number in (0, 1)"),
         (["--output", "o", "--lengths", "99999"], "documents: expected at least one of 99999"),
+        (["--output", "o", "--lengths", "99,16"], "lengths: expected windows of at least 3 blocks"),
         (["--output", "o", "--documents", "absent.jsonl"], "absent.jsonl"),
         (["--output", "o", "--model", "absent/model"], "absent/model"),
         (["--output", "o", "--dense-layers", "a"], "--dense-layers: expected integers"),

@@ -1,6 +1,7 @@
 """Stored scores: written once, read in every epoch, gone on with after a kill, and refused."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -253,7 +254,9 @@ def test_what_is_in_the_way_stays(tmp_path):
     ("score", "message"),
     [
         (lambda example: [1.0], r"expected one for each block, \[\d\], of data.jsonl:1, got \[1\]"),
-        (lambda example: mean_ids(example) * float("nan"), "expected numbers for data.jsonl:1, go"),
+        (lambda example: mean_ids(example) * math.nan, "finite numbers .* for data.jsonl:1, got n"),
+        (lambda example: mean_ids(example) - math.inf, "finite numbers .* for data.jsonl:1, got -"),
+        (lambda example: mean_ids(example).double() + 1e39, "for data.jsonl:1, got inf"),
     ],
 )
 def test_scores_that_do_not_fit_leave_nothing(tmp_path, score, message):
@@ -297,3 +300,16 @@ def test_a_full_disk_leaves_whole_files(tmp_path):
         write_scores(tmp_path / "s", examples, scores_of_tokens, block_size=1)
     write_scores(tmp_path / "s", examples, scores_of_tokens, block_size=1, resume=True)
     ScoreStore.read(tmp_path / "s").check(examples)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_stored_scores_that_are_not_finite_are_refused(tmp_path, monkeypatch, wrong):
+    """As an earlier version wrote them, or somebody else's program."""
+    folder = tmp_path / "s"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(store, "_check_finite", lambda *_: None)
+        write_scores(folder, samples(), lambda each: mean_ids(each) * wrong, block_size=16)
+    with pytest.raises(ValueError, match=f"numbers in fp32 for .*/scores-00000.*, got {wrong}$"):
+        ScoreStore.read(folder)
+    write_scores(folder, samples(), mean_ids, block_size=16, resume=True)
+    assert torch.equal(ScoreStore.read(folder).of(samples()[0]), mean_ids(samples()[0]))

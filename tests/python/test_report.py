@@ -281,6 +281,59 @@ def test_exact_answers_stand_in_a_table_of_their_own(tmp_path):
     assert "87.5%" not in perplexity
 
 
+def cells_of(page, heading):
+    """The texts of a table's body, row by row."""
+    body = page.split(f"<h2>{heading}</h2>")[1].split("<tbody>")[1].split("</tbody>")[0]
+    rows = [re.findall(r"<t[dh][^>]*>([^<]*)", row) for row in body.split("</tr>")]
+    return [row for row in rows if row]
+
+
+def test_a_perplexity_beyond_all_numbers_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    row = {"kind": "book", "length": 512, "documents": 2, "tail_perplexity": 1.5}
+    (folder / "metrics.json").write_text(json.dumps([row | {"perplexity": None}]))
+    page = write_report([load_run(folder)], tmp_path / "out").read_text()
+    assert cells_of(page, "Held-out perplexity") == [["book", "512", "inf", "1.500"]]
+
+
+def test_rows_of_several_sources_are_told_apart(tmp_path):
+    row = {"kind": "text", "length": 512, "documents": 2, "tail_perplexity": 1.5}
+    rows = [row | {"source": f"/data/{n}.jsonl", "perplexity": n + 2.0} for n in range(2)]
+    folders = [write_run(tmp_path / name) for name in ("a", "b")]
+    for folder, found in zip(folders, (rows, rows[:1])):
+        (folder / "metrics.json").write_text(json.dumps(found))
+    page = write_report([load_run(folder) for folder in folders], tmp_path / "out").read_text()
+    assert cells_of(page, "Held-out perplexity") == [
+        ["text (0.jsonl)", "512", "2.000", "1.500", "2.000", "1.500"],
+        ["text (1.jsonl)", "512", "3.000", "1.500", "–", "–"],
+    ]
+    (folders[0] / "metrics.json").write_text(json.dumps(rows[:1]))
+    page = write_report([load_run(folder) for folder in folders], tmp_path / "out").read_text()
+    [cells] = cells_of(page, "Held-out perplexity")
+    assert cells[0] == "text"
+
+
+def test_plots_of_an_earlier_report_go(tmp_path):
+    runs = [load_run(write_run(tmp_path / name)) for name in ("a", "b")]
+    out = tmp_path / "out"
+    write_report(runs, out)
+    plot = (out / "kept_map_2.png").read_bytes()
+    assert {path.name for path in out.glob("kept_*.png")} == {
+        f"{name}_{number}.png" for name in ("kept_share", "kept_map") for number in (1, 2)
+    }
+    # Not of a report, or not where reports put it.
+    (out / "kept_map_7.png").write_bytes(b"mine")
+    (tmp_path / "far.png").write_bytes(plot)
+    (out / "kept_map_8.png").symlink_to(tmp_path / "far.png")
+    (out / "kept.png").write_bytes(plot)
+    write_report(runs[:1], out)
+    assert {path.name for path in out.iterdir()} == {
+        *("index.html", "loss.png", "resources.png", "kept_share.png", "kept_map.png"),
+        *("kept_map_7.png", "kept_map_8.png", "kept.png"),
+    }
+    assert (tmp_path / "far.png").exists()
+
+
 def test_names_and_configuration_are_escaped(tmp_path):
     folder = write_run(tmp_path / "run")
     (folder / "config.yaml").write_text("model: '<script>alert(1)</script>'\n")

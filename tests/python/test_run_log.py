@@ -1,6 +1,7 @@
 """The two logs of a run: what a resumed run drops, and what a full disk leaves."""
 
 import json
+import math
 import resource
 import time
 
@@ -16,6 +17,15 @@ def record_of(step, loss):
     numbers = {"learning_rate": 0.5, "tokens_per_second": 8.0, "peak_memory_bytes": 64}
     kept = [{"attention": 0.25, "mlp": 0.5}, {"attention": 1.0, "mlp": 0.125}]
     return {"step": step, "loss": loss, "kept_share": 0.5, "kept": kept, **numbers}
+
+
+def test_both_logs_hold_what_json_does_not_know(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.write(record_of(1, 2.0) | {"tokens_per_second": math.inf})
+    log.close()
+    RunLog(tmp_path, 1).close()
+    text = (tmp_path / LOG_NAME).read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["tokens_per_second"] is None
 
 
 def test_a_resumed_run_goes_on_behind_its_step_in_both_logs(tmp_path):

@@ -183,8 +183,18 @@ def test_given_scores_are_asked_for_and_have_to_fit():
     message = r"scores: expected one for each token, \[batch, tokens\] = \[1, 128\], got \[1, 64\]"
     with handle.scored(torch.zeros(1, 64)), pytest.raises(ValueError, match=message):
         model(**batch)
-    with pytest.raises(ValueError, match="scores: expected numbers, got nan"):
-        handle.scored(torch.full((1, 128), torch.nan)).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"), [(torch.nan, "nan"), (torch.inf, "inf"), (-torch.inf, "-inf"), (1e39, "inf")]
+)
+def test_given_scores_have_to_be_finite(wrong, text):
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, block_size=BLOCK, scorer="given"))
+    scores = torch.zeros(1, 128, dtype=torch.float64)
+    scores[0, 40] = wrong
+    with pytest.raises(ValueError, match=f"scores: expected finite numbers in fp32, got {text}$"):
+        handle.scored(scores).__enter__()
 
 
 def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):

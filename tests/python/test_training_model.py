@@ -107,8 +107,10 @@ def test_nothing_changes(length, scaling):
 def test_learned_positions_cannot_be_extended(scaling):
     config = OPTConfig(max_position_embeddings=64)
     extend_context(config, 64, scaling)
-    with pytest.raises(ValueError, match="context_length: expected at most 64, got 65.*opt has le"):
+    with pytest.raises(ValueError, match="^context_length: expected at most 64, got 65.*opt has l"):
         extend_context(config, 65, scaling)
+    with pytest.raises(ValueError, match="^lengths: expected at most 64, got 65: a model of type"):
+        extend_context(config, 65, scaling, "lengths")
 
 
 @pytest.mark.parametrize("scaling", ["linear", "yarn", "dynamic"])

@@ -147,7 +147,7 @@ def test_a_limit_holds_for_given_recomputation_too(config, modes):
 def test_a_context_that_does_not_fit_is_refused_before_anything_runs(config, monkeypatch):
     monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("weights were loaded"))
     _, least = peaks(config)
-    with pytest.raises(DoesNotFitError, match=r"at least.*what would fit") as refused:
+    with pytest.raises(DoesNotFitError, match="^memory_limit: .* at least.*what would") as refused:
         finetune(changed(config, batch_size=8, memory_limit=1.5 * least))
     assert re.search(r"at most \d+ tokens", str(refused.value))
     assert "one sequence at a time" in str(refused.value)
@@ -174,7 +174,7 @@ def test_an_upper_bound_that_does_not_fit_is_no_refusal(config, caplog):
     found = plan_run(config, elimination.resolved(False), *arguments)
     assert set(found.plan.modes) == {"layer"}
     assert "scores may keep fewer rows" in caplog.text
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(DoesNotFitError, match="^GPU memory: expected a step of"):
         plan_run(
             changed(config, elimination=LemoConfig()), LemoConfig().resolved(False), *arguments
         )

@@ -59,8 +59,9 @@ def eval(
 
     from lemo.settings.finetune import Device, Dtype, RopeScaling
     from lemo.training.answers import evaluate_answers, has_answers
-    from lemo.training.evaluate import base_model_name, evaluate, find_adapter, write_metrics
-    from lemo.training.run_folder import METRICS_NAME, reading, recorded_model
+    from lemo.training.evaluate import base_model_name, evaluate, find_adapter
+    from lemo.training.metrics import add_metrics, read_metrics, write_metrics
+    from lemo.training.run_folder import METRICS_NAME, absolute, reading, recorded_model
 
     options.check_choice("--rope-scaling", rope_scaling, RopeScaling)
     options.check_choice("--dtype", dtype, Dtype)
@@ -74,6 +75,8 @@ def eval(
         reading(run) as writable,
         Progress(console=screen, disable=not screen.is_terminal) as progress,
     ):
+        if run is not None and writable:
+            read_metrics(run / METRICS_NAME)  # What cannot be added to is refused before.
         task = progress.add_task("windows", total=None)
         results = (evaluate_answers if has_answers(documents) else evaluate)(
             model,
@@ -86,8 +89,9 @@ def eval(
             limit=limit,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
+        results = [row | {"source": absolute(documents)} for row in results]
         if run is not None and writable:
-            write_metrics(run / METRICS_NAME, results)
+            add_metrics(run / METRICS_NAME, results)
     options.result_console().print(_table(results))
     if output is not None:
         write_metrics(output, results)

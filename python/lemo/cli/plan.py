@@ -22,7 +22,10 @@ def plan(
     model: Annotated[str, typer.Argument(help="Folder with a config.json, or hub name.")],
     tokens: Annotated[str, typer.Option(help="Tokens of a window, such as 65536, 64K or 1M.")],
     keep: Annotated[
-        float | None, typer.Option(help="Share of the blocks that is kept.", show_default="0.5")
+        float | None,
+        typer.Option(
+            help="Share of the blocks that is kept (elimination.keep).", show_default="0.5"
+        ),
     ] = None,
     gpu_memory: Annotated[
         str | None,
@@ -37,7 +40,8 @@ def plan(
     host_memory: Annotated[
         str | None,
         typer.Option(
-            help="Memory of the host for activations, such as 64GiB.", show_default="none"
+            help="Memory of the host for activations, such as 64GiB (elimination.host_memory).",
+            show_default="none",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows of a forward pass.")] = 1,
@@ -58,7 +62,8 @@ def plan(
         bool, typer.Option("--fp8", help="Multiply with frozen weights in 8 bits.")
     ] = False,
     recompute: Annotated[
-        str, typer.Option(help="auto: as planned; or none, selective, layer.")
+        str,
+        typer.Option(help="auto: as planned; or none, selective, layer (elimination.recompute)."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     assignments: Annotated[

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import sys
 from typing import Any
 
+from lemo.files import json_text
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import memory
 from lemo.training.finetune import finetune
@@ -41,7 +41,7 @@ def _map_large_tensors() -> None:
 
 
 def _print(record: dict[str, Any]) -> None:
-    print(json.dumps(record), flush=True)
+    print(json_text(record), end="", flush=True)
 
 
 if __name__ == "__main__":

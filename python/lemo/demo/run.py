@@ -28,12 +28,12 @@ from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import train_tokenizer, write_corpus
 from lemo.demo.facts import Prompter, write_prompts
 from lemo.demo.relevance import explain
-from lemo.files import LOCK_NAME, write_file
+from lemo.files import LOCK_NAME, json_text, write_file
 from lemo.report import load_run, write_report
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.answers import evaluate_answers
-from lemo.training.evaluate import write_metrics
+from lemo.training.metrics import write_metrics
 from lemo.training.run_folder import METRICS_NAME, RELEVANCE_NAME
 
 MIB = 2**20
@@ -199,7 +199,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
             f"output: expected an empty folder or an earlier demo, got '{output}'"
         )
     (output / "corpus").mkdir(parents=True, exist_ok=True)
-    write_file(marker, json.dumps({"settings": dataclasses.asdict(settings)}, indent=2) + "\n")
+    write_file(marker, json_text({"settings": dataclasses.asdict(settings)}, indent=2))
     screen = _Screen(console)
     base = dataclasses.replace(settings.base, seed=settings.seed)
 
@@ -223,7 +223,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
     picture = explain(
         output / "base", prompts.held_out, tokenizer, settings.elimination, settings.context
     )
-    write_file(output / "lemo" / RELEVANCE_NAME, json.dumps(picture, indent=2) + "\n")
+    write_file(output / "lemo" / RELEVANCE_NAME, json_text(picture, indent=2))
     runs = [load_run(output / name, title) for name, title in METHODS.items()]
     note = (
         f"A model of {settings.base.context} tokens answers questions about facts that are planted "
@@ -236,7 +236,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
         "results": [dataclasses.asdict(result) for result in results.values()],
         "answers": answers,
     }
-    write_file(marker, json.dumps(content, indent=2) + "\n")
+    write_file(marker, json_text(content, indent=2))
     console.print(result_table(settings, results, answers))
     console.print(printable(f"Report: {page}"), soft_wrap=True, markup=False, highlight=False)
     return page

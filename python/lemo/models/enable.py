@@ -311,14 +311,16 @@ class Handle:
                 read. Best on the CPU, where they are checked without waiting for a GPU.
 
         Raises:
-            ValueError: not two-dimensional, or NaN; from the forward pass: not one for each token.
+            ValueError: not two-dimensional, or not finite; from the forward pass: not one for each
+                token.
         """
         if scores.ndim != 2:
             raise ValueError(f"scores: expected [batch, tokens], got {list(scores.shape)}")
-        if scores.isnan().any():
-            raise ValueError("scores: expected numbers, got nan")
-        before = self._forward.token_scores
-        self._forward.token_scores = scores.detach().float()
+        found = scores.detach().float()
+        if not found.isfinite().all():
+            wrong = found[~found.isfinite()][0].item()
+            raise ValueError(f"scores: expected finite numbers in fp32, got {wrong}")
+        before, self._forward.token_scores = self._forward.token_scores, found
         try:
             yield
         finally:

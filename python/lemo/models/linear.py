@@ -21,10 +21,13 @@ from lemo.models.dora import apply_dora
 from lemo.models.fp8 import Fp8Linear, drop, fp8_of, obstacle
 from lemo.models.low_rank import LowRank, below_each_other, shares, stacks
 from lemo.models.split_low_rank import SplitLowRank, takes_split
+from lemo.models.torchao_weights import check_gradient, lacks_backward
 from lemo.models.weights import is_plain, matrix_of
 from lemo.ops.autograd import first_order_only
 
 __all__ = ["apply_linear", "apply_linears", "reads_fp8"]
+
+_REMEDY = "handle.general_modules() names it, and why lemo does not multiply in place of torch"
 
 
 def apply_linear(module: nn.Module, x: Tensor, values: bool = True) -> Tensor:
@@ -75,6 +78,7 @@ def _part_of(
     """
     layer = adapted(module)
     if isinstance(layer, str):
+        _check_own(module, x)
         return module
     base, pairs, _ = layer
     dtype, autocast = x.dtype, torch.is_autocast_enabled(x.device.type)
@@ -83,6 +87,8 @@ def _part_of(
     elif not layer.casts and any(pair.a.dtype != dtype for pair in pairs):
         return module  # which refuses it
     matrix = matrix_of(base, dtype, autocast)
+    if matrix is None:
+        _check_own(base, x)
     # The weight of merged adapters is another one.
     merged = getattr(module, "merged", False)
     if merged:
@@ -109,6 +115,12 @@ def _part_of(
     products = tuple(_product_of(pair, x, dtype if autocast else pair.a.dtype) for pair in pairs)
     width = None if values or matrix is None else base.out_features
     return _Part(_Plan(matrix, products, dtype, width, fp8), base, pairs)
+
+
+def _check_own(module: nn.Module, x: Tensor) -> None:
+    """Refuses to run a module as it is on rows whose gradients it cannot give."""
+    for layer in filter(lacks_backward, module.modules()):
+        check_gradient(layer, (x,), f"a linear layer of {list(layer.weight.shape)}", _REMEDY)
 
 
 def _product_of(pair: Pair, x: Tensor, dtype: torch.dtype) -> LowRank | SplitLowRank:

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
 
-__all__ = ["dequantiser_of", "is_torchao", "is_torchao_float8", "multiplies"]
+__all__ = [
+    "check_gradient",
+    "dequantiser_of",
+    "is_torchao",
+    "is_torchao_float8",
+    "lacks_backward",
+    "multiplies",
+]
 
 # Rows and columns of a tile of int4 values, and the value that stands for 0.
 _TILE, _MIDDLE = (8, 128), 8
@@ -46,6 +53,36 @@ def dequantiser_of(module: nn.Module) -> Callable[[torch.dtype], Tensor] | None:
     if kind is None or any(getattr(weight, name, True) is not None for name in kind.of_input):
         return None
     return functools.partial(kind.make, weight)
+
+
+def lacks_backward(module: nn.Module) -> bool:
+    """Whether torch has no backward pass of the layer's own product."""
+    # Adapters show the weight of the layer inside of them.
+    if not isinstance(module, nn.Linear) or not is_torchao(module):
+        return False
+    kind = _KINDS.get(type(module.weight).__name__)
+    return kind is not None and not kind.has_backward
+
+
+def check_gradient(module: nn.Module, inputs: tuple[Tensor, ...], name: str, remedy: str) -> None:
+    """Refuses to run a layer by its own product where a gradient would have to go through it.
+
+    Args:
+        module: the layer.
+        inputs: its arguments.
+        name: of the layer, for the error.
+        remedy: what to do, for the error.
+
+    Raises:
+        ValueError: it trains, its rows need a gradient, and its product has no backward pass.
+    """
+    needed = module.training and torch.is_grad_enabled() and inputs[0].requires_grad
+    if needed and lacks_backward(module):
+        kind = type(module.weight).__name__
+        raise ValueError(
+            f"model: {name} is int4 of torchao in tiles ({kind}), of whose product torch has no "
+            f"backward pass, so that nothing in front of it can be trained; {remedy}"
+        )
 
 
 def multiplies(weight: Any, dtype: torch.dtype) -> bool:
@@ -115,16 +152,18 @@ class _Kind(NamedTuple):
         of_input: what of the weight says that the input is quantised or scaled.
         make: makes the matrix in a dtype.
         any_rows: whether torchao multiplies rows of any dtype with it; else of the weight's alone.
+        has_backward: whether torchao's own product has a backward pass.
     """
 
     of_input: tuple[str, ...]
     make: Callable[[Any, torch.dtype], Tensor]
     any_rows: bool = False
+    has_backward: bool = True
 
 
 _KINDS = {
     "Float8Tensor": _Kind(("act_quant_kwargs",), _plain),
     "Int8Tensor": _Kind(("act_quant_kwargs", "act_pre_scale"), _of_int8, any_rows=True),
     "IntxUnpackedToInt8Tensor": _Kind(("activation_quantization",), _plain),
-    "Int4TilePackedTo4dTensor": _Kind(("act_pre_scale",), _of_tiles),
+    "Int4TilePackedTo4dTensor": _Kind(("act_pre_scale",), _of_tiles, has_backward=False),
 }

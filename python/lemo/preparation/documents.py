@@ -24,7 +24,7 @@ from lemo.preparation.output import check_output
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
 from lemo.preparation.reports import Report
-from lemo.preparation.windows import Window
+from lemo.preparation.windows import Window, check_length
 from lemo.relevance.heads import RetrievalHeads
 from lemo.settings.preparation import PrepareConfig
 from lemo.training.model import (
@@ -70,10 +70,11 @@ def prepare_from_documents(
     output = Path(os.path.realpath(config.output))
     with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
         check_output(output, config.overwrite)
+        check_length("lengths", min(config.lengths), config)
         device = pick_device(config.device, elimination=True)
         dtype = pick_dtype(config.dtype, device, elimination=True)
         model_config = load_config(config.model)
-        extend_context(model_config, max(config.lengths), config.rope_scaling)
+        extend_context(model_config, max(config.lengths), config.rope_scaling, "lengths")
         windows = _Windows(config, load_tokenizer(config.model), model_config.vocab_size)
         report("documents", 0, 1, "")
         training, held_out = windows.cut()
@@ -98,7 +99,7 @@ def prepare_from_examples(
         model_config = load_config(config.model, ARCHITECTURES)
         assert config.heads is not None
         heads = RetrievalHeads.load(config.heads, model_shape(model_config))
-        extend_context(model_config, max(config.lengths), config.rope_scaling)
+        extend_context(model_config, max(config.lengths), config.rope_scaling, "lengths")
         report("documents", 0, 1, "")
         training, held_out = _examples(config, model_config.get_text_config().vocab_size)
         report("documents", 1, 1, f"{len(training)} training windows, {len(held_out)} held out")

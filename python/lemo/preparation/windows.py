@@ -9,7 +9,7 @@ from torch import Tensor
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.settings.preparation import PredictorSettings
 
-__all__ = ["Window", "check_windows"]
+__all__ = ["Window", "check_length", "check_windows"]
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,20 @@ def _check_window(name: str, window: Window, vocab_size: int, settings: Predicto
             f"{name}: expected ids from 0 to {vocab_size - 1}, for which the model has an "
             f"embedding, got {window.ids.min()} to {window.ids.max()}"
         )
-    blocks = -(-window.ids.numel() // settings.block_size)
+    check_length(name, window.ids.numel(), settings)
+
+
+def check_length(name: str, tokens: int, settings: PredictorSettings) -> None:
+    """Raises ValueError where a window of so many tokens leaves no choice between blocks.
+
+    Args:
+        name: of the setting or argument that gives it, for the error.
+        tokens: of the window.
+        settings: of the preparation.
+    """
     needed = settings.keep_first + settings.keep_last + 2
-    if blocks < needed:
+    if -(-tokens // settings.block_size) < needed:
         raise ValueError(
             f"{name}: expected windows of at least {needed} blocks of {settings.block_size} "
-            f"tokens, so that there is a choice, got {window.ids.numel()} tokens"
+            f"tokens, so that there is a choice, got {tokens} tokens"
         )

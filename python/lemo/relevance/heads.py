@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.files import write_file
+from lemo.files import json_text, write_file
 
 __all__ = ["RetrievalHeads"]
 
@@ -39,7 +39,7 @@ class RetrievalHeads:
     def save(self, path: str | Path) -> None:
         """Writes them as JSON, whole or not at all."""
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_file(Path(path), json.dumps(content, indent=2) + "\n")
+        write_file(Path(path), json_text(content, indent=2))
 
     @classmethod
     def load(cls, path: str | Path, model: Mapping[str, Any]) -> RetrievalHeads:

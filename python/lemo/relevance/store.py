@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lemo.files import foreign, lock, remove_folder, write_file
+from lemo.files import foreign, json_text, lock, remove_folder, write_file
 
 __all__ = ["Example", "ScoreStore", "write_scores"]
 
@@ -105,7 +105,7 @@ class _Description:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        write_file(folder / DESCRIPTION_FILE, json.dumps(content, indent=2) + "\n")
+        write_file(folder / DESCRIPTION_FILE, json_text(content, indent=2))
 
     def digest(self) -> bytes:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
@@ -155,7 +155,7 @@ class ScoreStore:
 
         Raises:
             FileNotFoundError: there is no such folder.
-            ValueError: it is damaged, or its computation has not ended.
+            ValueError: it is damaged, its computation has not ended, or scores are not finite.
         """
         folder = Path(folder)
         description = _Description.read(folder)
@@ -226,7 +226,8 @@ def write_scores(
             something else.
         FileNotFoundError: there is nothing to resume.
         BlockingIOError: another process writes to it.
-        ValueError: scores of another number, or NaN; what is resumed was made with other settings.
+        ValueError: scores of another number, or not finite; what is resumed was made with other
+            settings.
         OSError: the disk is full or cannot be written; files that are there stay whole.
     """
     if resume and overwrite:
@@ -328,9 +329,17 @@ def _checked(
             f"scores: expected one for each block, [{blocks}], of {example.name}, got "
             f"{list(found.shape)}"
         )
-    if found.isnan().any():
-        raise ValueError(f"scores: expected numbers for {example.name}, got nan")
+    _check_finite(found, example.name)
     return found
+
+
+def _check_finite(scores: Tensor, name: str | Path) -> None:
+    """Raises ValueError, naming what they are of, unless scores are finite."""
+    wrong = scores[~scores.isfinite()]
+    if len(wrong):
+        raise ValueError(
+            f"scores: expected finite numbers in fp32 for {name}, got {wrong[0].item()}"
+        )
 
 
 def _content(
@@ -356,7 +365,8 @@ def _checksum(tensors: Mapping[str, Tensor], description: _Description) -> str:
 
 
 def _read_file(file: Path, description: _Description, number: int) -> dict[bytes, Tensor | None]:
-    """Scores of a file by the digests of its examples; ValueError where it is not whole."""
+    """Scores of a file by the digests of its examples; ValueError where it is not whole, or what is
+    in it is not finite."""
     try:
         content = file.read_bytes()
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -369,6 +379,7 @@ def _read_file(file: Path, description: _Description, number: int) -> dict[bytes
             f"scores: {file} is damaged or of another computation; `lemo relevance scores "
             "--resume` computes it again"
         )
+    _check_finite(tensors["scores"], file)
     keys, counts = tensors["examples"].numpy().tobytes(), tensors["blocks"].tolist()
     parts = iter(tensors["scores"].split([count for count in counts if count >= 0]))
     return {

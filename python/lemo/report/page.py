@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import groupby
@@ -19,6 +20,8 @@ from lemo.report import plots
 from lemo.report.run import RelevanceMap, Run, RunPlan
 
 ABSENT = "–"
+# Names of plots; of several runs they have numbers.
+_PLOT = re.compile(r"(loss|resources|(kept_share|kept_map|relevance)(_\d+)?)\.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +43,7 @@ def write_report(
 
     The page carries every plot inside itself, in light and dark colours. Each file is replaced in
     one step, the page last, so that a reader never sees half a report. Only files of an earlier
-    report are replaced.
+    report are replaced; plots of it that the new one lacks are removed.
 
     Args:
         runs: one run, or several to compare.
@@ -82,7 +85,15 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     for path, content in files.items():
         write_file(path, content)
+    for path in output.iterdir():
+        if path not in files and _PLOT.fullmatch(path.name) and _is_own(path):
+            path.unlink()
     return page
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a report has written a file here; what a link leads to is somewhere else."""
+    return not path.is_symlink() and _is_report(path)
 
 
 def _check_replaceable(page: Path, files: Iterable[Path]) -> None:
@@ -211,19 +222,25 @@ def _metrics_rows(
     wanted: Callable[[dict], bool],
     cells: Callable[[dict], list[str]],
 ) -> list[dict]:
-    """The rows that are wanted: one for each kind and length, with cells of each evaluation."""
+    """The rows that are wanted, with cells of each evaluation: one for each kind and length, and
+    where there are several, for each source."""
 
-    def key(metric: dict) -> tuple[str, int]:
-        return str(metric.get("kind")), int(metric.get("length", 0))
+    def key(metric: dict) -> tuple[str, int, str]:
+        source = str(metric.get("source", ""))
+        return str(metric.get("kind")), int(metric.get("length", 0)), source
 
     found = [{key(m): m for m in metrics if wanted(m)} for metrics in evaluated]
+    places = sorted({place for of in found for place in of})
+    names = {source: Path(source).name for *_, source in places}
+    if len(set(names.values())) < len(names):
+        names = {source: source for source in names}
     return [
         {
-            "kind": kind,
+            "kind": f"{kind} ({names[source]})" if len(names) > 1 and source else kind,
             "length": f"{length:,}",
-            "cells": [cells(of.get((kind, length), {})) for of in found],
+            "cells": [cells(of.get((kind, length, source), {})) for of in found],
         }
-        for kind, length in sorted({place for of in found for place in of})
+        for kind, length, source in places
     ]
 
 

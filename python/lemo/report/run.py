@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from lemo.planner.text import ACTIONS
+from lemo.training.metrics import read_metrics
 from lemo.training.run_folder import (
     CONFIG_NAME,
     ELIMINATION_NAME,
@@ -129,8 +130,8 @@ class Run:
         records: one dict a step, ascending by step (see :mod:`lemo.training.run_log`).
         broken: lines of the log that are no records.
         kept_map: the kept blocks of one document, None when nothing was ever eliminated.
-        metrics: rows of the evaluation, dicts with ``kind``, ``length``, ``perplexity`` and
-            ``tail_perplexity``, or of answers ``exact`` and ``right_tokens``.
+        metrics: rows of evaluations, dicts with ``source`` (the documents), ``kind``, ``length``,
+            ``perplexity`` and ``tail_perplexity``, or of answers ``exact`` and ``right_tokens``.
         relevance: why the blocks of one prompt were kept, None where nobody wrote it.
         plan: what was planned, None where memory was not limited.
     """
@@ -227,7 +228,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         records=records,
         broken=broken,
         kept_map=_read_kept_map(folder / KEPT_MAP_NAME),
-        metrics=_read_metrics(folder / METRICS_NAME),
+        metrics=read_metrics(folder / METRICS_NAME),
         relevance=_read_relevance(folder / RELEVANCE_NAME),
         plan=_read_plan(folder / PLAN_NAME),
         elimination=_read_object(resolved) if asked and resolved.is_file() else asked,
@@ -351,15 +352,6 @@ def _read_plan(path: Path) -> RunPlan | None:
             f"{len(plan.kept_bytes)} numbers"
         )
     return plan
-
-
-def _read_metrics(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    rows = _read_json(path)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    return rows
 
 
 def _read_object(path: Path) -> dict:

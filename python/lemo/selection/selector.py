@@ -248,8 +248,8 @@ class Selector:
         self._reached_threshold = kept > fixed or fixed == everything
         if not self._reached_threshold:
             raise ValueError(
-                f"thresholds: expected some block to reach one, got none of {everything} in the "
-                "first batch; only the blocks that are always kept would be trained"
+                f"layerwise.thresholds: expected some block to reach one, got none of {everything} "
+                "in the first batch; only the blocks that are always kept would be trained"
             )
 
     def masked_rows(self, complete: bool = False) -> Tensor | None:

@@ -24,7 +24,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lemo.data.reading import naming
-from lemo.files import new_folder, remove_folder, write_file
+from lemo.files import json_text, new_folder, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 from lemo.training.optimizer_state import unpacked
 from lemo.training.sharding import cut
@@ -110,7 +110,7 @@ def save_checkpoint(
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
         contents["sha256"] = _own_digest(contents)
-        write_file(target / STATE_NAME, json.dumps(contents, indent=2) + "\n")
+        write_file(target / STATE_NAME, json_text(contents, indent=2))
     steps = checkpoint_folders(folder)
     torn = [old for old in checkpoint_folders(folder, torn=True) if old not in steps]
     # Later steps can only be damaged ones that a resumed run passed over.

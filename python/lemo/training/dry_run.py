@@ -17,7 +17,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
 from lemo.training.model import load_config
-from lemo.training.planning import memory_limit, request_of
+from lemo.training.planning import limit_name, memory_limit, request_of
 
 __all__ = ["planned"]
 
@@ -44,8 +44,10 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     model_config, tokens = load_config(config.model), config.context_length
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     here = torch.cuda.is_available() and supports_device("cuda")
+    name = "--gpu-memory"
     if limit is None:
         limit = memory_limit(config, device) if here or config.memory_limit else None
+        name = limit_name(config)
         if limit is None:
             raise ValueError("--gpu-memory: expected a size such as 80GiB, because no GPU is here")
     timed = here or device.type == "cpu"
@@ -54,9 +56,9 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     yield from _about_step(request, tokens)
     request.check_host(tokens)
     if gpus > 1:
-        yield from _of_several(request, tokens, gpus, limit, timed)
+        yield from _of_several(request, tokens, gpus, limit, timed, name)
         return
-    plan = _plan_within(request, tokens, limit)
+    plan = _plan_within(request, tokens, limit, name)
     yield from plan_lines(plan)
     yield f"peak memory: {bytes_text(plan.peak)} of {bytes_text(limit)}"
     if plan.graphs:
@@ -137,13 +139,15 @@ def _of_several(
     gpus: int,
     limit: int,
     timed: bool,
+    name: str,
 ) -> Iterator[str]:
-    """The ways to use several GPUs; the arguments are those of `combinations`."""
+    """The ways to use several GPUs; the arguments are those of `combinations`, and what errors call
+    the limit."""
     found = combinations(request, tokens, gpus, limit)
     if found[0].plan is None:
         raise DoesNotFitError(
-            f"memory: a step does not fit into {bytes_text(limit)} of each of {gpus} GPUs, "
-            f"however they are used; what would fit on one: {request.advice(tokens, limit)}"
+            f"{name}: expected room for a step on {gpus} GPUs, however they are used, got "
+            f"{bytes_text(limit)} of each; what would fit on one: {request.advice(tokens, limit)}"
         )
     yield f"{gpus} GPUs, with {bytes_text(limit)} of each, the most tokens a second first:"
     yield from combination_lines(found, timed=timed)
@@ -152,21 +156,17 @@ def _of_several(
         yield f"expected between GPUs: {between:g} GB/s to each (not measured)"
 
 
-def _plan_within(request: Request, tokens: int, limit: int) -> Plan:
-    """The plan of one GPU; DoesNotFitError where none is within the limit."""
+def _plan_within(request: Request, tokens: int, limit: int, name: str) -> Plan:
+    """The plan of one GPU; DoesNotFitError, by the name of the limit, where none is within it."""
     planner, elimination, modes = request.planner(tokens), request.elimination, request.modes
     if modes is None or (elimination.host_memory and not elimination.moves):
         plan = planner.plan(limit, modes)
-        if plan is None:
-            raise DoesNotFitError(
-                f"memory: {needed_text(planner.least(modes))} are needed at least, "
-                f"{bytes_text(limit)} may be taken; what would fit: {request.advice(tokens, limit)}"
-            )
-        return plan
-    plan = planner.given(modes, limit)
-    if plan.peak > limit:
+    else:
+        plan = planner.given(modes, limit)
+    if plan is None or plan.peak > limit:
+        needed = planner.least(modes) if plan is None else plan.peak
         raise DoesNotFitError(
-            f"memory: {needed_text(plan.peak)} are needed, {bytes_text(limit)} may be taken; "
-            f"what would fit: {request.advice(tokens, limit)}"
+            f"{name}: expected {needed_text(needed)} or more, got {bytes_text(limit)}; what would "
+            f"fit: {request.advice(tokens, limit)}"
         )
     return plan

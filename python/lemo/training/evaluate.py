@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
 from lemo.data.examples import of_copies
-from lemo.files import write_file
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.eval_mode import evaluating
 from lemo.models.loss import loss_chunk_rows
@@ -45,7 +43,6 @@ __all__ = [
     "find_adapter",
     "load_for_evaluation",
     "window_losses",
-    "write_metrics",
 ]
 
 _log = logging.getLogger("lemo")
@@ -161,7 +158,7 @@ def load_for_evaluation(
     if folder is not None:
         # The adapter may have been trained on weights that are stored in another way.
         config = quantised.stored_like(trained_config(folder, config, model), config)
-    extend_context(config, length, rope_scaling)
+    extend_context(config, length, rope_scaling, "lengths")
     quantize = None if quantised.is_quantised(config) else quantised.recorded(config)
     if quantize is not None:
         _log.info("the model is quantised as it was for the adapter's training: %s", quantize)
@@ -236,11 +233,6 @@ def window_losses(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torc
         states, head = causal_lm(input_ids=ids[None], use_cache=False).logits, torch.nn.Identity()
     parts = zip(states[0, :-1].split(rows), ids[1:].split(rows), strict=True)
     return torch.cat([cross_entropy(head(x).float(), y, reduction="none") for x, y in parts])
-
-
-def write_metrics(path: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write the rows of :func:`evaluate` as a JSON list, in one move."""
-    write_file(path, json.dumps(list(results), indent=2) + "\n")
 
 
 def _windows(

@@ -31,7 +31,7 @@ from lemo.data import (
     prefetched,
     tokenizing_threads,
 )
-from lemo.files import new_folder, write_file
+from lemo.files import json_text, new_folder, write_file
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
 from lemo.selection.statistics import blocks_of, kept_map
@@ -509,9 +509,7 @@ class _Run:
                 keep=self.config.keep_checkpoints,
             )
             if kept is not None:
-                write_file(
-                    folder / KEPT_MAP_NAME, json.dumps(kept_map(kept, state["blocks"])) + "\n"
-                )
+                write_file(folder / KEPT_MAP_NAME, json_text(kept_map(kept, state["blocks"])))
 
         return write
 

@@ -278,7 +278,9 @@ def pick_dtype(name: str, device: torch.device, elimination: bool = False) -> to
     return getattr(torch, name)
 
 
-def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> None:
+def extend_context(
+    config: PreTrainedConfig, length: int, rope_scaling: str, name: str = "context_length"
+) -> None:
     """Scale the rotary embedding of ``config`` (in place) so that it reaches ``length`` tokens.
 
     Nothing changes where the model reaches as far already, has no limit, or with ``rope_scaling``
@@ -287,6 +289,7 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
     Args:
         length: tokens of a window.
         rope_scaling: "linear" (position interpolation), "yarn", "dynamic" (NTK-aware) or "none".
+        name: of the setting that says the length, for errors.
 
     Raises:
         ValueError: the model has learned positions, or its rotary embedding is scaled already.
@@ -298,7 +301,7 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         raise ValueError(
-            f"context_length: expected at most {original}, got {length}: a model of type "
+            f"{name}: expected at most {original}, got {length}: a model of type "
             f"{config.model_type} has learned positions, which cannot be extended"
         )
     if rope_scaling == "none":
@@ -309,7 +312,7 @@ def extend_context(config: PreTrainedConfig, length: int, rope_scaling: str) -> 
         raise ValueError(
             f"rope_scaling: the model's rotary embedding is of type '{scaled.get('rope_type')}' "
             f"for {original} tokens, so it cannot be scaled to {length} by '{rope_scaling}'; "
-            "use rope_scaling none, or a context_length within the model's"
+            f"use rope_scaling none, or {name} within the model's"
         )
     scaled |= {"rope_type": rope_scaling, "factor": length / original}
     if rope_scaling == "yarn":

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lemo.files import write_file
+from lemo.files import json_text, write_file
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of
@@ -77,7 +77,7 @@ class RunPlan:
             "seconds": plan.seconds,
             "limit_bytes": plan.limit,
         }
-        write_file(folder / PLAN_NAME, json.dumps(content) + "\n")
+        write_file(folder / PLAN_NAME, json_text(content))
 
     def lines(self) -> list[str]:
         """The plan in words."""
@@ -101,6 +101,11 @@ def memory_limit(config: FinetuneConfig, device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free
+
+
+def limit_name(config: FinetuneConfig) -> str:
+    """What `memory_limit` returns, as errors call it."""
+    return "GPU memory" if config.memory_limit is None else "memory_limit"
 
 
 def request_of(
@@ -327,8 +332,9 @@ def _what_would_fit(
     """
     request.check_host(config.context_length)
     message = (
-        f"memory: expected a step of {config.batch_size} x {config.context_length} tokens that "
-        f"fits into {bytes_text(limit)}, got one of {needed_text(planner.least(modes))}"
+        f"{limit_name(config)}: expected a step of {config.batch_size} x {config.context_length} "
+        f"tokens that fits into {bytes_text(limit)}, got one of "
+        f"{needed_text(planner.least(modes))}"
     )
     message += " at least" if modes is None else " with elimination.recompute as it is"
     return message + f"; what would fit: {request.advice(config.context_length, limit)}"

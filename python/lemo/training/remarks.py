@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 
-from lemo.files import write_file
+from lemo.files import json_text, write_file
 from lemo.models.enable import Handle
 from lemo.models.general import by_reason
 from lemo.packing.blocks import block_tokens, kept_blocks
@@ -83,7 +82,7 @@ def say_what_runs_otherwise(handle: Handle) -> None:
 
 def write_elimination(folder: Path, elimination: LemoConfig) -> None:
     """Writes the settings that a run has, what was left open filled in, for its report."""
-    write_file(folder / ELIMINATION_NAME, json.dumps(elimination.to_dict(), indent=2) + "\n")
+    write_file(folder / ELIMINATION_NAME, json_text(elimination.to_dict(), indent=2))
 
 
 def check_blocks(length: int, block_size: int | float, elimination: LemoConfig) -> None:

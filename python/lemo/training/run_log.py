@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lemo.files import naming_file, write_file
+from lemo.files import json_text, naming_file, write_file
 
 LOG_NAME = "log.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -89,7 +89,7 @@ class RunLog:
 
         self._path = folder / LOG_NAME
         records = read_log(self._path, last_step=step)
-        write_file(self._path, "".join(json.dumps(record) + "\n" for record in records))
+        write_file(self._path, "".join(map(json_text, records)))
         self._file = self._path.open("ab", buffering=0)
         self._last = step
         self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
@@ -101,7 +101,7 @@ class RunLog:
         It may be tried again: a step whose line was written gets no second one.
         """
         if record["step"] > self._last:
-            self._append((json.dumps(record) + "\n").encode())
+            self._append(json_text(record).encode())
             self._last = record["step"]
         scalars = {name: record[name] for name in _SCALARS}
         for layer, kept in enumerate(record["kept"]):

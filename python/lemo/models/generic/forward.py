@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import ModelOutput
 
 from lemo.distributed.context import ContextParallel
 from lemo.models import context_checks
+from lemo.models.architectures import is_known
 from lemo.models.arguments import ForwardArguments
 from lemo.models.as_in_forward import AsInForward
 from lemo.models.batch import Batch
@@ -29,6 +31,7 @@ from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_am
 from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import check_inner_modules, check_unflattened, check_whole, is_sharded
+from lemo.models.torchao_weights import check_gradient, lacks_backward
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
@@ -111,6 +114,7 @@ class GenericForward(Training[Choice]):
         self._shares = config.offload_shares(parts.num_layers) or ()
         self._before = vars(parts.causal_lm).get("forward")
         self._implementations: tuple[str, ...] = ()
+        self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
         self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
         self._pass: _Pass | None = None
@@ -136,10 +140,23 @@ class GenericForward(Training[Choice]):
     def install(self) -> None:
         """Puts lemo's attention beside the model's own."""
         self._implementations = self._parts.install()
+        causal_lm = self._parts.causal_lm
+        ways = "use LemoConfig(path='native'), or " if is_known(causal_lm) else ""
+        remedy = (
+            f"{ways}quantise in another way, such as nf4 of bitsandbytes or torchao's "
+            "IntxWeightOnlyConfig"
+        )
+        self._guards = [
+            module.register_forward_pre_hook(partial(check_gradient, name=name, remedy=remedy))
+            for name, module in causal_lm.named_modules()
+            if lacks_backward(module)
+        ]
 
     def uninstall(self) -> None:
         """The model has its own attention alone again."""
         self._parts.restore(self._implementations)
+        for guard in self._guards:
+            guard.remove()
 
     @contextmanager
     def dense(self) -> Iterator[None]:

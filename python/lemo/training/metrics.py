@@ -1,0 +1,50 @@
+"""Rows of evaluations in files: `metrics.json` of a run, and what `lemo eval --json` writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lemo.files import json_text, write_file
+
+__all__ = ["add_metrics", "read_metrics", "write_metrics"]
+
+# What a row is of.
+_SUBJECT = ("source", "kind", "length")
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes rows, in one move; a perplexity of infinity is null in the file."""
+    write_file(path, json_text(list(rows), indent=2))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows in a file; none where there is no file.
+
+    Raises:
+        ValueError: it holds something else; the message names it.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
+    for row in rows:
+        row |= {n: math.inf for n in ("perplexity", "tail_perplexity") if row.get(n, n) is None}
+    return rows
+
+
+def add_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds rows; those of the same documents, kind and length take the place of earlier ones."""
+    new = [_subject(row) for row in rows]
+    write_metrics(path, [row for row in read_metrics(path) if _subject(row) not in new] + [*rows])
+
+
+def _subject(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _SUBJECT)
