@@ -196,6 +196,13 @@ def test_a_plan_of_several_gpus(folder, capsys):
     assert lines[2] == "8 GPUs, with 133.0 GiB of each, the most tokens a second first:"
     assert lines[3].startswith("1 window at a time, each shared out by 8 GPUs")
     assert any(line.startswith("8 windows at a time: ") for line in lines)
+    assert any("--shard" in line for line in lines)
+    # Which a run with either of these would refuse.
+    for more in (("--dtype", "float16"), ("--host-memory", "8GiB")):
+        code, out, _ = run(capsys, *arguments, *more, "--gpu-memory", "133GiB")
+        assert code == 0
+        assert "8 windows at a time: " in out
+        assert "--shard" not in out
     code, _, error = run(capsys, *arguments, "--gpu-memory", "4GiB")
     assert code != 0
     assert "error: --gpu-memory: expected room for a step on 8 GPUs, however they are" in error

@@ -139,7 +139,7 @@ def test_ways_that_are_refused_are_not_proposed():
         return {(each.size, each.shards) for each in found}
 
     assert sizes(request(quantize="int8")) == {(1, 1), (2, 1), (4, 1)}
-    assert sizes(request(elimination={"host_memory": 8.0})) == {(1, 1), (1, 4)}
+    assert sizes(request(elimination={"host_memory": 8.0})) == {(1, 1)}
     for layerwise in ({"group_size": 4096}, {"keep_mlp": 0.25}, {"dense_layers": [0]}):
         asked = request(elimination={"layerwise": layerwise})
         assert sizes(asked) == {(1, 1), (1, 4)}, layerwise

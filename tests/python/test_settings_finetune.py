@@ -123,6 +123,14 @@ def test_steps_that_no_memory_holds_are_named(values, message):
         ({"elimination": 0.5}, "elimination: expected a group of settings or null, got 0.5"),
         ({"model": None}, "model: expected a text in UTF-8, got None"),
         ({"resume": True, "overwrite": True}, "resume, overwrite: expected at most one"),
+        (
+            {"shard": True, "elimination": {"host_memory": 8}},
+            "shard: expected false beside elimination.host_memory, got true",
+        ),
+        (
+            {"context_parallel": 2, "elimination": {"host_memory": 8}},
+            "context_parallel: expected 1 beside elimination.host_memory, got 2",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(values, message):

@@ -62,6 +62,7 @@ class Request:
         window: tokens that attention sees back; 0: all.
         processes: that share out the kept rows of each batch (context parallelism).
         shards: processes over which weights are cut (FSDP2).
+        may_shard: whether a run cuts weights of its dtype.
     """
 
     shape: ModelShape
@@ -77,6 +78,7 @@ class Request:
     window: int = 0
     processes: int = 1
     shards: int = 1
+    may_shard: bool = True
 
     def planner(self, tokens: int) -> Planner:
         """Plans the step with sequences of so many tokens.

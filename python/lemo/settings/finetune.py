@@ -206,6 +206,16 @@ class FinetuneConfig(Settings):
                         f"{name}: expected {expected.lower()} beside elimination.products "
                         f"{elimination.products}, got {str(value).lower()}"
                     )
+        if elimination.host_memory:
+            for name, value, known in (
+                ("context_parallel", self.context_parallel, 1),
+                ("shard", self.shard, False),
+            ):
+                if value != known:
+                    raise ValueError(
+                        f"{name}: expected {str(known).lower()} beside elimination.host_memory, "
+                        f"got {str(value).lower()}"
+                    )
         if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(
                 "elimination.scores: scorer 'given' needs the folder written by 'lemo relevance "

@@ -161,6 +161,7 @@ def request_of(
         passes=config.gradient_accumulation,
         quantize=config.quantize or stored,
         window=_window(model_config),
+        may_shard=dtype != torch.float16,
     )
 
 
