@@ -5,13 +5,15 @@ import torch
 from peft import LoraConfig
 
 import lemo
+from lemo import LemoConfig
 from lemo.models import modes as modes_module
 from lemo.models.adapter_sizes import adapters_of_layer
 from lemo.models.free_memory import free_bytes
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes
-from tiny_models import config_of, gradients, lora, make_ids, make_model
+from planner_cases import PeakOfTensors
+from tiny_models import HIDDEN, config_of, gradients, lora, make_ids, make_model
 from tolerances import assert_close_fp32
 
 pytestmark = pytest.mark.cpu_only
@@ -98,6 +100,38 @@ def test_auto_stores_what_fits(monkeypatch):
     assert sizes[0] == none
     assert layer < sizes[1] < none
     assert sizes[2] == layer
+
+
+@pytest.mark.parametrize(
+    "trained", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
+def test_a_trained_embedding_is_planned_for(trained, monkeypatch):
+    """Its gradient and the optimizer's state, which are there from the second step on."""
+    plans = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module._actions
+
+    def made(planner, free, modes):
+        plans.append(planner.plan(free, modes))
+        return make(planner, free, modes)
+
+    monkeypatch.setattr(modes_module, "_actions", made)
+    model = make_model("llama", vocab_size=2000, max_position_embeddings=TOKENS)
+    model, ids = lora(model, **trained), make_ids(1, TOKENS)
+    # Logits of a chunk are no tensor here; of few rows they are small.
+    lemo.enable(model, LemoConfig(keep=0.5, block_size=8, loss_chunk=1))
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    with PeakOfTensors(model) as tensors:
+        weights = tensors.now
+        for step in range(2):
+            model(input_ids=ids, labels=ids).loss.backward()
+            if step == 0:
+                optimizer.step()
+                tensors.peak = tensors.now
+    (plan,) = plans
+    found = tensors.peak - weights
+    sums = 4 * TOKENS // 2 * HIDDEN
+    assert found <= plan.peak < 1.05 * found + sums
 
 
 def test_auto_without_a_gpu_stores_everything():

@@ -211,8 +211,9 @@ class Modes:
         time = StepTime(shape, adapters, step, NOMINAL, fp8=config.in_8_bits)
         host = HostRules(config.host_bytes, self._shares)
         rules = GraphRules(config.cuda_graphs == "on") if captures else None
-        # Gradients and the optimizer's state may still have to come.
+        # Gradients and the optimizer's state may still have to come, those of the embedding, too.
         fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
+        fixed += 3 * _trained_bytes(self._architecture)
         return Planner(memory, time, fixed, host, rules)
 
 
@@ -225,6 +226,16 @@ def rounded_up(rows: int) -> int:
     """Rows, at most an eighth more: a multiple of a power of two."""
     unit = 1 << max(0, rows.bit_length() - _PARTS.bit_length())
     return -(-rows // unit) * unit
+
+
+def _trained_bytes(architecture: Architecture) -> int:
+    """Of trained parameters that are neither a layer's nor the last norm's."""
+    planned = [architecture.layer(index) for index in range(architecture.num_layers)]
+    if architecture.last_norm is not None:
+        planned.append(architecture.last_norm)
+    known = {id(parameter) for module in planned for parameter in module.parameters()}
+    trained = (each for each in architecture.causal_lm.parameters() if each.requires_grad)
+    return sum(each.nbytes for each in trained if id(each) not in known)
 
 
 def _is_trained(module: nn.Module) -> bool:
