@@ -121,7 +121,7 @@ LAYERS = [
     {"_C"},
 ]
 # Imported by everybody; they import nothing of lemo.
-COMMON = {"settings", "files"}
+COMMON = {"settings", "files", "memory_errors"}
 # What stands outside: `python -m lemo`, and the oracle of the tests.
 OUTSIDE = {"__main__", "reference"}
 

@@ -103,7 +103,8 @@ def test_auto_stores_what_fits(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "trained", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
+    "trained",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}],
 )
 def test_a_trained_embedding_is_planned_for(trained, monkeypatch):
     """Its gradient and the optimizer's state, which are there from the second step on."""

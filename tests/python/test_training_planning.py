@@ -264,6 +264,8 @@ class Allocator(TorchDispatchMode):
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
 @pytest.mark.parametrize(("limit", "last"), [(None, 4), (1.0, 4), (1.0, 1), (None, 2), (None, 3)])
@@ -324,12 +326,20 @@ def test_an_error_of_another_kind_stays_as_it_is(config, monkeypatch):
         finetune(config)
 
 
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        (torch.OutOfMemoryError, torch.OutOfMemoryError("CUDA out of memory. Tried to get 2 GiB.")),
+        (MemoryError, MemoryError("no memory")),
+        (RuntimeError, RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        (RuntimeError, torch.AcceleratorError("CUDA error: out of memory")),
+    ],
+)
 @pytest.mark.parametrize("phase", ["forward", "loss", "backward"])
-def test_the_library_says_what_was_stored(phase, monkeypatch):
+def test_the_library_says_what_was_stored(phase, kind, error, monkeypatch):
     model = lora(make_model("llama", max_position_embeddings=128))
     lemo.enable(model, config_of(recompute="layer", keep=1.0, block_size=8, dense_layers=[]))
     ids = make_ids(1, 128)
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     # The smallest activation of the MLP, which is larger than the embedded tokens.
     elements = 128 * 48
 
@@ -345,8 +355,9 @@ def test_the_library_says_what_was_stored(phase, monkeypatch):
     def raising(*_, **__):
         raise error
 
-    with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate(.|\n)*lemo: ") as raised:
+    with pytest.raises(kind, match=r"memory(.|\n)*lemo: ") as raised:
         step()
+    assert type(raised.value) is kind
     assert ("backward pass of a layer with 128 kept rows" in str(raised.value)) == (
         phase == "backward"
     )

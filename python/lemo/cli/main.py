@@ -19,6 +19,7 @@ from lemo.cli import data, demo, finetune, options, prepare, relevance, report
 from lemo.cli import eval as eval_module
 from lemo.cli import plan as plan_module
 from lemo.cli.streams import TolerantStream, printable, tolerant_streams
+from lemo.memory_errors import is_out_of_memory
 
 # Errors that a user can cause; anything else is a defect of lemo and is called so. ImportError:
 # something is not installed, such as lemo's compiled ops, and the message says what.
@@ -81,22 +82,13 @@ def describe_error(error: BaseException) -> str:
         text = error.format_message()
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
-    elif _is_out_of_memory(error):
+    elif is_out_of_memory(error):
         text = f"out of memory: {error}" if str(error) else "out of memory"
     elif isinstance(error, _EXPECTED):
         text = str(error)
     else:
         text = f"internal error, --debug shows where: {type(error).__name__}: {error}"
     return printable(" ".join(text.split())) or type(error).__name__
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch's own: a class of its name on a GPU, a plain RuntimeError on the CPU.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
 
 
 @contextlib.contextmanager

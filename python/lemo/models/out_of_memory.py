@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from lemo.memory_errors import is_out_of_memory
+
 __all__ = ["explained"]
 
 _ADVICE = (
@@ -24,7 +26,9 @@ def explained(describe: Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error}\nlemo: {describe()}; {_ADVICE}") from error
-    except MemoryError as error:
-        raise MemoryError(f"{error}\nlemo: {describe()}; {_ADVICE}".lstrip()) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kinds = MemoryError, torch.OutOfMemoryError, RuntimeError
+        kind = next(each for each in kinds if isinstance(error, each))
+        raise kind(f"{error}\nlemo: {describe()}; {_ADVICE}".lstrip()) from error

@@ -32,6 +32,7 @@ from lemo.data import (
     tokenizing_threads,
 )
 from lemo.files import json_text, new_folder, write_file
+from lemo.memory_errors import is_out_of_memory
 from lemo.models.native import NativePath
 from lemo.relevance.store import ScoreStore
 from lemo.selection.statistics import blocks_of, kept_map
@@ -392,7 +393,7 @@ class _Run:
         try:
             yield
         except (MemoryError, RuntimeError) as error:
-            if not memory.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             raise out_of_memory(step, error, self.config, self.plan, saved) from error
 

@@ -63,11 +63,3 @@ class Peak:
     def _held(self) -> int:
         graphs = None if self._handle is None else self._handle.graphs
         return 0 if graphs is None else graphs.bytes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a GPU or on the host."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        # What torch raises on the CPU.
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
