@@ -68,21 +68,27 @@ QUIET = {
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, OUTPUT)
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS), metavar="TOKENS")
+    count, above_zero, from_zero = records.at_least(1), records.above_zero, records.from_zero
+    lengths = {"type": records.at_least(2), "nargs": "+", "metavar": "TOKENS"}
+    parser.add_argument("--lengths", **lengths, default=list(LENGTHS))
     parser.add_argument("--only", nargs="+", metavar="NAME[@TOKENS]", help="in this order")
     parser.add_argument("--without", nargs="+", choices=CONTENDERS, metavar="NAME", default=[])
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--layers", type=int, help="the shape's own number where left out")
-    parser.add_argument("--steps", type=int, help="that count; by the length where left out")
-    parser.add_argument("--long-step", type=float, default=20.0, help="seconds of a first step")
-    parser.add_argument("--memory", type=float, help="GiB of the GPU that PyTorch may take")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds of a measurement")
-    parser.add_argument("--step-limit", type=float, default=120.0, help="seconds of a step")
-    parser.add_argument("--deadline", type=float, help="seconds after which none is begun")
-    parser.add_argument("--ahead", type=int, default=3, help="processes that import and wait")
+    parser.add_argument("--layers", type=count, help="the shape's own number where left out")
+    parser.add_argument("--steps", type=count, help="that count; by the length where left out")
+    parser.add_argument("--long-step", type=from_zero, default=20.0, help="seconds of a first step")
+    parser.add_argument("--memory", type=above_zero, help="GiB of the GPU that PyTorch may take")
+    parser.add_argument(
+        "--timeout", type=above_zero, default=300.0, help="seconds of a measurement"
+    )
+    parser.add_argument("--step-limit", type=above_zero, default=120.0, help="seconds of a step")
+    parser.add_argument("--deadline", type=from_zero, help="seconds after which none is begun")
+    parser.add_argument(
+        "--ahead", type=records.at_least(0), default=3, help="processes that import and wait"
+    )
     parser.add_argument("--again", action="store_true", help="also what --output has")
     parser.add_argument("--logs", type=Path, default=records.BUILD / "comparison")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", type=records.device, default="cuda")
     options = parser.parse_args(arguments)
     if options.memory is not None and not options.device.startswith("cuda"):
         parser.error("--memory: expected a GPU, whose memory is capped, got --device cpu")
@@ -131,7 +137,9 @@ def answering(
 
 def reason(error: Exception) -> str:
     """What a row says of an error: its kind and first line."""
-    if "OutOfMemory" in type(error).__name__ or "out of memory" in str(error):
+    from lemo.memory_errors import is_out_of_memory
+
+    if is_out_of_memory(error):
         return OUT_OF_MEMORY
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
@@ -277,7 +285,7 @@ class Comparison:
         self._options = options
         self._began = time.monotonic()
         # This process leaves the GPU alone, too.
-        gpu = card() if options.device.startswith("cuda") else None
+        gpu = card(options.device)
         self._common = records.provenance(options.commit, "cpu") | {"gpu": gpu}
         # What is known of a contender: the last row of each that was measured or found.
         self._known: dict[str, dict[str, Any]] = {}
@@ -399,13 +407,21 @@ class Comparison:
         return all(row.get(name) == value for name, value in here.items())
 
 
-def card() -> str | None:
-    """The GPU's name as PyTorch has it; None where the driver's tool does not say."""
+def card(device: str) -> str | None:
+    """The GPU's name as PyTorch has it; None: no GPU is asked for.
+
+    Raises:
+        SystemExit: the driver's tool knows no GPU.
+    """
+    if not device.startswith("cuda"):
+        return None
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
         names = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
-        return None
+        names = ""
+    if not names.strip():
+        raise SystemExit(f"--device: expected a GPU that nvidia-smi lists, got {device}, and none")
     return names.strip().splitlines()[0]
 
 

@@ -105,23 +105,36 @@ NAMES = [*PLANNED, *(n for n in CONTENDERS if n not in LEFT_OUT and not n.starts
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = records.parser(__doc__, records.RESULTS / "memory.jsonl")
-    parser.add_argument("--memory", type=float, help="GiB of a GPU", default=24.0)
-    parser.add_argument("--context", type=float, help="GiB that are no tensors", default=0.75)
+    count, above_zero, from_zero = records.at_least(1), records.above_zero, records.from_zero
+    parser.add_argument("--memory", type=above_zero, help="GiB of a GPU", default=24.0)
+    parser.add_argument("--context", type=from_zero, help="GiB that are no tensors", default=0.75)
     parser.add_argument("--quantize", choices=["nf4"], help="how weights are stored")
-    parser.add_argument("--host-memory", type=float, help="GiB of lemo-1-host, not as Unsloth")
+    parser.add_argument("--host-memory", type=above_zero, help="GiB of lemo-1-host, not as Unsloth")
     parser.add_argument("--only", nargs="+", choices=NAMES, metavar="NAME", default=NAMES)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
-    parser.add_argument("--layers", type=int, help="the shape's own number where left out")
-    parser.add_argument("--short", type=int, default=SHORT, help="tokens of the first step")
-    parser.add_argument("--most", type=int, default=1048576, help="tokens that are not exceeded")
-    parser.add_argument("--trials", type=int, default=4, help="long steps of a contender")
-    parser.add_argument("--timeout", type=float, default=240.0, help="seconds of a trial")
-    parser.add_argument("--step-limit", type=float, default=60.0, help="seconds of a step")
-    parser.add_argument("--deadline", type=float, help="seconds of all contenders")
-    parser.add_argument("--ahead", type=int, default=2, help="processes that import and wait")
+    parser.add_argument("--layers", type=count, help="the shape's own number where left out")
+    parser.add_argument(
+        "--short", type=records.at_least(GRAIN), default=SHORT, help="tokens of the first step"
+    )
+    parser.add_argument(
+        "--most", type=records.at_least(GRAIN), default=1048576, help="tokens that are not exceeded"
+    )
+    parser.add_argument("--trials", type=count, default=4, help="long steps of a contender")
+    parser.add_argument("--timeout", type=above_zero, default=240.0, help="seconds of a trial")
+    parser.add_argument("--step-limit", type=above_zero, default=60.0, help="seconds of a step")
+    parser.add_argument("--deadline", type=from_zero, help="seconds of all contenders")
+    parser.add_argument(
+        "--ahead", type=records.at_least(0), default=2, help="processes that import and wait"
+    )
     parser.add_argument("--logs", type=Path, default=records.BUILD / "comparison_longest")
-    parser.add_argument("--device", default="cuda")
-    return parser.parse_args(arguments)
+    parser.add_argument("--device", type=records.device, default="cuda")
+    options = parser.parse_args(arguments)
+    if options.memory <= options.context:
+        parser.error(
+            f"--memory: expected more than the {options.context:g} GiB of --context, got "
+            f"{options.memory:g}"
+        )
+    return options
 
 
 # --- which length is next
@@ -485,7 +498,7 @@ def main() -> int:
     options = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     began, failures = time.monotonic(), 0
-    gpu = card() if options.device.startswith("cuda") else None
+    gpu = card(options.device)
     common = records.provenance(options.commit, "cpu") | {"gpu": gpu}
     deadline = float("inf") if options.deadline is None else options.deadline
     with contextlib.ExitStack() as stack:

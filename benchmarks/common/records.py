@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
+import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,17 @@ __all__ = [
     "BUILD",
     "REPOSITORY",
     "RESULTS",
+    "above_zero",
     "add_documents",
     "add_repeats",
     "add_shape",
     "append",
+    "at_least",
     "commit_of_tree",
+    "device",
     "existing",
     "figure",
+    "from_zero",
     "markdown",
     "markdown_line",
     "parser",
@@ -49,7 +55,7 @@ def parser(description: str | None, output: Path) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument(
-        "--output", type=Path, default=output, help="JSON lines, appended (%(default)s)"
+        "--output", type=_file, default=output, help="JSON lines, appended (%(default)s)"
     )
     made.add_argument(
         "--commit", default=commit_of_tree(), help="commit of the measured tree (%(default)s)"
@@ -84,6 +90,54 @@ def existing(path: str) -> Path:
     if not Path(path).exists():
         raise argparse.ArgumentTypeError(f"expected an existing path, got '{path}'")
     return Path(path)
+
+
+def _file(path: str) -> Path:
+    if Path(path).is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder '{path}'")
+    return Path(path)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is an integer and not below `least`."""
+
+    def parsed(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected an integer from {least} on, got '{text}'")
+        return number
+
+    return parsed
+
+
+def above_zero(text: str) -> float:
+    """An option's number above 0."""
+    return _number(text, "above 0", lambda number: number > 0)
+
+
+def from_zero(text: str) -> float:
+    """An option's number that is 0 or more."""
+    return _number(text, "of 0 or more", lambda number: number >= 0)
+
+
+def _number(text: str, what: str, fits: Callable[[float], bool]) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and fits(number)):
+        raise argparse.ArgumentTypeError(f"expected a number {what}, got '{text}'")
+    return number
+
+
+def device(text: str) -> str:
+    """An option's device."""
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:NUMBER, got '{text}'")
+    return text
 
 
 def commit_of_tree() -> str:

@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import comparison
+import comparison_longest
 import comparison_page
 from common import processes
 from common.models import config_of_shape, random_llama, random_llama_in_4_bits
@@ -258,8 +259,66 @@ def test_steps_of_a_length_and_options(capsys):
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("script", [comparison, comparison_longest])
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("layers", "0", "an integer from 1 on"),
+        ("ahead", "-1", "an integer from 0 on"),
+        ("ahead", "two", "an integer from 0 on"),
+        ("memory", "0", "a number above 0"),
+        ("timeout", "-1", "a number above 0"),
+        ("step-limit", "nan", "a number above 0"),
+        ("deadline", "-1", "a number of 0 or more"),
+        ("device", "gpu", "cpu, cuda or cuda:NUMBER"),
+        ("output", ".", "a file, got the folder"),
+    ],
+)
+def test_options_that_nothing_can_be_measured_with(script, option, value, expected, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments([f"--{option}", value])
+    error = capsys.readouterr().err
+    assert f"argument --{option}: expected {expected}" in error
+    assert error.endswith(f"'{value}'\n")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        (comparison, ["--lengths", "1"], "--lengths: expected an integer from 2 on, got '1'"),
+        (comparison, ["--steps", "0"], "--steps: expected an integer from 1 on, got '0'"),
+        (comparison, ["--long-step", "x"], "--long-step: expected a number of 0 or more, got 'x'"),
+        (comparison_longest, ["--short", "8"], "--short: expected an integer from 1024 on"),
+        (comparison_longest, ["--most", "8"], "--most: expected an integer from 1024 on"),
+        (comparison_longest, ["--trials", "0"], "--trials: expected an integer from 1 on"),
+        (comparison_longest, ["--memory", ".5"], "more than the 0.75 GiB of --context, got 0.5"),
+    ],
+)
+def test_options_of_one_script(script, arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        script.parse_arguments(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("script", [comparison, comparison_longest])
+def test_without_a_gpu_no_rows_are_written(script, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    output = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(
+        sys, "argv", [script.__name__, "--output", str(output), "--only", "liger", "--commit", "a"]
+    )
+    with pytest.raises(SystemExit, match="--device: expected a GPU that nvidia-smi lists"):
+        script.main()
+    assert not output.exists()
+
+
+@pytest.mark.cpu_only
 def test_reasons():
     assert comparison.reason(torch.OutOfMemoryError("CUDA out of memory. x")) == "out of memory"
+    assert comparison.reason(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED in x")) == "out of memory"
     assert comparison.reason(ImportError("no liger\nmore")) == "ImportError: no liger"
 
 
