@@ -7,24 +7,34 @@ from torch import nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
+from lemo.models.weights import stored_as
 from lemo.planner.shape import LINEAR, Adapters
 
-__all__ = ["adapters_of_layer", "adapters_of_layers"]
+__all__ = ["adapters_of_layer", "adapters_of_layers", "weights_stored_as"]
 
 
 def adapters_of_layers(
     architecture: Architecture, dtype: torch.dtype, autocast: bool
-) -> Adapters | None:
-    """LoRA on a decoder, at most: what `adapters_of_layer` says of all layers together."""
-    found: Adapters | None = None
+) -> list[Adapters] | None:
+    """LoRA on each layer of a decoder; None where one of them trains something else."""
+    found = []
     for index in range(architecture.num_layers):
         each = adapters_of_layer(architecture.layer(index), dtype, autocast)
         if each is None:
             return None
-        found = each if found is None else found.united(each)
-        if found is None:
-            return None
+        found.append(each)
     return found
+
+
+def weights_stored_as(layer: nn.Module) -> str | None:
+    """What the planner calls the way in which a decoder layer's weights are stored; None: plain."""
+    found = set()
+    for name in LINEAR:
+        part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+        linear = adapted(getattr(part, name))
+        found.add(None if isinstance(linear, str) else stored_as(linear.base))
+    # The way of which most is made for a moment.
+    return next((way for way in ("float8", "torchao_int", "nf4") if way in found), None)
 
 
 def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> Adapters | None:

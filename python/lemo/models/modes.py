@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lemo.models.adapter_sizes import adapters_of_layer, adapters_of_layers
+from lemo.models.adapter_sizes import adapters_of_layer, adapters_of_layers, weights_stored_as
 from lemo.models.architectures import Architecture
 from lemo.models.batch import Batch
 from lemo.models.cuda_graphs import CudaGraphs
@@ -20,7 +20,15 @@ from lemo.packing.blocks import Selection
 from lemo.planner.memory import StepMemory
 from lemo.planner.plan import NOMINAL, GraphRules, HostRules, Planner
 from lemo.planner.rows import embeds_all, rows_of, selections
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.shape import (
+    Adapters,
+    LayerRows,
+    ModelShape,
+    shape_of,
+    step_of,
+    united,
+    window_of,
+)
 from lemo.planner.timing import StepTime
 from lemo.settings.elimination import LemoConfig
 
@@ -155,7 +163,7 @@ class Modes:
             if free is None or _is_trained(self._architecture.lm_head):
                 return None
             adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
-            if adapters is None:
+            if adapters is None or united(adapters) is None:
                 return None
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))
@@ -173,7 +181,7 @@ class Modes:
     def _planner(
         self,
         shape: ModelShape,
-        adapters: Adapters,
+        own: Sequence[Adapters],
         lengths: Sequence[int],
         rows: Sequence[LayerRows],
         one_set: bool,
@@ -184,7 +192,7 @@ class Modes:
 
         Args:
             shape: the model.
-            adapters: on it.
+            own: LoRA on each layer.
             lengths: tokens of each sequence.
             rows: that each layer keeps.
             one_set: whether all layers keep them, and other rows are dropped.
@@ -207,13 +215,26 @@ class Modes:
             embeds_all=embeds_all(config),
             selections=selections(config, shape.layers),
         )
-        memory = StepMemory(shape, adapters, step, fp8=config.in_8_bits)
-        time = StepTime(shape, adapters, step, NOMINAL, fp8=config.in_8_bits)
+        adapters, is_trained = united(own), [each.targets or each.norms for each in own]
+        assert adapters is not None
+        first = 0
+        if not residual.requires_grad:
+            first = next((index for index, trains in enumerate(is_trained) if trains), 0)
+        own = [] if set(own) == {adapters} else own
+        quantize, fp8 = weights_stored_as(self._architecture.layer(0)), config.in_8_bits
+        memory = StepMemory(shape, adapters, step, quantize, fp8, own, first)
+        window = window_of(self._architecture.config)
+        group = config.layerwise.group_size or 0
+        time = StepTime(shape, adapters, step, NOMINAL, window, group, fp8, quantize)
         host = HostRules(config.host_bytes, self._shares)
         rules = GraphRules(config.cuda_graphs == "on") if captures else None
         # Gradients and the optimizer's state may still have to come, those of the embedding, too.
-        fixed = memory.fixed - memory.weights + 2 * adapters.parameters(shape) * adapters.size
-        fixed += 3 * _trained_bytes(self._architecture)
+        fixed = memory.fixed - memory.weights + 2 * memory.trainable
+        of_embedding = _trained_bytes(self._architecture)
+        fixed += 3 * of_embedding
+        if residual.requires_grad and not of_embedding:
+            # Rows that somebody wants a gradient of (`enable_input_require_grads`) stay beside it.
+            fixed += step.residual_rows * shape.hidden * step.size
         return Planner(memory, time, fixed, host, rules)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.interception import has_own_forward, is_intercepted
-from lemo.models.torchao_weights import dequantiser_of, multiplies
+from lemo.models.torchao_weights import dequantiser_of, is_torchao_float8, multiplies
 
 __all__ = [
     "is_plain",
@@ -22,6 +22,7 @@ __all__ = [
     "matrix_of",
     "once",
     "parameters_of",
+    "stored_as",
     "version_of",
 ]
 
@@ -102,6 +103,16 @@ def matrix_of(
         make = partial(once, module, dtype, lambda dtype: _dequantised(module).to(dtype))
         return _unchanged(module.weight, make)
     return None
+
+
+def stored_as(module: nn.Module) -> str | None:
+    """What the planner calls the way in which a weight is stored that is made plain; None: it is
+    plain, or its layer computes with it."""
+    if is_torchao_float8(module):
+        return "float8"
+    if dequantiser_of(module) is not None:
+        return "torchao_int"
+    return "nf4" if _is_bitsandbytes_4bit(module) else None
 
 
 def _unchanged(weight: Tensor, make: Callable[[], Tensor]) -> Callable[[], Tensor]:

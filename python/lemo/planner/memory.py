@@ -6,7 +6,7 @@ lemo.models.linear, the operators), not from measurements; docs/design/planner.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
@@ -73,6 +73,8 @@ class StepMemory:
         step: lengths and kept rows.
         quantize: how the weights are stored.
         fp8: whether frozen weights multiply in 8 bits.
+        own: LoRA on each layer, of which `adapters` has all; empty: it is on every layer.
+        first: the first layer that has a backward pass, because it or its input is trained.
     """
 
     def __init__(
@@ -82,8 +84,14 @@ class StepMemory:
         step: Step,
         quantize: str | None = None,
         fp8: bool = False,
+        own: Sequence[Adapters] = (),
+        first: int = 0,
     ) -> None:
-        self._fp8 = fp8
+        self._fp8, self._own, self._first = fp8, tuple(own), first
+        # The step of a model whose layers all have the LoRA that one of them has.
+        self._alike = {
+            each: StepMemory(shape, each, step, quantize, fp8) for each in {*own} - {adapters}
+        }
         self._shape, self._adapters, self._step = shape, adapters, step
         self._quantize = quantize
         size = step.size
@@ -106,6 +114,10 @@ class StepMemory:
         """Whether queries and keys are normalised head by head."""
         return self._shape.head_norms
 
+    def kind_of(self, index: int) -> tuple[object, ...]:
+        """Layers of the same kind and rows have the same bytes."""
+        return index < self._first, self._own[index] if self._own else None
+
     def with_head_groups(self, groups: int) -> StepMemory:
         """The same step with groups of heads."""
         return self._with(head_groups=groups)
@@ -118,7 +130,8 @@ class StepMemory:
         step = replace(self._step, **settings)
         if step == self._step:
             return self
-        return StepMemory(self._shape, self._adapters, step, self._quantize, self._fp8)
+        more = self._quantize, self._fp8, self._own, self._first
+        return StepMemory(self._shape, self._adapters, step, *more)
 
     def capturable(self, spares: bool) -> tuple[str, ...]:
         """The modes of layers whose passes can be replayed as CUDA graphs; empty: none.
@@ -140,9 +153,18 @@ class StepMemory:
     # The whole step
 
     @property
+    def trainable(self) -> int:
+        """Bytes of the adapters, and of norms that are trained."""
+        shape, adapters = self._shape, self._adapters
+        if not self._own:
+            return adapters.parameters(shape) * adapters.size
+        one = replace(shape, layers=1)
+        return sum(each.parameters(one) * each.size for each in self._own)
+
+    @property
     def weights(self) -> int:
         """Frozen weights, adapters and the optimizer's state."""
-        trainable = self._adapters.parameters(self._shape) * self._adapters.size
+        trainable = self.trainable
         copied = 0
         if self._fp8 and self._quantize != "float8":
             copied = self._shape.parameters()[0] - self._shape.mlp_parameters()  # not the last MLP
@@ -164,7 +186,7 @@ class StepMemory:
         residual = step.residual_rows * shape.hidden * step.size
         rows = step.tokens if step.embeds_all else step.residual_rows
         tables = 2 * rows * shape.head_size * step.size
-        gradients = self._adapters.parameters(shape) * self._adapters.size
+        gradients = self.trainable
         workspace = _WORKSPACE if step.cuda else 0
         tokens = _TOKEN * step.tokens
         total = self.weights + residual + tables + gradients + tokens + workspace
@@ -237,8 +259,13 @@ class StepMemory:
             mode: one of `MODES`.
             share: of what it keeps, what goes to the host.
         """
-        rows = self._step.rows[index]
-        layer = self._stored(rows) if mode == "none" else self._recomputed(rows, mode)
+        rows, alike = self._step.rows[index], self
+        if self._own:
+            alike = self._alike.get(self._own[index], self)
+        layer = alike._stored(rows) if mode == "none" else alike._recomputed(rows, mode)
+        if index < self._first:
+            # What it would store is gone when it has run.
+            layer = LayerBytes(0, layer.forward + layer.kept, 0)
         if not share or not layer.kept:
             return layer
         moved = round(share * layer.kept)
@@ -295,6 +322,8 @@ class StepMemory:
         # When attention's backward runs, what the MLP stored is gone.
         attending = rows.attention * hidden + self._attending(rows.attention, True) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
+        if not self._adapters.targets & {*_MLP}:
+            forward += rows.mlp * hidden  # the norm's result, which is not kept
         forward += self._copies(("down_proj",), rows.mlp, backward=False)
         forward = max(forward, here - mlp)
         down += rows.mlp * self._rounded()

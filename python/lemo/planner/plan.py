@@ -409,7 +409,8 @@ class Planner:
                 for share in self._host.choices(memory.layer(index, mode).kept, hidden, index)
             ]
             choices.append(pairs)
-            key = rows[index], rows[index + 1 : index + 2], *pairs
+            kind = memory.kind_of(index)
+            key = rows[index], rows[index + 1 : index + 2], kind, *pairs
             if key not in known:
                 known[key] = [self._option(index, *pair) for pair in pairs]
             options.append(known[key])

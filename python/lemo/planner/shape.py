@@ -16,7 +16,9 @@ __all__ = [
     "layer_bytes",
     "shape_of",
     "step_of",
+    "united",
     "weight_bytes",
+    "window_of",
 ]
 
 # Classes of Transformers whose layers are modelled: RMSNorm, rotary embedding, gated MLP.
@@ -252,6 +254,20 @@ def shape_of(config: Any) -> ModelShape:
         tied=bool(config.tie_word_embeddings),
         head_norms=config.model_type == "qwen3",
     )
+
+
+def united(adapters: Sequence[Adapters]) -> Adapters | None:
+    """What has all that any of them has; None: they are of two dtypes."""
+    found: Adapters | None = adapters[0]
+    for each in adapters[1:]:
+        found = None if found is None else found.united(each)
+    return found
+
+
+def window_of(config: Any) -> int:
+    """Tokens that attention of every layer sees back, by a Transformers configuration; 0: all, in
+    some layer."""
+    return (config.sliding_window or 0) if config.model_type == "mistral" else 0
 
 
 def step_of(

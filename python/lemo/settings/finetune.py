@@ -207,14 +207,12 @@ class FinetuneConfig(Settings):
                         f"{elimination.products}, got {str(value).lower()}"
                     )
         if elimination.host_memory:
-            for name, value, known in (
-                ("context_parallel", self.context_parallel, 1),
-                ("shard", self.shard, False),
-            ):
-                if value != known:
+            several = ("context_parallel", self.context_parallel, 1), ("shard", self.shard, False)
+            for name, number, alone in several:
+                if number != alone:
                     raise ValueError(
-                        f"{name}: expected {str(known).lower()} beside elimination.host_memory, "
-                        f"got {str(value).lower()}"
+                        f"{name}: expected {str(alone).lower()} beside elimination.host_memory, "
+                        f"got {str(number).lower()}"
                     )
         if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(

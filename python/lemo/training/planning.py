@@ -15,7 +15,7 @@ import torch
 from lemo.files import json_text, write_file
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
-from lemo.planner.shape import shape_of
+from lemo.planner.shape import shape_of, window_of
 from lemo.planner.text import bytes_text, needed_text, plan_lines
 from lemo.planner.timing import Rates
 from lemo.predictors import load
@@ -160,14 +160,9 @@ def request_of(
         cuda=device.type == "cuda",
         passes=config.gradient_accumulation,
         quantize=config.quantize or stored,
-        window=_window(model_config),
+        window=window_of(model_config),
         may_shard=dtype != torch.float16,
     )
-
-
-def _window(model_config: Any) -> int:
-    """Tokens that attention of every layer sees back; 0: all, in some layer."""
-    return (model_config.sliding_window or 0) if model_config.model_type == "mistral" else 0
 
 
 def out_of_memory(
