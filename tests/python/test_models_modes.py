@@ -11,6 +11,7 @@ from lemo.models.adapter_sizes import adapters_of_layer
 from lemo.models.free_memory import free_bytes
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
+from lemo.settings.elimination import LayerwiseConfig
 from model_checks import saved_bytes
 from planner_cases import PeakOfTensors
 from tiny_models import HIDDEN, config_of, gradients, lora, make_ids, make_model
@@ -133,6 +134,23 @@ def test_a_trained_embedding_is_planned_for(trained, monkeypatch):
     found = tensors.peak - weights
     sums = 4 * TOKENS // 2 * HIDDEN
     assert found <= plan.peak < 1.05 * found + sums
+
+
+def test_windows_and_groups_of_attention_count_in_the_time(monkeypatch):
+    times = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module.StepTime
+    monkeypatch.setattr(
+        modes_module, "StepTime", lambda *a, **k: times.append(make(*a, **k)) or times[-1]
+    )
+    for window, group in ((None, None), (64, None), (None, 64)):
+        sizes = {"max_position_embeddings": 2048, "sliding_window": window}
+        model, ids = lora(make_model("mistral", **sizes)), make_ids(1, 2048)
+        layerwise = LayerwiseConfig(group_size=group)
+        lemo.enable(model, LemoConfig(keep=1.0, block_size=16, layerwise=layerwise))
+        model(input_ids=ids, labels=ids).loss.backward()
+    whole, windowed, grouped = (time.layer(0, "none") for time in times)
+    assert max(windowed, grouped) < whole
 
 
 def test_auto_without_a_gpu_stores_everything():
