@@ -322,7 +322,7 @@ class StepMemory:
         # When attention's backward runs, what the MLP stored is gone.
         attending = rows.attention * hidden + self._attending(rows.attention, True) - mlp + back
         forward = rows.mlp * (size * shape.width + 2 * hidden + self._rounded())
-        if not self._adapters.targets & {*_MLP}:
+        if not self._adapters.targets:
             forward += rows.mlp * hidden  # the norm's result, which is not kept
         forward += self._copies(("down_proj",), rows.mlp, backward=False)
         forward = max(forward, here - mlp)
