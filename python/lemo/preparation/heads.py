@@ -34,10 +34,14 @@ from lemo.training.model import (
     pick_dtype,
 )
 
-__all__ = ["find_heads", "find_heads_in_documents", "needle_windows"]
+__all__ = ["chosen_heads", "find_heads", "find_heads_in_documents", "needle_windows"]
 
-# Of what the heads of all layers find, those of the first layers have to find this share.
+# Of what the best head of all layers finds, the best of the first layers has to find this share: a
+# layer more is a layer more in every scoring pass.
 _ENOUGH = 0.95
+# Of what the best chosen head finds, others have to find this share: the mean over weak ones finds
+# less than the best one alone (docs/LOG.md, 2026-11-30).
+_WEAKEST = 0.5
 
 # Characters of a document's beginning that are not used: title pages, tables of contents.
 _SKIPPED = 4000
@@ -136,15 +140,16 @@ def find_heads(
     """The heads that look most at the facts which answers need.
 
     A head is as good as the mean, over all answers, of the share of its looks that falls on the
-    blocks of the fact (`lemo.relevance.attention.head_relevance`). The best heads are chosen.
+    blocks of the fact (`lemo.relevance.attention.head_relevance`). The best heads are chosen, but
+    none that is less than half as good as the best one.
 
     Args:
         model: a supported causal LM, possibly wrapped.
         windows: with facts.
         block_size: tokens of a block.
         count: how many heads are chosen at most.
-        layers: only the first so many layers are looked at; None: the fewest whose best heads
-            reach 0.95 of the best ones of all layers.
+        layers: only the first so many layers are looked at; None: the fewest whose best head
+            reaches 0.95 of the best one of all layers.
         report: called as report(done, total) after every window.
 
     Raises:
@@ -164,10 +169,7 @@ def find_heads(
             "model: what its heads look at is not finite; expected activations that are finite in "
             "the dtype"
         )
-    if layers is None:
-        depth = _fewest_layers(mean, count)
-    order = mean[:depth].flatten().argsort(descending=True)[:count].tolist()
-    heads = tuple(sorted(divmod(index, mean.shape[1]) for index in order))
+    heads = chosen_heads(mean, count, layers)
     found_by = {
         "windows": len(windows),
         "tokens": windows[0].ids.numel(),
@@ -179,14 +181,23 @@ def find_heads(
     return RetrievalHeads(model_shape(architecture.config), heads, found_by)
 
 
-def _fewest_layers(mean: Tensor, count: int) -> int:
-    """How many of the first layers have heads nearly as good as all; `mean` is [layers, heads]."""
+def chosen_heads(
+    mean: Tensor, count: int, layers: int | None = None
+) -> tuple[tuple[int, int], ...]:
+    """(layer, head) pairs, ascending.
 
-    def best(depth: int) -> float:
-        return mean[:depth].flatten().topk(min(count, mean[:depth].numel())).values.mean().item()
-
-    needed = _ENOUGH * best(mean.shape[0])
-    return next(depth for depth in range(1, mean.shape[0] + 1) if best(depth) >= needed)
+    Args:
+        mean: [layers, heads], how good each head is.
+        count: how many are chosen at most.
+        layers: as `find_heads` has it.
+    """
+    best = mean.amax(1).cummax(0).values  # of the layers up to each
+    if layers is None:
+        layers = int((best < _ENOUGH * best[-1]).sum()) + 1
+    found = mean[:layers].flatten()
+    order = found.argsort(descending=True)[:count].tolist()
+    good = [index for index in order if found[index] >= _WEAKEST * best[layers - 1]]
+    return tuple(sorted(divmod(index, mean.shape[1]) for index in good))
 
 
 def _found(architecture: Architecture, window: NeedleWindow, block_size: int, depth: int) -> Tensor:

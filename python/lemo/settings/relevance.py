@@ -29,11 +29,15 @@ class HeadsConfig(Settings):
     )
     windows: Windows = Field(24, description="Windows, each with 16 facts and 4 questions.")
     block_size: Tokens = Field(128, description="Tokens of a block.")
-    count: Positive = Field(4, description="Heads to choose at most.")
+    count: Positive = Field(
+        4,
+        description="Heads to choose at most; none that finds less than half of what the best one "
+        "finds.",
+    )
     layers: Positive | None = Field(
         None,
-        description="Heads are looked for in so many of the first layers; null: in as few as find "
-        "95% of what all layers find.",
+        description="Heads are looked for in so many of the first layers; null: in as few as have "
+        "one that finds 95% of what the best of all layers finds.",
     )
     rope_scaling: RopeScaling = Field(
         "linear", description="As for `lemo finetune`, where context_length exceeds the model's."
