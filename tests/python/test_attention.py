@@ -259,6 +259,32 @@ def test_pack_and_unpack(lengths, left):
     assert batch.positions.tolist() == expected
 
 
+def test_where_there_is_a_mask_positions_cut_nothing():
+    """As in Transformers. Positions of a batch with padding on the left often are of all columns,
+    or begin again behind it."""
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    device = torch.get_default_device()
+    for positions in (torch.arange(5)[None], torch.tensor([[1, 1, 0, 1, 2], [0, 1, 0, 1, 2]])):
+        batch = PackedBatch((2, 5), mask, positions, device)
+        assert batch.seqlens == (3, 5)
+        assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        ([[1, 1, 1], [1, 0, 1]], "got 2 runs in row 1"),
+        ([[0, 1, 0, 1]], "got 2 runs in row 0"),
+        ([[1, 0, 1, 0, 1], [1, 0, 1, 1, 1]], "got 3 runs in row 0"),
+        ([[0, 0], [0, 0]], "at least one token, got only zeros"),
+    ],
+)
+def test_masks_with_gaps_or_without_tokens_are_refused(mask, message):
+    mask = torch.tensor(mask)
+    with pytest.raises(ValueError, match=f"attention_mask: expected .*{message}"):
+        PackedBatch(tuple(mask.shape), mask, None, mask.device)
+
+
 @pytest.mark.parametrize(
     ("lengths", "share", "size"),
     [([20], 0.25, 5), ([21, 8], 0.25, 6), ([30], 0.1, 3), ([3], 0.25, 1), ([9], 1.0, 9)],

@@ -222,6 +222,35 @@ def test_long_prompts_lose_their_middle_and_no_label():
     assert sum(label != -100 for label in both.example.labels) == 20
 
 
+@pytest.mark.parametrize(
+    ("length", "left"),
+    [
+        # The longest prompt alone, then the next one as well, and no end of 64 tokens before that.
+        (700, [270, 100, 300]),
+        (559, [129, 100, 300]),
+        (558, [129, 100, 299]),
+        (387, [129, 100, 128]),
+        # Then the shortest, which is all ends.
+        (386, [129, 99, 128]),
+    ],
+)
+def test_the_longest_prompt_is_cut_first_and_ends_last(length, left):
+    """The first token of all is in no prompt: it begins the text."""
+    turns = [400, 100, 300]
+    labels = [label for turn in turns for label in [-100] * turn + [7] * 10]
+    made = shorten(Encoded(list(range(830)), labels, "turns"), length).example
+    found, first = [], 0
+    for turn in turns:
+        found.append([token for token in made.ids if first <= token < first + turn])
+        first += turn + 10
+    assert [len(tokens) for tokens in found] == left
+    for tokens, turn in zip(found, turns):
+        # What is left are the two ends, as far as they are equally long.
+        gaps = [b - a for a, b in zip(tokens, tokens[1:]) if b != a + 1]
+        assert len(gaps) == (len(tokens) < turn)
+    assert sum(label == 7 for label in made.labels) == 30
+
+
 def test_windows_pack_examples_and_keep_them_apart():
     lengths = [30, 50, 20, 90, 10, 60, 40]
     windows = ExampleWindows((example(n - 5, 5, str(n)) for n in lengths), 100, seed=1)
@@ -252,9 +281,23 @@ def test_windows_pack_examples_and_keep_them_apart():
     assert rows.position_ids is None
 
 
+def test_windows_are_filled_to_their_last_token_and_no_further():
+    even, odd = (
+        ExampleWindows([example(n - 5, 5) for n in lengths], 100) for lengths in ([50] * 8, [51] * 8)
+    )
+    assert [len(even.window(n).ids) for n in range(len(even))] == [100] * 4
+    assert [len(odd.window(n).ids) for n in range(len(odd))] == [51] * 8
+    mixed = ExampleWindows([example(n - 5, 5) for n in (50, 51) * 4], 100)
+    assert all(len(mixed.window(n).ids) <= 100 for n in range(len(mixed)))
+
+
 def test_what_does_not_fit_is_counted():
-    windows = ExampleWindows([example(500, 5, "long"), example(5, 400, "answer")], 100)
-    assert (windows.shortened, windows.cut_tokens, windows.left_out) == (1, 405, ["answer"])
+    unlabelled = [example(50, 0, "none"), Encoded([1, 2], [1, -100], "nothing before it")]
+    given = [example(500, 5, "long"), *unlabelled, example(5, 400, "answer")]
+    windows = ExampleWindows(given, 100)
+    assert (windows.shortened, windows.cut_tokens) == (1, 405)
+    assert windows.left_out == ["none", "nothing before it", "answer"]
+    assert [each.name for each in windows.examples] == ["long"]
     assert any("405 tokens" in line for line in windows.remarks())
     with pytest.raises(ValueError, match="expected an example with answers of fewer than 100"):
         ExampleWindows([example(5, 400, "answer")], 100)
