@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from lemo.data import ExampleWindows
+from lemo.data.chat import Encoded
 from lemo.relevance import store
 from lemo.relevance.store import ScoreStore, write_scores
 from limits import largest_file
@@ -63,6 +65,22 @@ def test_scores_of_tokens(tmp_path):
     assert read.of(example).tolist() == example.ids
 
 
+def test_scores_that_are_drawn_follow_the_seed(tmp_path):
+    """In windows of an example that has none, of which there is one in every epoch."""
+    [example] = samples(1)
+    write_scores(tmp_path / "s", [example], lambda each: None, block_size=16)
+    read = ScoreStore.read(tmp_path / "s")
+    drawn = [
+        ExampleWindows([Encoded(example.ids, example.labels, "x")], 100, seed, read)
+        .window(index)
+        .scores
+        for seed, index in ((1, 0), (1, 0), (1, 1), (2, 0))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[3])
+
+
 def test_the_digest_is_of_the_scores_alone(tmp_path):
     examples = samples()
 
@@ -110,6 +128,8 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
+from lemo.data import ExampleWindows
+from lemo.data.chat import Encoded
 from lemo.relevance import store
 from score_samples import mean_ids, samples
 store._FILE_TOKENS = 100
