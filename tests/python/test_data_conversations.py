@@ -1,5 +1,6 @@
 """Conversations in all their forms, and the windows of their examples."""
 
+import itertools
 import json
 
 import pytest
@@ -245,8 +246,8 @@ def test_the_longest_prompt_is_cut_first_and_ends_last(length, left):
         first += turn + 10
     assert [len(tokens) for tokens in found] == left
     for tokens, turn in zip(found, turns):
-        # What is left are the two ends, as far as they are equally long.
-        gaps = [b - a for a, b in zip(tokens, tokens[1:]) if b != a + 1]
+        # What is left are the two ends.
+        gaps = [b - a for a, b in itertools.pairwise(tokens) if b != a + 1]
         assert len(gaps) == (len(tokens) < turn)
     assert sum(label == 7 for label in made.labels) == 30
 
@@ -283,7 +284,8 @@ def test_windows_pack_examples_and_keep_them_apart():
 
 def test_windows_are_filled_to_their_last_token_and_no_further():
     even, odd = (
-        ExampleWindows([example(n - 5, 5) for n in lengths], 100) for lengths in ([50] * 8, [51] * 8)
+        ExampleWindows([example(n - 5, 5) for n in lengths], 100)
+        for lengths in ([50] * 8, [51] * 8)
     )
     assert [len(even.window(n).ids) for n in range(len(even))] == [100] * 4
     assert [len(odd.window(n).ids) for n in range(len(odd))] == [51] * 8
