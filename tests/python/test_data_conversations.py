@@ -282,6 +282,20 @@ def test_windows_pack_examples_and_keep_them_apart():
     assert rows.position_ids is None
 
 
+def test_the_seed_moves_who_shares_a_window_and_the_order_of_every_epoch():
+    pairs, changes = [], []
+    for seed in (1, 2):
+        windows = ExampleWindows([Encoded([n] * 5, [n] * 5, "x") for n in range(16)], 10, seed)
+        epochs = [[windows.window(8 * epoch + n).ids[[0, 5]] for n in range(8)] for epoch in (0, 1)]
+        first, second = ([tuple(pair.tolist()) for pair in epoch] for epoch in epochs)
+        assert sorted(first) == sorted(second)
+        assert sorted(n for pair in first for n in pair) == list(range(16))
+        pairs.append(set(first))
+        changes.append([first.index(pair) for pair in second])
+    assert pairs[0] != pairs[1]
+    assert changes[0] != changes[1]
+
+
 def test_windows_are_filled_to_their_last_token_and_no_further():
     even, odd = (
         ExampleWindows([example(n - 5, 5) for n in lengths], 100)
