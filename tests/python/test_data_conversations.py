@@ -314,7 +314,9 @@ def test_what_does_not_fit_is_counted():
     assert (windows.shortened, windows.cut_tokens) == (1, 405)
     assert windows.left_out == ["none", "nothing before it", "answer"]
     assert [each.name for each in windows.examples] == ["long"]
-    assert any("405 tokens" in line for line in windows.remarks())
+    said = "\n".join(windows.remarks())
+    assert "cut out of 1 of 4 examples, 405 tokens" in said
+    assert "3 of 4 examples are left out" in said
     with pytest.raises(ValueError, match="expected an example with answers of fewer than 100"):
         ExampleWindows([example(5, 400, "answer")], 100)
 
