@@ -282,6 +282,22 @@ def test_windows_pack_examples_and_keep_them_apart():
     assert rows.position_ids is None
 
 
+def test_what_stays_on_the_host():
+    batch = collate([ExampleWindows([example(2, 2), example(3, 2)], 9).window(0)])
+    placed = batch.arguments("meta", on_host=["labels"])
+    assert {name: tensor.device.type for name, tensor in placed.items()} == {
+        "input_ids": "meta",
+        "labels": "cpu",
+        "position_ids": "meta",
+    }
+
+
+def test_copies_are_alike_in_their_labels_too():
+    same, other = Encoded([1, 2, 3], [-100, -100, 3], "a"), Encoded([1, 2, 3], [-100, 2, 3], "b")
+    assert "copies" not in str(ExampleWindows([same, other], 9).remarks())
+    assert "1 of 3 examples are copies" in str(ExampleWindows([same, other, same], 9).remarks())
+
+
 def test_the_seed_moves_who_shares_a_window_and_the_order_of_every_epoch():
     pairs, changes = [], []
     for seed in (1, 2):

@@ -11,7 +11,7 @@ from devices import no_synchronisation, on_gpu
 from lemo import _C, LemoConfig, ops, reference
 from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, block_tokens, kept_blocks
 from lemo.selection.selector import Selector
 
 
@@ -74,7 +74,9 @@ def test_share_is_rounded_up_from_the_exact_product(percent):
         layout = BlockLayout.from_seqlens([count], 1)
         scores = torch.rand(count)
         selection = ops.token_select(scores, layout, "ratio", percent / 100, 0, 0)
-        assert selection.num_rows == -(-percent * count // 100), count
+        exact = -(-percent * count // 100)
+        assert selection.num_rows == kept_blocks(percent / 100, count) == exact, count
+        assert block_tokens(percent / 100, count) == max(exact, 1), count
         kept = scores[selection.kept_blocks.long()]
         left_out = scores.index_fill(0, selection.kept_blocks.long(), -1.0)
         assert selection.num_rows == 0 or kept.min() >= left_out.max()
