@@ -137,6 +137,20 @@ def test_blocks_with_rows(lengths, block_size, rows):
     assert layout.blocks_with(chosen).tolist() == expected
 
 
+@pytest.mark.parametrize("lengths", [[3], [3, 9], [1, 2, 3]])
+def test_tensors_of_a_layout_begin_where_kernels_load_wide_units(lengths):
+    layout = BlockLayout.from_seqlens(lengths, 1)
+    tensors = layout.block_starts, layout.cu_blocks, layout.cu_seqlens
+    assert [tensor.data_ptr() % 16 for tensor in tensors] == [0, 0, 0]
+
+
+def test_kept_rows_are_as_many_where_the_residual_has_them_alone():
+    kept = lemo.ops.token_select(scores_of(0, "mlp"), LAYOUT, "ratio", 0.5, 0, 0)
+    alone = kept.of_kept_rows()
+    assert alone.rows is None
+    assert alone.num_rows == kept.rows.numel() < LAYOUT.num_tokens
+
+
 def test_the_first_layer_chooses_for_all():
     kept, scored, _ = run(config_of(keep=0.4, dense_layers=[0, -1]))
     assert scored == [(1, "attention")]
