@@ -382,6 +382,20 @@ def test_halves_of_surrogate_pairs_name_the_row():
             ChatEncoder(tokenizer).encode(parsed(messages=messages, tools=tools))
 
 
+def test_a_token_across_the_border_of_an_answer_is_the_answers():
+    tokenizer = with_template("qwen2_5")
+    tokenizer.add_tokens(["? O", "e[n"])
+    encoded = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
+    assert answers_of(encoded, tokenizer) == ["? One.</s>"]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[next]{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    turns = [USER, ASSISTANT | {"content": "One"}]
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=[*turns, *turns]))
+    assert answers_of(encoded, tokenizer) == ["One[n", "One"]
+
+
 def test_white_space_of_answers_has_labels():
     """Offsets of some tokenizers leave white space out."""
     from tokenizers import processors
