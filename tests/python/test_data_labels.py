@@ -321,12 +321,12 @@ def test_completions_end_once():
     assert answers_of(ended, tokenizer) == ["One.</s>"]
     assert ended == plain
     end = ("</s>", tokenizer.eos_token_id)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="</s> $A </s>", special_tokens=[end]
-    )
-    both = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
-    assert list(both.ids) == [tokenizer.eos_token_id, *plain.ids]
-    assert list(both.labels) == [-100, *plain.labels]
+    for single in ("</s> $A </s>", "</s> $A </s> </s>"):
+        post = processors.TemplateProcessing(single=single, special_tokens=[end])
+        tokenizer.backend_tokenizer.post_processor = post
+        both = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
+        assert list(both.ids) == [tokenizer.eos_token_id, *plain.ids]
+        assert list(both.labels) == [-100, *plain.labels]
 
 
 def test_prompts_begin_once():

@@ -112,6 +112,20 @@ def test_contents_do_not_mislead(template, texts, answers):
     assert answers_of(encoded, tokenizer)[:1] == answers
 
 
+def test_marks_are_not_those_of_a_conversation_with_an_answer_left_out():
+    """The shapes differ in nothing else; the marks of this template have headers in them."""
+    tokenizer = with_template("gptoss_training")
+    left_out = [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]
+    both, last = parsed(messages=TURNS), parsed(messages=left_out)
+    for first, second in ((both, last), (last, both)):
+        encoder = ChatEncoder(tokenizer)
+        encoder.encode(first)
+        assert encoder.encode(second) == ChatEncoder(tokenizer).encode(second)
+    answers = answers_of(ChatEncoder(tokenizer).encode(last), tokenizer)
+    assert [answer.count("It is") for answer in answers] == [1]
+    assert "It is two." in answers[0]
+
+
 @pytest.mark.parametrize("template", ["llama3", "qwen3", "qwen3_training", "deepseekv3"])
 def test_a_known_shape_takes_one_text(template, renders):
     encoder = ChatEncoder(with_template(template))

@@ -504,8 +504,7 @@ class ChatEncoder:
         firsts, lasts = flat[::2], flat[1::2]
         # Some tokenizers leave white space out of the offsets: a token begins where the one before
         # it ends. Tokens of parts of a character all have the character's.
-        reached = numpy.maximum.accumulate(numpy.concatenate(([0], lasts[:-1])))
-        begins = numpy.minimum(firsts, reached)
+        begins = numpy.minimum(firsts, numpy.concatenate(([0], lasts[:-1])))
         for place in numpy.flatnonzero(numpy.isin(made, list(self._greedy))).tolist():
             word = self._greedy[ids[place]]
             at = text.text.find(word, firsts[place], lasts[place])
@@ -515,7 +514,7 @@ class ChatEncoder:
         for start, end in text.spans:
             # A token across the border of prompt and answer is the answer's to predict.
             answer |= (lasts > start) & (begins < end)
-        labels = numpy.where(answer & (lasts > begins), made, IGNORE_INDEX)
+        labels = numpy.where(answer, made, IGNORE_INDEX)
         return Encoded.of(made, labels, text.name)
 
 
