@@ -17,7 +17,7 @@ COPY_ELEMENTS = 1 << 24
 
 def chunk_rows(rows: int, width: int) -> int:
     """Rows of a chunk of the MLP: even shares of `rows` for activations of `width` features."""
-    largest = max(1, _CHUNK_ELEMENTS // max(width, 1) // _CHUNK_STEP) * _CHUNK_STEP
+    largest = max(1, _CHUNK_ELEMENTS // width // _CHUNK_STEP) * _CHUNK_STEP
     chunks = max(1, -(-rows // largest))
     return max(1, -(-rows // (chunks * _CHUNK_STEP))) * _CHUNK_STEP
 
