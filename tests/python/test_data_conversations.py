@@ -122,6 +122,11 @@ def test_answers_that_are_not_trained_on():
     assert parsed(messages=turns, system="s").context == {2, 4}
     made = parsed(prompt=[system, USER, ASSISTANT, USER], completion=[ASSISTANT])
     assert (len(made.messages), made.context) == (5, {2})
+    made = parsed(prompt=[USER, ASSISTANT, USER], completion=[ASSISTANT], system="s")
+    assert (len(made.messages), made.context) == (5, {2})
+    # Nobody trains on what the user says, whatever its weight.
+    asked = USER | {"weight": 0, "train": False}
+    assert parsed(messages=[asked, ASSISTANT]) == parsed(messages=[USER, ASSISTANT])
     marked = with_template("qwen2_5_training")
     for tokenizer in (with_template("qwen2_5"), marked):
         example = Conversation(tuple(TURNS), "d:1", "d:1", context=frozenset({1}))

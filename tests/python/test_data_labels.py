@@ -413,6 +413,14 @@ def test_white_space_of_answers_has_labels():
         assert answers_of(encoded, tokenizer) == [f"{around}{answer}<|im_end|>{around}"]
 
 
+def test_variables_of_a_template_do_not_change_what_it_is_asked_for():
+    tokenizer = with_template("qwen2_5")
+    plain = ChatEncoder(tokenizer).encode(parsed(messages=TURNS))
+    variables = {"add_generation_prompt": True, "tokenize": True}
+    example = parsed(messages=TURNS, chat_template_kwargs=variables)
+    assert ChatEncoder(tokenizer).encode(example) == plain
+
+
 def test_what_a_template_refuses_names_the_row():
     tokenizer = with_template("qwen2_5")
     tokenizer.chat_template = MISTRAL

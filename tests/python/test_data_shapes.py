@@ -126,6 +126,16 @@ def test_marks_are_not_those_of_a_conversation_with_an_answer_left_out():
     assert "It is two." in answers[0]
 
 
+def test_shapes_are_forgotten_where_there_are_too_many(monkeypatch):
+    monkeypatch.setattr(chat, "_MOST_SHAPES", 2)
+    tokenizer = with_template("qwen3")
+    encoder = ChatEncoder(tokenizer)
+    for turns in (2, 4, 6, 8, 2, 4):
+        example = parsed(messages=says(*"abcdefgh"[:turns]))
+        assert encoder.encode(example) == ChatEncoder(tokenizer).encode(example)
+        assert len(encoder._shapes) <= 2
+
+
 @pytest.mark.parametrize("template", ["llama3", "qwen3", "qwen3_training", "deepseekv3"])
 def test_a_known_shape_takes_one_text(template, renders):
     encoder = ChatEncoder(with_template(template))

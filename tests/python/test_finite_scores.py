@@ -171,3 +171,32 @@ def test_a_pass_of_text_forgets_nothing_of_one_of_answers(on_a_gpu, tmp_path):
     embedding.copy_(sound)
     assert model(IDS, labels=IDS).loss.isfinite()
     assert handle.reason_of_nan().startswith("layer 0:")
+
+
+def said_after(*passes):
+    """(whether each pass is marked, what is named at the end); a pass: {layer: its score}."""
+    scores, residual, marked = finite.FiniteScores(), torch.zeros(1, 1), []
+    for each in passes:
+        scores.begin()
+        for layer, score in each.items():
+            scores.checked(layer, "attention", torch.tensor([1.0, score]), residual)
+        marked.append(bool(scores.marked(torch.tensor(1.0)).isnan()))
+    return marked, scores.reason()
+
+
+def test_the_layer_that_was_first_is_named(on_a_gpu):
+    nan = torch.nan
+    marked, reason = said_after({0: 1.0, 3: nan}, {0: nan, 3: nan})
+    assert marked == [True, True]
+    assert reason.startswith("layer 3:")
+    # Other layers are scored where a schedule goes on.
+    marked, reason = said_after({0: 1.0}, {1: 1.0, 2: nan})
+    assert marked == [False, True]
+    assert reason.startswith("layer 2:")
+    assert said_after({0: 1.0}, {1: 1.0, 2: 1.0}) == ([False, False], None)
+
+
+def test_sums_of_many_values_in_fp16_are_not_taken_for_infinity():
+    residual = torch.full((70, 1000), 2.0, dtype=torch.float16)
+    scores = torch.rand(9)
+    assert torch.equal(finite.FiniteScores().checked(0, "mlp", scores, residual), scores)

@@ -542,3 +542,15 @@ def test_rows_count_that_enough_sub_blocks_keep(mask_loss, burn_in):
                 block += 1
         found = masked_rows(layout, chosen, mask_loss, burn_in)
         assert ([False] * layout.num_tokens if found is None else found.tolist()) == expected
+
+
+def test_a_share_of_sub_blocks_is_taken_without_its_rounding_error():
+    """0.28 * 50 lies above 14."""
+    layout = BlockLayout.from_seqlens([16], 8)
+    first, second = (
+        replace(Selection.everything(layout), rows=blocks, kept_blocks=blocks.int())
+        for blocks in torch.tensor([[0], [1]])
+    )
+    selections = [replace(first) for _ in range(14)] + [replace(second) for _ in range(36)]
+    assert not masked_rows(layout, selections, 0.28, 0).any()
+    assert masked_rows(layout, selections, 0.3, 0).tolist() == [True] * 8 + [False] * 8
