@@ -55,9 +55,13 @@ def test_other_forms():
     assert user["content"] == "i\n\nj"
     system = parsed(system="s", conversations=[USER, ASSISTANT]).messages[0]
     assert system == {"role": "system", "content": "s"}
-    assert parsed(system="s", messages=[system, USER, ASSISTANT]).messages[0] == system
+    for given, first in itertools.product(("s", " s\n"), (system, system | {"role": "developer"})):
+        made = parsed(system=given, messages=[first, USER, ASSISTANT])
+        assert made.messages == (first, USER, ASSISTANT)
     older = parsed(functions=[{"name": "f"}], messages=[USER, ASSISTANT])
     assert older.extra == {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    newer = parsed(functions=[{"name": "f"}], tools=[{"name": "g"}], messages=[USER, ASSISTANT])
+    assert newer.extra == {"tools": [{"name": "g"}]}
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
     made = parsed(messages=[USER, call], tools=[{"name": "f"}])
     assert made.messages[1]["content"] == ""
@@ -66,9 +70,34 @@ def test_other_forms():
     assert texts == made
     thinks = parsed(messages=[USER, ASSISTANT], chat_template_kwargs={"enable_thinking": False})
     assert thinks.extra == {"enable_thinking": False}
-    before = parsed(instruction="u", input=None, output="a", history=[["u", "a"]])
-    assert before.messages == (USER, ASSISTANT) * 2
+    before = parsed(instruction="u", input=None, output="a", history=[["v", "b"], ["w", "c"]])
+    assert [message["content"] for message in before.messages] == list("vbwcua")
+    parts = [{"type": "text", "text": "u"}, "v", {"text": "\n"}]
+    joined = parsed(messages=[USER | {"content": parts}, ASSISTANT])
+    assert joined.messages[0]["content"] == "uv\n"
+    both = {"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"name": "g"}]}
+    calls = parsed(messages=[USER, both]).messages[1]["tool_calls"]
+    assert [each["function"]["name"] for each in calls] == ["f", "g"]
     assert parsed(messages=None, instruction="u", output="a").messages == (USER, ASSISTANT)
+
+
+def test_messages_are_looked_for_first():
+    others = [USER | {"content": "other"}, ASSISTANT]
+    assert parsed(conversations=others, messages=[USER, ASSISTANT]).messages == (USER, ASSISTANT)
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        ("human user", "user"),
+        ("gpt chatgpt bot model assistant", "assistant"),
+        ("observation function tool_response tool", "tool"),
+    ],
+)
+def test_names_of_roles(names, role):
+    for name in names.split():
+        made = parsed(conversations=[USER, {"from": name, "value": "x"}, USER, ASSISTANT])
+        assert made.messages[1] == {"role": role, "content": "x"}
 
 
 @pytest.mark.parametrize(
@@ -109,9 +138,12 @@ def test_calls_without_arguments(arguments):
     assert made == [{"type": "function", "function": {"name": "f", "arguments": {}}}]
 
 
-def test_texts_that_begin_like_deep_lists_are_texts():
+def test_texts_that_are_json_by_chance_are_texts():
     deep = "[" * 200_000
     assert parsed(prompt=deep, completion="c").prompt == deep
+    for text in ('{"a": 1}', "[1, 2]", "[]"):
+        asked, answered = parsed(prompt=text, completion="c"), parsed(prompt="p", completion=text)
+        assert (asked.prompt, answered.completion) == (text, text)
 
 
 def test_answers_that_are_not_trained_on():
@@ -160,6 +192,11 @@ def test_answers_that_are_not_trained_on():
         ({"messages": [USER, ASSISTANT | {"content": ""}]}, r"messages\[1\] to have an answer"),
         ({"prompt": 3, "completion": "a"}, "expected 'prompt' to be a text or a list of messages"),
         ({"prompt": "p", "completion": "c", "label": False}, "got preference data .*'label'"),
+        ({"prompt": "p", "completion": "c", "label": "True"}, "got preference data .*'label'"),
+        (
+            {"instruction": "u", "output": "a", "history": [["u", "a", "b"]]},
+            "'history' to be a list of pairs of texts, got",
+        ),
         (
             {"messages": [USER, ASSISTANT | {"weight": 0}]},
             "expected an answer to train on, got non",

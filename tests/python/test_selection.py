@@ -192,8 +192,8 @@ def test_a_dense_layer_may_choose_for_others():
 def test_thresholds_of_the_layer_that_scored():
     config = config_of(
         policy="threshold",
-        thresholds=[0.5, 0.6, 0.7, 0.8],
-        mlp_thresholds=[0.4] * 4,
+        thresholds=[0.5, 2.0, 0.7, 0.0],
+        mlp_thresholds=[0.4, 2.0, 0.6, 0.0],
         dense_layers=[],
         select_at=[0, 2],
         keep_first=0,
@@ -201,9 +201,41 @@ def test_thresholds_of_the_layer_that_scored():
     )
     kept, scored, _ = run(config)
     assert scored == [(0, "attention"), (0, "mlp"), (2, "attention"), (2, "mlp")]
-    for layer, source, value in ((0, 0, 0.5), (1, 0, 0.5), (2, 2, 0.7), (3, 2, 0.7)):
+    for layer, source, value, of_mlp in (
+        (0, 0, 0.5, 0.4),
+        (1, 0, 0.5, 0.4),
+        (2, 2, 0.7, 0.6),
+        (3, 2, 0.7, 0.6),
+    ):
         assert kept[layer, "attention"] == cut(source, "attention", "threshold", value, 0, 2)
-        assert kept[layer, "mlp"] == cut(source, "mlp", "threshold", 0.4, 0, 2)
+        assert kept[layer, "mlp"] == cut(source, "mlp", "threshold", of_mlp, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "one_set"),
+    [
+        ({}, True),
+        ({"keep": [0.5] * 4}, True),
+        ({"keep_mlp": 0.5}, False),
+        ({"keep": [0.5, 0.5, 0.5, 0.25]}, False),
+        ({"select_at": "all"}, False),
+        ({"select_at": [0, 2]}, False),
+        ({"dense_layers": [3]}, False),
+        ({"dense_layers": [0]}, False),
+    ],
+)
+def test_whether_all_sub_blocks_keep_the_same(settings, one_set):
+    settings = {"keep": 0.5, "dense_layers": []} | settings
+    selector = Selector(config_of(**settings).resolved(answers=False), 4)
+    assert (selector.has_one_set, selector.always_has_one_set) == (one_set, one_set)
+    with selector.keeping_everything():
+        assert selector.has_one_set
+
+
+def test_a_share_next_to_all_leaves_blocks_out():
+    layout = BlockLayout.from_seqlens([800], 4)
+    kept, *_ = run(config_of(keep=0.99, dense_layers=[]), layout=layout)
+    assert len(kept[0, "mlp"]) == 198
 
 
 def test_thresholds_of_the_predictor_folder():
@@ -316,6 +348,7 @@ def test_the_last_pass_is_forgotten():
     [
         ({"keep": [0.5, 0.5]}, "keep: expected 4 entries, one for each layer, got 2"),
         ({"keep_mlp": [0.5] * 5}, "keep_mlp: expected 4 entries, .* got 5"),
+        ({"keep": [0.0] * 4, "dense_layers": []}, "keep: expected more than 0 in some layer"),
         ({"dense_layers": [4]}, "dense_layers: expected layers between -4 and 3, got 4"),
         ({"select_at": [-5]}, "select_at: expected layers between -4 and 3, got -5"),
         ({"select_at": [2], "dense_layers": [0]}, "select_at: layer 1 is not dense, so expected"),
