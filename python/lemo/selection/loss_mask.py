@@ -29,7 +29,7 @@ def masked_rows(
         return None
     if all(selection is selections[0] for selection in selections):
         # One set for all, of which one counts as much as all of them.
-        selections, mask_loss = selections[:1], True
+        selections = selections[:1]
     # How many sub-blocks have to keep a row; more than a rounding error of the share.
     needed = 1 if mask_loss is True else max(math.ceil(mask_loss * len(selections) - 1e-9), 1)
     needed -= sum(selection.rows is None for selection in selections)
