@@ -12,7 +12,10 @@ from lemo.data import Document, read_documents
 # Files alone.
 pytestmark = pytest.mark.cpu_only
 
-LINES = b'{"id": "a", "kind": "book", "text": "one"}\n\n{"text": "two \xc3\xa9"}\n'
+LINES = (
+    b'{"id": "a", "kind": "book", "text": "one"}\n\n{"text": "two \xc3\xa9"}\n'
+    b'{"id": 0, "text": ""}\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +31,7 @@ def test_json_lines(tmp_path, name, content):
     assert list(read_documents(tmp_path / name)) == [
         Document("a", "book", "one"),
         Document(f"{name}:3", "text", "two é"),
+        Document("0", "text", ""),
     ]
 
 

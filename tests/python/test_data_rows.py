@@ -76,9 +76,14 @@ def test_json_files(tmp_path):
         made = [parse_example(row) for row in read_rows(path)]
         assert [example.messages for example in made[:2]] == [(USER, ASSISTANT)] * 2
         assert made[2].messages[1] == CALLS
-    path.write_text(json.dumps(records[0] | {"turns": [{"n": 1}]}))
+    for record in (records[0], records[0] | {"turns": [{"n": 1}]}):
+        path.write_text(json.dumps(record))
+        [row] = read_rows(path)
+        assert parse_example(row).messages == (USER, ASSISTANT)
+    # Nobody says which of two lists holds the rows.
+    path.write_text(json.dumps({"train": records, "test": records[:1]}))
     [row] = read_rows(path)
-    assert parse_example(row).messages == (USER, ASSISTANT)
+    assert row.record == {"train": records, "test": records[:1]}
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"d\.json: row 0: expected a JSON object, got int"):
         list(read_rows(path))

@@ -367,6 +367,12 @@ def test_settings_that_do_not_fit_the_model(settings, message):
         Selector(config_of(**settings).resolved(answers=False), 4)
 
 
+def test_what_keeps_nothing_may_keep_some_later():
+    settings = {"keep": 0.0, "dense_layers": [], "keep_first": 1, "keep_last": 0}
+    config = config_of(**settings, keep_schedule=[(0.5, 0.5)])
+    assert run(config, progress=0.5)[0][0, "mlp"] == cut(0, "attention", "ratio", 0.5, 1, 0)
+
+
 # Scores
 
 
