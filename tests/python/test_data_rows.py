@@ -76,8 +76,8 @@ def test_json_files(tmp_path):
         made = [parse_example(row) for row in read_rows(path)]
         assert [example.messages for example in made[:2]] == [(USER, ASSISTANT)] * 2
         assert made[2].messages[1] == CALLS
-    for record in (records[0], records[0] | {"turns": [{"n": 1}]}):
-        path.write_text(json.dumps(record))
+    for more in ({}, {"tags": []}, {"turns": [{"n": 1}]}):
+        path.write_text(json.dumps(records[0] | more))
         [row] = read_rows(path)
         assert parse_example(row).messages == (USER, ASSISTANT)
     # Nobody says which of two lists holds the rows.
