@@ -52,6 +52,17 @@ def test_threads_have_two_windows_each_beyond_the_next_batch():
     batches.close()
 
 
+def test_a_large_batch_in_front_asks_for_no_more():
+    windows = Recorded()
+    sizes = [range(8), *(range(i, i + 1) for i in range(8, 100))]
+    batches = prefetched(windows, iter(sizes), threads=2)
+    for asked in (12, 13, 14):
+        next(batches)
+        time.sleep(0.1)
+        assert sorted(windows.asked) == list(range(asked))
+    batches.close()
+
+
 def test_an_error_comes_with_its_batch_and_ends_the_threads():
     batches = prefetched(Recorded(fail_at=5), BATCHES, threads=2)
     assert [len(next(batches).input_ids) for _ in range(2)] == [3, 1]

@@ -106,6 +106,28 @@ def test_windows_cover_the_documents_evenly():
     assert 35 <= sum(start < 500 for start in starts) <= 65
 
 
+def test_every_start_in_a_short_document_is_as_likely():
+    """Also where few windows fit: none is taken for all places behind the last of them."""
+    text = "".join(f"{i:04d} " for i in range(300))
+    windows = token_windows([Document("0", "text", text)], tiny_tokenizer(), 1000)
+    starts = [tiny_tokenizer().decode(windows.window(i))[:5] for i in range(100)]
+    # 40 words to begin with.
+    assert max(starts.count(start) for start in starts) <= 5
+
+
+def test_windows_begin_between_words():
+    words = [f"{i:04d}" + "x" * 46 for i in range(100)]
+    windows = token_windows([Document("0", "text", " ".join(words))], tiny_tokenizer(), 100)
+    begun = [tiny_tokenizer().decode(windows.window(i))[0] == " " for i in range(100)]
+    # But for the last ones, which are moved back to be whole.
+    assert sum(begun) >= 95
+    short = token_windows([Document("0", "text", "ab cd ef gh i")], tiny_tokenizer(), 10)
+    assert {tiny_tokenizer().decode(short.window(i)) for i in range(20)} == {
+        "ab cd ef g",
+        " cd ef gh ",
+    }
+
+
 def test_a_document_of_exactly_one_window():
     source = [Document("0", "text", "abcdefgh")]
     windows = token_windows(source, tiny_tokenizer(), 8)
@@ -118,7 +140,10 @@ def test_uneven_text_still_fills_the_window():
     windows = token_windows(source, tiny_tokenizer(), 64)
     assert windows.batch(0, 40).shape == (40, 64)
     reverse = [Document("0", "text", "\N{GRINNING FACE}" * 100 + "a" * 70)]
-    assert token_windows(reverse, tiny_tokenizer(), 300).batch(0, 40).shape == (40, 300)
+    found = token_windows(reverse, tiny_tokenizer(), 300).batch(0, 40)
+    assert found.shape == (40, 300)
+    # Where fewer follow it is the last ones.
+    assert any(tiny_tokenizer().decode(ids).endswith("a" * 70) for ids in found)
 
 
 def odd_document(spaces: str) -> Document:
