@@ -375,6 +375,7 @@ def test_what_does_not_fit_is_counted():
     said = "\n".join(windows.remarks())
     assert "cut out of 1 of 4 examples, 405 tokens" in said
     assert "3 of 4 examples are left out" in said
+    assert said.endswith(": answer, none, nothing before it")
     with pytest.raises(ValueError, match="expected an example with answers of fewer than 100"):
         ExampleWindows([example(5, 400, "answer")], 100)
 

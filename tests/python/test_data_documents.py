@@ -136,6 +136,8 @@ XZ, GZ = [lzma.compress(half) for half in HALVES], [gzip.compress(half, mtime=0)
         ("d.jsonl.xz", XZ[0] + bytes(8) + XZ[1] + bytes(4)),
         ("d.jsonl.xz", XZ[0] + bytes(3 << 20) + XZ[1]),
         ("d.jsonl.xz", lzma.compress(b"") + XZ[0] + XZ[1]),
+        # More than is decompressed at a time, of a stream that is read at once.
+        ("d.jsonl.xz", lzma.compress(b" " * (3 << 20) + HALVES[0]) + XZ[1]),
         ("d.jsonl.gz", GZ[0] + GZ[1]),
         ("d.jsonl.gz", GZ[0] + bytes(5) + GZ[1]),
     ],

@@ -10,6 +10,7 @@ from pyarrow import parquet
 
 from conversation_cases import ASSISTANT, CALLS, RECORDS, USER
 from lemo.data.conversations import parse_example
+from lemo.data.reading import naming
 from lemo.data.rows import read_rows
 
 # Files alone.
@@ -148,6 +149,20 @@ def test_csv(tmp_path):
     first, second = map(parse_example, rows)
     assert first.messages == (USER, ASSISTANT)
     assert second.messages[0]["content"] == "v\n\nw"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyError("a"), "^d: KeyError: 'a'$"),
+        (RuntimeError(" a\nb"), "^d: RuntimeError: a b$"),
+        (OSError("a"), "^d: a$"),
+        (ValueError(), "^d: ValueError: $"),
+    ],
+)
+def test_what_libraries_raise_says_what_it_is(error, message):
+    with pytest.raises(ValueError, match=message), naming("d"):
+        raise error
 
 
 @pytest.mark.parametrize("name", ["d.parquet", "d.json"])
