@@ -380,6 +380,15 @@ def test_what_does_not_fit_is_counted():
         ExampleWindows([example(5, 400, "answer")], 100)
 
 
+def test_every_row_is_read_also_the_one_that_tells_the_kind(tmp_path):
+    path, tokenizer = tmp_path / "d.jsonl", with_template("qwen2_5")
+    path.write_text("\n".join(map(json.dumps, RECORDS)))
+    names = [each.name for each in open_training_data(path, tokenizer, 200).examples]
+    assert names == ["d.jsonl:1", "d.jsonl:2"]
+    path.write_text("\n".join(json.dumps({"text": word * 40}) for word in ("a ", "b ", "c ")))
+    assert open_training_data(path, tokenizer, 20).used == 3
+
+
 def test_a_file_is_of_one_kind(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + '\n{"text": "t"}\n')

@@ -238,6 +238,12 @@ def test_whether_all_sub_blocks_keep_the_same(settings, one_set):
         assert selector.has_one_set
 
 
+@pytest.mark.parametrize(("mask_loss", "masks"), [(True, True), (0.25, True), (False, False)])
+def test_whether_the_loss_of_some_rows_does_not_count(mask_loss, masks):
+    config = config_of(keep=0.5, mask_loss=mask_loss).resolved(answers=False)
+    assert Selector(config, 4).masks_loss is masks
+
+
 def test_a_share_next_to_all_leaves_blocks_out():
     layout = BlockLayout.from_seqlens([800], 4)
     kept, *_ = run(config_of(keep=0.99, dense_layers=[]), layout=layout)
