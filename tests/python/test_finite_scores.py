@@ -193,6 +193,9 @@ def test_the_layer_that_was_first_is_named(on_a_gpu):
     marked, reason = said_after({0: 1.0}, {1: 1.0, 2: nan})
     assert marked == [False, True]
     assert reason.startswith("layer 2:")
+    marked, reason = said_after({0: 1.0, 1: nan}, {2: 1.0})
+    assert marked == [True, False]
+    assert reason.startswith("layer 1:")
     assert said_after({0: 1.0}, {1: 1.0, 2: 1.0}) == ([False, False], None)
 
 

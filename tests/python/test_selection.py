@@ -236,6 +236,9 @@ def test_whether_all_sub_blocks_keep_the_same(settings, one_set):
         assert selector.has_one_set is one_set
     with selector.keeping_everything():
         assert selector.has_one_set
+        assert selector.is_overruled
+    assert selector.has_one_set is one_set
+    assert not selector.is_overruled
 
 
 @pytest.mark.parametrize(("mask_loss", "masks"), [(True, True), (0.25, True), (False, False)])

@@ -17,8 +17,9 @@ class FiniteScores:
     def __init__(self) -> None:
         self._places: list[tuple[int, str]] = []
         self._wrong: list[Tensor] = []
-        # Of the first pass in which something was wrong: all of the next may be, behind its step.
-        self._first: tuple[list[tuple[int, str]], Tensor] | None = None
+        # Of the first pass over some places in which something was wrong: all of the next may be,
+        # behind its step.
+        self._first: dict[tuple[tuple[int, str], ...], Tensor] = {}
 
     def begin(self) -> None:
         """A pass begins."""
@@ -49,20 +50,18 @@ class FiniteScores:
         """A loss or its weight in the pass that ends; nan, and its gradients, where scores were."""
         if not self._wrong:
             return value
-        wrong = torch.stack(self._wrong)
-        if self._first is not None and self._first[0] == self._places:
-            before = self._first[1]
-            self._first = self._places, torch.where(before.any(), before, wrong)
-        else:
-            self._first = self._places, wrong
+        wrong, places = torch.stack(self._wrong), tuple(self._places)
+        before = self._first.get(places, wrong)
+        self._first[places] = torch.where(before.any(), before, wrong)
         return value * torch.where(wrong.any(), torch.nan, 1.0).to(value)
 
     def reason(self) -> str | None:
         """Where scores were nan first, in words; None: nowhere. Waits for a GPU."""
-        if self._first is None:
-            return None
-        found = zip(self._first[0], self._first[1].tolist())
-        return next((_text(*place) for place, wrong in found if wrong), None)
+        for places, found in self._first.items():
+            for place, wrong in zip(places, found.tolist()):
+                if wrong:
+                    return _text(*place)
+        return None
 
 
 def _is_waited_for(tensor: Tensor) -> bool:
