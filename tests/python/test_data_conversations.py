@@ -389,6 +389,21 @@ def test_every_row_is_read_also_the_one_that_tells_the_kind(tmp_path):
     assert open_training_data(path, tokenizer, 20).used == 3
 
 
+@pytest.mark.parametrize("form", ['{{"prompt": "{0}", "completion": "{0}"}}', '{{"text": "{0}"}}'])
+def test_the_seed_of_a_file_moves_its_windows(tmp_path, form):
+    path, tokenizer = tmp_path / "d.jsonl", with_template("qwen2_5")
+    path.write_text("\n".join(form.format(f"{letter} " * 6) for letter in "abcdefgh"))
+    first, second, third = (
+        [open_training_data(path, tokenizer, 12, seed).window(n).tolist() for n in range(8)]
+        if "text" in form
+        else [
+            open_training_data(path, tokenizer, 30, seed).window(n).ids.tolist() for n in range(8)
+        ]
+        for seed in (1, 1, 2)
+    )
+    assert first == second != third
+
+
 def test_a_file_is_of_one_kind(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps(RECORDS[0]) + '\n{"text": "t"}\n')

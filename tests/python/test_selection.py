@@ -247,6 +247,30 @@ def test_whether_the_loss_of_some_rows_does_not_count(mask_loss, masks):
     assert Selector(config, 4).masks_loss is masks
 
 
+@pytest.mark.parametrize(("scorer", "ends"), [("random", 0), ("pooled", 1)])
+def test_ends_are_fixed_unless_random_scores_have_no_room_beside_them(scorer, ends):
+    config = config_of(scorer=scorer, keep=0.25, dense_layers=[], keep_first=1, keep_last=1)
+    kept, *_ = run(config)
+    assert kept[0, "attention"] == cut(0, "attention", "ratio", 0.25, ends, ends)
+
+
+def test_a_pass_that_repeats_an_earlier_one_leaves_the_latest():
+    config = config_of(keep=0.5, dense_layers=[], keep_first=0, keep_last=0)
+    selector, passes = Selector(config, 1), []
+    for number in range(2):
+        selector.begin(BlockLayout.from_seqlens([16], 8))
+        selector.select(0, "attention", lambda number=number: torch.eye(2)[number])
+        selector.select(0, "mlp", lambda: None)
+        passes.append(selector.latest)
+    for earlier, number in zip(passes, (0, 1)):
+        with selector.repeating(earlier):
+            selector.begin(BlockLayout.from_seqlens([16], 8))
+            assert selector.select(0, "mlp", lambda: None).kept_blocks.tolist() == [number]
+            assert selector.latest is earlier
+        assert selector.latest is passes[1]
+        assert selector.statistics()[0].attention_blocks.tolist() == [1]
+
+
 def test_a_share_next_to_all_leaves_blocks_out():
     layout = BlockLayout.from_seqlens([800], 4)
     kept, *_ = run(config_of(keep=0.99, dense_layers=[]), layout=layout)
