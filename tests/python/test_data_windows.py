@@ -1,13 +1,15 @@
 """Token windows: what they hold, how they cover documents, pure functions of their index."""
 
 import itertools
+import json
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lemo.data import Document, first_windows, token_windows
+from lemo.data import Document, first_windows, open_training_data, token_windows
+from lemo.data.check import check_file
 from tiny import sample_text, tiny_tokenizer
 
 # Token ids, made on the CPU.
@@ -186,6 +188,39 @@ def test_ids_without_an_embedding_are_refused_at_the_start():
             cut(source, tokenizer, 32, vocab_size=size - 9)
         with pytest.raises(ValueError, match=r"below 0, .* tokens are beyond: .* more; the token"):
             cut(source, tokenizer, 32, vocab_size=0)
+
+
+def test_a_begin_without_an_embedding_is_refused_at_the_start():
+    """No text has it in it."""
+    tokenizer, size, source = with_token(sample_text(300, 0))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<new> $A", special_tokens=[("<new>", size)]
+    )
+    for cut in (token_windows, first_windows):
+        with pytest.raises(ValueError, match=f"below {size}, .* 1 of its tokens are beyond: <new>"):
+            cut(source, tokenizer, 32, vocab_size=size)
+        cut(source, tokenizer, 32, vocab_size=size + 1)
+
+
+@pytest.mark.parametrize("record", [{"text": "a <new>"}, {"prompt": "a ", "completion": "<new>"}])
+def test_files_are_checked_for_tokens_without_an_embedding(tmp_path, record):
+    tokenizer, size, _ = with_token("")
+    (tmp_path / "d.jsonl").write_text(json.dumps(record))
+    open_training_data(tmp_path / "d.jsonl", tokenizer, 3, vocab_size=size + 1)
+    with pytest.raises(ValueError, match=rf"the token '<new>' with the id {size}, but the model's"):
+        open_training_data(tmp_path / "d.jsonl", tokenizer, 3, vocab_size=size)
+
+
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_documents_are_counted_as_they_are_read(tmp_path, begin):
+    """With one begin, and as long enough where they have as many tokens as a window."""
+    tokenizer = merging_tokenizer(True)
+    (tmp_path / "d.txt").write_text(begin + sample_text(20, 0))
+    tokens = len(tokenizer(sample_text(20, 0))["input_ids"])
+    for length, short in ((tokens, 0), (tokens + 1, 1)):
+        found = check_file(tmp_path / "d.txt", tokenizer, length)
+        assert dict(found.rows)["tokens"] == str(tokens)
+        assert found.remarks[0].startswith(f"{short} of 1 documents are shorter")
 
 
 def test_an_added_token_without_an_embedding_is_refused_where_a_text_has_it():

@@ -123,9 +123,9 @@ def test_data_check(inputs, tmp_path, capsys):
     second = json.loads((inputs / "pairs.jsonl").read_text().splitlines()[1])
     shown = out.rpartition("labels between {+ and +}:")[2]
     assert second["prompt"] + "{+" + second["completion"] in shown.replace("\n", "")
-    code, _, err = run(capsys, *command, "--example", 99)
+    code, _, err = run(capsys, *command, "--example", 9)
     assert code == 1
-    assert "example: expected a number from 0 to 8, got 99" in err
+    assert "example: expected a number from 0 to 8, got 9" in err
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "p", "completion": "c"}\n{"question": "q", "answer": "a"}\n')
     code, out, err = run(capsys, "data", "check", bad, "--model", inputs / "model")
