@@ -33,7 +33,7 @@ def predicted_relevance(
         layout: how the T rows are cut.
         answers: of each sequence; None: it has none, and so has the result.
     """
-    # Packed rows that look, the sequence and the answer of each, and the last row that it sees.
+    # Packed rows that look, the sequence and the answer of each, and a row up to which it sees.
     rows: list[int] = []
     spans: list[tuple[int, int]] = []
     of_rows: list[int] = []
@@ -45,8 +45,8 @@ def predicted_relevance(
             rows += [first + row for row in mine]
             spans += len(mine) * [(first, first + tokens)]
             of_rows += [number + answer for answer in of_mine]
-            # All tokens of an answer see what stands before its end, also where it asks first.
-            ends += [first + min(found.ends[answer], tokens - 1) for answer in of_mine]
+            # All tokens of an answer see the blocks before it, also those that ask first.
+            ends += [first + found.firsts[answer] for answer in of_mine]
             number += len(found)
         first += tokens
     if not rows:
