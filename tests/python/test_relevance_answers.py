@@ -43,3 +43,10 @@ def test_blocks_without_labels_before_an_answer_are_open():
         [block not in with_labels and block < first // BLOCK for block in range(10)]
         for first in (34, 47, 95, 144)
     ]
+
+
+def test_the_largest_over_the_rows_of_each_answer():
+    rows = torch.zeros(32, dtype=torch.bool)
+    rows[3:5] = rows[8:9] = True
+    values = torch.tensor([[-3.0, 2.0], [-1.0, 1.0], [-5.0, -6.0]])
+    assert Answers.of(rows).largest(values).tolist() == [[-1.0, 2.0], [-5.0, -6.0]]

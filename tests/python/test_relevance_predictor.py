@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lemo.preparation.relevance import (
 )
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads
-from lemo.selection.scorers.relevance import merged, predicted_relevance
+from lemo.selection.scorers.relevance import RelevanceScorer, merged, predicted_relevance
 from lemo.settings.preparation import PredictorSettings, PrepareConfig
 from lemo.training.model import load_config
 from tiny import save_tiny_llama
@@ -115,8 +116,9 @@ def test_scores_are_sums_of_the_best_products_of_each_block():
     predictor.query_mix.add_(0.1 * torch.randn(predictor.query_mix.shape, generator=draw))
     x = torch.randn(6 * BLOCK + 5, 12, generator=draw)
     labelled = torch.zeros(len(x), dtype=torch.bool)
-    # One answer in the middle, and one whose last token is the last of the sequence.
-    labelled[36:40] = labelled[-4:-1] = True
+    # One answer asks from the first tokens on, one is in the middle, and the last token of one is
+    # the last of the sequence.
+    labelled[16:18] = labelled[36:40] = labelled[-4:-1] = True
     answers = Answers.of(labelled)
     layout = BlockLayout.from_seqlens([len(x)], BLOCK)
     [found] = predicted_relevance(predictor, x, layout, [answers])
@@ -151,6 +153,22 @@ def test_the_best_of_both_scores_come_in_turn():
     assert merged(torch.zeros(1, 3), torch.zeros(1, 3)).sum() == 0
     found = merged(torch.tensor([[0.0, 0.0, 1.0]]), torch.zeros(1, 3))
     assert_close_fp32(found, torch.tensor([[0.0, 0.0, 1.0]]))
+
+
+@torch.no_grad()
+def test_an_answer_needs_nothing_behind_it_and_the_first_nothing_at_all():
+    draw = torch.Generator("cpu").manual_seed(0)
+    predictor = RelevancePredictor(12, 8, torch.rand(12, generator=draw), draw)
+    ids = torch.arange(100, 100 + 6 * BLOCK)
+    labelled = torch.zeros(len(ids), dtype=torch.bool)
+    # Nothing stands before the first answer. What the second says is in block 1 and behind it.
+    labelled[2:4] = labelled[39:43] = True
+    ids[20:24] = ids[70:74] = ids[40:44]
+    answers = Answers.of(labelled)
+    batch = types.SimpleNamespace(layout=BlockLayout.from_seqlens([len(ids)], BLOCK))
+    x = torch.randn(len(ids), 12, generator=draw)
+    [found] = RelevanceScorer(predictor, 0).relevance(0, x, batch, [ids], [answers])
+    assert found.tolist() == [[0.0] * 6, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
 def test_it_learns_what_other_words_say(made):
@@ -202,6 +220,20 @@ def test_a_step_keeps_what_it_predicts(made):
         handle.remove()
     assert {span[0] // BLOCK for (span,) in example.needed} <= {*kept}
     assert len(kept) == 6
+
+
+def test_draws_for_text_follow_the_seed_of_the_settings(made):
+    model, folder, _ = made
+    ids, kept = window(2002).ids[None], []
+    for seed in (1, 1, 2):
+        settings = {"scorer": "predictor", "predictor": str(folder), "seed": seed}
+        handle = lemo.enable(model, lemo.LemoConfig(keep=0.5, block_size=BLOCK, **settings))
+        try:
+            model(input_ids=ids, labels=ids)
+            kept.append(handle.statistics()[0].attention_blocks.tolist())
+        finally:
+            handle.remove()
+    assert kept[0] == kept[1] != kept[2]
 
 
 def test_recall_counts_as_many_blocks_as_a_step_keeps():

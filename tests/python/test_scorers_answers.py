@@ -1,5 +1,6 @@
 """Scorers of answers: the blocks that a training step keeps by words, by heads, by the caller."""
 
+import types
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,9 +12,11 @@ from lemo import ops
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
+from lemo.packing.blocks import BlockLayout
 from lemo.predictors.storage import model_shape
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers import AttentionScorer, LexicalScorer, RandomScorer
+from lemo.selection.scorers.answers import AnswerScorer
 from tiny_models import VOCABULARY, make_model
 from tolerances import assert_close_fp32
 
@@ -100,6 +103,29 @@ def test_the_largest_over_the_answers_of_a_sequence_counts():
         labels[0, first:end] = ids[0, first:end]
     model(**batch)
     assert handle.statistics()[0].attention_blocks.tolist() == [1, 3, 7]
+
+
+class Fixed(AnswerScorer):
+    """Two answers that need one block each more than the one that both need."""
+
+    def relevance(self, layer, residual, batch, texts, answers):
+        return [
+            None if found is None else torch.tensor([[0.6, 0.4, 0], [0, 0.4, 0.6]])
+            for found in answers
+        ]
+
+
+def test_what_several_answers_need_is_not_added_up():
+    labelled = torch.zeros(96, dtype=torch.bool)
+    labelled[48 + 33] = True
+    layout = BlockLayout.from_seqlens([48, 48], BLOCK)
+    ids = torch.arange(96)
+    batch = types.SimpleNamespace(
+        ids=ids, labelled=labelled, layout=layout, on_host=lambda: (ids.cpu(), labelled.cpu())
+    )
+    scores = Fixed("fixed", 0)(0, "attention", torch.zeros(1), batch)
+    drawn = RandomScorer(0)(0, "attention", torch.zeros(1), batch)
+    assert torch.equal(scores, torch.cat([drawn[:3], torch.tensor([0.6, 0.4, 0.6])]))
 
 
 def test_defaults_follow_the_batch():
@@ -202,6 +228,21 @@ def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):
     path = tmp_path / "heads.json"
     RetrievalHeads(model_shape(model.config), tuple(heads)).save(path)
     return path
+
+
+@pytest.mark.parametrize("scorer", ["random", "lexical", "attention"])
+def test_draws_follow_the_seed_of_the_settings(scorer, tmp_path):
+    heads = {"heads": str(heads_file(tmp_path))} if scorer == "attention" else {}
+    batch = prompts([1, 2, 3, 4])
+    batch["labels"] = batch["input_ids"]
+    kept = []
+    for seed in (1, 1, 2):
+        model = make_model("llama")
+        config = {"keep": 0.5, "keep_last": 0, "block_size": BLOCK, "scorer": scorer, "seed": seed}
+        handle = lemo.enable(model, lemo.LemoConfig(**config, **heads))
+        model(**batch)
+        kept.append(handle.statistics()[0].attention_blocks.tolist())
+    assert kept[0] == kept[1] != kept[2]
 
 
 @pytest.mark.cpu_only  # in fp32, which attention on a GPU does not know

@@ -21,51 +21,11 @@ from lemo.selection.priority import always_kept
 from lemo.selection.scorers import ExactScorer, PooledScorer, RandomScorer
 from lemo.selection.scorers.paper.pooled import block_means, visible_means
 from lemo.selection.selector import Selector
+from selection_cases import LAYOUT, cut, run, scores_of
 from tiny_models import HIDDEN, config_of, make_model, padded_batch
 from tolerances import assert_close_fp32
 
-LAYOUT = BlockLayout.from_seqlens([61, 8, 40], 8)
 seqlens = st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any)
-
-
-def run(config, num_layers=4, layout=LAYOUT, folder=None, progress=0.0, labelled=None):
-    """({(layer, kind): kept blocks}, the (layer, kind) pairs that were scored, the selector)."""
-    config = config.resolved(answers=False).of_predictors(None, folder)
-    selector = Selector(config, num_layers)
-    selector.set_progress(progress)
-    selector.begin(layout, labelled)
-    kept, scored = {}, []
-    for layer in range(num_layers):
-        for kind in ("attention", "mlp"):
-
-            def score(layer=layer, kind=kind):
-                assert not torch.is_grad_enabled()
-                scored.append((layer, kind))
-                return scores_of(layer, kind, layout)
-
-            blocks = selector.select(layer, kind, score).kept_blocks
-            kept[layer, kind] = None if blocks is None else blocks.tolist()
-    return kept, scored, selector
-
-
-def scores_of(layer, kind, layout=LAYOUT):
-    generator = torch.Generator("cpu").manual_seed(2 * layer + (kind == "mlp"))
-    scores = torch.rand(layout.num_blocks, generator=generator, device="cpu")
-    return scores.to(layout.block_starts.device)
-
-
-def cut(layer, kind, policy, value, keep_first=1, keep_last=1, layout=LAYOUT):
-    """Kept blocks by the oracle."""
-    blocks = reference.token_select(
-        scores_of(layer, kind, layout),
-        layout.block_starts,
-        layout.cu_blocks,
-        policy,
-        value,
-        keep_first,
-        keep_last,
-    )[3].tolist()
-    return None if len(blocks) == layout.num_blocks else blocks
 
 
 def labels_of(*rows):
@@ -211,72 +171,6 @@ def test_thresholds_of_the_layer_that_scored():
         assert kept[layer, "mlp"] == cut(source, "mlp", "threshold", of_mlp, 0, 2)
 
 
-@pytest.mark.parametrize(
-    ("settings", "one_set"),
-    [
-        ({}, True),
-        ({"keep": [0.5] * 4}, True),
-        ({"keep_mlp": 0.5}, False),
-        ({"keep": [0.5, 0.5, 0.5, 0.25]}, False),
-        ({"select_at": "all"}, False),
-        ({"select_at": [0, 2]}, False),
-        ({"dense_layers": [3]}, False),
-        ({"dense_layers": [0]}, False),
-        ({"keep_schedule": [(0.5, 0.25), (0.9, 1.0)]}, True),
-        ({"keep": [0.5, 0.5, 0.5, 0.25], "keep_schedule": [(0.0, 0.5)]}, True),
-        ({"keep_mlp": 0.5, "keep_schedule": [(0.0, 0.5)]}, False),
-    ],
-)
-def test_whether_all_sub_blocks_keep_the_same(settings, one_set):
-    settings = {"keep": 0.5, "dense_layers": []} | settings
-    selector = Selector(config_of(**settings).resolved(answers=False), 4)
-    assert selector.always_has_one_set is one_set
-    for progress in (0.0, 0.5, 1.0):
-        selector.set_progress(progress)
-        assert selector.has_one_set is one_set
-    with selector.keeping_everything():
-        assert selector.has_one_set
-        assert selector.is_overruled
-    assert selector.has_one_set is one_set
-    assert not selector.is_overruled
-
-
-@pytest.mark.parametrize(("mask_loss", "masks"), [(True, True), (0.25, True), (False, False)])
-def test_whether_the_loss_of_some_rows_does_not_count(mask_loss, masks):
-    config = config_of(keep=0.5, mask_loss=mask_loss).resolved(answers=False)
-    assert Selector(config, 4).masks_loss is masks
-
-
-@pytest.mark.parametrize(("scorer", "ends"), [("random", 0), ("pooled", 1)])
-def test_ends_are_fixed_unless_random_scores_have_no_room_beside_them(scorer, ends):
-    config = config_of(scorer=scorer, keep=0.25, dense_layers=[], keep_first=1, keep_last=1)
-    kept, *_ = run(config)
-    assert kept[0, "attention"] == cut(0, "attention", "ratio", 0.25, ends, ends)
-
-
-def test_a_pass_that_repeats_an_earlier_one_leaves_the_latest():
-    config = config_of(keep=0.5, dense_layers=[], keep_first=0, keep_last=0)
-    selector, passes = Selector(config, 1), []
-    for number in range(2):
-        selector.begin(BlockLayout.from_seqlens([16], 8))
-        selector.select(0, "attention", lambda number=number: torch.eye(2)[number])
-        selector.select(0, "mlp", lambda: None)
-        passes.append(selector.latest)
-    for earlier, number in zip(passes, (0, 1)):
-        with selector.repeating(earlier):
-            selector.begin(BlockLayout.from_seqlens([16], 8))
-            assert selector.select(0, "mlp", lambda: None).kept_blocks.tolist() == [number]
-            assert selector.latest is earlier
-        assert selector.latest is passes[1]
-        assert selector.statistics()[0].attention_blocks.tolist() == [1]
-
-
-def test_a_share_next_to_all_leaves_blocks_out():
-    layout = BlockLayout.from_seqlens([800], 4)
-    kept, *_ = run(config_of(keep=0.99, dense_layers=[]), layout=layout)
-    assert len(kept[0, "mlp"]) == 198
-
-
 def test_thresholds_of_the_predictor_folder():
     settings = {"policy": "threshold", "scorer": "predictor", "predictor": "folder"}
     settings |= {"dense_layers": [], "select_at": "all"}
@@ -404,12 +298,6 @@ def test_the_last_pass_is_forgotten():
 def test_settings_that_do_not_fit_the_model(settings, message):
     with pytest.raises(ValueError, match=message):
         Selector(config_of(**settings).resolved(answers=False), 4)
-
-
-def test_what_keeps_nothing_may_keep_some_later():
-    settings = {"keep": 0.0, "dense_layers": [], "keep_first": 1, "keep_last": 0}
-    config = config_of(**settings, keep_schedule=[(0.5, 0.5)])
-    assert run(config, progress=0.5)[0][0, "mlp"] == cut(0, "attention", "ratio", 0.5, 1, 0)
 
 
 # Scores

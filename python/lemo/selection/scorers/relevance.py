@@ -139,5 +139,5 @@ class RelevanceScorer(AnswerScorer):
                 relevance.append(None)
                 continue
             words = ops.word_relevance(ids, found.firsts, found.ends, size).to(shares.device)
-            relevance.append(merged(shares, words * found.open_blocks(size, shares)))
+            relevance.append(merged(shares, words))
         return relevance
