@@ -14,6 +14,8 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.scout import Scout
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.storage import model_shape
+from lemo.relevance.answers import Answers
+from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers import AttentionScorer, LexicalScorer, RandomScorer
 from lemo.selection.scorers.answers import AnswerScorer
@@ -243,6 +245,25 @@ def test_draws_follow_the_seed_of_the_settings(scorer, tmp_path):
         model(**batch)
         kept.append(handle.statistics()[0].attention_blocks.tolist())
     assert kept[0] == kept[1] != kept[2]
+
+
+@pytest.mark.cpu_only
+def test_heads_look_at_their_own_sequence_alone():
+    """Packed between others, with and without answers, each has what it has alone."""
+    lengths, size = [40, 24, 56, 33], 8
+    labelled = [torch.arange(n) % 21 == 19 for n in lengths]
+    answers = [Answers.of(rows) for rows in labelled]
+    answers[1] = None
+    q, k = torch.randn(2, sum(lengths), 3, 16)
+    layout = BlockLayout.from_seqlens(lengths, size)
+    packed = head_relevance(q, k, layout, answers, 0.3)
+    parts = zip(packed, q.split(lengths), k.split(lengths), lengths, answers, strict=True)
+    for found, q_alone, k_alone, length, mine in parts:
+        alone = BlockLayout.from_seqlens([length], size)
+        [expected] = head_relevance(q_alone, k_alone, alone, [mine], 0.3)
+        assert (found is None) == (expected is None) == (mine is None)
+        if mine is not None:
+            assert_close_fp32(found, expected)
 
 
 @pytest.mark.cpu_only  # in fp32, which attention on a GPU does not know
