@@ -19,7 +19,7 @@ from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads
 from lemo.selection.scorers import AttentionScorer, LexicalScorer, RandomScorer
 from lemo.selection.scorers.answers import AnswerScorer
-from tiny_models import VOCABULARY, make_model
+from tiny_models import VOCABULARY, flat_config, make_model
 from tolerances import assert_close_fp32
 
 BLOCK = 16
@@ -111,6 +111,7 @@ class Fixed(AnswerScorer):
     """Two answers that need one block each more than the one that both need."""
 
     def relevance(self, layer, residual, batch, texts, answers):
+        assert torch.equal(texts[0], batch.ids[: batch.layout.seqlens[0]].cpu())
         return [
             None if found is None else torch.tensor([[0.6, 0.4, 0], [0, 0.4, 0.6]])
             for found in answers
@@ -118,16 +119,16 @@ class Fixed(AnswerScorer):
 
 
 def test_what_several_answers_need_is_not_added_up():
-    labelled = torch.zeros(96, dtype=torch.bool)
-    labelled[48 + 33] = True
-    layout = BlockLayout.from_seqlens([48, 48], BLOCK)
-    ids = torch.arange(96)
+    labelled = torch.zeros(112, dtype=torch.bool)
+    labelled[64 + 33] = True
+    layout = BlockLayout.from_seqlens([64, 48], BLOCK)
+    ids = torch.arange(112)
     batch = types.SimpleNamespace(
         ids=ids, labelled=labelled, layout=layout, on_host=lambda: (ids.cpu(), labelled.cpu())
     )
     scores = Fixed("fixed", 0)(0, "attention", torch.zeros(1), batch)
     drawn = RandomScorer(0)(0, "attention", torch.zeros(1), batch)
-    assert torch.equal(scores, torch.cat([drawn[:3], torch.tensor([0.6, 0.4, 0.6])]))
+    assert torch.equal(scores, torch.cat([drawn[:4], torch.tensor([0.6, 0.4, 0.6])]))
 
 
 def test_defaults_follow_the_batch():
@@ -247,6 +248,27 @@ def test_draws_follow_the_seed_of_the_settings(scorer, tmp_path):
     assert kept[0] == kept[1] != kept[2]
 
 
+def test_text_costs_no_pass_of_the_first_layers():
+    heads = RetrievalHeads({}, ((0, 1),))
+    scorer = AttentionScorer(heads, None, lambda *arguments: pytest.fail("scouted"), 0)
+    assert scorer.relevance(0, torch.zeros(0), None, [torch.zeros(9)], [None]) == [None]
+
+
+@pytest.mark.cpu_only
+def test_heads_in_front_of_the_layer_that_scores_are_refused(tmp_path):
+    def step(*heads):
+        model = make_model("llama")
+        config = {"keep": 0.5, "block_size": BLOCK, "scorer": "attention"}
+        config |= {"heads": str(heads_file(tmp_path, heads)), "dense_layers": [0]}
+        lemo.enable(model, flat_config(**config))
+        model(**prompts([1]))
+
+    step((1, 0))
+    for heads in (((0, 1),), ((0, 1), (2, 0))):
+        with pytest.raises(ValueError, match="heads: expected them in layer 1 or behind.* layer 0"):
+            step(*heads)
+
+
 @pytest.mark.cpu_only
 def test_heads_look_at_their_own_sequence_alone():
     """Packed between others, with and without answers, each has what it has alone."""
@@ -326,12 +348,16 @@ def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
         lemo.LemoConfig(scorer="attention")
     with pytest.raises(FileNotFoundError, match=r"heads: .*none\.json: expected a file"):
         enable(tmp_path / "none.json")
-    other = tmp_path / "other.json"
+    other, sizes = tmp_path / "other.json", make_model("llama").config
+    layers, of_layer = sizes.num_hidden_layers, sizes.num_attention_heads
     for content, message in (
         ("{", "expected JSON written by lemo"),
         ("[]", "expected a file of `lemo relevance heads`"),
         (heads_file(tmp_path).read_text().replace('"version": 1', '"version": 9'), "version 1"),
-        (heads_file(tmp_path, [(9, 0)]).read_text(), r"\[layer, head\] pairs below"),
+        *(
+            (heads_file(tmp_path, heads).read_text(), r"\[layer, head\] pairs below")
+            for heads in ([(layers, 0)], [(0, of_layer)], [(0, -1)], [(0, 0.5)], [(0, True)], [])
+        ),
         (heads_file(tmp_path, model=make_model("qwen2")).read_text(), "differ: model_type"),
     ):
         other.write_text(content)

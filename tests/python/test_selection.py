@@ -429,6 +429,18 @@ def test_processes_draw_different_scores(monkeypatch):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def test_every_process_and_step_has_draws_of_its_own(monkeypatch):
+    batch, drawn = types.SimpleNamespace(layout=LAYOUT), set()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        scorer = RandomScorer(1)
+        for step in range(3):
+            scorer.begin_step(step)
+            drawn.add(tuple(scorer(0, "attention", torch.zeros(1), batch).tolist()))
+    assert len(drawn) == 9
+
+
 @pytest.mark.parametrize("block_size", [8, 0.25])
 def test_predicted_scores(monkeypatch, block_size):
     calls = []

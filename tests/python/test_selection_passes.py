@@ -8,7 +8,7 @@ import torch
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.selector import Selector
 from lemo.selection.statistics import blocks_of, kept_map
-from selection_cases import cut, run
+from selection_cases import LAYOUT, cut, run
 from tiny_models import config_of
 
 
@@ -72,9 +72,15 @@ def test_a_pass_that_repeats_an_earlier_one_leaves_the_latest():
         assert selector.statistics()[0].attention_blocks.tolist() == [1]
 
 
-def test_the_map_is_of_the_first_sequence():
+def test_statistics_count_rows_and_the_map_is_of_the_first_sequence():
     kept, _, selector = run(config_of(keep=0.5, keep_mlp=0.25, dense_layers=[3]))
-    found = kept_map(selector.statistics(), blocks_of(selector.statistics()))
+    statistics = selector.statistics()
+    sizes = LAYOUT.block_starts.diff().tolist()
+    for each in statistics:
+        for kind, rows in (("attention", each.attention_rows), ("mlp", each.mlp_rows)):
+            blocks = kept[each.layer, kind]
+            assert rows == sum(sizes if blocks is None else (sizes[block] for block in blocks))
+    found = kept_map(statistics, blocks_of(statistics))
     assert (found["block_size"], found["tokens"]) == (8, 61)
     for layer, of_layer in enumerate(found["layers"]):
         for kind, blocks in of_layer.items():
