@@ -131,6 +131,15 @@ def test_scores_are_sums_of_the_best_products_of_each_block():
     assert results[0] is results[2] is None
     for result in results[1::2]:
         assert_close_fp32(result, found)
+    # Nor where tokens at the begin of the sequence look, whose neighbours are another's.
+    results = [
+        predicted_relevance(predictor, rows, BlockLayout.from_seqlens(lengths, 4), of_each)[-1]
+        for rows, lengths, of_each in (
+            (x, [len(x)], [answers]),
+            (packed[: 40 + len(x)], [40, len(x)], [None, answers]),
+        )
+    ]
+    assert_close_fp32(*results)
     # What is trained is what runs.
     free = found > 0
     trained = _scores(predictor, x, answers, BLOCK).masked_fill(~free, -torch.inf).softmax(-1)

@@ -248,6 +248,22 @@ def test_draws_follow_the_seed_of_the_settings(scorer, tmp_path):
     assert kept[0] == kept[1] != kept[2]
 
 
+def test_heads_come_by_layer():
+    layers = RetrievalHeads({}, ((2, 1), (0, 3), (2, 0))).by_layer()
+    assert list(layers.items()) == [(0, [3]), (2, [0, 1])]
+
+
+def test_heads_are_read_as_they_were_written(tmp_path):
+    shape = model_shape(make_model("llama").config)
+    heads = RetrievalHeads(shape, ((2, 1), (0, 3)), {"count": 2})
+    heads.save(tmp_path / "heads.json")
+    assert RetrievalHeads.load(tmp_path / "heads.json", shape) == heads
+    content = (tmp_path / "heads.json").read_text()
+    (tmp_path / "heads.json").write_text(content.replace('"version"', '"other"'))
+    with pytest.raises(ValueError, match="expected version 1, got None"):
+        RetrievalHeads.load(tmp_path / "heads.json", shape)
+
+
 def test_text_costs_no_pass_of_the_first_layers():
     heads = RetrievalHeads({}, ((0, 1),))
     scorer = AttentionScorer(heads, None, lambda *arguments: pytest.fail("scouted"), 0)

@@ -438,7 +438,10 @@ def test_every_process_and_step_has_draws_of_its_own(monkeypatch):
         for step in range(3):
             scorer.begin_step(step)
             drawn.add(tuple(scorer(0, "attention", torch.zeros(1), batch).tolist()))
-    assert len(drawn) == 9
+        # One process of several passes draws what several processes draw.
+        scorer.begin_pass(7)
+        drawn.add(tuple(scorer(0, "attention", torch.zeros(1), batch).tolist()))
+    assert len(drawn) == 9 + 1
 
 
 @pytest.mark.parametrize("block_size", [8, 0.25])
