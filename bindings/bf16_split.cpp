@@ -24,10 +24,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(lemo, m) {
     m.def("bf16_split(Tensor x, float scale, bool left) -> Tensor");
 }
 
-#define LEMO_REGISTER(key)                            \
-    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) {         \
-        m.impl("bf16_split", TORCH_BOX(&bf16_split)); \
-    }
+#define LEMO_REGISTER(key) \
+    STABLE_TORCH_LIBRARY_IMPL(lemo, key, m) { m.impl("bf16_split", TORCH_BOX(&bf16_split)); }
 LEMO_REGISTER(CPU)
 LEMO_REGISTER(CUDA)
 #undef LEMO_REGISTER

@@ -15,9 +15,9 @@ void bf16_split_cuda(const Bf16SplitParams& params, void* stream) {
     const bool by_blocks = params.x.ndim == 3;
     const bool aligned = cuda::vectorisable(columns * static_cast<int64_t>(sizeof(float)),
                                             {params.x.data, params.y.data});
-    const auto kernel =
-        aligned ? (by_blocks ? split_kernel<kWidth, true> : split_kernel<kWidth, false>)
-                : (by_blocks ? split_kernel<1, true> : split_kernel<1, false>);
+    const auto kernel = aligned
+                            ? (by_blocks ? split_kernel<kWidth, true> : split_kernel<kWidth, false>)
+                            : (by_blocks ? split_kernel<1, true> : split_kernel<1, false>);
     const int64_t vectors = rows * columns / (aligned ? kWidth : 1);
     const unsigned grid = grid_x("bf16_split", "x", ceil_div<int64_t>(vectors, kThreads));
     kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(

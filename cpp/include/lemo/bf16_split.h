@@ -10,9 +10,9 @@ namespace lemo {
 /// are (high, high, low) where it is a product's left operand, and (high, low, high) where it is
 /// the right one: the product of both is high * high + high * low + low * high.
 struct Bf16SplitParams {
-    Tensor x;    // [R, C] float32, or [R, 3, C], of which the first two blocks are added up: what a
-                 // product with a right operand is, block by block
-    Tensor y;    // [R, 3, C] bfloat16, written
+    Tensor x;  // [R, C] float32, or [R, 3, C], of which the first two blocks are added up: what a
+               // product with a right operand is, block by block
+    Tensor y;  // [R, 3, C] bfloat16, written
     float scale;
     bool left;
 };

@@ -11,7 +11,8 @@ constexpr int kThreads = 256;
 
 /// A thread takes kWidth neighbours of a row. Grid: rows and their columns, side by side.
 template <int kWidth, bool kByBlocks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void
+__launch_bounds__(kThreads)
 split_kernel(const float* __restrict__ x, cutlass::bfloat16_t* __restrict__ y, int64_t rows,
              int64_t columns, float scale, bool left) {
     using Part = cutlass::AlignedArray<cutlass::bfloat16_t, kWidth>;
