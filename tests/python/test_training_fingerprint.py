@@ -246,6 +246,7 @@ def test_every_command_compares_the_vocabulary_with_the_embedding(config, tmp_pa
                 documents=config.documents,
                 output=str(tmp_path / "new"),
                 lengths=(64,),
+                block_size=16,
             )
         ),
     )
