@@ -13,7 +13,7 @@
 namespace lemo {
 namespace {
 
-constexpr int64_t kBefore = 8;                            // tokens in front of an answer
+constexpr int64_t kBefore = 16;                           // tokens in front of an answer
 constexpr int64_t kPlace = 16;                            // tokens that hold most of an answer
 constexpr int64_t kAroundBefore = 24, kAroundBehind = 8;  // tokens around its place
 constexpr int64_t kNear = 16;  // tokens in which they have to stand together

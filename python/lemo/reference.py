@@ -277,7 +277,7 @@ def _answer_relevance(
     def places(wanted: set[int]) -> list[int]:
         return [t for t in sorted(counting) if words[t] in wanted and in_tokens[words[t]]]
 
-    own, answer = set(words[max(first - 7, 0) : end + 1]), set(words[first + 1 : end + 1])
+    own, answer = set(words[max(first - 15, 0) : end + 1]), set(words[first + 1 : end + 1])
     shared, near = torch.zeros(len(blocks)), torch.zeros(len(blocks))
     for b, block in enumerate(blocks):
         shared[b] = sum(in_blocks[w] for w in own & {words[t] for t in block if t in counting})

@@ -35,20 +35,21 @@ def test_relevance_is_that_of_sets_of_words(seed):
 
 def test_words_behind_an_answer_and_beside_labels_do_not_count():
     ids = torch.arange(100, 164)
-    ids[40:44] = torch.tensor([1, 2, 3, 4])  # the answer
-    ids[60:64] = ids[40:44]  # said again behind it
-    ids[36:39] = ids[40:43]  # and in the block with its labels
-    assert ops.word_relevance(ids, [39], [43], 8)[0].count_nonzero() == 0
-    ids[8:12] = ids[40:44]
-    relevance = ops.word_relevance(ids, [39], [43], 8)
-    assert relevance[0, 1] == 1.0
+    ids[48:52] = torch.tensor([1, 2, 3, 4])  # the answer, its question in a block with labels
+    ids[60:64] = ids[48:52]  # said again behind it
+    ids[44:47] = ids[48:51]  # and in the block with its labels
+    assert ops.word_relevance(ids, [47], [51], 16)[0].count_nonzero() == 0
+    ids[8:12] = ids[48:52]
+    relevance = ops.word_relevance(ids, [47], [51], 16)
+    assert relevance[0, 0] == 1.0
     # The words around its place stand beside it, and the second step finds them.
-    assert relevance[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3]
+    assert relevance[0].nonzero()[:, 0].tolist() == [0, 1]
 
 
 def test_the_second_step_finds_what_the_answer_does_not_say():
     """The question names a thing, another fact its owner, a third one the owner's number."""
     ids = torch.randint(1000, 2000, (512,), generator=torch.Generator().manual_seed(0))
+    ids[::16] = ids[480:500] = 999  # it weighs nothing
     thing, owner, number = torch.tensor([1, 2]), torch.tensor([3, 4]), torch.tensor([5, 6, 7])
     ids[100:104] = torch.cat((thing, owner))
     ids[304:309] = torch.cat((owner, number))
@@ -56,6 +57,18 @@ def test_the_second_step_finds_what_the_answer_does_not_say():
     ids[505:508] = number
     relevance = ops.word_relevance(ids, [504], [507], 16)[0]
     assert relevance.topk(2).indices.sort().values.tolist() == [100 // 16, 304 // 16]
+
+
+def test_a_question_is_read_in_front_of_the_header_of_an_answer():
+    """Templates write some six tokens between them; nothing of the answer stands in the prompt."""
+    ids = torch.arange(1000, 1512)
+    question, header = torch.arange(1, 9), torch.arange(11, 17)
+    ids[200:208] = question
+    ids[:6] = header
+    ids[490:498], ids[498:504] = question, header
+    relevance = ops.word_relevance(ids, [503], [507], 16)[0]
+    asked = relevance[: 490 // 16]
+    assert asked.topk(2).indices.tolist() == [200 // 16, 0]
 
 
 def test_no_answers_and_no_tokens():

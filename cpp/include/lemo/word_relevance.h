@@ -11,7 +11,7 @@ namespace lemo {
 /// firsts[a] or before, in a block that holds none of these rows of any answer.
 ///
 /// Two scores of a block, each divided by its sum over the blocks; the larger one counts:
-/// - the words of the answer and of the 8 tokens before it that stand in the block, each
+/// - the words of the answer and of the 16 tokens before it that stand in the block, each
 ///   log(blocks / blocks that have the word);
 /// - the square of the most that the words around the answer's place weigh in any 16 tokens that
 ///   overlap the block, each log(S / occurrences). The answer's place is the end of the 16 tokens

@@ -24,8 +24,8 @@ def word_relevance(
     A word is a token id. A token counts for an answer if it stands before the answer, in a block
     without labels.
 
-    1. The words of the answer and of the 8 tokens before it, the end of its question, that stand in
-       the block: the sum of log(blocks / blocks that have the word).
+    1. The words of the answer and of the 16 tokens before it, the end of its question, that stand
+       in the block: the sum of log(blocks / blocks that have the word).
     2. The words around the answer's place: the 16 tokens in which the answer's own words weigh
        most, log(S / occurrences) each. Those of the 24 tokens up to the end of the place and of the
        8 behind it are looked for; a block gets the square of the most that they weigh in any 16
