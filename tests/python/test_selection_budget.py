@@ -29,8 +29,8 @@ def expected(order, relevance, labelled, is_answers, share, least, most, tokens)
     while held < share * total:
         held += 0.0 if labelled[order[needed]] else relevance[order[needed]]
         needed += 1
-    lower = max(ceil(Fraction(least) * count), 1)
-    return order[: min(max(needed, with_labels, lower), upper)]
+    lower = max(ceil(Fraction(least) * count), with_labels + ceil(tokens / BLOCK), 1)
+    return order[: min(max(needed, lower), upper)]
 
 
 @pytest.mark.parametrize("draw", range(4))

@@ -22,9 +22,9 @@ def within_budget(
     """[B] of 0 or 1 fp32: the blocks that each sequence keeps.
 
     The first blocks by rank are kept: all with labels, and then as many as hold a share of the
-    relevance of the blocks without labels, between two shares of all blocks. Labels never take all
-    of the upper one: at least half of it is for the prompt, and so many tokens. Of text, where most
-    rows have labels, the upper share is kept.
+    relevance of the blocks without labels, between two shares of all blocks, and so many tokens.
+    Labels never take all of the upper share: at least half of it is for the prompt. Of text, where
+    most rows have labels, the upper share is kept.
 
     Args:
         ranks: [B], the order of the blocks, those that come first the highest.
@@ -47,14 +47,14 @@ def within_budget(
         order = ranks[blocks].argsort(descending=True, stable=True)
         with_labels = labelled[blocks].sum()
         budget = max(kept_blocks(most, count), 1)
-        of_prompt = with_labels + max(-(-budget // 2), -(-tokens // layout.block_size))
-        needed = of_prompt.clamp(min=budget)
+        at_least = with_labels + -(-tokens // layout.block_size)
+        needed = torch.maximum(with_labels + -(-budget // 2), at_least).clamp(min=budget)
         if share < 1.0:
             held = free[blocks][order].cumsum(0)
             # Blocks in front of which less than the share is held; those with labels hold nothing.
             holding = (held - free[blocks][order] < share * held[-1]).sum()
             lower = max(kept_blocks(least, count), 1)
-            needed = torch.minimum(torch.maximum(holding, with_labels).clamp(min=lower), needed)
+            needed = torch.minimum(torch.maximum(holding, at_least).clamp(min=lower), needed)
         needed = torch.where(is_answers, needed, budget)
         keep = torch.arange(count, device=ranks.device) < needed
         kept[blocks] = torch.zeros_like(free[blocks]).index_copy_(0, order, keep.to(kept.dtype))
