@@ -97,6 +97,22 @@ def test_answers_are_learned_and_a_resumed_run_goes_on(inputs, tmp_path):
         finetune(stopped.replace(resume=True, labels="all"))
 
 
+@pytest.mark.parametrize(("long", "answers"), [(0, False), (1, True)])
+def test_what_is_kept_follows_the_labels_of_all_examples(inputs, tmp_path, caplog, long, answers):
+    """As of batches in Python: short prompts with long answers are text."""
+    caplog.set_level("INFO", "lemo")
+    lengths = [(2, 12)] * 4 + [(20, 2)] * (4 * long)
+    texts = [[sample_text(words, number) for words in pair] for number, pair in enumerate(lengths)]
+    rows = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in texts]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    run = config(inputs, tmp_path / "run", elimination=LemoConfig())
+    finetune(run.replace(documents=str(tmp_path / "rows.jsonl")))
+    resolved = LemoConfig.from_dict(json.loads((tmp_path / "run" / "elimination.json").read_text()))
+    assert resolved == LemoConfig().resolved(answers=answers)
+    others = "4 of 8 examples have labels on more than half of their tokens"
+    assert (others in caplog.text) == answers
+
+
 def test_labels_on_everything(inputs, tmp_path):
     finetune(config(inputs, tmp_path / "a", steps=1, elimination=None))
     finetune(config(inputs, tmp_path / "b", steps=1, elimination=None, labels="all"))

@@ -16,6 +16,7 @@ from torch import Tensor
 from lemo.data.chat import Encoded
 from lemo.data.reading import first_of
 from lemo.models.labels import IGNORE_INDEX
+from lemo.relevance.answers import are_answers
 from lemo.relevance.store import ScoreStore
 
 __all__ = ["ExampleWindows", "Shortened", "Window", "of_copies", "remarks_of", "shorten"]
@@ -213,6 +214,17 @@ class ExampleWindows:
     def packed(self) -> bool:
         """Whether some window has several examples."""
         return any(len(window) > 1 for window in self._windows)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether answers alone have labels: on half of the tokens of all examples at most."""
+        tokens = sum(len(each.ids) for each in self.examples)
+        return bool(are_answers(sum(each.num_labels for each in self.examples), tokens))
+
+    @property
+    def with_answers(self) -> int:
+        """Examples of which the same holds."""
+        return sum(are_answers(each.num_labels, len(each.ids)) for each in self.examples)
 
     def remarks(self) -> list[str]:
         """What a user should know of the examples, a line for each thing."""

@@ -204,7 +204,7 @@ class _Run:
         vocab_size = model_config.get_text_config().vocab_size
         self.windows = _windows(config, tokenizer, vocab_size, scores)
         dtype = pick_dtype(config.dtype, accelerator.device, config.elimination is not None)
-        answers = isinstance(self.windows, ExampleWindows) and config.labels == "answers"
+        answers = isinstance(self.windows, ExampleWindows) and self.windows.has_answers
         wanted = config.elimination and config.elimination.resolved(answers)
         self.plan = None
         if trains:
@@ -270,7 +270,7 @@ class _Run:
         # Behind enable: a mistake in the settings is all that is said of them.
         if elimination != asked:
             remarks.say_what_is_kept(elimination, answers)
-        remarks.check_scorer(elimination, answers)
+        remarks.check_examples(elimination, self.windows)
         length = self.config.context_length
         remarks.check_blocks(length, handle.block_size, elimination)
         if scores is not None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 
+from lemo.data import ExampleWindows, TokenWindows
 from lemo.files import json_text, write_file
 from lemo.models.enable import Handle
 from lemo.models.general import by_reason
@@ -46,7 +47,7 @@ def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
     size = elimination.block_size
     _log.info(
         "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
-        "answers alone have labels" if answers else "text",
+        "answers alone have labels" if answers else "text, most tokens have labels",
         elimination.keep,
         size,
         " of a window" if isinstance(size, float) else " tokens",
@@ -54,9 +55,17 @@ def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
     )
 
 
-def check_scorer(elimination: LemoConfig, answers: bool) -> None:
-    """Names what settings, resolved ones, ask for in vain where every token has a label."""
-    if answers:
+def check_examples(elimination: LemoConfig, windows: TokenWindows | ExampleWindows) -> None:
+    """Names what settings, resolved ones, ask for in vain where most tokens have a label."""
+    if isinstance(windows, ExampleWindows) and windows.with_answers:
+        others = len(windows.examples) - windows.with_answers
+        if others and elimination.finds_answers and elimination.scorer != "given":
+            _log.info(
+                "elimination: %d of %d examples have labels on more than half of their tokens; "
+                "what is kept of them, labels included, is drawn at random in each step",
+                others,
+                len(windows.examples),
+            )
         return
     finds = elimination.finds_answers and elimination.scorer != "given"
     vain = [f"scorer '{elimination.scorer}'"] if finds else []
@@ -66,7 +75,7 @@ def check_scorer(elimination: LemoConfig, answers: bool) -> None:
         vain.append(f"keep_tokens {elimination.keep_tokens}")
     if vain:
         _log.warning(
-            "elimination: %s: of no use here, where every token has a label, so that no answer "
+            "elimination: %s: of no use here, where most tokens have a label, so that no answer "
             "needs anything; blocks are chosen as without it",
             " and ".join(vain),
         )
