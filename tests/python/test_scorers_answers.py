@@ -226,6 +226,19 @@ def test_given_scores_have_to_be_finite(wrong, text):
         handle.scored(scores).__enter__()
 
 
+def test_shares_are_taken_of_scores_of_at_least_0():
+    model = make_model("llama")
+    settings = {"block_size": BLOCK, "scorer": "given"}
+    handle = lemo.enable(model, lemo.LemoConfig(keep=0.25, keep_relevance=0.5, **settings))
+    scores = torch.zeros(1, 128)
+    scores[0, 40] = -0.5
+    message = "scores: expected numbers of at least 0 with keep_relevance, .* got -0.5$"
+    with pytest.raises(ValueError, match=message):
+        handle.scored(scores).__enter__()
+    with handle.scored(-scores):
+        model(**prompts([1]))
+
+
 def heads_file(tmp_path, heads=((1, 0), (1, 2), (2, 1)), model=None):
     model = make_model("llama") if model is None else model
     path = tmp_path / "heads.json"

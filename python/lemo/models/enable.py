@@ -308,11 +308,12 @@ class Handle:
         Args:
             scores: [B, S], higher is more informative; a block has the largest score of its
                 tokens, so scores of blocks are repeated for their tokens. Those of padding are not
-                read. Best on the CPU, where they are checked without waiting for a GPU.
+                read. With `keep_relevance` at least 0. Best on the CPU, where they are checked
+                without waiting for a GPU.
 
         Raises:
-            ValueError: not two-dimensional, or not finite; from the forward pass: not one for each
-                token.
+            ValueError: not two-dimensional, not finite, or below 0 with `keep_relevance`; from the
+                forward pass: not one for each token.
         """
         if scores.ndim != 2:
             raise ValueError(f"scores: expected [batch, tokens], got {list(scores.shape)}")
@@ -320,6 +321,11 @@ class Handle:
         if not found.isfinite().all():
             wrong = found[~found.isfinite()][0].item()
             raise ValueError(f"scores: expected finite numbers in fp32, got {wrong}")
+        if self.config.keep_relevance is not None and bool((found < 0).any()):
+            raise ValueError(
+                "scores: expected numbers of at least 0 with keep_relevance, a share of whose sum "
+                f"is kept, got {found.min().item():g}"
+            )
         before, self._forward.token_scores = self._forward.token_scores, found
         try:
             yield
