@@ -5,7 +5,10 @@ import re
 
 import pytest
 
+from lemo.data import Document
+from lemo.preparation.heads import needle_windows
 from lemo.relevance.needles import needle_window
+from tiny import sample_text, tiny_tokenizer
 
 # Token ids alone.
 pytestmark = pytest.mark.cpu_only
@@ -48,3 +51,11 @@ def test_answers_stand_in_the_facts_that_are_asked_for(seed):
     assert len(needle_window([], shortest, encode, random.Random(seed)).ids) == shortest
     with pytest.raises(ValueError, match=f"length: expected at least {shortest} tokens, got"):
         needle_window(TEXT, shortest - 1, encode, random.Random(seed))
+
+
+def test_beginnings_of_documents_are_not_used():
+    """Of 4674 characters, a token each, 674 are left."""
+    documents = [Document("a", "a", sample_text(1000, 1))]
+    message = "expected one of 1024 tokens or more behind its first 4000 characters, got none"
+    with pytest.raises(ValueError, match=message):
+        needle_windows(documents, tiny_tokenizer(), 1024, 1)

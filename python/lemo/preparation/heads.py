@@ -123,7 +123,10 @@ def needle_windows(
         if len(texts) == count:
             break
     if not texts:
-        raise ValueError(f"documents: expected one of {length} tokens or more, got none")
+        raise ValueError(
+            f"documents: expected one of {length} tokens or more behind its first {_SKIPPED} "
+            "characters, got none"
+        )
     draw = random.Random(seed)
     return [needle_window(texts[i % len(texts)], length, encode, draw) for i in range(count)]
 

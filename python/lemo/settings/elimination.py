@@ -134,7 +134,7 @@ class LemoConfig(Settings):
         None,
         description="With a scorer that finds what answers need: only as many blocks are kept as "
         "hold this share of the relevance of those without labels, at most `keep`, at least "
-        "keep_least. null: `keep` of them.",
+        "keep_least and keep_tokens. null: `keep` of them.",
     )
     keep_least: Share = Field(
         0.0, description="Share of blocks that keep_relevance keeps at least, one block always."

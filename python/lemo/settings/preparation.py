@@ -163,7 +163,9 @@ class PrepareConfig(PredictorSettings):
         "Copies of them are left out of the training.",
     )
     lengths: Annotated[tuple[Context, ...], Field(min_length=1)] = Field(
-        (4096,), description="Tokens of the windows; each length gets as many windows."
+        (4096,),
+        description="Tokens of the windows; each length gets as many windows. With target "
+        "relevance the longest one counts: tokens of an example at most.",
     )
     windows: Windows = Field(
         64,
