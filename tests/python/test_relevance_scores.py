@@ -174,7 +174,9 @@ def test_an_interruption_says_how_to_go_on(lemo, monkeypatch):
     monkeypatch.setattr(store, "_content", stop)
     code, _, err = lemo(SCORES + "--documents {packed}")
     assert code == 130
-    assert "what is scored is kept; to go on, give the same command with --resume" in err
+    assert "what is scored is kept; to go on, give the same command with --resume\n" in err
+    code, _, err = lemo(SCORES + "--documents {packed} --overwrite")
+    assert (code, "--resume in place of --overwrite\n" in err) == (130, True)
 
 
 def test_scores_of_something_else_are_refused_before_training(lemo, inputs):

@@ -111,6 +111,8 @@ def test_what_is_kept_follows_the_labels_of_all_examples(inputs, tmp_path, caplo
     assert resolved == LemoConfig().resolved(answers=answers)
     others = "4 of 8 examples have labels on more than half of their tokens"
     assert (others in caplog.text) == answers
+    kept = "blocks of 64 tokens, at least 1024 tokens of each prompt, scorer lexical"
+    assert (kept in caplog.text) == answers
 
 
 def test_labels_on_everything(inputs, tmp_path):

@@ -78,7 +78,10 @@ def scores(given: Given) -> None:
             )
     except KeyboardInterrupt:
         if (Path(wanted.output) / DESCRIPTION_FILE).is_file():
-            screen.print("what is scored is kept; to go on, give the same command with --resume")
+            instead = " in place of --overwrite" if wanted.overwrite else ""
+            screen.print(
+                f"what is scored is kept; to go on, give the same command with --resume{instead}"
+            )
         raise
     screen.print(printable(f"scores of {len(windows.examples)} examples: {wanted.output}"))
 

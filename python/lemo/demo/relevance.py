@@ -20,7 +20,7 @@ from lemo.packing.blocks import block_tokens
 from lemo.relevance.answers import Answers
 
 # Tokens in front of an answer whose words count as the question's, as lemo.ops.word_relevance says.
-_TOKENS_BEFORE = 8
+_TOKENS_BEFORE = 16
 _BEST_BLOCKS = 3
 _WORDS_SHOWN = 4
 

@@ -44,13 +44,14 @@ def say_what_is_kept(elimination: LemoConfig, answers: bool) -> None:
         elimination: the settings, none left open.
         answers: whether answers alone have labels.
     """
-    size = elimination.block_size
+    size, least = elimination.block_size, answers and elimination.keep_tokens
     _log.info(
-        "elimination: %s: keep %s of the blocks of %s%s, scorer %s",
+        "elimination: %s: keep %s of the blocks of %s%s%s, scorer %s",
         "answers alone have labels" if answers else "text, most tokens have labels",
         elimination.keep,
         size,
         " of a window" if isinstance(size, float) else " tokens",
+        f", at least {elimination.keep_tokens} tokens of each prompt" if least else "",
         elimination.scorer,
     )
 
