@@ -18,8 +18,8 @@ class LexicalScorer(AnswerScorer):
 
     The second step finds what a question says with other words, where the answer is copied, and
     facts that only another fact leads to. It costs no forward pass, but milliseconds on the host.
-    It fails where nothing of the answer stands in the prompt and the question has other words than
-    the text (docs/ANSWERS.md).
+    It fails where nothing of the answer stands in the prompt, and the question has other words than
+    the text or stands before it (docs/ANSWERS.md).
 
     Args:
         seed: of the random scores of sequences without answers.
