@@ -226,7 +226,8 @@ class TrainingForward(Training[Elimination]):
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         difference = partial(self._difference, state, read, [x._version for x in read])
-        return graphs.run(key, step, inputs, parameters, module, obstacle), most, difference
+        loss = graphs.run(key, step, inputs, parameters, module, obstacle, state.frozen)
+        return loss, most, difference
 
     def _difference(
         self, state: State, read: Sequence[Tensor], versions: Sequence[int]
