@@ -143,7 +143,7 @@ class TrainingForward(Training[Elimination]):
             return computed
 
         difference = difference or AsInForward(architecture.causal_lm).difference
-        output["logits"] = DeferredLogits(logits, difference)
+        output["logits"] = DeferredLogits(logits, difference, loss.device)
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
