@@ -462,6 +462,18 @@ def test_parts_of_a_pool_that_the_garbage_collector_frees_meanwhile():
         gc.enable()
 
 
+def test_a_loss_without_gradients_comes_first():
+    """Tensors that are made in inference mode may not be written to outside of it."""
+    model, batch = lora(make_model("llama")), BATCHES["right"]()
+    handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.1, keep=1.0))
+    with torch.inference_mode():
+        handle.loss(**batch)
+    assert handle.path.forward.offload.pool is None, "nothing is saved"
+    loss = model(**batch).loss
+    assert handle.path.forward.offload.pool.taken
+    loss.backward()
+
+
 def test_a_copied_model_has_a_pool_of_its_own():
     model, batch = lora(make_model("llama")), BATCHES["right"]()
     handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.1, keep=1.0))
