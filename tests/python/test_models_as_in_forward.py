@@ -5,6 +5,7 @@ import torch
 
 import lemo
 from generic_cases import make
+from graph_stand_in import take_the_place_of_graphs
 from tiny_models import LINEAR, gradients, lora, make_ids
 from tolerances import assert_close_fp32
 
@@ -123,6 +124,27 @@ def test_weights_that_are_written_to_between_forward_and_backward(how, trained):
         train(dense, lambda model: write(model, trained))
     with pytest.raises(RuntimeError, match="in place|inplace"):
         train(model, lambda model: write(model, trained))
+
+
+def replayed(monkeypatch, how):
+    """A model whose passes are replayed as CUDA graphs from the next one on."""
+    take_the_place_of_graphs(monkeypatch)
+    model = adapted()
+    handle = lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how, cuda_graphs="on"))
+    for _ in range(2):
+        train(model)
+        model.zero_grad()
+    assert handle.graphs.replays == 1
+    return model
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("how", ["none", "layer"])
+def test_weights_that_are_written_to_before_a_backward_that_is_replayed(how, trained, monkeypatch):
+    model = replayed(monkeypatch, how)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        train(model, lambda model: write(model, trained))
+    train(model)
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

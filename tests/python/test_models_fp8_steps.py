@@ -67,6 +67,17 @@ def test_each_weight_is_the_nearest_of_a_grid_that_changes_by_turns():
         assert changes == [step for step in range(1, 40) if (step + place) % PERIOD == 0]
 
 
+def test_weights_of_a_loss_in_inference_mode_are_rounded_anew():
+    """Tensors that are made in inference mode may not be written to outside of it."""
+    module = linear()
+    layer, other = Fp8Linear(module, "some"), Fp8Linear(module, "some")
+    with torch.inference_mode():
+        layer.weight()
+    for each in (layer, other):
+        each.begin_step(PERIOD)
+    assert torch.equal(dequantised(layer), dequantised(other))
+
+
 def test_the_mean_over_steps_is_nearer_to_the_weight_than_any_rounding():
     """What an adapter could learn to mend becomes small; one rounding errs as much as any other."""
     module = linear()

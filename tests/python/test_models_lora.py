@@ -29,14 +29,15 @@ def adapted(kind, architecture="qwen2", **overrides):
     return model.train()
 
 
-def step(model, batch, how, **settings):
-    """(loss, gradients)"""
+def step(model, batch, how, autocast=False, **settings):
+    """(loss, gradients); backward runs inside of autocast where that is asked for."""
     fixed = {"recompute": how, "block_size": 8, "dense_layers": []}
     handle = lemo.enable(model, config_of(**fixed | settings))
     assert handle.general_modules() == {}
     torch.manual_seed(7)
     loss = model(**batch).loss
-    loss.backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss.backward()
     found = {name: gradient.clone() for name, gradient in gradients(model).items()}
     model.zero_grad()
     handle.remove()
@@ -84,6 +85,15 @@ def test_bits_of_one_chunk_are_those_of_stored_layers(kind, dtype):
         got, found = step(model, batch, how, keep=0.5)
         assert torch.equal(got, loss)
         assert all(torch.equal(found[name], oracle) for name, oracle in expected.items())
+
+
+@pytest.mark.parametrize("how", ["none", "layer"])
+@pytest.mark.parametrize("kind", [*KINDS, *DROPOUT])
+def test_autocast_that_is_on_in_backward_alone_changes_no_bits(kind, how):
+    model, batch = adapted(kind), padded_batch([61, 45])
+    _, expected = step(model, batch, how, keep=0.5)
+    _, found = step(model, batch, how, autocast=True, keep=0.5)
+    assert all(torch.equal(found[name], oracle) for name, oracle in expected.items())
 
 
 @pytest.mark.parametrize("kind", ["dropout", "DoRA, dropout"])

@@ -312,6 +312,37 @@ def test_the_flag_of_transformers_and_functions_of_the_user():
         assert_same(results[how][1], results["off"][1])
 
 
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("how", ["none", "layer", "selective"])
+def test_hooks_on_gradients_that_come_between_forward_and_backward(how, groups):
+    """Each is called once, with the whole gradient, as in the plain model."""
+    found, batch = [], padded_batch([40])
+    for keeps in (False, True):
+        model, calls = lora(make_model("llama")), Counter()
+        if keeps:
+            lemo.enable(model, config_of(recompute=how, keep=1.0, head_groups=groups, **DEFAULTS))
+        loss, handles = model(**batch).loss, []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+
+                def twice(gradient, name=name, calls=calls):
+                    calls[name] += 1
+                    return 2 * gradient
+
+                handles.append(parameter.register_hook(twice))
+        loss.backward()
+        assert {*calls.values()} == {1}
+        found.append((loss, {name: x.clone() for name, x in gradients(model).items()}))
+        for handle in handles:
+            handle.remove()
+        calls.clear()
+        model(**batch).loss.backward()
+        assert not calls
+    assert_same(found[1], found[0])
+
+
 def test_which_functions_are_plain():
     model = make_model("llama")
     for settings in (None, {"use_reentrant": False}):

@@ -166,6 +166,23 @@ def test_mixed_precision_of_accelerate_leaves_them_deferred():
     assert error < 2e-2
 
 
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_logits_have_the_autocast_of_their_devices_forward(path, monkeypatch):
+    """Whatever autocast is on for others, and where they are read."""
+    model, dense = (lora(make_model("llama", attn_implementation="sdpa")) for _ in range(2))
+    lemo.enable(model, config(path=path))
+    device = BATCH["input_ids"].device.type
+    other = "cpu" if device == "cuda" else "cuda"
+    torch.set_autocast_enabled(other, True)
+    try:
+        outputs = model(**BATCH)
+    finally:
+        torch.set_autocast_enabled(other, False)
+    with torch.autocast(device, torch.bfloat16):
+        logits = outputs.logits
+    assert_close_fp32(logits[PRESENT], dense(**BATCH).logits[PRESENT])
+
+
 def test_labels_are_named_behind_virtual_tokens(recwarn):
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
     model = get_peft_model(make_model("llama"), settings)

@@ -411,6 +411,69 @@ def test_a_pool(monkeypatch):
         copy.deepcopy(pool)
 
 
+class Cycle:
+    """Garbage, as the graph of a pass that an exception ended, which has a part of a pool."""
+
+    def __init__(self, pool, slot):
+        self.pool, self.slot, self.itself = pool, slot, self
+
+    def __del__(self):
+        self.pool.free(self.slot)
+
+
+def test_parts_of_a_pool_that_the_garbage_collector_frees_meanwhile():
+    size, count = host_pool.HOST_ALIGNMENT, 64
+    thresholds = gc.get_threshold()
+    gc.disable()
+    try:
+        for later in range(20):
+            pool = HostPool(count * size, pinned=False)
+            slots = [pool.take(size) for _ in range(count)]
+            for slot in slots[::4]:
+                pool.free(slot)
+            assert pool.taken == 48 * size
+            freed = slots[2]
+            for place in (5, 31):
+                Cycle(pool, slots[place])
+            held = {
+                run
+                for place in range(count)
+                if place % 4 and place not in (2, 5, 31)
+                for run in slots[place].runs
+            }
+            del slots, slot
+            pairs = [(place, place) for place in range(3000)]  # no tuple is used again
+            # It comes so many objects later.
+            gc.set_threshold(gc.get_count()[0] + 1 + later)
+            gc.enable()
+            pool.free(freed)
+            assert pool.taken >= 0
+            gc.disable()
+            gc.collect()
+            assert pool.taken == 45 * size, later
+            for _ in range(19):
+                (run,) = pool.take(size).runs
+                assert run not in held, later
+                held.add(run)
+            assert pool.take(size) is None
+            del pairs
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+
+
+def test_a_loss_without_gradients_comes_first():
+    """Tensors that are made in inference mode may not be written to outside of it."""
+    model, batch = lora(make_model("llama")), BATCHES["right"]()
+    handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.1, keep=1.0))
+    with torch.inference_mode():
+        handle.loss(**batch)
+    assert handle.path.forward.offload.pool is None, "nothing is saved"
+    loss = model(**batch).loss
+    assert handle.path.forward.offload.pool.taken
+    loss.backward()
+
+
 def test_a_copied_model_has_a_pool_of_its_own():
     model, batch = lora(make_model("llama")), BATCHES["right"]()
     handle = lemo.enable(model, config_of(offload=1.0, host_memory=0.1, keep=1.0))

@@ -104,6 +104,7 @@ class CudaGraphs:
         parameters: Sequence[Tensor],
         module: nn.Module,
         obstacle: Callable[[], str | None] = lambda: None,
+        weights: Sequence[Tensor] = (),
     ) -> Tensor:
         """function(inputs), a scalar that is differentiable in the inputs and in the parameters.
 
@@ -119,6 +120,7 @@ class CudaGraphs:
             parameters: of which it needs gradients.
             module: has them, and the function finds them there.
             obstacle: asked before the capture, what stands against it; None: nothing.
+            weights: what else it reads, and backward, which refuses what was changed in place.
         """
         self._calls += 1
         key = key, tuple(map(_form, inputs))
@@ -136,7 +138,7 @@ class CudaGraphs:
         graph = self._graphs[key]
         self.replays += 1
         graph.last_call = self._calls
-        call = _Call(self, graph, parameters)
+        call = _Call(self, graph, [*parameters, *weights])
         graph.load(inputs)
         graph.loaded = weakref.ref(call)
         leaves = [x for x in inputs if x is not None and x.requires_grad]
@@ -285,17 +287,17 @@ class _Call:
         is_done: whether backward has run.
     """
 
-    def __init__(self, graphs: CudaGraphs, graph: "_Graph", parameters: Sequence[Tensor]) -> None:
-        self.graph, self._parameters = graph, parameters
+    def __init__(self, graphs: CudaGraphs, graph: "_Graph", weights: Sequence[Tensor]) -> None:
+        self.graph, self._weights = graph, weights
         self.is_done = False
         self._graphs = graphs
-        self._versions = [x._version for x in parameters]
+        self._versions = [x._version for x in weights]
 
     def backward(self, dloss: Tensor) -> list[Tensor | None]:
         """The gradients; the first backward overwrites activations, a second one makes them anew.
 
         Raises:
-            RuntimeError: a parameter has another value than in forward, or a second backward comes
+            RuntimeError: a weight has another value than in forward, or a second backward comes
                 when the inputs are not there any more, or forward has drawn random numbers.
         """
         self._check()
@@ -312,9 +314,9 @@ class _Call:
         return self.graph.backward(dloss)
 
     def _check(self) -> None:
-        if self._versions != [x._version for x in self._parameters]:
+        if self._versions != [x._version for x in self._weights]:
             raise RuntimeError(
-                "lemo: a parameter was changed in place between forward and backward of a pass; "
+                "lemo: a weight was changed in place between forward and backward of a pass; "
                 "step the optimizer after backward"
             )
 

@@ -233,8 +233,10 @@ class Fp8Linear:
                     f"products: expected finite weights for '{setting_of(self._fast)}', got inf or "
                     f"nan in {self.name}"
                 )
-            self._weight = ops.fp8_rows(weight.detach())
-            self._round(*self._weight)
+            # Later steps write to it, outside of inference mode.
+            with torch.inference_mode(False):
+                self._weight = ops.fp8_rows(weight.detach())
+                self._round(*self._weight)
             self._made_of = identity
         return self._weight
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from bisect import insort
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ class HostPool:
 
     Attributes:
         capacity: bytes, at most what was asked for.
-        taken, most: bytes that are taken now, and that were at a time.
+        most: bytes that were taken at a time.
 
     Args:
         capacity: bytes.
@@ -52,7 +53,8 @@ class HostPool:
     def __init__(self, capacity: int, pinned: bool) -> None:
         check_free(capacity)
         self.capacity = capacity // HOST_ALIGNMENT * HOST_ALIGNMENT
-        self.taken = self.most = 0
+        self._taken = self.most = 0
+        self._returned: deque[Slot] = deque()
         self._is_pinned = pinned
         self._free = [(0, self.capacity)] if self.capacity else []
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -75,13 +77,20 @@ class HostPool:
         """Bytes that are pinned, a multiple of the segments."""
         return sum(segment.nbytes for segment in self._pinned.values())
 
+    @property
+    def taken(self) -> int:
+        """Bytes that are taken now."""
+        while self._returned:
+            self._join(self._returned.popleft())
+        return self._taken
+
     def take(self, size: int) -> Slot | None:
         """Memory for so many bytes; None: there is not enough left."""
         missing = -(-size // HOST_ALIGNMENT) * HOST_ALIGNMENT
         if missing > self.capacity - self.taken:
             return None
-        self.taken += missing
-        self.most = max(self.most, self.taken)
+        self._taken += missing
+        self.most = max(self.most, self._taken)
         runs = []
         while missing:
             first, stop = self._free.pop(0)
@@ -102,9 +111,15 @@ class HostPool:
         return Slot(tuple(runs), tuple(pieces))
 
     def free(self, slot: Slot) -> None:
-        """Frees what `take` gave."""
+        """Frees what `take` gave, once more is taken.
+
+        The garbage collector may call it at any time, in the middle of the methods here, too.
+        """
+        self._returned.append(slot)
+
+    def _join(self, slot: Slot) -> None:
         for first, end in slot.runs:
-            self.taken -= end - first
+            self._taken -= end - first
             insort(self._free, (first, end))
         joined: list[tuple[int, int]] = []
         for first, end in self._free:

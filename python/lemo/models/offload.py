@@ -69,6 +69,8 @@ class Offload:
         Raises:
             ValueError: the host does not have the memory.
         """
+        if not torch.is_grad_enabled():
+            shares = [0.0] * len(shares)  # nothing is saved
         if any(shares):
             self._made(device)
         return OffloadedPass(self, shares)

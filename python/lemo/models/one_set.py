@@ -46,6 +46,11 @@ class State(NamedTuple):
     tensors: list[Tensor]
     has_hooks: bool
 
+    @property
+    def frozen(self) -> list[Tensor]:
+        """Those of them that are not trained."""
+        return [x for x in self.tensors if not x.requires_grad]
+
 
 class Labels(NamedTuple):
     """The rows of the residual that the head sees.

@@ -16,14 +16,22 @@ class DeferredLogits:
 
     Args:
         compute: gives the logits, with a graph where gradients are enabled.
+        device: where; autocast is there what it is now.
         difference: what is another in the model than in the forward pass, in words; None: nothing.
     """
 
-    def __init__(self, compute: Callable[[], Tensor], difference: Callable[[], str | None]) -> None:
+    def __init__(
+        self,
+        compute: Callable[[], Tensor],
+        difference: Callable[[], str | None],
+        device: torch.device,
+    ) -> None:
         self._compute = compute
         self._difference = difference
         self._read: dict[bool, Tensor] = {}
-        self._autocast = _autocast_state()
+        self._device = device.type
+        self._autocast = torch.is_autocast_enabled(self._device)
+        self._dtype = torch.get_autocast_dtype(self._device)
 
     def read(self) -> Tensor:
         """The logits; computed at most once with a graph and once without.
@@ -42,11 +50,10 @@ class DeferredLogits:
                 f"are computed then, got {difference}; read outputs.logits before optimizer.step() "
                 "and before adapters are switched or disabled"
             )
-        device, dtype, enabled = self._autocast
-        with torch.autocast(device, dtype=dtype, enabled=enabled):
+        with torch.autocast(self._device, dtype=self._dtype, enabled=self._autocast):
             logits = self._compute()
         # Mixed precision hands out fp32.
-        self._read[with_graph] = logits.float() if enabled else logits
+        self._read[with_graph] = logits.float() if self._autocast else logits
         return self._read[with_graph]
 
 
@@ -105,10 +112,3 @@ setattr(EliminatedOutput, "__dataclass_fields__", _fields())  # noqa: B010
 
 def _read(value: Any) -> Any:
     return value.read() if isinstance(value, DeferredLogits) else value
-
-
-def _autocast_state() -> tuple[str, torch.dtype, bool]:
-    for device in ("cuda", "cpu"):
-        if torch.is_autocast_enabled(device):
-            return device, torch.get_autocast_dtype(device), True
-    return "cpu", torch.bfloat16, False

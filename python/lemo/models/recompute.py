@@ -241,7 +241,8 @@ class _Gradients:
         inputs = [*([] if leaf is None else [leaf]), *self._parameters]
         if not inputs:
             return None
-        gradients = list(torch.autograd.grad(edges, inputs, dys, allow_unused=True))
+        with _without_hooks(self._parameters):
+            gradients = list(torch.autograd.grad(edges, inputs, dys, allow_unused=True))
         dleaf = None if leaf is None else gradients.pop(0)
         for index, gradient in enumerate(gradients):
             if gradient is None:
@@ -255,6 +256,22 @@ class _Gradients:
             None if total is None else total.to(parameter.dtype)
             for total, parameter in zip(self._sums, self._parameters)
         ]
+
+
+@contextmanager
+def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Hooks on the gradients of parameters are not called inside: they are for those of the node.
+
+    Some may have come since forward, where `execution_of` looks for them.
+    """
+    found = [(hooks, dict(hooks)) for p in parameters if (hooks := p._backward_hooks)]
+    for hooks, _ in found:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, kept in found:
+            hooks.update(kept)
 
 
 class _Surroundings:

@@ -143,7 +143,7 @@ class TrainingForward(Training[Elimination]):
             return computed
 
         difference = difference or AsInForward(architecture.causal_lm).difference
-        output["logits"] = DeferredLogits(logits, difference)
+        output["logits"] = DeferredLogits(logits, difference, loss.device)
         if entries is not None:
             entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
             output["hidden_states"] = tuple(entries)
@@ -226,7 +226,8 @@ class TrainingForward(Training[Elimination]):
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         difference = partial(self._difference, state, read, [x._version for x in read])
-        return graphs.run(key, step, inputs, parameters, module, obstacle), most, difference
+        loss = graphs.run(key, step, inputs, parameters, module, obstacle, state.frozen)
+        return loss, most, difference
 
     def _difference(
         self, state: State, read: Sequence[Tensor], versions: Sequence[int]

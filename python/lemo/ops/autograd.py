@@ -11,6 +11,8 @@ from torch import Tensor
 def first_order_only(op: str) -> Callable[[Callable], Callable]:
     """A backward pass that raises NotImplementedError where it would be differentiated itself.
 
+    Autocast is off in it: its operands have the dtypes of forward.
+
     torch's `once_differentiable` does not suffice: its result has no edge to the op's inputs, so
     `torch.autograd.grad` takes the second derivative for zero.
     """
@@ -24,7 +26,11 @@ def first_order_only(op: str) -> Callable[[Callable], Callable]:
                     f"{op}: second derivatives are not supported: expected a backward pass without "
                     "create_graph, got create_graph=True"
                 )
-            return backward(ctx, *gradients)
+            device = next((x.device.type for x in gradients if x is not None), "cpu")
+            if not torch.is_autocast_enabled(device):
+                return backward(ctx, *gradients)
+            with torch.autocast(device, enabled=False):
+                return backward(ctx, *gradients)
 
         return run
 

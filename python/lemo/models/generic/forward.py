@@ -235,7 +235,8 @@ class GenericForward(Training[Choice]):
             with self.dense():
                 return self.own(**{**given, "return_dict": True}).logits
 
-        output["logits"] = DeferredLogits(logits, AsInForward(parts.causal_lm).difference)
+        difference = AsInForward(parts.causal_lm).difference
+        output["logits"] = DeferredLogits(logits, difference, loss.device)
         return output
 
     def labelled(
