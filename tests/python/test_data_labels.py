@@ -3,6 +3,7 @@
 import itertools
 import json
 from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -442,3 +443,11 @@ def test_prompt_and_completion_as_texts():
     encoded = ChatEncoder(tokenizer).encode(Prompted("What? ", "One.", "d:1", "d:1"))
     assert answers_of(encoded, tokenizer) == ["One.</s>"]
     assert tokenizer.decode(encoded.ids) == "What? One.</s>"
+
+
+def test_tokens_behind_one_that_has_no_place_begin_where_they_stand():
+    text = SimpleNamespace(text="ask yes end", spans=[(4, 7)], name="a")
+    offsets = [(0, 3), (4, 7), (0, 0), (8, 11)]
+    encoder = SimpleNamespace(_everything=False, _greedy={})
+    labels = ChatEncoder._labelled(encoder, text, [5, 6, 7, 8], offsets).labels
+    assert list(labels) == [-100, 6, -100, -100]

@@ -503,8 +503,10 @@ class ChatEncoder:
         flat = numpy.fromiter(chain.from_iterable(offsets), dtype=numpy.int64, count=count)
         firsts, lasts = flat[::2], flat[1::2]
         # Some tokenizers leave white space out of the offsets: a token begins where the one before
-        # it ends. Tokens of parts of a character all have the character's.
-        begins = numpy.minimum(firsts, numpy.concatenate(([0], lasts[:-1])))
+        # it ends, also behind one that has no place. Tokens of parts of a character all have the
+        # character's.
+        reached = numpy.maximum.accumulate(numpy.concatenate(([0], lasts[:-1])))
+        begins = numpy.minimum(firsts, reached)
         for place in numpy.flatnonzero(numpy.isin(made, list(self._greedy))).tolist():
             word = self._greedy[ids[place]]
             at = text.text.find(word, firsts[place], lasts[place])
