@@ -42,6 +42,17 @@ def test_whether_all_sub_blocks_keep_the_same(settings, one_set):
     assert not selector.is_overruled
 
 
+def test_a_schedule_that_begins_with_everything_may_end_with_several_sets():
+    schedule = {"keep_schedule": [[0.0, 1.0], [0.5, 0.25]]}
+    selector = Selector(config_of(dense_layers=[3], **schedule).resolved(answers=False), 4)
+    assert selector.has_one_set
+    assert not selector.always_has_one_set
+    selector.set_progress(0.5)
+    assert not selector.has_one_set
+    config = config_of(dense_layers=[], **schedule).resolved(answers=False)
+    assert Selector(config, 4).always_has_one_set
+
+
 @pytest.mark.parametrize(("mask_loss", "masks"), [(True, True), (0.25, True), (False, False)])
 def test_whether_the_loss_of_some_rows_does_not_count(mask_loss, masks):
     config = config_of(keep=0.5, mask_loss=mask_loss).resolved(answers=False)

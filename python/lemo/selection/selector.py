@@ -67,8 +67,8 @@ class Selector:
     @property
     def always_has_one_set(self) -> bool:
         """Whether all sub-blocks keep the same rows at every progress of the training."""
-        # A schedule keeps one share in all layers, so what begins with one set stays with it.
-        return self._policies.has_one_set(0.0)
+        begins = (begin for begin, _ in self.config.layerwise.keep_schedule)
+        return all(map(self._policies.has_one_set, (0.0, *begins)))
 
     @property
     def masks_loss(self) -> bool:
