@@ -52,6 +52,8 @@ private:
 /// A sequence whose words are numbered from 0.
 struct Text {
     std::vector<int32_t> words;         // [S]
+    std::vector<int32_t> first_place;   // [words + 1]: where each word begins in `places`
+    std::vector<int32_t> places;        // [S]: the tokens that are word 0, ascending, then word 1
     std::vector<float> rare_in_blocks;  // for each word log(blocks / blocks that have it)
     std::vector<float> rare_in_tokens;  // and log(tokens / tokens that are it)
     std::vector<char> free;             // for each block whether it has no labels
@@ -59,7 +61,23 @@ struct Text {
 
     int64_t num_tokens() const { return static_cast<int64_t>(words.size()); }
     int64_t num_blocks() const { return static_cast<int64_t>(free.size()); }
-    int32_t word(int64_t token) const { return words[static_cast<size_t>(token)]; }
+    size_t num_words() const { return rare_in_tokens.size(); }
+    size_t word(int64_t token) const {
+        return static_cast<size_t>(words[static_cast<size_t>(token)]);
+    }
+
+    /// visit(token, block) for the tokens up to `last` that are a word, ascending; those in blocks
+    /// with labels are left out.
+    template <typename Visit>
+    void each_place(size_t word, int64_t last, Visit&& visit) const {
+        int64_t block = -1, behind = 0;
+        const auto end = places.begin() + first_place[word + 1];
+        for (auto place = places.begin() + first_place[word]; place != end && *place <= last;
+             ++place) {
+            if (*place >= behind) block = *place / block_size, behind = (block + 1) * block_size;
+            if (free[static_cast<size_t>(block)]) visit(int64_t{*place}, block);
+        }
+    }
 };
 
 Text read_text(const WordRelevanceParams& params) {
@@ -76,38 +94,49 @@ Text read_text(const WordRelevanceParams& params) {
         }
     }
 
-    std::vector<int64_t> occurrences, blocks_with, last_block;
+    std::vector<int32_t> occurrences, blocks_with, last_block;
     const auto* ids = params.ids.as<const int64_t>();
     Numbering numbers(tokens);
     text.words.reserve(static_cast<size_t>(tokens));
-    for (int64_t t = 0; t < tokens; ++t) {
-        text.words.push_back(numbers.of(ids[t]));
-        const auto word = static_cast<size_t>(text.words.back());
-        if (word == occurrences.size()) {
-            occurrences.push_back(0);
-            blocks_with.push_back(0);
-            last_block.push_back(-1);
+    for (int32_t block = 0; block < text.num_blocks(); ++block) {
+        const int64_t end = std::min((block + 1) * text.block_size, tokens);
+        for (int64_t t = block * text.block_size; t < end; ++t) {
+            text.words.push_back(numbers.of(ids[t]));
+            const size_t word = text.word(t);
+            if (word == occurrences.size()) {
+                occurrences.push_back(0);
+                blocks_with.push_back(0);
+                last_block.push_back(-1);
+            }
+            ++occurrences[word];
+            if (last_block[word] != block) ++blocks_with[word];
+            last_block[word] = block;
         }
-        ++occurrences[word];
-        if (last_block[word] != t / text.block_size) ++blocks_with[word];
-        last_block[word] = t / text.block_size;
     }
     const auto rare = [](int64_t all, int64_t some) {
         return std::log(static_cast<float>(all) / static_cast<float>(some));
     };
+    text.first_place.push_back(0);
     for (size_t word = 0; word < occurrences.size(); ++word) {
         text.rare_in_blocks.push_back(rare(text.num_blocks(), blocks_with[word]));
         text.rare_in_tokens.push_back(rare(tokens, occurrences[word]));
+        text.first_place.push_back(text.first_place.back() + occurrences[word]);
+    }
+    text.places.resize(static_cast<size_t>(tokens));
+    std::vector<int32_t> next(text.first_place);
+    for (int64_t t = 0; t < tokens; ++t) {
+        text.places[static_cast<size_t>(next[text.word(t)]++)] = static_cast<int32_t>(t);
     }
     return text;
 }
 
-/// Looks for the words of one answer after the other; what is needed for each word is kept.
+/// Looks for the words of one answer after the other. Only tokens that are such a word are looked
+/// at, by the places of each word, which are a small part of the text.
 class Search {
 public:
     explicit Search(const Text& text)
-        : text_(text), weight_(text.rare_in_tokens.size()), count_(weight_.size()),
-          last_block_(weight_.size(), -1) {}
+        : text_(text), weight_(text.num_words()), count_(text.num_words()),
+          marks_(static_cast<size_t>(text.num_tokens() / 64 + 1)) {}
 
     /// [B], of an answer whose rows are [first, end).
     void relevance(int64_t first, int64_t end, float* out) {
@@ -121,18 +150,18 @@ public:
         look_for(first + 1, behind, text_.rare_in_tokens);
         int64_t place = -1;
         double most = 0;
-        slide(kPlace, [&](int64_t token, double weight) {
+        slide(kPlace, [&](int64_t token, int64_t, double weight) {
             if (weight > most) place = token, most = weight;
         });
         if (place >= 0) {
             look_for(std::max<int64_t>(place + 1 - kAroundBefore, 0),
                      std::min(place + 1 + kAroundBehind, tokens), text_.rare_in_tokens);
-            slide(kNear, [&](int64_t token, double weight) {
+            slide(kNear, [&](int64_t token, int64_t next, double weight) {
                 const int64_t first_block =
                     std::max<int64_t>(token + 1 - kNear, 0) / text_.block_size;
-                for (int64_t b = first_block; b <= token / text_.block_size; ++b) {
+                const auto square = static_cast<float>(weight * weight);
+                for (int64_t b = first_block; b <= (next - 1) / text_.block_size; ++b) {
                     const auto block = static_cast<size_t>(b);
-                    const auto square = static_cast<float>(weight * weight);
                     if (text_.free[block]) near[block] = std::max(near[block], square);
                 }
             });
@@ -148,7 +177,9 @@ private:
     void look_for(int64_t first, int64_t end, const std::vector<float>& rare) {
         forget();
         for (int64_t token = first; token < end; ++token) {
-            const auto word = static_cast<size_t>(text_.word(token));
+            const size_t word = text_.word(token);
+            // A word that is everywhere weighs nothing.
+            if (weight_[word] > 0 || rare[word] <= 0) continue;
             weight_[word] = rare[word];
             wanted_.push_back(word);
         }
@@ -159,42 +190,57 @@ private:
         wanted_.clear();
     }
 
-    /// The weight of a token of the prompt; 0 where it does not count.
-    float weight_at(int64_t token) const {
-        const float weight = weight_[static_cast<size_t>(text_.word(token))];
-        return weight > 0 && text_.free[static_cast<size_t>(token / text_.block_size)] ? weight : 0;
+    /// Adds to every block the weights of its different words.
+    void sum_shared(std::vector<float>& sums) const {
+        for (const size_t word : wanted_) {
+            int64_t counted = -1;
+            text_.each_place(word, last_, [&](int64_t, int64_t block) {
+                if (block != counted) sums[static_cast<size_t>(block)] += weight_[word];
+                counted = block;
+            });
+        }
     }
 
-    /// Adds to every block the weights of its different words.
-    void sum_shared(std::vector<float>& sums) {
-        for (int64_t token = 0; token <= last_; ++token) {
-            const float weight = weight_at(token);
-            const auto word = static_cast<size_t>(text_.word(token));
-            const int64_t block = token / text_.block_size;
-            if (weight > 0 && last_block_[word] != block) {
-                sums[static_cast<size_t>(block)] += weight;
-                last_block_[word] = block;
+    /// Fills found_ with the tokens that count, ascending.
+    void find() {
+        found_.clear();
+        for (const size_t word : wanted_) {
+            text_.each_place(word, last_, [&](int64_t token, int64_t) {
+                marks_[static_cast<size_t>(token / 64)] |= uint64_t{1} << token % 64;
+            });
+        }
+        for (size_t i = 0; i < marks_.size(); ++i) {
+            for (; marks_[i] != 0; marks_[i] &= marks_[i] - 1) {
+                found_.push_back(static_cast<int64_t>(i) * 64 + __builtin_ctzll(marks_[i]));
             }
         }
-        for (const size_t word : wanted_) last_block_[word] = -1;
     }
 
-    /// visit(token, weight of the different words that count among the `window` tokens that end
-    /// there), for every token up to the answer where that is more than nothing.
+    /// visit(token, next, weight): of the different words that count among the `window` tokens that
+    /// end at `token`, and at every token before `next`; where that is more than nothing.
     template <typename Visit>
     void slide(int64_t window, Visit&& visit) {
+        find();
         double sum = 0;
         int64_t different = 0;
-        for (int64_t token = 0; token <= last_; ++token) {
-            if (token >= window) {
-                const float weight = weight_at(token - window);
-                const auto word = static_cast<size_t>(text_.word(token - window));
-                if (weight > 0 && --count_[word] == 0) sum -= weight, --different;
+        size_t entered = 0, left = 0;
+        // Of the next token at which a word enters or leaves the window.
+        const auto change = [&] {
+            const int64_t leaves = left < entered ? found_[left] + window : last_ + 1;
+            const int64_t enters = entered < found_.size() ? found_[entered] : last_ + 1;
+            return std::min({leaves, enters, last_ + 1});
+        };
+        for (int64_t token = change(), next; token <= last_; token = next) {
+            if (left < entered && found_[left] + window == token) {
+                const size_t word = text_.word(found_[left++]);
+                if (--count_[word] == 0) sum -= weight_[word], --different;
             }
-            const float weight = weight_at(token);
-            const auto word = static_cast<size_t>(text_.word(token));
-            if (weight > 0 && count_[word]++ == 0) sum += weight, ++different;
-            if (different > 0) visit(token, sum);
+            if (entered < found_.size() && found_[entered] == token) {
+                const size_t word = text_.word(found_[entered++]);
+                if (count_[word]++ == 0) sum += weight_[word], ++different;
+            }
+            next = change();
+            if (different > 0) visit(token, next, sum);
         }
         for (const size_t word : wanted_) count_[word] = 0;
     }
@@ -207,11 +253,12 @@ private:
     }
 
     const Text& text_;
-    int64_t last_ = 0;                 // the last token that counts
-    std::vector<float> weight_;        // of each word
-    std::vector<size_t> wanted_;       // words that may weigh something
-    std::vector<int32_t> count_;       // of each word in the window
-    std::vector<int64_t> last_block_;  // the last block that each word was counted in
+    int64_t last_ = 0;             // the last token that counts
+    std::vector<float> weight_;    // of each word; 0: it is not looked for
+    std::vector<size_t> wanted_;   // words that weigh something
+    std::vector<int32_t> count_;   // of each word in the window
+    std::vector<uint64_t> marks_;  // a bit for each token; 0 between calls of `find`
+    std::vector<int64_t> found_;   // see `find`
 };
 
 }  // namespace
