@@ -385,14 +385,24 @@ def flash_attention_4(config: PretrainedConfig, device: str, _tokens: int = 0) -
     from flash_attn.cute import interface
     from transformers import AttentionInterface
 
-    @torch.library.custom_op("comparison::flash_attention_4", mutates_args=())
+    @torch.library.custom_op(
+        "comparison::flash_attention_4",
+        mutates_args=(),
+        schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
+    )
     def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         found = interface._flash_attn_fwd(
             q, k, v, softmax_scale=scale, causal=True, return_lse=True
         )
         return found[0], found[1]
 
-    @torch.library.custom_op("comparison::flash_attention_4_backward", mutates_args=())
+    tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
+
+    @torch.library.custom_op(
+        "comparison::flash_attention_4_backward",
+        mutates_args=(),
+        schema=f"({tensors}, float scale) -> (Tensor, Tensor, Tensor)",
+    )
     def backward(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,13 @@ BUILT = ("python/lemo/liblemo_ops.so", "build/develop/gpu/lemo_gpu_tests")
 MANIFEST, WHOLE, SHORTENED, MIB = "bundles.json", ".whole", "shortened", 2**20
 
 GLIBC = ("1", "2014", "_2_17", "_2_24", "_2_27", "_2_28", "_2_31", "_2_34", "_2_35", "_2_39")
+# Prints what Python puts on its path for a folder of packages.
+ADDED_PATHS = """
+import site, sys
+known = [*sys.path]
+site.addsitedir(sys.argv[1])
+print(*(path for path in sys.path if path not in known), sep="\\n")
+"""
 NOT_READ = (r"\.(pyx|pxd|pxi|pyi|lib|a)$", r"\.data/(scripts|headers|data)/")
 
 
@@ -285,10 +292,10 @@ def unpack_wheels(archive: tarfile.TarFile, target: Path, if_missing: bool) -> l
 
 
 def search_path(name: str) -> list[str]:
-    """What a bundle of wheels puts on Python's path: its folder, and what its .pth files name."""
-    folder = UNPACKED / name
-    named = [line.strip() for file in folder.glob("*.pth") for line in file.read_text().split("\n")]
-    return [str(folder), *(str(folder / x) for x in named if x and (folder / x).is_dir())]
+    """What a bundle of wheels puts on Python's path: its folder, and what its .pth files say."""
+    command = [sys.executable, "-c", ADDED_PATHS, str(UNPACKED / name)]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return found.stdout.removesuffix("\n").split("\n")
 
 
 def is_here(name: str) -> bool:

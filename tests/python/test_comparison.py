@@ -104,6 +104,44 @@ def test_exact_contenders_compute_what_dense_lora_computes(name, plain):
     assert (other - gradient).norm() < 0.02 * gradient.norm()
 
 
+def dense_attention(q, k, v, softmax_scale, causal, return_lse):
+    """As flash-attn-4 has it: [B, S, H, D], and the logarithms of the sums [B, H, S]."""
+    assert causal
+    assert return_lse
+    q, k, v = (each.transpose(1, 2).float() for each in (q, k, v))
+    k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+    future = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(1)
+    scores = (softmax_scale * q @ k.mT).masked_fill(future, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2).bfloat16(), scores.logsumexp(-1)
+
+
+def dense_attention_backward(q, k, v, out, dout, lse, softmax_scale, causal):
+    assert causal
+    key_heads = k.shape[2]
+    q, k, v, out, dout = (each.transpose(1, 2).float() for each in (q, k, v, out, dout))
+    k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], 1) for each in (k, v))
+    weights = (softmax_scale * q @ k.mT - lse[..., None]).exp().tril()
+    slopes = weights * (dout @ v.mT - (dout * out).sum(-1, keepdim=True)) * softmax_scale
+    dk, dv = (
+        each.unflatten(1, (key_heads, -1)).sum(2) for each in (slopes.mT @ q, weights.mT @ dout)
+    )
+    return tuple(each.transpose(1, 2).bfloat16() for each in (slopes @ k, dk, dv))
+
+
+@pytest.mark.cpu_only
+def test_attention_of_another_package_is_called_and_differentiated(plain, monkeypatch):
+    """flash-attn-4 itself needs a GPU."""
+    interface = SimpleNamespace(
+        _flash_attn_fwd=dense_attention, _flash_attn_bwd=dense_attention_backward
+    )
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", SimpleNamespace(interface=interface))
+    _, _, loss, gradient = plain
+    _, _, found, other = trained("fa4")
+    assert found == pytest.approx(loss, rel=2e-3)
+    assert (other - gradient).norm() < 0.02 * gradient.norm()
+
+
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("name", [name for name in CPU if name not in EXACT])
 def test_the_others_train_something_else(name, plain):

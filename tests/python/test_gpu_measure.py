@@ -78,7 +78,7 @@ def test_commands():
     assert command[-4:] == ["--output", "/a place/quality.jsonl", "--commit", "abc"]
     assert "131072 keep 0.5 layer" in commands_of("scaling", [0, 1])[0]
     assert "--output" not in commands_of("suite")[0]
-    trained, answered = commands_of("answers-predictor")
+    trained, answered = commands_of("answers-long-predictor")
     assert trained[trained.index("--output") + 1] == "/a place/relevance_predictor.jsonl"
     assert answered[answered.index("--output") + 1] == "/a place/answers.jsonl"
 
@@ -270,7 +270,7 @@ def test_wheels_are_trimmed_and_installed_where_they_are_missing(tmp_path, monke
             "thing/heavy/data.bin": "0" * 1000,
             "Some_thing-1.0.data/purelib/more.py": "y = 2",
             "Some_thing-1.0.data/scripts/tool": "",
-            "thing.pth": "thing\n",
+            "thing.pth": "thing\nimport sys, thing; sys.path += [thing.__path__[0] + '/inner']\n",
         },
     )
     write_wheel(tmp_path / "wheels", "pytest", {"pytest/__init__.py": "never read"})
@@ -281,7 +281,8 @@ def test_wheels_are_trimmed_and_installed_where_they_are_missing(tmp_path, monke
         assert gpu_carry.unpack_wheels(archive, target, if_missing=True) == ["some-thing"]
     found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
     assert found == {"thing/__init__.py", "more.py", "thing.pth"}
-    assert gpu_carry.search_path("x") == [str(target), str(target / "thing")]
+    paths = [target, target / "thing", target / "thing/inner"]
+    assert gpu_carry.search_path("x") == [str(path) for path in paths]
 
 
 def test_documents_are_shortened(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lemo
+from devices import no_synchronisation
 from lemo import ops
 from lemo.models.architectures import architecture_of
 from lemo.models.arguments import ForwardArguments
@@ -479,6 +480,28 @@ def test_tokens_on_the_host_are_read_there():
     assert not {1, 8 + 5} & set(found[1])
     # Where tokens are padding the model's own are read.
     assert 7 + 5 in found[2]
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("scorer", ["lexical", "attention"])
+def test_answers_are_scored_without_waiting_for_the_gpu(scorer, tmp_path, monkeypatch):
+    """Words are looked for on the host while the GPU runs the first layers."""
+    score, called = AnswerScorer.__call__, []
+
+    def checked(self, *arguments):
+        with no_synchronisation():
+            called.append(self)
+            return score(self, *arguments)
+
+    monkeypatch.setattr(AnswerScorer, "__call__", checked)
+    heads = {"heads": str(heads_file(tmp_path))} if scorer == "attention" else {}
+    model = make_model("llama", max_position_embeddings=128)
+    config = {"keep": 0.25, "scorer": scorer, "block_size": BLOCK, **heads}
+    handle = lemo.enable(model, lemo.LemoConfig(**config))
+    batch = prompts([1, 5])
+    with handle.on_host(batch["input_ids"].cpu()):
+        model(batch["input_ids"], labels=batch["labels"].cpu()).loss.backward()
+    assert called
 
 
 def test_tokens_on_the_host_have_to_fit():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, to_device
 from lemo.predictors.modules import LowRankNet
 from lemo.relevance.answers import Answers
 
@@ -125,8 +125,9 @@ class RelevancePredictor(nn.Module):
         inside = (places >= bounds[:, :1]) & (places < bounds[:, 1:])
         # The rows of several answers are neighbours of each other: each is computed once.
         used, index = places.clamp(0, x.shape[0] - 1).unique(return_inverse=True)
-        around = self._features(self.query, x[used.to(x.device)])[index.to(x.device)]
-        weights = inside.to(x.device)[..., None] * self.query_mix.to(x.dtype)
+        used, index, inside = (to_device(each, x.device) for each in (used, index, inside))
+        around = self._features(self.query, x[used])[index]
+        weights = inside[..., None] * self.query_mix.to(x.dtype)
         return (around * weights).sum(1)
 
     def _features(self, net: LowRankNet, x: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def chosen_heads(
     if layers is None:
         layers = int((best < _ENOUGH * best[-1]).sum()) + 1
     found = mean[:layers].flatten()
-    order = found.argsort(descending=True)[:count].tolist()
+    order = found.argsort(descending=True, stable=True)[:count].tolist()
     good = [index for index in order if found[index] >= _WEAKEST * best[layers - 1]]
     return tuple(sorted(divmod(index, mean.shape[1]) for index in good))
 

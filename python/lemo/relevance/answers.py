@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lemo.packing.blocks import to_device
+
 Number = TypeVar("Number", int, Tensor)
 
 __all__ = ["Answers", "are_answers", "shares"]
@@ -74,7 +76,7 @@ class Answers:
 
     def largest(self, values: Tensor) -> Tensor:
         """[A, ...]: the largest over an answer's rows of the values [R, ...] of `rows`."""
-        index = torch.tensor(self.of_rows()).to(values.device)
+        index = to_device(torch.tensor(self.of_rows()), values.device)
         index = index.reshape(-1, *[1] * (values.ndim - 1)).expand_as(values)
         largest = values.new_full((len(self), *values.shape[1:]), -torch.inf)
         return largest.scatter_reduce_(0, index, values, "amax")
@@ -84,7 +86,7 @@ class Answers:
         sequence without labels."""
         free = torch.ones(like.shape[-1], dtype=like.dtype)
         free[[row // block_size for row in self.rows()]] = 0.0
-        return free.to(like.device)
+        return to_device(free, like.device)
 
     def open_blocks(self, block_size: int, like: Tensor) -> Tensor:
         """[A, B] bool on the device of `like`, whose last dimension is B: the blocks without labels
@@ -93,7 +95,7 @@ class Answers:
         with_labels = torch.tensor(self.rows()) // block_size
         free = torch.ones_like(blocks, dtype=torch.bool).index_fill(0, with_labels, False)
         before = blocks < torch.tensor(self.firsts)[:, None] // block_size
-        return (before & free).to(like.device)
+        return to_device(before & free, like.device)
 
 
 def shares(scores: Tensor) -> Tensor:

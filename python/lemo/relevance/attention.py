@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import BlockLayout
+from lemo.packing.blocks import BlockLayout, index_tensors
 from lemo.relevance.answers import Answers, shares
 
 __all__ = ["head_relevance", "with_keys"]
@@ -37,7 +36,7 @@ def head_relevance(
     rows = [first + row for first, found in zip(firsts, answers) if found for row in found.rows()]
     if not rows:
         return [None for _ in answers]
-    index = torch.tensor(rows, dtype=torch.int32).to(q.device)
+    [index] = index_tensors(q.device, rows)
     largest, total = ops.block_attention(q.index_select(0, index), k, index, layout, scale)
     weights = (largest - total.logsumexp(-1, keepdim=True)).exp()
     relevance: list[Tensor | None] = []

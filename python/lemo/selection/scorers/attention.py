@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
+from lemo.packing.blocks import to_device
 from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance, with_keys
@@ -79,5 +80,5 @@ class AttentionScorer(AnswerScorer):
                 continue
             looked_at = torch.cat([part for part in heads if part is not None], 1).mean(1)
             words = ops.word_relevance(ids, found.firsts, found.ends, size)
-            relevance.append(torch.maximum(looked_at, words.to(looked_at.device)))
+            relevance.append(torch.maximum(looked_at, to_device(words, looked_at.device)))
         return relevance

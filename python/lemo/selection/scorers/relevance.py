@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import BlockLayout, index_tensors
+from lemo.packing.blocks import BlockLayout, index_tensors, to_device
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import load_relevance
 from lemo.relevance.answers import Answers
@@ -138,6 +138,6 @@ class RelevanceScorer(AnswerScorer):
             if found is None or shares is None:
                 relevance.append(None)
                 continue
-            words = ops.word_relevance(ids, found.firsts, found.ends, size).to(shares.device)
-            relevance.append(merged(shares, words))
+            words = ops.word_relevance(ids, found.firsts, found.ends, size)
+            relevance.append(merged(shares, to_device(words, shares.device)))
         return relevance
