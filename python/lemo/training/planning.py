@@ -108,6 +108,13 @@ def limit_name(config: FinetuneConfig) -> str:
     return "GPU memory" if config.memory_limit is None else "memory_limit"
 
 
+def checkpointed(config: FinetuneConfig, elimination: LemoConfig) -> LemoConfig:
+    """The settings with what gradient checkpointing says of `recompute` where that is auto."""
+    if config.gradient_checkpointing and elimination.recompute == "auto":
+        return elimination.model_copy(update={"recompute": "layer"})
+    return elimination
+
+
 def request_of(
     config: FinetuneConfig,
     elimination: LemoConfig,
@@ -233,25 +240,21 @@ def plan_run(
             cannot be predicted.
     """
     if limit is None:
-        if elimination is not None and elimination.host_memory and not elimination.moves:
+        if elimination is not None and elimination.plans_host:
             raise ValueError(
                 "memory_limit: expected GiB beside elimination.host_memory on the CPU, by which is "
                 "planned what goes there, got null; or say elimination.offload"
             )
         return None
-    if (
-        elimination is not None
-        and elimination.recompute == "auto"
-        and config.gradient_checkpointing
-    ):
-        elimination = elimination.model_copy(update={"recompute": "layer"})
+    if elimination is not None:
+        elimination = checkpointed(config, elimination)
     predicted = _predicted(config, elimination, model_config, dtype, device, processes)
     if predicted is None or elimination is None:
         return None
     request, planner = predicted
     asked, modes = _asked(config, elimination), request.modes
     plan: Plan | None
-    if modes is not None and (elimination.moves or not elimination.host_memory):
+    if modes is not None and not elimination.plans_host:
         plan = planner.given(modes, limit)
         # What is free on a GPU is no limit of the user's, and what is predicted errs.
         margin = MARGIN if config.memory_limit is None else 0.0
@@ -294,7 +297,7 @@ def _predicted(
     except ValueError as error:
         name = "memory_limit"
         if config.memory_limit is None:
-            if elimination is None or not elimination.host_memory or elimination.moves:
+            if elimination is None or not elimination.plans_host:
                 _log.info("no plan: %s", error)
                 return None
             name = "elimination.host_memory"
