@@ -167,7 +167,7 @@ class ScoreStore:
                     f"scores: '{folder}' lacks {file.name} of {len(description.files)} such files: "
                     "its computation has not ended; go on with `lemo relevance scores --resume`"
                 )
-            scores |= _read_file(file, description, number)
+            scores |= _read_file(file, description)
         return cls(folder, description.block_size, description.about, scores, wanted or {})
 
     def of(self, example: Example) -> Tensor | None:
@@ -249,7 +249,7 @@ def write_scores(
                 )
         started = resume
         for number, (first, end) in enumerate(_files(examples)):
-            if started and _is_whole(_file(place, number), description, number):
+            if started and _is_whole(_file(place, number), description):
                 report(end, len(examples))
                 continue
             parts = []
@@ -364,7 +364,7 @@ def _checksum(tensors: Mapping[str, Tensor], description: _Description) -> str:
     return digest.hexdigest()
 
 
-def _read_file(file: Path, description: _Description, number: int) -> dict[bytes, Tensor | None]:
+def _read_file(file: Path, description: _Description) -> dict[bytes, Tensor | None]:
     """Scores of a file by the digests of its examples; ValueError where it is not whole, or what is
     in it is not finite."""
     try:
@@ -388,9 +388,9 @@ def _read_file(file: Path, description: _Description, number: int) -> dict[bytes
     }
 
 
-def _is_whole(file: Path, description: _Description, number: int) -> bool:
+def _is_whole(file: Path, description: _Description) -> bool:
     try:
-        _read_file(file, description, number)
+        _read_file(file, description)
     except (ValueError, FileNotFoundError):
         return False
     return True
