@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lemo.files import foreign, json_text, lock, remove_folder, write_file
+from lemo.files import foreign, json_text, locked_output, remove_folder, write_file
 
 __all__ = ["Example", "ScoreStore", "write_scores"]
 
@@ -236,9 +235,7 @@ def write_scores(
         raise ValueError("examples: expected one or more, got none")
     if block_size < 1:
         raise ValueError(f"block_size: expected 1 or more, got {block_size}")
-    # A link stays, the folder that it leads to is written.
-    place = Path(os.path.realpath(folder))
-    with lock(place.with_name(f".{place.name}.lock"), f"output: '{folder}'"):
+    with locked_output(folder) as place:
         description = _Description.of(examples, block_size, about or {})
         check_output(place, resume, overwrite)
         if resume:
