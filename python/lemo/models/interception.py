@@ -26,6 +26,7 @@ __all__ = [
     "check_parts",
     "has_own_forward",
     "is_intercepted",
+    "kind_of",
     "origin",
     "own_module",
     "works_row_by_row",
@@ -269,6 +270,12 @@ def _check_functions(attention: type, attention_name: str) -> None:
             f"model: expected the rotation of {attention.__module__}, got one from "
             f"{origin(rotation)}; {_REMEDY}"
         )
+
+
+def kind_of(part: object) -> str:
+    """The class of a module or a tensor, in words."""
+    cls = type(part)
+    return f"a {cls.__module__}.{cls.__name__}"
 
 
 def origin(function: object) -> str:
