@@ -9,7 +9,7 @@ from typing import Any
 
 from lemo.data.rows import Row, keys_of
 
-__all__ = ["Conversation", "Prompted", "check_text", "parse_example"]
+__all__ = ["FORMS", "Conversation", "Prompted", "check_text", "parse_example"]
 
 FORMS = (
     "'messages' (or 'conversations'), 'prompt' and 'completion', 'instruction' and 'output', "

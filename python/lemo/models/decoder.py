@@ -30,7 +30,7 @@ from lemo.planner.text import layers_text
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
-__all__ = ["Decoded", "Decoder", "Pass"]
+__all__ = ["Decoded", "Decoder", "Embed", "Pass"]
 
 
 class Decoded(NamedTuple):

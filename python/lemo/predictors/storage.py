@@ -20,7 +20,9 @@ from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
 from lemo.predictors.relevance import REACH, RelevancePredictor
 
 __all__ = [
+    "DESCRIPTION_FILE",
     "RELEVANCE",
+    "WEIGHTS_FILE",
     "content_digest",
     "load",
     "load_relevance",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lemo.files import foreign, json_text, locked_output, remove_folder, write_file
 
-__all__ = ["Example", "ScoreStore", "write_scores"]
+__all__ = ["DESCRIPTION_FILE", "Example", "ScoreStore", "check_output", "write_scores"]
 
 FORMAT, VERSION = "lemo-scores", 1
 DESCRIPTION_FILE = "scores.json"

@@ -25,7 +25,15 @@ from lemo.training.calibration import calibrated
 from lemo.training.quantised import check_stored, stored_as
 from lemo.training.run_folder import PLAN_NAME
 
-__all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
+__all__ = [
+    "RunPlan",
+    "checkpointed",
+    "limit_name",
+    "memory_limit",
+    "out_of_memory",
+    "plan_run",
+    "request_of",
+]
 
 _GIB = 2**30
 
