@@ -198,6 +198,21 @@ def lock(file: Path, subject: str, shared: bool = False) -> Iterator[None]:
                 folder.rmdir()
 
 
+@contextlib.contextmanager
+def locked_output(folder: str | Path) -> Iterator[Path]:
+    """The real path of an output folder, which no other process writes until the block ends.
+
+    The lock lies beside the folder, so that all of it may be replaced. Where ``folder`` is a link,
+    the folder that it leads to is written, and the link stays.
+
+    Raises:
+        BlockingIOError, OSError: see :func:`lock`.
+    """
+    path = Path(os.path.realpath(folder))
+    with lock(path.with_name(f".{path.name}.lock"), f"output: '{folder}'"):
+        yield path
+
+
 def _take(file: Path, subject: str, kind: int) -> int:
     """Descriptor of ``file`` with the lock on it, or without one where there are no locks."""
     while True:

@@ -7,7 +7,7 @@ and lets no operator pass that a capture refuses.
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo.models import cuda_graphs, training_forward
+from lemo.models import cuda_graphs, one_set_passes
 
 # Operators whose result, or its shape, the host has to know.
 WAITS = (
@@ -85,6 +85,6 @@ class Place:
 
 def take_the_place_of_graphs(monkeypatch):
     """Passes are captured on the CPU, by the stand-in."""
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: True)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: True)
     monkeypatch.setattr(cuda_graphs, "_Graph", OnCpu)
     monkeypatch.setattr(cuda_graphs, "_Place", Place)

@@ -66,6 +66,14 @@ def imported_names(path: Path) -> set[tuple[str, str | None]]:
     return found
 
 
+def exported_names(path: Path) -> set[str] | None:
+    """The names in a module's `__all__`; None: it has none."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return None
+
+
 def imported_modules(path: Path) -> set[str]:
     """Modules of lemo that a file imports. `from lemo.ops import rope` is lemo.ops.rope where that
     is a module, else lemo.ops."""

@@ -10,6 +10,7 @@ import torch
 
 from source_tree import (
     ROOT,
+    exported_names,
     find_cycle,
     imported_modules,
     imported_names,
@@ -325,6 +326,17 @@ def test_private_names_stay_in_their_module_and_private_modules_in_their_package
                 assert f"{importer}.".startswith(f"{package}."), f"{path} imports {inner}"
                 found += 1
     assert found, "no module is private any more"
+
+
+def test_modules_export_what_others_import_of_them():
+    exports = {module: exported_names(path) for module, path in modules().items()}
+    assert any(exports.values())
+    inner = {*modules(), "lemo._C"}
+    for path in modules().values():
+        for module, name in imported_names(path):
+            if name is None or f"{module}.{name}" in inner or exports.get(module) is None:
+                continue
+            assert name in exports[module], f"{path.name} imports {name}, not exported by {module}"
 
 
 def test_benchmarks_and_examples_import_no_private_names():

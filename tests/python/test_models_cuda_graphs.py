@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
 from graph_stand_in import WaitsError, take_the_place_of_graphs
-from lemo.models import cuda_graphs, modes, one_set, training_forward
+from lemo.models import cuda_graphs, modes, one_set, one_set_passes
 from lemo.models.cuda_graphs import CudaGraphs
 from tiny_models import flat_config, gradients, lora, make_ids, make_model, packed_batch
 from tolerances import assert_close_fp32
@@ -76,7 +76,7 @@ def test_replays_do_not_wait_and_give_the_same(case, captured, monkeypatch):
     assert handle.graphs.replays >= 2
     kept = handle.statistics()
     # As it is computed where nothing is captured.
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: False)
     model, handle = enabled("off", **CASES[case])
     for (loss, grads), (expected_loss, expected) in zip(found, train(model), strict=True):
         assert_close_fp32(loss, expected_loss, "loss")
@@ -98,7 +98,7 @@ def test_packed_sequences_and_the_labels_of_a_step(captured, monkeypatch):
     model, handle = enabled()
     found = train(model, batch=batch)
     assert handle.graphs.replays >= 1
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: False)
     model, _ = enabled("off")
     for (loss, grads), (expected_loss, expected) in zip(found, train(model, batch=batch)):
         assert_close_fp32(loss, expected_loss, "loss")
@@ -113,7 +113,7 @@ def test_packed_sequences_that_end_elsewhere(keys, captured, monkeypatch):
     model, handle = enabled(visible_keys=keys)
     found = [train(model, 1, batch)[0] for batch in batches]
     assert handle.graphs.replays >= 3
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: False)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: False)
     model, _ = enabled("off", visible_keys=keys)
     for (loss, grads), batch in zip(found, batches, strict=True):
         [(expected_loss, expected)] = train(model, 1, batch)
@@ -155,8 +155,8 @@ def test_what_changes_in_the_model_is_not_replayed(captured):
 
 def test_modules_that_are_said_to_be_unchanged_are_read_once(captured, monkeypatch):
     """Each time that it is said, and in every pass where it is not."""
-    reads, read = [], training_forward.state_of
-    monkeypatch.setattr(training_forward, "state_of", lambda x: reads.append(1) or read(x))
+    reads, read = [], one_set_passes.state_of
+    monkeypatch.setattr(one_set_passes, "state_of", lambda x: reads.append(1) or read(x))
     model, handle = enabled()
     with handle.unchanged():
         found = train(model)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models import one_set, training_forward, weights
+from lemo.models import one_set, one_set_passes, weights
 from lemo.models.architectures import architecture_of
 from lemo.models.linear import apply_linear
 from lemo.packing import chunks
@@ -93,7 +93,7 @@ def test_products_of_four_bits_are_as_long_as_those_of_what_they_stand_for(monke
     model = quantised_lora("nf4")
     work, is_long = [], one_set.OneSet.is_long
     # Long where CUDA graphs would not be captured.
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: True)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: True)
     monkeypatch.setattr(one_set.OneSet, "is_long", lambda s: work.append(s._work()) or is_long(s))
     batch = padded_batch([61, 45])
     rows = batch["attention_mask"].sum().item()

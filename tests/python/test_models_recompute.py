@@ -14,7 +14,7 @@ import lemo
 from devices import on_gpu
 from lemo.models import rows
 from lemo.models.execution import is_plain_checkpoint
-from lemo.models.rows import chunk_rows
+from lemo.packing.chunks import chunk_rows
 from model_cases import BATCHES
 from model_checks import assert_equal_steps, one_step, saved_bytes
 from tiny_models import (

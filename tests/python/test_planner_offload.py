@@ -307,6 +307,12 @@ def test_too_little_host_memory_is_refused_before_training(config):
         finetune(changed(config, 1.0, host_memory=0.01, offload=(1.0,)))
 
 
+def test_a_run_that_moves_nothing_needs_no_limit_on_the_cpu(config):
+    for shares in (0.0, (0.0,) * 4):
+        nothing = changed(config, None, host_memory=0.01, offload=shares)
+        assert planned_by_free_memory(nothing, limit=None) is None
+
+
 def test_a_plan_with_the_host(tmp_path, capsys):
     shape = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336}
     folder = tmp_path / "model"

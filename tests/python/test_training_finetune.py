@@ -21,7 +21,7 @@ from devices import no_synchronisation, on_gpu
 from graph_stand_in import take_the_place_of_graphs
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
-from lemo.models import training_forward
+from lemo.models import one_set_passes
 from lemo.models.architectures import Architecture
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
@@ -226,8 +226,8 @@ def test_a_run_reads_the_modules_once(config, monkeypatch):
     # A divisor is read where it is on the CPU; here it stands for one on a GPU.
     loss = sys.modules["lemo.ops.linear_cross_entropy"]
     monkeypatch.setattr(loss, "float", lambda x: 1.0, raising=False)
-    reads, read = [], training_forward.state_of
-    monkeypatch.setattr(training_forward, "state_of", lambda x: reads.append(1) or read(x))
+    reads, read = [], one_set_passes.state_of
+    monkeypatch.setattr(one_set_passes, "state_of", lambda x: reads.append(1) or read(x))
     settings = LemoConfig(block_size=16, keep=0.5, cuda_graphs="on")
     finetune(config.replace(lora_dropout=0.0, elimination=settings, verify=False))
     assert len(reads) == 1

@@ -58,8 +58,9 @@ def eval(
     from rich.progress import Progress
 
     from lemo.settings.finetune import Device, Dtype, RopeScaling
+    from lemo.training.adapter import base_model_name, find_adapter
     from lemo.training.answers import evaluate_answers, has_answers
-    from lemo.training.evaluate import base_model_name, evaluate, find_adapter
+    from lemo.training.evaluate import evaluate
     from lemo.training.metrics import add_metrics, read_metrics, write_metrics
     from lemo.training.run_folder import METRICS_NAME, absolute, reading, recorded_model
 

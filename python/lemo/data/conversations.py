@@ -9,7 +9,7 @@ from typing import Any
 
 from lemo.data.rows import Row, keys_of
 
-__all__ = ["Conversation", "Prompted", "check_text", "parse_example"]
+__all__ = ["FORMS", "Conversation", "Prompted", "check_text", "parse_example"]
 
 FORMS = (
     "'messages' (or 'conversations'), 'prompt' and 'completion', 'instruction' and 'output', "
@@ -107,9 +107,29 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
 def _conversation(
     row: Row, messages: list[dict[str, Any]], context: Iterable[int] = ()
 ) -> Conversation:
-    record = row.record
-    left_out = set(context)
-    system = record.get("system") or ""
+    """The conversation of some messages, of which those of the numbers `context` are no answers."""
+    told = _with_system(row, messages)
+    answers = [n for n, message in enumerate(told) if message["role"] == "assistant"]
+    if not answers:
+        roles = ", ".join(dict.fromkeys(message["role"] for message in told))
+        raise ValueError(
+            f"{row.place}: expected a message of the assistant, got messages of {roles} only"
+        )
+    left_out = {number + len(told) - len(messages) for number in context}
+    for number, message in enumerate(told):
+        if not _take_weight(row, number, message) and number in answers:
+            left_out.add(number)
+    if left_out.issuperset(answers):
+        raise ValueError(
+            f"{row.place}: expected an answer to train on, got none but in the prompt or with a "
+            "'weight' of 0"
+        )
+    return Conversation(tuple(told), row.place, row.name, _extra(row), frozenset(left_out))
+
+
+def _with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with the row's `system` in front where it has one."""
+    system = row.record.get("system") or ""
     if not isinstance(system, str):
         raise ValueError(
             f"{row.place}: expected 'system' to be a text, got {type(system).__name__}"
@@ -117,36 +137,29 @@ def _conversation(
     check_text(row.place, "system", system)
     first = messages[0]
     if system and first["role"] not in ("system", "developer"):
-        messages = [{"role": "system", "content": system}, *messages]
-        left_out = {number + 1 for number in left_out}
-    elif system and first["content"].strip() != system.strip():
+        return [{"role": "system", "content": system}, *messages]
+    if system and first["content"].strip() != system.strip():
         raise ValueError(
             f"{row.place}: expected one system message, got 'system' and another one at the "
             "beginning of the messages"
         )
-    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+    return messages
+
+
+def _take_weight(row: Row, number: int, message: dict[str, Any]) -> bool:
+    """Takes out of a message what says whether it is trained on; whether it is."""
+    weight, train = message.pop("weight", 1), message.pop("train", True)
+    if weight not in (0, 1) or train not in (True, False):
         raise ValueError(
-            f"{row.place}: expected a message of the assistant, got messages of {roles} only"
+            f"{row.place}: expected message {number} to have a 'weight' of 0 or 1 and a "
+            f"'train' of true or false, got {_shown(weight)} and {_shown(train)}"
         )
-    made = []
-    for number, message in enumerate(messages):
-        weight, train = message.pop("weight", 1), message.pop("train", True)
-        if weight not in (0, 1) or train not in (True, False):
-            raise ValueError(
-                f"{row.place}: expected message {number} to have a 'weight' of 0 or 1 and a "
-                f"'train' of true or false, got {_shown(weight)} and {_shown(train)}"
-            )
-        if number in answers and not (weight and train):
-            left_out.add(number)
-        made.append(message)
-    if left_out.issuperset(answers):
-        raise ValueError(
-            f"{row.place}: expected an answer to train on, got none but in the prompt or with a "
-            "'weight' of 0"
-        )
-    names = ("tools", "documents", "functions")
+    return bool(weight and train)
+
+
+def _extra(row: Row) -> dict[str, Any]:
+    """Further variables of the template."""
+    record, names = row.record, ("tools", "documents", "functions")
     found: dict[str, Any] = {name: _objects(row, name) for name in names if record.get(name)}
     # Templates write of tools that are given, also where the list is empty.
     extra = {name: value for name, value in found.items() if value}
@@ -159,8 +172,7 @@ def _conversation(
         raise ValueError(
             f"{row.place}: expected 'chat_template_kwargs' to be an object, got {_shown(settings)}"
         )
-    extra |= settings
-    return Conversation(tuple(made), row.place, row.name, extra, frozenset(left_out))
+    return extra | dict(settings)
 
 
 def _objects(row: Row, name: str) -> list[Any]:

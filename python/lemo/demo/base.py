@@ -71,34 +71,9 @@ def train_base(
         OSError: the disk is full or cannot be written.
     """
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.key_value_heads,
-            max_position_embeddings=config.context,
-            tie_word_embeddings=True,
-            # Narrow layers need more than Transformers' 0.02: about the root of 1 / hidden.
-            initializer_range=0.9 * config.hidden**-0.5,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    model = _untrained(tokenizer, config)
     optimizers = _optimizers(model, config.learning_rate)
-    warmup = max(1, config.steps // 20)
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            optimizer,
-            lambda step: min(
-                (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.steps)) + 0.02
-            ),
-        )
-        for optimizer in optimizers
-    ]
+    schedules = [_schedule(optimizer, config.steps) for optimizer in optimizers]
     model.train()
     drawn = dict.fromkeys(prompts, 0)
     for step in range(config.steps):
@@ -124,6 +99,36 @@ def train_base(
     except SafetensorError as error:
         raise OSError(f"{folder}: the base model cannot be written: {error}") from error
     tokenizer.save_pretrained(folder)
+
+
+def _untrained(tokenizer: PreTrainedTokenizerFast, config: BaseConfig) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocabulary,
+            hidden_size=config.hidden,
+            intermediate_size=config.intermediate,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.key_value_heads,
+            max_position_embeddings=config.context,
+            tie_word_embeddings=True,
+            # Narrow layers need more than Transformers' 0.02: about the root of 1 / hidden.
+            initializer_range=0.9 * config.hidden**-0.5,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then a cosine, which ends a little above 0."""
+    warmup = max(1, steps // 20)
+
+    def share(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.02)
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:

@@ -15,7 +15,7 @@ from lemo.data.chat import ChatEncoder, Encoded
 from lemo.data.conversations import Conversation, parse_example
 from lemo.data.rows import Row, read_rows
 from lemo.demo.facts import fact_line, question
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.labels import IGNORE_INDEX, of_tokens
 from lemo.packing.blocks import block_tokens
 from lemo.relevance.answers import Answers
 
@@ -64,8 +64,7 @@ def _explained(
 ) -> dict[str, Any]:
     ids, labels = torch.tensor(example.ids), torch.tensor(example.labels)
     block_size = _block_size(elimination, len(ids))
-    labelled = torch.cat((labels[1:] != IGNORE_INDEX, torch.tensor([False])))
-    answers = Answers.of(labelled)
+    answers = Answers.of(of_tokens(labels != IGNORE_INDEX))
     assert answers is not None
     scores = ops.word_relevance(ids, answers.firsts, answers.ends, block_size)
     turns = row.record["messages"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.models.interception import has_own_forward, is_intercepted, kind_of
 from lemo.models.weights import is_plain
 
 __all__ = ["Adapted", "Pair", "adapted"]
@@ -64,7 +64,7 @@ def adapted(module: nn.Module) -> Adapted | str:
     if not cls.__module__.startswith("peft."):
         return Adapted(module, (), True)
     if (cls.__module__, cls.__name__) not in _LORA:
-        return f"a {cls.__module__}.{cls.__name__}"
+        return kind_of(module)
     if is_intercepted(module) or not has_own_forward(cls):
         return "a hook or a forward of somebody else on the LoRA layer"
     # A module's own getattr is slow, and this is asked for every layer of every pass.

@@ -30,7 +30,7 @@ from lemo.planner.text import layers_text
 from lemo.selection.scorers import Scorer
 from lemo.selection.selector import Selector
 
-__all__ = ["Decoded", "Decoder", "Pass"]
+__all__ = ["Decoded", "Decoder", "Embed", "Pass"]
 
 
 class Decoded(NamedTuple):
@@ -70,6 +70,11 @@ class Pass:
     kept: Selection | None = None
     left_out: Selection | None = None
     offload: OffloadedPass | None = None
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether it is known what the first layer keeps and what all of them store."""
+        return bool(self.modes)
 
 
 Embed = Callable[[Batch, Tensor | None], tuple[Batch, Tensor]]
@@ -176,7 +181,6 @@ class Decoder:
             kept = self._select(0, "attention", now, residual)
         actions = self._modes.of(now.batch, residual, kept, now.drop, captures)
         now.modes, now.head_groups = actions.modes, actions.head_groups
-        now.offload = self._offload.begin(actions.shares, residual.device)
         tokens = now.batch.layout.num_tokens
         self._latest = _described(tokens, kept.num_rows, actions.modes, actions.shares)
         if now.chosen is None:
@@ -187,6 +191,7 @@ class Decoder:
             now.kept = now.place.of(kept)
             if self.visible_keys == "computed":
                 now.left_out = self._left_out(now.kept, now)
+        now.offload = self._offload.begin(actions.shares, residual.device)
         if now.offload.is_needed:
             # The first layer would make them otherwise, after this.
             positions = None if self.visible_keys == "kept" else now.batch.positions
@@ -224,12 +229,10 @@ class Decoder:
         if index == 0:
             # Inside of the first layer, too: elsewhere FSDP2 may hold weights in another dtype.
             _check_dtype(residual, self._architecture.attention_norm(0))
-        if not now.modes:
+        if not now.is_entered:
             # Inside of the first layer, whose weights may be whole only here.
             residual = self.enter(now, residual)
-            kept = now.kept or now.place.of(self._selector.selected(0, "attention"))
-        else:
-            kept = now.kept or now.place.of(self._select(index, "attention", now, residual))
+        kept = self._kept(index, "attention", now, residual)
         assert now.offload is not None
         with now.offload.layer(index, layer) as moved:
             return self._run(index, now, kept, residual, moved)
@@ -249,10 +252,10 @@ class Decoder:
             keys = None if attention.keys is kept else attention.keys
             moved.leave_out(residual, kept, keys, now.left_out)
         if execution.joins and self._selector.mlp_shares and attention.keys is kept:
-            mlp = self._mlp(index, self._of_mlp(index, now, residual))
+            mlp = self._mlp(index, self._kept(index, "mlp", now, residual))
             return execution.run(residual, self._unit(index, now, attention, mlp))
         residual = execution.run(residual, self._unit(index, now, attention, None))
-        mlp = self._mlp(index, self._of_mlp(index, now, residual))
+        mlp = self._mlp(index, self._kept(index, "mlp", now, residual))
         return execution.run(residual, self._unit(index, now, None, mlp))
 
     def _select(self, index: int, kind: str, now: Pass, residual: Tensor) -> Selection:
@@ -266,8 +269,13 @@ class Decoder:
 
         return self._selector.select(index, kind, score)
 
-    def _of_mlp(self, index: int, now: Pass, residual: Tensor) -> Selection:
-        return now.kept or now.place.of(self._select(index, "mlp", now, residual))
+    def _kept(self, index: int, kind: str, now: Pass, residual: Tensor) -> Selection:
+        """The rows of the residual that a sub-block keeps."""
+        if now.kept is not None:
+            return now.kept
+        if (index, kind) == (0, "attention"):
+            return now.place.of(self._selector.selected(index, kind))  # since `enter`
+        return now.place.of(self._select(index, kind, now, residual))
 
     def _attention(self, index: int, now: Pass, kept: Selection) -> Attention:
         keys = kept
@@ -283,13 +291,11 @@ class Decoder:
     def _unit(self, index: int, now: Pass, attention: Attention | None, mlp: MLP | None) -> Unit:
         left_out = LeftOutRows(None, None)
         if self.visible_keys == "computed":
-            rows = [
-                None if sub_block is None else self._left_out(sub_block.kept, now)
-                for sub_block in (attention, mlp)
-            ]
+            of_attention = None if attention is None else self._left_out(attention.kept, now)
+            of_mlp = None if mlp is None else self._left_out(mlp.kept, now)
             left_out = LeftOutRows(
-                None if rows[0] is None else self._attention(index, now, rows[0]),
-                None if rows[1] is None else self._mlp(index, rows[1]),
+                None if of_attention is None else self._attention(index, now, of_attention),
+                None if of_mlp is None else self._mlp(index, of_mlp),
             )
         return Unit(attention, mlp, left_out, now.head_groups)
 

@@ -17,7 +17,7 @@ from lemo.models.recompute import recomputed
 from lemo.models.unit import Unit
 from lemo.models.weights import parameters_of
 
-__all__ = ["Execution", "execution_of"]
+__all__ = ["Execution", "execution_of", "is_plain_checkpoint"]
 
 
 class Execution(Protocol):

@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 
 from lemo import ops
 from lemo.models.adapters import Adapted, adapted
+from lemo.models.interception import kind_of
 from lemo.models.torchao_weights import is_torchao_float8
 from lemo.models.weights import is_plain, once
 
@@ -352,8 +353,7 @@ def why_unquantised(module: nn.Module) -> str | None:
         return reason
     found: Fp8Linear | None = vars(layer.base).get(_ATTRIBUTE)
     if found is None:
-        cls = type(layer.base)
-        return f"a {cls.__module__}.{cls.__name__} that is no linear layer, or came after enable"
+        return f"{kind_of(layer.base)} that is no linear layer, or came after enable"
     return found.unfit() or "; ".join(found.reasons.values()) or None
 
 

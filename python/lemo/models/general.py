@@ -8,11 +8,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture, active_module
-from lemo.models.interception import is_intercepted
+from lemo.models.interception import is_intercepted, kind_of
 from lemo.models.sharded import as_if_whole
 from lemo.models.weights import is_plain, matrix_of
 
@@ -52,14 +52,14 @@ def _reasons(
         projections = architecture.mlp_projections(index)
         if projections is None:
             mlp: Any = architecture.layer(index).mlp
-            yield mlp, f"{_kind(mlp)} or a hook in place of the model's own MLP"
+            yield mlp, f"{kind_of(mlp)} or a hook in place of the model's own MLP"
         for module in projections or ():
             yield from _of_linear(module, dtype, device)
     if architecture.last_norm is not None:
         yield from _of_norm(architecture, architecture.last_norm, dtype)
     head = architecture.lm_head
     if not is_plain(active_module(head)):
-        yield head, f"{_kind(active_module(head))} or hooks in place of a plain head"
+        yield head, f"{kind_of(active_module(head))} or hooks in place of a plain head"
 
 
 def _of_norm(
@@ -72,7 +72,7 @@ def _of_norm(
     if weight is not None and weight.dtype != dtype and not is_intercepted(active):
         yield norm, f"its weight is {_name(weight.dtype)} and the rows are {_name(dtype)}"
     else:
-        yield norm, f"{_kind(active)} or hooks in place of the model's own norm"
+        yield norm, f"{kind_of(active)} or hooks in place of the model's own norm"
 
 
 def _of_linear(
@@ -100,27 +100,22 @@ def _of_base(base: nn.Module, dtype: torch.dtype) -> str:
         return "a hook or a replaced forward"
     computes = getattr(base, "compute_dtype", None)
     if computes not in (None, dtype):
-        return f"{_kind(base)} computes in {_name(computes)} and the rows are {_name(dtype)}"
+        return f"{kind_of(base)} computes in {_name(computes)} and the rows are {_name(dtype)}"
     state = getattr(getattr(base, "weight", None), "quant_state", None)
     packed = getattr(state, "packing_format_for_cpu", False)
     if state is not None and not packed and state.dtype not in (dtype, torch.float32):
-        return f"{_kind(base)} stands for {_name(state.dtype)} and the rows are {_name(dtype)}"
+        return f"{kind_of(base)} stands for {_name(state.dtype)} and the rows are {_name(dtype)}"
     if type(base) is not nn.Linear:
-        return f"{_kind(base)}, whose product is its own"
+        return f"{kind_of(base)}, whose product is its own"
     weight = base.weight
     if weight.requires_grad:
         return "its weight is trained"
     if not is_plain(base):
-        kind = f"its weight is {_kind(weight)}"
+        kind = f"its weight is {kind_of(weight)}"
         if weight.dtype == dtype:
             return kind
         return f"{kind} of {_name(weight.dtype)} and the rows are {_name(dtype)}"
     return f"its weight is {_name(weight.dtype)} and the rows are {_name(dtype)}"
-
-
-def _kind(part: nn.Module | Tensor) -> str:
-    cls = type(part)
-    return f"a {cls.__module__}.{cls.__name__}"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -66,7 +66,6 @@ class GroupedBackward:
         rows: [Rk, H], what it read of the residual.
         saved: its result and logarithms; empty: they are computed again.
         entry: random numbers and autocast at the unit's entry.
-        behind: the same behind the heads.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class GroupedBackward:
         rows: Tensor,
         saved: Sequence[Tensor],
         entry: Surroundings,
-        behind: Surroundings,
     ) -> None:
         self._attention, self._groups, self._rows = attention, groups, rows
         self._entry = entry
@@ -85,10 +83,12 @@ class GroupedBackward:
                 saved = attended(attention, rows)
         self._leaf, self._lse = saved[0].detach().requires_grad_(), saved[1]
         self._edge: Any = None
-        self.behind = behind
 
     def output(self, values: bool) -> Tensor:
-        """What attention adds to the kept rows [Rq, H]; to be called inside of `behind`."""
+        """What attention adds to the kept rows [Rq, H].
+
+        To be called with the random numbers and the autocast that were behind the heads.
+        """
         with torch.enable_grad():
             y = self._attention.output(self._leaf, values)
         self._edge = get_gradient_edge(y)

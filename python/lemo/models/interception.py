@@ -22,10 +22,12 @@ from lemo.models.sharded import is_sharded, own_class
 __all__ = [
     "check_adapters",
     "check_around",
+    "check_attention",
     "check_not_compiled",
     "check_parts",
     "has_own_forward",
     "is_intercepted",
+    "kind_of",
     "origin",
     "own_module",
     "works_row_by_row",
@@ -256,19 +258,38 @@ def _check_functions(attention: type, attention_name: str) -> None:
     if attention_name == "eager":
         function = home.eager_attention_forward
     # Attention of the hub ("owner/name") computes what Transformers' own computes.
-    known = "/" in attention_name if function is None else False
-    if not known and origin(function).partition(".")[0] not in ("transformers", "lemo"):
-        raise ValueError(
-            f"attn_implementation: expected one of Transformers' own, got '{attention_name}' from "
-            f"{origin(function)}, in whose place lemo's attention would run. Load the model with "
-            "attn_implementation='sdpa', or train without lemo"
-        )
+    if function is not None or "/" not in attention_name:
+        check_attention(function, attention_name)
     rotation = getattr(home, "apply_rotary_pos_emb", None)
     if rotation is not None and origin(rotation).partition(".")[0] not in _SAME_ROTATION:
         raise ValueError(
             f"model: expected the rotation of {attention.__module__}, got one from "
             f"{origin(rotation)}; {_REMEDY}"
         )
+
+
+def check_attention(function: object, name: str) -> None:
+    """Refuses attention of the user's own, in whose place lemo's would be wrong silently.
+
+    Args:
+        function: computes it.
+        name: of the implementation.
+
+    Raises:
+        ValueError: it is neither Transformers' nor lemo's.
+    """
+    if origin(function).partition(".")[0] not in ("transformers", "lemo"):
+        raise ValueError(
+            f"attn_implementation: expected one of Transformers' own, got '{name}' from "
+            f"{origin(function)}, in whose place lemo's attention would run. Load the model with "
+            "attn_implementation='sdpa', or train without lemo"
+        )
+
+
+def kind_of(part: object) -> str:
+    """The class of a module or a tensor, in words."""
+    cls = type(part)
+    return f"a {cls.__module__}.{cls.__name__}"
 
 
 def origin(function: object) -> str:

@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 
 
 class Named(Protocol):
-    """What can be told of labels: a `TrainingForward`."""
+    """What can be told of labels: a `lemo.models.training.Training`."""
 
     row_labels: Tensor | None
 

@@ -7,7 +7,7 @@ whichever of its consumers saves it too. Copies of the input are made again in b
 rows at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -61,8 +61,11 @@ def apply_linears(
     if not nodes:
         return tuple(part(x) for part in parts if not isinstance(part, _Part))
     # A base layer that runs by its own forward has added its bias.
-    own = [(base(x), None) if plan.matrix is None else (None, base.bias) for plan, base, _ in nodes]
-    pairs = [(pair.a, pair.b, pair.bias) for part in nodes for pair in part.pairs]
+    own = [
+        _OfLayer(base(x), None) if plan.matrix is None else _OfLayer(None, base.bias)
+        for plan, base, _ in nodes
+    ]
+    pairs = [_OfPair(pair.a, pair.b, pair.bias) for part in nodes for pair in part.pairs]
     plans = tuple(part.plan for part in nodes)
     return _Linear.apply(x, plans, *chain.from_iterable(own), *chain.from_iterable(pairs))
 
@@ -182,75 +185,127 @@ class _Part(NamedTuple):
     pairs: tuple[Pair, ...]
 
 
+class _OfLayer(NamedTuple):
+    """What there is of a layer's operands: the tensors, their dtypes, or whether their gradients
+    are wanted.
+
+    Attributes:
+        given: the result of a base layer that has run already, [R, out].
+        bias: of a base layer that has not, [out].
+    """
+
+    given: Any
+    bias: Any
+
+
+class _OfPair(NamedTuple):
+    """The same of a pair: A [r, in], B [out, r] and its bias [out]."""
+
+    a: Any
+    b: Any
+    bias: Any
+
+
+class _Saved(NamedTuple):
+    """What backward needs of a stack of pairs besides the rows; see `LowRank` for the shapes.
+
+    Attributes:
+        low: what the As made of the rows; None: no gradient of a B is wanted.
+        bits: of the mask.
+        weights: for each pair, what to make the products' `a` of.
+        bs: for each pair.
+    """
+
+    low: Tensor | None
+    bits: Tensor | None
+    weights: Sequence[Tensor | None]
+    bs: Sequence[Tensor]
+
+    def tensors(self) -> list[Tensor | None]:
+        return [self.low, self.bits, *self.weights, *self.bs]
+
+    @classmethod
+    def taken(cls, tensors: Iterator[Any], pairs: int) -> "_Saved":
+        """That of a stack of so many pairs, from the next of what `tensors` gave."""
+        low, bits = islice(tensors, 2)
+        return cls(low, bits, *(list(islice(tensors, pairs)) for _ in range(2)))
+
+
 class _Linear(torch.autograd.Function):
     """Base layers' products, or their given results, and pairs.
 
     All operands are in the dtype of autocast before they are multiplied, so it casts nothing. They
-    are two for each layer, its given result and its bias, and then three for each pair.
+    come as an `_OfLayer` for each layer, and then an `_OfPair` for each pair, in one row.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, plans: tuple[_Plan, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        cast, first = x.to(plans[0].dtype), 2 * len(plans)
-        own, pairs = _groups(tensors[:first], 2), _groups(tensors[first:], 3)
-        ys = [plan.result(x, cast, *both) for plan, both in zip(plans, own)]
+        cast = x.to(plans[0].dtype)
+        own, pairs = _grouped(tensors, len(plans))
+        _, wanted = _grouped(ctx.needs_input_grad[2:], len(plans))
+        ys = [plan.result(x, cast, *operands) for plan, operands in zip(plans, own)]
         products = [product for plan in plans for product in plan.products]
         # The layer of each pair.
         layers = [i for i, plan in enumerate(plans) for _ in plan.products]
-        wanted = _groups(ctx.needs_input_grad[2 + first :], 3)
-        ctx.stacks = stacks(products, [a for a, _, _ in pairs], [some[:2] for some in wanted])
+        ctx.stacks = stacks(products, [pair.a for pair in pairs], [(w.a, w.b) for w in wanted])
         saved: list[Tensor | None] = []
         for places in ctx.stacks:
-            product = products[places[0]]
-            a, weights, bs = product.operands(*zip(*(pairs[i][:2] for i in places)))
+            product, of_stack = products[places[0]], [pairs[i] for i in places]
+            a, weights, bs = product.operands(
+                [pair.a for pair in of_stack], [pair.b for pair in of_stack]
+            )
             low, bits = product.lower(cast, a)
             for i, b, part in zip(places, bs, shares(low, bs, 1)):
                 if plans[layers[i]].width is None:
-                    product.add_upper(ys[layers[i]], part, b, pairs[i][2])
-            saved += [low if wanted[places[0]][1] else None, bits, *weights, *bs]
+                    product.add_upper(ys[layers[i]], part, b, pairs[i].bias)
+            low = low if wanted[places[0]].b else None
+            saved += _Saved(low, bits, weights, bs).tensors()
         # The weights are frozen, and those that were made of another kind are made again.
-        stored = x if any(wants_a for wants_a, _, _ in wanted) else None
+        stored = x if any(wants.a for wants in wanted) else None
         ctx.plans, ctx.products, ctx.layers, ctx.shape = plans, products, layers, x.shape
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, *tensors)]
+        ctx.x_dtype = x.dtype
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.save_for_backward(stored, *saved)
         return tuple(ys)
 
     @staticmethod
     @first_order_only("linear")
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        plans, products, layers = ctx.plans, ctx.products, ctx.layers
         x, *rest = ctx.saved_tensors
         saved = iter(rest)
-        plans, products, layers = ctx.plans, ctx.products, ctx.layers
-        first = 2 * len(plans)
         wants_x, _, *others = ctx.needs_input_grad
-        wanted_own, wanted = _groups(others[:first], 2), _groups(others[first:], 3)
-        x_dtype, *dtypes = ctx.dtypes
-        bias_dtypes, pair_dtypes = dtypes[1:first:2], _groups(dtypes[first:], 3)
+        wanted_own, wanted = _grouped(others, len(plans))
+        dtypes_of_own, dtypes = _grouped(ctx.dtypes, len(plans))
         cast = None if x is None else x.to(plans[0].dtype)
         dx = _input_gradient(plans, dys, ctx.shape) if wants_x else None
-        own: list[Tensor | None] = []
-        for dy, (wants_result, wants_bias), dtype in zip(dys, wanted_own, bias_dtypes):
-            own += [dy if wants_result else None, dy.sum(0).to(dtype) if wants_bias else None]
+        of_own = [
+            _OfLayer(
+                dy if wants.given else None,
+                dy.sum(0).to(of_layer.bias) if wants.bias else None,
+            )
+            for dy, wants, of_layer in zip(dys, wanted_own, dtypes_of_own)
+        ]
         das: list[Tensor | None] = [None] * len(products)
         dbs, dbiases = das.copy(), das.copy()
         for places in ctx.stacks:
-            low, bits = islice(saved, 2)
-            weights, bs = (list(islice(saved, len(places))) for _ in range(2))
+            low, bits, weights, bs = _Saved.taken(saved, len(places))
             a = below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
-            rows = cast if wanted[places[0]][0] else None
+            rows = cast if wanted[places[0]].a else None
             of_as, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
             for i, da in zip(places, of_as):
-                das[i] = da.to(pair_dtypes[i][0])
+                das[i] = da.to(dtypes[i].a)
             for i, db in zip(places, of_bs):
-                dbs[i] = db.to(pair_dtypes[i][1])
+                dbs[i] = db.to(dtypes[i].b)
             for i, dy in zip(places, dys_of_pairs):
-                if wanted[i][2]:
-                    dbiases[i] = product.bias_gradient(dy).to(pair_dtypes[i][2])
-        of_pairs = chain.from_iterable(zip(das, dbs, dbiases))
-        return None if dx is None else dx.to(x_dtype), None, *own, *of_pairs
+                if wanted[i].bias:
+                    dbiases[i] = product.bias_gradient(dy).to(dtypes[i].bias)
+        of_pairs = map(_OfPair, das, dbs, dbiases)
+        dx = None if dx is None else dx.to(ctx.x_dtype)
+        return dx, None, *chain.from_iterable(of_own), *chain.from_iterable(of_pairs)
 
 
 def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.Size) -> Tensor:
@@ -269,5 +324,9 @@ def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.
     return dys[0].new_zeros(shape, dtype=plans[0].dtype) if dx is None else dx
 
 
-def _groups(values: Sequence[Any], size: int) -> list[tuple[Any, ...]]:
-    return list(zip(*(values[i::size] for i in range(size))))
+def _grouped(values: Sequence[Any], layers: int) -> tuple[list[_OfLayer], list[_OfPair]]:
+    """What a node with so many layers has in one row, by layers and by pairs."""
+    first = layers * len(_OfLayer._fields)
+    own = zip(*[iter(values[:first])] * len(_OfLayer._fields))
+    pairs = zip(*[iter(values[first:])] * len(_OfPair._fields))
+    return list(map(_OfLayer._make, own)), list(map(_OfPair._make, pairs))

@@ -26,6 +26,7 @@ __all__ = [
     "counted_labels",
     "divisor_of",
     "head_loss",
+    "labels_per_counted",
     "loss_chunk_rows",
     "next_labels",
     "rows_among",
@@ -186,6 +187,18 @@ def divisor_of(
     if divisor is not None and counted is not labelled:
         divisor = divisor * (counted.sum() / labelled.sum().clamp(min=1))
     return divisor.to(labelled.device) if torch.is_tensor(divisor) else divisor
+
+
+def labels_per_counted(labelled: Tensor, lost: Tensor | None, counted: int) -> Tensor:
+    """Labels of the batch for each one that counts, fp32 scalar: how much more of them there are.
+
+    Args:
+        labelled: [T] bool, rows that predict a label.
+        lost: scalar, labels of the batch that none of these rows predicts; None: there are none.
+        counted: how many count.
+    """
+    labels = labelled.sum() if lost is None else labelled.sum() + lost
+    return labels.float() / max(counted, 1)
 
 
 def head_loss(

@@ -87,7 +87,7 @@ class Modes:
         batch: Batch,
         residual: Tensor,
         kept: Selection,
-        one_set: bool,
+        drops: bool,
         captures: bool = False,
     ) -> Actions:
         """What becomes of the activations of each layer in a pass.
@@ -96,7 +96,7 @@ class Modes:
             batch: what the rows are.
             residual: [T, H], before rows are dropped.
             kept: what the first layer keeps.
-            one_set: whether all layers keep it, and other rows are dropped.
+            drops: whether other rows are dropped; then all layers keep it.
             captures: whether the pass may be replayed as CUDA graphs.
         """
         modes = self._modes
@@ -106,7 +106,7 @@ class Modes:
             fixed = (
                 None if chooses else tuple("layer" if mode == "auto" else mode for mode in modes)
             )
-            planned = self._planned(batch, residual, kept, one_set, fixed, captures)
+            planned = self._planned(batch, residual, kept, drops, fixed, captures)
             if planned is not None:
                 return planned if chooses else planned._replace(modes=modes)
         if self._shares is None and torch.is_grad_enabled() and not self._has_said:
@@ -134,7 +134,7 @@ class Modes:
         batch: Batch,
         residual: Tensor,
         kept: Selection,
-        one_set: bool,
+        drops: bool,
         modes: tuple[str, ...] | None,
         captures: bool,
     ) -> Actions | None:
@@ -145,7 +145,7 @@ class Modes:
             return None
         lengths = batch.layout.seqlens
         rows = [LayerRows(kept.num_rows, kept.num_rows)] * shape.layers
-        if not one_set:
+        if not drops:
             rows = rows_of(self._config, shape.layers, lengths)
         rows = [LayerRows(*map(rounded_up, layer)) for layer in rows]
         autocast = torch.is_autocast_enabled(residual.device.type)
@@ -155,7 +155,7 @@ class Modes:
         of_ends = [adapters_of_layer(layer, residual.dtype, autocast) for layer in layers]
         key = (
             *(len(lengths), rounded_up(sum(lengths)), tuple(rows)),
-            *(one_set, autocast, modes, captures, *of_ends),
+            *(drops, autocast, modes, captures, *of_ends),
         )
         if key not in self._plans:
             held = 0 if self._graphs is None else self._graphs.bytes
@@ -168,7 +168,7 @@ class Modes:
             # The bucket's most rows may be more than there are.
             most = max(sum(lengths), max(max(layer) for layer in rows))
             lengths = (*lengths[:-1], lengths[-1] + most - sum(lengths))
-            planner = self._planner(shape, adapters, lengths, rows, one_set, residual, captures)
+            planner = self._planner(shape, adapters, lengths, rows, drops, residual, captures)
             if self._config.in_8_bits:
                 free -= bytes_to_come(self._architecture.decoder)
             if held and self._graphs is not None and not planner.fits(free):
@@ -184,7 +184,7 @@ class Modes:
         own: Sequence[Adapters],
         lengths: Sequence[int],
         rows: Sequence[LayerRows],
-        one_set: bool,
+        drops: bool,
         residual: Tensor,
         captures: bool,
     ) -> Planner:
@@ -195,7 +195,7 @@ class Modes:
             own: LoRA on each layer.
             lengths: tokens of each sequence.
             rows: that each layer keeps.
-            one_set: whether all layers keep them, and other rows are dropped.
+            drops: whether other rows are dropped; then all layers keep these.
             residual: of the dtype and on the device of such a pass.
             captures: whether it may be replayed as CUDA graphs.
         """
@@ -204,8 +204,8 @@ class Modes:
             shape,
             lengths,
             rows,
-            drops=one_set,
-            all_count=not one_set,
+            drops=drops,
+            all_count=not drops,
             size=residual.dtype.itemsize,
             autocast=torch.is_autocast_enabled(device),
             cuda=device == "cuda",

@@ -18,7 +18,7 @@ from lemo.models.decoder import Decoder, Pass
 from lemo.models.execution import is_plain_checkpoint
 from lemo.models.fp8 import fp8_of
 from lemo.models.general import by_reason, general_modules
-from lemo.models.interception import has_own_forward, is_intercepted
+from lemo.models.interception import has_own_forward, is_intercepted, kind_of
 from lemo.models.loss import head_loss
 from lemo.models.modes import rounded_up
 from lemo.models.out_of_memory import explained
@@ -324,7 +324,7 @@ def _unknown_part(architecture: Architecture, index: int) -> str | None:
         cls: Any = type(module)
         own = cls.__module__.startswith(("torch.nn.", "transformers."))
         if not own or not has_own_forward(cls) or is_intercepted(module):
-            return f"a {cls.__module__}.{cls.__name__} that may have hooks"
+            return f"{kind_of(module)} that may have hooks"
     if layer.gradient_checkpointing and not is_plain_checkpoint(_checkpoint(layer)):
         return "a checkpoint function of its own"
     return None

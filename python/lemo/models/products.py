@@ -9,6 +9,7 @@ from torch import nn
 from lemo.models.adapters import adapted
 from lemo.models.architectures import Architecture
 from lemo.models.fp8 import Fp8Linear, check_gpu, setting_of, why_unquantised
+from lemo.models.interception import kind_of
 from lemo.models.sharded import is_sharded
 from lemo.models.torchao_weights import is_torchao, is_torchao_float8
 
@@ -133,10 +134,9 @@ class Fp8Products:
             mlp: Any = architecture.layer(index).mlp
             known = {*mlp.modules()}
             found = [x for x in (getattr(mlp, name, None) for name in _MLP) if x in known]
-            kind = f"a {type(mlp).__module__}.{type(mlp).__name__}"
             inside: list[Any] = found or [mlp]
             for module in inside:
-                yield module, f"{kind} or a hook in place of the model's own MLP"
+                yield module, f"{kind_of(mlp)} or a hook in place of the model's own MLP"
 
     def _follow_mlps(self) -> None:
         """Takes 8 bits from MLPs that run as the module that they are, and gives them to others."""
@@ -170,14 +170,13 @@ def _base_of(module: nn.Module) -> nn.Module:
 
 
 def _check_base(module: Any, name: str, fast: bool) -> None:
-    kind = None
-    weight = getattr(module, "weight", None)
+    quantised = None
     if type(module).__module__.startswith("bitsandbytes."):
-        kind = type(module)
+        quantised = module
     elif is_torchao(module) and not is_torchao_float8(module):
-        kind = type(weight)
-    if kind is not None:
+        quantised = module.weight
+    if quantised is not None:
         raise ValueError(
             "products: expected 'dtype' over weights that are quantised in another way than "
-            f"float8, got '{setting_of(fast)}' and a {kind.__module__}.{kind.__name__} as {name}"
+            f"float8, got '{setting_of(fast)}' and {kind_of(quantised)} as {name}"
         )

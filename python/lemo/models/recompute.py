@@ -162,9 +162,7 @@ def _backward_in_groups(
         gradients: gets those of the parameters.
     """
     unit, needs_residual = ctx.unit, ctx.needs_input_grad[3]
-    groups = GroupedBackward(
-        unit.attention, unit.head_groups, rows, saved, ctx.surroundings, ctx.behind_heads
-    )
+    groups = GroupedBackward(unit.attention, unit.head_groups, rows, saved, ctx.surroundings)
     del saved
     with ctx.behind_heads.restored(), ctx.behind_heads.autocast(), torch.enable_grad():
         y = groups.output(values=unit.mlp is not None)

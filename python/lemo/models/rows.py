@@ -11,7 +11,6 @@ from lemo.packing.chunks import COPY_ELEMENTS, chunk_rows
 __all__ = [
     "add_in_chunks",
     "add_rows",
-    "chunk_rows",
     "chunks_of",
     "gather_rows",
     "is_one_slice",

@@ -70,25 +70,7 @@ def share_out(trainer: transformers.Trainer, context: ContextParallel | None) ->
         return _nothing
     if size == 1 and context.size == 1:
         return _nothing
-    if size != context.size:
-        raise ValueError(
-            f"trainer: expected one that gives {context.size} processes the same batch, got "
-            f"cp_size {size}; set parallelism_config=ParallelismConfig(cp_size={context.size}, "
-            "dp_shard_size=the number of groups) of its arguments, and FSDP2 (fsdp_version 2)"
-        )
-    theirs = accelerator.torch_device_mesh["cp"].get_group()
-    ranks = (dist.get_process_group_ranks(group) for group in (theirs, context.group))
-    both = tuple(sorted(each) for each in ranks)
-    if both[0] != both[1]:
-        raise ValueError(
-            f"trainer: expected the group of processes that lemo.enable was given, {both[1]}, got "
-            f"{both[0]}; {_HOW}"
-        )
-    if not trainer.args.average_tokens_across_devices:
-        raise ValueError(
-            "average_tokens_across_devices: expected true with context_parallel, where a step has "
-            "one loss over the labels of all groups, got false"
-        )
+    _check_group(trainer, size, context)
     # FSDP takes the mean over all processes, those of a group among them.
     before = context.averages_gradients
     context.averages_gradients = False
@@ -112,6 +94,29 @@ def share_out(trainer: transformers.Trainer, context: ContextParallel | None) ->
                 delattr(holder, name)
 
     return undo
+
+
+def _check_group(trainer: transformers.Trainer, size: int, context: ContextParallel) -> None:
+    """Refuses a trainer whose groups of `size` processes are not that of lemo; see `share_out`."""
+    if size != context.size:
+        raise ValueError(
+            f"trainer: expected one that gives {context.size} processes the same batch, got "
+            f"cp_size {size}; set parallelism_config=ParallelismConfig(cp_size={context.size}, "
+            "dp_shard_size=the number of groups) of its arguments, and FSDP2 (fsdp_version 2)"
+        )
+    theirs = trainer.accelerator.torch_device_mesh["cp"].get_group()
+    ranks = (dist.get_process_group_ranks(group) for group in (theirs, context.group))
+    both = tuple(sorted(each) for each in ranks)
+    if both[0] != both[1]:
+        raise ValueError(
+            f"trainer: expected the group of processes that lemo.enable was given, {both[1]}, got "
+            f"{both[0]}; {_HOW}"
+        )
+    if not trainer.args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices: expected true with context_parallel, where a step has "
+            "one loss over the labels of all groups, got false"
+        )
 
 
 def _nothing() -> None:

@@ -179,6 +179,22 @@ class Training(ABC, Generic[C]):
             return None
         return _of_tokens("scores", self.token_scores, packed, embedded)
 
+    def _note_trained(self, counted: int, labelled: Tensor) -> None:
+        """Takes note of whether a pass trains something.
+
+        Args:
+            counted: how many of its labels count.
+            labelled: [T] bool, rows that predict a label.
+
+        Raises:
+            ValueError, FloatingPointError: it has labels, but none that counts, and neither had
+                any pass before.
+        """
+        if counted:
+            self.has_trained = True
+        elif torch.is_grad_enabled() and bool(labelled.any()):
+            self._nothing_trained()
+
     def _nothing_trained(self) -> None:
         message = (
             "labels: expected one or more of the batch's to be predicted from a row that counts, "

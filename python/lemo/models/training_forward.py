@@ -4,11 +4,10 @@ For a loss alone, left-out rows are not computed. For logits or hidden states a 
 computes the left-out rows, without a graph, so that each row is what the dense model gives.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +20,22 @@ from lemo.models.arguments import ForwardArguments
 from lemo.models.as_in_forward import AsInForward
 from lemo.models.batch import Batch
 from lemo.models.context_checks import needs_all_rows
-from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
 from lemo.models.decoder import Decoded, Decoder, Embed
 from lemo.models.elimination import Elimination
 from lemo.models.interception import check_adapters
+from lemo.models.labelled_call import LabelledCall, PassLoss
 from lemo.models.labelled_rows import LabelledStates
-from lemo.models.loss import causal_lm_loss, divisor_of, next_labels, rows_among
-from lemo.models.offload import Offload
-from lemo.models.one_set import (
-    Labels,
-    OneSet,
-    State,
-    labels_of_rows,
-    state_of,
-    uses_plain_head,
+from lemo.models.loss import (
+    causal_lm_loss,
+    counted_labels,
+    labels_per_counted,
+    next_labels,
+    rows_among,
 )
+from lemo.models.offload import Offload
+from lemo.models.one_set_passes import OneSetPasses
 from lemo.models.out_of_memory import explained
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.models.sharded import is_sharded
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
 
@@ -65,15 +62,12 @@ class TrainingForward(Training[Elimination]):
         context: ContextParallel | None = None,
     ) -> None:
         self.offload = Offload(config.host_bytes)
-        if config.cuda_graphs != "off":
-            self.graphs = CudaGraphs(spares=config.cuda_graphs == "auto")
+        self._one_set = OneSetPasses(architecture, config)
+        self.graphs = self._one_set.graphs
         parts = architecture, context, self.offload, self.graphs
         super().__init__(config, partial(Elimination, *parts), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
-        self._mostly_labelled = False
-        self._keeps_state = False
-        self._kept_state: State | None = None
         self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
@@ -87,48 +81,65 @@ class TrainingForward(Training[Elimination]):
         return self._loss(arguments)
 
     def _loss(self, arguments: ForwardArguments) -> EliminatedOutput:
-        architecture, ignored = self._architecture, arguments.ignored_label
-        asked = arguments.wants_hidden_states(architecture.config)
-        context = self.context
-        if context is not None:
-            if asked:
-                raise needs_all_rows("output_hidden_states")
-            context.begin(architecture.causal_lm, arguments.given)
-        batch, embed = self._begin(arguments)
-        targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        batch = replace(batch, host=self._on_host(batch, arguments))
-        entries: list[Tensor] | None = None
-        difference: Callable[[], str | None] | None = None
-        if not asked and self._has_one_set(targets.device):
-            loss, counted, difference = self._loss_of_one_set(
-                arguments, batch, embed, targets, lost
-            )
+        asked = arguments.wants_hidden_states(self._architecture.config)
+        if asked and self.context is not None:
+            raise needs_all_rows("output_hidden_states")
+        call = self._begin_labelled(arguments)
+        states: tuple[Tensor, ...] | None = None
+        if not asked and self._one_set.takes(self.selector, self.context, call.targets.device):
+            found = self._one_set.loss(self.elimination, call, self.has_trained)
         else:
-            decoder = self.elimination.decoder
-            if asked:
-                decoder = self.elimination.dense_decoder
-                self._leave_groups_out()
-            labelled = targets != ignored
-            decoded, entries = self._decode(decoder, batch, embed, labelled, asked, True)
-            with explained(decoder.describe):
-                loss, counted = causal_lm_loss(
-                    architecture,
-                    decoded.residual,
-                    targets,
-                    self.selector.masked_rows(complete=asked),
-                    self._loss_chunk,
-                    arguments.num_items_in_batch,
-                    ignored,
-                    lost,
-                    decoded.rows,
-                    context,
-                )
-        loss = self.selector.finite.marked(loss)
-        if counted:
-            self.has_trained = True
-        elif torch.is_grad_enabled() and bool((targets != ignored).any()):
-            self._nothing_trained()
+            found, states = self._loss_by_layers(call, asked)
+        loss = self.selector.finite.marked(found.value)
+        self._note_trained(found.counted, call.labelled)
         output = EliminatedOutput(loss=loss)
+        output["logits"] = self._deferred_logits(arguments, found.difference, loss.device)
+        if states is not None:
+            output["hidden_states"] = states
+        return output
+
+    def _loss_by_layers(
+        self, call: LabelledCall, asked: bool
+    ) -> tuple[PassLoss, tuple[Tensor, ...] | None]:
+        """The loss of a pass whose layers may keep sets of their own; hidden states if `asked`."""
+        architecture, decoder = self._architecture, self.elimination.decoder
+        if asked:
+            decoder = self.elimination.dense_decoder
+            self._leave_groups_out()
+        decoded, entries = self._decode(
+            decoder, call.batch, call.embed, call.labelled, asked, drop=not asked
+        )
+        with explained(decoder.describe):
+            loss, counted = causal_lm_loss(
+                architecture,
+                decoded.residual,
+                call.targets,
+                self.selector.masked_rows(complete=asked),
+                self._loss_chunk,
+                call.arguments.num_items_in_batch,
+                call.arguments.ignored_label,
+                call.lost,
+                decoded.rows,
+                self.context,
+            )
+        found = PassLoss(loss, counted, AsInForward(architecture.causal_lm).difference)
+        if entries is None:
+            return found, None
+        last = call.batch.packed.unpack(architecture.final_norm(decoded.residual)[1])
+        return found, (*entries, last)
+
+    def _deferred_logits(
+        self,
+        arguments: ForwardArguments,
+        difference: Callable[[], str | None],
+        device: torch.device,
+    ) -> DeferredLogits:
+        """The logits beside the loss of the latest pass.
+
+        Args:
+            arguments: those of its call.
+            difference, device: as of `DeferredLogits`.
+        """
         rows, elimination, kept = arguments.labelled_rows(), self.elimination, self.selector.latest
 
         def logits() -> Tensor:
@@ -142,163 +153,32 @@ class TrainingForward(Training[Elimination]):
             assert computed is not None
             return computed
 
-        difference = difference or AsInForward(architecture.causal_lm).difference
-        output["logits"] = DeferredLogits(logits, difference, loss.device)
-        if entries is not None:
-            entries.append(batch.packed.unpack(architecture.final_norm(decoded.residual)[1]))
-            output["hidden_states"] = tuple(entries)
-        return output
-
-    def _on_host(self, batch: Batch, arguments: ForwardArguments) -> tuple[Tensor, Tensor] | None:
-        """(ids, rows that predict a label) on the CPU, [T] each, where both are known there."""
-        ids, rows = self.host_ids, arguments.labelled_rows()
-        if ids is None or rows is None or rows.is_cuda or batch.ids is None:
-            return None
-        if tuple(ids.shape) != tuple(batch.packed.shape):
-            raise ValueError(
-                "input_ids: expected those of handle.on_host, [batch, tokens] = "
-                f"{list(ids.shape)}, got {list(batch.packed.shape)}"
-            )
-        # Padding would have to be found on the CPU, too.
-        return None if batch.packed.is_padded else (ids.reshape(-1), rows.reshape(-1))
-
-    def _has_one_set(self, device: torch.device) -> bool:
-        """Whether all is known before the layers run, which a GPU need not wait for then."""
-        if not (supports_graphs(device) and torch.is_grad_enabled()):
-            return False
-        reason = None
-        if self.context is not None:
-            reason = "processes share out the rows"
-        elif not self.selector.has_one_set:
-            reason = "layers keep rows of their own"
-        elif any(map(is_sharded, (self._architecture.layer(0), self._architecture.lm_head))):
-            reason = "weights are sharded"
-        elif not uses_plain_head(self._architecture):
-            reason = "the head is no plain product"
-        if reason is not None and self.graphs is not None:
-            self.graphs.say(f"CUDA graphs: passes run without one: {reason}")
-        return reason is None
-
-    def _loss_of_one_set(
-        self,
-        arguments: ForwardArguments,
-        batch: Batch,
-        embed: Embed,
-        targets: Tensor,
-        lost: Tensor | None,
-    ) -> tuple[Tensor, int, Callable[[], str | None] | None]:
-        """The loss, how many labels count as far as it is known without a device's answer, and
-        what tells in what the model differs from what it is now; None: nobody looked at it."""
-        decoder, ignored = self.elimination.decoder, arguments.ignored_label
-        labelled = targets != ignored
-        with explained(decoder.describe):
-            now, residual = decoder.begin(batch, embed, labelled, self.selector.masks_loss)
-            captures = self.graphs is not None and not self.graphs.has_given_up
-            residual = decoder.enter(now, residual, captures)
-        self.selector.check_kept()
-        masked = self.selector.masked_rows()
-        counted = labelled if masked is None else labelled & ~masked
-        divisor = divisor_of(labelled, counted, arguments.num_items_in_batch, lost)
-        if divisor is not None and not torch.is_tensor(divisor):
-            divisor = torch.full((), divisor, dtype=torch.float32, device=targets.device)
-        targets = targets.masked_fill(~counted, ignored)
-        if now.place.rows is not None:
-            targets = targets.index_select(0, now.place.rows)
-        most = self._most_labels(arguments, targets)
-        index, targets = labels_of_rows(targets, ignored, most)
-        labels = Labels(index, targets, None if divisor is None else divisor.float())
-        step = OneSet(self._architecture, decoder, now, labels, ignored, self._loss_chunk)
-        inputs, graphs = step.inputs(residual), self.graphs
-        assert now.offload is not None
-        if graphs is not None and now.offload.is_needed:
-            graphs.say("CUDA graphs: passes run without one: activations go to the host")
-            graphs = None
-        if graphs is not None and self.elimination.config.cuda_graphs == "auto" and step.is_long():
-            graphs.say(
-                "CUDA graphs: passes whose kernels take longer than the host takes to issue them "
-                "run without one"
-            )
-            graphs = None
-        if graphs is None:
-            return step(inputs), most, None
-        state = self._state()
-        key, parameters, read = step.captured(state)
-        obstacle = partial(step.obstacle, parameters)
-        module = self._architecture.causal_lm
-        difference = partial(self._difference, state, read, [x._version for x in read])
-        loss = graphs.run(key, step, inputs, parameters, module, obstacle, state.frozen)
-        return loss, most, difference
-
-    def _difference(
-        self, state: State, read: Sequence[Tensor], versions: Sequence[int]
-    ) -> str | None:
-        """What is another than when the modules and the versions of all weights were these."""
-        if [x._version for x in read] != versions:
-            return "weights that were changed in place since"
-        if state_of(self._architecture).said != state.said:
-            return "other modules, adapters, dropout or weights"
-        return None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Nobody said it of a copied or pickled model, whose weights are elsewhere.
-        return vars(self) | {"_keeps_state": False, "_kept_state": None}
+        return DeferredLogits(logits, difference, device)
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:
-        self._keeps_state, self._kept_state = True, None
-        try:
+        with self._one_set.unchanged():
             yield
-        finally:
-            self._keeps_state, self._kept_state = False, None
-
-    def _state(self) -> State:
-        """The modules as they are in this pass."""
-        state = self._kept_state
-        if state is None:
-            state = state_of(self._architecture)
-        if self._keeps_state:
-            self._kept_state = state
-        return state
-
-    def _most_labels(self, arguments: ForwardArguments, targets: Tensor) -> int:
-        """Labels of `targets` [R] that count at most; until something has been trained exactly."""
-        ignored, rows = arguments.ignored_label, targets.numel()
-        given = arguments.labels if arguments.shift_labels is None else arguments.shift_labels
-        if self.has_trained and given is not None and given.device.type == "cpu":
-            return min(int((given != ignored).sum()), rows)
-        if self.has_trained and self._mostly_labelled:
-            return rows
-        # Waits for the device, in the first passes and where few rows have labels.
-        count = int((targets != ignored).sum())
-        self._mostly_labelled = 8 * count >= 7 * rows
-        return count
 
     def labelled_states(self, arguments: ForwardArguments) -> LabelledStates:
         """What `loss` gives to the head, for a call with labels whose head is somebody else's."""
-        ignored, context = arguments.ignored_label, self.context
         self.check_call(arguments)
-        if context is not None:
-            context.begin(self._architecture.causal_lm, arguments.given)
-        batch, embed = self._begin(arguments)
-        targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
-        labelled = targets != ignored
+        call = self._begin_labelled(arguments)
         (residual, computed), _ = self._decode(
-            self.elimination.decoder, batch, embed, labelled, False, True
+            self.elimination.decoder, call.batch, call.embed, call.labelled, False, drop=True
         )
         masked = self.selector.masked_rows()
-        rows = (labelled if masked is None else labelled & ~masked).nonzero()[:, 0]
-        count = labelled.sum() if lost is None else labelled.sum() + lost
-        weight = self.selector.finite.marked(count.float() / max(rows.numel(), 1))
-        if rows.numel():
-            self.has_trained = True
-        elif bool(labelled.any()):
-            self._nothing_trained()
-        if context is not None:
+        counted = counted_labels(call.targets, masked, None, arguments.ignored_label, call.lost)
+        number = counted.rows.numel()
+        weight = labels_per_counted(call.labelled, call.lost, number)
+        weight = self.selector.finite.marked(weight)
+        self._note_trained(number, call.labelled)
+        if self.context is not None:
             assert computed is not None
-            rows = rows[torch.isin(rows.int(), computed)]  # this process's
-        index = rows_among(rows, residual, computed)
+            counted = counted.among(computed, call.targets.numel())
+        index = rows_among(counted.rows, residual, computed)
         hidden = self._architecture.final_norm(residual, index)[1]
-        return LabelledStates(hidden[None], targets[rows][None], weight)
+        return LabelledStates(hidden[None], counted.targets[None], weight)
 
     def logits(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:
         """The output for a call without labels."""
@@ -374,6 +254,29 @@ class TrainingForward(Training[Elimination]):
         embed = partial(self._architecture.embed_rows, arguments)
         return replace(batch, scores=scores), embed
 
+    def _begin_labelled(self, arguments: ForwardArguments) -> LabelledCall:
+        """The same of a call with labels, and what each row is to predict."""
+        if self.context is not None:
+            self.context.begin(self._architecture.causal_lm, arguments.given)
+        batch, embed = self._begin(arguments)
+        ignored = arguments.ignored_label
+        targets, lost = next_labels(batch.packed, arguments.labels, arguments.shift_labels, ignored)
+        batch = replace(batch, host=self._on_host(batch, arguments))
+        return LabelledCall(arguments, batch, embed, targets, targets != ignored, lost)
+
+    def _on_host(self, batch: Batch, arguments: ForwardArguments) -> tuple[Tensor, Tensor] | None:
+        """(ids, rows that predict a label) on the CPU, [T] each, where both are known there."""
+        ids, rows = self.host_ids, arguments.labelled_rows()
+        if ids is None or rows is None or rows.is_cuda or batch.ids is None:
+            return None
+        if tuple(ids.shape) != tuple(batch.packed.shape):
+            raise ValueError(
+                "input_ids: expected those of handle.on_host, [batch, tokens] = "
+                f"{list(ids.shape)}, got {list(batch.packed.shape)}"
+            )
+        # Padding would have to be found on the CPU, too.
+        return None if batch.packed.is_padded else (ids.reshape(-1), rows.reshape(-1))
+
     def _decode(
         self,
         decoder: Decoder,
@@ -381,19 +284,19 @@ class TrainingForward(Training[Elimination]):
         embed: Embed,
         labelled: Tensor | None,
         with_entries: bool,
-        loss_alone: bool = False,
+        drop: bool = False,
     ) -> tuple[Decoded, list[Tensor] | None]:
         """(what the layers made of it, unpacked residual at each layer's entry if asked).
 
-        Rows that no sub-block keeps are dropped where a loss alone is wanted, to which they do not
-        contribute.
+        With `drop` a loss alone is wanted: rows that no sub-block keeps, which do not contribute to
+        it, need not be in the result.
         """
         entries: list[Tensor] = []
 
         def visit(entry: Tensor) -> None:
             entries.append(batch.packed.unpack(entry))
 
-        drop = loss_alone and not with_entries and self.selector.masks_loss
+        drop = drop and self.selector.masks_loss
         visits = visit if with_entries else None
         with explained(decoder.describe):
             decoded = decoder.run(batch, embed, labelled, visits, drop)

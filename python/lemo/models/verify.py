@@ -57,11 +57,7 @@ def verify(
         place = ""
         if forward.context is None:
             place = " " + _first_difference(model, forward, arguments, difference.tolerances[1])
-    raise ValueError(
-        f"model: lemo does not compute what the model computes, even with every token kept: "
-        f"{difference}.{place} Something changed what the model's own code does; undo it, or "
-        "train without lemo"
-    )
+    raise _wrong(difference, place)
 
 
 def verify_sharded(
@@ -100,11 +96,7 @@ def verify_sharded(
     _check_finite(expected, expected_gradients)
     difference = Difference(root, (got, expected), (got_gradients, expected_gradients))
     if not difference.is_rounding:
-        raise ValueError(
-            f"model: lemo does not compute what the model computes, even with every token kept: "
-            f"{difference}. Something changed what the model's own code does; undo it, or train "
-            "without lemo"
-        )
+        raise _wrong(difference)
 
 
 def _check_finite(loss: Tensor, of_loss: Mapping[str, Tensor]) -> None:
@@ -120,6 +112,14 @@ def _check_finite(loss: Tensor, of_loss: Mapping[str, Tensor]) -> None:
             f"model: its own gradients, with every token kept, are not finite in {len(wrong)} of "
             f"{len(of_loss)} parameters, such as {wrong[0]}; expected numbers in the dtype"
         )
+
+
+def _wrong(difference: "Difference", place: str = "") -> ValueError:
+    return ValueError(
+        f"model: lemo does not compute what the model computes, even with every token kept: "
+        f"{difference}.{place} Something changed what the model's own code does; undo it, or "
+        "train without lemo"
+    )
 
 
 class Difference:

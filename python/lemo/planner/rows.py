@@ -68,12 +68,11 @@ def rows_of(config: LemoConfig, num_layers: int, lengths: Sequence[int]) -> list
     policies = Policies(config, num_layers)
     block_size = config.block_size
     assert block_size is not None
-    moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
     ends, tokens = (config.keep_first, config.keep_last), config.keep_tokens or 0
 
     def most(layer: int, kind: str) -> int:
         rows = 0
-        for progress in moments:
+        for progress in policies.moments:
             rule = policies.rule(layer, kind, progress)
             keep = 1.0 if rule is None else rule.value
             rows = max(rows, kept_rows(lengths, keep, block_size, ends, tokens))
@@ -96,9 +95,7 @@ def has_one_set(config: LemoConfig, num_layers: int) -> bool:
     """Whether all sub-blocks keep the same rows, all the time."""
     if config.layerwise.policy == "threshold":
         return False
-    policies = Policies(config, num_layers)
-    moments = [0.0, *(begin for begin, _ in config.layerwise.keep_schedule)]
-    return all(map(policies.has_one_set, moments))
+    return Policies(config, num_layers).always_has_one_set
 
 
 def selections(config: LemoConfig, num_layers: int) -> int:

@@ -20,12 +20,13 @@ from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
 from lemo.predictors.relevance import REACH, RelevancePredictor
 
 __all__ = [
+    "DESCRIPTION_FILE",
     "RELEVANCE",
+    "WEIGHTS_FILE",
     "content_digest",
     "load",
     "load_relevance",
     "model_shape",
-    "target_of",
     "tensors_of",
     "tensors_of_relevance",
     "write_folder",
@@ -145,15 +146,6 @@ def load_relevance(folder: str | Path, model_config: Any = None) -> RelevancePre
     )
     key_mix, query_mix, scale = (tensors[f"{RELEVANCE}.{name}"] for name in (*_MIXES, "scale"))
     return RelevancePredictor.of_weights(key, query, key_mix, query_mix, scale)
-
-
-def target_of(folder: str | Path) -> str | None:
-    """What the predictors of a folder predict: "exact", "content" or "relevance".
-
-    Raises:
-        FileNotFoundError, ValueError: see `load`.
-    """
-    return _read_description(_found(Path(folder)) / DESCRIPTION_FILE).get("target")
 
 
 def _found(folder: Path) -> Path:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -16,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lemo.data import ExampleWindows, open_training_data
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
-from lemo.files import lock
+from lemo.files import locked_output
 from lemo.models.architectures import ARCHITECTURES
 from lemo.models.labels import IGNORE_INDEX, of_tokens
 from lemo.predictors.storage import model_shape
@@ -66,9 +64,7 @@ def prepare_from_documents(
         ValueError: documents, model or settings do not fit.
         OSError: the disk is full or cannot be written.
     """
-    # A link stays, the folder that it leads to is written.
-    output = Path(os.path.realpath(config.output))
-    with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
+    with locked_output(config.output) as output:
         check_output(output, config.overwrite)
         check_length("lengths", min(config.lengths), config)
         device = pick_device(config.device, elimination=True)
@@ -91,8 +87,7 @@ def prepare_from_examples(
 
     Args, result and errors are those of `prepare_from_documents`; `config.target` is "relevance".
     """
-    output = Path(os.path.realpath(config.output))
-    with lock(output.with_name(f".{output.name}.lock"), f"output: '{config.output}'"):
+    with locked_output(config.output) as output:
         check_output(output, config.overwrite)
         device = pick_device(config.device, elimination=True)
         dtype = pick_dtype(config.dtype, device, elimination=True)

@@ -1,13 +1,18 @@
 """The output folder of a preparation: it appears complete or not at all."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from lemo.predictors.storage import DESCRIPTION_FILE, WEIGHTS_FILE
+from lemo.settings.preparation import PredictorSettings
 
-__all__ = ["check_output", "publish", "work_folder"]
+__all__ = ["check_output", "description_of", "publish", "work_folder"]
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -67,3 +72,41 @@ def publish(result: Path, output: Path, overwrite: bool) -> None:
     except OSError:
         old.rename(output)
         raise
+
+
+def description_of(
+    model: nn.Module,
+    shape: dict[str, Any],
+    settings: PredictorSettings,
+    parameters: int,
+    lengths: Collection[int],
+    held_out: int,
+) -> dict[str, Any]:
+    """What predictor.json says of predictors of every kind.
+
+    Args:
+        model: that they are for.
+        shape: of the model, as `lemo.predictors.storage.model_shape` gives it.
+        settings: of the preparation.
+        parameters: numbers of the predictors.
+        lengths: tokens of each training window.
+        held_out: windows that were tested on.
+    """
+    size = torch.bfloat16.itemsize * parameters
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    used = settings.to_dict()
+    return {
+        "model": shape,
+        "block_size": settings.block_size,
+        "num_layers": shape["num_layers"],
+        "hidden_size": shape["hidden_size"],
+        "target": settings.target,
+        "lengths": sorted(set(lengths)),
+        "windows": {"training": len(lengths), "held_out": held_out},
+        "parameters": parameters,
+        "bytes": size,
+        "model_bytes": model_bytes,
+        "share_of_model": size / model_bytes,
+        # Those of the command hold paths, too.
+        "settings": {name: used[name] for name in PredictorSettings.model_fields},
+    }

@@ -16,7 +16,7 @@ from lemo.models.eval_mode import evaluating
 from lemo.predictors.modules import KINDS
 from lemo.predictors.storage import model_shape, write_folder
 from lemo.preparation.exact_scores import FeatureStore
-from lemo.preparation.output import check_output, publish, work_folder
+from lemo.preparation.output import check_output, description_of, publish, work_folder
 from lemo.preparation.predictor import TrainedPredictor, train_predictor
 from lemo.preparation.reports import Report
 from lemo.preparation.threshold_search import add_thresholds, eliminating_layers
@@ -157,25 +157,11 @@ def _describe(
     num_layers = shape["num_layers"]
     layers = [{kind: trained[layer, kind].figures for kind in KINDS} for layer in range(num_layers)]
     parameters = sum(each.figures["parameters"] for each in trained.values())
-    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    size = torch.bfloat16.itemsize * parameters
-    used = settings.to_dict()
+    lengths = [window.ids.numel() for window in training]
     return {
-        "model": shape,
-        "block_size": settings.block_size,
-        "num_layers": num_layers,
-        "hidden_size": shape["hidden_size"],
-        "target": settings.target,
-        "lengths": sorted({window.ids.numel() for window in training}),
-        "windows": {"training": len(training), "held_out": len(held_out)},
+        **description_of(model, shape, settings, parameters, lengths, len(held_out)),
         "recall": {
             kind: sum(layer[kind]["recall"] for layer in layers) / num_layers for kind in KINDS
         },
-        "parameters": parameters,
-        "bytes": size,
-        "model_bytes": model_bytes,
-        "share_of_model": size / model_bytes,
         "layers": layers,
-        # Those of the command hold paths, too.
-        "settings": {name: used[name] for name in PredictorSettings.model_fields},
     }

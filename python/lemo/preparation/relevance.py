@@ -31,7 +31,7 @@ from lemo.predictors.storage import (
     write_folder,
 )
 from lemo.preparation.elastic import ElasticSize
-from lemo.preparation.output import check_output, publish, work_folder
+from lemo.preparation.output import check_output, description_of, publish, work_folder
 from lemo.preparation.reports import Report
 from lemo.preparation.training import schedule, windows_of_steps
 from lemo.relevance.answers import Answers
@@ -325,35 +325,18 @@ def _describe(
     losses: list[float],
 ) -> dict[str, Any]:
     """predictor.json."""
-    shape = model_shape(architecture.config)
     taught, tested = lessons
-    recalls = dict(_recalls(architecture, predictor, tested, settings))
     parameters = sum(parameter.numel() for parameter in predictor.parameters())
-    model_bytes = sum(
-        each.numel() * each.element_size() for each in architecture.causal_lm.parameters()
-    )
-    size = torch.bfloat16.itemsize * parameters
-    used = settings.to_dict()
+    lengths = [lesson.window.ids.numel() for lesson in taught]
+    shape, model = model_shape(architecture.config), architecture.causal_lm
     return {
-        "model": shape,
-        "block_size": settings.block_size,
-        "num_layers": shape["num_layers"],
-        "hidden_size": shape["hidden_size"],
-        "target": RELEVANCE,
+        **description_of(model, shape, settings, parameters, lengths, len(tested)),
         "thresholds": {},
-        "lengths": sorted({lesson.window.ids.numel() for lesson in taught}),
-        "windows": {"training": len(taught), "held_out": len(tested)},
-        "recall": recalls,
+        "recall": dict(_recalls(architecture, predictor, tested, settings)),
         "loss": sum(losses[-20:]) / len(losses[-20:]),
         "hidden_units": {
             name: [net.down.shape[0], net.mid.shape[0]] for name, net in predictor.nets()
         },
-        "parameters": parameters,
-        "bytes": size,
-        "model_bytes": model_bytes,
-        "share_of_model": size / model_bytes,
-        # Those of the command hold paths, too.
-        "settings": {name: used[name] for name in PredictorSettings.model_fields},
     }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lemo.files import foreign, json_text, lock, remove_folder, write_file
+from lemo.files import foreign, json_text, locked_output, remove_folder, write_file
 
-__all__ = ["Example", "ScoreStore", "write_scores"]
+__all__ = ["DESCRIPTION_FILE", "Example", "ScoreStore", "check_output", "write_scores"]
 
 FORMAT, VERSION = "lemo-scores", 1
 DESCRIPTION_FILE = "scores.json"
@@ -167,7 +166,7 @@ class ScoreStore:
                     f"scores: '{folder}' lacks {file.name} of {len(description.files)} such files: "
                     "its computation has not ended; go on with `lemo relevance scores --resume`"
                 )
-            scores |= _read_file(file, description, number)
+            scores |= _read_file(file, description)
         return cls(folder, description.block_size, description.about, scores, wanted or {})
 
     def of(self, example: Example) -> Tensor | None:
@@ -236,9 +235,7 @@ def write_scores(
         raise ValueError("examples: expected one or more, got none")
     if block_size < 1:
         raise ValueError(f"block_size: expected 1 or more, got {block_size}")
-    # A link stays, the folder that it leads to is written.
-    place = Path(os.path.realpath(folder))
-    with lock(place.with_name(f".{place.name}.lock"), f"output: '{folder}'"):
+    with locked_output(folder) as place:
         description = _Description.of(examples, block_size, about or {})
         check_output(place, resume, overwrite)
         if resume:
@@ -249,7 +246,7 @@ def write_scores(
                 )
         started = resume
         for number, (first, end) in enumerate(_files(examples)):
-            if started and _is_whole(_file(place, number), description, number):
+            if started and _is_whole(_file(place, number), description):
                 report(end, len(examples))
                 continue
             parts = []
@@ -364,7 +361,7 @@ def _checksum(tensors: Mapping[str, Tensor], description: _Description) -> str:
     return digest.hexdigest()
 
 
-def _read_file(file: Path, description: _Description, number: int) -> dict[bytes, Tensor | None]:
+def _read_file(file: Path, description: _Description) -> dict[bytes, Tensor | None]:
     """Scores of a file by the digests of its examples; ValueError where it is not whole, or what is
     in it is not finite."""
     try:
@@ -388,9 +385,9 @@ def _read_file(file: Path, description: _Description, number: int) -> dict[bytes
     }
 
 
-def _is_whole(file: Path, description: _Description, number: int) -> bool:
+def _is_whole(file: Path, description: _Description) -> bool:
     try:
-        _read_file(file, description, number)
+        _read_file(file, description)
     except (ValueError, FileNotFoundError):
         return False
     return True

@@ -17,7 +17,7 @@ import yaml
 from lemo.files import write_file
 from lemo.planner.text import action_text, layers_text
 from lemo.report import plots
-from lemo.report.run import RelevanceMap, Run, RunPlan
+from lemo.report.run import RecordedPlan, RelevanceMap, Run
 
 ABSENT = "–"
 # Names of plots; of several runs they have numbers.
@@ -184,7 +184,7 @@ def _context(runs: Sequence[Run], sections: list[dict], before: Sequence[dict]) 
     }
 
 
-def _plan(name: str, plan: RunPlan) -> dict:
+def _plan(name: str, plan: RecordedPlan) -> dict:
     """What each run of layers that are alike does, and what one of them stores."""
     rows, first = [], 0
     host = plan.host_bytes or [0] * len(plan.modes)

@@ -98,8 +98,8 @@ class RelevanceMap:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunPlan:
-    """What was planned and predicted of a step.
+class RecordedPlan:
+    """What a run has written of its plan: what was planned and predicted of a step.
 
     Attributes:
         modes: for each layer "none", "selective" or "layer".
@@ -144,7 +144,7 @@ class Run:
     kept_map: KeptMap | None
     metrics: list[dict]
     relevance: RelevanceMap | None
-    plan: RunPlan | None = None
+    plan: RecordedPlan | None = None
     elimination: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -326,12 +326,12 @@ def _read_relevance(path: Path) -> RelevanceMap | None:
     return relevance
 
 
-def _read_plan(path: Path) -> RunPlan | None:
+def _read_plan(path: Path) -> RecordedPlan | None:
     if not path.is_file():
         return None
     data = _read_json(path)
     try:
-        plan = RunPlan(
+        plan = RecordedPlan(
             [str(mode) for mode in data["modes"]],
             [int(size) for size in data["kept_bytes"]],
             float(data["peak_bytes"]),

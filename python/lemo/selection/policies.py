@@ -115,6 +115,16 @@ class Policies:
             keep = self._keep[kind][layer]
         return None if keep == 1.0 else Rule("ratio", keep)
 
+    @property
+    def moments(self) -> tuple[float, ...]:
+        """From which progress of the training on other rules may hold, ascending."""
+        return 0.0, *(begin for begin, _ in self._layerwise.keep_schedule)
+
+    @property
+    def always_has_one_set(self) -> bool:
+        """Whether all sub-blocks keep the same rows at every progress of the training."""
+        return all(map(self.has_one_set, self.moments))
+
     def has_one_set(self, progress: float) -> bool:
         """Whether all sub-blocks choose by the same rule and by the same scores."""
         rules = {

@@ -67,8 +67,7 @@ class Selector:
     @property
     def always_has_one_set(self) -> bool:
         """Whether all sub-blocks keep the same rows at every progress of the training."""
-        begins = (begin for begin, _ in self.config.layerwise.keep_schedule)
-        return all(map(self._policies.has_one_set, (0.0, *begins)))
+        return self._policies.always_has_one_set
 
     @property
     def masks_loss(self) -> bool:

@@ -48,6 +48,7 @@ __all__ = [
     "Windows",
     "expected",
     "fields_of",
+    "group_of",
     "names_in",
     "read_yaml",
 ]

@@ -308,6 +308,11 @@ class LemoConfig(Settings):
         return any(self.offload) if isinstance(self.offload, tuple) else self.offload > 0
 
     @property
+    def plans_host(self) -> bool:
+        """Whether it is left to the planner what goes to the host."""
+        return self.offload == "auto" and self.host_memory > 0
+
+    @property
     def in_8_bits(self) -> bool:
         """Whether products with frozen weights are computed in 8 bits."""
         return self.products != "dtype"
@@ -323,8 +328,10 @@ class LemoConfig(Settings):
         Raises:
             ValueError: there is not one for each layer.
         """
+        if self.plans_host:
+            return None
         if self.offload == "auto":
-            return None if self.host_memory else (0.0,) * num_layers
+            return (0.0,) * num_layers
         if not isinstance(self.offload, tuple):
             return (float(self.offload),) * num_layers
         return _for_each_layer("offload", self.offload, num_layers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -195,25 +196,14 @@ class FinetuneConfig(Settings):
             )
         if elimination is None:
             return self
-        if elimination.in_8_bits:
-            for name, value, known in (
-                ("quantize", self.quantize, (None, "float8")),
-                ("shard", self.shard, (False,)),
-            ):
-                if value not in known:
-                    expected = " or ".join("null" if each is None else str(each) for each in known)
-                    raise ValueError(
-                        f"{name}: expected {expected.lower()} beside elimination.products "
-                        f"{elimination.products}, got {str(value).lower()}"
-                    )
-        if elimination.host_memory:
-            several = ("context_parallel", self.context_parallel, 1), ("shard", self.shard, False)
-            for name, number, alone in several:
-                if number != alone:
-                    raise ValueError(
-                        f"{name}: expected {str(alone).lower()} beside elimination.host_memory, "
-                        f"got {str(number).lower()}"
-                    )
+        for beside, name, known in _beside(elimination):
+            value = getattr(self, name)
+            if value not in known:
+                expected = " or ".join("null" if each is None else str(each) for each in known)
+                raise ValueError(
+                    f"{name}: expected {expected.lower()} beside elimination.{beside}, got "
+                    f"{str(value).lower()}"
+                )
         if elimination.scorer == "given" and elimination.scores is None:
             raise ValueError(
                 "elimination.scores: scorer 'given' needs the folder written by 'lemo relevance "
@@ -224,6 +214,17 @@ class FinetuneConfig(Settings):
                 f"elimination.scores: expected scorer 'given' beside it, got '{elimination.scorer}'"
             )
         return self
+
+
+def _beside(elimination: LemoConfig) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
+    """(a setting of elimination, a setting of a run, values of this that go with it)."""
+    if elimination.in_8_bits:
+        products = f"products {elimination.products}"
+        yield products, "quantize", (None, "float8")
+        yield products, "shard", (False,)
+    if elimination.host_memory:
+        yield "host_memory", "context_parallel", (1,)
+        yield "host_memory", "shard", (False,)
 
 
 def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:

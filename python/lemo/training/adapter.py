@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from lemo.data.reading import first_of, naming
 from lemo.predictors.storage import model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
-from lemo.training.run_folder import CHECKPOINTS_NAME, absolute
+from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME, absolute
 
 _log = logging.getLogger("lemo")
 
@@ -27,7 +27,7 @@ def find_adapter(path: str | Path) -> Path:
         FileNotFoundError: there is none in either place.
     """
     path = Path(path)
-    for folder in (path, path / "adapter"):
+    for folder in (path, path / ADAPTER_NAME):
         if (folder / ADAPTER_CONFIG).is_file():
             return folder
     if (path / CHECKPOINTS_NAME).is_dir():

@@ -23,8 +23,13 @@ from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.models.eval_mode import evaluating
 from lemo.models.labels import IGNORE_INDEX
-from lemo.training.evaluate import check_context, check_sizes, load_for_evaluation, logits_of_rows
-from lemo.training.model import load_config, load_tokenizer
+from lemo.training.evaluate import (
+    check_context,
+    check_sizes,
+    load_for_evaluation,
+    logits_of_rows,
+    vocabulary_of,
+)
 
 __all__ = ["Answer", "answers_of", "evaluate_answers", "has_answers"]
 
@@ -127,20 +132,13 @@ def evaluate_answers(
         FloatingPointError: a loss is not a number.
     """
     check_sizes(lengths, limit)
-    if isinstance(model, str | Path):
-        name = str(model)
-        tokenizer = tokenizer or load_tokenizer(name)
-        vocab_size = load_config(name).get_text_config().vocab_size
-    elif tokenizer is None:
-        raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
-    else:
-        vocab_size = model.get_input_embeddings().weight.shape[0]
+    tokenizer, vocab_size = vocabulary_of(model, tokenizer)
     rows = itertools.islice(read_rows(documents), limit)
     examples = list(encode_examples(rows, tokenizer, vocab_size))
     fitting = {length: _fitting(examples, length) for length in lengths}
     if isinstance(model, str | Path):
         model = load_for_evaluation(
-            name, max(lengths), adapter, rope_scaling, dtype=dtype, device=device
+            str(model), max(lengths), adapter, rope_scaling, dtype=dtype, device=device
         )
     windows = itertools.chain.from_iterable(fitting.values())
     check_context(model, max(len(example.ids) for example in windows))

@@ -17,7 +17,7 @@ from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
 from lemo.training.model import load_config
-from lemo.training.planning import limit_name, memory_limit, request_of
+from lemo.training.planning import checkpointed, limit_name, memory_limit, request_of
 
 __all__ = ["planned"]
 
@@ -38,9 +38,7 @@ def planned(config: FinetuneConfig, limit: int | None, gpus: int = 1) -> Iterato
     if elimination is None:
         raise ValueError("elimination: expected settings of it, got null")
     _check(config, limit)
-    elimination = elimination.resolved(answers=elimination.finds_answers)
-    if config.gradient_checkpointing and elimination.recompute == "auto":
-        elimination = elimination.model_copy(update={"recompute": "layer"})
+    elimination = checkpointed(config, elimination.resolved(elimination.finds_answers))
     model_config, tokens = load_config(config.model), config.context_length
     device = torch.device("cpu" if config.device == "cpu" else "cuda")
     here = torch.cuda.is_available() and supports_device("cuda")
@@ -159,7 +157,7 @@ def _of_several(
 def _plan_within(request: Request, tokens: int, limit: int, name: str) -> Plan:
     """The plan of one GPU; DoesNotFitError, by the name of the limit, where none is within it."""
     planner, elimination, modes = request.planner(tokens), request.elimination, request.modes
-    if modes is None or (elimination.host_memory and not elimination.moves):
+    if modes is None or elimination.plans_host:
         plan = planner.plan(limit, modes)
     else:
         plan = planner.given(modes, limit)

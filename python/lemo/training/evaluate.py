@@ -21,12 +21,7 @@ from lemo.models.eval_mode import evaluating
 from lemo.models.loss import loss_chunk_rows
 from lemo.settings.base import MOST
 from lemo.training import quantised
-from lemo.training.adapter import (
-    base_model_name,
-    find_adapter,
-    load_adapter,
-    trained_config,
-)
+from lemo.training.adapter import find_adapter, load_adapter, trained_config
 from lemo.training.model import (
     extend_context,
     load_config,
@@ -38,10 +33,12 @@ from lemo.training.model import (
 )
 
 __all__ = [
-    "base_model_name",
+    "check_context",
+    "check_sizes",
     "evaluate",
-    "find_adapter",
     "load_for_evaluation",
+    "logits_of_rows",
+    "vocabulary_of",
     "window_losses",
 ]
 
@@ -98,11 +95,10 @@ def evaluate(
     check_sizes(lengths, limit)
     if isinstance(documents, str | Path):
         documents = read_documents(documents)
+    tokenizer, vocab_size = vocabulary_of(model, tokenizer)
+    # Before the model is loaded, which takes longer.
+    groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
     if isinstance(model, str | Path):
-        config = load_config(str(model))
-        tokenizer = tokenizer or load_tokenizer(str(model))
-        vocab_size = config.get_text_config().vocab_size
-        groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
         model = load_for_evaluation(
             str(model),
             max(lengths),
@@ -111,12 +107,6 @@ def evaluate(
             dtype=dtype,
             device=device,
         )
-    else:
-        if tokenizer is None:
-            raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
-        vocab_size = model.get_input_embeddings().weight.shape[0]
-        groups, total = _windows(documents, tokenizer, lengths, limit, vocab_size)
-
     check_context(model, max(groups))
     results, done = [], 0
     with evaluating(model):
@@ -135,6 +125,18 @@ def evaluate(
                         progress(done, total)
                 results.append(_summary(kind, length, torch.stack(losses)))
     return results
+
+
+def vocabulary_of(
+    model: str | Path | PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """(tokenizer, rows of the embedding); arguments and errors are those of :func:`evaluate`."""
+    if isinstance(model, str | Path):
+        config = load_config(str(model))
+        return tokenizer or load_tokenizer(str(model)), config.get_text_config().vocab_size
+    if tokenizer is None:
+        raise ValueError("tokenizer: expected the model's tokenizer with a model, got None")
+    return tokenizer, model.get_input_embeddings().weight.shape[0]
 
 
 def load_for_evaluation(

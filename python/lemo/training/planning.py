@@ -25,7 +25,15 @@ from lemo.training.calibration import calibrated
 from lemo.training.quantised import check_stored, stored_as
 from lemo.training.run_folder import PLAN_NAME
 
-__all__ = ["RunPlan", "memory_limit", "out_of_memory", "plan_run", "request_of"]
+__all__ = [
+    "RunPlan",
+    "checkpointed",
+    "limit_name",
+    "memory_limit",
+    "out_of_memory",
+    "plan_run",
+    "request_of",
+]
 
 _GIB = 2**30
 
@@ -106,6 +114,13 @@ def memory_limit(config: FinetuneConfig, device: torch.device) -> int | None:
 def limit_name(config: FinetuneConfig) -> str:
     """What `memory_limit` returns, as errors call it."""
     return "GPU memory" if config.memory_limit is None else "memory_limit"
+
+
+def checkpointed(config: FinetuneConfig, elimination: LemoConfig) -> LemoConfig:
+    """The settings with what gradient checkpointing says of `recompute` where that is auto."""
+    if config.gradient_checkpointing and elimination.recompute == "auto":
+        return elimination.model_copy(update={"recompute": "layer"})
+    return elimination
 
 
 def request_of(
@@ -233,25 +248,21 @@ def plan_run(
             cannot be predicted.
     """
     if limit is None:
-        if elimination is not None and elimination.host_memory and not elimination.moves:
+        if elimination is not None and elimination.plans_host:
             raise ValueError(
                 "memory_limit: expected GiB beside elimination.host_memory on the CPU, by which is "
                 "planned what goes there, got null; or say elimination.offload"
             )
         return None
-    if (
-        elimination is not None
-        and elimination.recompute == "auto"
-        and config.gradient_checkpointing
-    ):
-        elimination = elimination.model_copy(update={"recompute": "layer"})
+    if elimination is not None:
+        elimination = checkpointed(config, elimination)
     predicted = _predicted(config, elimination, model_config, dtype, device, processes)
     if predicted is None or elimination is None:
         return None
     request, planner = predicted
     asked, modes = _asked(config, elimination), request.modes
     plan: Plan | None
-    if modes is not None and (elimination.moves or not elimination.host_memory):
+    if modes is not None and not elimination.plans_host:
         plan = planner.given(modes, limit)
         # What is free on a GPU is no limit of the user's, and what is predicted errs.
         margin = MARGIN if config.memory_limit is None else 0.0
@@ -294,7 +305,7 @@ def _predicted(
     except ValueError as error:
         name = "memory_limit"
         if config.memory_limit is None:
-            if elimination is None or not elimination.host_memory or elimination.moves:
+            if elimination is None or not elimination.plans_host:
                 _log.info("no plan: %s", error)
                 return None
             name = "elimination.host_memory"

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lemo import ops
 from lemo.distributed.attention import SharedKeys, shared_attention
 
-__all__ = ["KeptRows", "RowsMask", "is_registered", "making_masks", "register"]
+__all__ = ["KeptRows", "RowsMask", "is_registered", "making_masks", "own_attention", "register"]
 
 _PREFIX = "lemo_rows_"
 

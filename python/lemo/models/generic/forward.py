@@ -27,7 +27,13 @@ from lemo.models.generic.parts import Parts
 from lemo.models.generic.whole import seeing_the_batch
 from lemo.models.interception import check_adapters
 from lemo.models.labels import IGNORE_INDEX
-from lemo.models.loss import CountedLabels, counted_labels, next_labels, rows_among
+from lemo.models.loss import (
+    CountedLabels,
+    counted_labels,
+    labels_per_counted,
+    next_labels,
+    rows_among,
+)
 from lemo.models.offload import Offload
 from lemo.models.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.sharded import check_inner_modules, check_unflattened, check_whole, is_sharded
@@ -207,7 +213,6 @@ class GenericForward(Training[Choice]):
                 "of each process's rows; set output_router_logits=False, or train without"
             )
         if count:
-            self.has_trained = True
             loss = self._head.loss(
                 hidden,
                 counted.targets,
@@ -219,8 +224,8 @@ class GenericForward(Training[Choice]):
             loss = loss if self.context is None else self.context.total(loss)
         else:
             loss = hidden.sum(dtype=torch.float32)
-            if torch.is_grad_enabled() and bool((targets != ignored).any()):
-                self._nothing_trained()
+        assert kept.batch.labelled is not None
+        self._note_trained(count, kept.batch.labelled)
         output = EliminatedOutput(loss=loss)
         if now.has_more:
             output["loss"] = loss + own.loss.to(loss.device)
@@ -263,13 +268,10 @@ class GenericForward(Training[Choice]):
             return self._index(hidden[0], kept, counted)[None]
 
         _, result = self._run(kept, partial(forward, **call), tail, mask)
-        labelled = targets != arguments.ignored_label
-        labels = labelled.sum() if lost is None else labelled.sum() + lost
-        if count:
-            self.has_trained = True
-        elif bool(labelled.any()):
-            self._nothing_trained()
-        return result, labels.float() / max(count, 1)
+        labelled = kept.batch.labelled
+        assert labelled is not None
+        self._note_trained(count, labelled)
+        return result, labels_per_counted(labelled, lost, count)
 
     def base_output(self, original: Callable[..., Any], call: dict[str, Any] | None = None) -> Any:
         """What a call of the causal LM's base gives.

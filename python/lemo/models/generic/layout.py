@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lemo.models.generic.attention import KeptRows
 
-__all__ = ["LayoutCheck"]
+__all__ = ["LayoutCheck", "not_attending"]
 
 
 class LayoutCheck:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.models.generic.attention import is_registered, own_attention, register
-from lemo.models.interception import origin
+from lemo.models.interception import check_attention
 
 __all__ = ["Parts"]
 
@@ -183,12 +183,7 @@ class Parts:
                 known = "/" in name and name not in ALL_ATTENTION_FUNCTIONS
                 functions = [] if known else [ALL_ATTENTION_FUNCTIONS[name]]
             for function in functions:
-                if origin(function).partition(".")[0] not in ("transformers", "lemo"):
-                    raise ValueError(
-                        f"attn_implementation: expected one of Transformers' own, got '{name}' "
-                        f"from {origin(function)}, in whose place lemo's attention would run. Load "
-                        "the model with attn_implementation='sdpa', or train without lemo"
-                    )
+                check_attention(function, name)
 
     # The attention that the decoder's layers look up
 
