@@ -118,11 +118,7 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
         recompute = "layer"
     if recompute == "none":
         return Stored()
-    parameters = parameters_of(layer)
-    if any(parameter._backward_hooks for parameter in parameters):
-        # Their hooks would see the gradients of the unit's inside, too.
-        return Checkpointed(partial(checkpoint, use_reentrant=False))
-    return Recomputed(layer, parameters, recompute == "selective")
+    return Recomputed(layer, parameters_of(layer), recompute == "selective")
 
 
 def is_plain_checkpoint(function: Any) -> bool:
