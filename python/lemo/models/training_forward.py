@@ -226,7 +226,8 @@ class TrainingForward(Training[Elimination]):
         obstacle = partial(step.obstacle, parameters)
         module = self._architecture.causal_lm
         difference = partial(self._difference, state, read, [x._version for x in read])
-        loss = graphs.run(key, step, inputs, parameters, module, obstacle, state.frozen)
+        more = state.frozen, state.merged
+        loss = graphs.run(key, step, inputs, parameters, module, obstacle, *more)
         return loss, most, difference
 
     def _difference(
