@@ -23,9 +23,10 @@ __all__ = [
 
 # Classes of Transformers whose layers are modelled: RMSNorm, rotary embedding, gated MLP.
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
-# Bytes of a number of nf4 with nested statistics: half a byte, and one statistic for each 64.
-_NF4 = 0.5 + (1 + 4 / 256) / 64
-_QUANTISED = {"nf4": _NF4, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
+# Bytes of a quantised number, and of the scales beside it where `quantize` stores it: in 4 bits a
+# byte for each 64 numbers, and one in fp32 for each 256 of these; else one a row, which is little.
+_QUANTISED = {"nf4": 0.5, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
+_SCALES = {"nf4": (1 + 4 / 256) / 64}
 # Linear layers of a decoder layer, in the order in which they run.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -50,6 +51,8 @@ class ModelShape:
         vocabulary: V.
         tied: whether the head's weight is the embedding's.
         head_norms: whether queries and keys are normalised head by head (Qwen3).
+        scales: bytes of scales for each number of a quantised weight; None: as the setting
+            `quantize` stores it.
     """
 
     layers: int
@@ -61,6 +64,7 @@ class ModelShape:
     vocabulary: int
     tied: bool = False
     head_norms: bool = False
+    scales: float | None = None
 
     @property
     def queries(self) -> int:
@@ -312,9 +316,17 @@ def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> i
             None: not.
     """
     linear, others = shape.parameters()
-    return round(linear * _QUANTISED.get(quantize or "", size)) + others * size
+    return round(linear * _number_bytes(shape, size, quantize)) + others * size
 
 
 def layer_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
     """Those of the linear layers of a decoder layer."""
-    return round(shape.layer_parameters() * _QUANTISED.get(quantize or "", size))
+    return round(shape.layer_parameters() * _number_bytes(shape, size, quantize))
+
+
+def _number_bytes(shape: ModelShape, size: int, quantize: str | None) -> float:
+    """Those of a number of a decoder's linear layer."""
+    if quantize not in _QUANTISED:
+        return size
+    scales = _SCALES.get(quantize, 0.0) if shape.scales is None else shape.scales
+    return _QUANTISED[quantize] + scales
