@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -105,13 +105,14 @@ class Adapters:
     """LoRA on a model.
 
     Attributes:
-        rank: of every pair.
+        rank: of every pair that `ranks` does not name.
         targets: adapted linear layers of a decoder layer.
         size: bytes of a number of the adapters, of their gradients and of the optimizer's state.
         apart: whether their products are in their own dtype, because it is another one than the
             model's and autocast is off.
         dropout: whether their inputs are dropped out.
         norms: whether the norms' weights are trained, too, in the adapters' dtype.
+        ranks: targets whose pairs have another rank (`rank_pattern`), in the order of `LINEAR`.
     """
 
     rank: int = 16
@@ -120,10 +121,28 @@ class Adapters:
     apart: bool = False
     dropout: bool = False
     norms: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int], **more: Any) -> Adapters:
+        """Pairs of so many ranks on the linear layers of these names.
+
+        Args:
+            ranks: by name.
+            more: other attributes.
+        """
+        most = max(ranks.values(), default=0)
+        others = tuple((name, ranks[name]) for name in LINEAR if ranks.get(name, most) != most)
+        return cls(most, frozenset(ranks), ranks=others, **more)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a linear layer's pair; 0: it has none."""
+        return dict(self.ranks).get(name, self.rank) if name in self.targets else 0
 
     def are_split(self, step: Step) -> bool:
         """Whether pairs multiply as sums of two bf16 numbers (`lemo.models.split_low_rank`)."""
-        return self.apart and step.cuda and (step.size, self.size) == (2, 4) and self.rank % 8 == 0
+        of_eight = all(self.rank_of(name) % 8 == 0 for name in self.targets)
+        return self.apart and step.cuda and (step.size, self.size) == (2, 4) and of_eight
 
     def united(self, other: Adapters) -> Adapters | None:
         """What has all that either has; None: they are of two dtypes."""
@@ -133,19 +152,24 @@ class Adapters:
         if len({each.size for each in trains}) > 1:
             return None
         first = trains[0] if trains else self
-        return Adapters(
-            max(self.rank, other.rank),
-            self.targets | other.targets,
-            first.size,
+        targets = self.targets | other.targets
+        return Adapters.of_ranks(
+            {name: max(self.rank_of(name), other.rank_of(name)) for name in targets},
+            size=first.size,
             apart=any(each.apart for each in trains),
             dropout=self.dropout or other.dropout,
             norms=self.norms or other.norms,
         )
 
+    def pair_parameters(self, shape: ModelShape) -> int:
+        """Numbers of the pairs of a decoder layer."""
+        return sum(
+            self.rank_of(each.name) * (each.inputs + each.outputs) for each in shape.linears()
+        )
+
     def parameters(self, shape: ModelShape) -> int:
         """Trainable numbers."""
-        pairs = [each for each in shape.linears() if each.name in self.targets]
-        count = shape.layers * self.rank * sum(each.inputs + each.outputs for each in pairs)
+        count = shape.layers * self.pair_parameters(shape)
         if self.norms:
             count += (2 * shape.layers + 1) * shape.hidden
             count += 2 * shape.layers * shape.head_size * shape.head_norms
