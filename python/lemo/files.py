@@ -169,7 +169,7 @@ def remove_folder(folder: Path, own: re.Pattern[str]) -> None:
 
 
 @contextlib.contextmanager
-def lock(file: Path, subject: str, shared: bool = False) -> Iterator[None]:
+def lock(file: Path, subject: str, shared: bool = False, waiting: bool = False) -> Iterator[None]:
     """Keep other processes from taking the same lock until the block ends.
 
     The lock is the system's, on ``file``: it vanishes with the process, however that ends. Folders
@@ -180,15 +180,18 @@ def lock(file: Path, subject: str, shared: bool = False) -> Iterator[None]:
         file: holds process, host and time while the lock is held.
         subject: what is locked, for messages: "output: 'runs/a'".
         shared: several may hold it in this way at once, and nobody the other way meanwhile.
+        waiting: until others have given it back; for what takes them a moment.
 
     Raises:
-        BlockingIOError: another process has the lock; the message says which.
+        BlockingIOError: another process has the lock, and it is not waited for; the message says
+            which.
         OSError: ``file`` cannot be written.
     """
     made = [folder for folder in file.parents if not folder.exists()]
     descriptor = -1
     try:
-        descriptor = _take(file, subject, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        descriptor = _take(file, subject, kind if waiting else kind | fcntl.LOCK_NB)
         yield
     finally:
         if descriptor >= 0:
@@ -213,8 +216,29 @@ def locked_output(folder: str | Path) -> Iterator[Path]:
         yield path
 
 
+@contextlib.contextmanager
+def updating(path: Path) -> Iterator[None]:
+    """Wait for those who update ``path``, and make others wait until the block ends.
+
+    For files that several processes read, change and replace: without it one that reads before the
+    other one has written loses what that one adds. The lock is on a file beside it.
+
+    Raises:
+        OSError: the folder of ``path`` cannot be written.
+    """
+    # A link stays, the file that it leads to is updated.
+    place = Path(os.path.realpath(path))
+    with lock(place.with_name(f".{place.name}.lock"), f"'{path}'", waiting=True):
+        yield
+
+
 def _take(file: Path, subject: str, kind: int) -> int:
-    """Descriptor of ``file`` with the lock on it, or without one where there are no locks."""
+    """Descriptor of ``file`` with the lock on it, or without one where there are no locks.
+
+    Args:
+        file, subject: as for `lock`.
+        kind: of the lock, as `fcntl.flock` takes it.
+    """
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -222,7 +246,7 @@ def _take(file: Path, subject: str, kind: int) -> int:
         except FileNotFoundError:
             continue  # Another process has just removed the folder that it had made.
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind)
         except OSError as error:
             holder = os.pread(descriptor, 500, 0).decode(errors="replace").strip()
             if error.errno in _NO_LOCKS:

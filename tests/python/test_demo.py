@@ -212,6 +212,21 @@ def test_demo_does_not_write_into_somebody_elses_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_demo_that_is_replaced_and_interrupted_leaves_no_report(tmp_path, monkeypatch):
+    """It would be beside what the new demo has made, and tell of the old one."""
+    (tmp_path / "demo.json").write_text('{"settings": {}}')
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html").write_text("<p>lemo report</p>")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lemo.demo.run.write_corpus", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, DemoSettings.quick(), Console(quiet=True))
+    assert not (tmp_path / "report").exists()
+
+
 def test_corpus_is_the_same_every_time_and_holds_out_whole_documents(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     for folder in (first, second):

@@ -9,13 +9,19 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from lemo import files
-from lemo.files import json_text, lock, new_folder, remove_folder, write_file
+from lemo.files import json_text, lock, new_folder, remove_folder, updating, write_file
+from lemo.planner.shape import ModelShape
+from lemo.planner.timing import Rates
+from lemo.training import calibration
+from lemo.training.metrics import add_metrics, read_metrics
 from source_tree import ROOT
 
 # The file system.
@@ -186,6 +192,78 @@ def test_json_is_whole_when_two_write_it(tmp_path):
         thread.join()
     assert json.loads(path.read_text()) == list(range(20_000))
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
+
+
+def rows_of_evaluations(folder, monkeypatch):
+    """Adds a row to the metrics of a run, and all rows that it has."""
+    path = folder / "metrics.json"
+
+    def add(number):
+        add_metrics(path, [{"source": f"{number}", "kind": "text", "length": 8}])
+
+    return add, lambda: {row["source"] for row in read_metrics(path)}
+
+
+def rates_of_models(folder, monkeypatch):
+    """Measures a model's rates, and all models whose rates are stored."""
+    device = torch.device("cpu")
+    monkeypatch.setattr(calibration, "FOLDER", folder)
+    monkeypatch.setattr(calibration, "measure", lambda *_: Rates(1, 1, 1, 1, 1))
+
+    def shape(number):
+        return ModelShape(1, 8 * number, 16, 1, 1, 8, 32)
+
+    def stored():
+        rates = calibration.stored_rates
+        return {f"{n}" for n in range(20) if rates(shape(n), device, torch.float32) is not None}
+
+    return lambda number: calibration.calibrated(shape(number), device, torch.float32), stored
+
+
+@pytest.mark.parametrize("kind", [rows_of_evaluations, rates_of_models])
+def test_what_several_add_at_the_same_time_all_stays(tmp_path, monkeypatch, kind):
+    add, stored = kind(tmp_path, monkeypatch)
+    threads = [
+        threading.Thread(target=lambda first: [add(n) for n in range(first, 20, 4)], args=(first,))
+        for first in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert stored() == {f"{n}" for n in range(20)}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_update_waits_for_another_process(tmp_path):
+    script = """
+        import sys
+        from pathlib import Path
+        from lemo.files import updating
+        with updating(Path(sys.argv[1])):
+            print("ready", flush=True)
+            sys.stdin.read()
+    """
+    path, order = tmp_path / "file", []
+    (tmp_path / "link").symlink_to(path)
+
+    def update():
+        with updating(tmp_path / "link"):
+            order.append("updated")
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", textwrap.dedent(script), str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        process.stdout.readline()
+        waiting = threading.Thread(target=update)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("given back")
+        process.stdin.close()
+        waiting.join()
+    assert order == ["given back", "updated"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["link"]
 
 
 def test_numbers_that_json_does_not_know_are_null():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import lemo
 from generic_cases import make
@@ -43,12 +44,22 @@ def write(model, trained):
         weight += 1.0
 
 
+def frozen(model):
+    return next(m for n, m in model.named_modules() if n.endswith("down_proj.base_layer"))
+
+
 def replace(model):
     """A frozen weight in a new parameter, which counts its changes anew."""
-    layer = next(m for n, m in model.named_modules() if n.endswith("down_proj.base_layer"))
-    layer.weight = torch.nn.Parameter(layer.weight.data, requires_grad=False)
+    layer = frozen(model)
+    layer.weight = torch.nn.Parameter(layer.weight.data.clone(), requires_grad=False)
     with torch.no_grad():
         layer.weight += 1.0
+
+
+def replace_values(model):
+    """Other memory for a frozen weight, which is no change that it counts."""
+    weight = frozen(model).weight
+    weight.data = weight.data + 1.0
 
 
 CHANGES = {
@@ -56,45 +67,85 @@ CHANGES = {
     "two adapters": lambda model: model.base_model.set_adapter(["default", "other"]),
     "no adapter": lambda model: model.base_model.disable_adapter_layers(),
     "a merged adapter": lambda model: model.merge_adapter(),
+    "an adapter merged into a copy": lambda model: model.merge_adapter(safe_merge=True),
+    "a deleted adapter": lambda model: model.delete_adapter("default"),
+    "no adapter's layers": lambda model: model.unload(),
+    "merged adapters alone": lambda model: model.merge_and_unload(),
     "another scale": scale,
     "no dropout": lambda model: model.eval(),
 }
+# Who computes layers again, and in which module a difference is noticed.
+RECOMPUTED = {
+    "layer": "LlamaDecoderLayer",
+    "selective": "LlamaDecoderLayer",
+    "a function of the user": "LlamaDecoderLayer",
+    "generic": "LlamaModel",
+    "generic, reentrant": "LlamaModel",
+}
+
+
+def enable(model, how):
+    """Enables lemo, with all blocks kept and layers that are computed again in a way."""
+    settings = {"path": "generic"} if "generic" in how else {}
+    if how == "a function of the user":
+
+        def again(function, rows):
+            return checkpoint(function, rows, use_reentrant=False)
+
+        model.base_model.model._set_gradient_checkpointing(True, again)
+    elif "generic" in how:
+        model.gradient_checkpointing_enable({"use_reentrant": "reentrant" in how})
+        model.enable_input_require_grads()
+    else:
+        settings["recompute"] = how
+    return lemo.enable(model, lemo.LemoConfig(keep=1, **settings))
 
 
 def train(model, change=None):
     """(loss, gradients) of a step in which the model changes between forward and backward."""
     torch.manual_seed(3)
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     loss = model(**BATCH, use_cache=False).loss
     if change is not None:
         change(model)
-        for name, weight in model.named_parameters():
-            weight.requires_grad_("lora" in name)  # PEFT freezes what it switches off
+        for weight in trained.values():
+            weight.requires_grad_()  # PEFT freezes what it switches off
     loss.backward()
-    return loss, {
-        name: gradient for name, gradient in gradients(model).items() if "other" not in name
-    }
+    return loss, {name: x.grad for name, x in trained.items() if x.grad is not None}
 
 
-@pytest.mark.parametrize("how", ["none", "layer", "selective"])
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_model_that_is_switched_between_forward_and_backward(change, how):
-    model, dense = (adapted(lora_dropout=0.3) for _ in range(2))
-    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
-    if how != "none":
-        with pytest.raises(RuntimeError, match=f"expected LlamaDecoderLayer {REFUSED}.* adapters"):
-            train(model, CHANGES[change])
-        return
-    (loss, mine), (expected, theirs) = (train(each, CHANGES[change]) for each in (model, dense))
-    assert_close_fp32(loss, expected, "loss")
-    assert mine.keys() == theirs.keys()
+def assert_same(mine, theirs):
+    assert mine.keys() == theirs.keys() != set()
     for name, gradient in theirs.items():
         assert_close_fp32(mine[name], gradient, name)
 
 
-@pytest.mark.parametrize("how", ["layer", "selective"])
+@pytest.mark.parametrize("how", RECOMPUTED)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_is_switched_before_layers_are_computed_again(change, how):
+    model = adapted(lora_dropout=0.3)
+    enable(model, how)
+    reason = "(other weights|.* adapters)"
+    with pytest.raises(RuntimeError, match=f"{RECOMPUTED[how]} {REFUSED}.* got {reason}"):
+        train(model, CHANGES[change])
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("change", [*CHANGES, "other values"])
+def test_layers_that_are_stored_know_nothing_of_a_switch(change, path):
+    """As those of the plain model."""
+    model, dense = (adapted(lora_dropout=0.3) for _ in range(2))
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute="none", path=path))
+    made = CHANGES.get(change, replace_values)
+    (loss, mine), (expected, theirs) = (train(each, made) for each in (model, dense))
+    assert_close_fp32(loss, expected, "loss")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
 def test_what_changes_nothing_is_not_refused(how):
     model, dense = adapted(), adapted()
-    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    enable(model, how)
 
     def other_step(model):
         model.eval()
@@ -102,16 +153,16 @@ def test_what_changes_nothing_is_not_refused(how):
             model(input_ids=IDS)
 
     (_, mine), (_, theirs) = train(model, other_step), train(dense)
-    for name, gradient in theirs.items():
-        assert_close_fp32(mine[name], gradient, name)
+    assert_same(mine, theirs)
 
 
-@pytest.mark.parametrize("how", ["layer", "selective"])
-def test_a_weight_that_is_replaced_is_refused(how):
+@pytest.mark.parametrize("change", [replace, replace_values])
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_a_weight_that_is_replaced_is_refused(how, change):
     model = adapted()
-    lemo.enable(model, lemo.LemoConfig(keep=1, recompute=how))
+    enable(model, how)
     with pytest.raises(RuntimeError, match=f"{REFUSED}.* got other weights"):
-        train(model, replace)
+        train(model, change)
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -145,6 +196,16 @@ def test_weights_that_are_written_to_before_a_backward_that_is_replayed(how, tra
     with pytest.raises(RuntimeError, match="changed in place"):
         train(model, lambda model: write(model, trained))
     train(model)
+
+
+@pytest.mark.parametrize(
+    "change", ["a merged adapter", "an adapter merged into a copy", "other values"]
+)
+def test_weights_that_are_merged_into_before_a_backward_that_is_replayed(change, monkeypatch):
+    """A graph reads the memory of the weights, which do not count what is written through data."""
+    model = replayed(monkeypatch, "layer")
+    with pytest.raises(RuntimeError, match="replaced between forward and backward .*merge adapter"):
+        train(model, CHANGES.get(change, replace_values))
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

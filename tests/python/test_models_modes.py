@@ -190,6 +190,7 @@ def test_adapters_of_a_layer():
     layer = model.get_base_model().model.layers[0]
     found = adapters_of_layer(layer, torch.float32, False)
     assert found == Adapters(4, frozenset(["q_proj", "down_proj"]))
+    assert (found.rank_of("q_proj"), found.rank_of("up_proj")) == (4, 0)
     assert adapters_of_layer(layer, torch.bfloat16, False).apart
     assert not adapters_of_layer(layer, torch.bfloat16, True).apart
     model, _ = model_and_batch(
@@ -229,4 +230,8 @@ def test_layers_of_two_dtypes_are_not_planned():
     assert bf16.united(Adapters(0, frozenset(), size=2)) == bf16
     assert Adapters(0, frozenset(), size=2).united(fp32) == fp32
     both = fp32.united(Adapters(4, frozenset(["up_proj"]), dropout=True))
-    assert both == Adapters(8, frozenset(["q_proj", "up_proj"]), apart=True, dropout=True)
+    assert (both.size, both.apart, both.dropout) == (4, True, True)
+    assert {name: both.rank_of(name) for name in LINEAR if both.rank_of(name)} == {
+        "q_proj": 8,
+        "up_proj": 4,
+    }

@@ -121,15 +121,32 @@ def test_scales_that_move_are_another_state(nested):
         assert one_set.state_of(architecture).said != before
 
 
+def test_adapters_that_are_merged_before_backward():
+    """PEFT quantises the merged weights and puts them in place of those of forward."""
+    model, batch = quantised_lora("nf4"), padded_batch([61, 45])
+    plain = copied(model, quantised_lora("nf4"))
+    lemo.enable(model, lemo.LemoConfig(keep=1.0, recompute="none"))
+    for each in (model, plain):
+        loss = each(**batch).loss
+        each.merge_adapter()
+        loss.backward()
+    assert_same_gradients(model, plain)
+
+
 def test_a_weight_is_made_once_for_all_chunks_of_rows(monkeypatch):
     made, make = [], weights._dequantised
-    monkeypatch.setattr(weights, "_dequantised", lambda m: made.append(id(m)) or make(m))
+
+    def counted(packed, *more):
+        made.append(packed.data_ptr())
+        return make(packed, *more)
+
+    monkeypatch.setattr(weights, "_dequantised", counted)
     monkeypatch.setattr(chunks, "_CHUNK_STEP", 16)
     monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", 1)
     model, batch = quantised_lora("nf4"), padded_batch([61, 45])
     loss = trained(model, batch, lemo.LemoConfig(keep=1.0, recompute="layer"))
     assert loss.isfinite()
-    gate = id(decoder_layers(model)[1].mlp.gate_proj.base_layer)
+    gate = decoder_layers(model)[1].mlp.gate_proj.base_layer.weight.data_ptr()
     assert made.count(gate) == 2, "once forward, once backward, though there are seven chunks"
     assert not weights._kept, "no matrix outlives its layer"
 

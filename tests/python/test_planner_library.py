@@ -67,6 +67,12 @@ CASES = {
     },
     # Else the first layer's attention stores nothing, which is not planned.
     "MLPs": {"lora": {"target_modules": sorted(LINEAR[4:])}, "wants_input": True},
+    "a higher rank of queries": {"lora": {"rank_pattern": {"q_proj": 32}}},
+    "a lower rank of MLPs": {
+        "lora": {"r": 16, "rank_pattern": dict.fromkeys(LINEAR[4:], 4)},
+    },
+    "higher ranks in one layer": {"lora": {"rank_pattern": {r"layers\.1\..*": 32}}},
+    "another scale": {"lora": {"alpha_pattern": {"q_proj": 32}}},
     "one key head": {"num_attention_heads": 8, "num_key_value_heads": 1},
     "wide heads": {"head_dim": 64},
     "nf4": {"put_in": lambda model: quantise(model, "nf4"), "intermediate_size": 1024},

@@ -45,6 +45,16 @@ def test_parameters_of_adapters(architecture, norms, targets):
     assert Adapters(3, frozenset(targets), norms=norms).parameters(shape) == expected
 
 
+def test_parameters_of_pairs_of_several_ranks():
+    model = make_model("llama")
+    ranks = {"q_proj": 4, "v_proj": 2, "up_proj": 8, "down_proj": 4}
+    lora = LoraConfig(r=4, target_modules=list(ranks), rank_pattern=ranks, task_type="CAUSAL_LM")
+    shape = shape_of(model.config)
+    trained = get_peft_model(model, lora)
+    expected = sum(each.numel() for each in trained.parameters() if each.requires_grad)
+    assert Adapters.of_ranks(ranks).parameters(shape) == expected
+
+
 def test_bytes_of_4_bits():
     """Of 64 numbers: half a byte each, a byte of their scale, and 1/256 of 4 bytes of its scale."""
     model = make_model("llama", dtype=torch.bfloat16)

@@ -2,16 +2,24 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TorchAoConfig,
+)
 
 import lemo
 from lemo import LemoConfig
 from lemo.planner.plan import NOMINAL
+from lemo.planner.shape import layer_bytes, shape_of
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import quantised
 from lemo.training.evaluate import load_for_evaluation
@@ -205,14 +213,56 @@ def test_a_plan_counts_weights_as_they_are_stored(inputs, tmp_path, how):
     shape = request.shape
     predicted = request.planner(96).weights - 12 * request.adapters.parameters(shape)
     size = (folder / "model.safetensors").stat().st_size
-    # The header of a small file, and statistics of short rows.
+    # The header of a small file, and scales of short rows.
     assert 0.85 * size < predicted < size
+    assert shape.scales == {"nf4": 4 / 64, "torchao int4": (4 + 1) / 32}.get(how, 0)
     with pytest.raises(ValueError, match="quantize: expected null, because .* already"):
         request_of(run.replace(quantize="nf4"), *asked)
     fp8 = run.replace(elimination=run.elimination.replace(products="fp8"))
     if how != "torchao float8":
         with pytest.raises(ValueError, match=r"elimination\.products: expected dtype over weights"):
             request_of(fp8, fp8.elimination.resolved(False), *asked[1:])
+
+
+def tensors_of(weight):
+    """What a weight consists of that grows with it."""
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        nested = getattr(state.state2, "absmax", None)
+        return [weight.data, state.absmax, *([] if nested is None else [nested])]
+    if hasattr(weight, "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("how", [*STORED, "nf4 nested", "torchao int8 in groups"])
+def test_scales_are_counted_as_a_model_has_them(tmp_path, how, dtype):
+    torchao = pytest.importorskip("torchao.quantization")
+    groups = torchao.Int8WeightOnlyConfig(granularity=torchao.PerGroup(64))
+    ways = ways_to_store() | {
+        "nf4 nested": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+        "torchao int8 in groups": TorchAoConfig(groups),
+    }
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    plain = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=64))
+    plain.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=ways[how], device_map={"": "cpu"}
+    )
+    linears = [m for m in model.model.layers.modules() if hasattr(m, "in_features")]
+    assert len(linears) == 7
+    stored = sum(part.nbytes for m in linears for part in tensors_of(m.weight))
+    config = model.config
+    shape = replace(shape_of(config), scales=quantised.scale_bytes(config, dtype.itemsize))
+    predicted = layer_bytes(shape, dtype.itemsize, quantised.stored_as(config))
+    # Scales of rows are not counted: up to five bytes for 512 numbers.
+    of_rows = how in ("torchao float8", "torchao int8")
+    assert predicted == pytest.approx(stored, rel=0.01 if of_rows else 1e-3)
 
 
 @pytest.mark.parametrize("quantize", [None, "float8"])

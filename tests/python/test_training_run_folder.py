@@ -21,6 +21,7 @@ from lemo.training import checkpoint
 from lemo.training import finetune as module
 from lemo.training.checkpoint import newest_checkpoint
 from lemo.training.finetune import finetune
+from lemo.training.metrics import add_metrics
 from lemo.training.run_folder import reading, writing
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
@@ -78,6 +79,12 @@ def steps(folder: Path) -> list[str]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def command(*arguments) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert end.value.code == 0
 
 
 @pytest.mark.parametrize("change", [{"resume": True}, {"overwrite": True}, {}])
@@ -190,6 +197,42 @@ def test_overwrite_removes_nothing_that_lemo_did_not_write(inputs, run, stranger
     finetune(settings(inputs, run, overwrite=True, steps=1))
     assert len(losses(run)) == 1
     assert not (run / "relevance.json").exists()
+
+
+def test_overwrite_leaves_nothing_that_tells_of_the_earlier_run(inputs, finished, tmp_path):
+    """What is there afterwards is what a run leaves in a new folder."""
+    folder, new = shutil.copytree(finished, tmp_path / "run"), tmp_path / "new"
+    add_metrics(folder / "metrics.json", [{"kind": "text", "length": 64}])
+    command("report", folder)
+    assert (folder / "report" / "kept_map.png").exists()
+    for output in (folder, new):
+        finetune(settings(inputs, output, overwrite=True, steps=1, elimination=None))
+
+    def names(of):
+        found = {str(path.relative_to(of)) for path in of.rglob("*")}
+        return {name for name in found if "events" not in name}
+
+    assert names(folder) == names(new)
+    assert not (folder / "report").exists()
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+
+
+def test_overwrite_leaves_what_is_no_report_where_reports_are(inputs, run, tmp_path):
+    command("report", run)
+    report = run / "report"
+    plot = (report / "loss.png").rename(tmp_path / "far.png")
+    (report / "loss.png").symlink_to(plot)
+    (report / "kept_map_2.png").write_bytes(b"mine")
+    (report / "notes").write_text("on a lemo report")
+    finetune(settings(inputs, run, overwrite=True, steps=1))
+    assert {path.name for path in report.iterdir()} == {"loss.png", "kept_map_2.png", "notes"}
+    assert plot.exists()
+    # Nor is one removed that stands where no run was.
+    alone = shutil.copytree(run / "adapter", tmp_path / "alone" / "mine").parent
+    command("report", run, "--output", alone / "report")
+    before = snapshot(alone / "report")
+    finetune(settings(inputs, alone, steps=1))
+    assert snapshot(alone / "report") == before
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step-4", "tensorboard", "log.jsonl"])

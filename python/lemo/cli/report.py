@@ -26,7 +26,8 @@ def report(
     """
     # Matplotlib takes a second to import: only this command pays for it.
     from lemo.report import load_run, write_report
+    from lemo.training.run_report import REPORT_NAME
 
     options.show_own_messages(options.console())
-    page = write_report([load_run(run) for run in runs], output or runs[0] / "report")
+    page = write_report([load_run(run) for run in runs], output or runs[0] / REPORT_NAME)
     options.result_console().print(printable(f"Report: {page}"), soft_wrap=True)

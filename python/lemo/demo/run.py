@@ -35,6 +35,7 @@ from lemo.settings.finetune import FinetuneConfig
 from lemo.training.answers import evaluate_answers
 from lemo.training.metrics import write_metrics
 from lemo.training.run_folder import METRICS_NAME, RELEVANCE_NAME
+from lemo.training.run_report import REPORT_NAME, remove_report
 
 MIB = 2**20
 
@@ -199,6 +200,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
             f"output: expected an empty folder or an earlier demo, got '{output}'"
         )
     (output / "corpus").mkdir(parents=True, exist_ok=True)
+    remove_report(output / REPORT_NAME)
     write_file(marker, json_text({"settings": dataclasses.asdict(settings)}, indent=2))
     screen = _Screen(console)
     base = dataclasses.replace(settings.base, seed=settings.seed)
@@ -230,7 +232,7 @@ def run_demo(output: Path, settings: DemoSettings, console: Console) -> Path:
         f"in Python sources of {settings.context} tokens: before, after dense LoRA (LoRA on every "
         "token), and after lemo, for as many steps and for about the same time."
     )
-    page = write_report(runs, output / "report", [answers["before"]], note)
+    page = write_report(runs, output / REPORT_NAME, [answers["before"]], note)
     content = {
         "settings": dataclasses.asdict(settings),
         "results": [dataclasses.asdict(result) for result in results.values()],

@@ -46,7 +46,8 @@ def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> A
         autocast: whether autocast is on.
     """
     known: set[int] = set()
-    ranks, sizes, targets, dropout = [0], set(), set(), False
+    ranks: dict[str, int] = {}
+    sizes, dropout = set(), False
     for name in LINEAR:
         part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
         module = getattr(part, name, None)
@@ -60,8 +61,7 @@ def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> A
                 return None
             known |= {id(pair.a), id(pair.b)}
             sizes.add(pair.a.dtype)
-            targets.add(name)
-            ranks.append(pair.a.shape[0])
+            ranks[name] = pair.a.shape[0]
             dropout |= pair.dropout > 0
     norms = False
     for name, module in layer.named_modules():
@@ -75,10 +75,9 @@ def adapters_of_layer(layer: nn.Module, dtype: torch.dtype, autocast: bool) -> A
     if any(id(parameter) not in known for parameter in trained) or len(sizes) > 1:
         return None
     adapter = next(iter(sizes), dtype)
-    return Adapters(
-        max(ranks),
-        frozenset(targets),
-        adapter.itemsize,
+    return Adapters.of_ranks(
+        ranks,
+        size=adapter.itemsize,
         apart=adapter != dtype and not autocast,
         dropout=dropout,
         norms=norms,

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lemo.models.sharded import is_sharded
-from lemo.models.weights import parameters_of, version_of
+from lemo.models.weights import parameters_of, place_of, version_of
 
 __all__ = ["AsInForward"]
 
@@ -32,13 +32,15 @@ class AsInForward:
         self._module = module
         self._parameters = parameters_of(module) if parameters is None else parameters
         self._versions = _versions(self._parameters)
+        self._places = [*map(place_of, self._parameters)]
         self._switches = _switches(module)
 
     def difference(self) -> str | None:
         """What is another now, in words; None: nothing."""
         now = parameters_of(self._module)
-        same = map(_are_same, now, self._parameters)
-        if (len(now) != len(self._parameters) or not all(same)) and not self._is_sharded():
+        same = len(now) == len(self._parameters) and all(map(_are_same, now, self._parameters))
+        same = same and [*map(place_of, self._parameters)] == self._places
+        if not same and not self._is_sharded():
             return "other weights"
         if _versions(self._parameters) != self._versions:
             return "weights that were changed in place since"

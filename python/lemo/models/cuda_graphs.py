@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lemo.models.free_memory import free_bytes
+from lemo.models.weights import place_of
 from lemo.ops.autograd import first_order_only
 
 __all__ = ["CudaGraphs", "Function", "supports_graphs"]
@@ -105,6 +106,7 @@ class CudaGraphs:
         module: nn.Module,
         obstacle: Callable[[], str | None] = lambda: None,
         weights: Sequence[Tensor] = (),
+        merged: Sequence[Sequence[str]] = (),
     ) -> Tensor:
         """function(inputs), a scalar that is differentiable in the inputs and in the parameters.
 
@@ -120,7 +122,9 @@ class CudaGraphs:
             parameters: of which it needs gradients.
             module: has them, and the function finds them there.
             obstacle: asked before the capture, what stands against it; None: nothing.
-            weights: what else it reads, and backward, which refuses what was changed in place.
+            weights: what else it reads, and backward, which refuses what was changed since.
+            merged: names of the adapters that are merged into weights, by layer: lists that change
+                when adapters are merged, which is no change that weights count.
         """
         self._calls += 1
         key = key, tuple(map(_form, inputs))
@@ -138,7 +142,7 @@ class CudaGraphs:
         graph = self._graphs[key]
         self.replays += 1
         graph.last_call = self._calls
-        call = _Call(self, graph, [*parameters, *weights])
+        call = _Call(self, graph, [*parameters, *weights], merged)
         graph.load(inputs)
         graph.loaded = weakref.ref(call)
         leaves = [x for x in inputs if x is not None and x.requires_grad]
@@ -287,11 +291,17 @@ class _Call:
         is_done: whether backward has run.
     """
 
-    def __init__(self, graphs: CudaGraphs, graph: "_Graph", weights: Sequence[Tensor]) -> None:
-        self.graph, self._weights = graph, weights
+    def __init__(
+        self,
+        graphs: CudaGraphs,
+        graph: "_Graph",
+        weights: Sequence[Tensor],
+        merged: Sequence[Sequence[str]],
+    ) -> None:
+        self.graph, self._weights, self._merged = graph, weights, merged
         self.is_done = False
         self._graphs = graphs
-        self._versions = [x._version for x in weights]
+        self._read = self._reads()
 
     def backward(self, dloss: Tensor) -> list[Tensor | None]:
         """The gradients; the first backward overwrites activations, a second one makes them anew.
@@ -314,11 +324,16 @@ class _Call:
         return self.graph.backward(dloss)
 
     def _check(self) -> None:
-        if self._versions != [x._version for x in self._weights]:
+        if self._read != self._reads():
             raise RuntimeError(
-                "lemo: a weight was changed in place between forward and backward of a pass; "
-                "step the optimizer after backward"
+                "lemo: a weight was changed in place or replaced between forward and backward of a "
+                "pass; step the optimizer, and merge adapters, after backward"
             )
+
+    def _reads(self) -> list[Hashable]:
+        """What tells whether weights are those of another time."""
+        weights = ((x._version, place_of(x)) for x in self._weights)
+        return [*weights, *map(tuple, self._merged)]
 
 
 class _Graph:

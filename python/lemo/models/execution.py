@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
+from lemo.models.as_in_forward import AsInForward
 from lemo.models.recompute import recomputed
 from lemo.models.unit import Unit
 from lemo.models.weights import parameters_of
@@ -74,18 +75,27 @@ class Checkpointed:
     """The unit runs inside a checkpoint function, on rows that are gathered once.
 
     Args:
+        layer: of the unit; backward expects it to be the same as behind forward.
         function: called as function(unit, rows), as `torch.utils.checkpoint.checkpoint` is.
     """
 
     joins = True
 
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        self._function = function
+    def __init__(self, layer: nn.Module, function: Callable[..., Tensor]) -> None:
+        self._layer, self._function = layer, function
 
     def run(self, residual: Tensor, unit: Unit) -> Tensor:
         left_out = unit.left_out.begin(residual)
         residual, rows = ops.residual_gather(residual, unit.read_rows)
-        y = self._function(partial(_of_rows, unit, left_out), rows)
+        behind_forward: AsInForward | None = None
+
+        def of_rows(rows: Tensor) -> Tensor:
+            if behind_forward is not None:
+                behind_forward.check()
+            return _of_rows(unit, left_out, rows)
+
+        y = self._function(of_rows, rows)
+        behind_forward = AsInForward(self._layer)
         residual = ops.residual_scatter_(residual, y, unit.kept_rows)
         unit.left_out.finish(residual)
         return residual
@@ -114,15 +124,11 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
             return Stored()
         function = layer._gradient_checkpointing_func
         if not is_plain_checkpoint(function):
-            return Checkpointed(function)
+            return Checkpointed(layer, function)
         recompute = "layer"
     if recompute == "none":
         return Stored()
-    parameters = parameters_of(layer)
-    if any(parameter._backward_hooks for parameter in parameters):
-        # Their hooks would see the gradients of the unit's inside, too.
-        return Checkpointed(partial(checkpoint, use_reentrant=False))
-    return Recomputed(layer, parameters, recompute == "selective")
+    return Recomputed(layer, parameters_of(layer), recompute == "selective")
 
 
 def is_plain_checkpoint(function: Any) -> bool:

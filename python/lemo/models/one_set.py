@@ -22,7 +22,7 @@ from lemo.models.interception import has_own_forward, is_intercepted, kind_of
 from lemo.models.loss import head_loss
 from lemo.models.modes import rounded_up
 from lemo.models.out_of_memory import explained
-from lemo.models.weights import is_plain
+from lemo.models.weights import is_plain, place_of
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MOST_CAPTURED
 
@@ -40,11 +40,13 @@ class State(NamedTuple):
         said: what they say of themselves and may say differently in another pass.
         tensors: all parameters that the layers, the last norm and the head read, in a fixed order.
         has_hooks: whether gradients of those that are trained have hooks.
+        merged: names of the adapters that are merged into the weight, by layer: PEFT's own lists.
     """
 
     said: Hashable
     tensors: list[Tensor]
     has_hooks: bool
+    merged: list[list[str]]
 
     @property
     def frozen(self) -> list[Tensor]:
@@ -347,6 +349,7 @@ def state_of(architecture: Architecture) -> State:
     """
     said: list[Hashable] = [architecture.config.vocab_size]
     read: list[Tensor | None] = []
+    merged: list[list[str]] = []
     for index in range(architecture.num_layers):
         layer: Any = architecture.layer(index)
         activation = _activation(layer)
@@ -355,6 +358,8 @@ def state_of(architecture: Architecture) -> State:
         said += (activation, is_intercepted(activation))
         said.append(layer.gradient_checkpointing and _checkpoint(layer))
         for module in _linears(architecture, index):
+            if "merged_adapters" in vars(module):
+                merged.append(vars(module)["merged_adapters"])
             linear = adapted(module)
             if isinstance(linear, str):
                 said.append(linear)
@@ -371,20 +376,9 @@ def state_of(architecture: Architecture) -> State:
         read += active._parameters.values()
     tensors = [x for x in read if x is not None]
     said += [None if x is None else _described(x) for x in read]
-    return State(tuple(said), tensors, _has_hooks(_trained(tensors)))
+    return State(tuple(said), tensors, _has_hooks(_trained(tensors)), merged)
 
 
 def _described(x: Tensor) -> Hashable:
     """Where a weight is, and how it is read."""
-    form = x.shape, x.dtype, x.requires_grad
-    if type(x) in (torch.nn.Parameter, Tensor):
-        return x.data_ptr(), x.stride(), *form
-    # Quantised weights: what is read is not the tensor's own memory, or not that alone.
-    if hasattr(x, "__tensor_flatten__"):
-        names, _ = x.__tensor_flatten__()
-        return type(x), *(_described(getattr(x, name)) for name in names), *form
-    state = getattr(x, "quant_state", None)
-    parts = [getattr(state, name, None) for name in ("absmax", "offset")]
-    parts.append(getattr(getattr(state, "state2", None), "absmax", None))
-    addresses = [None if part is None else part.data_ptr() for part in parts]
-    return type(x), x.data_ptr(), *addresses, *form
+    return place_of(x), x.stride(), x.shape, x.dtype, x.requires_grad

@@ -124,7 +124,8 @@ class OneSetPasses:
         key, parameters, read = step.captured(state)
         obstacle = partial(step.obstacle, parameters)
         difference = partial(self._difference, state, read, [x._version for x in read])
-        loss = graphs.run(key, step, inputs, parameters, module, obstacle, state.frozen)
+        more = state.frozen, state.merged
+        loss = graphs.run(key, step, inputs, parameters, module, obstacle, *more)
         return PassLoss(loss, most, difference)
 
     def _labels(

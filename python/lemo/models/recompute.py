@@ -258,10 +258,7 @@ class _Gradients:
 
 @contextmanager
 def _without_hooks(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks on the gradients of parameters are not called inside: they are for those of the node.
-
-    Some may have come since forward, where `execution_of` looks for them.
-    """
+    """Hooks on gradients of parameters are not called inside: they are for those of the node."""
     found = [(hooks, dict(hooks)) for p in parameters if (hooks := p._backward_hooks)]
     for hooks, _ in found:
         hooks.clear()

@@ -5,7 +5,7 @@ call, as autocast does with weights of another dtype. lemo calls a layer several
 works in chunks of rows; inside `kept_matrices` the matrix is made once.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ __all__ = [
     "matrix_of",
     "once",
     "parameters_of",
+    "place_of",
     "stored_as",
     "version_of",
 ]
@@ -51,6 +52,22 @@ def version_of(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
 
 
+def place_of(weight: Tensor) -> Hashable:
+    """Where the parts of a weight are in memory: elsewhere once `weight.data` has been set, which
+    does not count as a change in place."""
+    if type(weight) in (nn.Parameter, Tensor):
+        return weight.data_ptr()
+    # Quantised weights: what is read is not the tensor's own memory, or not that alone.
+    if hasattr(weight, "__tensor_flatten__"):
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return type(weight), *(place_of(part) for part in parts if isinstance(part, Tensor))
+    state = getattr(weight, "quant_state", None)
+    scales = [getattr(state, name, None) for name in ("absmax", "offset")]
+    scales.append(getattr(getattr(state, "state2", None), "absmax", None))
+    addresses = [None if part is None else part.data_ptr() for part in scales]
+    return type(weight), weight.data_ptr(), *addresses
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` is the product of `nn.Linear` with a plain weight, nothing else.
 
@@ -76,16 +93,18 @@ def matrix_of(
     autocast), plain or of the kinds of torchao that `torchao_weights` knows, and
     `bitsandbytes.nn.Linear4bit` that computes in this dtype (QLoRA, arXiv 2305.14314).
 
-    It is called in forward and in backward, where it raises RuntimeError if the weight was changed
-    in place in between, as autograd does for what it saves.
+    It is called in forward and in backward, and both times it is the matrix of the weight that the
+    module has now: another one may take its place in between, as PEFT's merging puts it there. It
+    raises RuntimeError where this weight was changed in place, as autograd does for what it saves.
     """
     if is_plain(module):
         weight = module.weight
         if weight.requires_grad:
             return None
-        if weight.dtype == dtype:
-            return _unchanged(weight, lambda: weight)
-        return _unchanged(weight, lambda: once(module, dtype, weight.to)) if cast else None
+        kept = weight.detach()  # the same memory, also where `weight.data` becomes another one
+        if kept.dtype == dtype:
+            return _unchanged(weight, lambda: kept)
+        return _unchanged(weight, lambda: once(module, dtype, kept.to)) if cast else None
     dequantise = dequantiser_of(module)
     if dequantise is not None:
         quantised: Any = module.weight
@@ -100,8 +119,8 @@ def matrix_of(
         and module.compute_dtype in (None, dtype)
         and module.weight.quant_state.dtype in rounds_once
     ):
-        make = partial(once, module, dtype, lambda dtype: _dequantised(module).to(dtype))
-        return _unchanged(module.weight, make)
+        dequantise = partial(_dequantised, module.weight.data, module.weight.quant_state)
+        return _unchanged(module.weight, partial(once, module, dtype, dequantise))
     return None
 
 
@@ -172,7 +191,8 @@ def _is_bitsandbytes_4bit(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _dequantised(module: nn.Module) -> Tensor:
+def _dequantised(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix of bitsandbytes' weight in 4 bits, whose scales are in its state."""
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(module.weight.data, module.weight.quant_state)
+    return dequantize_4bit(packed, state).to(dtype)

@@ -458,7 +458,7 @@ class StepMemory:
         """
         adapters, size = self._adapters, self._step.size
         count = sum(name in adapters.targets for name in names)
-        low = count * adapters.rank
+        low = sum(map(adapters.rank_of, names))
         if self._split:
             low *= _SPLIT
         else:
@@ -485,8 +485,7 @@ class StepMemory:
             size = _SPLIT
         elif not self._step.autocast or adapters.apart or adapters.size == size:
             return 0
-        pairs = [each for each in self._shape.linears() if each.name in adapters.targets]
-        return size * adapters.rank * sum(each.inputs + each.outputs for each in pairs)
+        return size * adapters.pair_parameters(self._shape)
 
     def _attending(self, rows: int, results: bool) -> int:
         """For a moment of attention's backward: its kernel, the products around it, or norms of
@@ -520,7 +519,7 @@ class StepMemory:
             if name in names and name in adapters.targets:
                 part = min(rows, max(1, COPY_ELEMENTS // max(inputs, outputs)))
                 most = max(most, part * (inputs * of_input + outputs * of_output))
-                ranks += adapters.rank
+                ranks += adapters.rank_of(name)
         # What products with the weights of a stack give, and its parts.
         return most + (rows * ranks * (_SPLIT + _SPLIT_PRODUCT) if self._split else 0)
 

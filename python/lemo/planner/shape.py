@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -23,9 +23,10 @@ __all__ = [
 
 # Classes of Transformers whose layers are modelled: RMSNorm, rotary embedding, gated MLP.
 _KNOWN = ("llama", "mistral", "qwen2", "qwen3")
-# Bytes of a number of nf4 with nested statistics: half a byte, and one statistic for each 64.
-_NF4 = 0.5 + (1 + 4 / 256) / 64
-_QUANTISED = {"nf4": _NF4, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
+# Bytes of a quantised number, and of the scales beside it where `quantize` stores it: in 4 bits a
+# byte for each 64 numbers, and one in fp32 for each 256 of these; else one a row, which is little.
+_QUANTISED = {"nf4": 0.5, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
+_SCALES = {"nf4": (1 + 4 / 256) / 64}
 # Linear layers of a decoder layer, in the order in which they run.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -50,6 +51,8 @@ class ModelShape:
         vocabulary: V.
         tied: whether the head's weight is the embedding's.
         head_norms: whether queries and keys are normalised head by head (Qwen3).
+        scales: bytes of scales for each number of a quantised weight; None: as the setting
+            `quantize` stores it.
     """
 
     layers: int
@@ -61,6 +64,7 @@ class ModelShape:
     vocabulary: int
     tied: bool = False
     head_norms: bool = False
+    scales: float | None = None
 
     @property
     def queries(self) -> int:
@@ -101,13 +105,14 @@ class Adapters:
     """LoRA on a model.
 
     Attributes:
-        rank: of every pair.
+        rank: of every pair that `ranks` does not name.
         targets: adapted linear layers of a decoder layer.
         size: bytes of a number of the adapters, of their gradients and of the optimizer's state.
         apart: whether their products are in their own dtype, because it is another one than the
             model's and autocast is off.
         dropout: whether their inputs are dropped out.
         norms: whether the norms' weights are trained, too, in the adapters' dtype.
+        ranks: targets whose pairs have another rank (`rank_pattern`), in the order of `LINEAR`.
     """
 
     rank: int = 16
@@ -116,10 +121,28 @@ class Adapters:
     apart: bool = False
     dropout: bool = False
     norms: bool = False
+    ranks: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def of_ranks(cls, ranks: Mapping[str, int], **more: Any) -> Adapters:
+        """Pairs of so many ranks on the linear layers of these names.
+
+        Args:
+            ranks: by name.
+            more: other attributes.
+        """
+        most = max(ranks.values(), default=0)
+        others = tuple((name, ranks[name]) for name in LINEAR if ranks.get(name, most) != most)
+        return cls(most, frozenset(ranks), ranks=others, **more)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of a linear layer's pair; 0: it has none."""
+        return dict(self.ranks).get(name, self.rank) if name in self.targets else 0
 
     def are_split(self, step: Step) -> bool:
         """Whether pairs multiply as sums of two bf16 numbers (`lemo.models.split_low_rank`)."""
-        return self.apart and step.cuda and (step.size, self.size) == (2, 4) and self.rank % 8 == 0
+        of_eight = all(self.rank_of(name) % 8 == 0 for name in self.targets)
+        return self.apart and step.cuda and (step.size, self.size) == (2, 4) and of_eight
 
     def united(self, other: Adapters) -> Adapters | None:
         """What has all that either has; None: they are of two dtypes."""
@@ -129,19 +152,24 @@ class Adapters:
         if len({each.size for each in trains}) > 1:
             return None
         first = trains[0] if trains else self
-        return Adapters(
-            max(self.rank, other.rank),
-            self.targets | other.targets,
-            first.size,
+        targets = self.targets | other.targets
+        return Adapters.of_ranks(
+            {name: max(self.rank_of(name), other.rank_of(name)) for name in targets},
+            size=first.size,
             apart=any(each.apart for each in trains),
             dropout=self.dropout or other.dropout,
             norms=self.norms or other.norms,
         )
 
+    def pair_parameters(self, shape: ModelShape) -> int:
+        """Numbers of the pairs of a decoder layer."""
+        return sum(
+            self.rank_of(each.name) * (each.inputs + each.outputs) for each in shape.linears()
+        )
+
     def parameters(self, shape: ModelShape) -> int:
         """Trainable numbers."""
-        pairs = [each for each in shape.linears() if each.name in self.targets]
-        count = shape.layers * self.rank * sum(each.inputs + each.outputs for each in pairs)
+        count = shape.layers * self.pair_parameters(shape)
         if self.norms:
             count += (2 * shape.layers + 1) * shape.hidden
             count += 2 * shape.layers * shape.head_size * shape.head_norms
@@ -312,9 +340,17 @@ def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> i
             None: not.
     """
     linear, others = shape.parameters()
-    return round(linear * _QUANTISED.get(quantize or "", size)) + others * size
+    return round(linear * _number_bytes(shape, size, quantize)) + others * size
 
 
 def layer_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
     """Those of the linear layers of a decoder layer."""
-    return round(shape.layer_parameters() * _QUANTISED.get(quantize or "", size))
+    return round(shape.layer_parameters() * _number_bytes(shape, size, quantize))
+
+
+def _number_bytes(shape: ModelShape, size: int, quantize: str | None) -> float:
+    """Those of a number of a decoder's linear layer."""
+    if quantize not in _QUANTISED:
+        return size
+    scales = _SCALES.get(quantize, 0.0) if shape.scales is None else shape.scales
+    return _QUANTISED[quantize] + scales

@@ -371,7 +371,7 @@ class StepTime:
         """A linear layer, forward."""
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
-        size, rank = self._step.size, self._adapters.rank
+        size, rank = self._step.size, self._adapters.rank_of(name)
         work = self._frozen(inputs, outputs)
         if name not in self._adapters.targets:
             return work
@@ -390,7 +390,7 @@ class StepTime:
         """The same, backward: the weight is frozen."""
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
-        size, rank = self._step.size, self._adapters.rank
+        size, rank = self._step.size, self._adapters.rank_of(name)
         work = self._frozen(outputs, inputs)
         if name not in self._adapters.targets:
             return work

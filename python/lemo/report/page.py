@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
 from itertools import groupby
@@ -18,10 +17,9 @@ from lemo.files import write_file
 from lemo.planner.text import action_text, layers_text
 from lemo.report import plots
 from lemo.report.run import RecordedPlan, RelevanceMap, Run
+from lemo.training.run_report import PAGE_NAME, has_mark, is_of_report
 
 ABSENT = "–"
-# Names of plots; of several runs they have numbers.
-_PLOT = re.compile(r"(loss|resources|(kept_share|kept_map|relevance)(_\d+)?)\.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +75,7 @@ def write_report(
                 **{name: base64.b64encode(image).decode() for name, image in images.items()},
             }
         )
-    page = output / "index.html"
+    page = output / PAGE_NAME
     html = _template().render(note=note, **_context(runs, sections, before))
     # Half of a surrogate pair, as in names that are no UTF-8, has no bytes of its own.
     files[page] = html.encode("utf-8", "backslashreplace")
@@ -86,30 +84,21 @@ def write_report(
     for path, content in files.items():
         write_file(path, content)
     for path in output.iterdir():
-        if path not in files and _PLOT.fullmatch(path.name) and _is_own(path):
+        if path not in files and is_of_report(path):
             path.unlink()
     return page
 
 
-def _is_own(path: Path) -> bool:
-    """Whether a report has written a file here; what a link leads to is somewhere else."""
-    return not path.is_symlink() and _is_report(path)
-
-
 def _check_replaceable(page: Path, files: Iterable[Path]) -> None:
     """Raise FileExistsError where a file would be replaced that is not of a report."""
-    if _is_report(page):
+    if has_mark(page):
         return
     for path in files:
-        if path.exists() and not _is_report(path):
+        if path.exists() and not has_mark(path):
             raise FileExistsError(
                 f"output: '{path}' is not of a report of lemo and is not replaced; choose another "
                 "folder"
             )
-
-
-def _is_report(path: Path) -> bool:
-    return path.is_file() and plots.MARK.encode() in path.read_bytes()
 
 
 def summary_table(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

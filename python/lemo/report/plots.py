@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lemo.report.run import SUB_BLOCKS, KeptMap, RelevanceMap, Run
+from lemo.training.run_report import MARK
 
-# Stands in every file of a report.
-MARK = "lemo report"
 GIB = 2**30
 WIDTH_INCHES = 6.4
 DOTS_PER_INCH = 160

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lemo import _C, ops
-from lemo.files import json_text, write_file
+from lemo.files import json_text, updating, write_file
 from lemo.planner.shape import ModelShape
 from lemo.planner.timing import Rates, operations
 
@@ -68,8 +68,9 @@ def calibrated(
         if fp8:
             rates = replace(rates, fp8=_fp8_products(shape, device, dtype, rates.bytes))
         FOLDER.mkdir(parents=True, exist_ok=True)
-        content = _read() | {_key(shape, device, dtype): asdict(rates)}
-        write_file(FOLDER / _NAME, json_text(content, indent=1, sort_keys=True))
+        with updating(FOLDER / _NAME):
+            content = _read() | {_key(shape, device, dtype): asdict(rates)}
+            write_file(FOLDER / _NAME, json_text(content, indent=1, sort_keys=True))
     return rates
 
 

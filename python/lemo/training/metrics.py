@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lemo.files import json_text, write_file
+from lemo.files import json_text, updating, write_file
 
 __all__ = ["add_metrics", "read_metrics", "write_metrics"]
 
@@ -41,9 +41,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def add_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds rows; those of the same documents, kind and length take the place of earlier ones."""
+    """Adds rows; those of the same documents, kind and length take the place of earlier ones.
+
+    Several processes may add rows to one file at the same time: each of them waits for its turn.
+
+    Raises:
+        ValueError: the file holds something else; see `read_metrics`.
+        OSError: it cannot be written.
+    """
     new = [_subject(row) for row in rows]
-    write_metrics(path, [row for row in read_metrics(path) if _subject(row) not in new] + [*rows])
+    with updating(path):
+        kept = [row for row in read_metrics(path) if _subject(row) not in new]
+        write_metrics(path, [*kept, *rows])
 
 
 def _subject(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ __all__ = [
     "quantization_config",
     "recorded",
     "remember",
+    "scale_bytes",
     "stored_as",
     "stored_like",
 ]
@@ -104,8 +105,7 @@ def stored_as(config: PreTrainedConfig) -> str | None:
     if kind == "bitsandbytes":
         return "nf4" if is_in_4_bits(config) else "int8"
     if kind == "torchao":
-        how = found.get("quant_type")
-        how = how.get("default", how) if isinstance(how, dict) else how
+        how = _torchao_settings(found)
         kind = str(how.get("_type") if isinstance(how, dict) else type(how).__name__)
         if kind in _OF_TORCHAO:
             return _OF_TORCHAO[kind]
@@ -114,6 +114,40 @@ def stored_as(config: PreTrainedConfig) -> str | None:
         f"model: expected weights that are plain, of bitsandbytes, or quantised by {known}, whose "
         f"memory can be predicted, got {kind}"
     )
+
+
+def scale_bytes(config: PreTrainedConfig, size: int) -> float | None:
+    """Bytes of scales for each number of weights that are stored quantised.
+
+    Args:
+        config: of a model whose weights are stored in a way that `stored_as` knows.
+        size: bytes of a number of the dtype that they stand for.
+
+    Returns:
+        None: they are not stored quantised. 0: a scale for each row, or for a whole weight.
+    """
+    found = _settings_of(config)
+    if not found:
+        return None
+    if is_in_4_bits(config):
+        # In fp32 for each 64 numbers; double quantised a byte, and one in fp32 for each 256.
+        return (1 + 4 / 256 if found.get("bnb_4bit_use_double_quant") else 4) / 64
+    how = _torchao_settings(found)
+    if not isinstance(how, dict):
+        return 0.0
+    granularity = how["_data"].get("granularity") or {}
+    group = granularity.get("_data", {}).get("group_size") or how["_data"].get("group_size")
+    if group is None:
+        return 0.0
+    # Beside the scale there is a place for 0, a byte.
+    of_scale = 4 if how["_type"] == "Int8WeightOnlyConfig" else size
+    return (of_scale + 1) / group
+
+
+def _torchao_settings(found: dict[str, Any]) -> Any:
+    """What torchao quantised a model's layers by, of what `_settings_of` gives."""
+    how = found.get("quant_type")
+    return how.get("default", how) if isinstance(how, dict) else how
 
 
 def _settings_of(config: PreTrainedConfig) -> dict[str, Any]:

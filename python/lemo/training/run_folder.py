@@ -22,6 +22,7 @@ from lemo.training.checkpoint import (
     newest_checkpoint,
 )
 from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME
+from lemo.training.run_report import REPORT_NAME, remove_report
 
 CONFIG_NAME = "config.yaml"
 ELIMINATION_NAME = "elimination.json"  # the settings of config.yaml with what is open filled in
@@ -130,7 +131,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
 
 
 def start_folder(folder: Path, config: FinetuneConfig) -> None:
-    """A run folder with the configuration only; the files of an earlier run are removed.
+    """A run folder with the configuration only; files and report of an earlier run are removed.
 
     Anything else stays.
 
@@ -139,6 +140,7 @@ def start_folder(folder: Path, config: FinetuneConfig) -> None:
     """
     if _present(folder):
         _check_own(folder)
+        remove_report(folder / REPORT_NAME)
     checkpoints = folder / CHECKPOINTS_NAME
     if checkpoints.is_dir():
         for entry in checkpoints.iterdir():

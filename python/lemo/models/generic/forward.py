@@ -332,7 +332,10 @@ class GenericForward(Training[Choice]):
                 f"{parts.name} masks attention by a rule of its own, such as images that see each "
                 "other both ways: there PyTorch attends, with a mask of all pairs of kept rows"
             )
-        now.hidden = output.last_hidden_state
+        now.hidden = hidden = output.last_hidden_state
+        if parts.checkpoints and hidden.requires_grad:
+            behind_forward = AsInForward(parts.decoder)
+            hidden.register_hook(lambda _: behind_forward.check())
         now.has_more = any(v is not None for k, v in output.items() if k not in _STATES)
         output["last_hidden_state"] = now.tail(now.hidden)
         return output

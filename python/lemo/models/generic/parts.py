@@ -112,12 +112,17 @@ class Parts:
         )
 
     @property
+    def checkpoints(self) -> bool:
+        """Whether layers checkpoint themselves: backward computes them again."""
+        modules = self.decoder.modules()
+        return any(getattr(m, "gradient_checkpointing", False) for m in modules)
+
+    @property
     def compiles_checkpoints(self) -> bool:
         """Whether layers that checkpoint themselves are compiled, checkpoint and all."""
-        modules = list(self.decoder.modules())
-        checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in modules)
-        return checkpoints and any(
-            m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules
+        return self.checkpoints and any(
+            m._compiled_call_impl is not None or "_orig_mod" in m._modules
+            for m in self.decoder.modules()
         )
 
     @property
