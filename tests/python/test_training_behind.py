@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from lemo.packing.blocks import BlockLayout
 from lemo.selection.statistics import LayerStatistics
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training import behind, finetune
-from lemo.training.behind import Copy, HostMemory, Joined, Writer, short_turns
+from lemo.training import behind, finetune, step_records
+from lemo.training.behind import Copy, HostMemory, Joined, Moment, Writer, short_turns
 from lemo.training.run_log import _SCALARS, LOG_NAME, RunLog, read_log
 from lemo.training.step_records import StepRecords
 
@@ -178,7 +178,7 @@ def test_copies_that_are_not_read_yet_share_no_memory(allocated):
 
 @pytest.mark.parametrize("shard", [False, True])
 def test_checkpoints_and_losses_after_the_first_allocate_nothing(
-    tmp_path, monkeypatch, allocated, shard
+    tmp_path, monkeypatch, on_a_gpu, allocated, shard
 ):
     saved, walks = [], []
     monkeypatch.setattr(finetune, "gather_object", lambda x: x)
@@ -186,9 +186,6 @@ def test_checkpoints_and_losses_after_the_first_allocate_nothing(
         finetune, "adapter_weights", lambda x: walks.append(1) or {"w": torch.ones(3)}
     )
     monkeypatch.setattr(finetune, "save_checkpoint", lambda *a, **k: saved.append(a[3:5]))
-    monkeypatch.setattr(finetune.memory, "reset_peak", lambda device: None)
-    monkeypatch.setattr(finetune, "prefetched", lambda *a: (x for x in ()))
-    monkeypatch.setattr(finetune, "get_int_from_env", lambda *a: 1)
     monkeypatch.setattr(Run, "_save", finetune._Run._save)
 
     def act(step):
@@ -314,6 +311,7 @@ class Run(finetune._Run):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     monkeypatch.setattr(finetune.memory, "reset_peak", lambda device: None)
+    monkeypatch.setattr(step_records, "Moment", lambda device: Moment(torch.device("cpu")))
     monkeypatch.setattr(finetune, "prefetched", lambda *a: (x for x in ()))
     monkeypatch.setattr(finetune, "get_int_from_env", lambda *a: 1)
 

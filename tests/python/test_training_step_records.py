@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_a_record_is_complete_when_the_next_step_has_begun():
     write()
     assert written == [1], "no checkpoint of it"
     assert len(shown) == 1
+
+
+def test_a_step_takes_the_time_from_the_end_of_the_one_before_to_its_own():
+    """However late the host looks at both."""
+    shown = []
+    records = StepRecords(3, None, None)
+    records._log = type("Log", (), {"write": lambda self, record: shown.append(record)})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    time.sleep(0.1)
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(2.5))
+    time.sleep(0.3)
+    records.finish()
+    first, second = (record["seconds"] for record in shown)
+    assert first < 0.1 <= second < 0.3
 
 
 def test_a_record_is_in_the_log_before_its_checkpoint_is_written():

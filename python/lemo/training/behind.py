@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Copy", "HostMemory", "Joined", "Writer", "short_turns"]
+__all__ = ["Copy", "HostMemory", "Joined", "Moment", "Writer", "short_turns"]
 
 # Bytes on the device that one copy to the host may take.
 _PIECE = 64 << 20
@@ -64,6 +65,33 @@ class _Place(NamedTuple):
     shape: torch.Size
 
 
+class Moment:
+    """When the work is done that a device has been given so far.
+
+    Args:
+        device: its current stream is meant; on the CPU all work is done.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._time = time.perf_counter()
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record()
+
+    def wait(self) -> None:
+        """Waits until it has come; any thread may, at any time."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def since(self, earlier: Moment) -> float:
+        """Seconds from an earlier one of the same device, whenever they are asked for; waits."""
+        self.wait()
+        if self._event is None or earlier._event is None:
+            return self._time - earlier._time
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
 class Copy:
     """Tensors as they are when the work that is under way is done.
 
@@ -72,6 +100,9 @@ class Copy:
     Args:
         value: a tensor, or nested dicts and lists of tensors, `Joined` ones and other values.
         memory: where it is until its value has been read.
+
+    Attributes:
+        done: when that is.
     """
 
     def __init__(self, value: Any, memory: HostMemory) -> None:
@@ -96,15 +127,11 @@ class Copy:
         with torch.no_grad():
             for group, found in groups.items():
                 _to_host(found, self._parts[group].view(group[1]))
-        self._done: torch.cuda.Event | None = None
-        if on_gpu:
-            self._done = torch.cuda.Event()
-            self._done.record()
+        self.done = Moment(torch.device("cuda" if on_gpu else "cpu"))
 
     def wait(self) -> None:
         """Waits until the tensors are on the host; any thread may, at any time."""
-        if self._done is not None:
-            self._done.synchronize()
+        self.done.wait()
 
     def value(self) -> Any:
         """The same with tensors on the host, in memory of their own; waits until they are there.

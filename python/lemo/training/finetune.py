@@ -324,15 +324,16 @@ class _Run:
             self.plan.write(folder)
         log = RunLog(folder, first) if main else None
         reason = (lambda: None) if self.handle is None else self.handle.reason_of_nan
-        records = StepRecords(config.steps, log, progress, reason)
-        self.peak = memory.Peak(self.accelerator.device, self.handle)
+        device = self.accelerator.device
+        records = StepRecords(config.steps, log, progress, reason, device)
+        self.peak = memory.Peak(device, self.handle)
         # Tokenizing the next windows hides behind the step that runs.
         # Launchers say how many processes share a machine; without one there is one process.
         here = get_int_from_env(["LOCAL_WORLD_SIZE"], self.accelerator.num_processes)
         batches = prefetched(self.windows, self._batches(first), tokenizing_threads(here))
         writer = Writer()
         # Only a GPU has work of its own while the host reads and writes.
-        behind = self.accelerator.device.type == "cuda"
+        behind = device.type == "cuda"
         try:
             for step in range(first + 1, config.steps + 1):
                 writer.check()

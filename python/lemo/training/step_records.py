@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lemo.training.behind import Copy, HostMemory
+from lemo.training.behind import Copy, HostMemory, Moment
 from lemo.training.run_log import RunLog
 
 __all__ = ["AHEAD", "StepRecords"]
@@ -21,6 +21,8 @@ __all__ = ["AHEAD", "StepRecords"]
 # Steps that a GPU may still have to do when the host begins to issue the next one: what holds the
 # host up for less than a step, such as a thread that writes a checkpoint, costs no time then.
 AHEAD = 2
+
+_CPU = torch.device("cpu")
 
 _log = logging.getLogger("lemo")
 
@@ -50,6 +52,7 @@ class StepRecords:
         log: of the main process; None: another one.
         progress: gets each record, with "steps" and "seconds_left" added.
         reason: tells, where a loss is not finite, where that comes from; None: nobody knows.
+        device: where the steps run.
     """
 
     def __init__(
@@ -58,19 +61,21 @@ class StepRecords:
         log: RunLog | None,
         progress: Callable[[dict[str, Any]], None] | None,
         reason: Callable[[], str | None] = lambda: None,
+        device: torch.device = _CPU,
     ) -> None:
         self._steps, self._log, self._progress = steps, log, progress
         self._reason = reason
         self._recent: deque[float] = deque(maxlen=20)
         self._waiting: deque[_Step] = deque()
-        self._last = time.perf_counter()
+        self._device = device
+        self._last = Moment(device)
         self._memory = HostMemory()
         # Whoever comes first completes a step: `finish`, or the thread that writes its checkpoint.
         self._lock = threading.Lock()
 
     def restart(self) -> None:
         """The time of the next step begins now."""
-        self._last = time.perf_counter()
+        self._last = Moment(self._device)
 
     def begin(self, record: dict[str, Any], loss: Tensor) -> None:
         """A step whose work is under way.
@@ -101,8 +106,8 @@ class StepRecords:
         with self._lock:
             loss = step.loss.value().item()
             if not step.is_complete:
-                now = time.perf_counter()
-                seconds, self._last = now - self._last, now
+                # Not the time until the host has looked, which may be that of two steps at once.
+                seconds, self._last = step.loss.done.since(self._last), step.loss.done
                 tokens_per_second = step.record["tokens"] / seconds
                 step.record |= {
                     "loss": loss,
