@@ -94,7 +94,7 @@ class Planned:
 
 PLANNED = {
     "lemo-1-planned": Planned("lemo, keep 1, planned", 1.0),
-    "lemo-1-host": Planned("lemo, keep 1, planned, with Unsloth's bytes of the host", 1.0, True),
+    "lemo-1-host": Planned("lemo, keep 1, planned, with memory of the host", 1.0, True),
     "lemo-0.5-planned": Planned("lemo, keep 0.5, planned", 0.5),
     "lemo-0.25-planned": Planned("lemo, keep 0.25, planned", 0.25),
 }

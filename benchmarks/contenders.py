@@ -382,45 +382,9 @@ def pose(config: PretrainedConfig, device: str, tokens: int) -> Built:
 
 def flash_attention_4(config: PretrainedConfig, device: str, _tokens: int = 0) -> Built:
     import torch
-    from flash_attn.cute import interface
     from transformers import AttentionInterface
 
-    @torch.library.custom_op(
-        "comparison::flash_attention_4",
-        mutates_args=(),
-        schema="(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
-    )
-    def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        found = interface._flash_attn_fwd(
-            q, k, v, softmax_scale=scale, causal=True, return_lse=True
-        )
-        return found[0], found[1]
-
-    tensors = "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse"
-
-    @torch.library.custom_op(
-        "comparison::flash_attention_4_backward",
-        mutates_args=(),
-        schema=f"({tensors}, float scale) -> (Tensor, Tensor, Tensor)",
-    )
-    def backward(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        found = interface._flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=scale, causal=True)
-        return found[0], found[1], found[2]
-
-    def store(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:3], *output)
-        ctx.scale = inputs[3]
-
-    def gradient(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-        return *backward(dout.contiguous(), *ctx.saved_tensors, ctx.scale), None
-
-    attention.register_autograd(gradient, setup_context=store)
-
-    def attend(_module, q, k, v, _mask=None, scaling=None, **_):  # type: ignore[no-untyped-def]
-        rows = [each.transpose(1, 2).contiguous() for each in (q, k, v)]
-        return attention(*rows, scaling)[0], None
+    from common.flash_attention import attend
 
     AttentionInterface.register("cute", attend)
     model = adapted(config, device, "cute")

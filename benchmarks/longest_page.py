@@ -27,6 +27,8 @@ MEASURED = {
 }
 # Of a longest window: how much longer one is that did not train.
 NEAR = 1.06
+# GiB of the host that are worth a word.
+LEAST_PINNED = 1.0
 # What ended a search before memory did.
 BOUNDED = ("time", "most", "trials", "deadline")
 # Cap and how weights are stored.
@@ -40,8 +42,9 @@ def figures(rows: Iterable[dict[str, Any]]) -> str:
     within = longest_within(kept)
     if within:
         parts += [
-            "The longest window that trains within a cap of GPU memory, and the seconds of its "
-            f"step; {contexts(kept)} of the cap are the driver's and the context's. A peer's "
+            "The longest window that trains within a cap of GPU memory, the seconds of its step, "
+            "and the memory of the host that it pinned, from 1 GiB on; "
+            f"{contexts(kept)} of the cap are the driver's and the context's. A peer's "
             "window is found by trials: one that is 3 to 6% longer ran out of memory. A + marks "
             "where the time of a step, or the number of trials, ended the search before. lemo's "
             "planned windows follow from predicted memory; a shorter one is tried only where that "
@@ -84,7 +87,9 @@ def longest_within(rows: list[dict[str, Any]]) -> str:
             continue
         order += [] if name in order else [name]
         bound = "+" if is_bounded and (row.get("too_long") or math.inf) > NEAR * tokens else ""
-        cells.setdefault(name, {})[column] = f"{tokens}{bound} ({row['step_s']:.1f} s)"
+        pinned = row.get("pinned_gib") or 0.0
+        host = f", host {pinned:.1f} GiB" if pinned >= LEAST_PINNED else ""
+        cells.setdefault(name, {})[column] = f"{tokens}{bound} ({row['step_s']:.1f} s{host})"
     if not cells:
         return ""
     columns = sorted({column for of in cells.values() for column in of}, key=str_of)

@@ -138,8 +138,8 @@ def measured_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def recorded_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each recorded step: measured then, predicted now."""
     from common.recorded_steps import (
-        RecordedMemory,
         is_fitted,
+        predicted_bytes,
         predicted_seconds,
         rates_of,
         recorded_steps,
@@ -148,8 +148,6 @@ def recorded_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
     timed, rows = set(map(id_of, timed_steps())), []
     for step in recorded_steps():
-        memory = RecordedMemory(step.shape, step.adapters, step.step, step.quantize)
-        peak = memory.peak([step.recompute] * step.shape.layers)
         has_time = id_of(step) in timed
         seconds = predicted_seconds(step, rates_of(step)) if has_time else None
         shape = {
@@ -166,7 +164,7 @@ def recorded_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "bench": "plan",
                 "shape": shape,
-                "predicted_gib": round(peak / GIB, 3),
+                "predicted_gib": round(predicted_bytes(step) / GIB, 3),
                 "measured_gib": step.peak_gib,
                 "predicted_s": None if seconds is None else round(seconds, 4),
                 "measured_s": step.seconds if has_time else None,

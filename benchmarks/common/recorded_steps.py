@@ -16,9 +16,9 @@ from lemo.planner.shape import Adapters, LayerRows, ModelShape, Step, step_of
 from lemo.planner.timing import Operations, Rates, StepTime
 
 __all__ = [
-    "RecordedMemory",
     "RecordedStep",
     "is_fitted",
+    "predicted_bytes",
     "predicted_seconds",
     "rates_of",
     "recorded_steps",
@@ -29,6 +29,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 LLAMA_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
 LLAMA_28M = ModelShape(14, 384, 1024, 6, 2, 64, 16384, tied=True)
 SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
+# What quality.py calls models.
+MODELS = {"model": ("28M", LLAMA_28M), "smollm2": ("135M", SMOLLM2_135M)}
 # All recorded steps were measured when an adapter took more of the host's operations, and every
 # linear layer was a node of its own.
 EARLIER = Operations(base=34, adapter=(8, 0), cast=(6, 0), apart=(18, 0), several=0, norms=60)
@@ -36,6 +38,8 @@ EARLIER = Operations(base=34, adapter=(8, 0), cast=(6, 0), apart=(18, 0), severa
 DROPPING = ("ad81fac", "df7a020")
 # Of answers.py, before adapters of another dtype stored what they store now.
 APART = ("fdcd23c", "fc63f2f", "ad81fac")
+# Since which steps store what they store now.
+NOW = ("ca098e7",)
 # Labels of a window of answers.py: six answers of a few tokens.
 ANSWER_LABELS = 64
 
@@ -179,7 +183,7 @@ def _finetune(name: str) -> Iterator[RecordedStep]:
 
 
 def _quality() -> Iterator[RecordedStep]:
-    """Steps of `lemo finetune` on the 28M model: LoRA everywhere in fp32, norms too, autocast."""
+    """Steps of `lemo finetune`: LoRA everywhere in fp32, norms too, autocast."""
     known = {"keep", "block_size", "keep_first", "keep_last", "scorer", "seed", "group_size"}
     known |= {"mask_loss", "dense_layers"}
     seen = set()
@@ -195,14 +199,24 @@ def _quality() -> Iterator[RecordedStep]:
         lengths = [tokens] * (batch // passes)
         ends = settings.get("keep_first", 0), settings.get("keep_last", 1)
         block = settings.get("block_size", 64)
-        dense = {layer % LLAMA_28M.layers for layer in settings.get("dense_layers", ())}
+        name, model = MODELS[shape["model"]]
+        dense = {layer % model.layers for layer in settings.get("dense_layers", ())}
         kept = kept_rows(lengths, settings["keep"], block, ends)
         rows = [
             LayerRows(sum(lengths), sum(lengths)) if index in dense else LayerRows(kept, kept)
-            for index in range(LLAMA_28M.layers)
+            for index in range(model.layers)
         ]
         alone = row["runs_at_a_time"] == 1
-        key = (row["commit"], tokens, batch, passes, tuple(rows), settings.get("group_size"), alone)
+        key = (
+            row["commit"],
+            name,
+            tokens,
+            batch,
+            passes,
+            tuple(rows),
+            settings.get("group_size"),
+            alone,
+        )
         if key in seen:
             continue
         seen.add(key)
@@ -213,12 +227,12 @@ def _quality() -> Iterator[RecordedStep]:
             "quality",
             row["commit"],
             row["gpu"],
-            "28M",
+            name,
             tokens,
             settings["keep"],
-            LLAMA_28M,
+            model,
             Adapters(16, norms=True),
-            step_of(LLAMA_28M, lengths, rows, labelled, drops=False, autocast=True, passes=passes),
+            step_of(model, lengths, rows, labelled, drops=False, autocast=True, passes=passes),
             None,
             settings.get("group_size", 0),
             "none",
@@ -264,6 +278,16 @@ def _answers() -> Iterator[RecordedStep]:
             row["peak_gib"],
             row["step_s"],
         )
+
+
+# --- memory
+
+
+def predicted_bytes(step: RecordedStep) -> int:
+    """The peak memory of a recorded step."""
+    kind = StepMemory if step.commit in NOW else RecordedMemory
+    memory = kind(step.shape, step.adapters, step.step, step.quantize)
+    return memory.peak([step.recompute] * step.shape.layers)
 
 
 # --- time

@@ -355,7 +355,8 @@ def planned(tokens, step, **more):
 def test_tables_of_the_longest_windows():
     rows = [
         window("lemo-1", 24.0, 23552, 4.0),
-        window("lemo-1-planned", 24.0, 40960, 4.0),
+        window("lemo-1-planned", 24.0, 40960, 4.0, pinned_gib=0.4),
+        window("lemo-1-planned", 48.0, 81920, 8.0, pinned_gib=24.44),
         window("liger", 24.0, 1024, 4.0),
         window("liger", 24.0, 21504, 4.0),
         window("liger", 48.0, 87040, 24.04, bounded_by="time", too_long=None),
@@ -375,7 +376,7 @@ def test_tables_of_the_longest_windows():
         "| Liger kernels, checkpointing | 21504 (4.0 s) |  | 87040+ (24.0 s) |",
         "| lemo, keep 1, layers recomputed | 23552 (4.0 s) |  | 59392+ (1.5 s) |",
         "| lemo, keep 0.25, layers recomputed |  |  | 59392 (1.5 s) |",
-        "| lemo, keep 1, planned | 40960 (4.0 s) |  |  |",
+        "| lemo, keep 1, planned | 40960 (4.0 s) |  | 81920 (8.0 s, host 24.4 GiB) |",
         "| lemo, keep 0.25, planned | 99904 (3.0 s) | 238112 (11.0 s) |  |",
         "",
     ]
