@@ -230,7 +230,7 @@ private:
             const int64_t enters = entered < found_.size() ? found_[entered] : last_ + 1;
             return std::min({leaves, enters, last_ + 1});
         };
-        for (int64_t token = change(), next; token <= last_; token = next) {
+        for (int64_t token = change(), next = 0; token <= last_; token = next) {
             if (left < entered && found_[left] + window == token) {
                 const size_t word = text_.word(found_[left++]);
                 if (--count_[word] == 0) sum -= weight_[word], --different;
