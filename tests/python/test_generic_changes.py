@@ -46,6 +46,38 @@ def test_a_forward_that_takes_the_place_of_lemos_is_named():
     assert_same(model, dense, loss, oracle)
 
 
+def doubled(forward):
+    """A library's patch of a class."""
+
+    def patch(self, **kwargs):
+        output = forward(self, **kwargs)
+        if output.loss is not None:
+            output.loss = 2 * output.loss
+        return output
+
+    return patch
+
+
+@pytest.mark.parametrize("change", ["class", "configuration"])
+def test_a_loss_that_is_changed_later_is_the_models_own(change, monkeypatch):
+    model = make("gemma2", final_logit_softcapping=None, attn_logit_softcapping=None)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, HALF)
+    before = model(**batch_of()).loss
+    for each in {model, dense}:
+        each.zero_grad()
+        if change == "configuration":
+            each.config.final_logit_softcapping = 1.5
+    if change == "class":
+        monkeypatch.setattr(type(model), "forward", doubled(type(model).forward))
+    handle.begin_step(0, 1)
+    loss = model(**batch_of()).loss
+    oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss
+    assert abs(loss - before) > 0.1
+    loss.backward(), oracle.backward()
+    assert_same(model, dense, loss, oracle)
+
+
 @pytest.mark.parametrize("name", ["phi3", "opt"])  # of OPT, the base is around the decoder
 def test_calls_of_the_decoder_are_those_of_the_whole_model(name, recwarn):
     model = make(name)

@@ -417,6 +417,7 @@ def test_settings_that_need_the_inside_of_layers_are_named(more, message):
     [
         ({"output_hidden_states": True}, "output_hidden_states: not available with labels"),
         ({"output_attentions": True}, "output_attentions: not available"),
+        ({"position_ids": torch.arange(60)[None]}, r"position_ids: expected .*, got \[1, 60\]"),
         ({"token_weights": torch.ones(2, 61)}, "token_weights: Phi3ForCausalLM gives it to its"),
     ],
 )

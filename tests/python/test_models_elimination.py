@@ -77,6 +77,25 @@ def test_gradient_checkpointing(architecture, name):
 
 
 @fp32
+@pytest.mark.parametrize("scorer", ["lexical", "pooled", "random"])
+def test_mlps_keep_a_part_where_attention_keeps_everything(scorer):
+    config = config_of(
+        keep=1.0, keep_mlp=0.3, scorer=scorer, dense_layers=[], block_size=BLOCK, keep_first=0
+    )
+    model, twin, batch = make_model("llama"), make_model("llama"), BATCHES["left"]()
+    handle = lemo.enable(model, config)
+    loss = model(**batch).loss
+    loss.backward()
+    for layer in handle.statistics():
+        assert layer.attention_rows == layer.tokens
+        assert layer.mlp_rows < 0.5 * layer.tokens
+    expected = reference_loss(twin, batch, kept_blocks(handle), config)
+    expected.backward()
+    assert_close_fp32(loss, expected, "loss")
+    assert_same_gradients(model, twin)
+
+
+@fp32
 @pytest.mark.parametrize("name", ["shared set", "all keys", "computed keys"])
 @pytest.mark.parametrize("architecture", ["qwen3", "opt"])
 def test_lora(architecture, name):

@@ -41,6 +41,7 @@ def test_every_reason_is_told():
     layers[0].self_attn.k_proj.base_layer.register_forward_hook(lambda *_: None)
     layers[0].self_attn.v_proj.lora_dropout["default"] = nn.AlphaDropout(0.1)
     layers[0].self_attn.o_proj.base_layer.requires_grad_()
+    layers[1].self_attn.o_proj.scaling["default"] = torch.tensor(0.5)
     layers[1].mlp.register_forward_hook(lambda *_: None)
     layers[1].input_layernorm.to(torch.float64)
     layers[2].mlp.up_proj.base_layer.to(torch.float64)
@@ -52,6 +53,7 @@ def test_every_reason_is_told():
         "model.layers.0.self_attn.k_proj.base_layer": "a hook",
         "model.layers.0.self_attn.v_proj": "lora_dropout that is a AlphaDropout",
         "model.layers.0.self_attn.o_proj.base_layer": "its weight is trained",
+        "model.layers.1.self_attn.o_proj": "a scaling that is a tensor",
         "model.layers.1.mlp": "a hook in place of the model's own MLP",
         "model.layers.1.input_layernorm": "its weight is float64 and the rows are",
         "model.layers.2.mlp.up_proj.base_layer": "its weight is float64 and the rows are",

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 
 import lemo
 import lemo.attention  # registers attention "lemo"
+from lemo.models.architectures import Architecture
 from lemo.models.capture import capture_sub_blocks
-from lemo.models.interception import has_own_forward
+from lemo.models.interception import has_own_forward, origin
 from model_checks import assert_same_gradients
 from tiny_models import ARCHITECTURES, config_of, lora, make_model, padded_batch
 from tolerances import assert_close_fp32
@@ -218,6 +220,92 @@ def test_what_runs_as_a_module_is_honoured(change, monkeypatch):
     loss.backward()
     expected.backward()
     assert_same_gradients(model, dense)
+
+
+own_forward = modeling_llama.LlamaForCausalLM.forward
+
+
+def with_norm_of_logits(model, input_ids=None, labels=None, **kwargs):
+    """PaLM's loss, which keeps the softmax's divisor near 1."""
+    output = own_forward(model, input_ids=input_ids, labels=labels, **kwargs)
+    divisors = output.logits[:, :-1].logsumexp(-1)[labels[:, 1:] != -100]
+    output.loss = output.loss + 0.1 * divisors.square().mean()
+    return output
+
+
+class OwnCausalLM(modeling_llama.LlamaForCausalLM):
+    forward = with_norm_of_logits
+
+
+def change_causal_lm_class(model, monkeypatch):
+    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", with_norm_of_logits)
+
+
+def change_class_of_causal_lm(model, monkeypatch):
+    model.__class__ = OwnCausalLM
+
+
+def change_forward_of_causal_lm(model, monkeypatch):
+    model.forward = functools.partial(with_norm_of_logits, model)
+
+
+def change_loss_function(model, monkeypatch):
+    model.loss_function = lambda *args, **kwargs: 2 * ForCausalLMLoss(*args, **kwargs)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("change", "when"),
+    [
+        (change_causal_lm_class, "before"),
+        (change_causal_lm_class, "after"),
+        (change_class_of_causal_lm, "after"),
+        (change_forward_of_causal_lm, "before"),
+        (change_loss_function, "before"),
+        (change_loss_function, "after"),
+    ],
+)
+def test_a_loss_of_ones_own_is_made_of_what_the_decoder_gives(change, when, keep, monkeypatch):
+    model, dense = lora(make_model("llama")), lora(make_model("llama"))
+    inner = model.get_base_model()
+    if when == "before":
+        change(inner, monkeypatch)
+    handle = lemo.enable(model, EVERYTHING.replace(keep=keep))
+    if when == "after":
+        change(inner, monkeypatch)
+    loss = model(**BATCH).loss
+    if change is not change_causal_lm_class:
+        change(dense.get_base_model(), monkeypatch)
+    expected = dense(**BATCH).loss
+    assert_close_fp32(loss, expected)
+    if keep == 1:
+        loss.backward()
+        expected.backward()
+        assert_same_gradients(model, dense)
+    else:
+        assert handle.statistics()[0].attention_rows < 0.6 * 101
+    # The layers can be compared all the same, but this loss is not what lemo would make.
+    handle.verify(BATCH)
+    with pytest.raises(ValueError, match="the loss of Transformers, got one from test_models_int"):
+        handle.loss(**BATCH)
+
+
+def test_verify_finds_changes_beside_a_loss_of_ones_own(monkeypatch):
+    model = make_model("llama")
+    change_loss_function(model, monkeypatch)
+    handle = lemo.enable(model, EVERYTHING)
+    monkeypatch.setattr(Architecture, "scale", lambda architecture, index: 0.3)
+    with pytest.raises(ValueError, match="Hidden states differ first behind layer 0"):
+        handle.verify(BATCH)
+
+
+def test_where_code_of_a_notebook_comes_from():
+    """It is in no module's file, and `functools.wraps` copies the name of the module."""
+    names = {"__name__": "__main__", "wraps": functools.wraps, "f": own_forward}
+    exec("@wraps(f)\ndef patch(*args):\n    return f(*args)", names)
+    assert names["patch"].__module__.startswith("transformers.")
+    assert origin(names["patch"]) == "__main__"
+    assert origin(own_forward).startswith("transformers.")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa", "lemo"])

@@ -197,6 +197,25 @@ def test_adapters_that_are_changed_later(what, path):
     check(model, 0.5, path)
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_scalings_that_are_tensors(is_trained, path, keep):
+    """Learned ones, of each output, and those of PEFT's hotswap, which changes them in place."""
+    model = adapted(lora_of(ALL))
+    scalings = []
+    for module in list(model.modules()):
+        if isinstance(module, peft.tuners.lora.Linear):
+            scaling = torch.tensor(module.scaling["default"])
+            if is_trained:
+                scaling = torch.nn.Parameter(scaling.expand(module.out_features).clone())
+                module.learned_scaling = scaling
+            module.scaling["default"] = scaling
+            scalings.append(scaling)
+    check(model, keep, path)
+    assert is_trained == all(scaling.grad is not None for scaling in scalings)
+
+
 @pytest.mark.parametrize("path", ["native", "generic"])
 def test_adapters_that_look_for_words_are_refused(path):
     model = adapted(lora_of(alora_invocation_tokens=[7]))

@@ -332,6 +332,38 @@ def test_what_a_subclass_makes_of_the_outputs_is_not_known(tmp_path, monkeypatch
     assert_close_fp32(torch.stack(mine.losses), torch.stack(alone.losses))
 
 
+@pytest.mark.parametrize("is_attached_twice", [False, True])
+def test_what_somebody_has_put_around_the_loss_is_not_known(is_attached_twice, tmp_path):
+    """What it adds is no sum over labels, which would be scaled to those that count."""
+    added = 5.0
+
+    def enable(trainer, config):
+        own = trainer.compute_loss
+        trainer.compute_loss = lambda *args, **kwargs: own(*args, **kwargs) + added
+        handle = lemo.enable(trainer, config)
+        if is_attached_twice:
+            handle.attach(trainer)
+        return handle
+
+    alone = Run("SFT, completions", tmp_path, steps=1)
+    config = lemo.LemoConfig(keep=0.5, block_size=2, scorer="random")
+    mine = Run("SFT, completions", tmp_path, config, steps=1, enable=enable)
+    assert mine.handle.statistics()[0].attention_rows < 0.6 * mine.handle.statistics()[0].tokens
+    assert_close_fp32(torch.stack(mine.losses), torch.stack(alone.losses) + added)
+
+
+def test_an_attached_trainer_may_be_attached_again(tmp_path):
+    def enable(trainer, config):
+        handle = lemo.enable(trainer, config)
+        handle.attach(trainer)
+        return handle
+
+    config = lemo.LemoConfig(keep=0.5, block_size=2, scorer="random")
+    once = Run("SFT, completions", tmp_path, config, steps=1)
+    twice = Run("SFT, completions", tmp_path, config, steps=1, enable=enable)
+    assert_close_fp32(torch.stack(twice.losses), torch.stack(once.losses))
+
+
 def test_without_lemo_the_trainer_is_as_it_was(tmp_path):
     run = Run("SFT, completions", tmp_path, CONFIG, steps=1)
     model = run.trainer.model

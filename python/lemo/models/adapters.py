@@ -102,6 +102,10 @@ def _pair(layer: Any, name: str) -> Pair | str:
     share = _dropout(drop)
     if share is None:
         return f"lora_dropout that is a {type(drop).__name__}, or has hooks"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        # Trained, or one that PEFT's hotswap changes in place, which no node would see.
+        return "a scaling that is a tensor"
     variants = getattr(layer, "lora_variant", None)
     magnitude = None
     if variants and name in variants:
@@ -112,7 +116,7 @@ def _pair(layer: Any, name: str) -> Pair | str:
         if is_intercepted(magnitude):
             return "hooks on DoRA's magnitude"
         magnitude = magnitude.weight
-    return Pair(weight_a, weight_b, of_b["bias"], magnitude, layer.scaling[name], share)
+    return Pair(weight_a, weight_b, of_b["bias"], magnitude, scaling, share)
 
 
 def _dropout(module: nn.Module) -> float | None:

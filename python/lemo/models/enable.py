@@ -274,8 +274,13 @@ class Handle:
 
         Args:
             arguments: as the model takes them, with `labels`.
+
+        Raises:
+            ValueError: the model makes another loss than Transformers' ForCausalLMLoss; or as of
+                the model.
         """
         call = ForwardArguments.of(arguments)
+        self.path.check_loss()
         self._forward.check_call(call)
         return self._forward.loss(call).loss
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.models.sharded import is_sharded, own_class
@@ -28,6 +29,7 @@ __all__ = [
     "has_own_forward",
     "is_intercepted",
     "kind_of",
+    "makes_another_loss",
     "origin",
     "own_module",
     "works_row_by_row",
@@ -39,6 +41,8 @@ _REMEDY = (
 )
 # Libraries that put a rotation in place of Transformers' that computes the same.
 _SAME_ROTATION = ("transformers", "liger_kernel")
+# Those that put a forward in place of a causal LM's whose loss is the same.
+_SAME_LOSS = ("transformers", "liger_kernel", "cut_cross_entropy", "trl")
 # PEFT's kinds of adapters with scales, tasks or states for each token or sequence of the batch, or
 # with weights that are means over its tokens, padding included (Lily).
 _OF_THE_BATCH = ("LILY", "POLY", "SHADOW", "XLORA")
@@ -225,6 +229,25 @@ def has_own_forward(cls: type) -> bool:
     return _is_own(cls.forward, cls)
 
 
+def makes_another_loss(causal_lm: nn.Module, replaced: object = None) -> str | None:
+    """Where another loss or other logits than Transformers' come from; None: there are none.
+
+    Args:
+        causal_lm: has `loss_function`, as Transformers' have.
+        replaced: a forward of the instance, which runs in place of the class's; None: there is
+            none.
+    """
+    cls: type = own_class(causal_lm)
+    if replaced is None:
+        of_transformers = cls.__module__.startswith("transformers.models.")
+        replaced = None if of_transformers and has_own_forward(cls) else cls.forward
+    found = None if replaced is None else origin(replaced)
+    if found is not None and found.partition(".")[0] not in _SAME_LOSS:
+        return found
+    loss: object = causal_lm.loss_function
+    return None if loss is ForCausalLMLoss else origin(loss)
+
+
 def own_module(module: nn.Module) -> nn.Module:
     """The module inside what `torch.compile(module)` returns; others are returned as they are."""
     # Asked for every layer of every pass; a module's own getattr is slow where there is none.
@@ -300,7 +323,8 @@ def origin(function: object) -> str:
     code = getattr(function, "__code__", None)
     if code is None:
         return f"{type(function).__module__}.{type(function).__name__}"
-    return _module_of(code.co_filename) or str(function.__module__)
+    # Code of a notebook is in no module's file, and `__module__` may have been copied.
+    return _module_of(code.co_filename) or str(function.__globals__.get("__name__"))
 
 
 @functools.cache

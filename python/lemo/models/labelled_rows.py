@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 
 from lemo.models.arguments import ForwardArguments
+from lemo.models.interception import origin
 
 __all__ = ["LabelledStates", "call_head", "fused_call", "sums_over_labels", "with_head"]
 
@@ -41,12 +42,18 @@ class LabelledStates:
 def sums_over_labels(trainer: transformers.Trainer) -> bool:
     """Whether a trainer's loss is a sum over labels of what TRL's head returns for each of them.
 
-    It is SFTTrainer's, losses "nll" and "dft". One whose `compute_loss` is another's is not known.
+    It is SFTTrainer's, losses "nll" and "dft". One whose `compute_loss` is another's, of a subclass
+    or put into the instance, is not known.
     """
     trl = sys.modules.get("trl")  # who has a trainer of TRL has imported it
     if trl is None or not isinstance(trainer, trl.SFTTrainer):
         return False
     own: bool = type(trainer).compute_loss is trl.SFTTrainer.compute_loss
+    # Lemo's own wrappers are there where it is attached already.
+    put = vars(trainer).get("compute_loss")
+    while own and put is not None:
+        own = origin(put).startswith(("lemo.", "trl."))
+        put = getattr(put, "__wrapped__", None)
     return own
 
 

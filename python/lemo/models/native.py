@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lemo.distributed.context import ContextParallel
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
 from lemo.models.general import general_modules
+from lemo.models.interception import makes_another_loss
 from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
 from lemo.models.path import Path, Steering, returned
 from lemo.models.products import Fp8Products
@@ -74,7 +74,20 @@ class NativePath(Path[TrainingForward]):
     def verify(self, batch: Mapping[str, Any], tokens: int) -> None:
         # Rounding to 8 bits would hide what it looks for.
         with nullcontext() if self._products is None else self._products.paused():
-            verify(self._architecture, self.forward, batch, tokens)
+            verify(self._architecture, self.forward, batch, tokens, self._other_loss() is None)
+
+    def check_loss(self) -> None:
+        found = self._other_loss()
+        if found is not None:
+            raise ValueError(
+                f"model: expected {type(self.causal_lm).__name__} with the loss of Transformers, "
+                f"got one from {found}, which is not lemo's to compute; call the model itself, in "
+                "training mode"
+            )
+
+    def _other_loss(self) -> str | None:
+        forward = vars(self.causal_lm).get("forward")
+        return makes_another_loss(self.causal_lm, getattr(forward, "previous", None))
 
     def install(self) -> None:
         if self._products is not None:
@@ -152,13 +165,12 @@ def causal_lm_forward(
             result, weight = path.labelled_alone(fused, call, replaced.previous)
             weights.append(weight)
             return result
-        # Somebody's own forward calls the decoder, and may make another loss of it.
+    if replaced.previous is not None or makes_another_loss(causal_lm) is not None:
+        # It calls the decoder, and may make another loss of its states.
         with handle.naming(arguments.labelled_rows()):
             return original()
-    compute = path.forward.custom_loss
-    if arguments.labels is None:
-        compute = path.forward.logits
-    elif causal_lm.loss_function is ForCausalLMLoss:
+    compute = path.forward.logits
+    if arguments.labels is not None:
         path.forward.check_call(arguments)
         compute = path.forward.loss
     output = run_inside(path.decoder, partial(compute, arguments))

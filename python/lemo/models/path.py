@@ -44,6 +44,10 @@ class Path(ABC, Generic[F]):
     def general_modules(self) -> dict[str, str]:
         """See `lemo.Handle.general_modules`."""
 
+    def check_loss(self) -> None:
+        """Raises ValueError where a training pass makes another loss than `Handle.loss` would."""
+        return
+
     def unquantised_products(self) -> dict[str, str]:
         """See `lemo.Handle.unquantised_products`."""
         return {}

@@ -188,22 +188,6 @@ class TrainingForward(Training[Elimination]):
         logits = self._architecture.lm_head(states.last_hidden_state[:, columns])
         return CausalLMOutputWithPast(logits=logits, hidden_states=states.hidden_states)
 
-    def custom_loss(self, arguments: ForwardArguments) -> CausalLMOutputWithPast:
-        """The output for a call with labels of a model that has a loss function of its own."""
-        with named_labels.named(self, arguments.labelled_rows()):
-            output = self.logits(arguments)
-        extra = ("num_items_in_batch", "shift_labels", "ignore_index")
-        given = {name: getattr(arguments, name) for name in extra}
-        loss = self._architecture.causal_lm.loss_function(
-            logits=output.logits,
-            labels=arguments.labels,
-            vocab_size=self._architecture.config.vocab_size,
-            **{name: value for name, value in given.items() if value is not None},
-        )
-        return CausalLMOutputWithPast(
-            loss=loss, logits=output.logits, hidden_states=output.hidden_states
-        )
-
     def states(self, arguments: ForwardArguments) -> BaseModelOutputWithPast:
         """The decoder's output [B, S, H]: in each row what the dense model gives.
 

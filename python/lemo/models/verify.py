@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lemo.models.architectures import Architecture
 from lemo.models.arguments import ForwardArguments
@@ -23,7 +24,11 @@ _TOLERANCES = {torch.float32: (1e-4, 1e-3), torch.float16: (1e-2, 0.1), torch.bf
 
 
 def verify(
-    architecture: Architecture, forward: TrainingForward, batch: Mapping[str, Any], tokens: int
+    architecture: Architecture,
+    forward: TrainingForward,
+    batch: Mapping[str, Any],
+    tokens: int,
+    makes_loss: bool = True,
 ) -> None:
     """See `lemo.Handle.verify`.
 
@@ -31,6 +36,8 @@ def verify(
         architecture: access to the model.
         forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle.
+        makes_loss: whether `forward` also makes the loss. Where it does not, the decoder's states
+            are compared, by the loss that Transformers would make of them.
 
     Raises:
         ValueError: as of the handle.
@@ -45,7 +52,10 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(_quiet(model))
         stack.enter_context(torch.enable_grad())
-        expected = own_forward(model, arguments).loss
+        if makes_loss:
+            expected = own_forward(model, arguments).loss
+        else:
+            expected = _loss_of_states(architecture, arguments)
         expected_gradients = gradients(expected, trainable)
         _check_finite(expected, expected_gradients)
         with forward.keeping_everything():
@@ -58,6 +68,15 @@ def verify(
         if forward.context is None:
             place = " " + _first_difference(model, forward, arguments, difference.tolerances[1])
     raise _wrong(difference, place)
+
+
+def _loss_of_states(architecture: Architecture, arguments: dict[str, Any]) -> Tensor:
+    """ForCausalLMLoss of the head's logits of what the decoder's own forward gives."""
+    inputs = {name: value for name, value in arguments.items() if name != "labels"}
+    states = own_forward(architecture.decoder, inputs).last_hidden_state
+    vocabulary = architecture.config.vocab_size
+    loss: Tensor = ForCausalLMLoss(architecture.lm_head(states), arguments["labels"], vocabulary)
+    return loss
 
 
 def verify_sharded(

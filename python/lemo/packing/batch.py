@@ -37,10 +37,16 @@ class PackedBatch:
             device: where the tokens are.
 
         Raises:
-            ValueError: a mask that is not [B, S], has gaps, or keeps no token at all.
+            ValueError: a mask that is not [B, S], has gaps, or keeps no token at all; positions of
+                another shape.
         """
         self.shape = shape
         self._token_rows: Tensor | None = None
+        if position_ids is not None and tuple(position_ids.shape) not in (shape, (1, shape[1])):
+            raise ValueError(
+                f"position_ids: expected [batch, tokens] = {list(shape)} or [1, tokens], got "
+                f"{list(position_ids.shape)}"
+            )
         if attention_mask is not None:
             seqlens = self._remove_padding(attention_mask.to(device))
         elif position_ids is not None:

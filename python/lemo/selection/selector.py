@@ -186,7 +186,7 @@ class Selector:
                     # The order of the ranks holds all of it.
                     scores, ends = ranks(scores, now.labelled, first), (0, 0)
                 if self._has_budget:
-                    rule, scores = self._within_budget(scores, rule.value)
+                    rule, scores = self._within_budget(kind, scores, rule.value)
             selection = ops.token_select(scores, now.layout, *rule, *ends)
             # All rows kept is the dense case, which needs no row index.
             complete = selection.num_rows == now.layout.num_tokens
@@ -198,7 +198,7 @@ class Selector:
         """Whether blocks with labels are kept beside the share: answers say what is needed."""
         return self.config.finds_answers and self._pass.labelled is not None
 
-    def _within_budget(self, ranks: Tensor, most: float) -> tuple[Rule, Tensor]:
+    def _within_budget(self, kind: str, ranks: Tensor, most: float) -> tuple[Rule, Tensor]:
         """A rule that keeps the blocks of the budget, and the scores that it goes by."""
         now, config = self._pass, self.config
         assert now.labelled is not None
@@ -206,7 +206,7 @@ class Selector:
         share = 1.0 if config.keep_relevance is None else config.keep_relevance
         kept = within_budget(
             ranks,
-            now.scores["attention"],
+            now.scores[kind],
             now.labelled,
             now.answers,
             now.layout,

@@ -122,7 +122,8 @@ class GenericForward(Training[Choice]):
         self._implementations: tuple[str, ...] = ()
         self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
-        self._head = Head(parts.name, parts.causal_lm.get_output_embeddings, self._own_sum)
+        head = parts.causal_lm.get_output_embeddings
+        self._head = Head(parts.name, head, self._own_sum, partial(_rules_of_loss, parts))
         self._pass: _Pass | None = None
         self.is_dense = False
         self._prepared: ModelOutput | None = None
@@ -510,6 +511,18 @@ class GenericForward(Training[Choice]):
 
 
 _LABELS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "return_dict")
+
+
+def _rules_of_loss(parts: Parts) -> list[object]:
+    """What a causal LM's own loss depends on besides weights: code, and numbers such as a cap."""
+    causal_lm = parts.causal_lm
+    configs = (causal_lm.config, parts.decoder.config)
+    numbers = (value for c in configs for value in vars(c).values() if _is_number(value))
+    return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def _two_rows(hidden: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The loss of hidden states by a model's own head, a chunk of rows at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _LARGE = 64.0
 
 
 class Head:
-    """What a causal LM makes of hidden states, found out by asking it once.
+    """What a causal LM makes of hidden states, found out by asking it.
 
     Where its loss is the cross entropy of a linear layer's logits, lemo computes it without them.
     Elsewhere (soft-capped or scaled logits, losses of other libraries) the model's own code does,
@@ -28,6 +28,8 @@ class Head:
         model: the type of the model, for errors.
         head: gives the module of the head, hidden states [N, H] -> [N, V].
         own_sum: (hidden [N, H], labels [N], divisor) -> the model's own loss.
+        rules: gives what the answer depends on besides weights; the model is asked again when it
+            has changed.
     """
 
     def __init__(
@@ -35,9 +37,11 @@ class Head:
         model: str,
         head: Callable[[], nn.Module],
         own_sum: Callable[[Tensor, Tensor, int], Tensor],
+        rules: Callable[[], Sequence[object]],
     ) -> None:
-        self._model, self._head, self._own_sum = model, head, own_sum
-        self._is_plain: bool | None = None
+        self._model, self._head, self._own_sum, self._rules = model, head, own_sum, rules
+        self._asked: Sequence[object] | None = None
+        self._is_plain = False
 
     def loss(
         self,
@@ -53,8 +57,9 @@ class Head:
         Raises:
             ValueError: the model's loss is not a sum over the labels.
         """
-        if self._is_plain is None:
-            self._is_plain = self._look(hidden)
+        rules = self._rules()
+        if rules != self._asked:
+            self._is_plain, self._asked = self._look(hidden), rules
         if self._is_plain:
             return head_loss(
                 self._head(), hidden, targets, vocabulary, chunk_rows, divisor, ignore_index
