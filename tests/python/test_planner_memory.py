@@ -68,9 +68,11 @@ def test_products_in_8_bits_store_nothing_more_of_a_layer(mode):
     plain, fp8 = StepMemory(shape, adapters, step), StepMemory(shape, adapters, step, fp8=True)
     assert fp8.layer(0, mode).kept == plain.layer(0, mode).kept == found
     assert fp8.layer(0, mode).backward > plain.layer(0, mode).backward
-    # A byte for each weight but the last MLP's, and none beside weights that have one byte.
-    linear = shape.parameters()[0] - 3 * shape.hidden * shape.width
-    assert fp8.weights - plain.weights == linear
+    # A byte for each weight but those of queries, keys and the last MLP, and none beside weights
+    # that have one byte.
+    values_output = shape.layers * shape.hidden * (shape.keys + shape.queries)
+    mlps = (shape.layers - 1) * 3 * shape.hidden * shape.width
+    assert fp8.weights - plain.weights == values_output + mlps
     alone = StepMemory(shape, adapters, step, "float8", fp8=True)
     assert alone.weights == StepMemory(shape, adapters, step, "float8").weights
 

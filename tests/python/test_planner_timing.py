@@ -82,13 +82,29 @@ def test_products_in_8_bits_have_a_rate_of_their_own():
     for mode in MODES:
         plain = StepTime(SHAPE, Adapters(4), step_with(512), RATES).layer(0, mode)
         found = StepTime(SHAPE, Adapters(4), step_with(512), rates, fp8=True).layer(0, mode)
-        linear = 512 * 2 * sum(each.inputs * each.outputs for each in SHAPE.linears())
+        names = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        linear = 512 * 2 * SHAPE.layer_parameters(names)
         saved = (linear / RATES.products - linear / rates.fp8) * (2 if mode == "none" else 3)
         if mode != "none":  # the last product's values are not needed again
             down = SHAPE.linears()[-1]
             last = 512 * 2 * down.inputs * down.outputs
             saved -= last / RATES.products - last / rates.fp8
         assert 0 < found - (plain - saved) < 0.02 * plain + 512 * 30 * 128 / RATES.bytes
+
+
+def test_queries_and_keys_do_not_have_that_rate():
+    """Only the rows that values and the output read are rounded, and each of them once."""
+    fp8, plain = (StepTime(SHAPE, Adapters(4), step_with(512), RATES, fp8=f) for f in (True, False))
+    weights = {"q": 64 * 64, "k": 64 * 32, "v": 64 * 32, "o": 64 * 64}
+    # A number is read, and written and read in 8 bits, in place of read; in backward the rows are
+    # gradients.
+    of_rounding = {"_attention_forward": 2 * (64 + 64), "_attention_gradient": 2 * (32 + 64)}
+    for name, moved in of_rounding.items():
+        found, before = (getattr(time, name)() for time in (fp8, plain))
+        assert found.fp8 == 2 * (weights["v"] + weights["o"])
+        assert found.products == before.products - found.fp8
+        assert before.products > 2 * sum(weights.values())
+        assert found.moved - before.moved == moved
 
 
 def test_the_last_mlp_does_not_have_that_rate():

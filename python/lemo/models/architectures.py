@@ -320,7 +320,7 @@ class Architecture:
         return self._heads(index, x, ("q_proj", "k_proj", "v_proj"), values)
 
     def attention_projections(self, index: int) -> tuple[nn.Module, ...]:
-        """The linear layers of a layer's attention."""
+        """The linear layers of a layer's attention: queries, keys, values, and behind the heads."""
         attention = self.layer(index).self_attn
         return tuple(
             getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", self.output_name)

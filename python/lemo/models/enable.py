@@ -485,7 +485,7 @@ class Handle:
         """Linear layers whose products stay in the model's dtype with products "fp8", and why.
 
         Errors are measured in the first training pass, which also logs those that are too large.
-        The last layer's MLP always stays.
+        Queries and keys (q_proj and k_proj) and the last layer's MLP always stay.
 
         Returns:
             Reasons by the modules' names in `causal_lm`; empty: none were asked to be in 8 bits.

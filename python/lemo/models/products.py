@@ -18,10 +18,13 @@ __all__ = ["Fp8Products"]
 # The linear layers of an MLP that somebody has changed.
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _LAST = "the last layer's MLP, whose error reaches the loss most directly"
+_QUERIES_KEYS = "queries and keys, whose error changes what attention looks at"
 
 
 class Fp8Products:
-    """Products in 8 bits of the layers of a decoder; the last MLP and the head stay as they are.
+    """Products in 8 bits of the layers of a decoder.
+
+    Those of queries, keys, the last MLP and the head stay as they are.
 
     A weight's copy in 8 bits is made again where PEFT has merged adapters into the weight or
     unloaded them, and where it was written to as a tensor. Other writes through `weight.data` are
@@ -56,8 +59,8 @@ class Fp8Products:
         architecture = self._architecture
         self._attention = []
         for index in range(architecture.num_layers):
-            projections = architecture.attention_projections(index)
-            self._attention += self._put_on(projections, names, index)
+            _, _, *others = architecture.attention_projections(index)
+            self._attention += self._put_on(others, names, index)
         self._follow_mlps()
 
     def remove(self) -> None:
@@ -124,8 +127,9 @@ class Fp8Products:
         """
         architecture = self._architecture
         for index in range(architecture.num_layers):
-            for module in architecture.attention_projections(index):
-                yield module, None
+            queries, keys, *others = architecture.attention_projections(index)
+            yield from ((module, _QUERIES_KEYS) for module in (queries, keys))
+            yield from ((module, None) for module in others)
             projections = architecture.mlp_projections(index)
             if projections is not None:
                 for module in projections:

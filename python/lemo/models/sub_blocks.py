@@ -13,7 +13,6 @@ from torch import Tensor
 from lemo import ops
 from lemo.models.architectures import Architecture, GradientTarget
 from lemo.models.batch import Batch
-from lemo.models.fp8 import shared_rows
 from lemo.packing.blocks import Selection
 
 __all__ = ["MLP", "Attention", "Heads"]
@@ -78,11 +77,10 @@ class Attention:
     def linears(self, x: Tensor, values: bool = True) -> Heads:
         """What `project` rotates; without `values` only gradients of it count."""
         architecture, index = self._architecture, self._index
-        with shared_rows():
-            if self.keys is self.kept or self.kept.rows is None:
-                return Heads(*architecture.queries_keys_values(index, x, values))
-            q = architecture.queries(index, x.index_select(0, self.kept.rows), values)
-            return Heads(q, *architecture.keys_values(index, x, values))
+        if self.keys is self.kept or self.kept.rows is None:
+            return Heads(*architecture.queries_keys_values(index, x, values))
+        q = architecture.queries(index, x.index_select(0, self.kept.rows), values)
+        return Heads(q, *architecture.keys_values(index, x, values))
 
     def unrotated(self, gradient: Tensor, selection: Selection) -> Tensor:
         """The gradient of heads before they are rotated, from that of rotated ones."""

@@ -167,7 +167,7 @@ class StepMemory:
         trainable = self.trainable
         copied = 0
         if self._fp8 and self._quantize != "float8":
-            copied = self._shape.parameters()[0] - self._shape.mlp_parameters()  # not the last MLP
+            copied = self._shape.copied_parameters()
         frozen = weight_bytes(self._shape, self._step.size, self._quantize)
         shards = self._step.shards
         if shards > 1:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 __all__ = [
+    "IN_DTYPE",
     "LINEAR",
     "Adapters",
     "LayerRows",
@@ -29,6 +30,8 @@ _QUANTISED = {"nf4": 0.5, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
 _SCALES = {"nf4": (1 + 4 / 256) / 64}
 # Linear layers of a decoder layer, in the order in which they run.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Those whose products are never in 8 bits, in any layer (`lemo.models.products`).
+IN_DTYPE = LINEAR[:2]
 
 
 class Linear(NamedTuple):
@@ -83,13 +86,18 @@ class ModelShape:
         outputs = (self.queries, self.keys, self.keys, hidden, width, width, hidden)
         return tuple(map(Linear, LINEAR, inputs, outputs))
 
-    def layer_parameters(self) -> int:
-        """Parameters of the linear layers of a decoder layer."""
-        return sum(each.inputs * each.outputs for each in self.linears())
+    def layer_parameters(self, names: Collection[str] = LINEAR) -> int:
+        """Parameters of the linear layers of a decoder layer that have these names."""
+        return sum(each.inputs * each.outputs for each in self.linears() if each.name in names)
 
     def mlp_parameters(self) -> int:
         """Those of its MLP."""
-        return sum(each.inputs * each.outputs for each in self.linears()[-3:])
+        return self.layer_parameters(LINEAR[4:])
+
+    def copied_parameters(self) -> int:
+        """Those of the whole model that products in 8 bits hold a copy of."""
+        copied = [name for name in LINEAR if name not in IN_DTYPE]
+        return self.layers * self.layer_parameters(copied) - self.mlp_parameters()  # the last MLP
 
     def parameters(self) -> tuple[int, int]:
         """(parameters of linear layers, all others) of the whole model, biases apart."""

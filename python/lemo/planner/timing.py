@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, Step, layer_bytes
+from lemo.planner.shape import IN_DTYPE, LINEAR, Adapters, LayerRows, ModelShape, Step, layer_bytes
 
 __all__ = ["Operations", "Rates", "StepTime", "operations"]
 
@@ -131,7 +131,7 @@ class StepTime:
         rates: of the machine.
         window: tokens that attention sees back; 0: all.
         group_size: tokens of a shifted attention group; 0: no groups.
-        fp8: whether frozen weights multiply in 8 bits.
+        fp8: whether frozen weights multiply in 8 bits, but for `IN_DTYPE` and the last MLP.
         quantize: how weights are stored, which are sent so where processes have shares of them.
         started: what the host starts.
     """
@@ -359,10 +359,10 @@ class StepTime:
 
     # Work of a row
 
-    def _frozen(self, read: int, written: int) -> _Work:
-        """A product with a frozen weight, of rows of so many numbers."""
+    def _frozen(self, name: str, read: int, written: int) -> _Work:
+        """A product with the frozen weight of a linear layer, of rows of so many numbers."""
         operations, size = 2 * read * written, self._step.size
-        if not self._fp8:
+        if not self._fp8 or name in IN_DTYPE:
             return _Work(operations, size * (read + written))
         # Rows are rounded, which reads and writes them, and then read in 8 bits.
         return _Work(0, read * (size + 2) + size * written, operations)
@@ -372,7 +372,7 @@ class StepTime:
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank_of(name)
-        work = self._frozen(inputs, outputs)
+        work = self._frozen(name, inputs, outputs)
         if name not in self._adapters.targets:
             return work
         pair = 2 * rank * (inputs + outputs)
@@ -391,7 +391,7 @@ class StepTime:
         linear = next(each for each in self._shape.linears() if each.name == name)
         inputs, outputs = linear.inputs, linear.outputs
         size, rank = self._step.size, self._adapters.rank_of(name)
-        work = self._frozen(outputs, inputs)
+        work = self._frozen(name, outputs, inputs)
         if name not in self._adapters.targets:
             return work
         pair = 4 * rank * (inputs + outputs)

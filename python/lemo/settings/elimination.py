@@ -251,11 +251,11 @@ class LemoConfig(Settings):
         "for gradients of their inputs. dtype: that of the model; fp8: 8 bits (e4m3) with fp32 "
         "sums, on GPUs that have it (Ada, Hopper; on the CPU slowly, for tests): faster, and less "
         "exact; fp8_fast: the same with the tensor cores' own sums, which keep fewer bits. The "
-        "last layer's MLP stays in dtype, as do layers that err too much; "
-        "Handle.unquantised_products and the log name them. The rounding of weights changes from "
-        "step to step (Handle.begin_step), so that adapters do not learn to mend it. The head, "
-        "attention, norms and adapters are not changed. After weights were written through "
-        "weight.data, enable again.",
+        "products of queries and keys and of the last layer's MLP stay in dtype, as do layers that "
+        "err too much; Handle.unquantised_products and the log name them. The rounding of weights "
+        "changes from step to step (Handle.begin_step), so that adapters do not learn to mend it. "
+        "The head, attention, norms and adapters are not changed. After weights were written "
+        "through weight.data, enable again.",
     )
     seed: Seed = Field(0, description="Of scorer random.")
     layerwise: LayerwiseConfig = Field(

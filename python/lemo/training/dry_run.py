@@ -12,6 +12,7 @@ from lemo.ops import supports_device
 from lemo.planner.combinations import combination_lines, combinations
 from lemo.planner.plan import NOMINAL, DoesNotFitError, Plan
 from lemo.planner.request import Request
+from lemo.planner.shape import IN_DTYPE
 from lemo.planner.text import bytes_text, needed_text, plan_lines
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
@@ -127,7 +128,7 @@ def _about_step(request: Request, tokens: int) -> Iterator[str]:
             "which stay in dtype"
         )
         for each in request.shape.linears():
-            if each.inputs % 16 or each.outputs % 16:
+            if each.name not in IN_DTYPE and (each.inputs % 16 or each.outputs % 16):
                 yield f"products of {each.name}: in dtype, its sizes are no multiples of 16"
 
 
