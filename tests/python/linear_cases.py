@@ -34,6 +34,7 @@ PRECISIONS = {
     "bf16 adapters": (torch.bfloat16, torch.bfloat16, False),
     "autocast": (torch.bfloat16, torch.float32, True),
     "autocast of fp32": (torch.float32, torch.float32, True),
+    "autocast of bf16": (torch.bfloat16, torch.bfloat16, True),
 }
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,6 +15,7 @@ import lemo
 from devices import on_gpu
 from lemo.models import rows
 from lemo.models.execution import is_plain_checkpoint
+from lemo.models.recompute import _Gradients
 from lemo.packing.chunks import chunk_rows
 from model_cases import BATCHES
 from model_checks import assert_equal_steps, one_step, saved_bytes
@@ -76,6 +78,16 @@ def test_gradients_of_lora_on_every_linear_layer(architecture, name, how):
     batch = BATCHES["packed" if architecture == "llama" else "right"]()
     expected = run(model, batch, "none", **SETTINGS[name])
     assert_same(run(model, batch, how, **SETTINGS[name]), expected)
+
+
+def test_gradients_of_chunks_are_summed_in_fp32():
+    """Ones, of which a sum in bf16 stays at 256."""
+    weight = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    gradients_of = _Gradients([weight])
+    for _ in range(600):
+        edge = get_gradient_edge(weight + weight)
+        gradients_of.add([edge], None, [torch.full_like(weight, 0.5)])
+    assert gradients_of.sums[0].tolist() == [600.0] * 3
 
 
 @pytest.mark.cpu_only

@@ -103,6 +103,20 @@ def test_chunks_of_rows_add_up(name, monkeypatch):
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("name", ["plain", "dropout", "two adapters"])
+def test_adapters_are_trained_where_the_rows_need_no_gradient(name):
+    """As those of a first layer, behind embedded tokens that are frozen."""
+    layer, (x, dy) = layer_of(name), inputs(torch.bfloat16)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    found = []
+    for needs_gradient in (True, False):
+        torch.manual_seed(1)  # for dropout
+        y = of_lemo(layer)(x.clone().requires_grad_(needs_gradient))
+        found.append(torch.autograd.grad(y, trained, dy))
+    assert len(trained) >= 2
+    assert all(map(torch.equal, *found))
+
+
 def test_adapters_that_bf16_would_round_away_count():
     """An update of a thousandth of B changes the result by a thousandth of what B does."""
     layer, (x, _) = layer_of("plain", has_bias=False), inputs(torch.bfloat16)

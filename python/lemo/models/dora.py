@@ -86,8 +86,7 @@ class _Dora(torch.autograd.Function):
             y = _forward(cast, matrix(), bias, product, low, bits, b, columns)
         else:
             y = cast.new_empty(1, 1).expand(x.shape[0], b.shape[0])
-        ctx.matrix, ctx.product, ctx.dtype, ctx.x_dtype = matrix, product, dtype, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.matrix, ctx.product, ctx.dtype = matrix, product, dtype
         ctx.save_for_backward(x, low, bits, a, b, columns)
         return y
 
@@ -126,14 +125,15 @@ class _Dora(torch.autograd.Function):
                 add_product(drows, d_low, a_cast, product.scaling)
                 drows = dropout.masked(drows, mask).add_(dy_rows @ weight)
             dx[part] = drows
+        # Autograd casts gradients to the dtypes of what they are of.
         return (
             dx,
             None,
-            dy.sum(0).to(ctx.bias_dtype) if wants_bias else None,
+            dy.sum(0) if wants_bias else None,
             *(None, None, None),
-            None if da is None else da.mul_(product.scaling).to(a.dtype),
-            None if db is None else db.mul_(product.scaling).to(b.dtype),
-            None if dcolumns is None else dcolumns.to(columns.dtype),
+            None if da is None else da.mul_(product.scaling),
+            None if db is None else db.mul_(product.scaling),
+            dcolumns,
         )
 
 

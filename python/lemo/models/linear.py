@@ -249,7 +249,7 @@ class _Linear(torch.autograd.Function):
         products = [product for plan in plans for product in plan.products]
         # The layer of each pair.
         layers = [i for i, plan in enumerate(plans) for _ in plan.products]
-        ctx.stacks = stacks(products, [pair.a for pair in pairs], [(w.a, w.b) for w in wanted])
+        ctx.stacks = stacks(products, [(wants.a, wants.b) for wants in wanted])
         saved: list[Tensor | None] = []
         for places in ctx.stacks:
             product, of_stack = products[places[0]], [pairs[i] for i in places]
@@ -265,8 +265,6 @@ class _Linear(torch.autograd.Function):
         # The weights are frozen, and those that were made of another kind are made again.
         stored = x if any(wants.a for wants in wanted) else None
         ctx.plans, ctx.products, ctx.layers, ctx.shape = plans, products, layers, x.shape
-        ctx.x_dtype = x.dtype
-        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         ctx.save_for_backward(stored, *saved)
         return tuple(ys)
 
@@ -278,15 +276,11 @@ class _Linear(torch.autograd.Function):
         saved = iter(rest)
         wants_x, _, *others = ctx.needs_input_grad
         wanted_own, wanted = _grouped(others, len(plans))
-        dtypes_of_own, dtypes = _grouped(ctx.dtypes, len(plans))
         cast = None if x is None else x.to(plans[0].dtype)
         dx = _input_gradient(plans, dys, ctx.shape) if wants_x else None
         of_own = [
-            _OfLayer(
-                dy if wants.given else None,
-                dy.sum(0).to(of_layer.bias) if wants.bias else None,
-            )
-            for dy, wants, of_layer in zip(dys, wanted_own, dtypes_of_own)
+            _OfLayer(dy if wants.given else None, dy.sum(0) if wants.bias else None)
+            for dy, wants in zip(dys, wanted_own)
         ]
         das: list[Tensor | None] = [None] * len(products)
         dbs, dbiases = das.copy(), das.copy()
@@ -297,14 +291,14 @@ class _Linear(torch.autograd.Function):
             rows = cast if wanted[places[0]].a else None
             of_as, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
             for i, da in zip(places, of_as):
-                das[i] = da.to(dtypes[i].a)
+                das[i] = da
             for i, db in zip(places, of_bs):
-                dbs[i] = db.to(dtypes[i].b)
+                dbs[i] = db
             for i, dy in zip(places, dys_of_pairs):
                 if wanted[i].bias:
-                    dbiases[i] = product.bias_gradient(dy).to(dtypes[i].bias)
+                    dbiases[i] = product.bias_gradient(dy)
         of_pairs = map(_OfPair, das, dbs, dbiases)
-        dx = None if dx is None else dx.to(ctx.x_dtype)
+        # Autograd casts gradients to the dtypes of what they are of.
         return dx, None, *chain.from_iterable(of_own), *chain.from_iterable(of_pairs)
 
 

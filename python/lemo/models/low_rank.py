@@ -153,20 +153,17 @@ class LowRank(NamedTuple):
         return dy.sum(0, dtype=torch.float32).mul_(self.bias_scaling)
 
 
-def stacks(
-    products: Sequence[LowRank], weights: Sequence[Tensor], wanted: Sequence[tuple[bool, bool]]
-) -> list[list[int]]:
+def stacks(products: Sequence[LowRank], wanted: Sequence[tuple[bool, bool]]) -> list[list[int]]:
     """The places of the pairs of each stack, in the order of their first ones.
 
     Args:
         products: of pairs that read the same rows.
-        weights: their As.
         wanted: whether gradients of A, and of B, are.
     """
     found: dict[object, list[int]] = {}
-    for place, (product, weight, wants) in enumerate(zip(products, weights, wanted, strict=True)):
+    for place, (product, wants) in enumerate(zip(products, wanted, strict=True)):
         # A mask is of one pair alone.
-        key = place if product.dropout else (product, weight.dtype, wants)
+        key = place if product.dropout else (product, wants)
         found.setdefault(key, []).append(place)
     return list(found.values())
 

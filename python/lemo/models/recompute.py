@@ -113,7 +113,7 @@ class _Recomputed(torch.autograd.Function):
             with explained(lambda: f"in the backward pass of a layer with {len(rows)} kept rows"):
                 _backward_in_groups(ctx, rows, saved, dresidual, gradients)
             passed_on = hand_on(ctx, dresidual) if needs_residual else None
-            return None, None, None, passed_on, *gradients.totals()
+            return None, None, None, passed_on, *gradients.sums
         with (
             explained(lambda: f"in the backward pass of a layer with {rows.shape[0]} kept rows"),
             ctx.surroundings.restored(),
@@ -142,7 +142,7 @@ class _Recomputed(torch.autograd.Function):
             if drows is not None:
                 add_rows(dresidual, drows, unit.read_rows)
         passed_on = hand_on(ctx, dresidual) if needs_residual else None
-        return None, None, None, passed_on, *gradients.totals()
+        return None, None, None, passed_on, *gradients.sums
 
 
 def _backward_in_groups(
@@ -226,11 +226,15 @@ def _mlp_backward(
 
 
 class _Gradients:
-    """Gradients of the trainable parameters, summed over chunks in fp32."""
+    """Gradients of the trainable parameters, summed over chunks in fp32.
+
+    Attributes:
+        sums: of each of them; autograd casts what the node returns to the parameter's dtype.
+    """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
-        self._sums: list[Tensor | None] = [None] * len(parameters)
+        self.sums: list[Tensor | None] = [None] * len(parameters)
 
     def add(
         self, edges: Sequence[Any], leaf: Tensor | None, dys: Sequence[Tensor]
@@ -245,15 +249,9 @@ class _Gradients:
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            total = self._sums[index]
-            self._sums[index] = gradient if total is None else total.float() + gradient
+            total = self.sums[index]
+            self.sums[index] = gradient if total is None else total.float() + gradient
         return dleaf
-
-    def totals(self) -> list[Tensor | None]:
-        return [
-            None if total is None else total.to(parameter.dtype)
-            for total, parameter in zip(self._sums, self._parameters)
-        ]
 
 
 @contextmanager
