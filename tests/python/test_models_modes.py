@@ -224,6 +224,33 @@ def test_adapters_that_come_later_are_planned_for(monkeypatch):
     assert (asked[-1].rank, asked[-1].targets) == (4, frozenset(LINEAR))
 
 
+def test_what_is_trained_later_beside_adapters_is_planned_for(monkeypatch):
+    """The embedding, for whose gradient and optimizer's state there has to be room; the head."""
+    fixed, rest = [], []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module.Planner
+
+    def made(memory, time, more, *others):
+        fixed.append(more)
+        return make(memory, time, more, *others)
+
+    monkeypatch.setattr(modes_module, "Planner", made)
+    model, batch = model_and_batch()
+    handle, base = enabled(model, "auto"), model.get_base_model()
+    modes = handle._forward.elimination.decoder._modes
+    own = modes._planned
+    monkeypatch.setattr(modes, "_planned", lambda *a: rest.append(own(*a)) or rest[-1])
+    embedding = base.model.embed_tokens.weight
+    for trained in (None, embedding, base.lm_head.weight):
+        if trained is not None:
+            trained.requires_grad_()
+        for _ in range(2):
+            model(**batch).loss.backward()
+    assert [actions is not None for actions in rest] == [True] * 4 + [False] * 2
+    first, second = fixed
+    assert second - first == 3 * embedding.nbytes
+
+
 def test_layers_of_two_dtypes_are_not_planned():
     bf16, fp32 = Adapters(4, size=2), Adapters(8, frozenset(["q_proj"]), apart=True)
     assert bf16.united(fp32) is None

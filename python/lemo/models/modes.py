@@ -139,6 +139,8 @@ class Modes:
         captures: bool,
     ) -> Actions | None:
         """The fastest actions within the free memory; None where memory is not planned."""
+        if _is_trained(self._architecture.lm_head):
+            return None
         try:
             shape = shape_of(self._architecture.config)
         except ValueError:
@@ -155,12 +157,12 @@ class Modes:
         of_ends = [adapters_of_layer(layer, residual.dtype, autocast) for layer in layers]
         key = (
             *(len(lengths), rounded_up(sum(lengths)), tuple(rows)),
-            *(drops, autocast, modes, captures, *of_ends),
+            *(drops, autocast, modes, captures, residual.requires_grad, *of_ends),
         )
         if key not in self._plans:
             held = 0 if self._graphs is None else self._graphs.bytes
             free = free_bytes(residual.device, held)
-            if free is None or _is_trained(self._architecture.lm_head):
+            if free is None:
                 return None
             adapters = adapters_of_layers(self._architecture, residual.dtype, autocast)
             if adapters is None or united(adapters) is None:
