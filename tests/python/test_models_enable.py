@@ -271,11 +271,12 @@ def test_padding_that_has_labels_is_refused(shifted):
     labels[mask] = 7
     batch = {**BATCH, "labels": labels}
     if shifted:
-        labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)
-        batch["shift_labels"] = labels
-    name = "shift_labels" if shifted else "labels"
+        # Its last token predicts one, too.
+        batch["shift_labels"] = torch.cat([labels[:, 1:], labels[:, -1:]], 1)
+    name, count = ("shift_labels", 21) if shifted else ("labels", 20)
     # The first token of the padding is predicted by the last that is none, and may have a label.
-    with pytest.raises(ValueError, match=f"^{name}: expected -100 on padding .* got 20 labels"):
+    message = f"^{name}: expected -100 on padding .* got {count} labels"
+    with pytest.raises(ValueError, match=message):
         model(**batch)
 
 

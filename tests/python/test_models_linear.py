@@ -345,6 +345,11 @@ def test_frozen_pairs_store_nothing():
         assert_close_fp32(value, oracle)
 
 
+def test_nothing_is_stored_for_pairs_whose_b_is_frozen():
+    layers = side("frozen Bs")
+    assert stored_bytes(layers.as_one, layers, torch.float32, False) == 0
+
+
 def test_no_rows():
     for name, settings in CONFIGURATIONS.items():
         layer, (x, dy) = lora_layer(**settings), inputs()
