@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from lemo.training import step_records
 from lemo.training.behind import Copy
 from lemo.training.step_records import StepRecords
 
@@ -67,6 +68,23 @@ def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
     assert events == [2.5, "written"]
     records.finish()
     assert events == [2.5, "written", "shown"], "in the main thread, and logged once"
+
+
+def test_a_step_is_timed_once(monkeypatch):
+    """Though the thread that writes its checkpoint completes it, and `finish` comes later."""
+    clock, written, shown = iter((0.0, 3.0, 10.0, 11.0)), [], []
+    monkeypatch.setattr(step_records.time, "perf_counter", lambda: next(clock))
+    records = StepRecords(3, None, shown.append)
+    records._log = type("Log", (), {"write": lambda self, record: written.append(dict(record))})()
+    records.begin({"step": 1, "tokens": 12}, torch.tensor(2.5))
+    records.when_done(lambda: None)()
+    records.finish()
+    records.begin({"step": 2, "tokens": 12}, torch.tensor(2.5))
+    records.finish()
+    assert [record["seconds"] for record in written] == [3.0, 7.0]
+    assert [record["seconds"] for record in shown] == [3.0, 7.0]
+    assert [record["tokens_per_second"] for record in shown] == [4.0, 12 / 7]
+    assert [record["seconds_left"] for record in shown] == [2 * 3.0, 1 * 5.0]
 
 
 def test_no_checkpoint_is_written_of_a_step_that_is_not_in_the_log():

@@ -115,8 +115,7 @@ class StepRecords:
                     "tokens_per_second": tokens_per_second,
                 }
                 step.is_complete = True
-                if math.isfinite(loss):
-                    self._recent.append(seconds)
+                self._recent.append(seconds)
             if not step.is_logged and math.isfinite(loss):
                 if self._log is not None:
                     self._log.write(step.record)
