@@ -7,7 +7,7 @@ import torch
 
 import lemo
 from lemo.models.labels import named, of_call, of_tokens
-from tiny_models import flat_config, make_ids, make_model
+from tiny_models import flat_config, make_ids, make_model, padded_batch
 from tolerances import assert_close_fp32
 
 LABELS = torch.tensor([[-100, 7, -100, -100, 5], [3, -100, 0, 2, -100]], device="cpu")
@@ -61,6 +61,16 @@ def test_logits_of_all_tokens_beside_labels_change_nothing(path, keep):
     model, ids = enabled(path)[0], make_ids(2, 24)
     expected = make_model("llama")(ids, labels=ids, logits_to_keep=keep).loss
     assert_close_fp32(model(ids, labels=ids, logits_to_keep=keep).loss, expected)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_may_have_another_ignored_label(path, side):
+    model, batch = enabled(path)[0], padded_batch([24, 17], side)
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] == -100, 7)
+    expected = make_model("llama")(**batch, ignore_index=7).loss
+    assert_close_fp32(model(**batch, ignore_index=7).loss, expected)
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

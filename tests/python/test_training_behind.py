@@ -48,6 +48,16 @@ def test_turns_are_short_inside_alone():
     assert sys.getswitchinterval() == before
 
 
+def test_turns_that_are_shorter_already_stay():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with short_turns():
+            assert sys.getswitchinterval() == pytest.approx(1e-5)
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_joined_tensors_come_back_as_one():
     numbers = torch.arange(30.0)
     joined = Joined([numbers[:6].view(2, 3).T, numbers[6], numbers[7:7], numbers[10:14]])
@@ -251,6 +261,22 @@ def test_a_writer_that_is_closed_logs_the_error_that_nobody_gets(caplog):
         writer.wait()
     writer.close()
     assert not caplog.text, "it was raised"
+
+
+def test_an_interrupt_while_a_file_is_waited_for_hides_no_error(monkeypatch, caplog):
+    def fail():
+        raise OSError("no space")
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    writer = Writer()
+    writer.submit(fail)
+    monkeypatch.setattr(behind, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.wait()
+    writer.close()
+    assert "a file could not be written: no space" in caplog.text
 
 
 def test_an_interrupt_at_the_first_file_leaves_no_thread_alone(monkeypatch):

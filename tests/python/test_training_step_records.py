@@ -70,15 +70,40 @@ def test_a_record_is_in_the_log_before_its_checkpoint_is_written():
     assert events == [2.5, "written", "shown"], "in the main thread, and logged once"
 
 
+def test_steps_behind_a_loss_that_is_not_finite_are_forgotten(caplog):
+    shown = []
+    records = StepRecords(3, None, shown.append)
+    records._log = type("Log", (), {"write": lambda self, record: shown.append(record)})()
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(math.inf))
+    records.begin({"step": 2, "tokens": 10}, torch.tensor(2.5))
+    with pytest.raises(FloatingPointError, match="step 1: the loss is inf"):
+        records.finish()
+    records.leave()
+    assert shown == []
+    records.begin({"step": 3, "tokens": 10}, torch.tensor(math.nan))
+    records.leave()
+    assert "step 3: the loss is nan" in caplog.text
+
+
+def test_only_the_process_with_the_log_shows_steps():
+    shown = []
+    records = StepRecords(3, None, shown.append)
+    records.begin({"step": 1, "tokens": 10}, torch.tensor(2.5))
+    records.finish()
+    assert shown == []
+
+
 def test_a_step_is_timed_once(monkeypatch):
     """Though the thread that writes its checkpoint completes it, and `finish` comes later."""
-    clock, written, shown = iter((0.0, 3.0, 10.0, 11.0)), [], []
+    # Before the first step, behind it, where the second one begins, behind that.
+    clock, written, shown = iter((0.0, 3.0, 8.0, 15.0)), [], []
     monkeypatch.setattr(step_records.time, "perf_counter", lambda: next(clock))
     records = StepRecords(3, None, shown.append)
     records._log = type("Log", (), {"write": lambda self, record: written.append(dict(record))})()
     records.begin({"step": 1, "tokens": 12}, torch.tensor(2.5))
     records.when_done(lambda: None)()
     records.finish()
+    records.restart()
     records.begin({"step": 2, "tokens": 12}, torch.tensor(2.5))
     records.finish()
     assert [record["seconds"] for record in written] == [3.0, 7.0]
