@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lemo.models import one_set
+import lemo
+from lemo.models import one_set, training_forward
 from lemo.models.architectures import architecture_of
-from tiny_models import lora, make_model
+from tiny_models import gradients, lora, make_model, padded_batch
 
 pytestmark = pytest.mark.cpu_only
 
@@ -37,6 +38,23 @@ def test_answers_of_any_length_have_few_shapes(count):
         sizes.add(rows.numel())
         assert labelled < rows.numel() <= (labelled + 1) * 9 / 8 + count / 64
     assert len(sizes) <= 3
+
+
+@pytest.mark.parametrize("keep", [0.5, 1.0])
+@pytest.mark.parametrize("divisor", [None, 64, torch.tensor(64)])
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_a_batch_without_labels_adds_nothing(as_on_a_gpu, divisor, keep, monkeypatch):
+    """One of several of a step, whose divisor counts the labels of all."""
+    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: as_on_a_gpu)
+    model, batch = lora(make_model("llama", dtype=torch.bfloat16)), padded_batch([40, 25], "left")
+    config = lemo.LemoConfig(keep=keep, block_size=8, scorer="random", cuda_graphs="off")
+    lemo.enable(model, config)
+    assert model(**batch, num_items_in_batch=divisor).loss > 0
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, num_items_in_batch=divisor).loss
+    loss.backward()
+    assert (loss, loss.dtype) == (0, torch.float32)
+    assert not any(gradient.any() for gradient in gradients(model).values())
 
 
 MATMUL = {
