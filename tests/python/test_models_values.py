@@ -153,6 +153,30 @@ def test_logits_beside_a_loss_train_the_rows_of_the_loss(scorer):
         assert torch.equal(model(**call).loss, twin(**call).loss)
 
 
+def test_what_is_said_of_logits_beside_a_loss_knows_of_its_labels():
+    model = make_model("llama")
+    lemo.enable(model, config())
+    outputs = model(**BATCH)
+    with pytest.warns(UserWarning, match="rows that are kept$"):
+        _ = outputs.logits
+
+
+def test_logits_of_an_earlier_loss_leave_the_latest_pass_as_it_is():
+    """Though the two keep blocks of other sizes, the one as a text, the other for its answers."""
+    model = make_model("llama")
+    handle = lemo.enable(model, lemo.LemoConfig())
+    ids = make_ids(1, 64)
+    answers = torch.full_like(ids, -100)
+    answers[0, -2:] = ids[0, -2:]
+    of_text = model(ids, labels=ids)
+    size = handle.block_size
+    model(ids, labels=answers)
+    latest = handle.statistics(), handle.block_size
+    assert latest[1] != size
+    assert of_text.logits.shape[:2] == ids.shape
+    assert (handle.statistics(), handle.block_size) == latest
+
+
 def test_mixed_precision_of_accelerate_leaves_them_deferred():
     """It rebuilds the output, with all floats in fp32."""
     model, dense = lora(make_model("llama")), lora(make_model("llama"))
