@@ -177,6 +177,32 @@ def test_logits_of_an_earlier_loss_leave_the_latest_pass_as_it_is():
     assert (handle.statistics(), handle.block_size) == latest
 
 
+@pytest.mark.parametrize("beside_a_loss", [False, True])
+def test_rows_that_see_everything_are_not_burnt_in(beside_a_loss):
+    """The first row of the only block that is kept, with the only label."""
+    model, dense, ids = lora(make_model("llama")), lora(make_model("llama")), make_ids(1, 64)
+    handle = lemo.enable(model, config(keep=0.1, keep_last=0, burn_in=3))
+    labels = torch.full_like(ids, -100)
+    labels[0, 33] = ids[0, 33]
+    if beside_a_loss:
+        loss = model(ids, labels=labels, output_hidden_states=True).loss
+    else:
+        with handle.labelled(labels != -100):
+            loss = own_loss(model(ids).logits, {"labels": labels})
+    loss.backward()
+    assert handle.statistics()[0].attention_blocks.tolist() == [4]
+    assert_close_fp32(loss, dense(ids, labels=labels).loss)
+    assert any(gradient.any() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("call", [INPUTS, {**BATCH, "output_hidden_states": True}])
+def test_groups_without_effect_are_named(call):
+    model = make_model("llama")
+    lemo.enable(model, config("groups"))
+    with pytest.warns(UserWarning, match="layerwise.group_size: without effect"):
+        model(**call)
+
+
 def test_mixed_precision_of_accelerate_leaves_them_deferred():
     """It rebuilds the output, with all floats in fp32."""
     model, dense = lora(make_model("llama")), lora(make_model("llama"))
