@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 import lemo
 from lemo.models.callback import TrainerCallback, rows_of_batch
-from tiny_models import make_ids, make_model
+from tiny_models import make_ids, make_model, padded_batch
 from tolerances import assert_close_fp32
 from trainer_cases import tokenizer, words
 
@@ -128,8 +128,9 @@ def test_what_somebody_puts_around_the_loss_later_stays(tmp_path):
     assert trainer.compute_loss is doubled
 
 
-def test_outputs_are_returned_beside_the_loss(tmp_path):
-    """As subclasses of SFTTrainer ask for; the loss is that without them."""
+@pytest.fixture
+def sft(tmp_path):
+    """(trainer, handle), as within a step."""
     rows = [{"prompt": words(30, seed) + " ", "completion": words(8, seed + 50)} for seed in (1, 2)]
     trainer = SFTTrainer(
         make_model("llama", attn_implementation="sdpa"),
@@ -139,6 +140,12 @@ def test_outputs_are_returned_beside_the_loss(tmp_path):
     )
     handle = lemo.enable(trainer, CONFIG.replace(scorer="random"))
     trainer.current_gradient_accumulation_steps = 1  # set by train()
+    return trainer, handle
+
+
+def test_outputs_are_returned_beside_the_loss(sft):
+    """As subclasses of SFTTrainer ask for; the loss is that without them."""
+    trainer, handle = sft
     batch = next(iter(trainer.get_train_dataloader()))
     losses = []
     for given in ({}, {"return_outputs": True}):
@@ -148,6 +155,19 @@ def test_outputs_are_returned_beside_the_loss(tmp_path):
     assert found[1] is not None
     assert losses[0] > 0
     assert_close_fp32(losses[1], losses[0])
+
+
+@pytest.mark.parametrize("divisor", [None, 60])
+def test_labels_that_padding_predicts_count_in_the_divisor_alone(sft, divisor):
+    trainer, handle = sft
+    batch = padded_batch([40, 25], "left")
+    present = batch["attention_mask"].bool()
+    batch["labels"] = batch["input_ids"].where(present, torch.tensor(-100))
+    handle.begin_step(0, 1)
+    found = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=divisor)
+    handle.begin_step(0, 1)
+    expected = handle.loss(**batch, num_items_in_batch=divisor)
+    assert_close_fp32(found, expected)
 
 
 def test_ligers_settings_are_read_where_liger_is_used_only(tmp_path):
