@@ -19,7 +19,7 @@ from lemo.planner.timing import StepTime
 from model_cases import BATCHES
 from model_checks import assert_equal_steps, one_step
 from planner_cases import CASES, PeakOfTensors, model_of
-from tiny_models import config_of, lora, make_ids, make_model
+from tiny_models import config_of, gradients, lora, make_ids, make_model
 
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
 SETTINGS = {
@@ -109,6 +109,21 @@ def test_bits_where_the_first_layers_attention_has_nothing_to_train(how):
     model, batch = lora(made(), target_modules=["down_proj"]), BATCHES["right"]()
     expected = run(model, batch, how, 1, **SETTINGS["shared set"])
     assert_equal_steps(run(model, batch, how, 2, **SETTINGS["shared set"]), expected)
+
+
+@pytest.mark.parametrize("how", ["layer", "selective"])
+def test_bits_of_a_loss_outside_the_model(how):
+    """Its left-out rows are computed, whose keys all heads meet at once."""
+    batch, results = BATCHES["right"](), []
+    for groups in (1, 2):
+        model = lora(made())
+        config = {"block_size": 8, "dense_layers": [], "recompute": how, "head_groups": groups}
+        handle = lemo.enable(model, config_of(keep=0.5, **config))
+        handle.begin_step(0, 1)
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        logits.square().mean().backward()
+        results.append((logits.detach(), gradients(model)))
+    assert_equal_steps(*results)
 
 
 @pytest.mark.parametrize("how", ["layer", "selective"])

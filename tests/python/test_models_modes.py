@@ -185,6 +185,23 @@ def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("visible_keys", ["kept", "all", "computed"])
+def test_only_passes_over_kept_rows_alone_are_planned(visible_keys, monkeypatch):
+    """What rows that are computed for others take is not predicted."""
+    asked = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module._actions
+    monkeypatch.setattr(
+        modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)
+    )
+    model, batch = model_and_batch()
+    enabled(model, "auto", visible_keys=visible_keys)
+    model(batch["input_ids"]).logits.sum().backward()
+    assert asked == []
+    model(**batch).loss.backward()
+    assert len(asked) == (visible_keys == "kept")
+
+
 def test_adapters_of_a_layer():
     model, _ = model_and_batch(target_modules=["q_proj", "down_proj"])
     layer = model.get_base_model().model.layers[0]

@@ -126,7 +126,7 @@ class Modes:
             and layer.training
             # What gathered weights of other layers take is not predicted.
             and not is_sharded(layer)
-            and self._visible_keys == self._config.visible_keys == "kept"
+            and self._visible_keys == "kept"
         )
 
     def _planned(
