@@ -178,11 +178,22 @@ def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     )
     model, batch = model_and_batch()
     enabled(model, "auto")
-    for _ in range(3):
-        model(**batch).loss.backward()
-    assert len(asked) == 1
-    model(**{name: value[:, :64] for name, value in batch.items()}).loss.backward()
-    assert len(asked) == 2
+
+    def plans(change, autocast=False):
+        """How many are made for such a pass."""
+        before = len(asked)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**{name: change(value) for name, value in batch.items()}).loss
+        loss.backward()
+        return len(asked) - before
+
+    assert [plans(lambda x: x) for _ in range(3)] == [1, 0, 0]
+    # Up to an eighth fewer tokens.
+    assert [plans(lambda x, count=count: x[:, :count]) for count in (250, 242)] == [0, 0]
+    assert plans(lambda x: x[:, :64]) == 1
+    # As many in two sequences.
+    assert plans(lambda x: x.view(2, -1)) == 1
+    assert [plans(lambda x: x, autocast) for autocast in (True, False, True)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("visible_keys", ["kept", "all", "computed"])
