@@ -196,6 +196,11 @@ def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     assert [plans(lambda x: x, autocast) for autocast in (True, False, True)] == [1, 0, 0]
 
 
+def test_rows_are_rounded_up_by_an_eighth_at_most():
+    assert all(rows <= modes_module.rounded_up(rows) <= rows * 9 / 8 for rows in range(1, 5000))
+    assert len({modes_module.rounded_up(rows) for rows in range(4097, 8193)}) == 8
+
+
 @pytest.mark.parametrize("visible_keys", ["kept", "all", "computed"])
 def test_only_passes_over_kept_rows_alone_are_planned(visible_keys, monkeypatch):
     """What rows that are computed for others take is not predicted."""
