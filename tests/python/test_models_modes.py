@@ -196,6 +196,44 @@ def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
     assert [plans(lambda x: x, autocast) for autocast in (True, False, True)] == [1, 0, 0]
 
 
+@pytest.mark.parametrize(
+    "layerwise", [{"keep": [0.5, 0.25, 1.0, 0.5]}, {"keep_mlp": 0.25}, {"group_size": 32}]
+)
+def test_a_plan_knows_what_each_layer_keeps(layerwise, monkeypatch):
+    steps, make = [], modes_module.step_of
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    monkeypatch.setattr(
+        modes_module, "step_of", lambda *a, **k: steps.append((a[2], k)) or make(*a, **k)
+    )
+    model, batch = model_and_batch()
+    handle = lemo.enable(model, LemoConfig(keep=0.5, block_size=8, layerwise=layerwise))
+    model(**batch).loss.backward()
+    ((rows, settings),) = steps
+    kept = [(layer.attention_rows, layer.mlp_rows) for layer in handle.statistics()]
+    assert [tuple(layer) for layer in rows] == [
+        tuple(map(modes_module.rounded_up, layer)) for layer in kept
+    ]
+    one_set = len({rows for layer in kept for rows in layer}) == 1
+    assert (settings["drops"], settings["all_count"]) == (one_set, not one_set)
+    assert settings["shifted"] == ("group_size" in layerwise)
+
+
+def of_two_dtypes(layers):
+    layers[1].self_attn.q_proj.lora_A.to(torch.bfloat16)
+    layers[1].self_attn.q_proj.lora_B.to(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "change", [of_two_dtypes, lambda layers: layers[2].mlp.up_proj.weight.requires_grad_()]
+)
+def test_what_is_not_planned_trains_as_without_a_plan(change, monkeypatch):
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 1)
+    model, batch = model_and_batch(target_modules=["q_proj"])
+    change(model.get_base_model().model.layers)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert stored(model, batch, "auto") == stored(model, batch, "none")
+
+
 def test_rows_are_rounded_up_by_an_eighth_at_most():
     assert all(rows <= modes_module.rounded_up(rows) <= rows * 9 / 8 for rows in range(1, 5000))
     assert len({modes_module.rounded_up(rows) for rows in range(4097, 8193)}) == 8
