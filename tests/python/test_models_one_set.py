@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lemo
-from lemo.models import one_set, training_forward
+from lemo.models import one_set, one_set_passes
 from lemo.models.architectures import architecture_of
 from tiny_models import gradients, lora, make_model, padded_batch
 
@@ -45,7 +45,7 @@ def test_answers_of_any_length_have_few_shapes(count):
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
 def test_a_batch_without_labels_adds_nothing(as_on_a_gpu, divisor, keep, monkeypatch):
     """One of several of a step, whose divisor counts the labels of all."""
-    monkeypatch.setattr(training_forward, "supports_graphs", lambda device: as_on_a_gpu)
+    monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: as_on_a_gpu)
     model, batch = lora(make_model("llama", dtype=torch.bfloat16)), padded_batch([40, 25], "left")
     config = lemo.LemoConfig(keep=keep, block_size=8, scorer="random", cuda_graphs="off")
     lemo.enable(model, config)
