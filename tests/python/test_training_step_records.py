@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from lemo.training import step_records
+from lemo.training import behind
 from lemo.training.behind import Copy
 from lemo.training.step_records import StepRecords
 
@@ -97,7 +97,7 @@ def test_a_step_is_timed_once(monkeypatch):
     """Though the thread that writes its checkpoint completes it, and `finish` comes later."""
     # Before the first step, behind it, where the second one begins, behind that.
     clock, written, shown = iter((0.0, 3.0, 8.0, 15.0)), [], []
-    monkeypatch.setattr(step_records.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(behind, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     records = StepRecords(3, None, shown.append)
     records._log = type("Log", (), {"write": lambda self, record: written.append(dict(record))})()
     records.begin({"step": 1, "tokens": 12}, torch.tensor(2.5))
