@@ -19,8 +19,9 @@ unpack   Unpacks what has come of build/packed so far into build/unpacked, puts 
 run      Runs parts in the order given, each on a GPU of --gpus that is free (a part of two GPUs
          waits until both are); parts that take no times share a GPU by two. No part is begun that
          would end after --seconds, and none goes on for more than twice its time. A part that ended
-         well is not run again, unless with --again. Rows and logs are written to the folder OUT (an
-         environment variable; default build/out). --dry-run prints the commands.
+         well is not run again, unless with --again. With --wait, what a part needs may come during
+         so many first seconds: parts run while bundles are carried. Rows and logs are written to
+         the folder OUT (an environment variable; default build/out). --dry-run prints the commands.
 
 Options --model (folder of the 28M model), --small (folder of the 135M model) and --data (folder
 with train.jsonl.xz and eval.jsonl.xz) have the environment's MODEL, SMALL and DATA as defaults,
@@ -102,11 +103,23 @@ def places(options: argparse.Namespace) -> dict[str, str]:
 def missing(part: Part, where: Mapping[str, str]) -> list[str]:
     """What a part needs that is not here."""
     train = Path(where["train"])
-    here = {name: Path(where[name]).exists() for name in ("model", "small")}
-    here["data"] = train.exists() and Path(where["eval"]).exists()
+    here = {name: _is_whole(name, Path(where[name])) for name in ("model", "small")}
+    here["data"] = all(_is_whole("data", Path(where[name])) for name in ("train", "eval"))
     here["documents"] = here["data"] and not train.with_name(gpu_carry.SHORTENED).exists()
     absent = [name for name in part.needs if not here.get(name, True)]
     return absent + [name for name in part.bundles if not gpu_carry.is_here(name)]
+
+
+def _is_whole(name: str, path: Path) -> bool:
+    """Whether an input is at a path; in UNPACKED all of it has to be."""
+    return path.exists() and (UNPACKED not in path.parents or gpu_carry.is_here(name))
+
+
+def wait_for(part: Part, options: argparse.Namespace, until: float) -> list[str]:
+    """What a part needs that is not here by then."""
+    while (absent := missing(part, places(options))) and time.monotonic() < until:
+        time.sleep(1)
+    return absent
 
 
 def commands(
@@ -248,23 +261,19 @@ def bounded(command: list[str], variables: dict[str, str], out: Any, limit: floa
 
 def run(options: argparse.Namespace) -> int:
     parts, texts = read_parts()
-    where = places(options)
     chosen, left = [], []
     for name in options.part:
-        absent = missing(parts[name], where)
         if (DONE / name).exists() and not options.again:
             print(f"{name}: done before")
         elif parts[name].gpus > len(options.gpus):
             left.append(f"{name} (needs {parts[name].gpus} GPUs)")
-        elif absent and not options.dry_run:
-            left.append(f"{name} (needs {', '.join(absent)})")
         else:
             chosen.append(parts[name])
     if options.dry_run:
         for part in chosen:
             gpus = options.gpus[: max(int(part.gpus), 1)]
             print(f"# {part.name}: {part.about}, about {part.seconds} s")
-            for command in commands(part, texts, where, options.commit, gpus):
+            for command in commands(part, texts, places(options), options.commit, gpus):
                 print(shown(part, command, gpus))
         return 0
     WORK.mkdir(parents=True, exist_ok=True)
@@ -273,7 +282,7 @@ def run(options: argparse.Namespace) -> int:
     threads = []
 
     def work(part: Part, gpus: list[int]) -> None:
-        made = commands(part, texts, where, options.commit, gpus)
+        made = commands(part, texts, places(options), options.commit, gpus)
         limit = min(options.seconds - (time.monotonic() - began), SLOWER * part.seconds)
         try:
             if run_part(part, made, gpus, options.out / "logs" / f"{part.name}.log", limit):
@@ -285,6 +294,10 @@ def run(options: argparse.Namespace) -> int:
             room.release(part, gpus)
 
     for part in chosen:
+        absent = wait_for(part, options, began + options.wait)
+        if absent:
+            left.append(f"{part.name} (needs {', '.join(absent)})")
+            continue
         gpus = room.take(part)
         if time.monotonic() - began + part.seconds > options.seconds:
             room.release(part, gpus)
@@ -348,6 +361,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     running.add_argument("part", nargs="+", choices=read_parts()[0], metavar="PART")
     running.add_argument("--gpus", type=int, nargs="+", default=[0, 1], help="their numbers")
     running.add_argument("--seconds", type=float, default=570, help="that all may take")
+    running.add_argument(
+        "--wait", type=float, default=0, help="seconds for what has not been unpacked yet"
+    )
     running.add_argument("--host-memory", type=float, default=150, help="GiB that may be pinned")
     running.add_argument("--commit", default=commit_of_tree(), help="of the measured tree")
     running.add_argument("--again", action="store_true", help="also what was done before")

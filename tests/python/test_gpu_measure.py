@@ -9,6 +9,7 @@ import shutil
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -208,7 +209,26 @@ def test_what_is_not_here_is_told(running, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_carry, "UNPACKED", tmp_path)
     needy = Part("needy", "", 1, 1, ("-c pass",), ("fa4",))
     assert running([needy, part("pair", 2)], "--gpus", "0") == 1
-    assert "needy (needs fa4), pair (needs 2 GPUs)" in capsys.readouterr().out
+    assert "pair (needs 2 GPUs), needy (needs fa4)" in capsys.readouterr().out
+
+
+def test_what_comes_later_is_waited_for(running, monkeypatch, tmp_path):
+    """A model counts when all of it is there."""
+    monkeypatch.setattr(gpu_measure, "UNPACKED", tmp_path)
+    monkeypatch.setattr(gpu_carry, "UNPACKED", tmp_path)
+    reads = "-c \"open('{small}/config.json')\""
+    needy = Part("needy", "", 1, 1, (reads,), ("small", "fa4"))
+
+    def unpack():
+        (tmp_path / "small/smollm2").mkdir(parents=True)
+        (tmp_path / "fa4").mkdir()
+        (tmp_path / "fa4/.whole").touch()
+        time.sleep(1.5)
+        (tmp_path / "small/smollm2/config.json").touch()
+        (tmp_path / "small/.whole").touch()
+
+    threading.Thread(target=unpack).start()
+    assert running([needy], "--gpus", "0", "--wait", "20") == 0
 
 
 def test_shortened_documents_are_not_enough_for_every_part(tmp_path):
