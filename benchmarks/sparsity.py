@@ -38,8 +38,10 @@ PAIRS = {
     "wide-groups-0.5": "tail-0.5",
     "groups-0.3": "tail-0.3",
 }
-# Groups are recommended where a step takes at most so much of the time, at at most so much of the
-# perplexity: every part of it counts.
+# What the page calls the models of quality.jsonl.
+MODELS = {"model": "28M", "smollm2": "SmolLM2-135M"}
+# Groups are recommended where a step takes at most this share of the time, and every perplexity is
+# at most this share of that without groups.
 TIME, PERPLEXITY = 0.95, 1.01
 
 
@@ -180,7 +182,7 @@ def quality_table(pairs: list[tuple[dict, dict, dict[str, float]]]) -> str:
     kinds = list(pairs[0][2])
     lines = [
         [
-            row["shape"]["model"],
+            MODELS.get(row["shape"]["model"], row["shape"]["model"]),
             f"{row['method']} beside {plain['method']}",
             f"{row['shape']['context']}",
             f"{row['shape']['steps']}",
@@ -203,8 +205,9 @@ def recommendation(
         return "Nothing is recommended yet: time or quality has not been recorded."
     shares = [share for _, _, of_parts in pairs for share in of_parts.values()]
     rule = (
-        f"Groups are recommended where a step takes at most {TIME:g} of the time at at most "
-        f"{PERPLEXITY:g} of every perplexity. Measured: steps take {min(times):.2f} to "
+        f"Groups are recommended where a step takes at most {TIME:g} of the time, and every "
+        f"perplexity is at most {PERPLEXITY:g} of that without groups. Measured: steps take "
+        f"{min(times):.2f} to "
         f"{max(times):.2f} of the time without groups, and perplexities are {min(shares):.3f} to "
         f"{max(shares):.3f} of those without groups at the same kept share and steps."
     )
