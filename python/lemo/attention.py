@@ -5,8 +5,8 @@ Importing this module registers "lemo" with Transformers, so that
     import lemo.attention
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="lemo")
 
-runs dense causal attention, with padding, packed sequences, caches that grow and sliding windows,
-through lemo's kernel.
+runs dense causal attention, with padding, packed sequences, caches that grow, sliding windows,
+soft-capped scores (Gemma 2) and sinks (gpt-oss), through lemo's kernel.
 """
 
 import torch
@@ -187,13 +187,16 @@ def _attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
     position_ids: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it: query [B, Hq, Sq, D], key and value [B, Hk, Sk, D].
 
-    Returns [B, Sq, Hq, D]; a padded query gets zeros.
+    The sinks, `s_aux`, are [Hq]. Returns [B, Sq, Hq, D]; a padded query gets zeros.
     """
     if dropout:
         raise ValueError(f"attention_dropout: attention 'lemo' has none, expected 0, got {dropout}")
@@ -203,9 +206,8 @@ def _attention_forward(
         raise ValueError(
             f"is_causal: attention 'lemo' is causal, but {type(module).__name__} attends both ways"
         )
-    for name in ("softcap", "position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: not supported by attention 'lemo', expected None")
+    if position_bias is not None:
+        raise ValueError("position_bias: not supported by attention 'lemo', expected None")
     batch, _, q_length, _ = query.shape
     kv_length = key.shape[2]
     if attention_mask is not None and tuple(attention_mask.shape) != (batch, kv_length):
@@ -235,6 +237,8 @@ def _attention_forward(
         keys.positions,
         scale=scaling,
         window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=None if s_aux is None else s_aux.float(),
     )
     return queries.unpack(out), None
 

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel, StaticCache
 
 import lemo.attention
 from devices import working_dtype
+from generic_cases import make
 from lemo import reference
 from lemo.models.batch import Batch
 from lemo.packing.batch import PackedBatch
@@ -175,6 +176,62 @@ def test_attention_implementation(architecture, kind):
     for name, gradient in gradients(model).items():
         if not (architecture == "opt" and name.endswith("k_proj.bias")):  # zero but for rounding
             assert_close_fp32(gradient, theirs[name], name)
+
+
+# Models with soft-capped scores, and with sinks. The cap is low enough to bend the scores. All
+# experts run: rounding chooses none of them.
+SCORES = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "head_dim": 64},
+    "gpt_oss": {"num_experts_per_tok": 4, "output_router_logits": False, "head_dim": 64},
+}
+
+
+def of_scores(name, attention):
+    model = make(name, **SCORES[name])
+    model.set_attn_implementation(attention)
+    return model
+
+
+@fp32
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("name", SCORES)
+def test_soft_capped_scores_and_sinks(name, kind):
+    model, dense = of_scores(name, "lemo"), of_scores(name, "eager")
+    batch = BATCHES[kind]()
+    outputs = model(**batch, use_cache=False)
+    expected = dense(**(as_padded(batch) if kind == "packed" else batch))
+    assert_close_fp32(outputs.loss, expected.loss, "loss")
+    for each in (outputs, expected):
+        each.loss.backward()
+    mine, theirs = gradients(model), gradients(dense)
+    assert mine.keys() == theirs.keys()
+    assert any("sinks" in key for key in mine) == (name == "gpt_oss")
+    for key, gradient in mine.items():
+        assert_close_fp32(gradient, theirs[key], key)
+
+
+@fp32
+@pytest.mark.parametrize("name", SCORES)
+def test_generation_with_soft_capped_scores_and_sinks(name):
+    batch = padded_batch([30, 17], "left")
+    del batch["labels"]
+    tokens = [
+        of_scores(name, attention).eval().generate(**batch, max_new_tokens=5, do_sample=False)
+        for attention in ("lemo", "eager")
+    ]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.cpu_only  # On a GPU the operator's own tests have both.
+@pytest.mark.parametrize("name", SCORES)
+def test_soft_capped_scores_and_sinks_in_bf16(name):
+    batch, results = BATCHES["right"](), []
+    kinds = (("lemo", torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float32))
+    for attention, dtype in kinds:
+        model = of_scores(name, attention).to(torch.bfloat16).to(dtype)
+        model(**batch, use_cache=False).loss.backward()
+        results.append(all_of(gradients(model)))
+    assert_close_low_precision(results[0].bfloat16(), *results[1:])
 
 
 @fp32

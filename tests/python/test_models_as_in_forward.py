@@ -1,5 +1,8 @@
 """What is computed once more after forward is computed as in forward, or refused."""
 
+import copy
+
+import peft
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -206,6 +209,62 @@ def test_weights_that_are_merged_into_before_a_backward_that_is_replayed(change,
     model = replayed(monkeypatch, "layer")
     with pytest.raises(RuntimeError, match="replaced between forward and backward .*merge adapter"):
         train(model, CHANGES.get(change, replace_values))
+
+
+MONTECLORA = peft.LoraConfig(
+    target_modules=["q_proj", "down_proj"],
+    monteclora_config=peft.MontecloraConfig(num_samples=2, buffer_size=8),
+)
+PVERA = peft.PveraConfig(target_modules=["q_proj"], r=4, generator_seed=3)
+# What draws other noise when it is called again, as errors call it.
+DRAWING = {"MonteCLoRA": MONTECLORA, "PVeRA with a generator_seed": PVERA}
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+@pytest.mark.parametrize("kind", DRAWING)
+def test_noise_that_cannot_be_drawn_again_is_refused(kind, how):
+    model = peft.get_peft_model(make("llama"), copy.deepcopy(DRAWING[kind])).train()
+    enable(model, how)
+    message = f"recompute: expected 'none' .* {kind}, .* got a {RECOMPUTED[how]} that backward"
+    with pytest.raises(ValueError, match=message):
+        train(model)
+
+
+@pytest.mark.parametrize("kind", DRAWING)
+def test_a_head_with_noise_that_cannot_be_drawn_again_is_refused(kind):
+    config = copy.deepcopy(DRAWING[kind])
+    config.target_modules = {"lm_head"}
+    model = peft.get_peft_model(make("llama"), config).train()
+    lemo.enable(model, lemo.LemoConfig(keep=1, recompute="none"))
+    with pytest.raises(ValueError, match=f"layers with {kind}, .* the head, .* cannot have it"):
+        train(model)
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("kind", DRAWING)
+def test_noise_that_is_drawn_once_is_that_of_the_plain_model(kind, path):
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(peft.get_peft_model(make("llama"), copy.deepcopy(DRAWING[kind])).train())
+    model, dense = models
+    lemo.enable(model, lemo.LemoConfig(keep=1, path=path))
+    (loss, mine), (expected, theirs) = train(model), train(dense)
+    assert_close_fp32(loss, expected, "loss")
+    assert_same(mine, theirs)
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_noise_of_adapters_that_are_not_active_is_not_drawn(how):
+    def make_model():
+        model = lora(make("llama"), target_modules=LINEAR)
+        model.add_adapter("other", copy.deepcopy(MONTECLORA))
+        return model.train()
+
+    model, dense = make_model(), make_model()
+    enable(model, how)
+    (_, mine), (_, theirs) = train(model), train(dense)
+    assert_same(mine, theirs)
 
 
 @pytest.mark.parametrize("path", ["native", "generic"])

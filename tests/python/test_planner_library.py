@@ -1,5 +1,7 @@
 """Highest bytes of steps, and what `recompute="auto"` plans for them."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,6 +56,11 @@ def planned_step(monkeypatch, model, free):
     return plan, planner, tensors.peak - weights
 
 
+def in_nf4_but_for_the_first_layer(model):
+    first = copy.deepcopy(model.model.layers[0])
+    quantise(model, "nf4").model.layers[0] = first.requires_grad_(False)
+
+
 CASES = {
     "all layers": {},
     "an input that wants a gradient": {"wants_input": True},
@@ -76,6 +83,7 @@ CASES = {
     "one key head": {"num_attention_heads": 8, "num_key_value_heads": 1},
     "wide heads": {"head_dim": 64},
     "nf4": {"put_in": lambda model: quantise(model, "nf4"), "intermediate_size": 1024},
+    "nf4 in most layers": {"put_in": in_nf4_but_for_the_first_layer, "intermediate_size": 1024},
 }
 
 

@@ -1,5 +1,7 @@
 """Bytes that the planner predicts are those that autograd stores, and memory that was measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -69,12 +71,16 @@ def test_products_in_8_bits_store_nothing_more_of_a_layer(mode):
     assert fp8.layer(0, mode).kept == plain.layer(0, mode).kept == found
     assert fp8.layer(0, mode).backward > plain.layer(0, mode).backward
     # A byte for each weight but those of queries, keys and the last MLP, and none beside weights
-    # that have one byte.
+    # that have one byte: of these, those of the others alone.
     values_output = shape.layers * shape.hidden * (shape.keys + shape.queries)
     mlps = (shape.layers - 1) * 3 * shape.hidden * shape.width
     assert fp8.weights - plain.weights == values_output + mlps
-    alone = StepMemory(shape, adapters, step, "float8", fp8=True)
-    assert alone.weights == StepMemory(shape, adapters, step, "float8").weights
+    of_mlp = shape.mlp_parameters()
+    for left_out in ((), (of_mlp,)):
+        partly = replace(shape, plain=left_out)
+        alone = StepMemory(partly, adapters, step, "float8", fp8=True)
+        copied = alone.weights - StepMemory(partly, adapters, step, "float8").weights
+        assert copied == sum(left_out)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -19,7 +19,7 @@ from transformers import (
 import lemo
 from lemo import LemoConfig
 from lemo.planner.plan import NOMINAL
-from lemo.planner.shape import layer_bytes, shape_of
+from lemo.planner.shape import layer_bytes, shape_of, weight_bytes
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import quantised
 from lemo.training.evaluate import load_for_evaluation
@@ -263,6 +263,50 @@ def test_scales_are_counted_as_a_model_has_them(tmp_path, how, dtype):
     # Scales of rows are not counted: up to five bytes for 512 numbers.
     of_rows = how in ("torchao float8", "torchao int8")
     assert predicted == pytest.approx(stored, rel=0.01 if of_rows else 1e-3)
+
+
+# What a configuration leaves out, as Transformers reads it: names of modules or of parameters.
+SKIPS = {
+    "by name": ["q_proj", "gate_proj"],
+    "a layer": ["model.layers.0", "lm_head"],
+    "a part of a layer": ["model.layers.1.mlp"],
+    "a pattern": [r".*\.layers\.1\..*_proj", "down_proj.weight"],
+    "the head": ["lm_head"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("skips", SKIPS)
+@pytest.mark.parametrize("how", ["nf4", "int8", "torchao float8"])
+def test_layers_that_are_left_as_they_are_are_counted_so(tmp_path, how, skips):
+    settings = ways_to_store()[how]
+    name = "modules_to_not_convert" if "torchao" in how else "llm_int8_skip_modules"
+    setattr(settings, name, SKIPS[skips])
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=64))
+    model.save_pretrained(tmp_path / "model")
+    dtype = torch.bfloat16
+    folder = str(stored(tmp_path, tmp_path / "stored", settings, dtype))
+    config = load_config(folder)
+    loaded = load_model(folder, config, dtype)
+    layers = [
+        sum(
+            part.nbytes
+            for module in layer.modules()
+            if hasattr(module, "in_features")
+            for part in tensors_of(module.weight)
+        )
+        for layer in loaded.model.layers
+    ]
+    run = FinetuneConfig(model="m", documents="d", output="o", context_length=96)
+    elimination = run.elimination.resolved(False)
+    shape = request_of(run, elimination, config, dtype, torch.device("cpu"), NOMINAL).shape
+    way = quantised.stored_as(config)
+    # Scales of rows are not counted.
+    others = 2 * shape.parameters()[1]
+    assert weight_bytes(shape, 2, way) - others == pytest.approx(sum(layers), rel=0.05)
+    assert layer_bytes(shape, 2, way) == pytest.approx(max(layers), rel=0.05)
 
 
 @pytest.mark.parametrize("quantize", [None, "float8"])

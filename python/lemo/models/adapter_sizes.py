@@ -26,13 +26,17 @@ def adapters_of_layers(
     return found
 
 
-def weights_stored_as(layer: nn.Module) -> str | None:
-    """What the planner calls the way in which a decoder layer's weights are stored; None: plain."""
+def weights_stored_as(architecture: Architecture) -> str | None:
+    """What the planner calls the way in which a decoder's weights are stored; None: plain.
+
+    Some may be plain where others are not.
+    """
     found = set()
-    for name in LINEAR:
-        part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-        linear = adapted(getattr(part, name))
-        found.add(None if isinstance(linear, str) else stored_as(linear.base))
+    for layer in map(architecture.layer, range(architecture.num_layers)):
+        for name in LINEAR:
+            part = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+            linear = adapted(getattr(part, name))
+            found.add(None if isinstance(linear, str) else stored_as(linear.base))
     # The way of which most is made for a moment.
     return next((way for way in ("float8", "torchao_int", "nf4") if way in found), None)
 

@@ -18,6 +18,12 @@ __all__ = ["AsInForward"]
 
 # By which PEFT's layers say what they add.
 _OF_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+# What draws anew at every call, beside torch's generators of random numbers, whose state is
+# restored: where PEFT's layers have it, by the names of adapters.
+_DRAWN_FROM = {
+    "lora_monteclora_sampler": "MonteCLoRA",
+    "pvera_generator": "PVeRA with a generator_seed",
+}
 
 
 class AsInForward:
@@ -33,7 +39,7 @@ class AsInForward:
         self._parameters = parameters_of(module) if parameters is None else parameters
         self._versions = _versions(self._parameters)
         self._places = [*map(place_of, self._parameters)]
-        self._switches = _switches(module)
+        self._switches, self._drawing = _read(module)
 
     def difference(self) -> str | None:
         """What is another now, in words; None: nothing."""
@@ -44,7 +50,7 @@ class AsInForward:
             return "other weights"
         if _versions(self._parameters) != self._versions:
             return "weights that were changed in place since"
-        if _switches(self._module) != self._switches:
+        if _read(self._module)[0] != self._switches:
             return "other active, merged, disabled or scaled adapters, or other dropout"
         return None
 
@@ -57,7 +63,15 @@ class AsInForward:
 
         Raises:
             RuntimeError: it is another than in forward.
+            ValueError: adapters inside draw noise that they cannot draw again.
         """
+        if self._drawing is not None:
+            raise ValueError(
+                "recompute: expected 'none' and no gradient checkpointing for layers with "
+                f"{self._drawing}, which draws other noise at every call, got a "
+                f"{type(self._module).__name__} that backward computes again; the head, whose "
+                "logits always are, cannot have it"
+            )
         difference = self.difference()
         if difference is not None:
             raise RuntimeError(
@@ -86,9 +100,11 @@ def _versions(parameters: Sequence[Tensor]) -> list[int | None]:
     return [None if parameter.is_meta else version_of(parameter) for parameter in parameters]
 
 
-def _switches(module: nn.Module) -> list[Any]:
-    """What the modules inside say of adapters, and of dropout where there is any."""
+def _read(module: nn.Module) -> tuple[list[Any], str | None]:
+    """What the modules inside say of adapters, and of dropout where there is any; and which kind of
+    adapter draws noise of its own, None: none does."""
     found: list[Any] = []
+    drawing = None
     # Walked by hand, as in `parameters_of`.
     waiting = [module]
     while waiting:
@@ -96,8 +112,21 @@ def _switches(module: nn.Module) -> list[Any]:
         said = each.__dict__
         if "_active_adapter" in said:
             found += (copy.copy(said.get(name)) for name in _OF_ADAPTERS)
+            drawing = drawing or _drawing(each)
         share: Hashable = said.get("p", said.get("dropout"))
         if share:
             found.append(share if said["training"] else None)
         waiting += [child for child in each._modules.values() if child is not None]
-    return found
+    return found, drawing
+
+
+def _drawing(layer: Any) -> str | None:
+    """The kind of an adapter of a layer of PEFT that draws noise of its own; None: none does."""
+    said = layer.__dict__
+    for name, kind in _DRAWN_FROM.items():
+        held = said.get(name) or layer._modules.get(name)
+        if not held or not layer.training or layer.disable_adapters or layer.merged:
+            continue
+        if any(each in held and held[each] is not None for each in layer.active_adapters):
+            return kind
+    return None

@@ -223,7 +223,7 @@ class Modes:
         if not residual.requires_grad:
             first = next((index for index, trains in enumerate(is_trained) if trains), 0)
         own = [] if set(own) == {adapters} else own
-        quantize, fp8 = weights_stored_as(self._architecture.layer(0)), config.in_8_bits
+        quantize, fp8 = weights_stored_as(self._architecture), config.in_8_bits
         memory = StepMemory(shape, adapters, step, quantize, fp8, own, first)
         window = window_of(self._architecture.config)
         group = config.layerwise.group_size or 0

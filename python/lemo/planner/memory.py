@@ -165,9 +165,10 @@ class StepMemory:
     def weights(self) -> int:
         """Frozen weights, adapters and the optimizer's state."""
         trainable = self.trainable
-        copied = 0
-        if self._fp8 and self._quantize != "float8":
-            copied = self._shape.copied_parameters()
+        copied = self._shape.copied_parameters() if self._fp8 else 0
+        if self._quantize == "float8":
+            # Weights in float8 are not copied.
+            copied = min(copied, sum(self._shape.plain))
         frozen = weight_bytes(self._shape, self._step.size, self._quantize)
         shards = self._step.shards
         if shards > 1:

@@ -56,6 +56,8 @@ class ModelShape:
         head_norms: whether queries and keys are normalised head by head (Qwen3).
         scales: bytes of scales for each number of a quantised weight; None: as the setting
             `quantize` stores it.
+        plain: parameters of the linear layers of each decoder layer that stay as they are where the
+            others are quantised; empty: none.
     """
 
     layers: int
@@ -68,6 +70,7 @@ class ModelShape:
     tied: bool = False
     head_norms: bool = False
     scales: float | None = None
+    plain: tuple[int, ...] = ()
 
     @property
     def queries(self) -> int:
@@ -348,12 +351,16 @@ def weight_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> i
             None: not.
     """
     linear, others = shape.parameters()
-    return round(linear * _number_bytes(shape, size, quantize)) + others * size
+    plain = sum(shape.plain)
+    quantised = round((linear - plain) * _number_bytes(shape, size, quantize))
+    return quantised + (others + plain) * size
 
 
 def layer_bytes(shape: ModelShape, size: int, quantize: str | None = None) -> int:
-    """Those of the linear layers of a decoder layer."""
-    return round(shape.layer_parameters() * _number_bytes(shape, size, quantize))
+    """Those of the linear layers of a decoder layer, the one with the most plain ones."""
+    plain = max(shape.plain, default=0)
+    quantised = shape.layer_parameters() - plain
+    return round(quantised * _number_bytes(shape, size, quantize)) + plain * size
 
 
 def _number_bytes(shape: ModelShape, size: int, quantize: str | None) -> float:

@@ -22,7 +22,7 @@ from lemo.predictors import load
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training.calibration import calibrated
-from lemo.training.quantised import check_stored, scale_bytes, stored_as
+from lemo.training.quantised import check_stored, plain_parameters, scale_bytes, stored_as
 from lemo.training.run_folder import PLAN_NAME
 
 __all__ = [
@@ -152,7 +152,11 @@ def request_of(
     shape = shape_of(model_config)
     check_stored(model_config, config.quantize, config.model)
     stored = stored_as(model_config)
-    shape = replace(shape, scales=scale_bytes(model_config, dtype.itemsize))
+    shape = replace(
+        shape,
+        scales=scale_bytes(model_config, dtype.itemsize),
+        plain=plain_parameters(model_config, shape),
+    )
     if elimination.in_8_bits and stored not in (None, "float8"):
         raise ValueError(
             "elimination.products: expected dtype over weights that are stored quantised in "

@@ -7,15 +7,18 @@ from typing import Any, get_args
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, TorchAoConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
 from lemo.models.torchao_weights import is_torchao
+from lemo.planner.shape import LINEAR, ModelShape
 from lemo.settings.finetune import Quantize
 
 __all__ = [
     "check_stored",
     "is_in_4_bits",
     "is_quantised",
+    "plain_parameters",
     "put_in",
     "quantization_config",
     "recorded",
@@ -142,6 +145,34 @@ def scale_bytes(config: PreTrainedConfig, size: int) -> float | None:
     # Beside the scale there is a place for 0, a byte.
     of_scale = 4 if how["_type"] == "Int8WeightOnlyConfig" else size
     return (of_scale + 1) / group
+
+
+def plain_parameters(config: PreTrainedConfig, shape: ModelShape) -> tuple[int, ...]:
+    """Parameters of the linear layers that stay as they are in a model that is stored quantised.
+
+    Args:
+        config: of the model, whose weights are stored in a way that `stored_as` knows.
+        shape: its sizes.
+
+    Returns:
+        For each decoder layer; empty: none stay.
+    """
+    found = _settings_of(config)
+    of_torchao = found.get("quant_method") == "torchao"
+    skipped = found.get("modules_to_not_convert" if of_torchao else "llm_int8_skip_modules")
+    if not skipped:
+        return ()
+    # Transformers looks for names of parameters of the one, of modules of the other.
+    end = ".weight" if of_torchao else ""
+
+    def stays(layer: int, name: str) -> bool:
+        part = "self_attn" if name in LINEAR[:4] else "mlp"
+        return not should_convert_module(f"model.layers.{layer}.{part}.{name}{end}", skipped)
+
+    return tuple(
+        shape.layer_parameters([name for name in LINEAR if stays(layer, name)])
+        for layer in range(shape.layers)
+    )
 
 
 def _torchao_settings(found: dict[str, Any]) -> Any:
