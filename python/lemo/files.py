@@ -54,6 +54,24 @@ def json_text(value: Any, **layout: Any) -> str:
     return json.dumps(_finite(value), allow_nan=False, **layout) + "\n"
 
 
+def read_json(path: Path, place: str | None = None) -> Any:
+    """The value in a JSON file.
+
+    Args:
+        path: the file.
+        place: how the message begins; None: with ``path``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON in UTF-8, or none that Python can hold.
+    """
+    place = str(path) if place is None else place
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # Python bounds depth and digits.
+        raise ValueError(f"{place}: expected JSON, got {error}") from None
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}

@@ -64,6 +64,8 @@ def test_help_does_not_load_torch():
         (["finetuna"], "No such command 'finetuna'"),
         (["finetune", "--stepz", "3"], "No such option: --stepz"),
         (["finetune", "--steps", "many"], "Invalid value for '--steps'"),
+        (["finetune", "--steps", "many"], "got 'many'"),
+        (["finetune", "--keep", "25%"], "got '25%'"),
         (["eval", "--lengths", "64"], "Missing option '--documents'"),
     ],
 )

@@ -32,7 +32,9 @@ def test_assignments_take_yaml_values_and_dots():
     }
 
 
-@pytest.mark.parametrize("assignment", ["steps", "=3", "a..b=3", "a=[1"])
+@pytest.mark.parametrize(
+    "assignment", ["steps", "=3", "a..b=3", "a=[1", "a=2026-13-45", "a=" + "[" * 10_000]
+)
 def test_assignments_that_are_none(assignment):
     with pytest.raises(ValueError, match="--set: expected"):
         apply_assignments({}, [assignment])

@@ -220,6 +220,33 @@ def rates_of_models(folder, monkeypatch):
     return lambda number: calibration.calibrated(shape(number), device, torch.float32), stored
 
 
+@pytest.mark.parametrize("blocked", ["folder", "no home"])
+def test_rates_that_cannot_be_stored_are_used(tmp_path, monkeypatch, caplog, blocked):
+    measure, stored = rates_of_models(tmp_path, monkeypatch)
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "lemo" if blocked == "folder" else Path("~", ".cache", "lemo")
+    monkeypatch.setattr(calibration, "FOLDER", folder)
+    monkeypatch.chdir(tmp_path)
+    assert measure(1) == Rates(1, 1, 1, 1, 1)
+    assert stored() == set()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    [message] = caplog.messages
+    assert message.startswith(f"the rates of this machine are not stored in '{folder}': ")
+
+
+def test_a_user_without_a_home_folder():
+    script = """
+        import os, pwd
+        os.environ.pop("HOME", None)
+        def absent(number):
+            raise KeyError(number)
+        pwd.getpwuid = absent
+        from lemo.training import calibration
+        assert not calibration.FOLDER.is_absolute()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
 @pytest.mark.parametrize("kind", [rows_of_evaluations, rates_of_models])
 def test_what_several_add_at_the_same_time_all_stays(tmp_path, monkeypatch, kind):
     add, stored = kind(tmp_path, monkeypatch)

@@ -400,8 +400,36 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
             r"kept_map\.json: expected kept blocks of layers in \[0, 1\), got \[1\]",
         ),
         ("metrics.json", "{}", r"metrics\.json: expected a list of objects, got dict"),
-        ("config.yaml", "- 1\n", r"config\.yaml: expected a mapping, got list"),
-        ("config.yaml", "a: [1\n", r"config\.yaml: expected YAML, got "),
+        ("metrics.json", "[" * 100_000, r"metrics\.json: expected JSON, got "),
+        ("metrics.json", "9" * 5000, r"metrics\.json: expected JSON, got "),
+        ("metrics.json", "[{}]", r"row 0: field 'kind': expected a text, got None"),
+        (
+            "metrics.json",
+            '[{"kind": "text", "length": 8.5}]',
+            r"metrics\.json: row 0: field 'length': expected an integer, got 8\.5",
+        ),
+        (
+            "metrics.json",
+            '[{"kind": "text", "length": 8, "exact": "all"}]',
+            r"metrics\.json: row 0: field 'exact': expected a number, got 'all'",
+        ),
+        ("elimination.json", "9" * 5000, r"elimination\.json: expected JSON, got "),
+        ("plan.json", '{"modes": [], "kept_bytes": [1e999]}', r"plan\.json: expected modes, "),
+        (
+            "kept_map.json",
+            '{"block_size": 1, "tokens": 1e999, "layers": []}',
+            r"kept_map\.json: expected block_size, tokens and layers, got OverflowError",
+        ),
+        (
+            "kept_map.json",
+            '{"block_size": 8, "tokens": 8, "layers": [{"attention": [[0]], "mlp": []}]}',
+            r"kept_map\.json: expected block_size, tokens and layers, got TypeError",
+        ),
+        ("relevance.json", '{"block_size": 1e999, "questions": []}', r"relevance\.json: expected"),
+        ("config.yaml", "- 1\n", r"config\.yaml: expected a mapping of settings, got list"),
+        ("config.yaml", "a: [1\n", r"config\.yaml:2: not YAML: "),
+        ("config.yaml", "a: " + "[" * 10_000, r"config\.yaml: not YAML: "),
+        ("config.yaml", "a: 2026-13-45", r"config\.yaml: not YAML: month must be in 1\.\.12"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -381,7 +381,9 @@ def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
     other, sizes = tmp_path / "other.json", make_model("llama").config
     layers, of_layer = sizes.num_hidden_layers, sizes.num_attention_heads
     for content, message in (
-        ("{", "expected JSON written by lemo"),
+        ("{", "expected JSON, got "),
+        ("[" * 100_000, "expected JSON, got "),
+        ('{"format": "lemo-heads", "version": 1, "model": [1]}', "but these differ: model_type"),
         ("[]", "expected a file of `lemo relevance heads`"),
         (heads_file(tmp_path).read_text().replace('"version": 1', '"version": 9'), "version 1"),
         *(

@@ -160,6 +160,8 @@ def test_differences_name_what_decides_the_losses_only():
         ("a: [1\nb: 2", r"c\.yaml:2: not YAML"),
         ("a: 1\nb: 2\na: 3", r"c\.yaml:3: not YAML: the key 'a' stands twice"),
         ("a:\n  b: 1\n  b: 2", r"c\.yaml:3: not YAML: the key 'b' stands twice"),
+        ("seed: 2026-13-45", r"c\.yaml: not YAML: month must be in 1\.\.12"),
+        ("seed: " + "[" * 10_000, r"c\.yaml: not YAML: "),
         ("- 1", r"c\.yaml: expected a mapping of settings, got list"),
     ],
 )

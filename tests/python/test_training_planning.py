@@ -118,7 +118,11 @@ def test_a_run_keeps_its_plan_and_the_report_shows_it(config, tmp_path):
     content["modes"] = ["layer", "none", "layer", "selective"]
     (Path(config.output) / "plan.json").write_text(json.dumps(content))
     assert planned(changed(config, resume=True)).plan.modes == tuple(content["modes"])
-    assert planned(config).plan.modes != tuple(content["modes"])
+    anew = planned(config).plan.modes
+    assert anew != tuple(content["modes"])
+    for damaged in ("[]", "[" * 100_000):
+        (Path(config.output) / "plan.json").write_text(damaged)
+        assert planned(changed(config, resume=True)).plan.modes == anew
 
 
 @pytest.mark.parametrize("modes", ["none", "layer", ("none", "layer", "none", "layer")])

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 import typer
+from pydantic import ValidationError
 
 from lemo import __version__
 from lemo.cli import data, demo, finetune, options, prepare, relevance, report
@@ -80,6 +81,8 @@ def describe_error(error: BaseException) -> str:
     """One line that says what went wrong, without the type of an error that the user caused."""
     if hasattr(error, "format_message"):
         text = error.format_message()
+        if isinstance(error.__cause__, ValidationError):  # Typer does not say what came.
+            text += f", got {error.__cause__.errors()[0]['input']!r}"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     elif is_out_of_memory(error):

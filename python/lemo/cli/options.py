@@ -113,7 +113,7 @@ def apply_assignments(settings: dict[str, Any], assignments: Iterable[str]) -> N
             raise ValueError(f"--set: expected name=value, got '{assignment}'")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise ValueError(f"--set: expected a YAML value, got '{assignment}'") from None
         _assign(settings, names, value)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.files import json_text, write_file
+from lemo.files import json_text, read_json, write_file
 
 __all__ = ["RetrievalHeads"]
 
@@ -55,19 +54,19 @@ class RetrievalHeads:
         """
         place = f"heads: {path}"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_json(Path(path), place)
         except FileNotFoundError:
             raise FileNotFoundError(f"{place}: expected a file, found none") from None
         except IsADirectoryError:
             raise ValueError(f"{place}: expected a file, got a folder") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{place}: expected JSON written by lemo, got: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{place}: expected a file of `lemo relevance heads`, got another")
         if content.get("version") != VERSION:
             raise ValueError(f"{place}: expected version {VERSION}, got {content.get('version')!r}")
-        if content.get("model") != dict(model):
-            changed = [name for name in model if content.get("model", {}).get(name) != model[name]]
+        found = content.get("model")
+        if found != dict(model):
+            found = found if isinstance(found, dict) else {}
+            changed = [name for name in model if found.get(name) != model[name]]
             raise ValueError(
                 f"{place}: expected heads of a model of this shape, but these differ: "
                 f"{', '.join(changed) or 'model'}"

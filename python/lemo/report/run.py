@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import statistics
 from pathlib import Path
 
-import yaml
-
+from lemo.files import read_json
 from lemo.planner.text import ACTIONS
+from lemo.settings.base import read_yaml
 from lemo.training.metrics import read_metrics
 from lemo.training.run_folder import (
     CONFIG_NAME,
@@ -24,6 +23,8 @@ from lemo.training.run_folder import (
 from lemo.training.run_log import LOG_NAME, describe_broken, parse_log
 
 SUB_BLOCKS = ("attention", "mlp")
+# What values of other kinds than are expected raise.
+_MISFITS = (KeyError, TypeError, ValueError, ArithmeticError)
 
 _log = logging.getLogger("lemo")
 
@@ -218,7 +219,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
             f"run: expected the folder of a run, got '{folder}', which does not exist"
         )
     records, broken = _read_records(folder / LOG_NAME)
-    config = _read_config(folder / CONFIG_NAME)
+    config = read_yaml(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     resolved = folder / ELIMINATION_NAME
     asked = config.get("elimination") or {}
     return Run(
@@ -252,22 +253,10 @@ def _read_records(path: Path) -> tuple[list[dict], int]:
     return records, len(broken)
 
 
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a mapping, got {type(config).__name__}")
-    return config
-
-
 def _read_kept_map(path: Path) -> KeptMap | None:
     if not path.is_file():
         return None
-    data = _read_json(path)
+    data = read_json(path)
     try:
         kept = KeptMap(int(data["block_size"]), int(data["tokens"]), list(data["layers"]))
         every = list(range(kept.blocks))
@@ -275,15 +264,15 @@ def _read_kept_map(path: Path) -> KeptMap | None:
             {s: every if layer[s] is None else layer[s] for s in SUB_BLOCKS}
             for layer in kept.layers
         ]
-        indices = [index for layer in layers for s in SUB_BLOCKS for index in layer[s]]
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        indices = {index for layer in layers for s in SUB_BLOCKS for index in layer[s]}
+    except _MISFITS as error:
         raise ValueError(
             f"{path}: expected block_size, tokens and layers, got {error!r}"
         ) from error
-    if not layers or not set(indices) <= set(every):
+    if not layers or not indices <= set(every):
         raise ValueError(
             f"{path}: expected kept blocks of layers in [0, {kept.blocks}), "
-            f"got {sorted(set(indices))}"
+            f"got {sorted(indices, key=str)}"
         )
     return dataclasses.replace(kept, layers=layers)
 
@@ -291,7 +280,7 @@ def _read_kept_map(path: Path) -> KeptMap | None:
 def _read_relevance(path: Path) -> RelevanceMap | None:
     if not path.is_file():
         return None
-    data = _read_json(path)
+    data = read_json(path)
     try:
         questions = [
             Question(
@@ -313,7 +302,7 @@ def _read_relevance(path: Path) -> RelevanceMap | None:
             questions,
         )
         blocks = math.ceil(relevance.tokens / relevance.block_size)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except _MISFITS as error:
         raise ValueError(
             f"{path}: expected block_size, tokens, scores, kept, facts and questions, got {error!r}"
         ) from error
@@ -329,7 +318,7 @@ def _read_relevance(path: Path) -> RelevanceMap | None:
 def _read_plan(path: Path) -> RecordedPlan | None:
     if not path.is_file():
         return None
-    data = _read_json(path)
+    data = read_json(path)
     try:
         plan = RecordedPlan(
             [str(mode) for mode in data["modes"]],
@@ -341,7 +330,7 @@ def _read_plan(path: Path) -> RecordedPlan | None:
         )
         complete = len(plan.host_bytes) in (0, len(plan.modes))
         complete &= len(plan.modes) == len(plan.kept_bytes) and set(plan.modes) <= set(ACTIONS)
-    except (KeyError, TypeError, ValueError) as error:
+    except _MISFITS as error:
         raise ValueError(
             f"{path}: expected modes, kept_bytes, peak_bytes, seconds and limit_bytes, got "
             f"{error!r}"
@@ -355,17 +344,10 @@ def _read_plan(path: Path) -> RecordedPlan | None:
 
 
 def _read_object(path: Path) -> dict:
-    value = _read_json(path)
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
     return value
-
-
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
 
 
 def _number(value, missing: float = math.nan) -> float:

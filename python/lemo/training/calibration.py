@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from lemo import _C, ops
-from lemo.files import json_text, updating, write_file
+from lemo.files import json_text, read_json, updating, write_file
 from lemo.planner.shape import ModelShape
 from lemo.planner.timing import Rates, operations
 
 __all__ = ["FOLDER", "calibrated", "stored_rates"]
 
-FOLDER = Path.home() / ".cache" / "lemo"
+# Not Path.home(), which fails where a user has no home folder, as in many containers.
+FOLDER = Path(os.path.expanduser("~"), ".cache", "lemo")
 """Where rates are stored."""
 
 _NAME = "rates.json"
@@ -38,6 +40,8 @@ _LAYERS = (2, 10)
 # One more where rates of the same names are measured in another way: stored ones count no more.
 _MANNER = 2
 
+_log = logging.getLogger("lemo")
+
 
 def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rates | None:
     """The rates that were measured on this machine for such a model; None: none were.
@@ -48,7 +52,7 @@ def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) ->
     found = _read().get(_key(shape, device, dtype))
     # Those of an earlier version may lack some.
     known = {field.name for field in fields(Rates)}
-    return None if found is None or found.keys() != known else Rates(**found)
+    return Rates(**found) if isinstance(found, dict) and found.keys() == known else None
 
 
 def calibrated(
@@ -67,10 +71,7 @@ def calibrated(
         rates = measure(shape, device, dtype) if rates is None else rates
         if fp8:
             rates = replace(rates, fp8=_fp8_products(shape, device, dtype, rates.bytes))
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with updating(FOLDER / _NAME):
-            content = _read() | {_key(shape, device, dtype): asdict(rates)}
-            write_file(FOLDER / _NAME, json_text(content, indent=1, sort_keys=True))
+        _store(_key(shape, device, dtype), rates)
     return rates
 
 
@@ -87,10 +88,23 @@ def measure(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Rate
         )
 
 
+def _store(key: str, rates: Rates) -> None:
+    """Add rates to those that are stored. Where that fails they are measured again next time."""
+    try:
+        if not FOLDER.is_absolute():
+            raise FileNotFoundError("this user has no home folder")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        with updating(FOLDER / _NAME):
+            content = _read() | {key: asdict(rates)}
+            write_file(FOLDER / _NAME, json_text(content, indent=1, sort_keys=True))
+    except OSError as error:
+        _log.warning("the rates of this machine are not stored in '%s': %s", FOLDER, error)
+
+
 def _read() -> dict[str, dict[str, float]]:
     try:
-        content = json.loads((FOLDER / _NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        content = read_json(FOLDER / _NAME)
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -24,7 +24,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lemo.data.reading import naming
-from lemo.files import json_text, new_folder, remove_folder, write_file
+from lemo.files import json_text, new_folder, read_json, remove_folder, write_file
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 from lemo.training.optimizer_state import unpacked
 from lemo.training.sharding import cut
@@ -238,7 +238,7 @@ def _verify(folder: Path, gradient_accumulation: int) -> Checkpoint:
 
 def _contents(folder: Path) -> dict[str, Any]:
     """What state.json says, after checking that it is whole and belongs to this folder."""
-    contents = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
+    contents = read_json(folder / STATE_NAME, STATE_NAME)
     if contents["format"] not in (1, 2, _FORMAT):
         raise ValueError(f"{STATE_NAME}: expected format {_FORMAT}, got {contents['format']!r}")
     signed = "sha256" in contents or contents["format"] != 1

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lemo.files import json_text, updating, write_file
+from lemo.files import json_text, read_json, updating, write_file
 
 __all__ = ["add_metrics", "read_metrics", "write_metrics"]
 
 # What a row is of.
 _SUBJECT = ("source", "kind", "length")
+# Numbers, where a row has them.
+_FIGURES = ("perplexity", "tail_perplexity", "documents", "answers", "exact", "right_tokens")
 
 
 def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -27,15 +28,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: it holds something else; the message names it.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    rows = read_json(path)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects, got {type(rows).__name__}")
-    for row in rows:
+    for number, row in enumerate(rows):
+        _check_row(row, f"{path}: row {number}")
         row |= {n: math.inf for n in ("perplexity", "tail_perplexity") if row.get(n, n) is None}
     return rows
 
@@ -53,6 +52,19 @@ def add_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with updating(path):
         kept = [row for row in read_metrics(path) if _subject(row) not in new]
         write_metrics(path, [*kept, *rows])
+
+
+def _check_row(row: dict[str, Any], place: str) -> None:
+    """Raises ValueError where a row is of no kind or length, or one of its figures is no number."""
+    figures = [name for name in _FIGURES if row.get(name) is not None]
+    expected: dict[str, tuple[str, tuple[type, ...]]] = {
+        "kind": ("a text", (str,)),
+        "length": ("an integer", (int,)),
+        **dict.fromkeys(figures, ("a number", (int, float))),
+    }
+    for name, (words, kinds) in expected.items():
+        if type(row.get(name)) not in kinds:
+            raise ValueError(f"{place}: field '{name}': expected {words}, got {row.get(name)!r}")
 
 
 def _subject(row: dict[str, Any]) -> tuple[Any, ...]:

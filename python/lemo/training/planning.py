@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lemo.files import json_text, write_file
+from lemo.files import json_text, read_json, write_file
 from lemo.planner.plan import MARGIN, DoesNotFitError, Plan, Planner
 from lemo.planner.request import Request, adapters_of
 from lemo.planner.shape import shape_of, window_of
@@ -365,13 +365,13 @@ def _recorded(
     if not config.resume:
         return None
     try:
-        content = json.loads((Path(config.output) / PLAN_NAME).read_text(encoding="utf-8"))
+        content = read_json(Path(config.output) / PLAN_NAME)
         if content["asked"] != json.loads(json.dumps(asked)):
             return None
         plan: Plan = planner.of(
             content["modes"], limit, content["head_groups"], content.get("shares")
         )
-    except (OSError, ValueError, KeyError, IndexError):
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
         return None
     fits = plan.peak <= limit and plan.host <= round(asked.get("host_memory", 0) * _GIB)
     return plan if fits else None
