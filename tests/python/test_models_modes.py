@@ -49,6 +49,18 @@ def stored(model, batch, recompute):
     return size
 
 
+@pytest.fixture
+def asked(monkeypatch):
+    """Grows by one with every plan that is made, on a device with memory for everything."""
+    made: list[int] = []
+    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
+    make = modes_module._actions
+    monkeypatch.setattr(
+        modes_module, "_actions", lambda *arguments: made.append(1) or make(*arguments)
+    )
+    return made
+
+
 def test_gradients_of_mixed_modes_are_those_of_none():
     model, batch = model_and_batch()
     results = []
@@ -169,13 +181,7 @@ def test_gradient_checkpointing_asks_for_the_least_memory(reentrant, monkeypatch
     assert stored(model, batch, "auto") == expected
 
 
-def test_a_plan_is_made_once_for_passes_of_one_size(monkeypatch):
-    asked = []
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
-    make = modes_module._actions
-    monkeypatch.setattr(
-        modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)
-    )
+def test_a_plan_is_made_once_for_passes_of_one_size(asked):
     model, batch = model_and_batch()
     enabled(model, "auto")
 
@@ -240,14 +246,8 @@ def test_rows_are_rounded_up_by_an_eighth_at_most():
 
 
 @pytest.mark.parametrize("visible_keys", ["kept", "all", "computed"])
-def test_only_passes_over_kept_rows_alone_are_planned(visible_keys, monkeypatch):
+def test_only_passes_over_kept_rows_alone_are_planned(visible_keys, asked):
     """What rows that are computed for others take is not predicted."""
-    asked = []
-    monkeypatch.setattr(modes_module, "free_bytes", lambda device, held: 2**40)
-    make = modes_module._actions
-    monkeypatch.setattr(
-        modes_module, "_actions", lambda *arguments: asked.append(1) or make(*arguments)
-    )
     model, batch = model_and_batch()
     enabled(model, "auto", visible_keys=visible_keys)
     model(batch["input_ids"]).logits.sum().backward()
