@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lemo.packing.blocks import index_tensors
+from lemo.packing.to_device import index_tensors
 
 __all__ = ["Deal", "deal", "zigzag"]
 

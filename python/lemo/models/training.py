@@ -18,7 +18,7 @@ from lemo.models.elimination import Choice
 from lemo.models.outputs import EliminatedOutput
 from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
-from lemo.packing.blocks import to_device
+from lemo.packing.to_device import to_device
 from lemo.relevance.answers import are_answers
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lemo import _C
+from lemo.packing.to_device import index_tensors
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,6 @@ class BlockLayout:
         """[B] bool, the blocks of which one row or more is set in `rows`, [T] bool."""
         before = pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
         return before.index_select(0, self.block_starts).diff() > 0
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """`x`, by a copy from the host that the host does not wait for."""
-    if device.type == "cuda" and not x.is_cuda:
-        x = x.pin_memory()
-    return x.to(device, non_blocking=not x.is_cuda)
-
-
-def index_tensors(device: torch.device | str | None, *values: list[int]) -> list[Tensor]:
-    """int32 tensors of some numbers, by one copy for which the host does not wait.
-
-    Args:
-        device: where they go; None: torch's default device.
-        values: the numbers of each tensor.
-    """
-    joined = torch.tensor([n for part in values for n in part], dtype=torch.int32, device="cpu")
-    place = torch.empty(0, device=device).device
-    parts = to_device(joined, place).split([len(part) for part in values])
-    # Tensors of their own: kernels may load them in wider units than their place in `joined`.
-    return [part.clone() for part in parts]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from lemo.packing.blocks import BlockLayout, to_device
+from lemo.packing.blocks import BlockLayout
+from lemo.packing.to_device import to_device
 from lemo.predictors.modules import LowRankNet
 from lemo.relevance.answers import Answers
 

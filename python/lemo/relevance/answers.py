@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lemo.packing.blocks import to_device
+from lemo.packing.to_device import to_device
 
 Number = TypeVar("Number", int, Tensor)
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import BlockLayout, index_tensors
+from lemo.packing.blocks import BlockLayout
+from lemo.packing.to_device import index_tensors
 from lemo.relevance.answers import Answers, shares
 
 __all__ = ["head_relevance", "with_keys"]

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from lemo.packing.blocks import BlockLayout, kept_blocks, to_device
+from lemo.packing.blocks import BlockLayout, kept_blocks
+from lemo.packing.to_device import to_device
 
 __all__ = ["always_kept", "ranks"]
 

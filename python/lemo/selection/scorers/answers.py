@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lemo.packing.blocks import to_device
+from lemo.packing.to_device import to_device
 from lemo.relevance.answers import Answers
 from lemo.selection.scorers.base import BlockedBatch, Scorer
 from lemo.selection.scorers.random import RandomScorer

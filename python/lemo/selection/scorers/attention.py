@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import to_device
+from lemo.packing.to_device import to_device
 from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance, with_keys

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lemo.packing.blocks import to_device
+from lemo.packing.to_device import to_device
 from lemo.selection.scorers.base import BlockedBatch, Scorer
 
 __all__ = ["RandomScorer"]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.packing.blocks import BlockLayout, index_tensors, to_device
+from lemo.packing.blocks import BlockLayout
+from lemo.packing.to_device import index_tensors, to_device
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import load_relevance
 from lemo.relevance.answers import Answers
