@@ -76,7 +76,7 @@ class Answers:
 
     def largest(self, values: Tensor) -> Tensor:
         """[A, ...]: the largest over an answer's rows of the values [R, ...] of `rows`."""
-        index = to_device(torch.tensor(self.of_rows()), values.device)
+        index = to_device(torch.tensor(self.of_rows(), device="cpu"), values.device)
         index = index.reshape(-1, *[1] * (values.ndim - 1)).expand_as(values)
         largest = values.new_full((len(self), *values.shape[1:]), -torch.inf)
         return largest.scatter_reduce_(0, index, values, "amax")
@@ -84,7 +84,7 @@ class Answers:
     def free_blocks(self, block_size: int, like: Tensor) -> Tensor:
         """[B] of 0 or 1 in dtype and on the device of `like`, its last dimension: blocks of the
         sequence without labels."""
-        free = torch.ones(like.shape[-1], dtype=like.dtype)
+        free = torch.ones(like.shape[-1], dtype=like.dtype, device="cpu")
         free[[row // block_size for row in self.rows()]] = 0.0
         return to_device(free, like.device)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lemo import ops
@@ -59,4 +60,6 @@ def head_relevance(
 def with_keys(q: Tensor, k: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(q, k) of some heads, [T, H, D] each, from all queries [T, Hq, D] and keys [T, Hk, D]."""
     share = q.shape[1] // k.shape[1]
-    return q[:, list(heads)], k[:, [head // share for head in heads]]
+    # Not by a list as the index, whose copy to the device would be waited for.
+    mine = [q[:, head] for head in heads], [k[:, head // share] for head in heads]
+    return torch.stack(mine[0], 1), torch.stack(mine[1], 1)
