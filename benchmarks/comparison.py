@@ -15,9 +15,10 @@ may be bound to one length: "liger@131072".
 Every measurement is a process of its own. While one measures, the next ones import their packages
 and wait; they compute nothing on the GPU before their turn. A process first runs a step of at most
 8192 tokens, which compiles what has to be compiled. Of the steps of full length the first one does
-not count, unless it takes more than 20 s (--long-step) and pins no memory of the host, which takes
-seconds once; then it is the measurement, and "warmed" of the row is false. Else there are 3 up to
-16384 tokens, 2 up to 65536, and 1 beyond (--steps: so many of them).
+not count, unless it takes more than 20 s (--long-step), a shorter step went before it, and it pins
+no memory of the host, which takes seconds once; then it is the measurement, and "warmed" of the row
+is false. Else there are 3 up to 16384 tokens, 2 up to 65536, and 1 beyond (--steps: so many of
+them).
 
 Rows are appended to --output as soon as they are measured. What is there for the same contender,
 length, shape, memory, GPU and commit is not measured again (--again: it is). A contender that runs
@@ -221,14 +222,15 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
 
     steps = Steps(settings, settings["tokens"])
     short = settings["warm_up_tokens"]
-    if short < steps.trained_tokens:
+    compiled = short < steps.trained_tokens
+    if compiled:
         steps.seconds(short)
     times: list[float] = []
     # Before its end it is not known whether the first step counts.
     reset_peak(steps.device)
     first = steps.seconds()
     pinned = held(steps.device).get("pinned_gib", 0.0)
-    warmed = first <= settings["long_step"] or pinned > 0
+    warmed = first <= settings["long_step"] or pinned > 0 or not compiled
     if not warmed:
         times.append(first)
     while warmed and len(times) < settings["steps"]:
@@ -242,7 +244,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
         "steps": len(times),
         "warmed": warmed,
         "trained_tokens": steps.trained_tokens,
-        "loss": round(steps.losses[1 if short < steps.trained_tokens else 0].item(), 4),
+        "loss": round(steps.losses[1 if compiled else 0].item(), 4),
         "weights_gib": round(steps.weights / GIB, 2),
         **held(steps.device),
     }

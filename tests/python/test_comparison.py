@@ -459,24 +459,28 @@ def test_a_failure_is_named_until_the_contender_runs_at_another_commit():
 
 
 @pytest.mark.cpu_only
-@pytest.mark.parametrize(("pinned", "times"), [(0.0, [9.0]), (3.0, [4.0])])
-def test_a_long_first_step_counts_unless_it_pins_memory(monkeypatch, pinned, times):
+@pytest.mark.parametrize(
+    ("short", "pinned", "times"), [(4, 0.0, [9.0]), (4, 3.0, [4.0]), (8, 0.0, [4.0])]
+)
+def test_a_long_first_step_counts_unless_it_compiles_or_pins_memory(
+    monkeypatch, short, pinned, times
+):
     class Steps:
         device, trained_tokens, weights = "cpu", 8, 0
-        losses: ClassVar = [torch.tensor(1.0)]
+        losses: ClassVar = [torch.tensor(1.0), torch.tensor(2.0)]
 
         def __init__(self, settings, tokens):
             self._seconds = iter((9.0, 4.0))
 
-        def seconds(self):
-            return next(self._seconds)
+        def seconds(self, tokens=None):
+            return 20.0 if tokens == 4 else next(self._seconds)
 
     monkeypatch.setattr(comparison, "Steps", Steps)
     monkeypatch.setattr(comparison, "held", lambda device: {"pinned_gib": pinned})
-    settings = {"tokens": 8, "warm_up_tokens": 8, "long_step": 5.0, "steps": 1}
+    settings = {"tokens": 8, "warm_up_tokens": short, "long_step": 5.0, "steps": 1}
     found = comparison.measured(settings)
     assert [found["step_s"]] == times
-    assert found["warmed"] is (pinned > 0)
+    assert found["warmed"] is (times != [9.0])
 
 
 @pytest.mark.cpu_only
