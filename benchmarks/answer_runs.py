@@ -25,7 +25,7 @@ import lemo
 from answer_chunks import Chunks, targets_of
 from answer_tasks import Haystacks, Mixture, Window
 from common.timing import summary
-from lemo.models.fp8 import fp8_of
+from lemo.models.projections.fp8 import fp8_of
 from lemo.training.evaluate import window_losses
 
 __all__ = [

@@ -140,7 +140,7 @@ def captured(model: Any, found: Any, windows: Sequence[Any], settings: Any) -> d
     """
     import torch
 
-    from lemo.models.capture import capture_sub_blocks
+    from lemo.models.layers.capture import capture_sub_blocks
     from lemo.ops import block_scores
 
     shares: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -115,12 +115,12 @@ def method() -> str:
 # What a batch passes, from the call of the model to its loss: code, what it does, operators.
 PATH = [
     (
-        "lemo.models.replaced_forward.ReplacedForward",
+        "lemo.models.calls.replaced_forward.ReplacedForward",
         "model(input_ids, labels) in training: lemo answers",
         "",
     ),
     (
-        "lemo.models.arguments.ForwardArguments",
+        "lemo.models.calls.arguments.ForwardArguments",
         "the call's arguments as one typed object, checked",
         "",
     ),
@@ -135,7 +135,7 @@ PATH = [
         "",
     ),
     (
-        "lemo.models.batch.Batch",
+        "lemo.models.layers.batch.Batch",
         "the rows in blocks (BlockLayout), with rotary tables",
         "",
     ),
@@ -145,27 +145,27 @@ PATH = [
         "token_select",
     ),
     (
-        "lemo.models.sub_blocks.Attention",
+        "lemo.models.layers.sub_blocks.Attention",
         "project, attend, output; MLP likewise",
         "select_norm, rope, segment_attention, swiglu",
     ),
     (
-        "lemo.models.execution.Execution",
+        "lemo.models.layers.execution.Execution",
         "how the unit runs: Stored, Recomputed, Checkpointed",
         "residual_scatter, gather_rows",
     ),
     (
-        "lemo.models.loss.causal_lm_loss",
+        "lemo.models.layers.loss.causal_lm_loss",
         "the loss in chunks of rows, only where labels are",
         "linear_cross_entropy",
     ),
     (
-        "lemo.models.outputs.EliminatedOutput",
+        "lemo.models.calls.outputs.EliminatedOutput",
         "loss; logits are computed if they are read",
         "",
     ),
 ]
-# Steps that are repeated for every layer, in lemo.models.decoder.Decoder.
+# Steps that are repeated for every layer, in lemo.models.layers.decoder.Decoder.
 REPEATED = (5, 7)
 
 
@@ -179,7 +179,7 @@ def batch() -> str:
     figure.text(left, 34, "code", bold=True)
     figure.text(left + width + 30, 34, "what happens there", bold=True)
     figure.box(left - 44, tops[first] - 34, 1034, tops[last] - tops[first] + 92, "#f5f7fa")
-    layers = "for every layer, in lemo.models.decoder.Decoder:"
+    layers = "for every layer, in lemo.models.layers.decoder.Decoder:"
     figure.text(left + width + 30, tops[first] - 14, layers, bold=True)
     for number, (code, what, operators) in enumerate(PATH):
         y = tops[number]

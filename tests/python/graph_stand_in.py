@@ -7,7 +7,8 @@ and lets no operator pass that a capture refuses.
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo.models import cuda_graphs, one_set_passes
+from lemo.models import one_set_passes
+from lemo.models.layers import cuda_graphs
 
 # Operators whose result, or its shape, the host has to know.
 WAITS = (

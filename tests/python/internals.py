@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lemo.models.arguments import ForwardArguments
-from lemo.models.batch import Batch
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.batch import Batch
 
 
 def run_decoder(handle, arguments) -> tuple[Batch, Tensor, list[Tensor]]:

@@ -4,7 +4,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lemo.models.linear import apply_linear
+from lemo.models.projections.linear import apply_linear
 
 ROWS, INPUTS, OUTPUTS = 37, 24, 40
 # Columns that are no multiple of 8: rows of dropout's bits end in the middle of a byte.

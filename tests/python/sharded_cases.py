@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_modul
 
 import lemo
 from lemo import ops
-from lemo.models.outputs import DeferredLogits
+from lemo.models.calls.outputs import DeferredLogits
 from lemo.ops import linear_cross_entropy
 from tiny_models import all_of, config_of, gradients, lora, make_ids, make_model
 from tolerances import relative_error

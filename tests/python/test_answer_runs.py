@@ -9,7 +9,7 @@ import torch
 from answer_chunks import Chunks, targets_of
 from answer_runs import Method, Trial, exact_answers, share_of_needed, shares
 from answer_tasks import Answer, Window
-from lemo.models.fp8 import fp8_of
+from lemo.models.projections.fp8 import fp8_of
 from tiny_models import make_model
 
 pytestmark = pytest.mark.cpu_only

@@ -121,6 +121,8 @@ LAYERS = [
     {"packing"},
     {"_C"},
 ]
+# The same of what is inside `lemo.models`; its own modules stand in the first row.
+IN_MODELS = [{"generic"}, {"layers"}, {"projections"}, {"calls"}, {"memory"}]
 # Imported by everybody; they import nothing of lemo.
 COMMON = {"settings", "files", "memory_errors"}
 # What stands outside: `python -m lemo`, and the oracle of the tests.
@@ -298,6 +300,22 @@ def test_imports_go_down(part):
     for path in paths:
         for module in imported_modules(path):
             assert part_of(module) in below, f"{path} imports {module}"
+
+
+def test_imports_go_down_in_models():
+    packages = set().union(*IN_MODELS)
+    inside = {name: path for name, path in modules().items() if name.startswith("lemo.models.")}
+    assert packages == {name.split(".")[2] for name in inside if name.count(".") > 2}
+    for name, path in inside.items():
+        package = name.split(".")[2]
+        rows = [row for row, names in enumerate(IN_MODELS) if package in names]
+        # Modules of `models` itself import all of it.
+        above = set().union(*IN_MODELS[: rows[0]]) if rows else set()
+        for module in imported_modules(path):
+            if rows and module.startswith("lemo.models."):
+                own = module.split(".")[2]
+                allowed = own in packages - above or (rows[0] == 0 and own not in packages)
+                assert allowed, f"{path} imports {module}"
 
 
 def test_nothing_uses_the_oracle_but_tests():

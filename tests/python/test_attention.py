@@ -10,7 +10,7 @@ import lemo.attention
 from devices import working_dtype
 from generic_cases import make
 from lemo import reference
-from lemo.models.batch import Batch
+from lemo.models.layers.batch import Batch
 from lemo.packing.batch import PackedBatch
 from tiny_models import (
     ARCHITECTURES,

@@ -8,7 +8,7 @@ import torch
 
 import lemo
 from devices import on_gpu
-from lemo.models import rows
+from lemo.models.projections import rows
 from lemo.packing.chunks import split_heads
 from lemo.planner import memory
 from lemo.planner.memory import StepMemory
@@ -185,7 +185,7 @@ def test_projections_of_one_node_are_differentiated_together(
     architecture, settings, kind, expected, monkeypatch
 ):
     """Others one after the other: what they are given is not held until all have run."""
-    module, counts = importlib.import_module("lemo.models.recompute"), []
+    module, counts = importlib.import_module("lemo.models.layers.recompute"), []
     add = module._Gradients.add
 
     def listen(gradients, edges, leaf, dys):

@@ -17,8 +17,8 @@ from common.models import config_of_shape, random_llama, with_lora
 from common.planned import settings_of
 from common.processes import WorkerError
 from lemo import LemoConfig, enable
-from lemo.models import decoder
-from lemo.models.unit import Unit
+from lemo.models.layers import decoder
+from lemo.models.layers.unit import Unit
 from lemo.planner.plan import NOMINAL, Planner
 from lemo.planner.request import Request
 from lemo.planner.shape import Adapters, shape_of

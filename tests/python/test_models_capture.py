@@ -7,7 +7,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from lemo.models.capture import capture_sub_blocks
+from lemo.models.layers.capture import capture_sub_blocks
 from tiny_models import ARCHITECTURES, as_padded, make_model, packed_batch, padded_batch
 from tolerances import assert_close_fp32, assert_close_low_precision
 

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
 from graph_stand_in import WaitsError, take_the_place_of_graphs
-from lemo.models import cuda_graphs, modes, one_set, one_set_passes
-from lemo.models.cuda_graphs import CudaGraphs
+from lemo.models import one_set_passes
+from lemo.models.layers import cuda_graphs, modes, one_set
+from lemo.models.layers.cuda_graphs import CudaGraphs
 from tiny_models import flat_config, gradients, lora, make_ids, make_model, packed_batch
 from tolerances import assert_close_fp32
 

@@ -8,8 +8,8 @@ import torch
 
 import lemo
 from lemo import LemoConfig
-from lemo.models.architectures import architecture_of
-from lemo.models.outputs import DeferredLogits
+from lemo.models.calls.outputs import DeferredLogits
+from lemo.models.layers.architectures import architecture_of
 from lemo.packing.blocks import Selection
 from lemo.selection.selector import Selector
 from model_cases import DENSE_BATCHES, EVERYTHING, plain_batch

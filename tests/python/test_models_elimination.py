@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lemo
 from elimination_oracle import reference_loss
 from internals import run_decoder
-from lemo.models.decoder import Decoder
+from lemo.models.layers.decoder import Decoder
 from lemo.selection.selector import Selector
 from model_cases import BATCHES, BLOCK, SETTINGS, preset
 from model_checks import assert_same_gradients, kept_blocks, saved_bytes

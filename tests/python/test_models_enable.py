@@ -15,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaModel, Trainer, Train
 
 import lemo
 from internals import run_decoder
-from lemo.models.architectures import architecture_of
-from lemo.models.arguments import ForwardArguments
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.architectures import architecture_of
 from tiny_models import (
     ARCHITECTURES,
     HIDDEN,

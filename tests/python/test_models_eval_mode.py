@@ -9,7 +9,7 @@ from torch import nn
 
 import lemo
 from lemo import LemoConfig
-from lemo.models.eval_mode import evaluating
+from lemo.models.calls.eval_mode import evaluating
 from tiny_models import all_of, gradients, lora, make_model, padded_batch
 from tolerances import assert_close_fp32
 

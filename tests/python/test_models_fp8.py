@@ -9,10 +9,11 @@ from torch import nn
 
 import lemo
 from lemo import ops, reference
-from lemo.models import fp8, products, weights
-from lemo.models.fp8 import LIMIT, Fp8Linear
-from lemo.models.general import by_reason
-from lemo.models.linear import apply_linear
+from lemo.models.layers import products
+from lemo.models.layers.general import by_reason
+from lemo.models.projections import fp8, weights
+from lemo.models.projections.fp8 import LIMIT, Fp8Linear
+from lemo.models.projections.linear import apply_linear
 from model_checks import assert_same_gradients
 from tiny_models import all_of, gradients, lora, make_ids, make_model, padded_batch
 from tolerances import relative_error

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lemo import ops
-from lemo.models import fp8
-from lemo.models.fp8 import Fp8Linear
+from lemo.models.projections import fp8
+from lemo.models.projections.fp8 import Fp8Linear
 
 # Nothing here runs on a GPU.
 pytestmark = pytest.mark.cpu_only

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models.fp8 import Fp8Linear, fp8_of
+from lemo.models.projections.fp8 import Fp8Linear, fp8_of
 from tiny_models import lora, make_ids, make_model
 
 # The GPU's attention knows no fp32.

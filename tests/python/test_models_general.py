@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 import lemo
 import processes
-from lemo.models.general import by_reason
+from lemo.models.layers.general import by_reason
 from model_checks import saved_bytes
 from tiny_models import ARCHITECTURES, config_of, lora, make_ids, make_model, padded_batch
 

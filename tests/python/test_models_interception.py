@@ -11,9 +11,9 @@ from transformers.models.llama import modeling_llama
 
 import lemo
 import lemo.attention  # registers attention "lemo"
-from lemo.models.architectures import Architecture
-from lemo.models.capture import capture_sub_blocks
-from lemo.models.interception import has_own_forward, origin
+from lemo.models.calls.interception import has_own_forward, origin
+from lemo.models.layers.architectures import Architecture
+from lemo.models.layers.capture import capture_sub_blocks
 from model_checks import assert_same_gradients
 from tiny_models import ARCHITECTURES, config_of, lora, make_model, padded_batch
 from tolerances import assert_close_fp32

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lemo
-from lemo.models.labels import named, of_call, of_tokens
+from lemo.models.calls.labels import named, of_call, of_tokens
 from tiny_models import flat_config, make_ids, make_model, padded_batch
 from tolerances import assert_close_fp32
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lemo.models import dropout, rows
-from lemo.models.linear import apply_linear, apply_linears
-from lemo.models.low_rank import summed
+from lemo.models.projections import dropout, rows
+from lemo.models.projections.linear import apply_linear, apply_linears
+from lemo.models.projections.low_rank import summed
 from linear_cases import (
     CONFIGURATIONS,
     INPUTS,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lemo
-from lemo.models import rows
+from lemo.models.projections import rows
 from tiny_models import config_of, gradients, lora, make_model, padded_batch
 from tolerances import assert_close_fp32
 

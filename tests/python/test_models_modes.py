@@ -6,9 +6,9 @@ from peft import LoraConfig
 
 import lemo
 from lemo import LemoConfig
-from lemo.models import modes as modes_module
-from lemo.models.adapter_sizes import adapters_of_layer
-from lemo.models.free_memory import free_bytes
+from lemo.models.layers import modes as modes_module
+from lemo.models.layers.adapter_sizes import adapters_of_layer
+from lemo.models.memory.free_memory import free_bytes
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
 from lemo.settings.elimination import LayerwiseConfig

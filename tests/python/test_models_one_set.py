@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lemo
-from lemo.models import one_set, one_set_passes
-from lemo.models.architectures import architecture_of
+from lemo.models import one_set_passes
+from lemo.models.layers import one_set
+from lemo.models.layers.architectures import architecture_of
 from tiny_models import gradients, lora, make_model, padded_batch
 
 pytestmark = pytest.mark.cpu_only

@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models import one_set, one_set_passes, weights
-from lemo.models.architectures import architecture_of
-from lemo.models.linear import apply_linear
+from lemo.models import one_set_passes
+from lemo.models.layers import one_set
+from lemo.models.layers.architectures import architecture_of
+from lemo.models.projections import weights
+from lemo.models.projections.linear import apply_linear
 from lemo.packing import chunks
 from model_checks import assert_same_gradients
 from quantised_cases import decoder_layers, quantise

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lemo
 from devices import on_gpu
-from lemo.models import rows
-from lemo.models.execution import is_plain_checkpoint
-from lemo.models.recompute import _Gradients
+from lemo.models.layers.execution import is_plain_checkpoint
+from lemo.models.layers.recompute import _Gradients
+from lemo.models.projections import rows
 from lemo.packing.chunks import chunk_rows
 from model_cases import BATCHES
 from model_checks import assert_equal_steps, one_step, saved_bytes

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lemo.models import rows, split_low_rank
-from lemo.models.adapters import adapted
-from lemo.models.linear import apply_linears
+from lemo.models.projections import rows, split_low_rank
+from lemo.models.projections.adapters import adapted
+from lemo.models.projections.linear import apply_linears
 from linear_cases import (
     CONFIGURATIONS,
     OUTPUTS,

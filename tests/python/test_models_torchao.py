@@ -12,8 +12,8 @@ import lemo
 from devices import on_gpu, working_dtype
 from generic_cases import BLOCK, kept_mask, make, masked_batch
 from lemo import LemoConfig
-from lemo.models import torchao_weights
-from lemo.models.weights import matrix_of
+from lemo.models.projections import torchao_weights
+from lemo.models.projections.weights import matrix_of
 from tiny_models import gradients, lora, make_ids
 from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
 

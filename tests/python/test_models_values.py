@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import lemo
 from generic_cases import kept_mask
-from lemo.models.arguments import ForwardArguments
+from lemo.models.calls.arguments import ForwardArguments
 from model_checks import assert_same_gradients
 from tiny_models import (
     ARCHITECTURES,
@@ -78,7 +78,7 @@ def test_gradients_of_a_loss_outside_come_from_the_kept_rows(recompute):
     twin(**BATCH, num_items_in_batch=1).loss.backward()
     labels = (BATCH["labels"][:, 1:] != -100).sum()
     batch, _ = inside._forward._begin(ForwardArguments.of(BATCH))
-    targets, _ = lemo.models.loss.next_labels(batch.packed, BATCH["labels"])
+    targets, _ = lemo.models.layers.loss.next_labels(batch.packed, BATCH["labels"])
     kept = ((targets != -100) & ~inside._forward.selector.masked_rows()).sum()
     assert 0 < kept < labels
     # The loss inside divides by its share of the divisor, the one outside by all labels.

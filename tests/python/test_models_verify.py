@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lemo
-from lemo.models.architectures import Architecture
+from lemo.models.layers.architectures import Architecture
 from tiny_models import (
     ARCHITECTURES,
     config_of,

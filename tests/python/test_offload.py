@@ -9,9 +9,9 @@ import torch
 
 import lemo
 from devices import no_synchronisation, on_gpu
-from lemo.models import host_pool, offload
-from lemo.models.architectures import architecture_of
-from lemo.models.host_pool import HostPool
+from lemo.models.layers.architectures import architecture_of
+from lemo.models.memory import host_pool, offload
+from lemo.models.memory.host_pool import HostPool
 from lemo.models.training_forward import TrainingForward
 from lemo.packing.batch import PackedBatch
 from model_cases import BATCHES

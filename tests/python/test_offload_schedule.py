@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 
-from lemo.models import host_pool, offload
+from lemo.models.memory import host_pool, offload
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, step_of
 from lemo.planner.timing import Rates, StepTime
 

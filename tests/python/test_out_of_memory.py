@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import devices
 import lemo
 from lemo import LemoConfig, ops
-from lemo.models.replaced_forward import ReplacedForward
+from lemo.models.calls.replaced_forward import ReplacedForward
 from lemo.ops.call import call
 from limits import address_space
 from tiny_models import make_ids, make_model

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import lemo
-from lemo.models import modes as modes_module
+from lemo.models.layers import modes as modes_module
 from lemo.planner.shape import LINEAR
 from planner_cases import PeakOfTensors
 from quantised_cases import quantise

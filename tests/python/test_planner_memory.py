@@ -7,7 +7,7 @@ import torch
 
 import lemo
 from common.recorded_steps import predicted_bytes, recorded_steps
-from lemo.models import split_low_rank
+from lemo.models.projections import split_low_rank
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.shape import Adapters, LayerRows, shape_of, step_of
 from model_checks import saved_bytes

@@ -11,7 +11,8 @@ import torch
 import lemo
 from lemo import LemoConfig
 from lemo.cli.main import main
-from lemo.models import host_pool, modes, offload
+from lemo.models.layers import modes
+from lemo.models.memory import host_pool, offload
 from lemo.planner.memory import HOST_ALIGNMENT, StepMemory
 from lemo.planner.plan import MARGIN, DoesNotFitError, HostRules, Planner
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of

@@ -12,7 +12,8 @@ import lemo
 import plan
 from common import records
 from common.recorded_steps import is_fitted, predicted_seconds, rates_of, timed_steps
-from lemo.models import host_pool, offload, split_low_rank
+from lemo.models.memory import host_pool, offload
+from lemo.models.projections import split_low_rank
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.rows import selections
 from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lemo import ops, reference
-from lemo.models.batch import Batch
+from lemo.models.layers.batch import Batch
 from lemo.packing.batch import PackedBatch
 from tolerances import assert_close_fp32, assert_close_low_precision
 

@@ -10,9 +10,9 @@ import torch
 import lemo
 from devices import no_synchronisation
 from lemo import ops
-from lemo.models.architectures import architecture_of
-from lemo.models.arguments import ForwardArguments
-from lemo.models.scout import Scout
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.architectures import architecture_of
+from lemo.models.layers.scout import Scout
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.storage import model_shape
 from lemo.relevance.answers import Answers

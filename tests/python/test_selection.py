@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import lemo
 from lemo import reference
-from lemo.models.architectures import architecture_of
-from lemo.models.arguments import ForwardArguments
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.architectures import architecture_of
 from lemo.packing.blocks import BlockLayout, Selection
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.priority import always_kept

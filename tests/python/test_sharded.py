@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 import lemo
-from lemo.models import sharded
+from lemo.models.memory import sharded
 from processes import run
 from sharded_cases import CASES, measure, others
 from tiny_models import config_of, lora, make_ids, make_model

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from devices import no_synchronisation, on_gpu
 from lemo import _C, LemoConfig, ops, reference
-from lemo.models.batch import Batch
+from lemo.models.layers.batch import Batch
 from lemo.packing.batch import PackedBatch
 from lemo.packing.blocks import BlockLayout, block_tokens, kept_blocks
 from lemo.selection.selector import Selector

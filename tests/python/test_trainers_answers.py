@@ -21,7 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import lemo
-from lemo.models.outputs import DeferredLogits
+from lemo.models.calls.outputs import DeferredLogits
 from lemo.models.training_forward import TrainingForward
 from lemo.selection import finite
 from lemo.selection import selector as selector_module

@@ -22,7 +22,7 @@ from graph_stand_in import take_the_place_of_graphs
 from lemo import LemoConfig, files
 from lemo.data import read_documents, token_windows
 from lemo.models import one_set_passes
-from lemo.models.architectures import Architecture
+from lemo.models.layers.architectures import Architecture
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import finetune as module
 from lemo.training.evaluate import evaluate, load_for_evaluation

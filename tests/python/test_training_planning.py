@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import lemo
 from lemo import LemoConfig
-from lemo.models import modes as modes_module
+from lemo.models.layers import modes as modes_module
 from lemo.planner.plan import DoesNotFitError
 from lemo.planner.timing import Rates
 from lemo.preparation.pipeline import prepare

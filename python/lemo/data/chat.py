@@ -18,7 +18,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from lemo.data.conversations import Conversation, Prompted, check_text
 from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.labels import IGNORE_INDEX
 
 __all__ = ["ChatEncoder", "Encoded"]
 

@@ -17,7 +17,7 @@ from lemo.data.examples import ExampleWindows, of_copies
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
 from lemo.data.vocabulary import Vocabulary
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.labels import IGNORE_INDEX
 
 __all__ = ["Understood", "check_file"]
 

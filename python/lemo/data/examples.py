@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lemo.data.chat import Encoded
 from lemo.data.reading import first_of
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.labels import IGNORE_INDEX
 from lemo.relevance.answers import are_answers
 from lemo.relevance.store import ScoreStore
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lemo.data import ExampleWindows
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.labels import IGNORE_INDEX
 
 
 @dataclasses.dataclass(frozen=True)

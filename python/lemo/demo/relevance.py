@@ -15,7 +15,7 @@ from lemo.data.chat import ChatEncoder, Encoded
 from lemo.data.conversations import Conversation, parse_example
 from lemo.data.rows import Row, read_rows
 from lemo.demo.facts import fact_line, question
-from lemo.models.labels import IGNORE_INDEX, of_tokens
+from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
 from lemo.packing.blocks import block_tokens
 from lemo.relevance.answers import Answers
 

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import labels as named_labels
-from lemo.models.labelled_rows import sums_over_labels
+from lemo.models.calls import labels as named_labels
+from lemo.models.calls.labelled_rows import sums_over_labels
 from lemo.models.trainer_groups import cp_size_of, share_out
 
 __all__ = ["TrainerCallback", "attach"]

@@ -1,13 +1,13 @@
 """Settings at work on a model: where scores come from, what is kept, and how layers run."""
 
 from lemo.distributed.context import ContextParallel
-from lemo.models.architectures import Architecture
-from lemo.models.context_checks import check_settings
-from lemo.models.cuda_graphs import CudaGraphs
-from lemo.models.decoder import Decoder
-from lemo.models.modes import Modes
-from lemo.models.offload import Offload
-from lemo.models.scout import Scout
+from lemo.models.calls.context_checks import check_settings
+from lemo.models.layers.architectures import Architecture
+from lemo.models.layers.cuda_graphs import CudaGraphs
+from lemo.models.layers.decoder import Decoder
+from lemo.models.layers.modes import Modes
+from lemo.models.layers.scout import Scout
+from lemo.models.memory.offload import Offload
 from lemo.selection.scorers import Scorer, make_scorer
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig

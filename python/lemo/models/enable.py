@@ -11,18 +11,18 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import labels as named_labels
-from lemo.models.architectures import architecture_of, is_known
-from lemo.models.arguments import ForwardArguments
 from lemo.models.callback import attach
-from lemo.models.cuda_graphs import CudaGraphs
+from lemo.models.calls import labels as named_labels
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.interception import check_around, check_not_compiled
+from lemo.models.calls.replaced_forward import ReplacedForward
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.path import GenericPath
-from lemo.models.interception import check_around, check_not_compiled
+from lemo.models.layers.architectures import architecture_of, is_known
+from lemo.models.layers.cuda_graphs import CudaGraphs
+from lemo.models.memory.sharded import is_sharded
 from lemo.models.native import NativePath
 from lemo.models.path import Path
-from lemo.models.replaced_forward import ReplacedForward
-from lemo.models.sharded import is_sharded
 from lemo.models.training import Training
 from lemo.models.verify import verify_sharded
 from lemo.selection.statistics import LayerStatistics

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lemo.models.arguments import ForwardArguments
-from lemo.models.batch import Batch
-from lemo.models.decoder import Embed
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.batch import Batch
+from lemo.models.layers.decoder import Embed
 
 __all__ = ["LabelledCall", "PassLoss"]
 

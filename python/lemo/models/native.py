@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lemo.distributed.context import ContextParallel
-from lemo.models.architectures import Architecture
-from lemo.models.arguments import ForwardArguments
-from lemo.models.general import general_modules
-from lemo.models.interception import makes_another_loss
-from lemo.models.labelled_rows import LabelledStates, call_head, fused_call
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.interception import makes_another_loss
+from lemo.models.calls.labelled_rows import LabelledStates, call_head, fused_call
+from lemo.models.calls.replaced_forward import Implementation, ReplacedForward
+from lemo.models.layers.architectures import Architecture
+from lemo.models.layers.general import general_modules
+from lemo.models.layers.products import Fp8Products
+from lemo.models.memory.sharded import run_inside
 from lemo.models.path import Path, Steering, returned
-from lemo.models.products import Fp8Products
-from lemo.models.replaced_forward import Implementation, ReplacedForward
-from lemo.models.sharded import run_inside
 from lemo.models.training_forward import TrainingForward
 from lemo.models.verify import verify
 from lemo.settings.elimination import LemoConfig

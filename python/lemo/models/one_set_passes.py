@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from lemo.distributed.context import ContextParallel
-from lemo.models.architectures import Architecture
-from lemo.models.as_in_forward import AsInForward
-from lemo.models.cuda_graphs import CudaGraphs, supports_graphs
-from lemo.models.decoder import Pass
 from lemo.models.elimination import Elimination
 from lemo.models.labelled_call import LabelledCall, PassLoss
-from lemo.models.loss import divisor_of
-from lemo.models.one_set import (
+from lemo.models.layers.architectures import Architecture
+from lemo.models.layers.cuda_graphs import CudaGraphs, supports_graphs
+from lemo.models.layers.decoder import Pass
+from lemo.models.layers.loss import divisor_of
+from lemo.models.layers.one_set import (
     Labels,
     OneSet,
     State,
@@ -28,8 +27,9 @@ from lemo.models.one_set import (
     state_of,
     uses_plain_head,
 )
-from lemo.models.out_of_memory import explained
-from lemo.models.sharded import is_sharded
+from lemo.models.memory.out_of_memory import explained
+from lemo.models.memory.sharded import is_sharded
+from lemo.models.projections.as_in_forward import AsInForward
 from lemo.selection.selector import Selector
 from lemo.settings.elimination import LemoConfig
 

@@ -8,8 +8,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
-from lemo.models.arguments import ForwardArguments
-from lemo.models.replaced_forward import Implementation
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.replaced_forward import Implementation
 from lemo.models.training import Training
 
 __all__ = ["Path", "Steering", "returned"]

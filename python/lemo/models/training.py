@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lemo.distributed.context import ContextParallel
-from lemo.models.arguments import ForwardArguments
-from lemo.models.context_checks import check_call
-from lemo.models.cuda_graphs import CudaGraphs
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.context_checks import check_call
+from lemo.models.calls.outputs import EliminatedOutput
 from lemo.models.elimination import Choice
-from lemo.models.outputs import EliminatedOutput
+from lemo.models.layers.cuda_graphs import CudaGraphs
 from lemo.models.trainer_groups import check_alone
 from lemo.packing.batch import PackedBatch
 from lemo.packing.to_device import to_device

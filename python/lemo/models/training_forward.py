@@ -14,28 +14,28 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import labels as named_labels
-from lemo.models.architectures import Architecture
-from lemo.models.arguments import ForwardArguments
-from lemo.models.as_in_forward import AsInForward
-from lemo.models.batch import Batch
-from lemo.models.context_checks import needs_all_rows
-from lemo.models.decoder import Decoded, Decoder, Embed
+from lemo.models.calls import labels as named_labels
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.context_checks import needs_all_rows
+from lemo.models.calls.interception import check_adapters
+from lemo.models.calls.labelled_rows import LabelledStates
+from lemo.models.calls.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.elimination import Elimination
-from lemo.models.interception import check_adapters
 from lemo.models.labelled_call import LabelledCall, PassLoss
-from lemo.models.labelled_rows import LabelledStates
-from lemo.models.loss import (
+from lemo.models.layers.architectures import Architecture
+from lemo.models.layers.batch import Batch
+from lemo.models.layers.decoder import Decoded, Decoder, Embed
+from lemo.models.layers.loss import (
     causal_lm_loss,
     counted_labels,
     labels_per_counted,
     next_labels,
     rows_among,
 )
-from lemo.models.offload import Offload
+from lemo.models.memory.offload import Offload
+from lemo.models.memory.out_of_memory import explained
 from lemo.models.one_set_passes import OneSetPasses
-from lemo.models.out_of_memory import explained
-from lemo.models.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.projections.as_in_forward import AsInForward
 from lemo.models.training import LABELS_UNKNOWN, Training
 from lemo.settings.elimination import LemoConfig
 

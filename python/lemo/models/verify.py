@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from lemo.models.architectures import Architecture
-from lemo.models.arguments import ForwardArguments
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.labels import IGNORE_INDEX
+from lemo.models.layers.architectures import Architecture
 from lemo.models.training import Training
 from lemo.models.training_forward import TrainingForward
 

@@ -63,11 +63,12 @@ def combinations(request: Request, tokens: int, gpus: int, limit: int) -> list[C
 def _ways(request: Request, gpus: int) -> Iterator[tuple[int, int]]:
     """(GPUs of a group, GPUs over which weights are cut)."""
     elimination = request.elimination
-    # What context parallelism refuses (lemo.models.context_checks, lemo.models.training).
+    # What context parallelism refuses (lemo.models.calls.context_checks, lemo.models.training).
     shares = has_one_set(elimination, request.shape.layers)
     shares = shares and not elimination.layerwise.group_size
     shares = shares and not elimination.host_memory and (elimination.head_groups or 1) == 1
-    # What sharding refuses (lemo.models.products, lemo.models.offload, lemo.training.sharding).
+    # What sharding refuses: lemo.models.layers.products, lemo.models.memory.offload,
+    # lemo.training.sharding.
     cuts = request.quantize in _CUT and elimination.products == "dtype"
     cuts = cuts and request.may_shard and not elimination.host_memory
     for size in range(1, gpus + 1):

@@ -1,7 +1,8 @@
 """Bytes of a training step: what each layer stores until backward, and what exists for a moment.
 
-The bytes follow from the tensors that the code keeps (lemo.models.execution, lemo.models.recompute,
-lemo.models.linear, the operators), not from measurements; docs/design/planner.md derives them.
+The bytes follow from the tensors that the code keeps (lemo.models.layers.execution,
+lemo.models.layers.recompute, lemo.models.projections.linear, the operators), not from measurements;
+docs/design/planner.md derives them.
 """
 
 from __future__ import annotations
@@ -500,7 +501,8 @@ class StepMemory:
 
     def _copies(self, names: tuple[str, ...], rows: int, backward: bool = True) -> int:
         """For a moment of one of these layers, where an adapter has dropout or another dtype than
-        the model: copies of some rows, which its products read (lemo.models.low_rank)."""
+        the model: copies of some rows, which its products read
+        (lemo.models.projections.low_rank)."""
         adapters, size = self._adapters, self._step.size
         if not (adapters.apart or adapters.dropout):
             return 0

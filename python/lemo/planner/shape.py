@@ -30,7 +30,7 @@ _QUANTISED = {"nf4": 0.5, "int8": 1.0, "float8": 1.0, "torchao_int": 1.0}
 _SCALES = {"nf4": (1 + 4 / 256) / 64}
 # Linear layers of a decoder layer, in the order in which they run.
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Those whose products are never in 8 bits, in any layer (`lemo.models.products`).
+# Those whose products are never in 8 bits, in any layer (`lemo.models.layers.products`).
 IN_DTYPE = LINEAR[:2]
 
 
@@ -151,7 +151,8 @@ class Adapters:
         return dict(self.ranks).get(name, self.rank) if name in self.targets else 0
 
     def are_split(self, step: Step) -> bool:
-        """Whether pairs multiply as sums of two bf16 numbers (`lemo.models.split_low_rank`)."""
+        """Whether pairs multiply as sums of two bf16 numbers
+        (`lemo.models.projections.split_low_rank`)."""
         of_eight = all(self.rank_of(name) % 8 == 0 for name in self.targets)
         return self.apart and step.cuda and (step.size, self.size) == (2, 4) and of_eight
 

@@ -29,8 +29,8 @@ class Operations:
     """What the host starts for a layer in both passes, as torch's dispatcher counts it
     (tests/python/test_planner_timing.py).
 
-    Adapters of layers that read the same rows are a stack (`lemo.models.low_rank`). Masks of
-    dropout are not counted.
+    Adapters of layers that read the same rows are a stack (`lemo.models.projections.low_rank`).
+    Masks of dropout are not counted.
 
     Attributes:
         base: without adapters.

@@ -15,8 +15,8 @@ from lemo.data import ExampleWindows, open_training_data
 from lemo.data.documents import Document, read_documents
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import locked_output
-from lemo.models.architectures import ARCHITECTURES
-from lemo.models.labels import IGNORE_INDEX, of_tokens
+from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
+from lemo.models.layers.architectures import ARCHITECTURES
 from lemo.predictors.storage import model_shape
 from lemo.preparation.output import check_output
 from lemo.preparation.pipeline import prepare

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lemo.models.calls.eval_mode import evaluating
 from lemo.models.enable import enable
-from lemo.models.eval_mode import evaluating
 from lemo.preparation.windows import Window
 from lemo.settings.elimination import LemoConfig
 

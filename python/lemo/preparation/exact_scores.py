@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lemo.models.capture import capture_sub_blocks
+from lemo.models.layers.capture import capture_sub_blocks
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import KINDS
 from lemo.selection.scorers.paper.exact import attention_scores, mlp_token_scores, token_means

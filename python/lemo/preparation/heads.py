@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from lemo.data.documents import Document, read_documents
-from lemo.models.architectures import Architecture, architecture_of
-from lemo.models.arguments import ForwardArguments
-from lemo.models.scout import Scout
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.layers.architectures import Architecture, architecture_of
+from lemo.models.layers.scout import Scout
 from lemo.predictors.storage import model_shape
 from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers

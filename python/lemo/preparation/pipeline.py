@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lemo.models.architectures import architecture_of
-from lemo.models.eval_mode import evaluating
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.layers.architectures import architecture_of
 from lemo.predictors.modules import KINDS
 from lemo.predictors.storage import model_shape, write_folder
 from lemo.preparation.exact_scores import FeatureStore

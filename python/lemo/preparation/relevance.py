@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lemo import ops
-from lemo.models.architectures import Architecture, architecture_of
-from lemo.models.arguments import ForwardArguments
-from lemo.models.eval_mode import evaluating
-from lemo.models.scout import Scout
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.layers.architectures import Architecture, architecture_of
+from lemo.models.layers.scout import Scout
 from lemo.packing.blocks import BlockLayout, kept_blocks
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
 from lemo.predictors.storage import (

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lemo.data import ExampleWindows, open_training_data
-from lemo.models.architectures import ARCHITECTURES, architecture_of
-from lemo.models.arguments import ForwardArguments
-from lemo.models.batch import Batch
-from lemo.models.labels import IGNORE_INDEX, of_tokens
-from lemo.models.scout import Scout
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
+from lemo.models.layers.architectures import ARCHITECTURES, architecture_of
+from lemo.models.layers.batch import Batch
+from lemo.models.layers.scout import Scout
 from lemo.packing.batch import PackedBatch
 from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers

@@ -21,8 +21,8 @@ from lemo.data.examples import of_copies, remarks_of, shorten
 from lemo.data.reading import first_of
 from lemo.data.rows import read_rows
 from lemo.data.training_data import encode_examples
-from lemo.models.eval_mode import evaluating
-from lemo.models.labels import IGNORE_INDEX
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.calls.labels import IGNORE_INDEX
 from lemo.training.evaluate import (
     check_context,
     check_sizes,

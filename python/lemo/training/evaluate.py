@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lemo.data import Document, first_windows, read_documents
 from lemo.data.examples import of_copies
-from lemo.models.architectures import ARCHITECTURES
-from lemo.models.eval_mode import evaluating
-from lemo.models.loss import loss_chunk_rows
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.layers.architectures import ARCHITECTURES
+from lemo.models.layers.loss import loss_chunk_rows
 from lemo.settings.base import MOST
 from lemo.training import quantised
 from lemo.training.adapter import find_adapter, load_adapter, trained_config

@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, 
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationMethod
 
-from lemo.models.torchao_weights import is_torchao
+from lemo.models.projections.torchao_weights import is_torchao
 from lemo.planner.shape import LINEAR, ModelShape
 from lemo.settings.finetune import Quantize
 

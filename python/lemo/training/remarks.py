@@ -9,7 +9,7 @@ from pathlib import Path
 from lemo.data import ExampleWindows, TokenWindows
 from lemo.files import json_text, write_file
 from lemo.models.enable import Handle
-from lemo.models.general import by_reason
+from lemo.models.layers.general import by_reason
 from lemo.packing.blocks import block_tokens, kept_blocks
 from lemo.relevance.store import ScoreStore
 from lemo.settings.elimination import LemoConfig

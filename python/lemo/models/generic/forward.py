@@ -12,11 +12,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import ModelOutput
 
 from lemo.distributed.context import ContextParallel
-from lemo.models import context_checks
-from lemo.models.architectures import is_known
-from lemo.models.arguments import ForwardArguments
-from lemo.models.as_in_forward import AsInForward
-from lemo.models.batch import Batch
+from lemo.models.calls import context_checks
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.interception import check_adapters
+from lemo.models.calls.labels import IGNORE_INDEX
+from lemo.models.calls.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
 from lemo.models.generic.head import Head
@@ -25,19 +25,24 @@ from lemo.models.generic.layout import LayoutCheck, not_attending
 from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.whole import seeing_the_batch
-from lemo.models.interception import check_adapters
-from lemo.models.labels import IGNORE_INDEX
-from lemo.models.loss import (
+from lemo.models.layers.architectures import is_known
+from lemo.models.layers.batch import Batch
+from lemo.models.layers.loss import (
     CountedLabels,
     counted_labels,
     labels_per_counted,
     next_labels,
     rows_among,
 )
-from lemo.models.offload import Offload
-from lemo.models.outputs import DeferredLogits, EliminatedOutput
-from lemo.models.sharded import check_inner_modules, check_unflattened, check_whole, is_sharded
-from lemo.models.torchao_weights import check_gradient, lacks_backward
+from lemo.models.memory.offload import Offload
+from lemo.models.memory.sharded import (
+    check_inner_modules,
+    check_unflattened,
+    check_whole,
+    is_sharded,
+)
+from lemo.models.projections.as_in_forward import AsInForward
+from lemo.models.projections.torchao_weights import check_gradient, lacks_backward
 from lemo.models.training import Training
 from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lemo.models.eval_mode import evaluating
-from lemo.models.loss import head_loss, loss_chunk_rows, sum_over_chunks
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.layers.loss import head_loss, loss_chunk_rows, sum_over_chunks
 
 __all__ = ["Head"]
 
@@ -52,7 +52,7 @@ class Head:
         divisor: Tensor | int | None,
         ignore_index: int,
     ) -> Tensor:
-        """See `lemo.models.loss.head_loss`.
+        """See `lemo.models.layers.loss.head_loss`.
 
         Raises:
             ValueError: the model's loss is not a sum over the labels.

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lemo.distributed.attention import SharedKeys
 from lemo.distributed.context import ContextParallel
-from lemo.models.batch import Batch
 from lemo.models.generic.attention import KeptRows, RowsMask
-from lemo.models.placement import SharedOut
+from lemo.models.layers.batch import Batch
+from lemo.models.layers.placement import SharedOut
 from lemo.packing.blocks import Selection
 
 __all__ = ["KeptBatch"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lemo.models.offload import LayerOffload, OffloadedPass, unpack
+from lemo.models.memory.offload import LayerOffload, OffloadedPass, unpack
 
 __all__ = ["layers_of", "moving_by_layer"]
 

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lemo.models.calls.interception import check_attention
 from lemo.models.generic.attention import is_registered, own_attention, register
-from lemo.models.interception import check_attention
 
 __all__ = ["Parts"]
 

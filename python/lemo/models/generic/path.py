@@ -7,13 +7,13 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lemo.distributed.context import ContextParallel
-from lemo.models.arguments import ForwardArguments
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.labelled_rows import fused_call, with_head
+from lemo.models.calls.replaced_forward import Implementation, ReplacedForward
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.verify import verify
-from lemo.models.labelled_rows import fused_call, with_head
 from lemo.models.path import Path, Steering, returned
-from lemo.models.replaced_forward import Implementation, ReplacedForward
 from lemo.settings.elimination import LemoConfig
 
 __all__ = ["GenericPath"]

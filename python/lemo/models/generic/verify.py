@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from lemo import ops
-from lemo.models.arguments import ForwardArguments
-from lemo.models.eval_mode import evaluating
+from lemo.models.calls.arguments import ForwardArguments
+from lemo.models.calls.eval_mode import evaluating
+from lemo.models.calls.labels import IGNORE_INDEX
 from lemo.models.generic.forward import GenericForward
 from lemo.models.generic.parts import Parts
-from lemo.models.labels import IGNORE_INDEX
 from lemo.models.verify import Difference, beginning, gradients, own_forward
 from lemo.packing.blocks import BlockLayout, Selection
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lemo.models.calls.interception import works_row_by_row
 from lemo.models.generic.kept import KeptBatch
-from lemo.models.interception import works_row_by_row
 
 __all__ = ["seeing_the_batch"]
 

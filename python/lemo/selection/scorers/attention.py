@@ -17,7 +17,8 @@ from lemo.selection.scorers.base import BlockedBatch, ScoredModel
 
 __all__ = ["AttentionScorer", "Scout"]
 
-# (batch, residual, its layer, layers that are asked for) -> (layer, q, k), see lemo.models.scout.
+# (batch, residual, its layer, layers that are asked for) -> (layer, q, k), see
+# lemo.models.layers.scout.
 Scout = Callable[[Any, Tensor, int, Collection[int]], Iterator[tuple[int, Tensor, Tensor]]]
 
 

@@ -1,0 +1,1 @@
+"""The layers of a decoder on the rows that they keep, and the loss behind them."""

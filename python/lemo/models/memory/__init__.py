@@ -1,0 +1,1 @@
+"""Where tensors lie: on the GPU, on the host, or in parts on several processes."""
