@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lemo.models import one_set_passes
-from lemo.models.layers import cuda_graphs
+from lemo.models.layers import captured_graph, cuda_graphs
 
 # Operators whose result, or its shape, the host has to know.
 WAITS = (
@@ -58,7 +58,7 @@ class OnCpu:
     def _computed(self):
         """The loss, and what takes the place of parameters."""
         first, *others = self._inputs
-        aliased = cuda_graphs._aliased(self._module, self._parameters)
+        aliased = captured_graph._aliased(self._module, self._parameters)
         with torch.enable_grad(), NoWaiting(), aliased as wanted:
             with torch.autocast("cpu", dtype=self._dtype, enabled=self._autocast):
                 loss = self._function([first.clone(), *others])
@@ -87,5 +87,5 @@ class Place:
 def take_the_place_of_graphs(monkeypatch):
     """Passes are captured on the CPU, by the stand-in."""
     monkeypatch.setattr(one_set_passes, "supports_graphs", lambda device: True)
-    monkeypatch.setattr(cuda_graphs, "_Graph", OnCpu)
-    monkeypatch.setattr(cuda_graphs, "_Place", Place)
+    monkeypatch.setattr(cuda_graphs, "Graph", OnCpu)
+    monkeypatch.setattr(cuda_graphs, "Place", Place)

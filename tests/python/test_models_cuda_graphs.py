@@ -526,7 +526,7 @@ def test_captures_that_fail_again_and_again_end(captured, monkeypatch):
         tried.append(arguments)
         raise torch.OutOfMemoryError("no memory for a graph")
 
-    monkeypatch.setattr(cuda_graphs, "_Graph", failing)
+    monkeypatch.setattr(cuda_graphs, "Graph", failing)
     graphs, module = CudaGraphs(), torch.nn.Linear(1, 1, bias=False)
     for size in range(1, 10):
         for _ in range(4):
@@ -561,7 +561,7 @@ def test_a_capture_that_fails_leaves_the_pass_as_it_was(captured, monkeypatch, c
     def failing(*arguments):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(cuda_graphs, "_Graph", failing)
+    monkeypatch.setattr(cuda_graphs, "Graph", failing)
     model, handle = enabled()
     with caplog.at_level(logging.INFO, "lemo"):
         found = train(model)
