@@ -27,6 +27,7 @@ __all__ = [
     "check_not_compiled",
     "check_parts",
     "has_own_forward",
+    "is_foreign",
     "is_intercepted",
     "kind_of",
     "makes_another_loss",
@@ -46,6 +47,9 @@ _SAME_LOSS = ("transformers", "liger_kernel", "cut_cross_entropy", "trl")
 # PEFT's kinds of adapters with scales, tasks or states for each token or sequence of the batch, or
 # with weights that are means over its tokens, padding included (Lily).
 _OF_THE_BATCH = ("LILY", "POLY", "SHADOW", "XLORA")
+# Packages whose modules do to each token what they do to others, but for attention.
+_LIBRARIES = ("accelerate", "awq", "bitsandbytes", "cut_cross_entropy", "gptqmodel", "lemo")
+_LIBRARIES += ("liger_kernel", "optimum", "peft", "torch", "torchao", "transformers", "trl")
 # Packages whose embeddings map each token by itself.
 _ROW_BY_ROW = ("torch.nn.", "peft.tuners.", "peft.utils.", "bitsandbytes.", "transformers.")
 
@@ -227,6 +231,18 @@ def _is_own(forward: object, cls: type) -> bool:
 def has_own_forward(cls: type) -> bool:
     """Whether a class's forward was written with the class, under its library's decorators only."""
     return _is_own(cls.forward, cls)
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Whether a module's code, or what was put in place of its forward, is of no known library."""
+    cls, replaced = own_class(module), vars(module).get("forward")
+    if replaced is not None and not _of_library(origin(replaced)):
+        return True
+    return not _of_library(cls.__module__) or not _of_library(origin(cls.forward))
+
+
+def _of_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def makes_another_loss(causal_lm: nn.Module, replaced: object = None) -> str | None:

@@ -21,9 +21,10 @@ from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
 from lemo.models.generic.head import Head
 from lemo.models.generic.kept import KeptBatch
-from lemo.models.generic.layout import LayoutCheck, not_attending
+from lemo.models.generic.layout import LayoutCheck, not_attending, states_of
 from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
+from lemo.models.generic.row_by_row import check_row_by_row
 from lemo.models.generic.whole import seeing_the_batch
 from lemo.models.layers.architectures import is_known
 from lemo.models.layers.batch import Batch
@@ -135,6 +136,7 @@ class GenericForward(Training[Choice]):
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
+        self._has_checked_rows = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -318,6 +320,10 @@ class GenericForward(Training[Choice]):
         given = now.kept.arguments(call)
         if "use_cache" in given:
             given["use_cache"] = False
+        if not self._has_checked_rows:
+            # Before the pass: modules may keep what they computed last, for the loss.
+            check_row_by_row(parts.decoder, now.kept, call, original)
+            self._has_checked_rows = True
         now.rows.counts = not parts.compiles_checkpoints
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
@@ -338,7 +344,7 @@ class GenericForward(Training[Choice]):
                 f"{parts.name} masks attention by a rule of its own, such as images that see each "
                 "other both ways: there PyTorch attends, with a mask of all pairs of kept rows"
             )
-        now.hidden = hidden = output.last_hidden_state
+        now.hidden = hidden = states_of(output, parts.name)
         if parts.checkpoints and hidden.requires_grad:
             behind_forward = AsInForward(parts.decoder)
             hidden.register_hook(lambda _: behind_forward.check())

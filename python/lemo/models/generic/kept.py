@@ -99,10 +99,16 @@ class KeptBatch:
         """
         call = dict(given)
         call.pop("labels", None)  # which the causal LM has handed on with all else
+        device = None
         for name in ("input_ids", "inputs_embeds"):
             if call.get(name) is not None:
                 call[name] = self.of(call[name])
                 device = call[name].device
+        if device is None:
+            raise ValueError(
+                f"model: expected {self.model} to call its decoder with input_ids or inputs_embeds "
+                f"by name, got {', '.join(call) or 'nothing'}; train without lemo"
+            )
         call["position_ids"] = self.positions(call.get("position_ids"), device)
         if "cache_position" in call:
             # From which some count positions.

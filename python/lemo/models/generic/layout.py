@@ -1,17 +1,18 @@
 """Whether a model uses kept rows as it should: every layer attends once, at the rows' positions."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
 
 from lemo.models.generic.attention import KeptRows
 
-__all__ = ["LayoutCheck", "not_attending"]
+__all__ = ["LayoutCheck", "not_attending", "states_of"]
 
 
 class LayoutCheck:
@@ -27,6 +28,7 @@ class LayoutCheck:
         self._decoder, self._rows = decoder, rows
         self._positions = positions.flatten(0, -2)
         self._used = False
+        self._runs = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -42,11 +44,11 @@ class LayoutCheck:
             m for m in self._decoder.modules() if id(m) not in inner and m is not self._decoder
         ]
         with ExitStack() as stack:
-            for module in (*outer, *layers):
+            for module in dict.fromkeys((*outer, *layers)):
                 hook = module.register_forward_pre_hook(self._look, with_kwargs=True)
                 stack.callback(hook.remove)
-            for index, layer in enumerate(layers):
-                hook = layer.register_forward_hook(self._count(index), always_call=False)
+            for layer in dict.fromkeys(layers):  # one may stand in several places
+                hook = layer.register_forward_hook(self._count, always_call=False)
                 stack.callback(hook.remove)
             yield
         if not self._used:
@@ -55,13 +57,11 @@ class LayoutCheck:
                 "of it reads them, so their order alone would count; train without lemo"
             )
 
-    def _count(self, index: int) -> Callable[..., None]:
-        @torch.compiler.disable
-        def count(module: nn.Module, args: Any, output: Any) -> None:
-            if self._rows.counts and self._rows.calls != index + 1:
-                raise not_attending(self._rows, index + 1, f"up to layer {index}")
-
-        return count
+    @torch.compiler.disable
+    def _count(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._runs += 1
+        if self._rows.counts and self._rows.calls != self._runs:
+            raise not_attending(self._rows, self._runs, f"up to layer {self._runs - 1}")
 
     @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,6 +85,21 @@ class LayoutCheck:
     def _counts_rows(self, given: Tensor) -> bool:
         """Whether a module got 0, 1, 2, ... where the kept rows have gaps."""
         return given.numel() > 1 and bool((given.diff() == 1).all())
+
+
+def states_of(output: Any, model: str) -> Tensor:
+    """[1, R, H], the hidden states of what a decoder returned.
+
+    Raises:
+        ValueError: it has none by their name. The message names the model.
+    """
+    if not isinstance(output, ModelOutput):
+        raise ValueError(
+            f"model: expected the decoder of {model} to return a ModelOutput with "
+            f"last_hidden_state, got {type(output).__name__}; train without lemo"
+        )
+    states: Tensor = output.last_hidden_state
+    return states
 
 
 def not_attending(rows: KeptRows, expected: int, where: str) -> ValueError:

@@ -156,7 +156,9 @@ class Parts:
                 f"takes the place of attention; {_DENSE}"
             )
         parameters = inspect.signature(type(self.decoder).forward).parameters
-        if "position_ids" not in parameters:
+        # Whether one that passes all on hands them on, too, is seen in the first pass.
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if "position_ids" not in parameters and not passes_on:
             raise ValueError(
                 f"model: {name} takes no position_ids, so kept rows would lose their positions; "
                 f"{_DENSE}"

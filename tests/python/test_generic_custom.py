@@ -1,0 +1,263 @@
+"""The generic path on models with code of the user's own: layers, decoders, losses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import conv1d, pad
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaModel,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+import lemo
+from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
+from lemo import LemoConfig
+from tiny_models import gradients, make_ids, padded_batch
+
+pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+def settings(keep=0.5, **more):
+    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
+
+
+def batch_of(tokens=61):
+    ids = make_ids(2, tokens)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
+
+
+def assert_trains(model):
+    """With all rows and with half of them, as the model does with left-out tokens masked."""
+    dense = copy.deepcopy(model)
+    for keep in (1.0, 0.5):
+        handle = lemo.enable(model, settings(keep))
+        for batch in (batch_of(), padded_batch([61, 8, 45])):
+            model.zero_grad(), dense.zero_grad()
+            loss = train(model, batch)
+            oracle = masked_batch(batch, kept_mask(handle, batch))
+            assert_same(model, dense, loss, train(dense, oracle))
+        handle.remove()
+
+
+# Code that treats each token by itself
+
+
+class ParallelLayer(LlamaDecoderLayer):
+    """Attention and MLP of the same states, as in GPT-J."""
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, **kwargs):
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(
+            hidden_states=normed,
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+        )
+        return hidden_states + attended + self.mlp(normed)
+
+
+def test_layers_of_the_users_own():
+    model = make("llama")
+    for layer in model.model.layers:
+        layer.__class__ = ParallelLayer
+    assert_trains(model)
+
+
+def test_layers_that_stand_in_several_places():
+    model = make("llama", use_cache=False)
+    model.model.layers = nn.ModuleList([model.model.layers[0]] * 3)
+    assert_trains(model)
+
+
+class PassingModel(LlamaModel):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_decoders_that_pass_their_arguments_on():
+    model = make("llama")
+    model.model.__class__ = PassingModel
+    assert_trains(model)
+
+
+CODE = """
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMLP
+from transformers.models.llama.configuration_llama import LlamaConfig
+
+
+class SquaringMLP(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)).square())
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.mlp = SquaringMLP(config)
+        self.post_init()
+"""
+
+
+def test_models_of_a_folder_with_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "c"))
+    model = make("llama")
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    model.save_pretrained(tmp_path)
+    (tmp_path / "modeling_own.py").write_text(CODE)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, trust_remote_code=True, attn_implementation="eager"
+    )
+    assert type(model).__module__.startswith("transformers_modules")
+    assert_trains(model.train())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_is_not_taken_for_mixing(dtype):
+    model = make("llama", num_hidden_layers=8).to(dtype)
+    for layer in model.model.layers:
+        layer.__class__ = ParallelLayer
+    lemo.enable(model, settings())
+    assert train(model, batch_of()).isfinite()
+
+
+def test_no_graphs_are_compiled_to_look_at_code():
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = make("llama")
+    model.model.layers[0].__class__ = ParallelLayer
+    eager = copy.deepcopy(model)
+    for one in (model, eager):
+        lemo.enable(one, settings())
+    model.model.layers[0].compile(backend=counter)
+    losses = train(model, batch_of()), train(eager, batch_of())
+    assert_same(model, eager, *losses)
+    assert counter.frame_count == 1
+
+
+def test_code_of_transformers_is_not_looked_at():
+    model = make("llama")
+    counts = []
+    model.model.layers[0].register_forward_hook(lambda m, args, out: counts.append(out.shape[1]))
+    handle = lemo.enable(model, settings())
+    train(model, batch_of())
+    assert counts == [int(kept_mask(handle, batch_of()).sum())]
+
+
+# Code that mixes rows or counts them
+
+
+class MixingMLP(LlamaMLP):
+    """Takes a little from the row before."""
+
+    def forward(self, x):
+        return super().forward(x + 0.1 * pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+class ConvolvingAttention(LlamaAttention):
+    """A short convolution by a parameter that no module of torch's shows."""
+
+    def forward(self, hidden_states, **kwargs):
+        kernel = torch.full((hidden_states.shape[-1], 1, 3), 0.2)
+        before = pad(hidden_states.transpose(1, 2), (2, 0))
+        mixed = conv1d(before, kernel, groups=len(kernel)).transpose(1, 2)
+        return super().forward(hidden_states + mixed, **kwargs)
+
+
+class ScalingAttention(LlamaAttention):
+    """Scores by the logarithm of the number of tokens."""
+
+    def forward(self, hidden_states, **kwargs):
+        self.scaling = self.head_dim**-0.5 * math.log(hidden_states.shape[1])
+        return super().forward(hidden_states, **kwargs)
+
+
+class CenteringNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states - hidden_states.mean(1, keepdim=True))
+
+
+class CountingRotary(LlamaRotaryEmbedding):
+    """Reads no positions: what comes in counts from 0."""
+
+    def forward(self, x, position_ids):
+        return super().forward(x, torch.arange(x.shape[1])[None])
+
+
+class SkippingLayer(LlamaDecoderLayer):
+    """Of half of the tokens alone, as mixtures of depths."""
+
+    def forward(self, hidden_states, **kwargs):
+        scores = hidden_states.mean(-1)
+        chosen = scores >= scores.median(1, keepdim=True).values
+        return hidden_states.where(~chosen[..., None], super().forward(hidden_states, **kwargs))
+
+
+class BigramModel(LlamaModel):
+    """Embeds each token with the one before it."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
+        if inputs_embeds is None:
+            before = self.embed_tokens(pad(input_ids, (1, 0))[:, :-1])
+            inputs_embeds = self.embed_tokens(input_ids) + 0.5 * before
+        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+
+
+class ColumnModel(LlamaModel):
+    """Scales states by their columns."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        columns = torch.arange(output.last_hidden_state.shape[1])
+        output.last_hidden_state = output.last_hidden_state * (1 + columns / 50)[None, :, None]
+        return output
+
+
+PLACES = {
+    MixingMLP: "layers.1.mlp",
+    ConvolvingAttention: "layers.1.self_attn",
+    ScalingAttention: "layers.0.self_attn",
+    CenteringNorm: "norm",
+    CountingRotary: "rotary_emb",
+    SkippingLayer: "layers.1",
+    BigramModel: "",
+    ColumnModel: "",
+}
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("cls", PLACES)
+def test_code_that_mixes_or_counts_rows_is_named_in_the_first_pass(cls, keep):
+    """Also with all rows: those of several sequences are one sequence to the layers."""
+    model = make("llama")
+    model.model.get_submodule(PLACES[cls]).__class__ = cls
+    lemo.enable(model, settings(keep))
+    message = f"LlamaForCausalLM to treat each token by itself .*{cls.__name__}"
+    with pytest.raises(ValueError, match=message):
+        model(**batch_of())
+    assert not gradients(model)
+
+
+def test_a_forward_of_an_instance_is_code_of_the_users_too():
+    model = make("llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: MixingMLP.forward(mlp, x)
+    mlp.__class__ = type("Own", (MixingMLP,), {"__module__": modeling_llama.__name__})
+    lemo.enable(model, settings())
+    with pytest.raises(ValueError, match="LlamaForCausalLM to treat each token by itself"):
+        model(**batch_of())
