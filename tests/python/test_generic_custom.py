@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import conv1d, pad
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -23,6 +23,7 @@ import lemo
 from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
 from lemo import LemoConfig
 from tiny_models import gradients, make_ids, padded_batch
+from tolerances import assert_close_fp32
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -260,4 +261,115 @@ def test_a_forward_of_an_instance_is_code_of_the_users_too():
     mlp.__class__ = type("Own", (MixingMLP,), {"__module__": modeling_llama.__name__})
     lemo.enable(model, settings())
     with pytest.raises(ValueError, match="LlamaForCausalLM to treat each token by itself"):
+        model(**batch_of())
+
+
+# Losses
+
+
+class KeepingMLP(LlamaMLP):
+    """Keeps what it adds to the loss, as routers of some models do."""
+
+    def forward(self, x):
+        result = super().forward(x)
+        self.added = self.down_proj.weight.square().sum() + result.square().mean()
+        return result
+
+
+class AddingLlama(LlamaForCausalLM):
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + 0.01 * sum(x.mlp.added for x in self.model.layers)
+        return output
+
+
+def changed(cls):
+    model = make("llama")
+    model.__class__ = cls
+    return model
+
+
+def test_parts_of_a_loss_that_modules_keep():
+    """Such as those of routers, which come of the kept rows."""
+    model = changed(AddingLlama)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = KeepingMLP
+    dense = copy.deepcopy(model)
+    lemo.enable(model, settings(1.0))
+    assert_same(model, dense, train(model, batch_of()), train(dense, batch_of()))
+    model._lemo_handle.remove()
+    # Of the kept rows alone, not of all that the oracle computes.
+    handle = lemo.enable(model, settings(0.5))
+    model.zero_grad()
+    loss = train(model, batch_of())
+    added = sum(layer.mlp.added for layer in model.model.layers)
+    plain = masked_batch(batch_of(), kept_mask(handle, batch_of()))
+    dense.__class__ = LlamaForCausalLM
+    assert_close_fp32(loss, dense(**plain).loss + 0.01 * added)
+
+
+class StatesLlama(LlamaForCausalLM):
+    """A loss with one more part, of logits."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + 1e-5 * output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class DoublingLlama(AddingLlama):
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = 2.0 * output.loss
+        return output
+
+
+class BigramLlama(LlamaForCausalLM):
+    """Logits of the token itself are added."""
+
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        kwargs.pop("return_dict", None)
+        states = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(states + self.model.embed_tokens(input_ids))
+        size, items = self.config.vocab_size, num_items_in_batch
+        loss = self.loss_function(logits, labels, vocab_size=size, num_items_in_batch=items)
+        return modeling_llama.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+class TupleLlama(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return tuple(super().forward(*args, **kwargs).values())
+
+
+class TupleModel(LlamaModel):
+    def forward(self, **kwargs):
+        return tuple(super().forward(**kwargs).values())
+
+
+def test_a_decoder_that_returns_a_tuple_is_named():
+    model = make("llama")
+    model.model.__class__ = TupleModel
+    lemo.enable(model, settings())
+    with pytest.raises(ValueError, match="decoder of LlamaForCausalLM .*, got tuple"):
+        model(**batch_of())
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (StatesLlama, "StatesLlama adds to its loss what it makes of hidden states"),
+        (DoublingLlama, "DoublingLlama adds .* to a loss that is not the cross entropy"),
+        (BigramLlama, "BigramLlama makes its loss of more than hidden states and labels"),
+        (TupleLlama, "TupleLlama to return an output with a loss, .* got tuple"),
+    ],
+)
+def test_losses_that_lemo_cannot_tell_apart_are_named(cls, message):
+    model = changed(cls)
+    for layer in model.model.layers:
+        layer.mlp.__class__ = KeepingMLP
+    lemo.enable(model, settings())
+    with pytest.raises(ValueError, match=message):
         model(**batch_of())

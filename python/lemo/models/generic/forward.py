@@ -129,7 +129,8 @@ class GenericForward(Training[Choice]):
         self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
         head = parts.causal_lm.get_output_embeddings
-        self._head = Head(parts.name, head, self._own_sum, partial(_rules_of_loss, parts))
+        rules = partial(_rules_of_loss, parts)
+        self._head = Head(parts.name, head, self._own_sum, rules, IGNORE_INDEX)
         self._pass: _Pass | None = None
         self.is_dense = False
         self._prepared: ModelOutput | None = None
@@ -214,8 +215,14 @@ class GenericForward(Training[Choice]):
         call["num_items_in_batch"] = 1
         now, own = self._run(kept, partial(self.own, **call), _two_rows, mask)
         assert now.hidden is not None
+        if not torch.is_tensor(getattr(own, "loss", None)):
+            raise ValueError(
+                f"model: expected {parts.name} to return an output with a loss, as for "
+                f"return_dict=True, got {type(own).__name__}; train without lemo"
+            )
         hidden = self._index(now.hidden[0], kept, counted)
-        if now.has_more and self.context is not None:
+        adds = now.has_more or self._head.adds(now.hidden[0])
+        if adds and self.context is not None:
             raise NotImplementedError(
                 f"context_parallel: {parts.name} adds a loss of its routers, which would be that "
                 "of each process's rows; set output_router_logits=False, or train without"
@@ -235,7 +242,7 @@ class GenericForward(Training[Choice]):
         assert kept.batch.labelled is not None
         self._note_trained(count, kept.batch.labelled)
         output = EliminatedOutput(loss=loss)
-        if now.has_more:
+        if adds:
             output["loss"] = loss + own.loss.to(loss.device)
             if getattr(own, "aux_loss", None) is not None:
                 output["aux_loss"] = own.aux_loss
@@ -489,6 +496,15 @@ class GenericForward(Training[Choice]):
         try:
             with making_masks(rows, knows_batch=True):
                 output = own()
+        except Exception as error:
+            # What the model does after its decoder, with two rows.
+            if now.hidden is None or type(error) not in _OF_TENSORS:
+                raise
+            raise ValueError(
+                f"model: {self._parts.name} makes its loss of more than hidden states and labels, "
+                "of which lemo gives it those that count; train without lemo "
+                f"({type(error).__name__}: {error})"
+            ) from error
         finally:
             self._pass = before
         if now.hidden is None:
@@ -521,6 +537,8 @@ class GenericForward(Training[Choice]):
         return loss
 
 
+# What code raises whose tensors do not fit each other.
+_OF_TENSORS = (AttributeError, IndexError, RuntimeError, TypeError)
 _LABELS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "return_dict")
 
 

@@ -30,6 +30,7 @@ class Head:
         own_sum: (hidden [N, H], labels [N], divisor) -> the model's own loss.
         rules: gives what the answer depends on besides weights; the model is asked again when it
             has changed.
+        ignore_index: the label that `own_sum` does not count.
     """
 
     def __init__(
@@ -38,10 +39,32 @@ class Head:
         head: Callable[[], nn.Module],
         own_sum: Callable[[Tensor, Tensor, int], Tensor],
         rules: Callable[[], Sequence[object]],
+        ignore_index: int,
     ) -> None:
         self._model, self._head, self._own_sum, self._rules = model, head, own_sum, rules
+        self._ignore_index = ignore_index
         self._asked: Sequence[object] | None = None
-        self._is_plain = False
+        self._is_plain = self._adds = False
+
+    def adds(self, like: Tensor) -> bool:
+        """Whether the model's loss has a part that comes neither from labels nor hidden states.
+
+        Such as one of routers that their modules keep until the loss is made.
+
+        Args:
+            like: [N, H], of the dtype and on the device of hidden states.
+
+        Raises:
+            ValueError: as of `loss`.
+        """
+        self._ask(like)
+        return self._adds
+
+    def _ask(self, like: Tensor) -> None:
+        rules = self._rules()
+        if rules != self._asked:
+            self._look(like)
+            self._asked = rules
 
     def loss(
         self,
@@ -55,11 +78,10 @@ class Head:
         """See `lemo.models.layers.loss.head_loss`.
 
         Raises:
-            ValueError: the model's loss is not a sum over the labels.
+            ValueError: the model's loss is not a sum over the labels, or has a part that lemo
+                cannot tell from it.
         """
-        rules = self._rules()
-        if rules != self._asked:
-            self._is_plain, self._asked = self._look(hidden), rules
+        self._ask(hidden)
         if self._is_plain:
             return head_loss(
                 self._head(), hidden, targets, vocabulary, chunk_rows, divisor, ignore_index
@@ -77,14 +99,17 @@ class Head:
         return total / (targets.numel() if divisor is None else divisor)
 
     @torch.no_grad()
-    def _look(self, like: Tensor) -> bool:
-        """Whether the loss is the cross entropy of the head's logits, on two made-up rows."""
+    def _look(self, like: Tensor) -> None:
+        """Looks at the loss of two made-up rows.
+
+        Whether it is the cross entropy of the head's logits, and whether there is more to it.
+        """
         head = self._head()
         # Dropout would make other logits at each call, and use up random numbers of the training.
         with evaluating(head):
-            return self._is_cross_entropy(head, like)
+            self._compare(head, like)
 
-    def _is_cross_entropy(self, head: nn.Module, like: Tensor) -> bool:
+    def _compare(self, head: nn.Module, like: Tensor) -> None:
         generator = torch.Generator("cpu").manual_seed(0)
         rows = torch.randn(2, like.shape[1], generator=generator, device="cpu").to(like)
         logits = head(rows)
@@ -93,10 +118,23 @@ class Head:
         both = self._own_sum(rows, labels, 1)
         one, other = self._own_sum(rows[:1], labels[:1], 1), self._own_sum(rows[1:], labels[1:], 1)
         halved = self._own_sum(rows, labels, 2)
+        ignored = torch.full_like(labels, self._ignore_index)
+        bare, other_bare = (self._own_sum(x, ignored, 1) for x in (rows, -0.5 * rows))
         plain = cross_entropy(head(rows).float(), labels.to(logits.device), reduction="sum")
         tolerance = _TOLERANCES.get(logits.dtype, 1e-3)
-        values = torch.stack([x.float().to(like.device) for x in (both, one, other, halved, plain)])
-        total, first, second, half, expected = values.tolist()
+        found = both, one, other, halved, bare, other_bare, plain
+        values = torch.stack([x.float().to(like.device) for x in found])
+        total, first, second, half, added, *rest = values.tolist()
+        other_added, expected = rest
+        self._adds = added == added and added != 0  # nan: a mean over no label, found below
+        if self._adds:
+            if not abs(other_added - added) <= 1e-5 * abs(added):
+                raise ValueError(
+                    f"model: {self._model} adds to its loss what it makes of hidden states without "
+                    f"labels ({added:.6g} of two rows), of which lemo has no definition; train "
+                    "without lemo"
+                )
+            total, first, second, half = (x - added for x in (total, first, second, half))
         for name, got in (("of two labels", first + second), ("by a divisor", 2 * half)):
             if not abs(got - total) <= tolerance * abs(total):
                 raise ValueError(
@@ -104,4 +142,9 @@ class Head:
                     f"by num_items_in_batch, got {total:.6g}, but {got:.6g} {name}; train without "
                     "lemo"
                 )
-        return abs(total - expected) <= tolerance * abs(expected)
+        self._is_plain = abs(total - expected) <= tolerance * abs(expected)
+        if self._adds and not self._is_plain:
+            raise ValueError(
+                f"model: {self._model} adds {added:.6g} to a loss that is not the cross entropy of "
+                "its head's logits; lemo cannot take the two apart; train without lemo"
+            )
