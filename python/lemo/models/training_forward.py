@@ -32,6 +32,7 @@ from lemo.models.layers.loss import (
     next_labels,
     rows_among,
 )
+from lemo.models.layers.own_modules import check_own_modules
 from lemo.models.memory.offload import Offload
 from lemo.models.memory.out_of_memory import explained
 from lemo.models.one_set_passes import OneSetPasses
@@ -68,6 +69,7 @@ class TrainingForward(Training[Elimination]):
         super().__init__(config, partial(Elimination, *parts), context)
         self._architecture = architecture
         self._loss_chunk = config.loss_chunk
+        self._has_checked_modules = False
         self._has_shifted_groups = config.layerwise.group_size is not None
 
     def loss(self, arguments: ForwardArguments) -> EliminatedOutput:
@@ -232,6 +234,9 @@ class TrainingForward(Training[Elimination]):
         arguments.check(self._architecture.config)
         self._architecture.check_parts()
         check_adapters(self._architecture.causal_lm)
+        if not self._has_checked_modules:
+            check_own_modules(self._architecture)
+            self._has_checked_modules = True
         self.elimination = self._chosen(arguments)
         batch = self._architecture.batch_of(arguments, self.elimination.block_size)
         scores = self._pack_scores(batch.packed, arguments.inputs_embeds is not None)

@@ -22,14 +22,12 @@ from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, states_of
 from lemo.models.generic.whole import seeing_the_batch
+from lemo.models.layers.own_modules import difference_of_rows, may_differ
 from lemo.packing.blocks import Selection
 
 __all__ = ["check_row_by_row"]
 
 _ROWS = 32  # of the batch, at most
-# By how much a row may differ that the same products make among fewer others, as a share of it:
-# where all is fp32, and where something is in fewer bits.
-_TOLERANCES = 1e-3, 0.1
 
 
 class _ApartRows(KeptRows):
@@ -84,8 +82,8 @@ def check_row_by_row(
         _states(decoder, _only(kept, torch.arange(0, count, step, device=device)), call, original)
         for step in (2, 3, 1)
     )
-    difference = max(_difference(few, some[::2]), _difference(fewer, some[::3]))
-    if difference <= _TOLERANCES[_is_short(decoder, device)]:
+    difference = max(difference_of_rows(few, some[::2]), difference_of_rows(fewer, some[::3]))
+    if difference <= may_differ(decoder, device):
         return
     names = ", ".join(dict.fromkeys(f"{cls.__module__}.{cls.__name__}" for cls in foreign))
     raise ValueError(
@@ -94,19 +92,6 @@ def check_row_by_row(
         f"something mixes or counts them, perhaps in what is not Transformers' own ({names}); "
         "train without lemo"
     )
-
-
-def _difference(few: Tensor, some: Tensor) -> float:
-    """By which share of itself a row differs, of [R, H] each, on average."""
-    few, some = few.float(), some.float()
-    norm = some.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    return float(((some - few).norm(dim=-1) / norm).mean())
-
-
-def _is_short(decoder: PreTrainedModel, device: torch.device) -> bool:
-    """Whether something is computed in fewer bits than fp32 has."""
-    autocast = torch.is_autocast_enabled(device.type)
-    return autocast or any(p.dtype.itemsize < 4 for p in decoder.parameters())
 
 
 def _only(kept: KeptBatch, rows: Tensor) -> KeptBatch:
