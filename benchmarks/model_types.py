@@ -36,7 +36,7 @@ from lemo import LemoConfig
 from models import error
 
 VOCABULARY, TOKENS, BLOCK, WINDOW = 67, 64, 8, 17
-LARGEST, SECONDS = 12_000_000, 60  # parameters of a model, and time for a type
+LARGEST, SECONDS = 60_000_000, 60  # parameters of a model, and time for a type
 _WITH_IMAGES = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 KINDS = {
     "text": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -46,6 +46,7 @@ KINDS = {
 # What makes a configuration small, by the names that it has.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
+    **dict.fromkeys(("pronunciation_vocab_size", "shape_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embedding_size"), 32),
     **dict.fromkeys(
         ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), 4
@@ -92,6 +93,12 @@ _TOKENS = {"image_token_id": 66, "video_token_id": 65, "audio_token_id": 64, "bo
 _TOKENS |= {"eoi_token_id": 62, "boa_token_id": 61, "eoa_token_index": 60, "eoa_token_id": 60}
 _FULL = {"layer_types": ["full_attention"] * 4}
 _DECODER = {"is_decoder": True}
+_ROTATIONS = {
+    "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 1e4}
+        for kind in ("full_attention", "sliding_attention")
+    }
+}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 MORE: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32"), _EQUAL_HEADS),
@@ -114,12 +121,19 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "gemma4": {**_TOKENS},
     "gemma4_unified": {**_TOKENS},
-    "cohere_compass_text": {
-        "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 1e4}
-            for kind in ("full_attention", "sliding_attention")
-        }
+    "cohere_compass_text": _ROTATIONS,
+    "cohere_compass": {"text_config": _ROTATIONS},
+    "cosmos3_edge": _TEXT_OF_THREE,
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4},
     },
+    "dory": {"use_cache": False},  # its cache has no window
+    "hy_v4_vl": _TEXT_OF_THREE,
+    "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "reformer": {**_DECODER, "axial_pos_embds": False},
+    "step3p7": {"text_config": {"sliding_window": WINDOW}},
+    "xmod": {**_DECODER, "default_language": "en_XX", "languages": ["en_XX"]},
 }
 
 

@@ -85,6 +85,55 @@ def test_layers_that_stand_in_several_places():
     assert_trains(model)
 
 
+class DifferentialAttention(LlamaAttention):
+    """The difference of two attentions, as in DiffLlama."""
+
+    def forward(self, hidden_states, **kwargs):
+        one, weights = super().forward(hidden_states, **kwargs)
+        other, _ = super().forward(hidden_states.flip(-1), **kwargs)
+        return one - 0.5 * other, weights
+
+
+def test_layers_that_attend_twice():
+    model = make("llama", use_cache=False)
+    for layer in model.model.layers[:2]:
+        layer.self_attn.__class__ = DifferentialAttention
+    assert_trains(model)
+
+
+class LoopingModel(LlamaModel):
+    """Its layers run twice, one after another."""
+
+    def forward(self, *args, inputs_embeds=None, **kwargs):
+        states = super().forward(*args, inputs_embeds=inputs_embeds, **kwargs).last_hidden_state
+        kwargs.pop("input_ids", None)
+        return super().forward(inputs_embeds=states, **kwargs)
+
+
+def test_layers_that_run_more_than_once():
+    model = make("llama", use_cache=False)
+    model.model.__class__ = LoopingModel
+    assert_trains(model)
+
+
+def test_layers_that_run_more_than_once_are_not_moved_to_the_host():
+    model = make("llama", use_cache=False)
+    model.model.__class__ = LoopingModel
+    lemo.enable(model, settings(offload=0.5, host_memory=1))
+    with pytest.raises(NotImplementedError, match="host_memory: .* layers more than once, 6 times"):
+        model(**batch_of())
+
+
+def test_layers_that_run_less_often_than_before_are_named():
+    model = make("llama", use_cache=False)
+    model.model.__class__ = LoopingModel
+    lemo.enable(model, settings())
+    train(model, batch_of())
+    model.model.__class__ = LlamaModel
+    with pytest.raises(ValueError, match="every layer .* to attend .* 6 calls in all, got 3"):
+        model(**batch_of())
+
+
 class PassingModel(LlamaModel):
     def forward(self, *args, **kwargs):
         return super().forward(*args, **kwargs)

@@ -19,7 +19,7 @@ from lemo.models.calls.labels import IGNORE_INDEX
 from lemo.models.calls.outputs import DeferredLogits, EliminatedOutput
 from lemo.models.elimination import Choice
 from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
-from lemo.models.generic.head import Head
+from lemo.models.generic.head import Head, rules_of_loss
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending, states_of
 from lemo.models.generic.offload import layers_of, moving_by_layer
@@ -129,7 +129,7 @@ class GenericForward(Training[Choice]):
         self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
         head = parts.causal_lm.get_output_embeddings
-        rules = partial(_rules_of_loss, parts)
+        rules = partial(rules_of_loss, parts)
         self._head = Head(parts.name, head, self._own_sum, rules, IGNORE_INDEX)
         self._pass: _Pass | None = None
         self.is_dense = False
@@ -137,6 +137,7 @@ class GenericForward(Training[Choice]):
         self._base: type[ModelOutput] | None = None
         self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
+        self._calls = parts.num_layers  # of attention in a pass
         self._has_checked_rows = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -317,7 +318,8 @@ class GenericForward(Training[Choice]):
             original: the decoder's own forward.
 
         Raises:
-            ValueError: the decoder is called twice in a pass, or not every layer attends once.
+            ValueError: the decoder is called twice in a pass, or not every layer attends, as
+                often as in the first one.
             NotImplementedError: it computes with its attention mask.
         """
         now, parts = self._pass, self._parts
@@ -332,6 +334,7 @@ class GenericForward(Training[Choice]):
             check_row_by_row(parts.decoder, now.kept, call, original)
             self._has_checked_rows = True
         now.rows.counts = not parts.compiles_checkpoints
+        check = None
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
             if not self._has_checked_layout:
@@ -344,8 +347,12 @@ class GenericForward(Training[Choice]):
                 stack.enter_context(moving_by_layer(moved, layers))
             output = self._decoded(original, given)
         self._has_checked_layout |= now.kept.selection.rows is not None
-        if now.rows.counts and now.rows.calls != parts.num_layers:
-            raise not_attending(now.rows, parts.num_layers, "in all")
+        if check is not None and check.runs >= parts.num_layers:
+            self._calls = now.rows.calls  # some layers may attend or run more than once
+            if any(self._shares):
+                check.check_one_run_each(parts.num_layers)
+        if now.rows.counts and now.rows.calls != self._calls:
+            raise not_attending(parts.name, self._calls, now.rows.calls)
         if now.rows.by_rule:
             self.say(
                 f"{parts.name} masks attention by a rule of its own, such as images that see each "
@@ -540,18 +547,6 @@ class GenericForward(Training[Choice]):
 # What code raises whose tensors do not fit each other.
 _OF_TENSORS = (AttributeError, IndexError, RuntimeError, TypeError)
 _LABELS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "return_dict")
-
-
-def _rules_of_loss(parts: Parts) -> list[object]:
-    """What a causal LM's own loss depends on besides weights: code, and numbers such as a cap."""
-    causal_lm = parts.causal_lm
-    configs = (causal_lm.config, parts.decoder.config)
-    numbers = (value for c in configs for value in vars(c).values() if _is_number(value))
-    return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
-
-
-def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, int | float)
 
 
 def _two_rows(hidden: Tensor) -> Tensor:

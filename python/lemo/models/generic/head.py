@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lemo.models.calls.eval_mode import evaluating
+from lemo.models.generic.parts import Parts
 from lemo.models.layers.loss import head_loss, loss_chunk_rows, sum_over_chunks
 
-__all__ = ["Head"]
+__all__ = ["Head", "rules_of_loss"]
 
 # By how much losses may differ that the same sums make in another order.
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -148,3 +149,15 @@ class Head:
                 f"model: {self._model} adds {added:.6g} to a loss that is not the cross entropy of "
                 "its head's logits; lemo cannot take the two apart; train without lemo"
             )
+
+
+def rules_of_loss(parts: Parts) -> list[object]:
+    """What a causal LM's own loss depends on besides weights: code, and numbers such as a cap."""
+    causal_lm = parts.causal_lm
+    configs = (causal_lm.config, parts.decoder.config)
+    numbers = (value for c in configs for value in vars(c).values() if _is_number(value))
+    return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)

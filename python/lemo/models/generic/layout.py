@@ -1,4 +1,4 @@
-"""Whether a model uses kept rows as it should: every layer attends once, at the rows' positions."""
+"""Whether a model uses kept rows as it should: every layer attends, at the rows' positions."""
 
 import inspect
 from collections.abc import Iterator
@@ -22,17 +22,20 @@ class LayoutCheck:
         decoder: the layers.
         rows: the rows of the pass.
         positions: [..., R] int, the positions that the decoder gets.
+
+    Attributes:
+        runs: how often a layer has run; 0 where the decoder has no list of them.
     """
 
     def __init__(self, decoder: PreTrainedModel, rows: KeptRows, positions: Tensor) -> None:
         self._decoder, self._rows = decoder, rows
         self._positions = positions.flatten(0, -2)
         self._used = False
-        self._runs = 0
+        self.runs = self._calls = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, the decoder runs once.
+        """Inside, the decoder is called once.
 
         Raises:
             ValueError: a layer does not attend, or a module gets other positions; the message
@@ -57,11 +60,25 @@ class LayoutCheck:
                 "of it reads them, so their order alone would count; train without lemo"
             )
 
+    def check_one_run_each(self, layers: int) -> None:
+        """Raises NotImplementedError where some of the layers have run more than once."""
+        if self.runs > layers:
+            raise NotImplementedError(
+                f"host_memory: expected 0, since {self._rows.model} runs some layers more than "
+                f"once, {self.runs} times in all, by which activations would go to the host"
+            )
+
     @torch.compiler.disable
     def _count(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._runs += 1
-        if self._rows.counts and self._rows.calls != self._runs:
-            raise not_attending(self._rows, self._runs, f"up to layer {self._runs - 1}")
+        self.runs += 1
+        if self._rows.counts and self._rows.calls == self._calls:
+            raise ValueError(
+                f"model: expected every layer of {self._rows.model} to attend through "
+                "Transformers' attention interface, got no call of it by layer "
+                f"{self.runs - 1}, which mixes rows in another way or not at all; train without "
+                "lemo"
+            )
+        self._calls = self._rows.calls
 
     @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,10 +119,10 @@ def states_of(output: Any, model: str) -> Tensor:
     return states
 
 
-def not_attending(rows: KeptRows, expected: int, where: str) -> ValueError:
-    """What to raise where attention was not called as often as there are layers."""
+def not_attending(model: str, expected: int, got: int) -> ValueError:
+    """What to raise where attention was not called as often as layers ran, or as before."""
     return ValueError(
-        f"model: expected every layer of {rows.model} to attend once through Transformers' "
-        f"attention interface, {expected} calls {where}, got {rows.calls}: some layers mix rows in "
-        "another way or are left out; train without lemo"
+        f"model: expected every layer of {model} to attend through Transformers' attention "
+        f"interface, {expected} calls in all, got {got}: some layers mix rows in another way or "
+        "are left out; train without lemo"
     )

@@ -28,7 +28,7 @@ class Parts:
         causal_lm: gives logits.
         base: what its own forward calls; of a model with images, what puts these into the text.
         decoder: the layers of the text with their embedding; may be `base`.
-        num_layers: layers of the decoder; each calls attention once.
+        num_layers: layers of the decoder; each calls attention.
         vocabulary: V, of the head.
         configs: the configurations in which the decoder's attention looks up what to call.
     """
