@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lemo.models.calls.per_thread import in_this_thread
 from lemo.models.generic.attention import KeptRows
 
 __all__ = ["LayoutCheck", "not_attending"]
@@ -43,11 +44,11 @@ class LayoutCheck:
         ]
         with ExitStack() as stack:
             for module in (*outer, *layers):
-                hook = module.register_forward_pre_hook(self._look, with_kwargs=True)
-                stack.callback(hook.remove)
+                look = in_this_thread(self._look)
+                stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
             for index, layer in enumerate(layers):
-                hook = layer.register_forward_hook(self._count(index), always_call=False)
-                stack.callback(hook.remove)
+                count = in_this_thread(self._count(index))
+                stack.enter_context(layer.register_forward_hook(count))
             yield
         if not self._used:
             raise ValueError(
@@ -56,14 +57,12 @@ class LayoutCheck:
             )
 
     def _count(self, index: int) -> Callable[..., None]:
-        @torch.compiler.disable
         def count(module: nn.Module, args: Any, output: Any) -> None:
             if self._rows.counts and self._rows.calls != index + 1:
                 raise not_attending(self._rows, index + 1, f"up to layer {index}")
 
         return count
 
-    @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = (*zip(inspect.signature(module.forward).parameters, args), *kwargs.items())
         for name, value in named:
