@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.modeling_outputs import ModelOutput
 
@@ -136,7 +136,8 @@ class GenericForward(Training[Choice]):
         self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
         head = parts.causal_lm.get_output_embeddings
-        self._head = Head(parts.name, head, self._own_sum, partial(_rules_of_loss, parts))
+        rules, is_alone = partial(_rules_of_loss, parts), partial(_has_head_alone, parts)
+        self._head = Head(parts.name, head, self._own_sum, rules, is_alone)
         self._base: type[ModelOutput] | None = None
         self._has_checked_layout = False
 
@@ -524,9 +525,18 @@ _LABELS = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "retu
 def _rules_of_loss(parts: Parts) -> list[object]:
     """What a causal LM's own loss depends on besides weights: code, and numbers such as a cap."""
     causal_lm = parts.causal_lm
-    configs = (causal_lm.config, parts.decoder.config)
-    numbers = (value for c in configs for value in vars(c).values() if _is_number(value))
+    owners = (causal_lm, causal_lm.config, parts.decoder.config)
+    numbers = (value for owner in owners for value in vars(owner).values() if _is_number(value))
     return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
+
+
+def _has_head_alone(parts: Parts) -> bool:
+    """Whether a causal LM has no weights but its base's and its head's, such as a scale of logits
+    that is trained."""
+    causal_lm = parts.causal_lm
+    inside: set[nn.Module] = {*parts.base.modules(), *causal_lm.get_output_embeddings().modules()}
+    others = (module for module in causal_lm.modules() if module not in inside)
+    return not any(module._parameters or module._buffers for module in others)
 
 
 def _is_number(value: object) -> bool:

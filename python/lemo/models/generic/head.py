@@ -30,6 +30,8 @@ class Head:
         own_sum: (hidden [N, H], labels [N], divisor) -> the model's own loss.
         rules: gives what the answer depends on besides weights; the model is asked again when it
             has changed.
+        is_alone: whether the model's loss depends on no weights but those of the head. Others may
+            be where they change nothing when the model is asked.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class Head:
         head: Callable[[], nn.Module],
         own_sum: Callable[[Tensor, Tensor, int], Tensor],
         rules: Callable[[], Sequence[object]],
+        is_alone: Callable[[], bool],
     ) -> None:
         self._model, self._head, self._own_sum, self._rules = model, head, own_sum, rules
+        self._is_alone = is_alone
         self._asked: Sequence[object] | None = None
         self._is_plain = False
 
@@ -60,7 +64,7 @@ class Head:
         rules = self._rules()
         if rules != self._asked:
             self._is_plain, self._asked = self._look(hidden), rules
-        if self._is_plain:
+        if self._is_plain and self._is_alone():
             return head_loss(
                 self._head(), hidden, targets, vocabulary, chunk_rows, divisor, ignore_index
             )
