@@ -93,6 +93,7 @@ class Watcher:
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before = (*self._before, (self._target.row_labels, self.evaluates))
+        _check_not_replicated(module)  # behind the line above, since `_end` is called all the same
         self.evaluates = self.evaluates or not module.training
         rows = of_call(kwargs)
         if rows is not None:
@@ -110,6 +111,16 @@ class Watcher:
             self._before = ()
         # Once more for a call around the one that was interrupted, if labels were named between.
         self._target.row_labels, self.evaluates = self._outside
+
+
+def _check_not_replicated(module: nn.Module) -> None:
+    # The forwards that lemo has replaced are those of the original, on another device.
+    if getattr(module, "_is_replica", False):
+        raise NotImplementedError(
+            "model: expected one process for each GPU, got torch.nn.DataParallel, which trainers "
+            "use where one process sees several; start with torchrun or accelerate launch, or show "
+            "the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def _remove(*hooks: RemovableHandle) -> None:
