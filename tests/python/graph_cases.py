@@ -210,12 +210,18 @@ def hook_on_a_norm_of_heads(run):
     run.say(len(called))
 
 
-@scenario(2)
+@scenario(10)
 def gradient_hooks(run):
-    run.steps(3)
+    """There while a pass is captured, gone, and others for the same graph."""
     seen = []
+    hook = run.trained[1].register_hook(lambda g: seen.append(g.sum()))
+    run.steps(3)
+    hook.remove()
+    run.steps(2)
     hook = run.trained[3].register_hook(lambda g: g * 2)
     run.steps(3)
+    run.trained[3].register_hook(lambda g: g.add_(1e-3))
+    run.steps(1)
     hook.remove()
     after = run.trained[2].register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.sum()))
     run.steps(3)

@@ -7,7 +7,7 @@ from types import MethodType
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -15,6 +15,7 @@ import lemo
 from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
 from lemo import LemoConfig
 from tiny_models import make_ids
+from tolerances import assert_close_fp32
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -74,6 +75,43 @@ def test_a_loss_that_is_changed_later_is_the_models_own(change, monkeypatch):
     loss = model(**batch_of()).loss
     oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss
     assert abs(loss - before) > 0.1
+    loss.backward(), oracle.backward()
+    assert_same(model, dense, loss, oracle)
+
+
+def test_a_scale_of_logits_that_is_changed_later():
+    """A number of the model itself, not of its configuration."""
+    model = make("cohere2", logit_scale=1.0)
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, HALF)
+    for scale in (1.0, 0.3):
+        model.logit_scale = dense.logit_scale = scale
+        loss = model(**batch_of()).loss
+        oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss
+        assert_close_fp32(loss, oracle, f"{scale}")
+
+
+class ScaledLlama(LlamaForCausalLM):
+    """Its logits have a scale that is trained, from 1 on."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids, labels=None, attention_mask=None, position_ids=None, **kwargs):
+        tokens = {"attention_mask": attention_mask, "position_ids": position_ids}
+        states = self.model(input_ids, **tokens, **kwargs).last_hidden_state
+        logits = self.scale * self.lm_head(states)
+        loss = self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+
+def test_a_scale_of_logits_that_is_trained():
+    model = ScaledLlama(make("llama").config).train()
+    dense = copy.deepcopy(model)
+    handle = lemo.enable(model, HALF)
+    loss = model(**batch_of()).loss
+    oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss
     loss.backward(), oracle.backward()
     assert_same(model, dense, loss, oracle)
 

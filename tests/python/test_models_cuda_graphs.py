@@ -145,13 +145,11 @@ def test_what_changes_in_the_model_is_not_replayed(captured):
     layer.scaling["default"] *= 2
     train(model, 1)
     assert handle.graphs.replays == replays
-    for change in (lambda p: p.requires_grad_(False), lambda p: p.register_hook(lambda g: g)):
-        train(model, 2)
-        replays = handle.graphs.replays
-        change(layer.lora_A["default"].weight)
-        train(model, 1)
-        assert handle.graphs.replays == replays
-        layer.lora_A["default"].weight.requires_grad_()
+    train(model, 2)
+    replays = handle.graphs.replays
+    layer.lora_A["default"].weight.requires_grad_(False)
+    train(model, 1)
+    assert handle.graphs.replays == replays
 
 
 def test_modules_that_are_said_to_be_unchanged_are_read_once(captured, monkeypatch):

@@ -388,6 +388,16 @@ def test_models_over_several_devices_run_in_the_generic_path():
         assert_close_fp32(gradients(model)[name], expected, name)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_copies_of_data_parallel_are_refused(path):
+    model = make_model("llama")
+    lemo.enable(model, lemo.LemoConfig(path=path))
+    with pytest.raises(NotImplementedError, match="one process for each GPU, got torch.nn.DataPar"):
+        model._replicate_for_data_parallel()(**BATCH)  # as torch.nn.DataParallel makes them
+    assert model(**BATCH).loss > 0
+
+
 def trainer_arguments(folder, **settings):
     return TrainingArguments(
         output_dir=str(folder),

@@ -140,6 +140,23 @@ def test_the_handle_tells_of_steps_and_a_resumed_run_rounds_alike():
         assert dequantised(ours).equal(dequantised(theirs))
 
 
+def test_a_layer_that_was_trained_in_between_is_rounded_anew():
+    """By an optimizer that writes through `data`, which no tensor counts."""
+    model = lora(make_model("llama", intermediate_size=64))
+    enabled(model)
+    ids = make_ids(2, 40)
+    model(input_ids=ids, labels=ids).loss.backward()
+    (_, layer), *_ = layers_of(model)
+    before, weight = dequantised(layer).clone(), layer._module.weight
+    weight.requires_grad_(True)
+    model(input_ids=ids, labels=ids).loss.backward()
+    weight.data.add_(torch.randn(weight.shape))
+    weight.requires_grad_(False)
+    model(input_ids=ids, labels=ids)
+    assert not torch.allclose(weight.double(), before, atol=0.5)
+    assert torch.allclose(weight.double(), dequantised(layer), atol=0.5)
+
+
 def test_a_merged_weight_is_rounded_on_the_grid_of_the_step():
     module = linear()
     layer = Fp8Linear(module, "some")

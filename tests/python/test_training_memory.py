@@ -1,5 +1,7 @@
 """Peak memory of a run, with what torch does not count."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,26 @@ def test_what_graphs_hold_counts_from_their_capture_on(monkeypatch):
     assert peak.bytes() == 140  # at most: when they were given back is not known
     allocated[0] = 90
     assert peak.bytes() == 140
+
+
+def resident_bytes():
+    """Of this process, without what is on disk."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_freed_memory_goes_back():
+    """Every second one of many blocks of 1 MiB, where a larger one has been freed before."""
+    torch.ones(2**22)  # glibc maps smaller blocks no more by themselves
+    blocks = [torch.ones(2**18) for _ in range(256)]
+    del blocks[::2]
+    before = resident_bytes()
+    memory.give_back(torch.device("cuda"), 16)
+    memory.give_back(torch.device("cpu"), 15)
+    assert resident_bytes() > before - 2**25
+    memory.give_back(torch.device("cpu"), 16)
+    assert resident_bytes() < before - 100 * 2**20
+    assert all(torch.equal(x, torch.ones(2**18)) for x in blocks)
 
 
 def test_without_graphs(monkeypatch):

@@ -12,6 +12,7 @@ from lemo.distributed.context import ContextParallel
 from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.calls.interception import makes_another_loss
 from lemo.models.calls.labelled_rows import LabelledStates, call_head, fused_call
+from lemo.models.calls.per_thread import PerThread
 from lemo.models.calls.replaced_forward import Implementation, ReplacedForward
 from lemo.models.layers.architectures import Architecture
 from lemo.models.layers.general import general_modules
@@ -38,8 +39,11 @@ class NativePath(Path[TrainingForward]):
             or another unsupported setting, or `config` does not fit the model.
 
     Attributes:
-        is_dense: whether a call of the causal LM runs as without lemo.
+        is_dense: whether a call of the causal LM runs as without lemo, in this thread.
     """
+
+    is_dense = PerThread(False)
+    _states = PerThread[LabelledStates | None](None)
 
     def __init__(
         self,
@@ -52,8 +56,6 @@ class NativePath(Path[TrainingForward]):
         self._architecture = architecture
         self._num_layers = architecture.num_layers
         self._forward = TrainingForward(architecture, config, context)
-        self._states: LabelledStates | None = None
-        self.is_dense = False
         self._products = None
         if config.in_8_bits:
             self._products = Fp8Products(architecture, fast=config.products == "fp8_fast")

@@ -14,6 +14,7 @@ from lemo.distributed.context import ContextParallel
 from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.calls.context_checks import check_call
 from lemo.models.calls.outputs import EliminatedOutput
+from lemo.models.calls.per_thread import PerThread
 from lemo.models.elimination import Choice
 from lemo.models.layers.cuda_graphs import CudaGraphs
 from lemo.models.trainer_groups import check_alone
@@ -50,6 +51,9 @@ class Training(ABC, Generic[C]):
     """
 
     graphs: CudaGraphs | None = None
+    row_labels = PerThread[Tensor | None](None)
+    token_scores = PerThread[Tensor | None](None)
+    host_ids = PerThread[Tensor | None](None)
 
     def __init__(
         self,
@@ -70,9 +74,6 @@ class Training(ABC, Generic[C]):
                 f"values while layers run, got {config.host_memory:g}"
             )
         self.context = context
-        self.row_labels: Tensor | None = None
-        self.token_scores: Tensor | None = None
-        self.host_ids: Tensor | None = None
         self.has_trained = False
         of_text, of_answers = config.resolved(answers=False), config.resolved(answers=True)
         self._of_text = self._of_answers = choose(of_text)

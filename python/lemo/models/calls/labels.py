@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
+from lemo.models.calls.per_thread import PerThread
+
 __all__ = ["IGNORE_INDEX", "Watcher", "named", "of_call", "of_labels", "of_tokens"]
 
 # The label that ForCausalLMLoss does not count where no other one is named.
@@ -70,14 +72,15 @@ class Watcher:
     back when the last of them ends. A class, because hooks are copied and pickled with a module.
 
     Attributes:
-        evaluates: whether a module that it watches runs in eval mode.
+        evaluates: whether a module that it watches runs in eval mode, in this thread.
     """
+
+    evaluates = PerThread(False)
+    _before = PerThread[tuple[tuple[Tensor | None, bool], ...]](())
+    _outside = PerThread[tuple[Tensor | None, bool]]((None, False))
 
     def __init__(self, target: Named) -> None:
         self._target = target
-        self.evaluates = False
-        self._before: list[tuple[Tensor | None, bool]] = []
-        self._outside: tuple[Tensor | None, bool] = None, False
 
     def watch(self, module: nn.Module) -> Callable[[], None]:
         """Begins with a module; returns what ends it."""
@@ -89,7 +92,8 @@ class Watcher:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._before.append((self._target.row_labels, self.evaluates))
+        self._before = (*self._before, (self._target.row_labels, self.evaluates))
+        _check_not_replicated(module)  # behind the line above, since `_end` is called all the same
         self.evaluates = self.evaluates or not module.training
         rows = of_call(kwargs)
         if rows is not None:
@@ -97,15 +101,26 @@ class Watcher:
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._target.row_labels, self.evaluates = self._before.pop()
+        *before, (self._target.row_labels, self.evaluates) = self._before
+        self._before = tuple(before)
 
     def interrupted(self) -> None:
         """Ends all calls: those that Ctrl-C ends have no hooks run behind them."""
         if self._before:
             self._outside = self._before[0]
-            self._before.clear()
+            self._before = ()
         # Once more for a call around the one that was interrupted, if labels were named between.
         self._target.row_labels, self.evaluates = self._outside
+
+
+def _check_not_replicated(module: nn.Module) -> None:
+    # The forwards that lemo has replaced are those of the original, on another device.
+    if getattr(module, "_is_replica", False):
+        raise NotImplementedError(
+            "model: expected one process for each GPU, got torch.nn.DataParallel, which trainers "
+            "use where one process sees several; start with torchrun or accelerate launch, or show "
+            "the process one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def _remove(*hooks: RemovableHandle) -> None:

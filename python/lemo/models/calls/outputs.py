@@ -37,7 +37,8 @@ class DeferredLogits:
         """The logits; computed at most once with a graph and once without.
 
         Raises:
-            RuntimeError: an optimizer step, a switch of adapters or the like came in between.
+            RuntimeError: an optimizer step, a switch of adapters or the like came in between. Steps
+                that write through `weight.data` are not seen, and give logits of the new weights.
         """
         with_graph = torch.is_grad_enabled()
         logits = self._read.get(True, self._read.get(with_graph))

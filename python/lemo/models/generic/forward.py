@@ -17,9 +17,11 @@ from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.calls.interception import check_adapters
 from lemo.models.calls.labels import IGNORE_INDEX
 from lemo.models.calls.outputs import DeferredLogits, EliminatedOutput
+from lemo.models.calls.per_thread import PerThread
 from lemo.models.elimination import Choice
-from lemo.models.generic.attention import KeptRows, RowsMask, making_masks, register
-from lemo.models.generic.head import Head, rules_of_loss
+from lemo.models.generic.attention import KeptRows, RowsMask, making_masks
+from lemo.models.generic.attention_names import AttentionNames
+from lemo.models.generic.head import Head, has_head_alone, rules_of_loss
 from lemo.models.generic.kept import KeptBatch
 from lemo.models.generic.layout import LayoutCheck, not_attending, states_of
 from lemo.models.generic.offload import layers_of, moving_by_layer
@@ -110,8 +112,14 @@ class GenericForward(Training[Choice]):
 
     Attributes:
         offload: moves what layers save to the host.
-        is_dense: whether a call runs as without lemo.
+        names: of the attention that layers call.
+        is_dense: whether a call runs as without lemo, in this thread.
     """
+
+    is_dense = PerThread(False)
+    _pass = PerThread[_Pass | None](None)
+    _prepared = PerThread[ModelOutput | None](None)
+    _forced = PerThread[tuple[Callable[[BlockLayout], Selection], int] | None](None)
 
     def __init__(
         self, parts: Parts, config: LemoConfig, context: ContextParallel | None = None
@@ -125,25 +133,20 @@ class GenericForward(Training[Choice]):
         self.offload = Offload(config.host_bytes)
         self._shares = config.offload_shares(parts.num_layers) or ()
         self._before = vars(parts.causal_lm).get("forward")
-        self._implementations: tuple[str, ...] = ()
+        self.names = AttentionNames(parts.configs)
         self._guards: list[RemovableHandle] = []
         self._loss_chunk = config.loss_chunk
         head = parts.causal_lm.get_output_embeddings
-        rules = partial(rules_of_loss, parts)
-        self._head = Head(parts.name, head, self._own_sum, rules, IGNORE_INDEX)
-        self._pass: _Pass | None = None
-        self.is_dense = False
-        self._prepared: ModelOutput | None = None
+        rules, is_alone = partial(rules_of_loss, parts), partial(has_head_alone, parts)
+        self._head = Head(parts.name, head, self._own_sum, rules, is_alone, IGNORE_INDEX)
         self._base: type[ModelOutput] | None = None
-        self._forced: tuple[Callable[[BlockLayout], Selection], int] | None = None
         self._has_checked_layout = False
         self._calls = parts.num_layers  # of attention in a pass
         self._has_checked_rows = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        for name in self._implementations:  # which another process does not know yet
-            register(name)
+        self.names.register()  # which another process does not know yet
 
     @property
     def own(self) -> Callable[..., Any]:
@@ -155,7 +158,7 @@ class GenericForward(Training[Choice]):
 
     def install(self) -> None:
         """Puts lemo's attention beside the model's own."""
-        self._implementations = self._parts.install()
+        self.names.install()
         causal_lm = self._parts.causal_lm
         ways = "use LemoConfig(path='native'), or " if is_known(causal_lm) else ""
         remedy = (
@@ -170,7 +173,7 @@ class GenericForward(Training[Choice]):
 
     def uninstall(self) -> None:
         """The model has its own attention alone again."""
-        self._parts.restore(self._implementations)
+        self.names.uninstall()
         for guard in self._guards:
             guard.remove()
 
@@ -178,7 +181,7 @@ class GenericForward(Training[Choice]):
     def dense(self) -> Iterator[None]:
         """Inside, calls run as without lemo."""
         with ExitStack() as stack:
-            stack.enter_context(self._parts.attending_by(self._implementations))
+            stack.enter_context(self.names.own())
             stack.enter_context(making_masks(None))
             before = self._pass, self.is_dense
             self._pass, self.is_dense = None, True
@@ -429,7 +432,7 @@ class GenericForward(Training[Choice]):
         check_unflattened(parts.causal_lm)
         check_inner_modules(parts.causal_lm, parts.base, parts.decoder)
         check_adapters(parts.causal_lm)
-        parts.check_installed(self._implementations)
+        self.names.check()
         replace(arguments, unknown={}).check(self._parts.config)
         if arguments.wants_hidden_states(self._parts.config):
             raise ValueError(

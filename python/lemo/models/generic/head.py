@@ -10,7 +10,7 @@ from lemo.models.calls.eval_mode import evaluating
 from lemo.models.generic.parts import Parts
 from lemo.models.layers.loss import head_loss, loss_chunk_rows, sum_over_chunks
 
-__all__ = ["Head", "rules_of_loss"]
+__all__ = ["Head", "has_head_alone", "rules_of_loss"]
 
 # By how much losses may differ that the same sums make in another order.
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 2e-2}
@@ -31,6 +31,8 @@ class Head:
         own_sum: (hidden [N, H], labels [N], divisor) -> the model's own loss.
         rules: gives what the answer depends on besides weights; the model is asked again when it
             has changed.
+        is_alone: whether the model's loss depends on no weights but those of the head. Others may
+            be where they change nothing when the model is asked.
         ignore_index: the label that `own_sum` does not count.
     """
 
@@ -40,12 +42,13 @@ class Head:
         head: Callable[[], nn.Module],
         own_sum: Callable[[Tensor, Tensor, int], Tensor],
         rules: Callable[[], Sequence[object]],
+        is_alone: Callable[[], bool],
         ignore_index: int,
     ) -> None:
         self._model, self._head, self._own_sum, self._rules = model, head, own_sum, rules
-        self._ignore_index = ignore_index
+        self._is_alone, self._ignore_index = is_alone, ignore_index
         self._asked: Sequence[object] | None = None
-        self._is_plain = self._adds = False
+        self._is_plain, self._added = False, 0.0
 
     def adds(self, like: Tensor) -> bool:
         """Whether the model's loss has a part that comes neither from labels nor hidden states.
@@ -59,7 +62,7 @@ class Head:
             ValueError: as of `loss`.
         """
         self._ask(like)
-        return self._adds
+        return self._added != 0
 
     def _ask(self, like: Tensor) -> None:
         rules = self._rules()
@@ -83,9 +86,14 @@ class Head:
                 cannot tell from it.
         """
         self._ask(hidden)
-        if self._is_plain:
+        if self._is_plain and self._is_alone():
             return head_loss(
                 self._head(), hidden, targets, vocabulary, chunk_rows, divisor, ignore_index
+            )
+        if self._added:
+            raise ValueError(
+                f"model: {self._model} adds {self._added:.6g} to a loss that is not the cross "
+                "entropy of its head's logits; lemo cannot take the two apart; train without lemo"
             )
 
         def chunk_loss(rows: Tensor, labels: Tensor) -> Tensor:
@@ -127,8 +135,8 @@ class Head:
         values = torch.stack([x.float().to(like.device) for x in found])
         total, first, second, half, added, *rest = values.tolist()
         other_added, expected = rest
-        self._adds = added == added and added != 0  # nan: a mean over no label, found below
-        if self._adds:
+        self._added = added if added == added else 0.0  # nan: a mean over no label, found below
+        if self._added:
             if not abs(other_added - added) <= 1e-5 * abs(added):
                 raise ValueError(
                     f"model: {self._model} adds to its loss what it makes of hidden states without "
@@ -144,19 +152,23 @@ class Head:
                     "lemo"
                 )
         self._is_plain = abs(total - expected) <= tolerance * abs(expected)
-        if self._adds and not self._is_plain:
-            raise ValueError(
-                f"model: {self._model} adds {added:.6g} to a loss that is not the cross entropy of "
-                "its head's logits; lemo cannot take the two apart; train without lemo"
-            )
 
 
 def rules_of_loss(parts: Parts) -> list[object]:
     """What a causal LM's own loss depends on besides weights: code, and numbers such as a cap."""
     causal_lm = parts.causal_lm
-    configs = (causal_lm.config, parts.decoder.config)
-    numbers = (value for c in configs for value in vars(c).values() if _is_number(value))
+    owners = (causal_lm, causal_lm.config, parts.decoder.config)
+    numbers = (value for owner in owners for value in vars(owner).values() if _is_number(value))
     return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
+
+
+def has_head_alone(parts: Parts) -> bool:
+    """Whether a causal LM has no weights but its base's and its head's, such as a scale of logits
+    that is trained."""
+    causal_lm = parts.causal_lm
+    inside: set[nn.Module] = {*parts.base.modules(), *causal_lm.get_output_embeddings().modules()}
+    others = (module for module in causal_lm.modules() if module not in inside)
+    return not any(module._parameters or module._buffers for module in others)
 
 
 def _is_number(value: object) -> bool:

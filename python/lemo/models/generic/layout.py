@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
+from lemo.models.calls.per_thread import in_this_thread
 from lemo.models.generic.attention import KeptRows
 
 __all__ = ["LayoutCheck", "not_attending", "states_of"]
@@ -48,11 +49,11 @@ class LayoutCheck:
         ]
         with ExitStack() as stack:
             for module in dict.fromkeys((*outer, *layers)):
-                hook = module.register_forward_pre_hook(self._look, with_kwargs=True)
-                stack.callback(hook.remove)
+                look = in_this_thread(self._look)
+                stack.enter_context(module.register_forward_pre_hook(look, with_kwargs=True))
             for layer in dict.fromkeys(layers):  # one may stand in several places
-                hook = layer.register_forward_hook(self._count, always_call=False)
-                stack.callback(hook.remove)
+                count = in_this_thread(self._count)
+                stack.enter_context(layer.register_forward_hook(count))
             yield
         if not self._used:
             raise ValueError(
@@ -80,7 +81,6 @@ class LayoutCheck:
             )
         self._calls = self._rows.calls
 
-    @torch.compiler.disable
     def _look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = (*zip(inspect.signature(module.forward).parameters, args), *kwargs.items())
         for name, value in named:

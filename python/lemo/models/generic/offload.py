@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lemo.models.calls.per_thread import in_this_thread
 from lemo.models.memory.offload import LayerOffload, OffloadedPass, unpack
 
 __all__ = ["layers_of", "moving_by_layer"]
@@ -56,12 +58,7 @@ def moving_by_layer(offload: OffloadedPass, layers: list[nn.Module]) -> Iterator
 
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
-
-            def hook(
-                module: nn.Module, args: Any, kwargs: dict[str, Any], index: int = index
-            ) -> None:
-                enter(index, module, args, kwargs)
-
+            hook = in_this_thread(partial(enter, index))
             stack.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
         stack.enter_context(saved_tensors_hooks(pack, unpack))
         yield

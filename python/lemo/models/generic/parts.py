@@ -1,8 +1,6 @@
 """The parts of a model that the generic path asks for, found by Transformers' own conventions."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lemo.models.calls.interception import check_attention
-from lemo.models.generic.attention import is_registered, own_attention, register
+from lemo.models.generic.attention import own_attention
 
 __all__ = ["Parts"]
 
@@ -191,47 +189,6 @@ class Parts:
                 functions = [] if known else [ALL_ATTENTION_FUNCTIONS[name]]
             for function in functions:
                 check_attention(function, name)
-
-    # The attention that the decoder's layers look up
-
-    @property
-    def implementations(self) -> tuple[str, ...]:
-        """The names that the configurations have now."""
-        return tuple(config._attn_implementation for config in self.configs)
-
-    def check_installed(self, implementations: tuple[str, ...]) -> None:
-        """Refuses attention that was set after `install`, which returned `implementations`."""
-        for own, now in zip(implementations, self.implementations):
-            if not is_registered(now):
-                raise ValueError(
-                    f"attn_implementation: expected '{own}' as when lemo was enabled, got '{now}', "
-                    "which was set since and would run in place of lemo's; set it before "
-                    "lemo.enable"
-                )
-
-    def install(self) -> tuple[str, ...]:
-        """Puts lemo's attention in place of the decoder's; returns what was there before."""
-        before = self.implementations
-        self._set(tuple(map(register, before)))
-        return before
-
-    def restore(self, implementations: tuple[str, ...]) -> None:
-        """Puts back what `install` returned."""
-        self._set(implementations)
-
-    @contextmanager
-    def attending_by(self, implementations: tuple[str, ...]) -> Iterator[None]:
-        """Inside, the configurations name these implementations."""
-        before = self.implementations
-        self._set(implementations)
-        try:
-            yield
-        finally:
-            self._set(before)
-
-    def _set(self, implementations: tuple[str, ...]) -> None:
-        for config, name in zip(self.configs, implementations):
-            config._attn_implementation = {"": name}  # not those of its parts
 
 
 def _source(module: type[nn.Module]) -> str:

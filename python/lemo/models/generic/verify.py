@@ -85,7 +85,7 @@ def _verify_text(
             return
         own = {**arguments, "labels": of_kept, "attention_mask": kept.long()}
         # Other implementations drop masked tokens first, and count windows without them.
-        with forward.dense(), parts.attending_by(("eager",) * len(parts.configs)):
+        with forward.dense(), forward.names.eager():
             expected = own_forward(model, own).loss
 
         def choose(layout: BlockLayout) -> Selection:

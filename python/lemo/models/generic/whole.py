@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lemo.models.calls.interception import works_row_by_row
+from lemo.models.calls.per_thread import in_this_thread
 from lemo.models.generic.kept import KeptBatch
 
 __all__ = ["seeing_the_batch"]
@@ -56,7 +57,6 @@ def _embedding_all(
     given = [call[name] for name in ("input_ids", "token_type_ids") if call.get(name) is not None]
     replaced = False
 
-    @torch.compiler.disable
     def give_all(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         nonlocal replaced
         ids = args[0].reshape(-1)
@@ -64,13 +64,12 @@ def _embedding_all(
         replaced = whole is not None
         return (whole, *args[1:]) if replaced else None
 
-    @torch.compiler.disable
     def take_kept(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return kept.of(output) if replaced else output
 
     hooks = (
-        embedding.register_forward_pre_hook(give_all),
-        embedding.register_forward_hook(take_kept),
+        embedding.register_forward_pre_hook(in_this_thread(give_all)),
+        embedding.register_forward_hook(in_this_thread(take_kept)),
     )
     try:
         yield
@@ -89,7 +88,6 @@ def _depends_on_length(module: nn.Module) -> bool:
 def _with_position(rotation: nn.Module, largest: Tensor | int) -> Iterator[None]:
     """Inside, a rotation of rows sees one more position, whose tables it does not return."""
 
-    @torch.compiler.disable
     def add(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,15 +99,14 @@ def _with_position(rotation: nn.Module, largest: Tensor | int) -> Iterator[None]
             return args, {**kwargs, "position_ids": positions}
         return (args[0], positions, *args[2:]), kwargs
 
-    @torch.compiler.disable
     def take(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if torch.is_tensor(output):
             return output[..., :-1, :]
         return tuple(table[..., :-1, :] for table in output)
 
     hooks = (
-        rotation.register_forward_pre_hook(add, with_kwargs=True),
-        rotation.register_forward_hook(take),
+        rotation.register_forward_pre_hook(in_this_thread(add), with_kwargs=True),
+        rotation.register_forward_hook(in_this_thread(take)),
     )
     try:
         yield

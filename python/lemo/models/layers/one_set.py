@@ -39,13 +39,11 @@ class State(NamedTuple):
     Attributes:
         said: what they say of themselves and may say differently in another pass.
         tensors: all parameters that the layers, the last norm and the head read, in a fixed order.
-        has_hooks: whether gradients of those that are trained have hooks.
         merged: names of the adapters that are merged into the weight, by layer: PEFT's own lists.
     """
 
     said: Hashable
     tensors: list[Tensor]
-    has_hooks: bool
     merged: list[list[str]]
 
     @property
@@ -213,7 +211,6 @@ class OneSet:
             torch.is_autocast_enabled(device),
             torch.get_autocast_dtype(device),
             _switches(),
-            state.has_hooks,
             len(parameters),
             state.said,
         )
@@ -235,8 +232,6 @@ class OneSet:
         others = sorted(set(self.now.modes) - set(_CAPTURED_MODES))
         if others:
             return f"recompute '{others[0]}'"
-        if _has_hooks(parameters):
-            return "hooks on the gradients of parameters"
         if any(map(fp8_of, self.architecture.causal_lm.modules())):
             return "products in 8 bits"
         known = set(map(id, parameters))
@@ -287,10 +282,6 @@ def _switches() -> Hashable:
         matmul.allow_fp16_accumulation,
         torch.backends.cuda.preferred_blas_library(),
     )
-
-
-def _has_hooks(parameters: Sequence[Tensor]) -> bool:
-    return any(parameter._backward_hooks for parameter in parameters)
 
 
 def _linears(architecture: Architecture, index: int) -> Sequence[torch.nn.Module]:
@@ -376,7 +367,7 @@ def state_of(architecture: Architecture) -> State:
         read += active._parameters.values()
     tensors = [x for x in read if x is not None]
     said += [None if x is None else _described(x) for x in read]
-    return State(tuple(said), tensors, _has_hooks(_trained(tensors)), merged)
+    return State(tuple(said), tensors, merged)
 
 
 def _described(x: Tensor) -> Hashable:

@@ -27,8 +27,9 @@ class Fp8Products:
     Those of queries, keys, the last MLP and the head stay as they are.
 
     A weight's copy in 8 bits is made again where PEFT has merged adapters into the weight or
-    unloaded them, and where it was written to as a tensor. Other writes through `weight.data` are
-    not seen (a look at the values would wait for the GPU): enable again after them.
+    unloaded them, where it was written to as a tensor, and where it was trained for some passes.
+    Other writes through `weight.data` are not seen (a look at the values would wait for the GPU):
+    enable again after them.
 
     Args:
         architecture: access to the model.
@@ -88,6 +89,8 @@ class Fp8Products:
                     "products: expected 'dtype' where weights are sharded (fully_shard), whose "
                     f"copy in 8 bits would not be, got '{setting_of(self._fast)}'"
                 )
+        for layer in self._layers():
+            layer.follow_training()
         self._follow_mlps()
 
     def unquantised(self) -> dict[str, str]:

@@ -131,6 +131,16 @@ class Fp8Linear:
         """Frees the weight in 8 bits; the next product makes it anew."""
         self._weight = None
 
+    def follow_training(self) -> None:
+        """Frees the weight in 8 bits of a layer that is trained now.
+
+        Many optimizers write through `weight.data`, or by kernels of their own, which is no change
+        that a tensor counts. The layer may be frozen again.
+        """
+        weight: Any = self._module.weight
+        if weight.requires_grad:
+            self.drop()
+
     def begin_step(self, step: int) -> None:
         """Tells that optimizer step `step`, from 0, begins: some weights are rounded anew.
 
