@@ -27,6 +27,7 @@ from lemo.models.generic.layout import LayoutCheck, not_attending, states_of
 from lemo.models.generic.offload import layers_of, moving_by_layer
 from lemo.models.generic.parts import Parts
 from lemo.models.generic.row_by_row import check_row_by_row
+from lemo.models.generic.settings_checks import check_settings
 from lemo.models.generic.whole import seeing_the_batch
 from lemo.models.layers.architectures import is_known
 from lemo.models.layers.batch import Batch
@@ -51,7 +52,7 @@ from lemo.packing.batch import PackedBatch, shape_of
 from lemo.packing.blocks import BlockLayout, Selection
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.scorers import GivenScorer, LexicalScorer, RandomScorer, Scorer
-from lemo.settings.elimination import LayerwiseConfig, LemoConfig
+from lemo.settings.elimination import LemoConfig
 
 __all__ = ["GenericForward"]
 
@@ -563,39 +564,3 @@ def _choice(num_layers: int, config: LemoConfig) -> Choice:
         "given": GivenScorer,
     }
     return Choice(config, num_layers, scorers[config.scorer]())
-
-
-def check_settings(model: str, config: LemoConfig) -> None:
-    """Raises ValueError where settings ask for what needs the inside of layers.
-
-    Args:
-        model: the class of the model.
-        config: the settings.
-    """
-    asked: list[tuple[str, Any, str]] = []
-    if config.scorer not in ("auto", "random", "lexical", "given"):
-        asked.append(("scorer", config.scorer, "auto, random, lexical or given"))
-    if config.visible_keys != "kept":
-        asked.append(("visible_keys", config.visible_keys, "kept"))
-    if config.mask_loss is False:
-        asked.append(("mask_loss", False, "true"))
-    if config.recompute not in ("auto", "none"):
-        what = "auto; model.gradient_checkpointing_enable() recomputes"
-        asked.append(("recompute", config.recompute, what))
-    if config.host_memory and config.offload == "auto":
-        asked.append(
-            ("offload", "auto", "a share of each layer, or one for each, with host_memory")
-        )
-    if (config.head_groups or 1) > 1:
-        asked.append(("head_groups", config.head_groups, "null or 1"))
-    layerwise = config.layerwise
-    plain = LayerwiseConfig(keep_schedule=layerwise.keep_schedule, group_size=layerwise.group_size)
-    for name, default in plain:
-        got = getattr(layerwise, name)
-        if got != default:
-            asked.append((f"layerwise.{name}", got, f"{default}, one kept set for all layers"))
-    for name, got, expected in asked:
-        raise ValueError(
-            f"{name}: expected {expected} in the generic path, which runs the layers of {model} as "
-            f"they are, got {got}"
-        )
