@@ -100,7 +100,7 @@ class ChatEncoder:
     is found by what comes before it: the text of the messages so far with the header of an answer
     is the beginning of the whole text, and the answer, with the token that ends it, follows there.
     Some templates write earlier messages otherwise than the last one (without thoughts). Then an
-    answer begins behind its header, of which there are as many as answers, and ends with the same
+    answer begins behind the first header that follows the message before it, and ends with the same
     token, before the next message.
 
     Conversations that differ in contents alone are of one `Shape`. What a shape needs is looked for
@@ -298,9 +298,8 @@ class ChatEncoder:
         if self._is_marked(example):
             yield from self._marked(example)
             return
-        numbers = _answer_numbers(example)
-        for place, number in enumerate(numbers):
-            start = self._start(example, text, number, (place, len(numbers)))
+        for number in _answer_numbers(example):
+            start = self._start(example, text, number)
             last = number + 1 == len(messages)
             through = text if last else self._render(example, messages[: number + 1])
             if text.startswith(through):
@@ -319,8 +318,8 @@ class ChatEncoder:
                 yield start, end
         self._check_end(example, text[start:end], "the chat template")
 
-    def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
-        """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
+    def _start(self, example: Conversation, text: str, number: int) -> int:
+        """Where the answer of a message begins."""
         if number == 0:
             return self._start_of_first(example, text)
         before = self._render(example, example.messages[:number], header=True)
@@ -332,20 +331,39 @@ class ChatEncoder:
         # The header may say more than those of earlier answers have, such as the begin of thoughts.
         header = before[len(plain) :]
         if text.startswith(plain):
-            common = _common(text[len(plain) :], header)
-            return len(plain) + self._whole(header[:common])
+            begin = len(plain)
+            common = self._whole(header[: _common(text[begin:], header)])
+            if common:
+                return begin + common
+            # It is further on where the last message ends otherwise than one that others follow.
+            found = self._behind_header(example, text, number, header, begin)
+            return begin if found is None else found
         if not header:
             # The template has no header for an answer to come.
             return self._behind(example, text, number)
-        place, count = which
-        while header := header[: self._whole(header)]:
-            if text.count(header) == count:
-                at = -1
-                for _ in range(place + 1):
-                    at = text.index(header, at + 1)
-                return at + len(header)
-            header = header[:-1]
+        begin = self._limit(example, text, number - 1)
+        for content in _shown(example.messages[number - 1]):
+            at = text.find(content, begin)
+            if at >= 0:
+                found = self._behind_header(example, text, number, header, at + len(content))
+                if found is not None:
+                    return found
         raise self._not_found(example, number)
+
+    def _behind_header(
+        self, example: Conversation, text: str, number: int, header: str, begin: int
+    ) -> int | None:
+        """Where the first header behind `begin` ends, or what earlier answers have of it.
+
+        None: there is none in front of the content of message `number`.
+        """
+        limit = self._limit(example, text, number)
+        while header:
+            at = text.find(header, begin, limit)
+            if at >= 0:
+                return at + len(header)
+            header = header[: self._whole(header[:-1])]
+        return None
 
     def _start_of_first(self, example: Conversation, text: str) -> int:
         """Where an answer begins that no message comes before, of which templates make no text."""
@@ -365,7 +383,10 @@ class ChatEncoder:
 
     def _end(self, example: Conversation, text: str, number: int, start: int, through: str) -> int:
         """Where an answer ends that is written otherwise where more messages follow."""
-        limit = self._limit(example, text, number + 1)
+        later = range(number + 1, len(example.messages) + 1)
+        # Some templates gather messages, such as all of the system, in front of the others.
+        limits = (self._limit(example, text, other) for other in later)
+        limit = next((limit for limit in limits if limit > start), len(text))
         if limit == len(text):
             raise self._not_found(example, number)
         ending = through[: len(through.rstrip())]
@@ -373,12 +394,12 @@ class ChatEncoder:
         found = text.rfind(token, start, limit) if token else -1
         if found >= 0:
             return found + len(token)
-        content = example.messages[number]["content"].strip()
-        found = text.find(content, start, limit) if content else -1
-        if found < 0:
-            raise self._not_found(example, number)
-        end = found + len(content)
-        return end + self._special_length(text[end:limit])
+        for content in filter(None, _shown(example.messages[number])):
+            found = text.find(content, start, limit)
+            if found >= 0:
+                end = found + len(content)
+                return end + self._special_length(text[end:limit])
+        raise self._not_found(example, number)
 
     def _behind(self, example: Conversation, text: str, number: int) -> int:
         """Where message `number` begins: behind what follows the content of the one before it."""
@@ -523,6 +544,13 @@ class ChatEncoder:
 def _answer_numbers(example: Conversation) -> list[int]:
     """Numbers of the assistant's messages."""
     return [n for n, message in enumerate(example.messages) if message["role"] == "assistant"]
+
+
+def _shown(message: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a template may show of a content: all of it, what is behind its thought, or JSON."""
+    content = message["content"].strip()
+    answer = content.rpartition("</think>")[2].strip()
+    return content, answer, json.dumps(content, ensure_ascii=False)[1:-1]
 
 
 def _common(first: str, second: str) -> int:
