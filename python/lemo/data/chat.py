@@ -16,7 +16,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lemo.data.conversations import Conversation, Prompted, check_text
+from lemo.data.conversations import THOUGHTS, Conversation, Prompted, check_text
 from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
 from lemo.models.calls.labels import IGNORE_INDEX
 
@@ -570,7 +570,7 @@ def _thought(message: Mapping[str, Any]) -> str:
     before, mark, _ = message["content"].partition("</think>")
     if mark:
         return str(before.rpartition("<think>")[2].strip())
-    given = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
+    given = (message.get(name) for name in THOUGHTS)
     return next((thought.strip() for thought in given if isinstance(thought, str)), "")
 
 
