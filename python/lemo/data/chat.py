@@ -33,6 +33,9 @@ _NO_THOUGHT = (
 # As Transformers looks for marks.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
+# Whatever a row's variables of the template say, which may come from requests for an answer.
+_WHOLE = {"add_generation_prompt": False, "continue_final_message": False}
+
 # A text that no message begins with.
 _UNSEEN = "\U000f1e0f"
 
@@ -249,7 +252,7 @@ class ChatEncoder:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
-                **example.extra | settings,
+                **example.extra | _WHOLE | settings,
                 chat_template=self._template(example),
             )
         except Exception as error:
@@ -495,7 +498,7 @@ class ChatEncoder:
             [list(messages)],
             chat_template=self._template(example),
             return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **example.extra},
+            **{**self._tokenizer.special_tokens_map, **example.extra, **_WHOLE},
         )
         return texts[0], [(start, end) for start, end in places[0]]
 
