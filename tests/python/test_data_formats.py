@@ -80,6 +80,26 @@ def test_thoughts_before_calls_that_gptoss_leaves_out(result):
     ]
 
 
+@pytest.mark.parametrize("order", ["asausu", "auasus", "aasaus", "uausuas"])
+def test_messages_in_front_of_all_others_come_before_no_answer(order):
+    """DeepSeek's template gathers those of the system: what follows one is another answer's."""
+    tokenizer, messages = with_format("deepseek"), _said(order)
+    said = [m["content"] for m in messages if m["role"] == "assistant"]
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=messages))
+    answer = FORMATS["deepseek"].answer
+    assert answers_of(encoded, tokenizer) == [answer.format(text) for text in said]
+
+
+def test_an_end_in_the_thought_of_the_next_answer_ends_no_other():
+    tokenizer = with_template("qwen3")
+    messages = [USER, ASSISTANT, _thinks("I see <|im_end|> there.", ASSISTANT)]
+    encoded = ChatEncoder(tokenizer).encode(parsed(messages=messages))
+    assert answers_of(encoded, tokenizer) == [
+        "a<|im_end|>",
+        "<think>\nI see <|im_end|> there.\n</think>\n\na<|im_end|>",
+    ]
+
+
 def test_thoughts_in_contents_that_glm_leaves_out():
     """No token ends its answers: they end with what is shown of them."""
     tokenizer = with_template("glm4moe")

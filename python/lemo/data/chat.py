@@ -103,8 +103,8 @@ class ChatEncoder:
     is found by what comes before it: the text of the messages so far with the header of an answer
     is the beginning of the whole text, and the answer, with the token that ends it, follows there.
     Some templates write earlier messages otherwise than the last one (without thoughts). Then an
-    answer begins behind the first header that follows the message before it, and ends with the same
-    token, before the next message.
+    answer begins behind the first header that follows the messages before it, and ends with the
+    same token, before the next message.
 
     Conversations that differ in contents alone are of one `Shape`. What a shape needs is looked for
     once; a conversation whose text is of it needs that text only.
@@ -301,14 +301,17 @@ class ChatEncoder:
         if self._is_marked(example):
             yield from self._marked(example)
             return
-        for number in _answer_numbers(example):
-            start = self._start(example, text, number)
+        numbers = _answer_numbers(example)
+        starts: list[int] = []
+        for number, before in zip(numbers, [0, *numbers]):
+            starts.append(self._start(example, text, number, before, starts[-1] if starts else 0))
+        for number, start, behind in zip(numbers, starts, [*starts[1:], len(text)]):
             last = number + 1 == len(messages)
             through = text if last else self._render(example, messages[: number + 1])
             if text.startswith(through):
                 yield start, len(through)
             else:
-                yield start, self._end(example, text, number, start, through)
+                yield start, self._end(example, text, number, start, behind, through)
 
     def _answers(self, example: Conversation, text: str, spans: Sequence[Span]) -> Iterator[Span]:
         """The answers that are trained on, without what is behind the token that ends them."""
@@ -321,18 +324,21 @@ class ChatEncoder:
                 yield start, end
         self._check_end(example, text[start:end], "the chat template")
 
-    def _start(self, example: Conversation, text: str, number: int) -> int:
-        """Where the answer of a message begins."""
+    def _start(self, example: Conversation, text: str, number: int, before: int, begin: int) -> int:
+        """Where the answer of message `number` begins.
+
+        The answer before it is message `before` and begins at `begin`; both are 0 for the first.
+        """
         if number == 0:
             return self._start_of_first(example, text)
-        before = self._render(example, example.messages[:number], header=True)
-        if text.startswith(before):
-            return len(before)
+        asked = self._render(example, example.messages[:number], header=True)
+        if text.startswith(asked):
+            return len(asked)
         plain = self._render(example, example.messages[:number])
-        if not before.startswith(plain):
+        if not asked.startswith(plain):
             raise self._not_found(example, number)
         # The header may say more than those of earlier answers have, such as the begin of thoughts.
-        header = before[len(plain) :]
+        header = asked[len(plain) :]
         if text.startswith(plain):
             begin = len(plain)
             common = self._whole(header[: _common(text[begin:], header)])
@@ -344,14 +350,27 @@ class ChatEncoder:
         if not header:
             # The template has no header for an answer to come.
             return self._behind(example, text, number)
-        begin = self._limit(example, text, number - 1)
-        for content in _shown(example.messages[number - 1]):
-            at = text.find(content, begin)
-            if at >= 0:
-                found = self._behind_header(example, text, number, header, at + len(content))
-                if found is not None:
-                    return found
-        raise self._not_found(example, number)
+        # Whatever contents say, it is no header. Beside calls some templates take no content.
+        for other in range(before, number):
+            if "tool_calls" in example.messages[other]:
+                continue
+            end = self._behind_content(example, text, other)
+            if end is None:
+                raise self._not_found(example, number)
+            begin = max(begin, end)
+        found = self._behind_header(example, text, number, header, begin)
+        if found is None:
+            raise self._not_found(example, number)
+        return found
+
+    def _behind_content(self, example: Conversation, text: str, number: int) -> int | None:
+        """Where the content of a message ends; None: the template does not show it as it is."""
+        limit = self._limit(example, text, number)
+        for content in _shown(example.messages[number]):
+            found = text.find(content, limit)
+            if found >= 0:
+                return found + len(content)
+        return None
 
     def _behind_header(
         self, example: Conversation, text: str, number: int, header: str, begin: int
@@ -384,14 +403,20 @@ class ChatEncoder:
         ends = [header.rfind(token) + len(token) for token in self._special if token in header]
         return max([0, *ends, *(n for n, c in enumerate(header, start=1) if c.isspace())])
 
-    def _end(self, example: Conversation, text: str, number: int, start: int, through: str) -> int:
-        """Where an answer ends that is written otherwise where more messages follow."""
-        later = range(number + 1, len(example.messages) + 1)
+    def _end(
+        self, example: Conversation, text: str, number: int, start: int, behind: int, through: str
+    ) -> int:
+        """Where an answer ends that is written otherwise where more messages follow.
+
+        It begins at `start`, and the next answer at `behind`.
+        """
+        later = range(number + 1, len(example.messages))
         # Some templates gather messages, such as all of the system, in front of the others.
         limits = (self._limit(example, text, other) for other in later)
-        limit = next((limit for limit in limits if limit > start), len(text))
+        limit = next((limit for limit in limits if limit > start), 0)
         if limit == len(text):
             raise self._not_found(example, number)
+        limit = min(limit or len(text), behind)
         ending = through[: len(through.rstrip())]
         token = max((t for t in self._special if ending.endswith(t)), key=len, default="")
         found = text.rfind(token, start, limit) if token else -1
