@@ -6,9 +6,10 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lemo.data.conversations import THOUGHTS, Conversation, Prompted, check_text
+from lemo.data.conversations import Conversation, Prompted, check_text
+from lemo.data.search import AnswerSearch, answer_numbers, not_found, thought_of
 from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
 from lemo.models.calls.labels import IGNORE_INDEX
 
@@ -35,9 +37,6 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Whatever a row's variables of the template say, which may come from requests for an answer.
 _WHOLE = {"add_generation_prompt": False, "continue_final_message": False}
-
-# A text that no message begins with.
-_UNSEEN = "\U000f1e0f"
 
 # Texts that are tokenized at a time, and their characters, if one has not more alone. The tokenizer
 # shares them out among the cores.
@@ -99,12 +98,8 @@ class _Text(NamedTuple):
 class ChatEncoder:
     """Applies a chat template and finds the tokens of the answers.
 
-    They are those that the template marks as generated, where it marks any; otherwise each answer
-    is found by what comes before it: the text of the messages so far with the header of an answer
-    is the beginning of the whole text, and the answer, with the token that ends it, follows there.
-    Some templates write earlier messages otherwise than the last one (without thoughts). Then an
-    answer begins behind the first header that follows the messages before it, and ends with the
-    same token, before the next message.
+    They are those that the template marks as generated, where it marks any; otherwise they are
+    searched for (:class:`AnswerSearch`).
 
     Conversations that differ in contents alone are of one `Shape`. What a shape needs is looked for
     once; a conversation whose text is of it needs that text only.
@@ -279,7 +274,7 @@ class ChatEncoder:
     def _check_thoughts(self, example: Conversation, text: str) -> None:
         """A warning where the template leaves out a thought."""
         for number, message in enumerate(example.messages):
-            thought = _thought(message)
+            thought = thought_of(message)
             if thought and thought not in text:
                 self._warn(_NO_THOUGHT, number, example.place)
 
@@ -295,27 +290,17 @@ class ChatEncoder:
 
         Each that is not marked is with the token that ends it, and perhaps white space behind.
         """
-        messages = example.messages
         if self._everything:
             return
         if self._is_marked(example):
             yield from self._marked(example)
             return
-        numbers = _answer_numbers(example)
-        starts: list[int] = []
-        for number, before in zip(numbers, [0, *numbers]):
-            starts.append(self._start(example, text, number, before, starts[-1] if starts else 0))
-        for number, start, behind in zip(numbers, starts, [*starts[1:], len(text)]):
-            last = number + 1 == len(messages)
-            through = text if last else self._render(example, messages[: number + 1])
-            if text.startswith(through):
-                yield start, len(through)
-            else:
-                yield start, self._end(example, text, number, start, behind, through)
+        render = partial(self._render, example)
+        yield from AnswerSearch(example, text, render, self._special).spans()
 
     def _answers(self, example: Conversation, text: str, spans: Sequence[Span]) -> Iterator[Span]:
         """The answers that are trained on, without what is behind the token that ends them."""
-        numbers = _answer_numbers(example)
+        numbers = answer_numbers(example)
         start = end = 0
         for number, (start, end) in zip(numbers, spans, strict=True):
             end = start + self._trimmed(text[start:end])
@@ -323,133 +308,6 @@ class ChatEncoder:
                 self._check_answer(example, number, text[start:end])
                 yield start, end
         self._check_end(example, text[start:end], "the chat template")
-
-    def _start(self, example: Conversation, text: str, number: int, before: int, begin: int) -> int:
-        """Where the answer of message `number` begins.
-
-        The answer before it is message `before` and begins at `begin`; both are 0 for the first.
-        """
-        if number == 0:
-            return self._start_of_first(example, text)
-        asked = self._render(example, example.messages[:number], header=True)
-        if text.startswith(asked):
-            return len(asked)
-        plain = self._render(example, example.messages[:number])
-        if not asked.startswith(plain):
-            raise self._not_found(example, number)
-        # The header may say more than those of earlier answers have, such as the begin of thoughts.
-        header = asked[len(plain) :]
-        if text.startswith(plain):
-            begin = len(plain)
-            common = self._whole(header[: _common(text[begin:], header)])
-            if common:
-                return begin + common
-            # It is further on where the last message ends otherwise than one that others follow.
-            found = self._behind_header(example, text, number, header, begin)
-            return begin if found is None else found
-        if not header:
-            # The template has no header for an answer to come.
-            return self._behind(example, text, number)
-        # Whatever contents say, it is no header. Beside calls some templates take no content.
-        for other in range(before, number):
-            if "tool_calls" in example.messages[other]:
-                continue
-            end = self._behind_content(example, text, other)
-            if end is None:
-                raise self._not_found(example, number)
-            begin = max(begin, end)
-        found = self._behind_header(example, text, number, header, begin)
-        if found is None:
-            raise self._not_found(example, number)
-        return found
-
-    def _behind_content(self, example: Conversation, text: str, number: int) -> int | None:
-        """Where the content of a message ends; None: the template does not show it as it is."""
-        limit = self._limit(example, text, number)
-        for content in _shown(example.messages[number]):
-            found = text.find(content, limit)
-            if found >= 0:
-                return found + len(content)
-        return None
-
-    def _behind_header(
-        self, example: Conversation, text: str, number: int, header: str, begin: int
-    ) -> int | None:
-        """Where the first header behind `begin` ends, or what earlier answers have of it.
-
-        None: there is none in front of the content of message `number`.
-        """
-        limit = self._limit(example, text, number)
-        while header:
-            at = text.find(header, begin, limit)
-            if at >= 0:
-                return at + len(header)
-            header = header[: self._whole(header[:-1])]
-        return None
-
-    def _start_of_first(self, example: Conversation, text: str) -> int:
-        """Where an answer begins that no message comes before, of which templates make no text."""
-        limit = self._limit(example, text, 0)
-        _, _, header = self._render(example, example.messages, header=True).partition(text)
-        found = text.find(header, 0, limit) if header else -1
-        if found >= 0:
-            return found + len(header)
-        if limit == len(text) or _thought(example.messages[0]):
-            raise self._not_found(example, 0)
-        return limit
-
-    def _whole(self, header: str) -> int:
-        """Length of a part of a header up to where a special token or white space ends."""
-        ends = [header.rfind(token) + len(token) for token in self._special if token in header]
-        return max([0, *ends, *(n for n, c in enumerate(header, start=1) if c.isspace())])
-
-    def _end(
-        self, example: Conversation, text: str, number: int, start: int, behind: int, through: str
-    ) -> int:
-        """Where an answer ends that is written otherwise where more messages follow.
-
-        It begins at `start`, and the next answer at `behind`.
-        """
-        later = range(number + 1, len(example.messages))
-        # Some templates gather messages, such as all of the system, in front of the others.
-        limits = (self._limit(example, text, other) for other in later)
-        limit = next((limit for limit in limits if limit > start), 0)
-        if limit == len(text):
-            raise self._not_found(example, number)
-        limit = min(limit or len(text), behind)
-        ending = through[: len(through.rstrip())]
-        token = max((t for t in self._special if ending.endswith(t)), key=len, default="")
-        found = text.rfind(token, start, limit) if token else -1
-        if found >= 0:
-            return found + len(token)
-        for content in filter(None, _shown(example.messages[number])):
-            found = text.find(content, start, limit)
-            if found >= 0:
-                end = found + len(content)
-                return end + self._special_length(text[end:limit])
-        raise self._not_found(example, number)
-
-    def _behind(self, example: Conversation, text: str, number: int) -> int:
-        """Where message `number` begins: behind what follows the content of the one before it."""
-        messages = list(example.messages)
-        messages[number - 1] = messages[number - 1] | {"content": _UNSEEN}
-        _, shown, closing = self._render(example, messages[:number]).rpartition(_UNSEEN)
-        _, _, rest = self._render(example, messages).rpartition(_UNSEEN)
-        if not (shown and rest.startswith(closing) and text.endswith(rest)):
-            raise self._not_found(example, number)
-        return len(text) - len(rest) + len(closing)
-
-    def _limit(self, example: Conversation, text: str, number: int) -> int:
-        """A place in the header of message `number`, or where its content begins.
-
-        The end of the text where there is no such message, or the template does not show it.
-        """
-        messages = list(example.messages)
-        if number == len(messages):
-            return len(text)
-        messages[number] = messages[number] | {"content": _UNSEEN}
-        other = self._render(example, messages)
-        return _common(text, other)
 
     def _warn(self, message: str, *arguments: object) -> None:
         """A warning, once for each of its kind."""
@@ -460,7 +318,7 @@ class ChatEncoder:
     def _check_answer(self, example: Conversation, number: int, answer: str) -> None:
         for call in example.messages[number].get("tool_calls", ()):
             if call["function"]["name"] not in answer:
-                raise self._not_found(example, number)
+                raise not_found(example, number)
         for token in (*self._special, "<think>", "</think>"):
             answer = answer.replace(token, "")
         if not answer.strip():
@@ -476,19 +334,6 @@ class ChatEncoder:
             default=len(answer),
         )
         return last if not answer[last:].strip() else len(answer)
-
-    def _special_length(self, text: str) -> int:
-        """Length of the special token, after white space, that a text begins with; 0: none."""
-        skipped = len(text) - len(text.lstrip())
-        found = [token for token in self._special if text.startswith(token, skipped)]
-        return skipped + max(map(len, found)) if found else 0
-
-    @staticmethod
-    def _not_found(example: Conversation, number: int) -> ValueError:
-        return ValueError(
-            f"{example.place}: the answer of message {number} is not found in what the chat "
-            "template makes of the messages; use a template with generation marks"
-        )
 
     def _marked(self, example: Conversation) -> list[Span]:
         """What the template marks as generated."""
@@ -507,7 +352,7 @@ class ChatEncoder:
 
     def _check_end(self, example: Conversation, answer: str, what: str) -> None:
         """A warning where nothing follows the content of the last answer."""
-        last = example.messages[_answer_numbers(example)[-1]]["content"]
+        last = example.messages[answer_numbers(example)[-1]]["content"]
         if last.strip() and answer.endswith((last, last.rstrip())):
             self._warn(_NO_END, what)
 
@@ -567,39 +412,6 @@ class ChatEncoder:
             answer |= (lasts > start) & (begins < end)
         labels = numpy.where(answer, made, IGNORE_INDEX)
         return Encoded.of(made, labels, text.name)
-
-
-def _answer_numbers(example: Conversation) -> list[int]:
-    """Numbers of the assistant's messages."""
-    return [n for n, message in enumerate(example.messages) if message["role"] == "assistant"]
-
-
-def _shown(message: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a template may show of a content: all of it, what is behind its thought, or JSON."""
-    content = message["content"].strip()
-    answer = content.rpartition("</think>")[2].strip()
-    return content, answer, json.dumps(content, ensure_ascii=False)[1:-1]
-
-
-def _common(first: str, second: str) -> int:
-    """Characters that two texts begin with alike."""
-    alike, limit = 0, min(len(first), len(second))
-    while alike < limit:
-        middle = (alike + limit + 1) // 2
-        if first[alike:middle] == second[alike:middle]:
-            alike = middle
-        else:
-            limit = middle - 1
-    return alike
-
-
-def _thought(message: Mapping[str, Any]) -> str:
-    """The thought of a message, which templates put in front of its content; empty: it has none."""
-    before, mark, _ = message["content"].partition("</think>")
-    if mark:
-        return str(before.rpartition("<think>")[2].strip())
-    given = (message.get(name) for name in THOUGHTS)
-    return next((thought.strip() for thought in given if isinstance(thought, str)), "")
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:
