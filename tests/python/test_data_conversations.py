@@ -146,6 +146,44 @@ def test_texts_that_are_json_by_chance_are_texts():
         assert (asked.prompt, answered.completion) == (text, text)
 
 
+def test_lists_of_json_texts():
+    """As tables hold objects that have not all the same keys."""
+    tool, messages = {"name": "f", "parameters": {"a": 1}}, [USER, CALLS, ASSISTANT]
+    plain = parsed(messages=messages, tools=[tool])
+    assert parsed(messages=list(map(json.dumps, messages)), tools=[json.dumps(tool)]) == plain
+    called = CALLS | {"tool_calls": [json.dumps(CALL)]}
+    assert parsed(messages=[USER, called, ASSISTANT], tools=[tool]) == plain
+    asked = parsed(prompt=[json.dumps(USER)], completion=[json.dumps(ASSISTANT)])
+    assert asked.messages == (USER, ASSISTANT)
+
+
+def test_texts_have_nothing_for_a_template():
+    for nothing in (None, "", [], "[]"):
+        made = parsed(prompt="p", completion="c", system=nothing, tools=nothing)
+        assert made == parsed(prompt="p", completion="c")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        ("qwen2_5", "a<|im_end|>"),
+        ("qwen2_5_training", "a<|im_end|>"),
+        ("qwen3", "<think>\n\n</think>\n\na<|im_end|>"),
+        ("llama3", "a<|eot_id|>"),
+    ],
+)
+def test_answers_that_are_not_trained_on_may_be_empty(template, answer):
+    tokenizer = with_template(template)
+    empty = ASSISTANT | {"content": ""}
+    for record in (
+        {"messages": [USER, empty | {"weight": 0}, USER, ASSISTANT]},
+        {"messages": [USER, empty | {"train": False}, USER, ASSISTANT], "system": "s"},
+        {"prompt": [USER, empty, USER], "completion": [ASSISTANT]},
+    ):
+        encoded = ChatEncoder(tokenizer).encode(parsed(**record))
+        assert answers_of(encoded, tokenizer) == [answer]
+
+
 def test_answers_that_are_not_trained_on():
     system = {"role": "system", "content": "s"}
     turns = [USER, ASSISTANT | {"weight": 0}, USER, ASSISTANT | {"train": False}, USER, ASSISTANT]
@@ -189,7 +227,18 @@ def test_answers_that_are_not_trained_on():
         ({"messages": [USER, ASSISTANT | {"content": "\ud800"}]}, "half of a surrogate pair"),
         ({"instruction": "i", "output": None}, r"got the keys instruction, output \(null\)"),
         ({"instruction": "i", "output": " "}, "expected 'output' to be a text, got an empty one"),
-        ({"messages": [USER, ASSISTANT | {"content": ""}]}, r"messages\[1\] to have an answer"),
+        (
+            {"messages": [USER, ASSISTANT | {"content": ""}]},
+            r"message 1 \(assistant\) to have an a",
+        ),
+        (
+            {"messages": [USER, ASSISTANT | {"content": ""}], "system": "s"},
+            "message 1 .* an answer",
+        ),
+        (
+            {"prompt": "p", "completion": "c", "system": "s", "tools": '[{"name": "f"}]'},
+            "expected nothing for a chat template beside .* texts, .* got 'system', 'tools'; put",
+        ),
         ({"prompt": 3, "completion": "a"}, "expected 'prompt' to be a text or a list of messages"),
         ({"prompt": "p", "completion": "c", "label": False}, "got preference data .*'label'"),
         ({"prompt": "p", "completion": "c", "label": "True"}, "got preference data .*'label'"),

@@ -414,11 +414,12 @@ def test_white_space_of_answers_has_labels():
         assert answers_of(encoded, tokenizer) == [f"{around}{answer}<|im_end|>{around}"]
 
 
-def test_variables_of_a_template_do_not_change_what_it_is_asked_for():
-    tokenizer = with_template("qwen2_5")
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen2_5_training"])
+@pytest.mark.parametrize("name", ["add_generation_prompt", "continue_final_message", "tokenize"])
+def test_variables_of_a_template_do_not_change_what_it_is_asked_for(template, name):
+    tokenizer = with_template(template)
     plain = ChatEncoder(tokenizer).encode(parsed(messages=TURNS))
-    variables = {"add_generation_prompt": True, "tokenize": True}
-    example = parsed(messages=TURNS, chat_template_kwargs=variables)
+    example = parsed(messages=TURNS, chat_template_kwargs={name: True})
     assert ChatEncoder(tokenizer).encode(example) == plain
 
 

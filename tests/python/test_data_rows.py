@@ -182,3 +182,69 @@ def test_a_first_group_of_a_parquet_file_without_rows(tmp_path):
     assert [row.record["text"] for row in read_rows(tmp_path / "some.parquet")] == ["a", "b", "c"]
     with pytest.raises(ValueError, match=r"none\.parquet' holds no row"):
         list(read_rows(tmp_path / "none.parquet"))
+
+
+def test_columns_that_nobody_reads(tmp_path):
+    """Of types that datasets does not know, and images, which it decodes by default."""
+    texts = {"prompt": ["p", "q"], "completion": ["c", "d"]}
+    others = {
+        "tags": pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        "uuid": pyarrow.array([b"0" * 16, None], pyarrow.uuid()),
+        "views": pyarrow.array([[1], []], pyarrow.list_view(pyarrow.int8())),
+    }
+    parquet.write_table(pyarrow.table(texts | others), tmp_path / "d.parquet")
+    image = [{"bytes": b"no image", "path": None}] * 2
+    strings = dict.fromkeys(texts, datasets.Value("string"))
+    for name, feature in (("one", datasets.Image()), ("list", datasets.List(datasets.Image()))):
+        made = datasets.Dataset.from_dict(
+            texts | {"image": image if name == "one" else [image, []]},
+            features=datasets.Features(strings | {"image": feature}),
+        )
+        made.to_parquet(tmp_path / f"{name}.parquet")
+        made.save_to_disk(tmp_path / name)
+    for name in ("d.parquet", "one.parquet", "list.parquet", "one", "list"):
+        made = [parse_example(row) for row in read_rows(tmp_path / name)]
+        assert [(each.prompt, each.completion) for each in made] == [("p", "c"), ("q", "d")]
+
+
+def test_messages_of_every_type_of_arrow(tmp_path):
+    text, large = pyarrow.string(), pyarrow.large_string()
+    fields = [pyarrow.struct([("role", kind), ("content", kind)]) for kind in (text, large)]
+    code = pyarrow.dictionary(pyarrow.int8(), text)
+    kinds = [
+        pyarrow.list_(fields[0]),
+        pyarrow.large_list(fields[1]),
+        pyarrow.list_(fields[0], 2),
+        pyarrow.list_view(fields[0]),
+        pyarrow.list_(pyarrow.map_(text, text)),
+        pyarrow.list_(pyarrow.struct([("role", code), ("content", pyarrow.string_view())])),
+    ]
+    for number, kind in enumerate(kinds):
+        said = [USER, ASSISTANT]
+        if pyarrow.types.is_map(kind.value_type):
+            said = [list(message.items()) for message in said]
+        column = pyarrow.array([said], kind)
+        parquet.write_table(pyarrow.table({"messages": column}), tmp_path / f"{number}.parquet")
+        [row] = read_rows(tmp_path / f"{number}.parquet")
+        assert parse_example(row).messages == (USER, ASSISTANT), kind
+
+
+def test_json_in_tables_is_as_it_was_written(tmp_path):
+    """What is null in it is no empty cell."""
+    tool = {"name": "f", "parameters": {"default": None}}
+    record = {"messages": [USER, CALLS, ASSISTANT], "tools": [tool]}
+    features = datasets.Features({name: datasets.List(datasets.Json()) for name in record})
+    made = datasets.Dataset.from_list([record], features=features)
+    made.to_parquet(tmp_path / "d.parquet")
+    made.save_to_disk(tmp_path / "folder")
+    for name in ("d.parquet", "folder"):
+        [row] = read_rows(tmp_path / name)
+        assert row.record == record
+
+
+def test_columns_of_parquet_differ(tmp_path):
+    columns = [pyarrow.array([text]) for text in "pqc"]
+    table = pyarrow.table(columns, names=["prompt", "prompt", "completion"])
+    parquet.write_table(table, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"expected columns that differ, got 'prompt' twice"):
+        list(read_rows(tmp_path / "d.parquet"))

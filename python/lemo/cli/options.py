@@ -54,8 +54,6 @@ def show_messages(screen: Console) -> None:
     show_own_messages(screen)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # Its readers log the errors that they raise. (It is not imported for this, which takes long.)
-    logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     # Its layers in 8 bits say at every call that they cast their input.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)

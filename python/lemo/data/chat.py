@@ -6,9 +6,10 @@ import json
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lemo.data.conversations import Conversation, Prompted, check_text
+from lemo.data.search import AnswerSearch, answer_numbers, not_found, thought_of
 from lemo.data.shapes import Shape, Span, StandIn, with_stand_ins
 from lemo.models.calls.labels import IGNORE_INDEX
 
@@ -33,8 +35,8 @@ _NO_THOUGHT = (
 # As Transformers looks for marks.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-# A text that no message begins with.
-_UNSEEN = "\U000f1e0f"
+# Whatever a row's variables of the template say, which may come from requests for an answer.
+_WHOLE = {"add_generation_prompt": False, "continue_final_message": False}
 
 # Texts that are tokenized at a time, and their characters, if one has not more alone. The tokenizer
 # shares them out among the cores.
@@ -96,12 +98,8 @@ class _Text(NamedTuple):
 class ChatEncoder:
     """Applies a chat template and finds the tokens of the answers.
 
-    They are those that the template marks as generated, where it marks any; otherwise each answer
-    is found by what comes before it: the text of the messages so far with the header of an answer
-    is the beginning of the whole text, and the answer, with the token that ends it, follows there.
-    Some templates write earlier messages otherwise than the last one (without thoughts). Then an
-    answer begins behind its header, of which there are as many as answers, and ends with the same
-    token, before the next message.
+    They are those that the template marks as generated, where it marks any; otherwise they are
+    searched for (:class:`AnswerSearch`).
 
     Conversations that differ in contents alone are of one `Shape`. What a shape needs is looked for
     once; a conversation whose text is of it needs that text only.
@@ -249,7 +247,7 @@ class ChatEncoder:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
-                **example.extra | settings,
+                **example.extra | _WHOLE | settings,
                 chat_template=self._template(example),
             )
         except Exception as error:
@@ -276,7 +274,7 @@ class ChatEncoder:
     def _check_thoughts(self, example: Conversation, text: str) -> None:
         """A warning where the template leaves out a thought."""
         for number, message in enumerate(example.messages):
-            thought = _thought(message)
+            thought = thought_of(message)
             if thought and thought not in text:
                 self._warn(_NO_THOUGHT, number, example.place)
 
@@ -292,25 +290,17 @@ class ChatEncoder:
 
         Each that is not marked is with the token that ends it, and perhaps white space behind.
         """
-        messages = example.messages
         if self._everything:
             return
         if self._is_marked(example):
             yield from self._marked(example)
             return
-        numbers = _answer_numbers(example)
-        for place, number in enumerate(numbers):
-            start = self._start(example, text, number, (place, len(numbers)))
-            last = number + 1 == len(messages)
-            through = text if last else self._render(example, messages[: number + 1])
-            if text.startswith(through):
-                yield start, len(through)
-            else:
-                yield start, self._end(example, text, number, start, through)
+        render = partial(self._render, example)
+        yield from AnswerSearch(example, text, render, self._special).spans()
 
     def _answers(self, example: Conversation, text: str, spans: Sequence[Span]) -> Iterator[Span]:
         """The answers that are trained on, without what is behind the token that ends them."""
-        numbers = _answer_numbers(example)
+        numbers = answer_numbers(example)
         start = end = 0
         for number, (start, end) in zip(numbers, spans, strict=True):
             end = start + self._trimmed(text[start:end])
@@ -318,89 +308,6 @@ class ChatEncoder:
                 self._check_answer(example, number, text[start:end])
                 yield start, end
         self._check_end(example, text[start:end], "the chat template")
-
-    def _start(self, example: Conversation, text: str, number: int, which: tuple[int, int]) -> int:
-        """Where the answer of a message begins, which is number `which[0]` of `which[1]`."""
-        if number == 0:
-            return self._start_of_first(example, text)
-        before = self._render(example, example.messages[:number], header=True)
-        if text.startswith(before):
-            return len(before)
-        plain = self._render(example, example.messages[:number])
-        if not before.startswith(plain):
-            raise self._not_found(example, number)
-        # The header may say more than those of earlier answers have, such as the begin of thoughts.
-        header = before[len(plain) :]
-        if text.startswith(plain):
-            common = _common(text[len(plain) :], header)
-            return len(plain) + self._whole(header[:common])
-        if not header:
-            # The template has no header for an answer to come.
-            return self._behind(example, text, number)
-        place, count = which
-        while header := header[: self._whole(header)]:
-            if text.count(header) == count:
-                at = -1
-                for _ in range(place + 1):
-                    at = text.index(header, at + 1)
-                return at + len(header)
-            header = header[:-1]
-        raise self._not_found(example, number)
-
-    def _start_of_first(self, example: Conversation, text: str) -> int:
-        """Where an answer begins that no message comes before, of which templates make no text."""
-        limit = self._limit(example, text, 0)
-        _, _, header = self._render(example, example.messages, header=True).partition(text)
-        found = text.find(header, 0, limit) if header else -1
-        if found >= 0:
-            return found + len(header)
-        if limit == len(text) or _thought(example.messages[0]):
-            raise self._not_found(example, 0)
-        return limit
-
-    def _whole(self, header: str) -> int:
-        """Length of a part of a header up to where a special token or white space ends."""
-        ends = [header.rfind(token) + len(token) for token in self._special if token in header]
-        return max([0, *ends, *(n for n, c in enumerate(header, start=1) if c.isspace())])
-
-    def _end(self, example: Conversation, text: str, number: int, start: int, through: str) -> int:
-        """Where an answer ends that is written otherwise where more messages follow."""
-        limit = self._limit(example, text, number + 1)
-        if limit == len(text):
-            raise self._not_found(example, number)
-        ending = through[: len(through.rstrip())]
-        token = max((t for t in self._special if ending.endswith(t)), key=len, default="")
-        found = text.rfind(token, start, limit) if token else -1
-        if found >= 0:
-            return found + len(token)
-        content = example.messages[number]["content"].strip()
-        found = text.find(content, start, limit) if content else -1
-        if found < 0:
-            raise self._not_found(example, number)
-        end = found + len(content)
-        return end + self._special_length(text[end:limit])
-
-    def _behind(self, example: Conversation, text: str, number: int) -> int:
-        """Where message `number` begins: behind what follows the content of the one before it."""
-        messages = list(example.messages)
-        messages[number - 1] = messages[number - 1] | {"content": _UNSEEN}
-        _, shown, closing = self._render(example, messages[:number]).rpartition(_UNSEEN)
-        _, _, rest = self._render(example, messages).rpartition(_UNSEEN)
-        if not (shown and rest.startswith(closing) and text.endswith(rest)):
-            raise self._not_found(example, number)
-        return len(text) - len(rest) + len(closing)
-
-    def _limit(self, example: Conversation, text: str, number: int) -> int:
-        """A place in the header of message `number`, or where its content begins.
-
-        The end of the text where there is no such message, or the template does not show it.
-        """
-        messages = list(example.messages)
-        if number == len(messages):
-            return len(text)
-        messages[number] = messages[number] | {"content": _UNSEEN}
-        other = self._render(example, messages)
-        return _common(text, other)
 
     def _warn(self, message: str, *arguments: object) -> None:
         """A warning, once for each of its kind."""
@@ -411,7 +318,7 @@ class ChatEncoder:
     def _check_answer(self, example: Conversation, number: int, answer: str) -> None:
         for call in example.messages[number].get("tool_calls", ()):
             if call["function"]["name"] not in answer:
-                raise self._not_found(example, number)
+                raise not_found(example, number)
         for token in (*self._special, "<think>", "</think>"):
             answer = answer.replace(token, "")
         if not answer.strip():
@@ -427,19 +334,6 @@ class ChatEncoder:
             default=len(answer),
         )
         return last if not answer[last:].strip() else len(answer)
-
-    def _special_length(self, text: str) -> int:
-        """Length of the special token, after white space, that a text begins with; 0: none."""
-        skipped = len(text) - len(text.lstrip())
-        found = [token for token in self._special if text.startswith(token, skipped)]
-        return skipped + max(map(len, found)) if found else 0
-
-    @staticmethod
-    def _not_found(example: Conversation, number: int) -> ValueError:
-        return ValueError(
-            f"{example.place}: the answer of message {number} is not found in what the chat "
-            "template makes of the messages; use a template with generation marks"
-        )
 
     def _marked(self, example: Conversation) -> list[Span]:
         """What the template marks as generated."""
@@ -458,7 +352,7 @@ class ChatEncoder:
 
     def _check_end(self, example: Conversation, answer: str, what: str) -> None:
         """A warning where nothing follows the content of the last answer."""
-        last = example.messages[_answer_numbers(example)[-1]]["content"]
+        last = example.messages[answer_numbers(example)[-1]]["content"]
         if last.strip() and answer.endswith((last, last.rstrip())):
             self._warn(_NO_END, what)
 
@@ -474,7 +368,7 @@ class ChatEncoder:
             [list(messages)],
             chat_template=self._template(example),
             return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **example.extra},
+            **{**self._tokenizer.special_tokens_map, **example.extra, **_WHOLE},
         )
         return texts[0], [(start, end) for start, end in places[0]]
 
@@ -518,32 +412,6 @@ class ChatEncoder:
             answer |= (lasts > start) & (begins < end)
         labels = numpy.where(answer, made, IGNORE_INDEX)
         return Encoded.of(made, labels, text.name)
-
-
-def _answer_numbers(example: Conversation) -> list[int]:
-    """Numbers of the assistant's messages."""
-    return [n for n, message in enumerate(example.messages) if message["role"] == "assistant"]
-
-
-def _common(first: str, second: str) -> int:
-    """Characters that two texts begin with alike."""
-    alike, limit = 0, min(len(first), len(second))
-    while alike < limit:
-        middle = (alike + limit + 1) // 2
-        if first[alike:middle] == second[alike:middle]:
-            alike = middle
-        else:
-            limit = middle - 1
-    return alike
-
-
-def _thought(message: Mapping[str, Any]) -> str:
-    """The thought of a message, which templates put in front of its content; empty: it has none."""
-    before, mark, _ = message["content"].partition("</think>")
-    if mark:
-        return str(before.rpartition("<think>")[2].strip())
-    given = (message.get(name) for name in ("reasoning_content", "reasoning", "thinking"))
-    return next((thought.strip() for thought in given if isinstance(thought, str)), "")
 
 
 def _with_texts_of_arguments(message: dict[str, Any]) -> dict[str, Any]:

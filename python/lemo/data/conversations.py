@@ -9,7 +9,7 @@ from typing import Any
 
 from lemo.data.rows import Row, keys_of
 
-__all__ = ["FORMS", "Conversation", "Prompted", "check_text", "parse_example"]
+__all__ = ["FORMS", "THOUGHTS", "Conversation", "Prompted", "check_text", "parse_example"]
 
 FORMS = (
     "'messages' (or 'conversations'), 'prompt' and 'completion', 'instruction' and 'output', "
@@ -31,6 +31,11 @@ _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 # Roles whose text is a call of a tool, as JSON.
 _CALLS = ("function_call", "tool_call")
 _PREFERENCES = ("chosen", "rejected")
+# What different templates call a thought.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Lists of objects for chat templates, and what else is for them alone.
+_LISTS = ("tools", "documents", "functions")
+_BESIDE = ("system", *_LISTS)
 _LONGEST_SHOWN = 200  # characters of a value in a message
 
 
@@ -75,15 +80,15 @@ def parse_example(row: Row) -> Conversation | Prompted | None:
     {"role", "content"} or ShareGPT's {"from", "value"}, with `system`, `tools` and
     `chat_template_kwargs` beside them); `prompt` and `completion` (two texts, or two lists of
     messages); `instruction`, `input` and `output` (a user's message and its answer, after earlier
-    pairs in `history`); `text`. Lists and objects may be given as JSON texts.
+    pairs in `history`); `text`. Lists, objects and what is in lists may be given as JSON texts.
 
     All messages of the assistant are answers, but for those inside a `prompt`, and those with a
     `weight` of 0 or `train` false.
 
     Raises:
         ValueError: none of these, preference data, a message without a role or text, an empty
-            answer, no answer. The message names file, line, what was expected and the keys that
-            are there.
+            answer, no answer, `system` or `tools` beside texts. The message names file, line, what
+            was expected and the keys that are there.
     """
     record = {name: value for name, value in row.record.items() if value is not None}
     if any(name in record for name in _PREFERENCES):
@@ -115,10 +120,16 @@ def _conversation(
         raise ValueError(
             f"{row.place}: expected a message of the assistant, got messages of {roles} only"
         )
-    left_out = {number + len(told) - len(messages) for number in context}
+    added = len(told) - len(messages)
+    left_out = {number + added for number in context}
     for number, message in enumerate(told):
         if not _take_weight(row, number, message) and number in answers:
             left_out.add(number)
+        if number in answers and number not in left_out and not _says_something(message):
+            raise ValueError(
+                f"{row.place}: expected message {number - added} (assistant) to have an answer, "
+                "got an empty 'content'; leave it out, or give it a 'weight' of 0"
+            )
     if left_out.issuperset(answers):
         raise ValueError(
             f"{row.place}: expected an answer to train on, got none but in the prompt or with a "
@@ -159,8 +170,8 @@ def _take_weight(row: Row, number: int, message: dict[str, Any]) -> bool:
 
 def _extra(row: Row) -> dict[str, Any]:
     """Further variables of the template."""
-    record, names = row.record, ("tools", "documents", "functions")
-    found: dict[str, Any] = {name: _objects(row, name) for name in names if record.get(name)}
+    record = row.record
+    found: dict[str, Any] = {name: _objects(row, name) for name in _LISTS if record.get(name)}
     # Templates write of tools that are given, also where the list is empty.
     extra = {name: value for name, value in found.items() if value}
     functions = [{"type": "function", "function": each} for each in extra.pop("functions", ())]
@@ -177,6 +188,7 @@ def _extra(row: Row) -> dict[str, Any]:
 
 def _objects(row: Row, name: str) -> list[Any]:
     value = _parsed(row.record[name])
+    value = [_parsed(each) for each in value] if isinstance(value, list) else value
     if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
         raise ValueError(
             f"{row.place}: expected '{name}' to be a list of objects, got {_shown(value)}"
@@ -205,6 +217,7 @@ def _messages(row: Row, name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
+    entry = _parsed(entry)
     if not isinstance(entry, Mapping):
         raise ValueError(f"{row.place}: expected {where} to be an object, got {_shown(entry)}")
     message = {name: value for name, value in entry.items() if value is not None}
@@ -240,8 +253,6 @@ def _message(row: Row, where: str, entry: Any) -> dict[str, Any]:
             + (keys_of(message) if content is None else type(content).__name__)
         )
     check_text(row.place, where, content)
-    if role == "assistant" and not (content.strip() or _says_more(message)):
-        raise ValueError(f"{row.place}: expected {where} to have an answer, got an empty 'content'")
     return message | {"role": role, "content": content}
 
 
@@ -251,15 +262,16 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
-def _says_more(message: Mapping[str, Any]) -> bool:
-    """Whether the assistant says something besides the content: a call, a thought."""
-    return any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a content, a call or a thought."""
+    more = any(message.get(name) for name in ("tool_calls", *THOUGHTS))
+    return more or bool(message["content"].strip())
 
 
 def _tool_calls(row: Row, where: str, calls: Any) -> list[dict[str, Any]]:
     """Calls as chat templates expect them, with arguments that are objects where they can be."""
     made = []
-    for call in calls if isinstance(calls, list | tuple) else [calls]:
+    for call in map(_parsed, calls if isinstance(calls, list | tuple) else [calls]):
         function = call.get("function", call) if isinstance(call, Mapping) else call
         name = function.get("name") if isinstance(function, Mapping) else None
         if not isinstance(name, str) or not name:
@@ -301,6 +313,13 @@ def _prompted(row: Row) -> Conversation | Prompted:
             check_text(row.place, name, text)
         if not completion.strip():
             raise ValueError(f"{row.place}: expected 'completion' to be a text, got an empty one")
+        beside = [f"'{name}'" for name in _BESIDE if _parsed(row.record.get(name))]
+        if beside:
+            raise ValueError(
+                f"{row.place}: expected nothing for a chat template beside a 'prompt' and a "
+                f"'completion' that are texts, which have none, got {', '.join(beside)}; put it "
+                "into the prompt, or give lists of messages"
+            )
         return Prompted(prompt, completion, row.place, row.name)
     asked, answered = (
         _messages(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import glob
 import gzip
 import json
 import lzma
@@ -22,7 +21,7 @@ SUPPORTED = (
     "datasets.save_to_disk"
 )
 
-_ROWS_AT_A_TIME = 256  # of Parquet
+_ROWS_AT_A_TIME = 256  # of Arrow's tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +130,14 @@ def _parse_line(line: bytes, place: str, name: str) -> Row:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = _twice([name for name, _ in pairs])
         raise ValueError(f"an object has the key '{twice}' twice")
     return made
+
+
+def _twice(names: list[str]) -> str | None:
+    """The first name that is there twice."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
@@ -181,8 +184,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         rows = csv.reader(file, strict=True)
         try:
             names = next(rows, [])
-            if len(set(names)) != len(names):
-                twice = next(name for name in names if names.count(name) > 1)
+            if (twice := _twice(names)) is not None:
                 raise ValueError(f"{path}: expected columns that differ, got '{twice}' twice")
             number = 0
             for cells in rows:
@@ -203,38 +205,63 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    # The datasets library takes a second to import; only tables and folders need it.
-    import datasets
+    # Not by the datasets library: it refuses a file for any column whose type it does not know.
+    from pyarrow import parquet
 
     damaged = f"{path}: cannot be read as parquet"
     with naming(damaged):
-        # A stream: no copy of the file is left in the library's cache. It takes names as patterns.
-        # By default it reads as many rows at a time as the first row group has, which may be none.
-        name = glob.escape(str(path))
-        table = datasets.load_dataset(
-            "parquet", data_files=name, split="train", streaming=True, batch_size=_ROWS_AT_A_TIME
-        )
-        rows = iter(table)
-    yield from _rows(rows, path, damaged)
+        file = parquet.ParquetFile(path)
+    with file:
+        yield from _rows(file.iter_batches(_ROWS_AT_A_TIME), path, damaged)
 
 
-def _rows(rows: Iterator[dict[str, Any]], path: Path, damaged: str) -> Iterator[Row]:
+def _rows(tables: Iterator[Any], path: Path, damaged: str) -> Iterator[Row]:
+    """Rows of tables of Arrow, one after the other."""
     number = 0
     while True:
         with naming(damaged, StopIteration):
             try:
-                record = next(rows)
+                records = _records(next(tables))
             except StopIteration:
                 return
-        yield Row(_present(record), f"{path}: row {number}", f"{path.name}:{number}")
-        number += 1
+        for record in records:
+            yield Row(record, f"{path}: row {number}", f"{path.name}:{number}")
+            number += 1
 
 
-def _present(value: Any) -> Any:
-    """A cell without what is null: tables give each object the keys of all others."""
-    if isinstance(value, dict):
-        return {name: _present(inner) for name, inner in value.items() if inner is not None}
-    return [_present(inner) for inner in value] if isinstance(value, list) else value
+def _records(table: Any) -> list[dict[str, Any]]:
+    """Rows without what is null, at any depth: tables give each object the keys of all others."""
+    names = table.schema.names
+    if (twice := _twice(names)) is not None:
+        raise ValueError(f"expected columns that differ, got '{twice}' twice")
+    made: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
+    for name, column in zip(names, table.columns):
+        reader = _value_reader(column.type)
+        for record, value in zip(made, column.to_pylist()):
+            if value is not None:
+                record[name] = reader(value)
+    return made
+
+
+def _value_reader(kind: Any) -> Callable[[Any], Any]:
+    """What takes nulls out of values of a type of Arrow, and reads those that are JSON."""
+    from pyarrow import types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return json.loads
+    if types.is_struct(kind):
+        fields = {kind.field(n).name: kind.field(n).type for n in range(kind.num_fields)}
+        readers = {name: _value_reader(inner) for name, inner in fields.items()}
+        return lambda value: {
+            name: readers[name](inner) for name, inner in value.items() if inner is not None
+        }
+    if types.is_map(kind):
+        reader = _value_reader(kind.item_type)
+        return lambda value: {name: reader(inner) for name, inner in value if inner is not None}
+    if types.is_nested(kind) and hasattr(kind, "value_type"):
+        element = _value_reader(kind.value_type)
+        return lambda value: [None if inner is None else element(inner) for inner in value]
+    return lambda value: value
 
 
 def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
@@ -255,9 +282,10 @@ def _read_folder(folder: Path, argument: str) -> Iterator[Row]:
         # Of no rows the library writes no file, which it cannot load.
         if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
             return
-        # Plain values of all columns: a format that was set stays in the folder.
-        dataset = datasets.load_from_disk(str(folder)).with_format(None)
-    yield from _rows(iter(dataset), folder, damaged)
+        # All columns, as they are stored: a format that was set stays in the folder, and by default
+        # the library decodes images and sound, which nobody reads here.
+        dataset = datasets.load_from_disk(str(folder)).with_format("arrow")
+    yield from _rows(dataset.iter(_ROWS_AT_A_TIME), folder, damaged)
 
 
 def keys_of(record: Mapping[str, Any]) -> str:
