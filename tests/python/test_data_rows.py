@@ -248,3 +248,40 @@ def test_columns_of_parquet_differ(tmp_path):
     parquet.write_table(table, tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"expected columns that differ, got 'prompt' twice"):
         list(read_rows(tmp_path / "d.parquet"))
+
+
+def write_shards(folder, split, count, of=None):
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        text = "".join(json.dumps({"text": f"{split} {number} {row}"}) + "\n" for row in range(2))
+        (folder / f"{split}-{number:05}-of-{of or count:05}.jsonl").write_text(text)
+
+
+def test_shards_are_one_file(tmp_path):
+    """Of a folder, or of one of its splits."""
+    write_shards(tmp_path / "one", "train", 3)
+    (tmp_path / "one" / "README.md").write_text("about it")
+    expected = [f"train {number} {row}" for number in range(3) for row in range(2)]
+    for path in (tmp_path / "one", tmp_path / "one" / "train"):
+        assert [row.record["text"] for row in read_rows(path)] == expected
+    assert [row.place for row in read_rows(tmp_path / "one")][2].endswith("00001-of-00003.jsonl:1")
+    write_shards(tmp_path / "one", "test", 1)
+    assert [row.record["text"] for row in read_rows(tmp_path / "one" / "train")] == expected
+    with pytest.raises(
+        ValueError, match="holds several splits, name one of them: .*/test, .*/train"
+    ):
+        read_rows(tmp_path / "one")
+
+
+def test_tables_in_shards_are_read_too(tmp_path):
+    for number, text in enumerate("ab"):
+        table = pyarrow.table({"text": [text]})
+        parquet.write_table(table, tmp_path / f"train-{number:05}-of-00002-0a1b2c.parquet")
+    assert [row.record["text"] for row in read_rows(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("count", "of"), [(2, 3), (3, 2)])
+def test_every_shard_has_to_be_there(tmp_path, count, of):
+    write_shards(tmp_path, "train", count, of)
+    with pytest.raises(ValueError, match=rf"expected {of} shards in .*, each of them once, got "):
+        read_rows(tmp_path)

@@ -10,15 +10,17 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lemo.data.reading import naming
+from lemo.data.shards import shards_at
 from lemo.data.xz import open_xz
 
 SUPPORTED = (
-    ".jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, .parquet, .txt or a folder written by "
-    "datasets.save_to_disk"
+    ".jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, .parquet, .txt, a folder written by "
+    "datasets.save_to_disk or one of shards (train-00000-of-00002.parquet and so on)"
 )
 
 _ROWS_AT_A_TIME = 256  # of Arrow's tables
@@ -40,7 +42,7 @@ class Row:
 
 
 def read_rows(path: str | Path, argument: str = "documents") -> Iterator[Row]:
-    """Yields the rows of a file or of a datasets folder, in their order.
+    """Yields the rows of a file, of a datasets folder or of shards, in their order.
 
     A text file is one row whose `text` is the file. A JSON file is a list of objects, an object
     that holds one such list (as `data`), objects line by line, or one object. A cell of a table
@@ -53,9 +55,13 @@ def read_rows(path: str | Path, argument: str = "documents") -> Iterator[Row]:
     Raises:
         FileNotFoundError: there is nothing at `path`.
         ValueError: unsupported kind of file; a broken line (the message names file and line); no
-            row at all.
+            row at all; as of `shards_at`.
     """
     path = Path(path)
+    shards = shards_at(path, argument)
+    if shards:
+        readers = [(_reader(shard, argument), shard) for shard in shards]
+        return _never_empty(path, chain.from_iterable(r(shard) for r, shard in readers), argument)
     if not path.exists():
         raise FileNotFoundError(f"{argument}: expected {SUPPORTED}, but '{path}' does not exist")
     return _never_empty(path, _reader(path, argument)(path), argument)

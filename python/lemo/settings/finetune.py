@@ -63,7 +63,8 @@ class FinetuneConfig(Settings):
     model: Place = Field(description="Folder or hub name of the causal language model.")
     documents: Place = Field(
         description="What to train on, documents or conversations: a .jsonl, .jsonl.xz, .jsonl.gz, "
-        ".json, .csv, .parquet or .txt file, or a folder written by datasets.save_to_disk."
+        ".json, .csv, .parquet or .txt file, a folder written by datasets.save_to_disk, or one of "
+        "shards."
     )
     labels: Literal["answers", "all"] = Field(
         "answers",

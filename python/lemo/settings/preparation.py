@@ -148,8 +148,8 @@ class PrepareConfig(PredictorSettings):
     model: Place = Field(description="Folder or hub name of the causal language model.")
     documents: Place = Field(
         description="What to learn from: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, .parquet or "
-        ".txt file, or a folder written by datasets.save_to_disk. For target relevance: "
-        "conversations, or prompts with completions."
+        ".txt file, a folder written by datasets.save_to_disk, or one of shards. For target "
+        "relevance: conversations, or prompts with completions."
     )
     output: Place = Field(description="Folder to write.")
     heads: Place | None = Field(

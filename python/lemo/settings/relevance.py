@@ -19,7 +19,8 @@ class HeadsConfig(Settings):
     model: Place = Field(description="Folder or hub name of the causal language model.")
     documents: Place = Field(
         description="Texts to plant facts in: a .jsonl, .jsonl.xz, .jsonl.gz, .json, .csv, "
-        ".parquet or .txt file, or a folder written by datasets.save_to_disk. The first 4000 "
+        ".parquet or .txt file, a folder written by datasets.save_to_disk, or one of shards. "
+        "The first 4000 "
         "characters of each are not used."
     )
     output: Place = Field(description="File to write.")
