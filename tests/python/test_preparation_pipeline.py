@@ -377,7 +377,7 @@ def test_broken_json(copy):
     file = copy / "predictor.json"
     for content in (file.read_text()[:50], "[" * 100000):
         file.write_text(content)
-        with pytest.raises(ValueError, match=r"predictor\.json is not JSON"):
+        with pytest.raises(ValueError, match=r"predictor\.json: expected JSON, got "):
             predictors.load(copy)
 
 
