@@ -88,6 +88,8 @@ def naming_file(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
+        elif isinstance(error.filename, bytes):  # as TensorBoard has it
+            error.filename = os.fsdecode(error.filename)
         raise
 
 
@@ -110,8 +112,12 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            # Nobody knows the temporary file, which is gone.
+            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 

@@ -40,6 +40,15 @@ pytestmark = pytest.mark.cpu_only
 OWN = re.compile(r"a\.txt|b\.txt")
 
 
+@pytest.mark.parametrize("folder", ["absent", "file"])
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path, folder):
+    (tmp_path / "file").touch()
+    path = tmp_path / folder / "a.txt"
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        write_file(path, "content")
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
+
+
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
     (tmp_path / "far").mkdir()
     target, link = tmp_path / "far" / "target", tmp_path / "link"
