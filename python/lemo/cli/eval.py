@@ -30,7 +30,7 @@ def eval(
         str,
         typer.Option(
             help="How a model is extended that is shorter than the longest of --lengths (by one "
-            "factor for all of them), unless its adapter says: linear, yarn, dynamic."
+            "factor for all of them), unless its adapter says: linear, yarn, dynamic or none."
         ),
     ] = "none",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
