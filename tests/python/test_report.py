@@ -455,8 +455,10 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_run_and_missing_log(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected the folder of a run, got .*absent"):
-        load_run(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    for name, fault in (("absent", "does not exist"), ("file", "is a file")):
+        with pytest.raises(FileNotFoundError, match=f"the folder of a run.*{name}' {fault}"):
+            load_run(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"expected the step log .*log\.jsonl"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="runs: expected at least one run"):

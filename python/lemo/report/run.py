@@ -215,9 +215,8 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"run: expected the folder of a run, got '{folder}', which does not exist"
-        )
+        fault = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"run: expected the folder of a run, but '{folder}' {fault}")
     records, broken = _read_records(folder / LOG_NAME)
     config = read_yaml(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     return Run(
