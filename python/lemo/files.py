@@ -88,6 +88,8 @@ def naming_file(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
+        elif isinstance(error.filename, bytes):  # as TensorBoard has it
+            error.filename = os.fsdecode(error.filename)
         raise
 
 
@@ -110,8 +112,12 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            # Nobody knows the temporary file, which is gone.
+            error.filename, error.filename2 = str(path), None
         raise
     _sync_folder(path.parent)
 
@@ -131,10 +137,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     the files of the new one moves over. A link stays, the folder that it leads to is replaced.
     """
     path = Path(os.path.realpath(path))
-    temporary, aside = (path.with_name(f".{path.name}.{ending}") for ending in ("tmp", "old"))
-    if aside.is_dir():
-        # Left by a process that was killed between the moves below.
-        _merge(aside, path)
+    restore_folder(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -143,16 +147,39 @@ def new_folder(path: Path) -> Iterator[Path]:
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         _sync_folder(temporary)
-        # A folder that is not empty cannot be replaced in one move: the old one steps aside first.
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
+        put_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def put_folder(new: Path, path: Path) -> None:
+    """Move the folder ``new`` to ``path``, in the place of a folder that may be there.
+
+    What the old folder holds besides the files of the new one moves over. Where this fails the old
+    one is back in its place; where the process is killed, `restore_folder` puts it back.
+    """
+    try:
+        # A folder that is not empty cannot be replaced in one move: the old one steps aside first.
+        if path.exists():
+            os.replace(path, _aside(path))
+        os.replace(new, path)
+    except BaseException:
+        restore_folder(path)
+        raise
     _sync_folder(path.parent)
+    restore_folder(path)
+
+
+def restore_folder(path: Path) -> None:
+    """Put back what `put_folder` moved away from ``path``, or what of it the new one lacks."""
+    aside = _aside(path)
     if aside.is_dir():
         _merge(aside, path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def foreign(folder: Path, own: re.Pattern[str]) -> list[Path]:

@@ -1,5 +1,6 @@
 """Settings on the command line, and the lines that progress prints."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -9,10 +10,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lemo.cli import options
-from lemo.cli.finetune import collect_settings
+from lemo.cli.finetune import completed
 from lemo.cli.from_settings import Given, with_settings
 from lemo.cli.options import apply_assignments, check_choice, parse_integers
 from lemo.cli.progress import StepProgress, describe, duration
+from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.preparation import PrepareConfig
 
 # The command line.
@@ -50,7 +52,7 @@ def test_command_line_over_file_over_defaults(tmp_path):
         "steps: 1\nseed: 1\nelimination: {keep: 0.25, block_size: 8}\n"
     )
     given = Given(tmp_path / "c.yaml", {"steps": 2}, ["elimination.keep=0.75"])
-    settings = collect_settings(given, dense=False)
+    settings = completed(given, dense=False).collected()
     assert settings == {"steps": 2, "seed": 1, "elimination": {"keep": 0.75, "block_size": 8}}
 
 
@@ -70,14 +72,41 @@ def test_set_over_options_over_file(tmp_path):
         options.collect_settings(None, {"elimination": 3, "elimination.keep": 0.5}, [])
 
 
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        ('{"format": "lemo-heads", "seed": 1}', "unknown setting 'format'"),
+        ('{"steps": "many"}', "steps: expected an integer"),
+        ('{"elimination": {"keep": 2}}', r"elimination\.keep: expected a number in \[0, 1\]"),
+    ],
+)
+def test_a_fault_of_the_file_names_the_file(tmp_path, content, fault):
+    config = tmp_path / "c.json"
+    config.write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(config))}: {fault}"):
+        Given(config, {"output": "o"}, []).settings(FinetuneConfig)
+
+
+def test_a_fault_of_an_option_names_no_file(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: m\nsteps: many\n")
+    needed = {"documents": "d", "output": "o"}
+    given = Given(config, needed | {"steps": 2}, ["rank=x"])
+    with pytest.raises(ValueError, match="^rank: expected"):
+        given.settings(PrepareConfig)
+    with pytest.raises(ValueError, match="^documents: expected a value, got none"):
+        Given(config, {"output": "o", "steps": 2}, []).settings(PrepareConfig)
+    assert Given(config, needed | {"steps": 2}, []).settings(PrepareConfig).steps == 2
+
+
 def test_dense_turns_elimination_off(tmp_path):
     (tmp_path / "c.yaml").write_text("elimination: {keep: 0.25}\n")
     given = Given(tmp_path / "c.yaml", {}, [])
-    assert collect_settings(given, dense=True) == {"elimination": None}
+    assert completed(given, dense=True).collected() == {"elimination": None}
     with pytest.raises(ValueError, match="--dense: expected no setting of elimination"):
-        collect_settings(Given(None, {}, ["elimination.keep=1"]), dense=True)
+        completed(Given(None, {}, ["elimination.keep=1"]), dense=True)
     with pytest.raises(ValueError, match="beside it, got 'elimination.predictor'"):
-        collect_settings(Given(None, {"elimination.predictor": "p"}, []), dense=True)
+        completed(Given(None, {"elimination.predictor": "p"}, []), dense=True)
 
 
 def test_integers():

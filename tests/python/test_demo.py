@@ -11,7 +11,9 @@ from peft import PeftModel
 from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from lemo.cli.main import app
 from lemo.data import open_training_data, read_documents
 from lemo.demo.base import BaseConfig, train_base
 from lemo.demo.corpus import python_sources, train_tokenizer, write_corpus
@@ -270,3 +272,8 @@ def test_failure_of_a_fine_tuning_is_told_with_its_reason(tmp_path):
     config = FinetuneConfig(model=str(tmp_path / "absent"), documents="x", output=str(tmp_path))
     with pytest.raises(ChildProcessError, match=r"fine-tuning 'dense'.*absent.* is neither"):
         run_method("dense", config, tmp_path / "dense.yaml", Silent())
+
+
+def test_help_has_the_steps_that_are_taken():
+    shown = CliRunner().invoke(app, ["demo", "--help"], env={"COLUMNS": "200"}).output
+    assert f"{DemoSettings().steps}, or {DemoSettings.quick().steps} with --quick" in shown

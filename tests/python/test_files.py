@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,16 @@ import pytest
 import torch
 
 from lemo import files
-from lemo.files import json_text, lock, new_folder, remove_folder, updating, write_file
+from lemo.files import (
+    json_text,
+    lock,
+    new_folder,
+    put_folder,
+    remove_folder,
+    restore_folder,
+    updating,
+    write_file,
+)
 from lemo.planner.shape import ModelShape
 from lemo.planner.timing import Rates
 from lemo.training import calibration
@@ -28,6 +38,15 @@ from source_tree import ROOT
 pytestmark = pytest.mark.cpu_only
 
 OWN = re.compile(r"a\.txt|b\.txt")
+
+
+@pytest.mark.parametrize("folder", ["absent", "file"])
+def test_a_file_that_cannot_be_written_is_named_itself(tmp_path, folder):
+    (tmp_path / "file").touch()
+    path = tmp_path / folder / "a.txt"
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        write_file(path, "content")
+    assert (caught.value.filename, caught.value.filename2) == (str(path), None)
 
 
 def test_a_link_stays_and_its_target_is_replaced(tmp_path):
@@ -100,6 +119,43 @@ def test_a_folder_that_is_replaced_keeps_what_only_it_has(tmp_path):
     assert (tmp_path / "folder" / "a.txt").read_text() == "new"
     assert (tmp_path / "folder" / "notes").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def _replaced(tmp_path, end) -> Path:
+    """An old folder in whose place a new one was being put when ``end`` was called."""
+    place, new = tmp_path / "folder", tmp_path / "new"
+    for folder in (place, new):
+        folder.mkdir()
+        (folder / "a.txt").write_text(folder.name)
+    child = os.fork()
+    if not child:
+        move = os.replace
+
+        def first_move(*paths):
+            move(*paths)
+            end()
+
+        files.os.replace = first_move
+        try:
+            put_folder(new, place)
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return place
+
+
+def test_a_kill_between_two_moves_loses_nothing(tmp_path):
+    place = _replaced(tmp_path, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    assert not place.exists()
+    restore_folder(place)
+    assert (place / "a.txt").read_text() == "folder"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new"]
+
+
+def test_an_interrupt_between_two_moves_puts_the_old_folder_back(tmp_path):
+    place = _replaced(tmp_path, lambda: signal.raise_signal(signal.SIGINT))
+    assert (place / "a.txt").read_text() == "folder"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "new"]
 
 
 def test_only_own_files_are_removed(tmp_path):

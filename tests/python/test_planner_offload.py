@@ -1,6 +1,7 @@
 """Plans with a share of activations on the host: bytes, times, the best of all, refusals."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -343,7 +344,19 @@ def test_a_plan_with_the_host(tmp_path, capsys):
     assert "of 64.0 GiB" in out
 
 
-def test_rates_of_an_earlier_version_are_measured_again(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rates: rates.pop("link"),  # as an earlier version wrote it
+        lambda rates: rates.update(bytes=0),
+        lambda rates: rates.update(launch=-1e-5),
+        lambda rates: rates.update(products=math.inf),
+        lambda rates: rates.update(attention=None),
+        lambda rates: rates.update(attention="1e9"),
+        lambda rates: rates.update(link=True),
+    ],
+)
+def test_rates_that_are_not_whole_are_measured_again(monkeypatch, tmp_path, change):
     monkeypatch.setattr(calibration, "FOLDER", tmp_path)
     device = torch.device("cpu")
     monkeypatch.setattr(calibration, "measure", lambda *_: RATES)
@@ -352,7 +365,7 @@ def test_rates_of_an_earlier_version_are_measured_again(monkeypatch, tmp_path):
     path = tmp_path / "rates.json"
     content = json.loads(path.read_text())
     for rates in content.values():
-        del rates["link"]
+        change(rates)
     path.write_text(json.dumps(content))
     assert stored_rates(SHAPE, device, torch.float32) is None
 

@@ -204,6 +204,24 @@ def test_output_is_not_replaced_unless_asked(made, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["old"]
 
 
+def test_what_a_killed_run_had_moved_away_is_put_back(made, tmp_path):
+    model, folder, _ = made
+    target, aside = tmp_path / "p", tmp_path / ".p.old"
+    shutil.copytree(folder, aside)
+    with pytest.raises(FileExistsError, match=r"output: .* exists"):
+        prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS)
+    assert predictors.load(target).num_layers == 3
+    target.rename(aside)
+
+    def stop(stage, done, total, message):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(model, windows(4, 0), windows(2, 1), target, SETTINGS, True, report=stop)
+    assert predictors.load(target).num_layers == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["p"]
+
+
 @pytest.mark.parametrize("neighbours", [[], ["predictor.json", "predictor.safetensors"]])
 def test_overwrite_replaces_nobody_elses_folder(made, tmp_path, neighbours):
     model, folder, _ = made
@@ -359,7 +377,7 @@ def test_broken_json(copy):
     file = copy / "predictor.json"
     for content in (file.read_text()[:50], "[" * 100000):
         file.write_text(content)
-        with pytest.raises(ValueError, match=r"predictor\.json is not JSON"):
+        with pytest.raises(ValueError, match=r"predictor\.json: expected JSON, got "):
             predictors.load(copy)
 
 

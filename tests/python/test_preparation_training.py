@@ -16,6 +16,7 @@ from lemo.preparation.ranking import Budget, kept_set_recall, ranking_loss
 from lemo.preparation.training import fit
 from lemo.selection.scorers.paper.exact import mlp_token_scores, token_means
 from lemo.settings.preparation import PredictorSettings
+from limits import largest_file
 
 HIDDEN, BLOCK = 24, 8
 
@@ -367,6 +368,13 @@ def test_feature_store_gives_back_what_was_added(tmp_path):
         assert mlp.subset([1]).token_scores[0].numel() == windows[1]
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size == sum(windows) * FeatureStore.bytes_of_token(2, HIDDEN)
+
+
+def test_feature_store_names_the_file_that_the_disk_does_not_take(tmp_path):
+    store = FeatureStore(tmp_path, num_layers=1, hidden_size=HIDDEN, block_size=BLOCK)
+    layout = BlockLayout.from_seqlens([BLOCK], BLOCK)
+    with largest_file(10), pytest.raises(OSError, match=r"features\.0\.mlp\.bf16"):
+        store.add(0, "mlp", torch.zeros(BLOCK, HIDDEN), torch.zeros(BLOCK), layout)
 
 
 def test_feature_store_refuses_what_is_not_finite(tmp_path):

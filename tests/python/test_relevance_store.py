@@ -204,7 +204,7 @@ def description(**changes):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "expected JSON, got "),
         ("{}", "was not written by `lemo relevance scores`"),
         ('{"format": "lemo-scores", "version": 9}', "expected version 1, got 9"),
         ('{"format": "lemo-scores", "version": 1, "block_size": "a"}', "'block_size': expected"),

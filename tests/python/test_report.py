@@ -84,7 +84,7 @@ def test_settings_that_follow_the_data_are_shown_as_they_were(tmp_path):
     (folder / "elimination.json").write_text(json.dumps(resolved))
     assert summary_table([load_run(folder)])[0][1] == ["lemo, keep 0.25, lexical scores"]
     (folder / "elimination.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"elimination\.json: expected an object, got list"):
+    with pytest.raises(ValueError, match=r"elimination\.json: elimination: expected settings, got"):
         load_run(folder)
 
 
@@ -414,6 +414,21 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
             r"metrics\.json: row 0: field 'exact': expected a number, got 'all'",
         ),
         ("elimination.json", "9" * 5000, r"elimination\.json: expected JSON, got "),
+        (
+            "elimination.json",
+            '{"layerwise": null}',
+            r"elimination\.json: layerwise: expected settings, got NoneType",
+        ),
+        (
+            "config.yaml",
+            "elimination: 3\n",
+            r"config\.yaml: elimination: expected settings, got int",
+        ),
+        (
+            "config.yaml",
+            "elimination: {layerwise: [1]}\n",
+            r"config\.yaml: layerwise: expected settings, got list",
+        ),
         ("plan.json", '{"modes": [], "kept_bytes": [1e999]}', r"plan\.json: expected modes, "),
         (
             "kept_map.json",
@@ -440,8 +455,10 @@ def test_bad_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_run_and_missing_log(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"expected the folder of a run, got .*absent"):
-        load_run(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    for name, fault in (("absent", "does not exist"), ("file", "is a file")):
+        with pytest.raises(FileNotFoundError, match=f"the folder of a run.*{name}' {fault}"):
+            load_run(tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"expected the step log .*log\.jsonl"):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="runs: expected at least one run"):

@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lemo.training.adapter import base_model_name, load_adapter, trained_config
-from lemo.training.model import MODEL_CONFIG, load_config, load_model
+from lemo.training.model import MODEL_CONFIG, load_config, load_model, write_adapter
+from limits import largest_file
 from tiny import save_tiny_llama
 
 # Loading alone.
@@ -49,6 +50,12 @@ def test_all_of_an_adapter_is_loaded(model_folder, folder):
     assert torch.equal(loaded(ids).logits, expected(ids).logits)
     with loaded.disable_adapter():
         assert not torch.equal(loaded(ids).logits, expected(ids).logits)
+
+
+def test_a_configuration_that_the_disk_does_not_take_is_named(model_folder, tmp_path):
+    model = get_peft_model(base(model_folder), LoraConfig(target_modules=["q_proj"]))
+    with largest_file(400), pytest.raises(OSError, match=r"adapter_config\.json"):
+        write_adapter(model, {"one": torch.zeros(1)}, tmp_path)
 
 
 def without(weights, part):

@@ -1,5 +1,6 @@
 """Run folders: one process at a time, what is lemo's to remove, moved and renamed ones."""
 
+import errno
 import json
 import os
 import shutil
@@ -197,6 +198,32 @@ def test_overwrite_removes_nothing_that_lemo_did_not_write(inputs, run, stranger
     finetune(settings(inputs, run, overwrite=True, steps=1))
     assert len(losses(run)) == 1
     assert not (run / "relevance.json").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter", "checkpoints", "checkpoints/step-4", "tensorboard"])
+def test_overwrite_removes_nothing_where_a_part_would_stay(inputs, run, monkeypatch, name):
+    """Root may remove everything, so that the system's answer is given here."""
+    allowed, locked = os.access, run / name
+    locked.mkdir(exist_ok=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked and allowed(path, mode))
+    before = snapshot(run)
+    with pytest.raises(PermissionError, match=f"overwrite: '{run / name}' cannot be changed"):
+        finetune(settings(inputs, run, overwrite=True))
+    assert snapshot(run) == before
+
+
+def test_results_are_shown_where_no_file_takes_them(inputs, finished, monkeypatch, capsys):
+    def full(path, rows):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("lemo.training.metrics.add_metrics", full)
+    given = ["--documents", inputs / "d.jsonl", "--lengths", "64", "--device", "cpu"]
+    with pytest.raises(SystemExit) as end:
+        main([str(each) for each in ["eval", "--adapter", finished, *given]])
+    shown = capsys.readouterr()
+    assert end.value.code == 1
+    assert "last quarter" in shown.out
+    assert f"No space left on device: {finished / 'metrics.json'}" in shown.err
 
 
 def test_overwrite_leaves_nothing_that_tells_of_the_earlier_run(inputs, finished, tmp_path):

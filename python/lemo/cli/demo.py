@@ -19,7 +19,11 @@ def demo(
     ] = Path("runs/demo"),
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of dense LoRA; lemo gets as many, then the same time."),
+        typer.Option(
+            min=1,
+            help="Steps of dense LoRA; lemo gets as many, then the same time.",
+            show_default="30, or 3 with --quick",
+        ),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny sizes: shows that everything runs, no more.")

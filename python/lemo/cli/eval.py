@@ -30,7 +30,7 @@ def eval(
         str,
         typer.Option(
             help="How a model is extended that is shorter than the longest of --lengths (by one "
-            "factor for all of them), unless its adapter says: linear, yarn, dynamic."
+            "factor for all of them), unless its adapter says: linear, yarn, dynamic or none."
         ),
     ] = "none",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -72,30 +72,29 @@ def eval(
     run = None if adapter is None or find_adapter(adapter) == adapter else adapter
     if model is None and adapter is not None:
         model = (run and recorded_model(run)) or base_model_name(adapter)
-    with (
-        reading(run) as writable,
-        Progress(console=screen, disable=not screen.is_terminal) as progress,
-    ):
+    with reading(run) as writable:
         if run is not None and writable:
             read_metrics(run / METRICS_NAME)  # What cannot be added to is refused before.
-        task = progress.add_task("windows", total=None)
-        results = (evaluate_answers if has_answers(documents) else evaluate)(
-            model,
-            documents,
-            wanted,
-            adapter=adapter,
-            rope_scaling=rope_scaling,
-            dtype=dtype,
-            device=device,
-            limit=limit,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        with Progress(console=screen, disable=not screen.is_terminal) as progress:
+            task = progress.add_task("windows", total=None)
+            results = (evaluate_answers if has_answers(documents) else evaluate)(
+                model,
+                documents,
+                wanted,
+                adapter=adapter,
+                rope_scaling=rope_scaling,
+                dtype=dtype,
+                device=device,
+                limit=limit,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        # On the screen first: no file that cannot be written loses them.
+        options.result_console().print(_table(results))
         results = [row | {"source": absolute(documents)} for row in results]
+        if output is not None:
+            write_metrics(output, results)
         if run is not None and writable:
             add_metrics(run / METRICS_NAME, results)
-    options.result_console().print(_table(results))
-    if output is not None:
-        write_metrics(output, results)
 
 
 def _table(results: list[dict[str, Any]]) -> Any:

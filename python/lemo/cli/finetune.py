@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -48,11 +48,10 @@ def finetune(
     --resume alone a run goes on with the settings it was started with; settings that are given must
     not differ from them.
     """
-    settings = collect_settings(given, dense, fp8)
+    wanted = completed(given, dense, fp8).settings(FinetuneConfig)
 
     from lemo.training.processes import process_group
 
-    wanted = FinetuneConfig.from_dict(settings)
     with process_group():
         _run(wanted)
 
@@ -79,8 +78,8 @@ def _run(wanted: FinetuneConfig) -> None:
     screen.print(printable(f"adapter: {result.folder / ADAPTER_NAME}"))
 
 
-def collect_settings(given: Given, dense: bool, fp8: bool = False) -> dict[str, Any]:
-    """The settings of a run, with what --resume, --dense, --fp8, --predictor and the like mean.
+def completed(given: Given, dense: bool, fp8: bool = False) -> Given:
+    """The same with what --resume, --dense, --fp8, --predictor and the like mean.
 
     Args:
         given: what the command line says. A resumed run without a file takes its own.
@@ -89,8 +88,7 @@ def collect_settings(given: Given, dense: bool, fp8: bool = False) -> dict[str, 
 
     Raises:
         FileNotFoundError: no run to resume.
-        ValueError: a setting of elimination beside `dense`; two scorers; others as for
-            :func:`lemo.cli.options.collect_settings`.
+        ValueError: a setting of elimination beside `dense`; two scorers.
     """
     config, values = given.config, dict(given.options)
     if config is None and values.get("resume") and "output" in values:
@@ -113,4 +111,4 @@ def collect_settings(given: Given, dense: bool, fp8: bool = False) -> dict[str, 
                     f"--dense: expected no setting of elimination beside it, got '{name}'"
                 )
         values["elimination"] = None
-    return options.collect_settings(config, values, given.assignments)
+    return Given(config, values, given.assignments)

@@ -9,16 +9,18 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TypeVar, Union
 
 import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lemo.cli.options import collect_settings, parse_integers
-from lemo.settings.base import Settings, fields_of
+from lemo.settings.base import Settings, fields_of, read_yaml
 
 __all__ = ["Given", "with_settings"]
+
+S = TypeVar("S", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,20 @@ class Given:
     def collected(self) -> dict[str, Any]:
         """Settings from --set, over the other options, over the file."""
         return collect_settings(self.config, self.options, self.assignments)
+
+    def settings(self, cls: type[S]) -> S:
+        """The same, checked.
+
+        Raises:
+            ValueError: as of the constructor; what is wrong with the file itself names it.
+        """
+        values = self.collected()
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            if self.config is not None and str(error) in cls.faults(read_yaml(self.config)):
+                raise ValueError(f"{self.config}: {error}") from None
+            raise
 
 
 def with_settings(

@@ -25,7 +25,7 @@ def prepare(given: Given) -> None:
     sub-block of each layer of the frozen model, with thresholds, as in the paper. Settings come
     from --set, then from the other options, then from --config, then from the defaults.
     """
-    settings = PrepareConfig.from_dict(given.collected())
+    settings = given.settings(PrepareConfig)
 
     from lemo.cli.progress import StageProgress
     from lemo.preparation.documents import prepare_from_documents, prepare_from_examples

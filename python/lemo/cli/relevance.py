@@ -37,7 +37,7 @@ def heads(given: Given) -> None:
     Facts are planted in the documents and asked for behind them. Settings come from --set, then
     from the other options, then from --config, then from the defaults.
     """
-    wanted = HeadsConfig.from_dict(given.collected())
+    wanted = given.settings(HeadsConfig)
 
     from lemo.cli.progress import StageProgress
     from lemo.preparation.heads import find_heads_in_documents
@@ -63,7 +63,7 @@ def scores(given: Given) -> None:
     with --resume goes on where one was interrupted. Settings come from --set, then from the other
     options, then from --config, then from the defaults.
     """
-    wanted = ScoresConfig.from_dict(given.collected())
+    wanted = given.settings(ScoresConfig)
 
     from lemo.cli.progress import StageProgress
     from lemo.preparation.scores import score_examples

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lemo.files import write_file
+from lemo.files import read_json, write_file
 from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
@@ -192,10 +192,7 @@ def content_digest(folder: str | Path) -> str:
 
 
 def _read_description(file: Path) -> dict[str, Any]:
-    try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"predictor: {file} is not JSON: {error}") from None
+    description = read_json(file, f"predictor: {file}")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"predictor: {file} was not written by 'lemo prepare'")
     if description.get("version") != VERSION:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.files import naming_file
 from lemo.models.layers.capture import capture_sub_blocks
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors.modules import KINDS
@@ -127,7 +128,8 @@ class FeatureStore:
         rows = x.detach().to("cpu", torch.bfloat16).contiguous()
         # Ordinary writes, not stores through a mapping: a full disk must raise, not kill the
         # process.
-        with self._file(layer, kind).open("ab") as file:
+        path = self._file(layer, kind)
+        with naming_file(path), path.open("ab") as file:
             file.write(rows.view(torch.uint8).numpy().data)
 
     def end_window(self, tokens: int) -> None:

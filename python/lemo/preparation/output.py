@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lemo.files import put_folder, restore_folder
 from lemo.predictors.storage import DESCRIPTION_FILE, WEIGHTS_FILE
 from lemo.settings.preparation import PredictorSettings
 
@@ -18,10 +19,13 @@ __all__ = ["check_output", "description_of", "publish", "work_folder"]
 def check_output(output: Path, overwrite: bool) -> None:
     """Raises FileExistsError where a new folder must not take the place of what is at `output`.
 
+    What a preparation that was killed had moved away from there is put back before.
+
     Args:
         output: where the folder of `lemo prepare` is to appear.
         overwrite: an earlier one, or an empty folder, may be replaced; anything else never.
     """
+    restore_folder(output)
     if not output.exists():
         return
     if not overwrite:
@@ -48,9 +52,7 @@ def work_folder(output: Path) -> Iterator[Path]:
 
 
 def publish(result: Path, output: Path, overwrite: bool) -> None:
-    """Moves the finished folder `result` to `output`.
-
-    An old folder is moved away first, next to `result`, and moved back if this fails.
+    """Moves the finished folder `result` to `output`; where this fails the old one stays.
 
     Args:
         result: in a folder of `work_folder`.
@@ -62,16 +64,7 @@ def publish(result: Path, output: Path, overwrite: bool) -> None:
         OSError: the system cannot move a folder.
     """
     check_output(output, overwrite)
-    if not output.exists():
-        result.rename(output)
-        return
-    old = result.with_name("old")
-    output.rename(old)
-    try:
-        result.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
+    put_folder(result, output)
 
 
 def description_of(

@@ -3,6 +3,7 @@
 Exact scores of the dense model, one predictor for each sub-block, thresholds for all of them.
 """
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,7 +61,7 @@ def prepare(
         OSError: the disk is full or cannot be written.
     """
     settings = PredictorSettings() if settings is None else settings
-    output = Path(output)
+    output = Path(os.path.realpath(output))
     check_output(output, overwrite)
     shape = model_shape(architecture_of(model).config)
     eliminating_layers(shape["num_layers"], settings.dense_layers)

@@ -8,6 +8,7 @@ before blocks are chosen.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def prepare_relevance(
     settings = PredictorSettings(target=RELEVANCE) if settings is None else settings
     if settings.target != RELEVANCE:
         raise ValueError(f"settings: expected target '{RELEVANCE}', got '{settings.target}'")
-    output = Path(output)
+    output = Path(os.path.realpath(output))
     check_output(output, overwrite)
     architecture = architecture_of(model)
     architecture.check_parts()

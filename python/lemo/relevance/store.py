@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lemo.files import foreign, json_text, locked_output, remove_folder, write_file
+from lemo.files import foreign, json_text, locked_output, read_json, remove_folder, write_file
 
 __all__ = ["DESCRIPTION_FILE", "Example", "ScoreStore", "check_output", "write_scores"]
 
@@ -78,13 +78,11 @@ class _Description:
     def read(cls, folder: Path) -> _Description:
         file = folder / DESCRIPTION_FILE
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            content = read_json(file, f"scores: {file}")
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"scores: expected a folder of `lemo relevance scores`, but {file} does not exist"
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"scores: {file} is not JSON: {error}") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"scores: {file} was not written by `lemo relevance scores`")
         version = content.pop("version", None)

@@ -215,13 +215,10 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"run: expected the folder of a run, got '{folder}', which does not exist"
-        )
+        fault = "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(f"run: expected the folder of a run, but '{folder}' {fault}")
     records, broken = _read_records(folder / LOG_NAME)
     config = read_yaml(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    resolved = folder / ELIMINATION_NAME
-    asked = config.get("elimination") or {}
     return Run(
         name=name or folder.resolve().name,
         folder=folder,
@@ -232,7 +229,7 @@ def load_run(folder: str | Path, name: str | None = None) -> Run:
         metrics=read_metrics(folder / METRICS_NAME),
         relevance=_read_relevance(folder / RELEVANCE_NAME),
         plan=_read_plan(folder / PLAN_NAME),
-        elimination=_read_object(resolved) if asked and resolved.is_file() else asked,
+        elimination=_read_elimination(folder, config),
     )
 
 
@@ -343,11 +340,20 @@ def _read_plan(path: Path) -> RecordedPlan | None:
     return plan
 
 
-def _read_object(path: Path) -> dict:
-    value = read_json(path)
+def _read_elimination(folder: Path, config: dict) -> dict:
+    """The settings of elimination as the run resolved them, or as they were asked for."""
+    path, found = folder / CONFIG_NAME, config.get("elimination") or {}
+    if found and (folder / ELIMINATION_NAME).is_file():
+        path = folder / ELIMINATION_NAME
+        found = read_json(path)
+    _check_group(path, "elimination", found)
+    _check_group(path, "layerwise", found.get("layerwise", {}))
+    return found
+
+
+def _check_group(path: Path, name: str, value: object) -> None:
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, got {type(value).__name__}")
-    return value
+        raise ValueError(f"{path}: {name}: expected settings, got {type(value).__name__}")
 
 
 def _number(value, missing: float = math.nan) -> float:

@@ -26,6 +26,7 @@ from pydantic import (
     ValidationError,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from typing_extensions import Self
 
 __all__ = [
@@ -114,7 +115,9 @@ class Settings(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(_message(type(self), error, values)) from None
+            # What is missing may be there by a name that is not known.
+            first = min(error.errors(), key=_is_missing)
+            raise ValueError(_message(type(self), first, values)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (lists, numbers, strings), fit for JSON and YAML."""
@@ -131,6 +134,18 @@ class Settings(BaseModel):
         if not isinstance(values, Mapping):
             raise ValueError(f"values: expected a mapping of settings, got {values!r}")
         return cls(**{str(name): value for name, value in values.items()})
+
+    @classmethod
+    def faults(cls, values: Mapping[str, Any]) -> list[str]:
+        """What is wrong with these settings, a line each; that others are missing is not."""
+        named = {str(name): value for name, value in values.items()}
+        try:
+            # Constructed by pydantic alone, which tells all errors.
+            BaseModel.__init__(cls.__new__(cls), **named)
+        except ValidationError as error:
+            found = [each for each in error.errors() if not _is_missing(each)]
+            return [_message(cls, each, named) for each in found]
+        return []
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
@@ -218,26 +233,29 @@ def _plain(value: Any) -> Any:
     return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
-def _message(cls: type[Settings], error: ValidationError, values: Mapping[str, Any]) -> str:
-    """One line for the first thing that is wrong."""
-    first = error.errors()[0]
-    if not first["loc"]:
-        return first["msg"].removeprefix("Value error, ")
-    name = str(first["loc"][0])
-    if first["type"] == "extra_forbidden":
+def _is_missing(error: ErrorDetails) -> bool:
+    return error["type"] == "missing"
+
+
+def _message(cls: type[Settings], error: ErrorDetails, values: Mapping[str, Any]) -> str:
+    """One line for one thing that is wrong."""
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
         return _unknown(cls, name)
-    if first["type"] == "missing":
+    if _is_missing(error):
         return f"{name}: expected a value, got none"
     field = cls.model_fields[name]
     group = group_of(field)
     value = values.get(name, field.default)
-    if first["type"] == "value_error" and group is not None and isinstance(value, Mapping):
-        inner = first["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and group is not None and isinstance(value, Mapping):
+        inner = error["msg"].removeprefix("Value error, ")
         # What the group says of one of its fields gets the group's name in front.
         dot = inner.partition(":")[0].partition(",")[0] in dict(fields_of(group))
         return f"{name}.{inner}" if dot else f"{name}: {inner}"
     # The words say nothing of texts and lists that are empty.
-    empty = ", not empty" if first["type"].endswith("too_short") else ""
+    empty = ", not empty" if error["type"].endswith("too_short") else ""
     return f"{name}: expected {expected(field)}{empty}, got {value!r}"
 
 

@@ -44,7 +44,9 @@ class HeadsConfig(Settings):
     rope_scaling: RopeScaling = Field(
         "linear", description="As for `lemo finetune`, where context_length exceeds the model's."
     )
-    dtype: Dtype = Field("auto", description="Of weights and matrix products.")
+    dtype: Dtype = Field(
+        "auto", description="Of weights and matrix products: float32, bfloat16, float16 or auto."
+    )
     device: Device = Field("auto", description="cpu, cuda, or auto.")
     seed: Seed = Field(0, description="Of the facts and their places.")
     overwrite: Flag = Field(False, description="Replace the file that is there already.")
@@ -68,8 +70,8 @@ class ScoresConfig(Settings):
     output: Place = Field(description="Folder to write, for `elimination.scores`.")
     scorer: Literal["lexical", "attention"] = Field(
         "lexical",
-        description="Where block scores come from, see `elimination.scorer`. lexical reads the "
-        "tokenizer alone, no weights.",
+        description="Where block scores come from, lexical or attention, see `elimination.scorer`. "
+        "lexical reads the tokenizer alone, no weights.",
     )
     heads: Place | None = Field(
         None,
@@ -89,7 +91,9 @@ class ScoresConfig(Settings):
         description="As for `lemo finetune`, where context_length exceeds that of the model that "
         "computes the scores.",
     )
-    dtype: Dtype = Field("auto", description="Of weights and matrix products.")
+    dtype: Dtype = Field(
+        "auto", description="Of weights and matrix products: float32, bfloat16, float16 or auto."
+    )
     device: Device = Field("auto", description="cpu, cuda, or auto.")
     resume: Flag = Field(False, description="Go on with scores whose computation was interrupted.")
     overwrite: Flag = Field(False, description="Replace the scores that are in output already.")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,9 +51,11 @@ def stored_rates(shape: ModelShape, device: torch.device, dtype: torch.dtype) ->
         shape, device, dtype: as for `calibrated`.
     """
     found = _read().get(_key(shape, device, dtype))
-    # Those of an earlier version may lack some.
+    # Those of an earlier version may lack some, and a damaged file may hold anything.
     known = {field.name for field in fields(Rates)}
-    return Rates(**found) if isinstance(found, dict) and found.keys() == known else None
+    if not isinstance(found, dict) or found.keys() != known:
+        return None
+    return Rates(**found) if all(_is_rate(name, found[name]) for name in known) else None
 
 
 def calibrated(
@@ -107,6 +110,13 @@ def _read() -> dict[str, dict[str, float]]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _is_rate(name: str, value: Any) -> bool:
+    if type(value) not in (int, float):
+        return False
+    # Products in 8 bits are 0 where they were not measured.
+    return 0 < value < math.inf or (name == "fp8" and value == 0)
 
 
 def _key(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> str:

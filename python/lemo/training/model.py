@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lemo.data.reading import first_of, naming
-from lemo.files import write_file
+from lemo.files import naming_file, write_file
 from lemo.ops import supports_device
 from lemo.settings.finetune import Device, FinetuneConfig
 from lemo.training.quantised import check_stored, is_quantised, put_in, quantization_config
@@ -437,4 +437,5 @@ def write_adapter(model: PeftModel, weights: Mapping[str, Tensor], folder: Path)
     write_file(folder / ADAPTER_WEIGHTS, to_safetensors(weights, metadata={"format": "pt"}))
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
-    config.save_pretrained(str(folder))
+    with naming_file(folder / ADAPTER_CONFIG):
+        config.save_pretrained(str(folder))

@@ -97,6 +97,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         FileNotFoundError: nothing to resume; model or documents are not where they were.
         FileExistsError: there is a run and neither resume nor overwrite is set, or there is
             something else that overwriting would destroy.
+        PermissionError: what overwriting would remove cannot be removed.
         ValueError: the run has other settings.
     """
     if not config.resume:
@@ -137,6 +138,7 @@ def start_folder(folder: Path, config: FinetuneConfig) -> None:
 
     Raises:
         FileExistsError: lemo did not write all of what would be removed; nothing is removed.
+        PermissionError: a part of it cannot be removed; nothing is.
     """
     if _present(folder):
         _check_own(folder)
@@ -189,9 +191,11 @@ def _present(folder: Path) -> list[Path]:
 def _check_own(folder: Path) -> None:
     """Raise FileExistsError, naming it, for what lemo did not write and overwriting would remove.
 
-    A link is never lemo's, so that nothing outside of ``folder`` is ever removed.
+    A link is never lemo's, so that nothing outside of ``folder`` is ever removed. Where something
+    could not be removed, a PermissionError names the folder that it is in.
     """
     strangers = _present(folder) if not _is_run(folder / CONFIG_NAME) else []
+    emptied = [folder, folder / REPORT_NAME]
     for name in RUN_FILES:
         path = folder / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
@@ -201,12 +205,14 @@ def _check_own(folder: Path) -> None:
         strangers.append(checkpoints)
     elif checkpoints.is_dir():
         known = checkpoint_folders(checkpoints, torn=True)
+        emptied += [checkpoints, *known]
         strangers += [entry for entry in checkpoints.iterdir() if entry not in known]
         for entry in known:
             strangers += foreign(entry, CHECKPOINT_FILES)
     for name, own in _CONTENTS.items():
         for path in _versions(folder, name):
             strangers += foreign(path, own)
+            emptied.append(path)
     if strangers:
         outermost = [p for p in sorted(set(strangers)) if not set(p.parents) & set(strangers)]
         names = ", ".join(f"'{path.relative_to(folder)}'" for path in outermost[:5])
@@ -214,6 +220,11 @@ def _check_own(folder: Path) -> None:
             f"overwrite: lemo did not write {names} in '{folder}' and deletes nothing there; move "
             "that away, or choose another output"
         )
+    for path in emptied:
+        if path.is_dir() and not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(
+                f"overwrite: '{path}' cannot be changed by this user; nothing was deleted"
+            )
 
 
 def _versions(folder: Path, name: str) -> list[Path]:

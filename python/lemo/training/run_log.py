@@ -92,7 +92,9 @@ class RunLog:
         write_file(self._path, "".join(map(json_text, records)))
         self._file = self._path.open("ab", buffering=0)
         self._last = step
-        self._board: Any = SummaryWriter(str(folder / TENSORBOARD_NAME), purge_step=step + 1)
+        self._board_folder = folder / TENSORBOARD_NAME
+        with naming_file(self._board_folder):
+            self._board: Any = SummaryWriter(str(self._board_folder), purge_step=step + 1)
         self._summary = Summary
 
     def write(self, record: dict[str, Any]) -> None:
@@ -109,9 +111,10 @@ class RunLog:
                 scalars[f"kept/{sub_block}/{layer:03d}"] = share
         # One event with all of them: `add_scalar` makes one each, two for each layer.
         values = [{"tag": name, "simple_value": value} for name, value in scalars.items()]
-        self._board.file_writer.add_summary(self._summary(value=values), record["step"])
-        # A full disk arrives here, not when the run ends or in the writer's own thread.
-        self._board.flush()
+        with naming_file(self._board_folder):
+            self._board.file_writer.add_summary(self._summary(value=values), record["step"])
+            # A full disk arrives here, not when the run ends or in the writer's own thread.
+            self._board.flush()
 
     def _append(self, line: bytes) -> None:
         # The file's own position stays behind its end where an earlier line was taken back.
@@ -128,4 +131,5 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
-        self._board.close()
+        with naming_file(self._board_folder):
+            self._board.close()
