@@ -455,6 +455,7 @@ def test_the_callback_wants_a_handle():
     ("call", "error", "message"),
     [
         (lambda h: h.set_progress("a"), TypeError, "progress: expected a number, got 'a'"),
+        (lambda h: h.set_progress(True), TypeError, "progress: expected a number, got True"),
         (lambda h: h.set_progress(1.5), ValueError, "progress: expected a share .* got 1.5"),
         (lambda h: h.begin_step(5, 4), ValueError, "step: .* between 0 and steps = 4, got 5"),
         (lambda h: h.begin_step(-1, 4), ValueError, "step: .* between 0 and steps = 4, got -1"),
