@@ -558,6 +558,7 @@ def test_unsupported_settings_are_named(architecture, overrides, message):
         ({"position_ids": torch.zeros(3, 61)}, ValueError, r"position_ids: .* got \[3, 61\]"),
         ({"position_ids": torch.zeros(3, 2, 61)}, ValueError, r"position_ids: .* \[3, 2, 61\]"),
         ({"input_ids": make_ids(1, 9)[0]}, ValueError, r"input_ids: .*tokens\], got \[9\]"),
+        ({"input_ids": make_ids(1, 9)[None]}, ValueError, r"tokens\], got \[1, 1, 9\]"),
         ({"labels": make_ids(2, 60)}, ValueError, r"labels: expected .*\[2, 61\], got \[2, 60\]"),
     ],
 )
