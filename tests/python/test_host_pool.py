@@ -58,6 +58,26 @@ def test_all_that_is_free_may_be_asked_for(system):
     check_free(2**21)
     with pytest.raises(ValueError, match=r"expected at most the 2 MiB that are free .*, got 2 MiB"):
         check_free(2**21 + 1)
+    with pytest.raises(ValueError, match="expected at most the 2 MiB that are free"):
+        HostPool(2**21 + 1, pinned=False)
+
+
+def test_the_lowest_free_bytes_are_taken_first():
+    page = host_pool.HOST_ALIGNMENT
+    pool = HostPool(4 * page, pinned=False)
+    first, second = pool.take(2 * page), pool.take(page)
+    pool.free(first)
+    assert [pool.take(page).runs for _ in range(3)] == [
+        ((page * place, page * (place + 1)),) for place in (0, 1, 3)
+    ]
+    assert second.runs == ((2 * page, 3 * page),)
+
+
+def test_the_most_that_was_taken_stays_known():
+    pool = HostPool(4 * host_pool.HOST_ALIGNMENT, pinned=False)
+    pool.free(pool.take(pool.capacity - 1))
+    pool.take(1)
+    assert (pool.taken, pool.most) == (host_pool.HOST_ALIGNMENT, pool.capacity)
 
 
 def test_pages_are_pinned_once_when_they_are_taken(monkeypatch):
