@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from graph_stand_in import take_the_place_of_graphs
-from lemo.models import cuda_graphs
-from lemo.models.cuda_graphs import CudaGraphs
+from lemo.models.layers import cuda_graphs
+from lemo.models.layers.cuda_graphs import CudaGraphs
 
 pytestmark = pytest.mark.cpu_only
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lemo.models import host_pool
-from lemo.models.host_pool import HostPool, check_free, free_host_bytes
+from lemo.models.memory import host_pool
+from lemo.models.memory.host_pool import HostPool, check_free, free_host_bytes
 
 pytestmark = pytest.mark.cpu_only
 
