@@ -119,7 +119,6 @@ void thin(std::vector<State>& states, int64_t most) {
     int64_t width = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(range) / cells));
     while (static_cast<int64_t>(states.size()) > std::max<int64_t>(most, 2)) {
         states = alike_once(states, width);
-        if (width > range) return;
         width *= 2;
     }
 }
@@ -158,8 +157,6 @@ MemoryPlan plan_memory(const LayerOptions& layers, const MemoryLimits& limits) {
     const auto rounded = [](int64_t bytes, int64_t granularity) {
         return ceil_div(bytes, granularity) * granularity;
     };
-    const MemoryPlan none{{}, 0, 0, 0};
-    if (limits.fixed > limits.device) return none;
     const int64_t room = limits.device - limits.fixed;
     std::vector<std::vector<State>> states{{{0, 0, 0, 0.0, -1, -1}}};
     for (const std::vector<LayerOption>& options : layers) {
@@ -176,7 +173,7 @@ MemoryPlan plan_memory(const LayerOptions& layers, const MemoryLimits& limits) {
                                 static_cast<int32_t>(parent), static_cast<int32_t>(index)});
             }
         }
-        if (next.empty()) return none;
+        if (next.empty()) return {{}, 0, 0, 0};
         remove_surpassed(next);
         thin(next, limits.states);
         states.push_back(std::move(next));
@@ -216,7 +213,7 @@ int64_t least_memory(const LayerOptions& layers, const MemoryLimits& limits) {
     while (enough - too_little > 1) {
         const int64_t middle = too_little + (enough - too_little) / 2;
         tried.device = middle;
-        const bool fits = middle >= 0 && plan_memory(layers, tried).options.size() == layers.size();
+        const bool fits = plan_memory(layers, tried).options.size() == layers.size();
         (fits ? enough : too_little) = middle;
     }
     return enough;

@@ -24,6 +24,10 @@ TEST(Blocks, RaggedEmptyAndExactSequences) {
     EXPECT_THROW(plan_blocks({1}, 0), Error);
     EXPECT_THROW(plan_blocks({-1}, 2), Error);
     EXPECT_THROW(plan_blocks({int64_t{1} << 31}, int64_t{1} << 31), Error);
+    // Rows are numbered in int32.
+    EXPECT_EQ(plan_blocks({1, (int64_t{1} << 31) - 2}, (int64_t{1} << 31) - 1).block_starts.size(),
+              3u);
+    EXPECT_THROW(plan_blocks({1, (int64_t{1} << 31) - 1}, (int64_t{1} << 31) - 1), Error);
     // Beyond int32 the end of a block would overflow.
     constexpr int64_t kLargest = std::numeric_limits<int64_t>::max();
     EXPECT_THROW(plan_blocks({5}, kLargest - 2), Error);

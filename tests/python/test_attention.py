@@ -363,3 +363,11 @@ def test_positions_that_restart_cut_sequences(rows):
     batch = PackedBatch(tuple(ids.shape), None, ids, torch.get_default_device())
     assert batch.seqlens == tuple(length for row in rows for length in row)
     assert batch.positions.tolist() == ids.flatten().tolist()
+
+
+def test_any_step_but_to_the_next_position_cuts():
+    device = torch.get_default_device()
+    ids = torch.tensor([[5, 6, 7, 9, 10, 10, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13]], device=device)
+    assert PackedBatch((2, 8), None, ids, device).seqlens == (3, 2, 1, 2, 8)
+    # Positions of one row are those of all.
+    assert PackedBatch((2, 8), None, ids[:1], device).seqlens == 2 * (3, 2, 1, 2)

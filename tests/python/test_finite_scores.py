@@ -180,7 +180,9 @@ def said_after(*passes):
         scores.begin()
         for layer, score in each.items():
             scores.checked(layer, "attention", torch.tensor([1.0, score]), residual)
-        marked.append(bool(scores.marked(torch.tensor(1.0)).isnan()))
+        value = scores.marked(torch.tensor(1.0, dtype=torch.bfloat16))
+        assert value.dtype == torch.bfloat16
+        marked.append(bool(value.isnan()))
     return marked, scores.reason()
 
 

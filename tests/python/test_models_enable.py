@@ -465,6 +465,7 @@ def test_the_callback_wants_a_handle():
     ("call", "error", "message"),
     [
         (lambda h: h.set_progress("a"), TypeError, "progress: expected a number, got 'a'"),
+        (lambda h: h.set_progress(True), TypeError, "progress: expected a number, got True"),
         (lambda h: h.set_progress(1.5), ValueError, "progress: expected a share .* got 1.5"),
         (lambda h: h.begin_step(5, 4), ValueError, "step: .* between 0 and steps = 4, got 5"),
         (lambda h: h.begin_step(-1, 4), ValueError, "step: .* between 0 and steps = 4, got -1"),
@@ -567,6 +568,7 @@ def test_unsupported_settings_are_named(architecture, overrides, message):
         ({"position_ids": torch.zeros(3, 61)}, ValueError, r"position_ids: .* got \[3, 61\]"),
         ({"position_ids": torch.zeros(3, 2, 61)}, ValueError, r"position_ids: .* \[3, 2, 61\]"),
         ({"input_ids": make_ids(1, 9)[0]}, ValueError, r"input_ids: .*tokens\], got \[9\]"),
+        ({"input_ids": make_ids(1, 9)[None]}, ValueError, r"tokens\], got \[1, 1, 9\]"),
         ({"labels": make_ids(2, 60)}, ValueError, r"labels: expected .*\[2, 61\], got \[2, 60\]"),
     ],
 )

@@ -22,6 +22,12 @@ def test_shared_rows_are_known_by_themselves():
         assert fp8._quantised(x, x) is first
     assert fp8._quantised(x, x) is not first
     assert not fp8._shared
+    with fp8.shared_rows():
+        first = fp8._quantised(x, x)
+        with fp8.shared_rows():
+            assert fp8._quantised(x, x) is first
+        assert fp8._quantised(x, x) is first
+    assert not fp8._shared
 
 
 def test_outliers_beyond_the_range_are_found():

@@ -129,8 +129,22 @@ def test_ways_to_use_eight_gpus():
     assert [each.rate for each in small] == [
         0.0 if each.plan is None else each.tokens / each.plan.seconds for each in small
     ]
+    # Of ways that are as fast the one with the least traffic and settings comes first.
+    none = combinations(request(1.0), 131072, 8, GIB)
+    assert [(each.shards, each.size) for each in none] == [
+        (shards, size) for shards in (1, 8) for size in (1, 2, 4, 8)
+    ]
     (alone,) = combinations(request(1.0), 131072, 1, 133 * GIB)
     assert (alone.groups, alone.size, alone.shards) == (1, 1, 1)
+
+
+def test_all_sequences_of_all_passes_count():
+    found = combinations(request(0.25, batch=2, passes=3), 8192, 4, 133 * GIB)
+    assert {each.size: each.tokens for each in found} == {
+        1: 4 * 2 * 3 * 8192,
+        2: 2 * 2 * 3 * 8192,
+        4: 1 * 2 * 3 * 8192,
+    }
 
 
 def test_ways_that_are_refused_are_not_proposed():
@@ -138,6 +152,8 @@ def test_ways_that_are_refused_are_not_proposed():
         found = combinations(asked, 65536, 4, 133 * GIB)
         return {(each.size, each.shards) for each in found}
 
+    everything = {(size, shards) for size in (1, 2, 4) for shards in (1, 4)}
+    assert sizes(request(quantize="nf4")) == everything
     assert sizes(request(quantize="int8")) == {(1, 1), (2, 1), (4, 1)}
     assert sizes(request(elimination={"host_memory": 8.0})) == {(1, 1)}
     for layerwise in ({"group_size": 4096}, {"keep_mlp": 0.25}, {"dense_layers": [0]}):

@@ -8,8 +8,9 @@ import torch
 from lemo.packing.blocks import BlockLayout, block_tokens
 from lemo.planner.plan import NOMINAL
 from lemo.planner.request import Request
-from lemo.planner.rows import drops_rows, has_one_set, rows_of, selections
+from lemo.planner.rows import drops_rows, embeds_all, has_one_set, rows_of, selections
 from lemo.planner.shape import Adapters, LayerRows, ModelShape
+from lemo.selection import scorers
 from lemo.selection.selector import Selector
 from tiny_models import flat_config
 
@@ -47,7 +48,8 @@ def drawn_settings(draw):
     shares = [0.0625, 0.25, 0.5, 0.75, 1.0]
     schedule = {0: (), 1: ((0.2, draw.choice(shares)),)}
     schedule[2] = ((0.2, draw.choice(shares)), (0.6, draw.choice(shares)))
-    keep = draw.choice([*shares, [draw.choice(shares) for _ in range(LAYERS)]])
+    of_layers = [0.0, *(draw.choice(shares) for _ in range(LAYERS - 1))]
+    keep = draw.choice([*shares, draw.sample(of_layers, LAYERS)])
     return {
         "keep": keep,
         "keep_mlp": draw.choice([None, None, *shares]),
@@ -93,9 +95,10 @@ def test_what_the_selection_keeps():
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("tokens", [13, 32, 64])
-def test_prompts_that_are_kept_at_least(tokens, lengths):
+@pytest.mark.parametrize("keep", [0.0625, 0.5])
+def test_prompts_that_are_kept_at_least(keep, tokens, lengths):
     """Beside a block with labels, the last one of each sequence."""
-    settings = {"keep": 0.5, "keep_tokens": tokens, "scorer": "lexical", "block_size": 8}
+    settings = {"keep": keep, "keep_tokens": tokens, "scorer": "lexical", "block_size": 8}
     config = flat_config(**settings).resolved(answers=True)
     labelled = torch.cat([torch.arange(length) == length - 1 for length in lengths])
     found = {
@@ -106,6 +109,33 @@ def test_prompts_that_are_kept_at_least(tokens, lengths):
     }
     most = rows_of(config, LAYERS, lengths)[0].attention
     assert max(found) <= most <= max(found) + 7 * len(lengths)
+
+
+def test_by_thresholds_all_may_be_kept():
+    config = flat_config(policy="threshold", thresholds=[0.5] * LAYERS, select_at="first")
+    config = config.resolved(answers=False)
+    assert rows_of(config, LAYERS, [61, 45]) == [LayerRows(106, 106)] * LAYERS
+    # How many rows are kept is not known before they are, so no room is planned for fewer.
+    assert not has_one_set(config, LAYERS)
+    assert not drops_rows(config, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("random", [scorers.RandomScorer]),
+        ("lexical", [scorers.LexicalScorer]),
+        ("attention", [scorers.AttentionScorer]),
+        ("given", [scorers.GivenScorer]),
+        ("pooled", [scorers.PooledScorer]),
+        ("exact", [scorers.ExactScorer]),
+        ("predictor", [scorers.RelevanceScorer, scorers.PredictorScorer]),
+    ],
+    ids=str,
+)
+def test_all_tokens_are_embedded_for_scores_of_the_residual(name, kinds):
+    config = flat_config(keep=0.5).model_copy(update={"scorer": name})
+    assert {embeds_all(config)} == {kind.reads_residual for kind in kinds}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from lemo.models.memory import host_pool, offload
 from lemo.models.projections import split_low_rank
 from lemo.planner.memory import MODES, StepMemory
 from lemo.planner.rows import selections
-from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.planner.shape import LINEAR, Adapters, LayerRows, ModelShape, shape_of, step_of
 from lemo.planner.timing import Rates, StepTime
 from lemo.training import calibration
 from planner_cases import CASES, model_of
@@ -269,6 +269,67 @@ def test_the_hosts_time_is_not_that_of_replayed_passes(monkeypatch):
     monkeypatch.setattr(module, "enable", lambda model, config: seen.append(config))
     calibration._small_step(2, torch.device("cpu"), torch.float32)
     assert [config.cuda_graphs for config in seen] == ["off"]
+
+
+ADAPTERS = Adapters(8)
+
+
+def time_of(adapters=ADAPTERS, rates=RATES, window=0, **settings):
+    step = step_of(SHAPE, [4096], [LayerRows(4096, 4096)] * SHAPE.layers, **settings)
+    return StepTime(SHAPE, adapters, step, rates, window)
+
+
+def test_copies_that_nothing_hides_are_waited_for():
+    """Those of the last layer, and on a CPU those of all."""
+    modes, size = ["none"] * SHAPE.layers, 10**9
+    for cuda, layer in ((True, 3), (False, 3), (False, 1)):
+        time = time_of(cuda=cuda)
+        moved = [size if index == layer else 0 for index in range(SHAPE.layers)]
+        more = time.seconds(modes, moved) - time.seconds(modes)
+        assert more == pytest.approx(2 * size / RATES.link)
+    hidden = time_of(cuda=True).hidden(1)
+    time, moved = time_of(cuda=True), [0, hidden, 0, 0]
+    assert time.seconds(modes, moved) == pytest.approx(time.seconds(modes))
+
+
+def test_the_embedding_and_the_head_come_from_others_once():
+    sent = 2 * SHAPE.vocabulary * SHAPE.hidden * 2 * 7 / 8
+    more = time_of(shards=8).loss - time_of().loss
+    assert more == pytest.approx(sent / RATES.between)
+
+
+def test_a_layer_whose_weights_come_slowly_takes_the_time_that_they_come_in():
+    """Once in each pass: its own work hides behind that."""
+    plain = time_of().layer(0, "none")
+    sent = 2 * SHAPE.layer_parameters() * 7 / 8
+    slow = dataclasses.replace(RATES, between=sent / (1.5 * plain))
+    assert time_of(shards=8, rates=slow).layer(0, "none") == pytest.approx(2 * 1.5 * plain)
+
+
+def test_the_last_product_is_not_computed_again():
+    only = dataclasses.replace(RATES, bytes=1e30)
+    time = time_of(Adapters(0, frozenset()), rates=only)
+    again = 2 * 4096 * SHAPE.layer_parameters(LINEAR[:6]) / RATES.products
+    more = time.layer(0, "selective") - time.layer(0, "none")
+    assert more == pytest.approx(again)
+
+
+@pytest.mark.parametrize("window", [0, 16, 64])
+def test_pairs_of_tokens_that_attention_looks_at(window):
+    only = dataclasses.replace(RATES, bytes=1e30, products=1e30)
+    pairs = sum(min(place + 1, window or 4096) for place in range(4096))
+    work = SHAPE.queries * pairs * (4 / RATES.attention + 10 / RATES.attention_backward)
+    found = time_of(rates=only, window=window).layer(0, "none")
+    assert found == pytest.approx(work, rel=0.01)
+
+
+def test_adapters_of_the_dtype_of_autocast_are_not_cast():
+    for mode in ("none", "layer"):
+        same, other = (
+            [time_of(Adapters(8, size=size), autocast=autocast).host(mode) for autocast in (0, 1)]
+            for size in (2, 4)
+        )
+        assert same[0] == same[1] == other[0] < other[1]
 
 
 def test_rates_are_measured_once_and_stored(monkeypatch, tmp_path):

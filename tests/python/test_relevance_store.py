@@ -112,14 +112,20 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path):
         ScoreStore.read(tmp_path / "s")
     with pytest.raises(FileExistsError, match="--resume goes on with scores that are there"):
         write_scores(tmp_path / "s", examples, mean_ids, block_size=16)
-    again = []
+    again, reports = [], []
 
     def rest(example):
         again.append(example.name)
         return mean_ids(example)
 
-    write_scores(tmp_path / "s", examples, rest, block_size=16, resume=True)
+    def report(done, total):
+        reports.append((done, len(again)))
+
+    write_scores(tmp_path / "s", examples, rest, block_size=16, resume=True, report=report)
     assert 3 <= len(again) < 7
+    # What is there is reported, too.
+    assert (7 - len(again), 0) in reports
+    assert reports[-1] == (7, len(again))
     assert again == [each.name for each in examples[-len(again) :]]
     write_scores(tmp_path / "whole", examples, mean_ids, block_size=16)
     assert content(tmp_path / "s") == content(tmp_path / "whole")
@@ -220,7 +226,7 @@ def test_a_damaged_description_is_named(tmp_path, text, message):
         ScoreStore.read(tmp_path / "s")
 
 
-def test_other_settings_are_not_gone_on_with(tmp_path):
+def test_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
     examples = samples()
     about = {"scorer": "lexical", "context_length": 90, "tokenizer": "0" * 64}
     write_scores(tmp_path / "s", examples, mean_ids, block_size=16, about=about)
@@ -242,6 +248,11 @@ def test_other_settings_are_not_gone_on_with(tmp_path):
            heads="h")  # fmt: skip
     resume("tokenizer is another one", tokenizer="1" * 64)
     resume("the examples are others now", examples=examples[:-1])
+    resume("the examples are others now", examples=examples[::-1])
+    resume("context_length was 90, now 60", examples=examples[:-1], context_length=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_FILE_TOKENS", 1)
+        resume("the examples are others now")
     assert content(tmp_path / "s") == before
 
 

@@ -198,6 +198,15 @@ def test_the_schedule_replaces_shares_and_thresholds():
     assert set(kept.values()) == {None}
 
 
+def test_where_everything_is_kept_nothing_is_scored():
+    _, _, selector = run(config_of(keep=0.4, dense_layers=[]))
+    selector.begin(LAYOUT)
+    with selector.keeping_everything():
+        assert selector.has_one_set
+        for kind in ("attention", "mlp"):
+            assert selector.select(0, kind, lambda: pytest.fail("scored")).rows is None
+
+
 def test_a_cut_that_keeps_every_block_is_the_dense_case():
     kept, scored, selector = run(config_of(keep=0.5, dense_layers=[], keep_first=8))
     assert scored == [(0, "attention")]
@@ -298,6 +307,21 @@ def test_the_last_pass_is_forgotten():
 def test_settings_that_do_not_fit_the_model(settings, message):
     with pytest.raises(ValueError, match=message):
         Selector(config_of(**settings).resolved(answers=False), 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dense_layers": [2]},
+        {"dense_layers": [], "keep_mlp": [0.0, 0.0, 0.25, 0.0]},
+        {"dense_layers": [], "keep_schedule": [(0.5, 0.25)]},
+        {"dense_layers": [], "policy": "threshold", "thresholds": [0.5] * 4},
+    ],
+    ids=str,
+)
+def test_a_share_of_nothing_is_taken_where_something_else_is_kept(settings):
+    settings = {"keep": 0.0, "select_at": "all"} | settings
+    assert Selector(config_of(**settings).resolved(answers=False), 4).config.keep == 0.0
 
 
 # Scores
@@ -499,7 +523,7 @@ def test_ends_are_kept_where_the_share_has_room(keep, keep_first, keep_last, lea
 
 
 @pytest.mark.parametrize("burn_in", [0, 3, 0.5])
-@pytest.mark.parametrize("mask_loss", [True, 0.125, 0.25, 0.3, 1.0])
+@pytest.mark.parametrize("mask_loss", [True, 1e-12, 0.125, 0.25, 0.3, 1.0])
 def test_rows_count_that_enough_sub_blocks_keep(mask_loss, burn_in):
     layout = BlockLayout.from_seqlens([19, 8, 0, 30, 1], 8)
     keeping_all = Selection.everything(layout)

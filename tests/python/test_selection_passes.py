@@ -125,6 +125,17 @@ def test_thresholds_that_no_block_reaches(lengths, threshold, dense, message):
         selector.check_kept()
 
 
+def test_a_threshold_that_was_reached_once_may_be_missed_later():
+    settings = {"policy": "threshold", "thresholds": [0.5] * 4, "dense_layers": []}
+    _, _, selector = run(config_of(**settings, keep_first=1, keep_last=1))
+    selector.check_kept()
+    selector.begin(LAYOUT)
+    for layer in range(4):
+        for kind in ("attention", "mlp"):
+            selector.select(layer, kind, lambda: torch.zeros(LAYOUT.num_blocks))
+    selector.check_kept()
+
+
 def test_a_share_next_to_all_leaves_blocks_out():
     layout = BlockLayout.from_seqlens([800], 4)
     kept, *_ = run(config_of(keep=0.99, dense_layers=[]), layout=layout)

@@ -163,6 +163,7 @@ LAYOUT = BlockLayout.from_seqlens([10, 5], 4)  # 3 + 2 blocks
             "'value': expected a threshold that is a number, got nan",
         ),
         ({"keep_first": -1}, ValueError, "'keep_first': expected at least 0, got -1"),
+        ({"keep_last": -1}, ValueError, "'keep_last': expected at least 0, got -1"),
         ({"keep_last": -2}, ValueError, "'keep_last': expected at least 0, got -2"),
         (
             {"layout": dataclasses.replace(LAYOUT, block_starts=LAYOUT.block_starts.long())},

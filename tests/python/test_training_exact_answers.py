@@ -181,6 +181,16 @@ def test_a_loss_that_is_no_number_is_refused(inputs):
         evaluate_answers(loaded, inputs / "pairs.jsonl", [40], tokenizer=tokenizer)
 
 
+def test_a_window_whose_loss_is_no_number_in_some_place_is_refused(inputs, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "model").eval()
+    tokenizer = load_tokenizer(str(inputs / "model"))
+    losses = torch.ones(15).index_fill(0, torch.tensor([9]), math.nan)
+    monkeypatch.setattr("lemo.training.evaluate.window_losses", lambda model, ids: losses)
+    document = Document("a", "book", "some words of a book, more of them")
+    with pytest.raises(FloatingPointError, match=r"a window of 16 tokens \(kind 'book'\) is nan"):
+        evaluate(model, [document], [16], tokenizer=tokenizer)
+
+
 def test_command(inputs, tmp_path, capsys):
     assert has_answers(inputs / "pairs.jsonl")
     assert not has_answers(write_documents(tmp_path / "documents.jsonl"))

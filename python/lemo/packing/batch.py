@@ -59,7 +59,7 @@ class PackedBatch:
         self._positions: Tensor | None = None
 
     def _remove_padding(self, mask: Tensor) -> list[int]:
-        if mask.ndim != 2 or tuple(mask.shape) != tuple(self.shape):
+        if tuple(mask.shape) != tuple(self.shape):
             raise ValueError(
                 f"attention_mask: expected [batch, tokens] = {list(self.shape)} of 0/1, got shape "
                 f"{list(mask.shape)}; prepared masks of other shapes are not supported"

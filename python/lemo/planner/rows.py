@@ -38,7 +38,7 @@ def kept_rows(
     for length in lengths:
         blocks, rows = _C.plan_selection([length], size, keep, *ends)
         # Below 0: the last block, which is shorter, may be kept or not.
-        rows = min(length, blocks * size) if rows < 0 else rows
+        rows = blocks * size if rows < 0 else rows
         total += max(rows, min(length, least))
     return total
 

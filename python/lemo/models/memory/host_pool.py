@@ -151,7 +151,6 @@ class HostPool:
 def _unpin(pinned: dict[int, Tensor]) -> None:
     for pages in pinned.values():
         torch.cuda.cudart().cudaHostUnregister(pages.data_ptr())
-    pinned.clear()
 
 
 def check_free(capacity: int) -> None:
