@@ -18,6 +18,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from lemo import LemoConfig
 from tiny_models import VOCABULARY, WINDOW, gradients, make_ids
 from tolerances import assert_close_fp32
 
@@ -89,6 +90,21 @@ SETTINGS = {
 
 class OwnLlama(LlamaForCausalLM):
     """A subclass of a model that lemo knows exactly."""
+
+
+def settings(keep=0.5, **more):
+    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
+
+
+def batch_of(tokens=61):
+    ids = make_ids(2, tokens)
+    return {"input_ids": ids, "labels": ids}
+
+
+def train(model, batch):
+    loss = model(**batch).loss
+    loss.backward()
+    return loss
 
 
 def make(name, seed=0, **overrides):

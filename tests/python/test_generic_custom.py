@@ -20,27 +20,19 @@ from transformers.models.llama.modeling_llama import (
 )
 
 import lemo
-from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
-from lemo import LemoConfig
-from tiny_models import gradients, make_ids, padded_batch
+from generic_cases import (
+    assert_same,
+    batch_of,
+    kept_mask,
+    make,
+    masked_batch,
+    settings,
+    train,
+)
+from tiny_models import gradients, padded_batch
 from tolerances import assert_close_fp32
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
-
-
-def settings(keep=0.5, **more):
-    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
-
-
-def batch_of(tokens=61):
-    ids = make_ids(2, tokens)
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, batch):
-    loss = model(**batch).loss
-    loss.backward()
-    return loss
 
 
 def assert_trains(model):

@@ -18,6 +18,7 @@ from generic_cases import (
     make_llava,
     make_qwen_vl,
     masked_batch,
+    train,
 )
 from lemo import LemoConfig
 from lemo.models.generic.parts import Parts
@@ -28,12 +29,6 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWa
 
 def settings(keep=0.5, **more):
     return LemoConfig(**{"keep": keep, "block_size": BLOCK} | more)
-
-
-def train(model, batch):
-    loss = model(**batch).loss
-    loss.backward()
-    return loss
 
 
 def padded(batch):

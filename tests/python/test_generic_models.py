@@ -8,13 +8,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lemo
 from generic_cases import (
-    BLOCK,
     assert_same,
+    batch_of,
     kept_mask,
     make,
     masked_batch,
+    settings,
+    train,
 )
-from lemo import LemoConfig
 from lemo.models.generic.path import GenericPath
 from model_checks import saved_bytes
 from tiny_models import as_padded, gradients, lora, make_ids, packed_batch, padded_batch
@@ -28,27 +29,12 @@ MODELS += ["mixtral", "qwen3_moe", "gpt_oss", "gpt_neox", "gpt2", "smollm3", "gr
 MODELS += ["cohere2", "deepseek_v3"]
 
 
-def settings(keep=0.5, **more):
-    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
-
-
-def plain_batch():
-    ids = make_ids(2, 61)
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, batch):
-    loss = model(**batch).loss
-    loss.backward()
-    return loss
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_everything_kept_is_the_model_itself(name):
     model = make(name)
     dense = copy.deepcopy(model)
     handle = lemo.enable(model, settings(1.0))
-    for batch in (plain_batch(), padded_batch([61, 1, 30])):
+    for batch in (batch_of(), padded_batch([61, 1, 30])):
         assert_same(model, dense, train(model, batch), train(dense, batch))
         model.zero_grad(), dense.zero_grad()
     assert isinstance(handle.path, GenericPath)
@@ -59,7 +45,7 @@ def test_kept_rows_are_what_the_model_makes_of_them_alone(name):
     model = make(name)
     dense = copy.deepcopy(model)
     handle = lemo.enable(model, settings())
-    for batch in (plain_batch(), padded_batch([61, 8, 45])):
+    for batch in (batch_of(), padded_batch([61, 8, 45])):
         loss = train(model, batch)
         kept = kept_mask(handle, batch)
         present = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()
@@ -140,7 +126,7 @@ def test_kinds_of_tokens_are_those_of_kept_rows(name, kinds, keep):
     model = make(name)
     dense = copy.deepcopy(model)
     handle = lemo.enable(model, settings(keep))
-    batch = {**plain_batch(), "token_type_ids": torch.arange(61).expand(2, 61) % kinds}
+    batch = {**batch_of(), "token_type_ids": torch.arange(61).expand(2, 61) % kinds}
     loss = train(model, batch)
     assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
 
@@ -150,7 +136,7 @@ def test_prompts_that_see_each_other_both_ways_are_refused_where_the_decoder_mas
     pytest.importorskip("transformers.models.hrm_text")  # of newer versions
     model = make("hrm_text")
     lemo.enable(model, settings(0.5))
-    batch = {**plain_batch(), "token_type_ids": (torch.arange(61) < 20).long().expand(2, 61)}
+    batch = {**batch_of(), "token_type_ids": (torch.arange(61) < 20).long().expand(2, 61)}
     with pytest.raises(NotImplementedError, match="HrmTextForCausalLM masks .* by a rule of its"):
         model(**batch)
 
@@ -165,7 +151,7 @@ def test_checkpointing_changes_nothing_but_what_is_stored(name, reentrant):
     model.enable_input_require_grads()
     stored, recomputed = copy.deepcopy(model), model
     recomputed.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    batch = plain_batch()
+    batch = batch_of()
     losses, sizes = [], []
     for one in (stored, recomputed):
         lemo.enable(one, settings())
@@ -183,7 +169,7 @@ def test_checkpointing_changes_nothing_but_what_is_stored(name, reentrant):
 def test_checkpoints_hold_kept_rows_only():
     model = make("phi3")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    batch = {name: ids.repeat(1, 2) for name, ids in plain_batch().items()}
+    batch = {name: ids.repeat(1, 2) for name, ids in batch_of().items()}
     sizes, shapes = {}, []
     model.model.layers[1].register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     for keep in (1.0, 0.25):
@@ -204,7 +190,7 @@ def test_adapters(order):
     model = lora(model, target_modules=names)
     if order == "after":
         handle = lemo.enable(model, settings())
-    batch = plain_batch()
+    batch = batch_of()
     loss = train(model, batch)
     mine = {name: gradient.clone() for name, gradient in gradients(model).items()}
     assert len(mine) == 2 * 3 * 3
@@ -230,7 +216,7 @@ def test_layers_that_torch_compiles_by_default(nothing_compiled):
     for one in (eager, model):
         lemo.enable(one, settings())
     model.model.layers[0].compile()
-    batch = plain_batch()
+    batch = batch_of()
     losses = train(model, batch), train(eager, batch)
     assert_same(model, eager, *losses)
 
@@ -253,7 +239,7 @@ def test_compiled_models(nothing_compiled, what, checkpoints):
             layer.compile(backend=counter)
         elif what == "each layer":
             model.model.layers[index] = torch.compile(layer, backend=counter)
-    batch = plain_batch()
+    batch = batch_of()
     losses = train(compiled, batch), train(eager, batch)
     if what == "each layer":
         for index, layer in enumerate(model.model.layers):
@@ -268,6 +254,6 @@ def test_a_head_whose_weights_are_gone_in_backward():
     lemo.enable(model, settings(keep=1.0))
     others = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     others["model.norm.weight"].requires_grad_()
-    loss = torch.func.functional_call(model, others, (), plain_batch()).loss
+    loss = torch.func.functional_call(model, others, (), batch_of()).loss
     with pytest.raises(RuntimeError, match="expected Linear .* in backward, .* got other weights"):
         loss.backward()

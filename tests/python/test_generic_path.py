@@ -20,29 +20,23 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from transformers.models.phi3 import modeling_phi3
 
 import lemo
-from generic_cases import BLOCK, assert_same, kept_mask, make, masked_batch
-from lemo import LemoConfig, ops
+from generic_cases import (
+    BLOCK,
+    assert_same,
+    batch_of,
+    kept_mask,
+    make,
+    masked_batch,
+    settings,
+    train,
+)
+from lemo import ops
 from lemo.models.generic.path import GenericPath
 from lemo.models.native import NativePath
-from tiny_models import flat_config, gradients, make_ids, padded_batch
+from tiny_models import flat_config, gradients, padded_batch
 from tolerances import assert_close_fp32
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.filterwarnings("ignore::FutureWarning")]
-
-
-def settings(keep=0.5, **more):
-    return LemoConfig(**{"keep": keep, "block_size": BLOCK, "path": "generic"} | more)
-
-
-def batch_of(tokens=61):
-    ids = make_ids(2, tokens)
-    return {"input_ids": ids, "labels": ids}
-
-
-def train(model, batch):
-    loss = model(**batch).loss
-    loss.backward()
-    return loss
 
 
 # Which path

@@ -165,10 +165,13 @@ def rules_of_loss(parts: Parts) -> list[object]:
 def has_head_alone(parts: Parts) -> bool:
     """Whether a causal LM has no weights but its base's and its head's, such as a scale of logits
     that is trained."""
-    causal_lm = parts.causal_lm
-    inside: set[nn.Module] = {*parts.base.modules(), *causal_lm.get_output_embeddings().modules()}
-    others = (module for module in causal_lm.modules() if module not in inside)
-    return not any(module._parameters or module._buffers for module in others)
+    apart = parts.base, parts.causal_lm.get_output_embeddings()
+    modules: list[nn.Module] = [parts.causal_lm]
+    for module in modules:
+        if module._parameters or module._buffers:
+            return False
+        modules += (child for child in module.children() if child not in apart)
+    return True
 
 
 def _is_number(value: object) -> bool:
