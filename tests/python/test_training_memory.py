@@ -47,10 +47,10 @@ def test_freed_memory_goes_back():
     blocks = [torch.ones(2**18) for _ in range(256)]
     del blocks[::2]
     before = resident_bytes()
-    memory.give_back(torch.device("cuda"), 16)
-    memory.give_back(torch.device("cpu"), 15)
+    memory.release_freed(torch.device("cuda"), 16)
+    memory.release_freed(torch.device("cpu"), 15)
     assert resident_bytes() > before - 2**25
-    memory.give_back(torch.device("cpu"), 16)
+    memory.release_freed(torch.device("cpu"), 16)
     assert resident_bytes() < before - 100 * 2**20
     assert all(torch.equal(x, torch.ones(2**18)) for x in blocks)
 

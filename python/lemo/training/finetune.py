@@ -430,7 +430,7 @@ class _Run:
             accelerator.clip_grad_norm_(self.trainable, config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        memory.give_back(accelerator.device, step)
+        memory.release_freed(accelerator.device, step)
         loss = accelerator.reduce(loss, reduction="sum") / self.replicas.size
         return {
             "step": step,

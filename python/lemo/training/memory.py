@@ -41,7 +41,7 @@ def peak_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def give_back(device: torch.device, step: int) -> None:
+def release_freed(device: torch.device, step: int) -> None:
     """Gives memory that this process has freed back to the system, every 16 steps on the CPU.
 
     glibc keeps freed blocks of up to 32 MiB for later ones, but takes new places for many of them,
