@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from answer_chunks import Chunks, targets_of
 from answer_tasks import Haystacks, Mixture, Window
 from common.timing import summary
 from lemo.models.projections.fp8 import fp8_of
+from lemo.packing.blocks import BlockLayout
+from lemo.packing.to_device import to_device
 from lemo.training.evaluate import window_losses
 
 __all__ = [
@@ -44,6 +47,8 @@ __all__ = [
 # Steps that allocate and compile: no part of the time that --minutes gives.
 _FIRST_STEPS = 3
 _MOST_STEPS = 100_000
+# Tokens of a block, and the blocks of each window that a pass kept.
+Kept = tuple[int, list[list[int]]]
 # Final learning rate, as a share of the highest one.
 _FINAL_RATE = 0.1
 
@@ -155,8 +160,8 @@ class Trial:
             self.handle.set_progress(progress)
 
     def prepared(self, windows: Sequence[Window]) -> dict[str, Tensor]:
-        """The tensors of some windows for `loss`: on the device, but for what lemo reads on the
-        host, and would wait for there."""
+        """The tensors of some windows for `loss`: on the device, by copies that the host does not
+        wait for, but for what lemo reads on the host."""
         ids = torch.stack([window.ids for window in windows])
         labels = torch.stack([window.labels for window in windows])
         tensors = {"ids": ids, "labels": labels}
@@ -168,7 +173,7 @@ class Trial:
             tensors["ids_on_host"] = ids
         host = () if self.handle is None else ("ids_on_host", "labels")
         return {
-            name: tensor if name in host else tensor.to(self.device)
+            name: tensor if name in host else to_device(tensor, torch.device(self.device))
             for name, tensor in tensors.items()
         }
 
@@ -209,20 +214,16 @@ class Trial:
                 row[start:end] = 1.0
         return scores
 
-    def kept(self, windows: Sequence[Window]) -> tuple[int, list[list[int]]] | None:
-        """Tokens of a block, and the blocks of each window that the last pass kept in its first
-        layer; None: everything. Waits for the device."""
+    def kept(self, windows: Sequence[Window]) -> Callable[[], Kept | None]:
+        """What tells the blocks that the last pass, of these windows, kept in its first layer;
+        None: everything. Only that call waits for the device."""
         if self._chunks is not None:
-            return self._chunks.block_size(len(windows[0].ids)), self._chunks.kept
+            found = self._chunks.block_size(len(windows[0].ids)), self._chunks.kept
+            return lambda: found
         layers = [] if self.handle is None else self.handle.statistics()
         if not layers or layers[0].attention_blocks is None:
-            return None
-        layout = layers[0].layout
-        ends = np.cumsum(layout.block_counts)
-        blocks = layers[0].attention_blocks.cpu().numpy()
-        parts = np.split(blocks, np.searchsorted(blocks, ends)[:-1])
-        firsts = ends - np.array(layout.block_counts)
-        return layout.block_size, [(part - first).tolist() for part, first in zip(parts, firsts)]
+            return lambda: None
+        return partial(_of_windows, layers[0].layout, layers[0].attention_blocks)
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -231,6 +232,15 @@ class Trial:
         self.model = self.handle = None
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
+
+
+def _of_windows(layout: BlockLayout, blocks: Tensor) -> Kept:
+    """The kept blocks of each window, from their numbers in the batch."""
+    ends = np.cumsum(layout.block_counts)
+    numbers = blocks.cpu().numpy()
+    parts = np.split(numbers, np.searchsorted(numbers, ends)[:-1])
+    firsts = ends - np.array(layout.block_counts)
+    return layout.block_size, [(part - first).tolist() for part, first in zip(parts, firsts)]
 
 
 # --- recall
@@ -253,7 +263,7 @@ class Recall:
     def __init__(self) -> None:
         self._shares: dict[str, list[float]] = {}
 
-    def add(self, windows: Sequence[Window], kept: tuple[int, list[list[int]]] | None) -> None:
+    def add(self, windows: Sequence[Window], kept: Kept | None) -> None:
         for number, window in enumerate(windows):
             share = 1.0
             if kept is not None:
@@ -317,7 +327,7 @@ def fine_tune(
     Returns:
         {"steps", "step_s", "step_s_range", "training_s", "peak_gib", "kept_share", "loss", "curve",
         "recall" (percent by task)}. The time of a step is the median, on the GPU and off it, from
-        the forward pass, scores included, to the end of the optimizer's step.
+        its windows, scores included, to the end of the optimizer's step.
     """
     gpu = trial.device.startswith("cuda")
     parameters = [each for each in trial.model.parameters() if each.requires_grad]
@@ -376,28 +386,32 @@ def _step(
     progress: tuple[int, int, float],
     records: tuple[Recall, list[float]],
 ) -> tuple[float, float]:
-    """One optimizer step on the windows of its micro-batches: its seconds and its loss."""
+    """One optimizer step on the windows of its micro-batches: its seconds and its loss.
+
+    The host waits for the device before and behind the step; in it only where the method itself
+    does: losses and what was kept are read afterwards.
+    """
     recall, kept_shares = records
     trial.begin_step(*progress)
     labels = [sum(int((window.labels != -100).sum()) for window in part) for part in parts]
-    seconds = total = 0.0
-    for part, count in zip(parts, labels):
-        tensors = trial.prepared(part)
-        start = now(trial.device)
-        loss = trial.loss(tensors) * (count / sum(labels))
-        loss.backward()
-        seconds += now(trial.device) - start
-        total += float(loss.detach())
-        kept = trial.kept(part)
-        recall.add(part, kept)
-        kept_shares.append(_kept_share(part, kept))
+    losses, kept = [], []
     start = now(trial.device)
+    for part, count in zip(parts, labels):
+        loss = trial.loss(trial.prepared(part)) * (count / sum(labels))
+        loss.backward()
+        losses.append(loss.detach())
+        kept.append(trial.kept(part))
     optimizer.step()
     optimizer.zero_grad()
-    return seconds + now(trial.device) - start, total
+    seconds = now(trial.device) - start
+    for part, read in zip(parts, kept):
+        found = read()
+        recall.add(part, found)
+        kept_shares.append(_kept_share(part, found))
+    return seconds, sum(map(float, losses))
 
 
-def _kept_share(windows: Sequence[Window], kept: tuple[int, list[list[int]]] | None) -> float:
+def _kept_share(windows: Sequence[Window], kept: Kept | None) -> float:
     if kept is None:
         return 1.0
     blocks = math.ceil(len(windows[0].ids) / kept[0])

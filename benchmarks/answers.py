@@ -390,7 +390,7 @@ def relevance(method: Method, setting: Setting, options: argparse.Namespace) -> 
         recall = Recall()
         for window in setting.windows:
             forward(trial, window)
-            recall.add([window], trial.kept([window]))
+            recall.add([window], trial.kept([window])())
         timed = setting.windows[:: max(len(setting.windows) // TIMED, 1)][:TIMED]
         longer = [forward(trial, each) - forward(random, each) for each in timed for _ in range(2)]
         trial.close()

@@ -300,14 +300,14 @@ def test_what_lemo_kept_is_read_window_by_window(inputs):
     trial = Trial(base(inputs), Method("x", {**SMALL, "scorer": "lexical"}), 2, 0, "cpu")
     two = windows_of("number", 2)
     trial.loss(trial.prepared(two))
-    size, kept = trial.kept(two)
+    size, kept = trial.kept(two)()
     assert size == TOKENS // 16
     assert [len(blocks) for blocks in kept] == [4, 4]
     for made, blocks in zip(two, kept):
         assert {(answer.start - 1) // size for answer in made.answers} <= set(blocks)
         alone = Trial(base(inputs), trial.method, 2, 0, "cpu")
         alone.loss(alone.prepared([made]))
-        assert alone.kept([made]) == (size, [blocks])
+        assert alone.kept([made])() == (size, [blocks])
 
 
 def test_the_oracle_keeps_what_answers_need(inputs):
@@ -323,7 +323,7 @@ def test_the_oracle_keeps_what_answers_need(inputs):
         assert torch.equal(row == 1.0, needed)
         assert row[~needed].max() < 0.5
     trial.loss(tensors)
-    size, kept = trial.kept(made)
+    size, kept = trial.kept(made)()
     labelled = len({(answer.start - 1) // size for answer in made[0].answers})
     for each, blocks in zip(made, kept):
         places = {start // size for answer in each.answers for start, _ in answer.needed}
@@ -336,7 +336,7 @@ def test_chunks_see_what_a_masked_window_sees(inputs, weights):
     trial = Trial(base(inputs), chunks, 2, 0, "cpu")
     made = windows_of("number", 1)
     tensors = trial.prepared(made)
-    size, (kept,) = trial.kept(made)
+    size, (kept,) = trial.kept(made)()
     assert (len(kept), kept[-1]) == (4, 15)
     assert tensors["ids"].shape == (1, 4 * size)
 

@@ -26,6 +26,7 @@ from lemo.models.projections.fp8 import share, shared_rows
 from lemo.models.projections.linear import apply_linear, apply_linears, reads_fp8
 from lemo.ops.select_norm import select_norm_into
 from lemo.packing.batch import PackedBatch, shape_of
+from lemo.packing.to_device import to_device
 
 __all__ = [
     "ARCHITECTURES",
@@ -157,9 +158,7 @@ class Architecture:
         packed, embedded = batch.packed, arguments.inputs_embeds
         mask, position_ids = arguments.attention_mask, arguments.position_ids
         if position_ids is not None:
-            on_host = position_ids.device.type == "cpu"
-            device = batch.layout.block_starts.device
-            position_ids = position_ids.to(device, non_blocking=on_host)
+            position_ids = to_device(position_ids, batch.layout.block_starts.device)
         if rows is not None and self._embeds_row_by_row:
             if embedded is None:
                 assert batch.ids is not None

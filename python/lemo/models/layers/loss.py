@@ -19,6 +19,7 @@ from lemo.models.projections.as_in_forward import AsInForward
 from lemo.models.projections.weights import is_plain
 from lemo.ops.linear_cross_entropy import CHUNK_BYTES
 from lemo.packing.batch import PackedBatch
+from lemo.packing.to_device import to_device
 
 __all__ = [
     "CountedLabels",
@@ -59,8 +60,7 @@ def next_labels(
         raise ValueError(
             f"{name}: expected [batch, tokens] = {list(batch.shape)}, got {list(given.shape)}"
         )
-    # From pinned memory the copy is not waited for.
-    given = given.to(batch.cu_seqlens.device, non_blocking=given.device.type == "cpu")
+    given = to_device(given, batch.cu_seqlens.device)
     if shift_labels is None:
         given = pad(given, (0, 1), value=ignore_index)[..., 1:]
     shift_labels = given.reshape(batch.shape)
@@ -186,7 +186,7 @@ def divisor_of(
         divisor = divisor * (count / (count + lost).clamp(min=1))
     if divisor is not None and counted is not labelled:
         divisor = divisor * (counted.sum() / labelled.sum().clamp(min=1))
-    return divisor.to(labelled.device) if torch.is_tensor(divisor) else divisor
+    return to_device(divisor, labelled.device) if torch.is_tensor(divisor) else divisor
 
 
 def labels_per_counted(labelled: Tensor, lost: Tensor | None, counted: int) -> Tensor:
