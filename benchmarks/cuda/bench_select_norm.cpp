@@ -40,7 +40,12 @@ void BM_SelectNorm(benchmark::State& state) {
     // Reads x[rows], writes y and the copy of x[rows].
     state.SetBytesProcessed(state.iterations() * data.kept * data.hidden * 3 * 2);
 }
-BENCHMARK(BM_SelectNorm)->Args({65536, 4096})->UseManualTime();
+BENCHMARK(BM_SelectNorm)
+    ->Args({65536, 4096})
+    ->Args({32768, 1024})
+    ->Args({32768, 576})
+    ->Args({32768, 384})
+    ->UseManualTime();
 
 void BM_SelectNormBackward(benchmark::State& state) {
     const HalfKept data(state);
@@ -61,6 +66,12 @@ void BM_SelectNormBackward(benchmark::State& state) {
     state.SetBytesProcessed(state.iterations() * data.kept * data.hidden * (weight_grad ? 6 : 4) *
                             2);
 }
-BENCHMARK(BM_SelectNormBackward)->Args({65536, 4096, 0})->Args({65536, 4096, 1})->UseManualTime();
+BENCHMARK(BM_SelectNormBackward)
+    ->Args({65536, 4096, 0})
+    ->Args({65536, 4096, 1})
+    ->Args({32768, 1024, 0})
+    ->Args({32768, 576, 0})
+    ->Args({32768, 384, 0})
+    ->UseManualTime();
 
 }  // namespace

@@ -8,15 +8,23 @@ namespace lemo::cuda {
 /// Floats of shared memory that a reduction needs.
 inline constexpr int kReduceScratch = 32;
 
+/// `combine` over the values of a warp in a fixed order, the same bits in every lane. All lanes
+/// take part.
+template <typename T, typename Combine>
+__device__ __forceinline__ T warp_reduce(T value, Combine&& combine) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
+    }
+    return value;
+}
+
 /// `combine` over every thread's value in a fixed order, the same bits in every thread. All threads
 /// take part; `scratch` may be that of an earlier reduction.
 template <int kThreads, typename T, typename Combine>
 __device__ __forceinline__ T block_reduce(T value, T* scratch, Combine&& combine) {
     static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps of one block");
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        value = combine(value, __shfl_xor_sync(0xffffffffu, value, offset));
-    }
+    value = warp_reduce(value, combine);
     __syncthreads();  // scratch may still be read from an earlier reduction
     if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
     __syncthreads();

@@ -69,6 +69,7 @@ TYPED_TEST(RopeCuda, MatchesCpu) {
         for (const bool transposed : {false, true}) {
             rotates_as_cpu<TypeParam, TypeParam>({21, 32, head_size}, 50, transposed);
             rotates_as_cpu<TypeParam, float>({9, 5, head_size}, 7, transposed);
+            rotates_as_cpu<TypeParam, TypeParam>({19, 9, head_size}, 40, transposed);
         }
         rotates_as_cpu<TypeParam, TypeParam>({17, 8, head_size}, -1, false);
         rotates_as_cpu<float, TypeParam>({3, 1, head_size}, 4, true);

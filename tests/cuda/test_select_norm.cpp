@@ -136,7 +136,7 @@ TYPED_TEST_SUITE(SelectNormCuda, testing::StorageTypes);
 
 TYPED_TEST(SelectNormCuda, ForwardMatchesCpu) {
     for (const std::string_view kind : {"rms", "layer"}) {
-        for (const int64_t hidden : {8, 24, 70, 384, 4096, 4104, 8192}) {
+        for (const int64_t hidden : {8, 24, 70, 384, 512, 576, 1024, 1032, 4096, 4104, 8192}) {
             forward_matches_cpu<TypeParam>({90, hidden, 41, kind});
         }
         forward_matches_cpu<TypeParam>({3, 16, 3, kind});
@@ -146,7 +146,7 @@ TYPED_TEST(SelectNormCuda, ForwardMatchesCpu) {
 
 TYPED_TEST(SelectNormCuda, BackwardMatchesCpuAndRepeats) {
     for (const std::string_view kind : {"rms", "layer"}) {
-        for (const int64_t hidden : {8, 24, 70, 384, 4096, 4104}) {
+        for (const int64_t hidden : {8, 24, 70, 384, 512, 576, 1024, 1032, 4096, 4104}) {
             backward_matches_cpu<TypeParam>({90, hidden, 41, kind});
         }
         backward_matches_cpu<TypeParam>({3, 16, 0, kind});

@@ -8,8 +8,9 @@
 namespace lemo::cuda::rope::portable {
 
 constexpr int kWarpsPerBlock = 8;
-// Heads that a lane loads before it stores the first.
-constexpr int kInFlight = 4;
+// One access. Of 16 bytes, the four vectors of the tables in fp32 would take so many registers that
+// half as many rows are in flight.
+constexpr int kBytes = 8;
 
 struct RopeArguments {
     FloatReader cos, sin;
@@ -19,8 +20,17 @@ struct RopeArguments {
     bool transposed;
 };
 
-/// Rotates kWidth elements of both halves of a head at a time.
-template <typename T, int kWidth>
+/// Lanes for one head, and heads that a warp takes at a time, of `num_vectors` in half a head.
+__host__ __device__ constexpr int head_span(int num_vectors) {
+    return num_vectors < 32 ? num_vectors : 32;
+}
+__host__ __device__ constexpr int heads_at_a_time(int num_vectors) {
+    return 32 / head_span(num_vectors);
+}
+
+/// Rotates kWidth elements of both halves of a head at a time. A lane loads kInFlight heads before
+/// it stores the first: no more than it has, since their registers cost rows in flight.
+template <typename T, int kWidth, int kInFlight>
 __global__ void
 __launch_bounds__(kWarpsPerBlock * 32)
 rope_kernel(const T* __restrict__ x, T* __restrict__ y, RopeArguments args) {
@@ -33,7 +43,7 @@ rope_kernel(const T* __restrict__ x, T* __restrict__ y, RopeArguments args) {
 
     // A step of the warp is as many half heads as fit into it, or a part of one.
     const int num_vectors = half / kWidth;
-    const int span = num_vectors < 32 ? num_vectors : 32, heads_per_step = 32 / span;
+    const int span = head_span(num_vectors), heads_per_step = heads_at_a_time(num_vectors);
     if (lane >= span * heads_per_step) return;  // no lane waits for another one below
     for (int v = lane % span; v < num_vectors; v += span) {
         const int64_t i = int64_t{v} * kWidth;

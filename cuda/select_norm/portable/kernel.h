@@ -1,5 +1,6 @@
-// The kernels of select_norm: one thread block for each kept row; the row stays in shared memory
-// between the statistics and the store, so device memory is read once.
+// The kernels of select_norm: a thread block for each kept row, or a warp where rows are narrow;
+// the row stays in shared memory between the statistics and the store, so device memory is read
+// once.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,9 +11,10 @@
 
 namespace lemo::cuda::select_norm::portable {
 
-// Enough blocks fit on a multiprocessor to hide each other's sums; a thread of a row of 4096 bf16
-// elements loads all its vectors before it uses the first.
+// Enough rows fit on a multiprocessor to hide each other's sums; a thread of a row of 4096 bf16
+// elements, or of 1024 that a warp takes, loads all its vectors before it uses the first.
 constexpr int kThreads = 128;
+constexpr int kWarp = 32;
 constexpr int kInFlight = 4;
 // One access is 16 bytes of the row's type.
 template <typename T>
@@ -22,35 +24,58 @@ constexpr int kElements = 16 / static_cast<int>(sizeof(T));
 constexpr int kGradColumns = 32;
 constexpr int kGradRows = 16;
 
-/// Walks the vectors of a row that this thread owns: `load(i, width)` reads what starts at column
-/// i, `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that
-/// the compiler may not choose by itself where a use stores.
-template <int kWidth, typename Load, typename Use>
-__device__ __forceinline__ void walk_vectors(int64_t hidden, Load&& load, Use&& use) {
+/// Rows that a thread block takes, kRowThreads threads for each: all of the block, or a warp.
+template <int kRowThreads>
+constexpr int kBlockRows = kThreads / kRowThreads;
+
+/// The row of this thread, among all and in its block's shared memory, and its place there.
+template <int kRowThreads>
+struct RowThread {
+    int slot = static_cast<int>(threadIdx.x) / kRowThreads;
+    int lane = static_cast<int>(threadIdx.x) % kRowThreads;
+    int64_t row = int64_t{blockIdx.x} * kBlockRows<kRowThreads> + slot;
+};
+
+/// Walks the vectors of a row that a thread owns: `load(i, width)` reads what starts at column i,
+/// `use(i, width, loaded)` takes it. kInFlight loads come before the first use, an order that the
+/// compiler may not choose by itself where a use stores.
+template <int kRowThreads, int kWidth, typename Load, typename Use>
+__device__ __forceinline__ void walk_vectors(int lane, int64_t hidden, Load&& load, Use&& use) {
     constexpr Int<kWidth> width;
-    for (int64_t first = threadIdx.x * kWidth; first < hidden;
-         first += kInFlight * kThreads * kWidth) {
+    for (int64_t first = lane * kWidth; first < hidden; first += kInFlight * kRowThreads * kWidth) {
         decltype(load(first, width)) loaded[kInFlight];
         CUTLASS_PRAGMA_UNROLL
         for (int v = 0; v < kInFlight; ++v) {
-            const int64_t i = first + v * kThreads * kWidth;
+            const int64_t i = first + v * kRowThreads * kWidth;
             if (i < hidden) loaded[v] = load(i, width);
         }
         CUTLASS_PRAGMA_UNROLL
         for (int v = 0; v < kInFlight; ++v) {
-            const int64_t i = first + v * kThreads * kWidth;
+            const int64_t i = first + v * kRowThreads * kWidth;
             if (i < hidden) use(i, width, loaded[v]);
         }
     }
 }
 
-template <int kWidth, typename Load, typename Use>
-__device__ __forceinline__ void for_each_vector(int64_t hidden, bool vectorised, Load&& load,
-                                                Use&& use) {
+template <int kRowThreads, int kWidth, typename Load, typename Use>
+__device__ __forceinline__ void for_each_vector(int lane, int64_t hidden, bool vectorised,
+                                                Load&& load, Use&& use) {
     if (vectorised) {
-        walk_vectors<kWidth>(hidden, load, use);
+        walk_vectors<kRowThreads, kWidth>(lane, hidden, load, use);
     } else {
-        walk_vectors<1>(hidden, load, use);
+        walk_vectors<kRowThreads, 1>(lane, hidden, load, use);
+    }
+}
+
+/// The sum over the threads of a row, the same bits in each of them, which see afterwards what the
+/// others have stored in shared memory.
+template <int kRowThreads>
+__device__ __forceinline__ float row_sum(float value, float* scratch) {
+    if constexpr (kRowThreads == kWarp) {
+        __syncwarp();
+        return warp_reduce(value, [](float a, float b) { return a + b; });
+    } else {
+        return block_sum<kRowThreads>(value, scratch);
     }
 }
 
@@ -64,30 +89,32 @@ struct NormArguments {
     const int32_t* rows;
     FloatReader weight, bias;
     float eps;
-    int64_t hidden;
+    int64_t num_rows, hidden;
     bool vectorised;
     float* mean;  // null for RMSNorm
     float* rstd;
 };
 
-template <typename T>
+template <typename T, int kRowThreads>
 __global__ void
 __launch_bounds__(kThreads)
 select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x_rows,
                    NormArguments args) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    T* row = reinterpret_cast<T*>(shared_memory);
     __shared__ float scratch[kReduceScratch];
 
-    const int64_t row_idx = blockIdx.x, hidden = args.hidden;
+    const auto [slot, lane, row_idx] = RowThread<kRowThreads>{};
+    if (row_idx >= args.num_rows) return;  // a whole warp, which no other one waits for
+    const int64_t hidden = args.hidden;
+    T* row = reinterpret_cast<T*>(shared_memory) + slot * round_up(hidden, kElements<T>);
     const T* from = x + (args.rows ? int64_t{args.rows[row_idx]} : row_idx) * hidden;
 
     float sum = 0;
     const auto load_x = [&](int64_t i, auto width) {
         return load_vector<width()>(from + i);
     };
-    for_each_vector<kElements<T>>(hidden, args.vectorised, load_x,
-                                  [&](int64_t i, auto width, const auto& values) {
+    for_each_vector<kRowThreads, kElements<T>>(lane, hidden, args.vectorised, load_x,
+                                               [&](int64_t i, auto width, const auto& values) {
         store_vector<width()>(row + i, values);
         if (x_rows != nullptr) store_vector<width()>(x_rows + row_idx * hidden + i, values);
         CUTLASS_PRAGMA_UNROLL
@@ -96,20 +123,20 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
             sum += args.mean != nullptr ? value : value * value;
         }
     });
-    sum = block_sum<kThreads>(sum, scratch);
+    sum = row_sum<kRowThreads>(sum, scratch);
 
     float center = 0, squares = sum;
     if (args.mean != nullptr) {
         center = sum / static_cast<float>(hidden);
         squares = 0;
-        for (int64_t i = threadIdx.x; i < hidden; i += kThreads) {
+        for (int64_t i = lane; i < hidden; i += kRowThreads) {
             const float value = float(row[i]) - center;
             squares += value * value;
         }
-        squares = block_sum<kThreads>(squares, scratch);
+        squares = row_sum<kRowThreads>(squares, scratch);
     }
     const float scale = rsqrtf(squares / static_cast<float>(hidden) + args.eps);
-    if (threadIdx.x == 0) {
+    if (lane == 0) {
         args.rstd[row_idx] = scale;
         if (args.mean != nullptr) args.mean[row_idx] = center;
     }
@@ -117,8 +144,8 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
     const auto load_row = [&](int64_t i, auto width) {
         return load_vector<width()>(row + i);
     };
-    for_each_vector<kElements<T>>(hidden, args.vectorised, load_row,
-                                  [&](int64_t i, auto width, auto values) {
+    for_each_vector<kRowThreads, kElements<T>>(lane, hidden, args.vectorised, load_row,
+                                               [&](int64_t i, auto width, auto values) {
         const auto weights = args.weight.load<width()>(i);
         const auto shifts = args.bias.load<width()>(i);
         CUTLASS_PRAGMA_UNROLL
@@ -133,22 +160,24 @@ select_norm_kernel(const T* __restrict__ x, T* __restrict__ y, T* __restrict__ x
 struct NormBackwardArguments {
     const int32_t* rows;
     FloatReader weight;
-    int64_t hidden;
+    int64_t num_rows, hidden;
     bool vectorised;
     const float* mean;  // null for RMSNorm
     const float* rstd;
 };
 
-template <typename T>
+template <typename T, int kRowThreads>
 __global__ void __launch_bounds__(kThreads)
 select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows,
                             T* __restrict__ dx, NormBackwardArguments args) {
     extern __shared__ __align__(16) unsigned char shared_memory[];
-    T* dy_row = reinterpret_cast<T*>(shared_memory);
-    T* x_row = dy_row + round_up(args.hidden, kElements<T>);
     __shared__ float scratch[kReduceScratch];
 
-    const int64_t row_idx = blockIdx.x, hidden = args.hidden;
+    const auto [slot, lane, row_idx] = RowThread<kRowThreads>{};
+    if (row_idx >= args.num_rows) return;  // a whole warp, which no other one waits for
+    const int64_t hidden = args.hidden, shared_row = round_up(hidden, kElements<T>);
+    T* dy_row = reinterpret_cast<T*>(shared_memory) + 2 * slot * shared_row;
+    T* x_row = dy_row + shared_row;
     T* to = dx + (args.rows ? int64_t{args.rows[row_idx]} : row_idx) * hidden;
     const float center = args.mean != nullptr ? args.mean[row_idx] : 0.0f;
     const float rstd = args.rstd[row_idx];
@@ -160,8 +189,8 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
         vectors.x = load_vector<width()>(x_rows + row_idx * hidden + i);
         return vectors;
     };
-    for_each_vector<kElements<T>>(hidden, args.vectorised, load_saved,
-                                  [&](int64_t i, auto width, const auto& vectors) {
+    for_each_vector<kRowThreads, kElements<T>>(lane, hidden, args.vectorised, load_saved,
+                                               [&](int64_t i, auto width, const auto& vectors) {
         const auto& [dys, xs, unused] = vectors;
         store_vector<width()>(dy_row + i, dys);
         store_vector<width()>(x_row + i, xs);
@@ -173,10 +202,11 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
             sum_gn += g * (float(xs[e]) - center) * rstd;
         }
     });
-    const float mean_gn = block_sum<kThreads>(sum_gn, scratch) / static_cast<float>(hidden);
-    const float mean_g = args.mean != nullptr ? block_sum<kThreads>(sum_g, scratch) /
-                                                    static_cast<float>(hidden)
-                                              : 0.0f;
+    const auto mean_of = [&](float sum) {
+        return row_sum<kRowThreads>(sum, scratch) / static_cast<float>(hidden);
+    };
+    const float mean_gn = mean_of(sum_gn);
+    const float mean_g = args.mean != nullptr ? mean_of(sum_g) : 0.0f;
 
     const auto load_all = [&](int64_t i, auto width) {
         GradVectors<T, width()> vectors;
@@ -185,8 +215,8 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
         vectors.dx = load_vector<width()>(to + i);
         return vectors;
     };
-    for_each_vector<kElements<T>>(hidden, args.vectorised, load_all,
-                                  [&](int64_t i, auto width, auto vectors) {
+    for_each_vector<kRowThreads, kElements<T>>(lane, hidden, args.vectorised, load_all,
+                                               [&](int64_t i, auto width, auto vectors) {
         auto& [dys, xs, dxs] = vectors;
         const auto weights = args.weight.load<width()>(i);
         CUTLASS_PRAGMA_UNROLL
@@ -203,7 +233,7 @@ select_norm_backward_kernel(const T* __restrict__ dy, const T* __restrict__ x_ro
 /// and adds its rows in a fixed order, so the result is the same at every run.
 template <typename T>
 __global__ void __launch_bounds__(kGradColumns * kGradRows)
-norm_weight_grad_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows, int64_t num_rows,
+norm_weight_grad_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows,
                         NormBackwardArguments args, float* __restrict__ dweight,
                         float* __restrict__ dbias) {
     __shared__ float parts[2][kGradRows][kGradColumns];
@@ -212,7 +242,7 @@ norm_weight_grad_kernel(const T* __restrict__ dy, const T* __restrict__ x_rows, 
 
     float sum_weight = 0, sum_bias = 0;
     if (column < args.hidden) {
-        for (int64_t r = part; r < num_rows; r += kGradRows) {
+        for (int64_t r = part; r < args.num_rows; r += kGradRows) {
             const float center = args.mean != nullptr ? args.mean[r] : 0.0f;
             const float g = float(dy[r * args.hidden + column]);
             sum_weight += g * (float(x_rows[r * args.hidden + column]) - center) * args.rstd[r];
