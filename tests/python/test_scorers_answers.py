@@ -506,6 +506,23 @@ def test_answers_are_scored_without_waiting_for_the_gpu(scorer, tmp_path, monkey
     assert called
 
 
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("scorer", ["lexical", "attention"])
+def test_a_pass_with_answers_never_waits_for_the_gpu(scorer, tmp_path):
+    """So the host issues a pass while the GPU runs the one before."""
+    heads = {"heads": str(heads_file(tmp_path))} if scorer == "attention" else {}
+    model = make_model("llama", max_position_embeddings=128)
+    config = {"keep": 0.25, "scorer": scorer, "block_size": BLOCK, **heads}
+    handle = lemo.enable(model, lemo.LemoConfig(**config))
+    batch = prompts([1, 5])
+    ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    for step in range(4):
+        # The first pass counts labels, the second one captures.
+        issued = no_synchronisation() if step > 1 else nullcontext()
+        with handle.on_host(ids), issued:
+            model(batch["input_ids"], labels=labels).loss.backward()
+
+
 def test_tokens_on_the_host_have_to_fit():
     batch = prompts([1])
     model = make_model("llama", max_position_embeddings=128)

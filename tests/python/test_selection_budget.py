@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from lemo.packing.blocks import BlockLayout
-from lemo.selection.budget import within_budget
+from lemo.relevance.answers import are_answers
+from lemo.selection.budget import counts_on_host, first_by_rank, within_budget
+from lemo.selection.priority import always_kept, ranks
 
 BLOCK = 16
 # Of no tokens, of less than a block, of whole blocks, and of a ragged last one.
@@ -57,3 +59,65 @@ def test_each_sequence_keeps_its_budget(share, most, least, tokens, draw):
         blocks = expected(order, *values, is_answers, share, least, most, tokens)
         wanted[blocks] = 1.0
     assert kept.tolist() == wanted.tolist()
+
+
+def labelled_rows():
+    """[T] bool: answers at the end of some sequences, in the midst of others, and text."""
+    parts = []
+    for length in SEQLENS:
+        rows = torch.zeros(length, dtype=torch.bool)
+        kind = torch.randint(4, ()).item()
+        if kind == 0:
+            rows[:] = True  # text
+        elif kind == 1:
+            rows[-1 - length // 4 :] = True
+        elif kind == 2 and length:
+            rows[torch.randint(length, (3,))] = True
+        parts.append(rows)
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("draw", range(8))
+@pytest.mark.parametrize("ends", [(0, 0), (0, 1), (2, 3)])
+@pytest.mark.parametrize("tokens", [0, 33])
+@pytest.mark.parametrize("most", [0.0, 0.0625, 0.5, 1.0])
+def test_the_host_counts_what_is_kept(most, tokens, ends, draw):
+    torch.manual_seed(draw)
+    layout, on_device = BlockLayout.from_seqlens(SEQLENS, BLOCK), labelled_rows()
+    rows = on_device.cpu()
+    labelled = layout.blocks_with(on_device)
+    first, _ = always_kept(layout, most, *ends, False)
+    order = ranks(torch.rand(layout.num_blocks), labelled, first)
+    counts = counts_on_host(rows, layout, most, tokens, *ends)
+    kept = first_by_rank(order, counts, layout)
+
+    wanted, sizes, unknown = [], [], 0
+    cuts, has = layout.cu_blocks.tolist(), labelled.tolist()
+    for start, end, own in zip(cuts, cuts[1:], rows.split(SEQLENS)):
+        by_rank = sorted(range(start, end), key=lambda block: -order[block].item())
+        is_answers = bool(are_answers(own.sum(), len(own)))
+        blocks = expected(by_rank, has, has, is_answers, 1, 0.0, most, tokens) if by_rank else []
+        wanted += blocks
+        ragged = len(own) % BLOCK
+        unknown += bool(ragged) and end - 1 not in counts.lasts
+        sizes.append(BLOCK * len(blocks) - (BLOCK - ragged) * (bool(ragged) and end - 1 in blocks))
+    assert sorted(wanted) == kept.nonzero()[:, 0].tolist()
+    assert set(counts.lasts) <= set(wanted)
+    assert counts.rows == (None if unknown else sum(sizes))
+    if ends == (0, 1) and most >= 0.5 and tokens:
+        # What is usual: a last block that is kept, one of an answer or of the end.
+        assert unknown <= sum(length % BLOCK > 0 for length in SEQLENS) // 2
+
+
+def test_counts_hold_where_scores_are_no_numbers():
+    """The sizes of what follows are those counts: another number of rows would read past them."""
+    layout = BlockLayout.from_seqlens([90, 64], BLOCK)
+    rows = torch.zeros(154, dtype=torch.bool, device="cpu")
+    rows[80:90] = True
+    counts = counts_on_host(rows, layout, 0.5, 0, 0, 0)
+    assert counts == ([3, 2], [5], 42 + 32)
+    order = torch.full((layout.num_blocks,), torch.nan)
+    order[2] = 0.0
+    kept = first_by_rank(order, counts, layout).tolist()
+    assert (kept[2], kept[5]) == (1.0, 1.0)
+    assert (sum(kept[:6]), sum(kept[6:])) == (3, 2)

@@ -342,9 +342,10 @@ class Handle:
         """Gives the tokens of forward passes inside on the CPU, where words are compared.
 
             with handle.on_host(ids):
-                loss = model(ids.to("cuda", non_blocking=True), labels=labels).loss
+                on_gpu = ids.pin_memory().to("cuda", non_blocking=True)
+                loss = model(on_gpu, labels=labels).loss
 
-        So scorers need not wait for a GPU to read them back, if `labels` are on the CPU, too, and
+        So a pass need not wait for a GPU to read them back, if `labels` are on the CPU, too, and
         nothing is padded. The native path alone reads them.
 
         Args:

@@ -13,7 +13,7 @@ from lemo.ops.rope import rope
 from lemo.ops.segment_attention import segment_attention
 from lemo.ops.select_norm import residual_select_norm, select_norm
 from lemo.ops.swiglu import swiglu, swiglu_fp8
-from lemo.ops.token_select import left_out, token_select
+from lemo.ops.token_select import left_out, marked_blocks, token_select
 from lemo.ops.word_relevance import word_relevance
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "fp8_transpose",
     "left_out",
     "linear_cross_entropy",
+    "marked_blocks",
     "predictor",
     "residual_gather",
     "residual_scatter_",

@@ -81,6 +81,21 @@ def token_select(
     return Selection(layout, rows, positions, cu_rows, kept_blocks)
 
 
+def marked_blocks(marks: Tensor, layout: BlockLayout, num_blocks: int, num_rows: int) -> Selection:
+    """The blocks whose mark is 1, as a selection. The host does not wait for a GPU.
+
+    Args:
+        marks: [B] fp32 of 0 or 1.
+        layout: how the packed tokens are cut.
+        num_blocks, num_rows: how many blocks are marked, and how many rows these have.
+    """
+    cuts, sizes = (layout.block_starts, layout.cu_blocks), (num_blocks, num_rows)
+    rows, positions, cu_rows, blocks = call(
+        _ops.token_select, marks, *cuts, "threshold", 0.5, 0, 0, *sizes
+    )
+    return Selection(layout, rows, positions, cu_rows, blocks)
+
+
 def left_out(selection: Selection) -> Selection:
     """The rows that a selection does not keep, as a selection. The host does not wait for a GPU.
 
@@ -89,11 +104,7 @@ def left_out(selection: Selection) -> Selection:
     """
     layout, kept_blocks = selection.layout, selection.kept_blocks
     assert kept_blocks is not None
-    scores = torch.ones(layout.num_blocks, device=kept_blocks.device)
-    scores.index_fill_(0, kept_blocks.long(), 0.0)
+    marks = torch.ones(layout.num_blocks, device=kept_blocks.device)
+    marks.index_fill_(0, kept_blocks.long(), 0.0)
     sizes = layout.num_blocks - kept_blocks.numel(), layout.num_tokens - selection.num_rows
-    cuts = (layout.block_starts, layout.cu_blocks)
-    rows, positions, cu_rows, blocks = call(
-        _ops.token_select, scores, *cuts, "threshold", 0.5, 0, 0, *sizes
-    )
-    return Selection(layout, rows, positions, cu_rows, blocks)
+    return marked_blocks(marks, layout, *sizes)

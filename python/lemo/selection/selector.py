@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from lemo import ops
 from lemo.packing.blocks import BlockLayout, Selection
 from lemo.relevance.answers import are_answers
-from lemo.selection.budget import within_budget
+from lemo.selection.budget import counts_on_host, first_by_rank, within_budget
 from lemo.selection.finite import FiniteScores
 from lemo.selection.loss_mask import masked_rows
 from lemo.selection.policies import Policies, Rule
@@ -119,15 +119,18 @@ class Selector:
         finally:
             self._pass, self._repeats = latest, False
 
-    def begin(self, layout: BlockLayout, labelled: Tensor | None = None) -> None:
+    def begin(
+        self, layout: BlockLayout, labelled: Tensor | None = None, on_host: Tensor | None = None
+    ) -> None:
         """Starts a forward pass over these tokens; forgets the previous one.
 
         Args:
             layout: how they are cut into blocks.
             labelled: [T] bool, rows that have a label; None: nothing is known of labels.
+            on_host: the same on the CPU; None: it is not known there.
         """
         if not self._repeats:
-            self._pass = Pass(layout, labelled)
+            self._pass = Pass(layout, labelled, on_host)
             self.finite.begin()
 
     def select(self, layer: int, kind: str, score: Callable[[], Tensor]) -> Selection:
@@ -185,9 +188,10 @@ class Selector:
                 if now.labelled is not None or crowded:
                     # The order of the ranks holds all of it.
                     scores, ends = ranks(scores, now.labelled, first), (0, 0)
-                if self._has_budget:
-                    rule, scores = self._within_budget(kind, scores, rule.value)
-            selection = ops.token_select(scores, now.layout, *rule, *ends)
+            if rule.policy == "ratio" and self._has_budget:
+                selection = self._within_budget(kind, scores, rule.value)
+            else:
+                selection = ops.token_select(scores, now.layout, *rule, *ends)
             # All rows kept is the dense case, which needs no row index.
             complete = selection.num_rows == now.layout.num_tokens
             now.chosen[key] = now.everything if complete else selection
@@ -198,24 +202,25 @@ class Selector:
         """Whether blocks with labels are kept beside the share: answers say what is needed."""
         return self.config.finds_answers and self._pass.labelled is not None
 
-    def _within_budget(self, kind: str, ranks: Tensor, most: float) -> tuple[Rule, Tensor]:
-        """A rule that keeps the blocks of the budget, and the scores that it goes by."""
+    def _within_budget(self, kind: str, ranks: Tensor, most: float) -> Selection:
+        """The blocks of the budget."""
         now, config = self._pass, self.config
         assert now.labelled is not None
         assert now.answers is not None
+        layout, tokens = now.layout, config.keep_tokens or 0
+        if config.keep_relevance is None and now.on_host is not None:
+            ends = config.keep_first, config.keep_last
+            counts = counts_on_host(now.on_host, layout, most, tokens, *ends)
+            if counts.rows is not None:
+                kept = first_by_rank(ranks, counts, layout)
+                return ops.marked_blocks(kept, layout, sum(counts.blocks), counts.rows)
         share = 1.0 if config.keep_relevance is None else config.keep_relevance
+        relevance, least = now.scores[kind], config.keep_least
         kept = within_budget(
-            ranks,
-            now.scores[kind],
-            now.labelled,
-            now.answers,
-            now.layout,
-            share,
-            config.keep_least,
-            most,
-            config.keep_tokens or 0,
+            ranks, relevance, now.labelled, now.answers, layout, share, least, most, tokens
         )
-        return Rule("threshold", 1.0), kept
+        # The numbers are read back.
+        return ops.token_select(kept, layout, "threshold", 1.0, 0, 0)
 
     def left_out(self, selection: Selection) -> Selection:
         """The rows that a selection of this pass, not of everything, leaves out."""
@@ -273,6 +278,7 @@ class Pass:
 
     Attributes:
         layout: how its tokens are cut into blocks.
+        on_host: [T] bool on the CPU, rows that have a label; None: they are not known there.
         labelled: [B] bool, blocks that have labels; None: nothing is known of labels.
         answers: [N] bool, sequences where answers alone have labels; None: the same.
         everything: the selection of all rows, one object: equal sets are recognized by identity.
@@ -282,8 +288,10 @@ class Pass:
         left_out: what a selection, by its id, leaves out.
     """
 
-    def __init__(self, layout: BlockLayout, labelled: Tensor | None) -> None:
-        self.layout = layout
+    def __init__(
+        self, layout: BlockLayout, labelled: Tensor | None, on_host: Tensor | None = None
+    ) -> None:
+        self.layout, self.on_host = layout, on_host
         self.labelled = self.answers = None
         if labelled is not None:
             self.labelled = layout.blocks_with(labelled)

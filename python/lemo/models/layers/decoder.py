@@ -155,7 +155,8 @@ class Decoder:
     ) -> tuple[Pass, Tensor]:
         """Begins a pass and embeds its tokens; the arguments are those of `run`."""
         batch = replace(batch, labelled=labelled)
-        self._selector.begin(batch.layout, labelled)
+        on_host = None if batch.host is None else batch.host[1]
+        self._selector.begin(batch.layout, labelled, on_host)
         drop = drop and self.visible_keys == "kept" and self._selector.has_one_set
         now = Pass(batch, drop)
         if self._scorer.reads_residual:
