@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lemo.models.projections import rows, split_low_rank
+from lemo.models.projections import linear, rows, split_low_rank
 from lemo.models.projections.adapters import adapted
 from lemo.models.projections.linear import apply_linears
 from linear_cases import (
@@ -56,6 +56,13 @@ def in_fp32(monkeypatch, *arguments):
         return run(*arguments)[0]
 
 
+@pytest.fixture
+def base_first(monkeypatch):
+    """Products of pairs are added to those of base layers, as in fp32, so both round alike."""
+    monkeypatch.setattr(linear._Plan, "begins_with_pair", lambda plan: False)
+    monkeypatch.setattr(split_low_rank.SplitLowRank, "begins_gradient", lambda *of: False)
+
+
 def assert_same(found, expected):
     """Results in bf16 differ by roundings that fall otherwise, those in fp32 by 2^-17.
 
@@ -73,7 +80,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("columns", [24, 21])
 @pytest.mark.parametrize("name", PAIRS)
-def test_it_is_what_products_in_fp32_give(name, columns, split, monkeypatch):
+def test_it_is_what_products_in_fp32_give(name, columns, split, base_first, monkeypatch):
     layer, (x, dy) = layer_of(name, inputs=columns), inputs(torch.bfloat16, columns)
     expected = in_fp32(monkeypatch, of_lemo(layer), layer, x, dy)
     assert not split
@@ -95,7 +102,7 @@ def test_it_is_what_peft_gives(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_chunks_of_rows_add_up(name, monkeypatch):
+def test_chunks_of_rows_add_up(name, base_first, monkeypatch):
     layer, (x, dy) = layer_of(name), inputs(torch.bfloat16)
     monkeypatch.setattr(rows, "COPY_ELEMENTS", 10 * OUTPUTS)
     expected = in_fp32(monkeypatch, of_lemo(layer), layer, x, dy)
@@ -136,7 +143,7 @@ def test_adapters_that_bf16_would_round_away_count():
 
 
 @pytest.mark.parametrize("frozen", [None, "lora_A", "lora_B"])
-def test_layers_that_read_the_same_rows(frozen, split, monkeypatch):
+def test_layers_that_read_the_same_rows(frozen, split, base_first, monkeypatch):
     """Two pairs of a rank are a stack, the third is its own."""
     layers = [layer_of("plain", r=rank, seed=seed) for seed, rank in enumerate((8, 16, 8))]
     layers = torch.nn.ModuleList(layers)
@@ -154,6 +161,33 @@ def test_layers_that_read_the_same_rows(frozen, split, monkeypatch):
     assert_same(found, expected)
     assert (2, 8 * 24) in split
     assert (1, 16 * 24) in split
+
+
+class AddedTo(TorchDispatchMode):
+    """Inner sizes of the products that are added to something, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten.addmm_.default:
+            self.sizes.append(arguments[1].shape[1])
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_products_of_base_layers_are_added_to_those_of_pairs(has_bias):
+    """A sum so far is read beside arithmetic that takes longer."""
+    layer = layer_of("two adapters", has_bias=has_bias, inputs=RAGGED)
+    x, dy = inputs(torch.bfloat16, RAGGED)
+    with AddedTo() as forward:
+        y = of_lemo(layer)(x.clone().requires_grad_())
+    # A bias is added by the base layer's own product.
+    assert forward.sizes == ([24, 24] if has_bias else [RAGGED, 24])
+    with AddedTo() as backward:
+        y.backward(dy)
+    assert backward.sizes == [OUTPUTS]  # both pairs are one product
 
 
 CASES = {

@@ -158,15 +158,35 @@ class _Plan(NamedTuple):
     width: int | None
     fp8: Fp8Linear | None
 
-    def result(self, x: Tensor, cast: Tensor, given: Tensor | None, bias: Tensor | None) -> Tensor:
-        """[R, out] without the pairs, a tensor of its own.
+    def begins_with_pair(self) -> bool:
+        """Whether the products of the base layer are added to that of a pair, not the other way
+        round.
+
+        A pair's product is bound by what it reads and writes, the base layer's is not: there the
+        sum so far is read beside the arithmetic. Both ways round as often.
+        """
+        return self.matrix is not None and self.width is None and self.fp8 is None
+
+    def result(
+        self,
+        x: Tensor,
+        cast: Tensor,
+        given: Tensor | None,
+        bias: Tensor | None,
+        begun: Tensor | None,
+    ) -> Tensor:
+        """[R, out], a tensor of its own, without the pairs but for what is begun.
 
         Args:
             x: [R, in].
             cast: the same in `dtype`.
             given: the result, where the base layer has run already.
             bias: the base layer's.
+            begun: what the base layer's product is added to, in place; None: nothing.
         """
+        if begun is not None:
+            assert self.matrix is not None
+            return begun.addmm_(cast, self.matrix().T)
         if self.width is not None:
             return cast.new_empty(1, 1).expand(x.shape[0], self.width)
         if self.matrix is None:
@@ -245,12 +265,13 @@ class _Linear(torch.autograd.Function):
         cast = x.to(plans[0].dtype)
         own, pairs = _grouped(tensors, len(plans))
         _, wanted = _grouped(ctx.needs_input_grad[2:], len(plans))
-        ys = [plan.result(x, cast, *operands) for plan, operands in zip(plans, own)]
         products = [product for plan in plans for product in plan.products]
         # The layer of each pair.
         layers = [i for i, plan in enumerate(plans) for _ in plan.products]
         ctx.stacks = stacks(products, [(wants.a, wants.b) for wants in wanted])
         saved: list[Tensor | None] = []
+        # What each layer's pairs add to its result.
+        uppers: list[list[_Upper]] = [[] for _ in plans]
         for places in ctx.stacks:
             product, of_stack = products[places[0]], [pairs[i] for i in places]
             a, weights, bs = product.operands(
@@ -258,10 +279,10 @@ class _Linear(torch.autograd.Function):
             )
             low, bits = product.lower(cast, a)
             for i, b, part in zip(places, bs, shares(low, bs, 1)):
-                if plans[layers[i]].width is None:
-                    product.add_upper(ys[layers[i]], part, b, pairs[i].bias)
+                uppers[layers[i]].append(_Upper(product, part, b, pairs[i].bias))
             low = low if wanted[places[0]].b else None
             saved += _Saved(low, bits, weights, bs).tensors()
+        ys = [_result(*each, x, cast) for each in zip(plans, own, uppers)]
         # The weights are frozen, and those that were made of another kind are made again.
         stored = x if any(wants.a for wants in wanted) else None
         ctx.plans, ctx.products, ctx.layers, ctx.shape = plans, products, layers, x.shape
@@ -277,7 +298,9 @@ class _Linear(torch.autograd.Function):
         wants_x, _, *others = ctx.needs_input_grad
         wanted_own, wanted = _grouped(others, len(plans))
         cast = None if x is None else x.to(plans[0].dtype)
-        dx = _input_gradient(plans, dys, ctx.shape) if wants_x else None
+        dx, begins = None, _begins_with_pairs(plans, products, layers)
+        if wants_x and not begins:
+            dx = _input_gradient(plans, dys, ctx.shape)
         of_own = [
             _OfLayer(dy if wants.given else None, dy.sum(0) if wants.bias else None)
             for dy, wants in zip(dys, wanted_own)
@@ -289,7 +312,7 @@ class _Linear(torch.autograd.Function):
             a = below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
             rows = cast if wanted[places[0]].a else None
-            of_as, of_bs = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx)
+            of_as, of_bs, dx = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx, wants_x)
             for i, da in zip(places, of_as):
                 das[i] = da
             for i, db in zip(places, of_bs):
@@ -297,14 +320,49 @@ class _Linear(torch.autograd.Function):
             for i, dy in zip(places, dys_of_pairs):
                 if wanted[i].bias:
                     dbiases[i] = product.bias_gradient(dy)
+        if wants_x and begins:
+            dx = _input_gradient(plans, dys, ctx.shape, dx)
         of_pairs = map(_OfPair, das, dbs, dbiases)
         # Autograd casts gradients to the dtypes of what they are of.
         return dx, None, *chain.from_iterable(of_own), *chain.from_iterable(of_pairs)
 
 
-def _input_gradient(plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.Size) -> Tensor:
-    """What comes from the base layers whose products are a node's own."""
-    dx: Tensor | None = None
+def _begins_with_pairs(
+    plans: Sequence[_Plan], products: Sequence[LowRank | SplitLowRank], layers: Sequence[int]
+) -> bool:
+    """Whether the input's gradient begins with that of pairs; see `_Plan.begins_with_pair`."""
+    if not products or any(plan.matrix is None or plan.fp8 is not None for plan in plans):
+        return False
+    return products[0].begins_gradient(plans[layers[0]].dtype)
+
+
+class _Upper(NamedTuple):
+    """What a pair adds to a layer's result; see `LowRank.add_upper`."""
+
+    product: LowRank | SplitLowRank
+    low: Tensor
+    b: Tensor
+    bias: Tensor | None
+
+
+def _result(
+    plan: _Plan, own: _OfLayer, uppers: Sequence[_Upper], x: Tensor, cast: Tensor
+) -> Tensor:
+    """[R, out] of a layer with its pairs."""
+    begun = None
+    if uppers and uppers[0].bias is None and own.bias is None and plan.begins_with_pair():
+        begun = uppers[0].product.upper(uppers[0].low, uppers[0].b, plan.dtype)
+    y = plan.result(x, cast, own.given, own.bias, begun)
+    if plan.width is None:
+        for product, *operands in uppers if begun is None else uppers[1:]:
+            product.add_upper(y, *operands)
+    return y
+
+
+def _input_gradient(
+    plans: Sequence[_Plan], dys: Sequence[Tensor], shape: torch.Size, dx: Tensor | None = None
+) -> Tensor:
+    """What comes from the base layers whose products are a node's own, added to `dx` in place."""
     for plan, dy in zip(plans, dys):
         if plan.matrix is None:
             continue

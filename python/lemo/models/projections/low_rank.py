@@ -81,6 +81,24 @@ class LowRank(NamedTuple):
             torch.mm(rows.to(self.dtype), a.T, out=part_of(low, part))
         return low, bits
 
+    def upper(self, low: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """scaling * low B [R, out], which a sum in `dtype` may begin with; None: it has another
+        dtype.
+
+        Args:
+            low: [R, r], from `lower`.
+            b: [out, r], in `dtype`.
+            dtype: of the sum.
+        """
+        if self.dtype != dtype:
+            return None
+        # The first operand gives the dtype alone.
+        return torch.addmm(low[:1, :1], low, b.T, beta=0, alpha=self.scaling)
+
+    def begins_gradient(self, dtype: torch.dtype) -> bool:
+        """Whether the gradient of rows in `dtype` can begin with that of this pair."""
+        return self.dtype == dtype and not self.dropout
+
     def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
         """y += scaling * low B + bias_scaling * bias in place.
 
@@ -114,8 +132,9 @@ class LowRank(NamedTuple):
         a: Tensor,
         bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Gradients of each of the As and of `bs` if wanted; adds the input's to `dx`.
+        wants_x: bool,
+    ) -> tuple[Sequence[Tensor], list[Tensor], Tensor | None]:
+        """Gradients of each of the As and of `bs` if wanted, and the input's, added to `dx`.
 
         Args:
             dys: [R, out] each, the gradients of the results of the pairs of a stack.
@@ -124,16 +143,17 @@ class LowRank(NamedTuple):
             bits: of the mask.
             a: [r, in], of all pairs below each other, in `dtype`.
             bs: [out, their share of r] each, in `dtype`.
-            dx: [R, in]; None: not wanted.
+            dx: [R, in], overwritten; None: it is not wanted, or begins here (`begins_gradient`).
+            wants_x: whether the input's gradient is wanted.
         """
         columns, dtype = a.shape[1], self.dtype
         if bits is None and dys[0].dtype == dtype and (x is None or x.dtype == dtype):
-            da, dbs = _of_rows(dys, x, low, None, a, bs, dx, self.scaling)
-            return () if da is None else shares(da, bs, 0), dbs
+            da, dbs, dx = _of_rows(dys, x, low, None, a, bs, dx, wants_x, self.scaling)
+            return () if da is None else shares(da, bs, 0), dbs, dx
         da, dbs = None, []
         for part in slices_of(dys[0].shape[0], max(columns, *(b.shape[0] for b in bs))):
             mask = None if bits is None else dropout.unpack(part_of(bits, part), columns)
-            da_rows, dbs_rows = _of_rows(
+            da_rows, dbs_rows, _ = _of_rows(
                 [part_of(dy, part) for dy in dys],
                 None if x is None else part_of(x, part),
                 None if low is None else part_of(low, part),
@@ -141,12 +161,13 @@ class LowRank(NamedTuple):
                 a,
                 bs,
                 None if dx is None else part_of(dx, part),
+                wants_x,
                 self.scaling,
             )
             if da_rows is not None:
                 da = summed(da, da_rows)
             dbs = list(map(summed, dbs, dbs_rows)) if dbs else dbs_rows
-        return () if da is None else shares(da, bs, 0), dbs
+        return () if da is None else shares(da, bs, 0), dbs, dx
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """[out], that of `bias`, in fp32."""
@@ -193,11 +214,12 @@ def _of_rows(
     a: Tensor,
     bs: Sequence[Tensor],
     dx: Tensor | None,
+    wants_x: bool,
     scaling: float,
-) -> tuple[Tensor | None, list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     lows = [None] * len(bs) if low is None else shares(low, bs, 1)
     d_lows: Sequence[Tensor | None] = [None] * len(bs)
-    wants_low, d_low = x is not None or dx is not None, None
+    wants_low, d_low = x is not None or wants_x, None
     if wants_low and len(bs) > 1:
         d_low = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=a.dtype)
         d_lows = shares(d_low, bs, 1)
@@ -212,17 +234,19 @@ def _of_rows(
         elif wants_low:
             d_low = dy @ b
     if d_low is None:
-        return None, dbs
+        return None, dbs, dx
     da = None
     if x is not None:
         rows = (x if mask is None else dropout.masked(x, mask)).to(d_low.dtype)
         da = torch.addmm(a, d_low.T, rows, beta=0, alpha=scaling)
-    if dx is not None:
-        if mask is None:
+    if wants_x:
+        if dx is None:
+            dx = torch.addmm(d_low[:1, :1], d_low, a, beta=0, alpha=scaling)
+        elif mask is None:
             add_product(dx, d_low, a, scaling)
         else:
             dx.add_(dropout.masked(d_low @ a, mask), alpha=scaling)
-    return da, dbs
+    return da, dbs, dx
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:

@@ -83,6 +83,14 @@ class SplitLowRank(NamedTuple):
             _wide(dropout.masked(rows, mask), a.T, part_of(low, part))
         return self._left(low), bits
 
+    def upper(self, low: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """scaling * low B [R, out], which a sum in `dtype` may begin with; None: it has another
+        dtype."""
+        return low @ b.T if low.dtype == dtype else None
+
+    def begins_gradient(self, dtype: torch.dtype) -> bool:
+        return dtype == torch.bfloat16 and not self.dropout
+
     def add_upper(self, y: Tensor, low: Tensor, b: Tensor, bias: Tensor | None) -> None:
         """y += low B + bias_scaling * bias in place. cuBLAS rounds low B before it adds it."""
         if bias is None:
@@ -101,23 +109,24 @@ class SplitLowRank(NamedTuple):
         a: Tensor,
         bs: Sequence[Tensor],
         dx: Tensor | None,
-    ) -> tuple[Sequence[Tensor], list[Tensor]]:
-        """Gradients of each of the As and of the Bs if wanted; adds the input's to `dx`."""
+        wants_x: bool,
+    ) -> tuple[Sequence[Tensor], list[Tensor], Tensor | None]:
+        """Gradients of each of the As and of the Bs if wanted, and the input's, added to `dx`."""
         dbs = []
         if low is not None:
             for dy, of_pair in zip(dys, shares(low, bs, 1), strict=True):
                 high, rest = _wide(dy.T, of_pair).unflatten(1, (_BLOCKS, -1))[:, 1:].unbind(1)
                 dbs.append(high + rest)
-        if x is None and dx is None:
-            return (), dbs
+        if x is None and not wants_x:
+            return (), dbs, dx
         products = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=torch.float32)
         for dy, b, product in zip(dys, bs, shares(products, bs, 1), strict=True):
             _wide(dy, b, product)
         d_low = self._left(products)
         if bits is None:
-            if dx is not None:
-                dx.addmm_(d_low, a)
-            return () if x is None else self._of_weights(d_low, x), dbs
+            if wants_x:
+                dx = d_low @ a if dx is None else dx.addmm_(d_low, a)
+            return () if x is None else self._of_weights(d_low, x), dbs, dx
         das: list[Tensor] = []
         for part in slices_of(d_low.shape[0], a.shape[1]):
             mask = dropout.unpack(part_of(bits, part), a.shape[1])
@@ -128,7 +137,7 @@ class SplitLowRank(NamedTuple):
                 das = list(map(summed, das, found)) if das else [*found]
             if dx is not None:
                 part_of(dx, part).add_(dropout.masked(_wide(of_rows, a), mask))
-        return das, dbs
+        return das, dbs, dx
 
     def bias_gradient(self, dy: Tensor) -> Tensor:
         """[out], that of `bias`, in fp32."""
