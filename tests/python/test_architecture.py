@@ -56,6 +56,7 @@ EXPECTED_FUNCTIONS = {
     "fp8_transpose",
     "left_out",
     "linear_cross_entropy",
+    "marked_blocks",
     "predictor",
     "residual_gather",
     "residual_scatter_",
