@@ -484,6 +484,26 @@ def test_a_long_first_step_counts_unless_it_compiles_or_pins_memory(
 
 
 @pytest.mark.cpu_only
+def test_short_steps_in_which_graphs_are_captured_do_not_count(monkeypatch):
+    """The second pass of a shape captures, and takes longer than all others."""
+
+    class Steps:
+        device, trained_tokens, weights = "cpu", 8, 0
+        losses: ClassVar = [torch.tensor(1.0), torch.tensor(2.0)]
+
+        def __init__(self, settings, tokens):
+            self._seconds = iter((0.5, 0.9, 0.1, 0.2))
+
+        def seconds(self, tokens=None):
+            return 20.0 if tokens == 4 else next(self._seconds)
+
+    monkeypatch.setattr(comparison, "Steps", Steps)
+    monkeypatch.setattr(comparison, "held", lambda device: {})
+    settings = {"tokens": 8, "warm_up_tokens": 4, "long_step": 5.0, "steps": 2}
+    assert comparison.measured(settings)["range"] == [0.1, 0.2]
+
+
+@pytest.mark.cpu_only
 def test_plots_are_of_their_rows(tmp_path):
     for value, name in comparison_page.PLOTS.items():
         comparison_page.plot(ROWS, value, tmp_path / name)
