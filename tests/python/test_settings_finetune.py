@@ -1,5 +1,6 @@
 """FinetuneConfig: defaults, round trips, and the message for every field that does not fit."""
 
+import json
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 
 from lemo import LemoConfig
 from lemo.settings.base import expected, fields_of, read_yaml
-from lemo.settings.finetune import FinetuneConfig, differences
+from lemo.settings.finetune import FinetuneConfig, compared, differences
 
 # Settings alone.
 pytestmark = pytest.mark.cpu_only
@@ -139,19 +140,22 @@ def test_settings_that_do_not_fit(values, message):
 
 
 def test_differences_name_what_decides_the_losses_only():
-    config = FinetuneConfig(**NEEDED, elimination=LemoConfig(keep=0.5))
+    schedule = {"keep_schedule": [[0.8, 1.0]]}
+    config = FinetuneConfig(**NEEDED, elimination=LemoConfig(keep=0.5, layerwise=schedule))
     watched = config.replace(resume=True, log_every=5, save_every=7, output="x")
-    assert differences(config, watched) == []
-    other = config.replace(steps=7, elimination=LemoConfig(keep=0.25))
-    assert differences(config, other) == [
+    # As a checkpoint has them.
+    saved = json.loads(json.dumps(compared(config)))
+    assert differences(saved, watched) == []
+    other = config.replace(steps=7, elimination=LemoConfig(keep=0.25, layerwise=schedule))
+    assert differences(saved, other) == [
         "steps was 100, now 7",
         "elimination.keep was 0.5, now 0.25",
     ]
-    assert differences(config, config.replace(device="cpu")) == ["device was 'auto', now 'cpu'"]
+    assert differences(saved, config.replace(device="cpu")) == ["device was 'auto', now 'cpu'"]
     dense = config.replace(elimination=None)
     # Its settings differ with it: nothing more to say.
-    assert differences(config, dense) == ["elimination was 'on', now 'off'"]
-    assert differences(dense, config) == ["elimination was 'off', now 'on'"]
+    assert differences(saved, dense) == ["elimination was 'on', now 'off'"]
+    assert differences(compared(dense), config) == ["elimination was 'off', now 'on'"]
 
 
 @pytest.mark.parametrize(

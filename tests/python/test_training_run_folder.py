@@ -346,7 +346,7 @@ def test_checkpoints_of_older_formats_still_resume(inputs, run, tmp_path, monkey
     state = json.loads(file.read_text())
     assert state["format"] == 2
     if version == 1:
-        del state["sha256"]
+        del state["sha256"], state["settings"]
         file.write_text(json.dumps(state | {"format": 1}))
     shutil.rmtree(old / "checkpoints" / "step-4")
     shutil.rmtree(old / "adapter")
@@ -408,6 +408,33 @@ def test_a_checkpoint_of_a_longer_run_is_refused(inputs, run):
     )
     with pytest.raises(ValueError, match="of this run of 3 steps, but .*step-4' is of another run"):
         finetune(settings(inputs, run, resume=True, steps=3))
+
+
+def edit_config(run: Path, other: Path) -> None:
+    file = run / "config.yaml"
+    file.write_text(file.read_text().replace("learning_rate: 0.0002", "learning_rate: 0.002"))
+
+
+def take_checkpoint(run: Path, other: Path) -> None:
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.copytree(other / "checkpoints" / "step-4", run / "checkpoints" / "step-4")
+
+
+@pytest.mark.parametrize(
+    ("change", "rate", "message"),
+    [
+        (edit_config, 2e-3, "learning_rate was 0.0002, now 0.002"),
+        (take_checkpoint, 2e-4, "learning_rate was 0.002, now 0.0002"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(inputs, run, tmp_path, change, rate, message):
+    finetune(settings(inputs, tmp_path / "other", learning_rate=2e-3))
+    change(run, tmp_path / "other")
+    before = snapshot(run)
+    message = f"resume: expected the settings that .*step-4 was trained with, .*: {message}$"
+    with pytest.raises(ValueError, match=message):
+        finetune(settings(inputs, run, resume=True, learning_rate=rate))
+    assert snapshot(run) == before
 
 
 def test_a_broken_line_of_the_log_drops_no_other(inputs, run, caplog):

@@ -51,6 +51,7 @@ __all__ = [
     "fields_of",
     "group_of",
     "names_in",
+    "plain",
     "read_yaml",
 ]
 
@@ -121,7 +122,7 @@ class Settings(BaseModel):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (lists, numbers, strings), fit for JSON and YAML."""
-        return {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        return {name: plain(getattr(self, name)) for name in type(self).model_fields}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -227,10 +228,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value of a field as JSON and YAML have it: groups as dicts, tuples as lists."""
     if isinstance(value, Settings):
         return value.to_dict()
-    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+    return [plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 def _is_missing(error: ErrorDetails) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -24,6 +24,7 @@ from lemo.settings.base import (
     Windows,
     fields_of,
     names_in,
+    plain,
 )
 from lemo.settings.elimination import LemoConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "FinetuneConfig",
     "Quantize",
     "RopeScaling",
+    "compared",
     "differences",
 ]
 
@@ -228,24 +230,31 @@ def _beside(elimination: LemoConfig) -> Iterator[tuple[str, str, tuple[Any, ...]
         yield "host_memory", "shard", (False,)
 
 
-def differences(saved: FinetuneConfig, wanted: FinetuneConfig) -> list[str]:
-    """What a resumed run may not change but does, as lines "name was saved, now wanted"."""
-    old, new = _flat(saved), _flat(wanted)
-    names = {name for name in old if name not in NOT_COMPARED and old[name] != new.get(name)}
+def differences(saved: Mapping[str, Any], wanted: FinetuneConfig) -> list[str]:
+    """What a resumed run may not change but does, as lines "name was saved, now wanted".
+
+    Args:
+        saved: settings of the run, as from `compared`; those that it lacks are not compared.
+        wanted: the settings that it is resumed with.
+    """
+    now = compared(wanted)
+    names = [name for name in saved if name in now and saved[name] != now[name]]
     if "elimination" in names:
         # Where there is none its settings are nothing to compare.
-        names = {name for name in names if not name.startswith("elimination.")}
-    return [f"{name} was {old[name]!r}, now {new[name]!r}" for name in old if name in names]
+        names = [name for name in names if not name.startswith("elimination.")]
+    return [f"{name} was {saved[name]!r}, now {now[name]!r}" for name in names]
 
 
-def _flat(config: FinetuneConfig) -> dict[str, Any]:
-    """Values by name, those of groups with dots in their names; of no elimination None."""
+def compared(config: FinetuneConfig) -> dict[str, Any]:
+    """The settings that a resumed run may not change, by name, as values that JSON has.
+
+    Those of groups have dots in their names; of no elimination they are None.
+    """
     flat: dict[str, Any] = {}
     for path, _ in fields_of(FinetuneConfig):
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name, None)
-        if isinstance(value, Settings):
-            continue
-        flat[path] = value
+        if path not in NOT_COMPARED and not isinstance(value, Settings):
+            flat[path] = plain(value)
     return flat | {"elimination": "off" if config.elimination is None else "on"}

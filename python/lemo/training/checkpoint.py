@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lemo.data.reading import naming
 from lemo.files import json_text, new_folder, read_json, remove_folder, write_file
+from lemo.settings.finetune import FinetuneConfig, compared
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 from lemo.training.optimizer_state import unpacked
 from lemo.training.sharding import cut
@@ -53,6 +54,8 @@ class Checkpoint:
         data: fingerprint of the training windows.
         inputs: fingerprints of model, tokenizer and predictor; None: written by a lemo that took
             none.
+        settings: those that a resumed run may not change (`lemo.settings.finetune.compared`);
+            empty: written by a lemo that took none.
         num_processes: processes of the run.
         gradient_accumulation: forward passes of each of them in a step.
     """
@@ -61,6 +64,7 @@ class Checkpoint:
     step: int
     data: str
     inputs: dict[str, str] | None
+    settings: dict[str, Any]
     num_processes: int
     gradient_accumulation: int
 
@@ -74,10 +78,9 @@ def save_checkpoint(
     random_states: list[dict[str, Any]],
     data: str,
     inputs: dict[str, str],
-    gradient_accumulation: int,
-    keep: int,
+    config: FinetuneConfig,
 ) -> None:
-    """Write ``folder/step-N`` in one move, then remove all but the ``keep`` newest ones.
+    """Write ``folder/step-N`` in one move, then remove all but the newest ones.
 
     What a process that was killed left half-written goes, too. A folder with anything in it that
     is no file of a checkpoint stays, and a warning names it.
@@ -92,8 +95,7 @@ def save_checkpoint(
         random_states: :func:`random_state` of every process, in order of rank.
         data: fingerprint of the training windows.
         inputs: fingerprints of model, tokenizer and predictor.
-        gradient_accumulation: forward passes of each process in a step.
-        keep: how many checkpoints stay.
+        config: the settings of the run.
     """
     with new_folder(folder / f"step-{step}") as target:
         write_adapter(model, weights, target)
@@ -105,8 +107,9 @@ def save_checkpoint(
             "step": step,
             "data": data,
             "inputs": inputs,
+            "settings": compared(config),
             "num_processes": len(random_states),
-            "gradient_accumulation": gradient_accumulation,
+            "gradient_accumulation": config.gradient_accumulation,
             "files": {file.name: _describe(file) for file in sorted(target.iterdir())},
         }
         contents["sha256"] = _own_digest(contents)
@@ -114,7 +117,8 @@ def save_checkpoint(
     steps = checkpoint_folders(folder)
     torn = [old for old in checkpoint_folders(folder, torn=True) if old not in steps]
     # Later steps can only be damaged ones that a resumed run passed over.
-    whole = [old for old in steps if _step(old) <= step and _looks_whole(old)][:keep]
+    whole = [old for old in steps if _step(old) <= step and _looks_whole(old)]
+    whole = whole[: config.keep_checkpoints]
     for old in [*torn, *(old for old in steps if old not in whole)]:
         try:
             remove_folder(old, CHECKPOINT_FILES)
@@ -230,6 +234,7 @@ def _verify(folder: Path, gradient_accumulation: int) -> Checkpoint:
         contents["step"],
         contents["data"],
         contents.get("inputs"),
+        contents.get("settings", {}),
         contents["num_processes"],
         # Older ones were resumed with the same setting only.
         contents.get("gradient_accumulation", gradient_accumulation),

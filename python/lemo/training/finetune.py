@@ -508,8 +508,7 @@ class _Run:
                 states,
                 data=self.windows.fingerprint,
                 inputs=self.inputs,
-                gradient_accumulation=self.config.gradient_accumulation,
-                keep=self.config.keep_checkpoints,
+                config=self.config,
             )
             if kept is not None:
                 write_file(folder / KEPT_MAP_NAME, json_text(kept_map(kept, state["blocks"])))

@@ -14,7 +14,7 @@ import yaml
 
 from lemo.files import LOCK_NAME, foreign, lock, remove_folder, write_file
 from lemo.settings.base import read_yaml
-from lemo.settings.finetune import FinetuneConfig, differences
+from lemo.settings.finetune import FinetuneConfig, compared, differences
 from lemo.training.checkpoint import (
     CHECKPOINT_FILES,
     Checkpoint,
@@ -47,9 +47,6 @@ _ALWAYS = {"model", "documents", "output", "steps", "save_every", "lora_rank", "
 _NEVER = {"resume", "overwrite"}
 # Settings of elimination that are paths.
 _FILES = ("predictor", "heads", "scores")
-# A setting that may change with the number of processes.
-_ACCUMULATION = "gradient_accumulation "
-
 _log = logging.getLogger("lemo")
 
 
@@ -98,7 +95,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         FileExistsError: there is a run and neither resume nor overwrite is set, or there is
             something else that overwriting would destroy.
         PermissionError: what overwriting would remove cannot be removed.
-        ValueError: the run has other settings.
+        ValueError: the run, or its checkpoint, has other settings.
     """
     if not config.resume:
         if _present(folder):
@@ -112,10 +109,10 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
     saved = FinetuneConfig.from_yaml(folder / CONFIG_NAME)
-    changed = differences(saved, config)
+    changed = differences(compared(saved), config)
     checkpoint = None
     # Gradient accumulation is compared with the number of processes, by `check_passes`.
-    if not [line for line in changed if not line.startswith(_ACCUMULATION)]:
+    if all(map(_is_of_passes, changed)):
         _check_inputs(folder, saved, config)
         checkpoints = folder / CHECKPOINTS_NAME
         checkpoint = newest_checkpoint(checkpoints, saved.gradient_accumulation)
@@ -123,10 +120,18 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         raise ValueError(f"resume: the run in '{folder}' has other settings: {'; '.join(changed)}")
     if checkpoint is None:
         _log.info("%s has no checkpoint to go on from: starting with the first step", folder)
-    elif checkpoint.step > config.steps:
+        return None
+    if checkpoint.step > config.steps:
         raise ValueError(
             f"resume: expected a checkpoint of this run of {config.steps} steps, but "
             f"'{checkpoint.folder}' is of another run; move it away"
+        )
+    # Somebody may have edited the configuration, or put a checkpoint of another run here.
+    changed = [line for line in differences(checkpoint.settings, config) if not _is_of_passes(line)]
+    if changed:
+        raise ValueError(
+            f"resume: expected the settings that {checkpoint.folder} was trained with, but these "
+            f"differ: {'; '.join(changed)}"
         )
     return checkpoint
 
@@ -240,6 +245,11 @@ def _is_run(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return names >= _ALWAYS and not names & _NEVER
+
+
+def _is_of_passes(difference: str) -> bool:
+    """Whether it is of the setting that may change with the number of processes."""
+    return difference.startswith("gradient_accumulation ")
 
 
 def _check_inputs(folder: Path, saved: FinetuneConfig, config: FinetuneConfig) -> None:
