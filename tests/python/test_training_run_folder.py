@@ -410,6 +410,55 @@ def test_a_checkpoint_of_a_longer_run_is_refused(inputs, run):
         finetune(settings(inputs, run, resume=True, steps=3))
 
 
+def flip_a_bit(adapter: Path, other: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def cut_in_half(adapter: Path, other: Path) -> None:
+    file = adapter / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def take_another(adapter: Path, other: Path) -> None:
+    shutil.copy(other / "adapter_model.safetensors", adapter)
+
+
+def scale_otherwise(adapter: Path, other: Path) -> None:
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"lora_alpha": 7}))
+
+
+def write_as_another_process_does(adapter: Path) -> None:
+    """The names of modules come in another order, and the base model was called by another path."""
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    content["target_modules"].reverse()
+    file.write_text(json.dumps(content | {"base_model_name_or_path": "elsewhere"}))
+
+
+@pytest.mark.parametrize("change", [flip_a_bit, cut_in_half, take_another, scale_otherwise])
+def test_an_adapter_that_is_not_of_the_run_is_written_again(
+    inputs, finished, tmp_path, caplog, change
+):
+    run = shutil.copytree(finished, tmp_path / "run")
+    expected = snapshot(run / "adapter")
+    other = tmp_path / "other"
+    finetune(settings(inputs, other, seed=1, steps=1))
+    change(run / "adapter", other / "adapter")
+    assert snapshot(run / "adapter") != expected
+    finetune(settings(inputs, run, resume=True))
+    assert "adapter is not the one of" in caplog.text
+    assert snapshot(run / "adapter") == expected
+    caplog.clear()
+    write_as_another_process_does(run / "adapter")
+    finetune(settings(inputs, run, resume=True))
+    assert "adapter is not the one of" not in caplog.text
+
+
 def edit_config(run: Path, other: Path) -> None:
     file = run / "config.yaml"
     file.write_text(file.read_text().replace("learning_rate: 0.0002", "learning_rate: 0.002"))

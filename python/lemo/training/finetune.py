@@ -71,6 +71,7 @@ from lemo.training.run_folder import (
     CHECKPOINTS_NAME,
     KEPT_MAP_NAME,
     check_folder,
+    is_done,
     start_folder,
     write_config,
 )
@@ -142,8 +143,7 @@ def _finetune(
         accelerator.wait_for_everyone()
         if checkpoint is not None:
             check_passes(checkpoint, config, accelerator.num_processes)
-        done = checkpoint is not None and checkpoint.step == config.steps
-        done = done and (folder / ADAPTER_NAME).is_dir()
+        done = checkpoint is not None and is_done(folder, checkpoint, config)
         if config.deterministic:
             stack.enter_context(deterministic())
         run = _Run(config, accelerator, trains=not done)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError, deserialize
 
-from lemo.files import LOCK_NAME, foreign, lock, remove_folder, write_file
+from lemo.files import LOCK_NAME, foreign, lock, read_json, remove_folder, write_file
 from lemo.settings.base import read_yaml
 from lemo.settings.finetune import FinetuneConfig, compared, differences
 from lemo.training.checkpoint import (
@@ -21,6 +22,7 @@ from lemo.training.checkpoint import (
     checkpoint_folders,
     newest_checkpoint,
 )
+from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from lemo.training.run_log import LOG_NAME, TENSORBOARD_NAME
 from lemo.training.run_report import REPORT_NAME, remove_report
 
@@ -136,6 +138,20 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
     return checkpoint
 
 
+def is_done(folder: Path, checkpoint: Checkpoint, config: FinetuneConfig) -> bool:
+    """Whether nothing is left to do after ``checkpoint``: the adapter in ``folder`` is its own.
+
+    Where there is another adapter, or a damaged one, a warning says so.
+    """
+    adapter = folder / ADAPTER_NAME
+    if checkpoint.step < config.steps or not adapter.is_dir():
+        return False
+    same = _adapter_in(adapter) == _adapter_in(checkpoint.folder)
+    if not same:
+        _log.warning("%s is not the one of %s: it is written again", adapter, checkpoint.folder)
+    return same
+
+
 def start_folder(folder: Path, config: FinetuneConfig) -> None:
     """A run folder with the configuration only; files and report of an earlier run are removed.
 
@@ -245,6 +261,22 @@ def _is_run(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return names >= _ALWAYS and not names & _NEVER
+
+
+def _adapter_in(folder: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Configuration and weights of an adapter, to be compared; None where it is not whole."""
+    try:
+        weights = dict(deserialize((folder / ADAPTER_WEIGHTS).read_bytes()))
+        content = dict(read_json(folder / ADAPTER_CONFIG))
+    except (OSError, SafetensorError, ValueError, TypeError):
+        return None
+    config = {
+        # PEFT writes sets of names in any order.
+        name: sorted(value, key=str) if isinstance(value, list) else value
+        for name, value in content.items()
+        if name not in ("base_model_name_or_path", "peft_version")
+    }
+    return config, weights
 
 
 def _is_of_passes(difference: str) -> bool:
