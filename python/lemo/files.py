@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import logging
 import math
@@ -70,6 +71,11 @@ def read_json(path: Path, place: str | None = None) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # Python bounds depth and digits.
         raise ValueError(f"{place}: expected JSON, got {error}") from None
+
+
+def digest_of(value: Any) -> str:
+    """Hexadecimal SHA-256 of a value that JSON has, whatever the order of names in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _finite(value: Any) -> Any:

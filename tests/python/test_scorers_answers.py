@@ -1,5 +1,6 @@
 """Scorers of answers: the blocks that a training step keeps by words, by heads, by the caller."""
 
+import json
 import types
 from contextlib import nullcontext
 from dataclasses import replace
@@ -273,6 +274,14 @@ def test_heads_are_read_as_they_were_written(tmp_path):
     heads.save(tmp_path / "heads.json")
     assert RetrievalHeads.load(tmp_path / "heads.json", shape) == heads
     content = (tmp_path / "heads.json").read_text()
+    changed = json.loads(content)
+    changed["heads"][1][1] = 2
+    (tmp_path / "heads.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="heads: .*json: these are not the heads that were writt"):
+        RetrievalHeads.load(tmp_path / "heads.json", shape)
+    del changed["digest"]  # as earlier files, and those that somebody writes
+    (tmp_path / "heads.json").write_text(json.dumps(changed))
+    assert RetrievalHeads.load(tmp_path / "heads.json", shape).heads == ((2, 1), (0, 2))
     (tmp_path / "heads.json").write_text(content.replace('"version"', '"other"'))
     with pytest.raises(ValueError, match="expected version 1, got None"):
         RetrievalHeads.load(tmp_path / "heads.json", shape)

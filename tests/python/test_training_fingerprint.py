@@ -86,7 +86,7 @@ def change_predictor(folder: Path) -> None:
     file = folder / "predictor" / "predictor.json"
     thresholds = json.loads(file.read_text())["thresholds"]
     thresholds["mlp"][0] += 1
-    change_json(file, thresholds=thresholds)
+    change_json(file, thresholds=thresholds, digest=None)
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -209,6 +209,17 @@ def test_descriptions_of_predictors_are_checked(config, tmp_path, fields):
     change_json(tmp_path / "predictor" / "predictor.json", **fields)
     with pytest.raises(ValueError, match=f"predictor: .*field '{next(iter(fields))}': expected"):
         load_predictors(tmp_path / "predictor")
+
+
+def test_thresholds_that_were_changed_are_noticed(config, tmp_path):
+    file = tmp_path / "predictor" / "predictor.json"
+    content = json.loads(file.read_text())
+    content["thresholds"]["attention"][1] *= -1
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"predictor: .*json: .* thresholds are not those that we"):
+        finetune(config)
+    change_json(file, digest=None)  # as earlier folders have it
+    load_predictors(tmp_path / "predictor")
 
 
 def with_bos_beyond(folder: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from lemo.files import read_json, write_file
+from lemo.files import digest_of, read_json, write_file
 from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
@@ -98,7 +98,7 @@ def write_folder(
     Args:
         folder: where to; the caller renames it to its final name when all is done.
         tensors: as from `tensors_of`, for all layers and kinds.
-        description: the fields of predictor.json; format, version and checksum are added.
+        description: the fields of predictor.json; format, version and checksums are added.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -106,8 +106,9 @@ def write_folder(
     # Written by Python, not by safetensors, whose errors of the disk are no OSErrors.
     weights = to_safetensors(dict(tensors), metadata={"format": "pt"})
     write_file(folder / WEIGHTS_FILE, weights)
-    fields = {"format": FORMAT, "version": VERSION, "sha256": _digest(weights)}
-    text = json.dumps(fields | dict(description), indent=2, allow_nan=False)
+    fields = {"format": FORMAT, "version": VERSION, "sha256": _digest(weights), **description}
+    fields["digest"] = _digest_of_content(fields)
+    text = json.dumps(fields, indent=2, allow_nan=False)
     write_file(folder / DESCRIPTION_FILE, text + "\n")
 
 
@@ -187,8 +188,11 @@ def content_digest(folder: str | Path) -> str:
         ValueError, FileNotFoundError: see `load`.
     """
     description, _ = _read(Path(folder), None)
-    decisive = [description[name] for name in ("sha256", "block_size", "thresholds")]
-    return _digest(json.dumps(decisive, sort_keys=True).encode())
+    return _digest_of_content(description)
+
+
+def _digest_of_content(description: Mapping[str, Any]) -> str:
+    return digest_of([description[name] for name in ("sha256", "block_size", "thresholds")])
 
 
 def _read_description(file: Path) -> dict[str, Any]:
@@ -224,6 +228,12 @@ def _read_description(file: Path) -> dict[str, Any]:
                 f"predictor: {file}: field 'thresholds.{kind}': expected "
                 f"{description['num_layers']} numbers, got {values!r}"
             )
+    # Earlier folders have none.
+    if description.get("digest") not in (None, _digest_of_content(description)):
+        raise ValueError(
+            f"predictor: {file}: checksum, block_size or thresholds are not those that were "
+            "written; run 'lemo prepare' again"
+        )
     return description
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lemo.files import json_text, read_json, write_file
+from lemo.files import digest_of, json_text, read_json, write_file
 
 __all__ = ["RetrievalHeads"]
 
@@ -37,7 +37,8 @@ class RetrievalHeads:
 
     def save(self, path: str | Path) -> None:
         """Writes them as JSON, whole or not at all."""
-        content = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        digest = {"digest": digest_of(self.heads)}
+        content = {"format": FORMAT, "version": VERSION, **asdict(self), **digest}
         write_file(Path(path), json_text(content, indent=2))
 
     @classmethod
@@ -50,7 +51,7 @@ class RetrievalHeads:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no such file, or made for a model of another shape.
+            ValueError: it is no such file, was changed, or made for a model of another shape.
         """
         place = f"heads: {path}"
         try:
@@ -76,6 +77,11 @@ class RetrievalHeads:
         if not _are_heads(heads, *sizes):
             raise ValueError(
                 f"{place}: expected [layer, head] pairs below {list(sizes)}, got {heads!r}"
+            )
+        if content.get("digest") not in (None, digest_of(heads)):  # Earlier files have none.
+            raise ValueError(
+                f"{place}: these are not the heads that were written; run `lemo relevance heads` "
+                "again"
             )
         pairs = tuple((layer, head) for layer, head in heads)
         return cls(content["model"], pairs, content.get("found_by", {}))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import random
 import re
@@ -24,7 +23,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor
 
 from lemo.data.reading import naming
-from lemo.files import json_text, new_folder, read_json, remove_folder, write_file
+from lemo.files import digest_of, json_text, new_folder, read_json, remove_folder, write_file
 from lemo.settings.finetune import FinetuneConfig, compared
 from lemo.training.model import ADAPTER_WEIGHTS, write_adapter
 from lemo.training.optimizer_state import unpacked
@@ -216,7 +215,7 @@ def _step(folder: Path) -> int:
 def _own_digest(contents: dict[str, Any]) -> str:
     """Digest of the contents of state.json, but for the digest itself."""
     rest = {name: value for name, value in contents.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return digest_of(rest)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from lemo.files import digest_of
 from lemo.predictors.storage import content_digest, model_shape
 from lemo.relevance.heads import RetrievalHeads
 from lemo.settings.elimination import LemoConfig
@@ -151,7 +152,7 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     known = json.loads(backend.to_str())
     # How it was asked last, not what it is.
     del known["truncation"], known["padding"]
-    return _digest(json.dumps(known, sort_keys=True))
+    return digest_of(known)
 
 
 def _digest(text: str) -> str:
