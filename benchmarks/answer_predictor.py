@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from answer_tasks import TASKS, Mixture, Window, load_haystacks
 from common import records
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance
 from lemo.relevance.answers import Answers
 from lemo.relevance.heads import RetrievalHeads

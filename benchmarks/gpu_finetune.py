@@ -394,7 +394,7 @@ def rows(options: argparse.Namespace, results: list[tuple[dict, dict]]) -> list[
 
 def main() -> int:
     from common.models import llama_config, write_random_predictors
-    from lemo.predictors.storage import model_shape
+    from lemo.predictors.model import model_shape
     from lemo.relevance.heads import RetrievalHeads
 
     options = parse_arguments()

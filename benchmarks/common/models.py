@@ -170,6 +170,7 @@ def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) 
     """A new folder as `lemo prepare` writes it for such a model, with random predictors of the
     default size; its path."""
     from lemo.predictors import modules, storage
+    from lemo.predictors.model import model_shape
     from lemo.predictors.position import PositionProfile
 
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -183,7 +184,7 @@ def write_random_predictors(folder: Path, config: LlamaConfig, block_size: int) 
             tensors |= storage.tensors_of(layer, kind, module, profile)
     folder.mkdir()
     description = {
-        "model": storage.model_shape(config),
+        "model": model_shape(config),
         "block_size": block_size,
         "num_layers": layers,
         "hidden_size": hidden,

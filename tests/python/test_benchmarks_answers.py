@@ -16,7 +16,7 @@ from answer_tasks import TRAINED, Mixture, make_haystacks
 from answer_tasks.book import ANSWER_TOKENS
 from answer_tasks.paraphrases import HELD_OUT_PAIRS, TRAIN_PAIRS
 from lemo.data import Document
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.relevance.heads import RetrievalHeads
 from lemo.training.model import load_config, load_model
 from tiny import save_tiny_llama, tiny_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lemo
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.windows import Window
 from lemo.relevance.heads import RetrievalHeads

@@ -12,6 +12,7 @@ from lemo import predictors
 from lemo.cli.main import main
 from lemo.packing.blocks import BlockLayout
 from lemo.predictors import storage
+from lemo.predictors.model import model_description, model_shape
 from lemo.predictors.relevance import EMBEDDING, REACH, RelevancePredictor, query_rows
 from lemo.preparation.documents import _examples
 from lemo.preparation.relevance import (
@@ -324,7 +325,7 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     with pytest.raises(ValueError, match="heads: expected retrieval heads, because windows of"):
         prepare_relevance(model, training, training, tmp_path / "none", SETTINGS)
     assert not (tmp_path / "none").exists()
-    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
+    heads = RetrievalHeads(model_shape(model.config), ((0, 1), (1, 0)))
     settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
     description = prepare_relevance(
         model, training, training, tmp_path / "some", settings, heads=heads
@@ -334,6 +335,18 @@ def test_heads_teach_where_nobody_knows(tmp_path):
     assert 0 < held["predicted"] <= held["most"] + 1e-6
 
 
+def test_heads_of_another_model_teach_with_a_warning(tmp_path, caplog):
+    settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 1, "rank": 8})
+    training = [window(seed, known=False) for seed in range(3)]
+    for seed, warned in ((0, False), (1, True)):
+        other, model = make_model("llama", seed=seed), make_model("llama")
+        shape = model_description(other.config, other.get_input_embeddings().weight)
+        heads = RetrievalHeads(shape, ((0, 1), (1, 0)))
+        folder = tmp_path / f"{seed}"
+        prepare_relevance(model, training, training, folder, settings, heads=heads)
+        assert ("heads: made for another model of this shape" in caplog.text) == warned
+
+
 def test_heads_that_look_at_nothing_finite_teach_nothing(tmp_path):
     """They were taken for answers that need nothing, and the others alone were learned from."""
     model = make_model("llama")
@@ -341,7 +354,7 @@ def test_heads_that_look_at_nothing_finite_teach_nothing(tmp_path):
     rare = next(iter({*training[0].ids.tolist()} - {*training[1].ids.tolist()}))
     with torch.no_grad():
         model.get_input_embeddings().weight[rare, 0] = math.nan
-    heads = RetrievalHeads(storage.model_shape(model.config), ((0, 1), (1, 0)))
+    heads = RetrievalHeads(model_shape(model.config), ((0, 1), (1, 0)))
     settings = PredictorSettings(**SETTINGS.to_dict() | {"steps": 4, "rank": 8})
     with pytest.raises(ValueError, match=f"heads look at in {TOKENS} tokens is not finite"):
         prepare_relevance(model, training, training, tmp_path / "some", settings, heads=heads)
@@ -386,7 +399,7 @@ def conversations(path):
 
 
 def test_the_command_makes_a_folder_from_conversations(llama, tmp_path, capsys):
-    shape = storage.model_shape(load_config(str(llama)))
+    shape = model_shape(load_config(str(llama)))
     heads = RetrievalHeads(shape, ((0, 0),))
     heads.save(tmp_path / "heads.json")
     arguments = ["prepare", "--model", llama, "--documents", conversations(tmp_path / "d.jsonl")]
@@ -430,7 +443,7 @@ def test_copies_of_an_example_are_on_one_side(llama, tmp_path, seed):
 def test_texts_teach_no_relevance(llama, tmp_path, capsys):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"id": "a", "kind": "book", "text": "some words " * 400}))
-    shape = storage.model_shape(load_config(str(llama)))
+    shape = model_shape(load_config(str(llama)))
     RetrievalHeads(shape, ((0, 0),)).save(tmp_path / "h.json")
     arguments = ["prepare", "--model", llama, "--documents", text, "--output", tmp_path / "out"]
     arguments += ["--heads", tmp_path / "h.json", "--target", "relevance", "--lengths", 256]

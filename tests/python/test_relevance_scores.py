@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lemo import LemoConfig
 from lemo.cli.main import main
 from lemo.data import collate, open_training_data
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.relevance import store
 from lemo.relevance.heads import RetrievalHeads
 from lemo.relevance.store import ScoreStore, write_scores
@@ -375,4 +376,12 @@ def test_heads_are_found_and_used(lemo, inputs, tmp_path):
     code, _, err = lemo(line.replace("found.json", "nowhere/found.json"))
     assert (code, "--output: expected a file in a folder that exists" in err) == (1, True)
     line = SCORES + "--documents {whole} --scorer attention --heads found.json"
-    assert lemo(line.replace("{model}", str(tmp_path / "long")))[0] == 0
+    code, _, err = lemo(line.replace("{model}", str(tmp_path / "long")))
+    assert (code, "another model" in err) == (0, False)
+    file = tmp_path / "long" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.embed_tokens.weight"][3] *= 1.01
+    save_file(weights, file, metadata={"format": "pt"})
+    code, _, err = lemo(line.replace("{model}", str(tmp_path / "long")) + " --overwrite")
+    assert code == 0
+    assert "heads: found.json: made for another model of this shape, or for this one bef" in err

@@ -15,7 +15,7 @@ from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.layers.architectures import architecture_of
 from lemo.models.layers.scout import Scout
 from lemo.packing.blocks import BlockLayout
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
 from lemo.relevance.heads import RetrievalHeads

@@ -7,10 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lemo
 from lemo import LemoConfig
+from lemo.predictors.model import embedding_digest
 from lemo.predictors.storage import load as load_predictors
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
 from lemo.preparation.pipeline import prepare
@@ -209,6 +212,58 @@ def test_descriptions_of_predictors_are_checked(config, tmp_path, fields):
     change_json(tmp_path / "predictor" / "predictor.json", **fields)
     with pytest.raises(ValueError, match=f"predictor: .*field '{next(iter(fields))}': expected"):
         load_predictors(tmp_path / "predictor")
+
+
+def adapted(model):
+    lora = LoraConfig(target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+@pytest.mark.parametrize(
+    ("change", "warnings"),
+    [
+        (lambda model: model, 0),
+        (lambda model: model.bfloat16(), 0),
+        (adapted, 0),
+        (lambda model: type(model)(model.config), 1),  # other random weights
+    ],
+)
+def test_predictors_of_another_model_of_this_shape_are_warned_of(inputs, caplog, change, warnings):
+    torch.manual_seed(1)
+    model = change(AutoModelForCausalLM.from_pretrained(inputs / "model"))
+    predictor = str(inputs / "predictor")
+    lemo.enable(model, LemoConfig(scorer="predictor", predictor=predictor))
+    message = f"predictor: {predictor}: made for another model of this shape"
+    assert caplog.text.count(message) == warnings
+
+
+def test_predictors_of_earlier_versions_name_no_embedding(config, tmp_path, caplog):
+    file = tmp_path / "predictor" / "predictor.json"
+    model = json.loads(file.read_text())["model"]
+    assert model.pop("embedding")
+    change_json(file, model=model)
+    finetune(config)
+    assert "made for another model" not in caplog.text
+
+
+def test_an_embedding_has_one_digest_in_all_dtypes():
+    weight = torch.randn(300, 300) * torch.logspace(-9, 3, 300)
+    # Stored in 16 bits, or in fp32 and rounded to bf16.
+    for stored, dtypes in (
+        (weight.bfloat16(), (torch.float32, torch.float16)),
+        (weight.half(), (torch.float32, torch.bfloat16)),
+        (weight, (torch.bfloat16,)),
+    ):
+        digest = embedding_digest(stored)
+        assert [embedding_digest(stored.to(dtype)) for dtype in dtypes] == [digest] * len(dtypes)
+    changed = weight.clone()
+    changed[0, 290] *= 1.01
+    assert embedding_digest(changed) != embedding_digest(weight)
+
+
+@pytest.mark.parametrize("weight", [None, torch.ones(3, 2).byte(), torch.ones(3, 2).to("meta")])
+def test_an_embedding_that_is_not_in_floats_has_no_digest(weight):
+    assert embedding_digest(weight) is None
 
 
 def test_thresholds_that_were_changed_are_noticed(config, tmp_path):

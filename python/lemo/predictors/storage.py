@@ -14,6 +14,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from lemo.files import digest_of, read_json, write_file
+from lemo.predictors.model import check_embedding, model_description, model_shape
 from lemo.predictors.modules import KINDS, Predictor
 from lemo.predictors.position import PositionProfile
 from lemo.predictors.predictor_set import MATRICES, NETS, PROFILE, PredictorSet
@@ -26,7 +27,6 @@ __all__ = [
     "content_digest",
     "load",
     "load_relevance",
-    "model_shape",
     "tensors_of",
     "tensors_of_relevance",
     "write_folder",
@@ -39,22 +39,6 @@ DESCRIPTION_FILE = "predictor.json"
 # The target of predictors of what answers need; the other ones are of the scores of sub-blocks.
 RELEVANCE = "relevance"
 _MIXES = ("key_mix", "query_mix")
-
-
-def model_shape(config: Any) -> dict[str, Any]:
-    """The shape of the model that predictors are made for, from its Transformers config."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = config.num_attention_heads
-    return {
-        "model_type": config.model_type,
-        "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "vocab_size": config.vocab_size,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        # OPT has a name of its own for it.
-        "intermediate_size": getattr(config, "intermediate_size", None) or config.ffn_dim,
-    }
 
 
 def tensors_of(
@@ -112,19 +96,23 @@ def write_folder(
     write_file(folder / DESCRIPTION_FILE, text + "\n")
 
 
-def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
+def load(
+    folder: str | Path, model_config: Any = None, embedding: Tensor | None = None
+) -> PredictorSet:
     """Reads what `lemo prepare` wrote, but for a predictor of relevance.
 
     Args:
         folder: the output of `lemo prepare`.
         model_config: Transformers config of the model that will be scored; None skips the
             comparison.
+        embedding: the weight of its token embedding, [V, H]. Where it is another one than that of
+            the model that they were made for, a warning says so.
 
     Raises:
         FileNotFoundError: the folder or one of its files is absent.
         ValueError: a file is damaged, of another format or version, or made for another model.
     """
-    description, tensors = _read(Path(folder), model_config)
+    description, tensors = _read(Path(folder), model_config, embedding)
     if description.get("target") == RELEVANCE:
         raise ValueError(
             f"predictor: expected scores of sub-blocks, but {folder} was prepared with target "
@@ -133,9 +121,11 @@ def load(folder: str | Path, model_config: Any = None) -> PredictorSet:
     return PredictorSet(tensors, description)
 
 
-def load_relevance(folder: str | Path, model_config: Any = None) -> RelevancePredictor:
+def load_relevance(
+    folder: str | Path, model_config: Any = None, embedding: Tensor | None = None
+) -> RelevancePredictor:
     """Reads what `lemo prepare --target relevance` wrote; arguments and errors as of `load`."""
-    description, tensors = _read(Path(folder), model_config)
+    description, tensors = _read(Path(folder), model_config, embedding)
     if description.get("target") != RELEVANCE:
         raise ValueError(
             f"predictor: expected a folder with target '{RELEVANCE}', but {folder} was prepared "
@@ -159,7 +149,9 @@ def _found(folder: Path) -> Path:
     return folder
 
 
-def _read(folder: Path, model_config: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(
+    folder: Path, model_config: Any = None, embedding: Tensor | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Description and tensors of a folder, checked."""
     description = _read_description(_found(folder) / DESCRIPTION_FILE)
     weights = folder / WEIGHTS_FILE
@@ -178,6 +170,8 @@ def _read(folder: Path, model_config: Any) -> tuple[dict[str, Any], dict[str, Te
         _check_tensors(weights, tensors, description)
     if model_config is not None:
         _check_model(folder, description["model"], model_shape(model_config))
+        model = model_description(model_config, embedding)
+        check_embedding(f"predictor: {folder}", description["model"], model, "lemo prepare")
     return description, tensors
 
 
@@ -187,7 +181,7 @@ def content_digest(folder: str | Path) -> str:
     Raises:
         ValueError, FileNotFoundError: see `load`.
     """
-    description, _ = _read(Path(folder), None)
+    description, _ = _read(Path(folder))
     return _digest_of_content(description)
 
 

@@ -17,7 +17,7 @@ from lemo.data.windows import first_windows, token_windows
 from lemo.files import locked_output
 from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
 from lemo.models.layers.architectures import ARCHITECTURES
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.preparation.output import check_output
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.relevance import RelevanceWindow, prepare_relevance

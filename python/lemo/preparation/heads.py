@@ -18,7 +18,7 @@ from lemo.data.documents import Document, read_documents
 from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.layers.architectures import Architecture, architecture_of
 from lemo.models.layers.scout import Scout
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_description
 from lemo.preparation.reports import CountReport
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance
@@ -181,7 +181,8 @@ def find_heads(
             f"{layer}.{head}": round(mean[layer, head].item(), 4) for layer, head in heads
         },
     }
-    return RetrievalHeads(model_shape(architecture.config), heads, found_by)
+    description = model_description(architecture.config, architecture.embedding)
+    return RetrievalHeads(description, heads, found_by)
 
 
 def chosen_heads(

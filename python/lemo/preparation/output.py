@@ -79,7 +79,7 @@ def description_of(
 
     Args:
         model: that they are for.
-        shape: of the model, as `lemo.predictors.storage.model_shape` gives it.
+        shape: of the model, as `lemo.predictors.model.model_description` gives it.
         settings: of the preparation.
         parameters: numbers of the predictors.
         lengths: tokens of each training window.

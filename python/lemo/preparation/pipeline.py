@@ -14,8 +14,9 @@ from torch import nn
 
 from lemo.models.calls.eval_mode import evaluating
 from lemo.models.layers.architectures import architecture_of
+from lemo.predictors.model import model_description
 from lemo.predictors.modules import KINDS
-from lemo.predictors.storage import model_shape, write_folder
+from lemo.predictors.storage import write_folder
 from lemo.preparation.exact_scores import FeatureStore
 from lemo.preparation.output import check_output, description_of, publish, work_folder
 from lemo.preparation.predictor import TrainedPredictor, train_predictor
@@ -63,7 +64,8 @@ def prepare(
     settings = PredictorSettings() if settings is None else settings
     output = Path(os.path.realpath(output))
     check_output(output, overwrite)
-    shape = model_shape(architecture_of(model).config)
+    architecture = architecture_of(model)
+    shape = model_description(architecture.config, architecture.embedding)
     eliminating_layers(shape["num_layers"], settings.dense_layers)
     check_windows(training, held_out, shape, settings)
     with work_folder(output) as work, evaluating(model):

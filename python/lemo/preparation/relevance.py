@@ -24,13 +24,9 @@ from lemo.models.calls.eval_mode import evaluating
 from lemo.models.layers.architectures import Architecture, architecture_of
 from lemo.models.layers.scout import Scout
 from lemo.packing.blocks import BlockLayout, kept_blocks
+from lemo.predictors.model import check_embedding, model_description
 from lemo.predictors.relevance import SHARPNESS, RelevancePredictor, query_rows
-from lemo.predictors.storage import (
-    RELEVANCE,
-    model_shape,
-    tensors_of_relevance,
-    write_folder,
-)
+from lemo.predictors.storage import RELEVANCE, tensors_of_relevance, write_folder
 from lemo.preparation.elastic import ElasticSize
 from lemo.preparation.output import check_output, description_of, publish, work_folder
 from lemo.preparation.reports import Report
@@ -122,6 +118,9 @@ def prepare_relevance(
     check_output(output, overwrite)
     architecture = architecture_of(model)
     architecture.check_parts()
+    if heads is not None:
+        description = model_description(architecture.config, architecture.embedding)
+        check_embedding("heads", heads.model, description, "lemo relevance heads")
     with work_folder(output) as work, evaluating(model):
         lessons = _Lessons(architecture, settings.block_size, heads)
         taught = lessons.of("training", training, report)
@@ -329,9 +328,9 @@ def _describe(
     taught, tested = lessons
     parameters = sum(parameter.numel() for parameter in predictor.parameters())
     lengths = [lesson.window.ids.numel() for lesson in taught]
-    shape, model = model_shape(architecture.config), architecture.causal_lm
+    shape = model_description(architecture.config, architecture.embedding)
     return {
-        **description_of(model, shape, settings, parameters, lengths, len(tested)),
+        **description_of(architecture.causal_lm, shape, settings, parameters, lengths, len(tested)),
         "thresholds": {},
         "recall": dict(_recalls(architecture, predictor, tested, settings)),
         "loss": sum(losses[-20:]) / len(losses[-20:]),

@@ -35,7 +35,7 @@ def check_windows(
 
     Args:
         training, held_out: the windows.
-        shape: of the model, as `lemo.predictors.storage.model_shape` gives it.
+        shape: of the model, as `lemo.predictors.model.model_shape` gives it.
         settings: of the preparation.
     """
     for name, windows in (("training", training), ("held_out", held_out)):

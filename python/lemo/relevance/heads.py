@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lemo.files import digest_of, json_text, read_json, write_file
+from lemo.predictors.model import check_embedding
 
 __all__ = ["RetrievalHeads"]
 
@@ -19,7 +20,7 @@ class RetrievalHeads:
     """Some heads of a model, found by `lemo relevance heads`.
 
     Attributes:
-        model: the shape of the model, see `lemo.predictors.storage.model_shape`.
+        model: their model, see `lemo.predictors.model.model_description`.
         heads: (layer, head) pairs, both counted from 0.
         found_by: how they were found: settings, and recall on generated needles.
     """
@@ -47,7 +48,8 @@ class RetrievalHeads:
 
         Args:
             path: the file.
-            model: shape of the model that they are wanted for.
+            model: description or shape of the model that they are wanted for. With a description
+                a warning says where the embedding is another one.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -65,12 +67,13 @@ class RetrievalHeads:
         if content.get("version") != VERSION:
             raise ValueError(f"{place}: expected version {VERSION}, got {content.get('version')!r}")
         found = content.get("model")
-        if found != dict(model):
-            found = found if isinstance(found, dict) else {}
-            changed = [name for name in model if found.get(name) != model[name]]
+        found = found if isinstance(found, dict) else {}
+        shape = [name for name in model if name != "embedding"]
+        changed = [name for name in shape if found.get(name) != model[name]]
+        if changed:
             raise ValueError(
                 f"{place}: expected heads of a model of this shape, but these differ: "
-                f"{', '.join(changed) or 'model'}"
+                f"{', '.join(changed)}"
             )
         heads: Any = content.get("heads")
         sizes = model["num_layers"], model["num_attention_heads"]
@@ -83,6 +86,7 @@ class RetrievalHeads:
                 f"{place}: these are not the heads that were written; run `lemo relevance heads` "
                 "again"
             )
+        check_embedding(place, found, model, "lemo relevance heads")
         pairs = tuple((layer, head) for layer, head in heads)
         return cls(content["model"], pairs, content.get("found_by", {}))
 

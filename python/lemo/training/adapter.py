@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lemo.data.reading import first_of, naming
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME, absolute
 

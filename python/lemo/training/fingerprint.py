@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from lemo.files import digest_of
-from lemo.predictors.storage import content_digest, model_shape
+from lemo.predictors.model import model_shape, sampled
+from lemo.predictors.storage import content_digest
 from lemo.relevance.heads import RetrievalHeads
 from lemo.settings.elimination import LemoConfig
 
-# Values of a tensor that are read: all of a small one, of a large one as many from even places.
-_SAMPLE = 1 << 16
 # What config.json says of who wrote it, when and from where, and nothing of the model.
 _NOT_OF_THE_MODEL = ("_name_or_path", "_commit_hash", "transformers_version")
 
@@ -121,9 +120,7 @@ def of_weights(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(_stored_tensors(model)):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
-        flat = tensor.detach().reshape(-1)
-        values = flat[:: max(-(-flat.numel() // _SAMPLE), 1)].contiguous().cpu()
-        digest.update(values.view(torch.uint8).numpy().tobytes())
+        digest.update(sampled(tensor).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -74,6 +74,11 @@ class Architecture:
         return self.causal_lm.config
 
     @property
+    def embedding(self) -> Tensor | None:
+        """The weight of the token embedding, [V, H]; None where a module of another kind embeds."""
+        return getattr(self.decoder.embed_tokens, "weight", None)
+
+    @property
     def decoder(self) -> nn.Module:
         """The stack of embedding, layers and final norm: token ids -> hidden states [rows, H]."""
         module: nn.Module = self.causal_lm

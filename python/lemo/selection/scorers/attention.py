@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lemo import ops
 from lemo.packing.to_device import to_device
-from lemo.predictors.storage import model_shape
+from lemo.predictors.model import model_description
 from lemo.relevance.answers import Answers
 from lemo.relevance.attention import head_relevance, with_keys
 from lemo.relevance.heads import RetrievalHeads
@@ -51,7 +51,7 @@ class AttentionScorer(AnswerScorer):
         Raises:
             FileNotFoundError, ValueError: see `RetrievalHeads.load`.
         """
-        heads = RetrievalHeads.load(path, model_shape(model.config))
+        heads = RetrievalHeads.load(path, model_description(model.config, model.embedding))
         return cls(heads, model, scout, seed)
 
     def relevance(

@@ -44,6 +44,10 @@ class ScoredModel(Protocol):
     def config(self) -> Any:
         """The model's Transformers configuration."""
 
+    @property
+    def embedding(self) -> Tensor | None:
+        """The weight of its token embedding, [V, H]; None where it has none of that name."""
+
     def normalized(self, layer: int, kind: str, residual: Tensor, /) -> Tensor:
         """[T, H], what the norm of sub-block `kind` makes of the residual."""
 

@@ -115,7 +115,7 @@ class RelevanceScorer(AnswerScorer):
         Raises:
             FileNotFoundError, ValueError: see `lemo.predictors.storage.load_relevance`.
         """
-        return cls(load_relevance(folder, model_config=model.config), seed)
+        return cls(load_relevance(folder, model.config, model.embedding), seed)
 
     def relevance(
         self,

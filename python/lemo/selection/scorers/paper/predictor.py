@@ -29,7 +29,7 @@ class PredictorScorer(Scorer):
         Raises:
             FileNotFoundError, ValueError: see `lemo.predictors.load`.
         """
-        return cls(load(folder, model_config=model.config), model)
+        return cls(load(folder, model.config, model.embedding), model)
 
     def __call__(self, layer: int, kind: str, residual: Tensor, batch: BlockedBatch) -> Tensor:
         x = self._model.normalized(layer, kind, residual)
