@@ -7,7 +7,13 @@ import torch
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from lemo.training.adapter import base_model_name, load_adapter, trained_config
+from lemo.training.adapter import (
+    base_model_name,
+    embedding_of,
+    load_adapter,
+    origin_of,
+    trained_config,
+)
 from lemo.training.model import MODEL_CONFIG, load_config, load_model, write_adapter
 from limits import largest_file
 from tiny import save_tiny_llama
@@ -111,6 +117,42 @@ def test_an_adapter_of_another_model_is_refused(folder, model_folder, tmp_path):
     (folder / MODEL_CONFIG).write_text("{")
     with pytest.raises(ValueError, match="model_config.json cannot be used"):
         trained_config(folder, config, other)
+
+
+@pytest.fixture
+def written(model_folder, folder):
+    """An adapter as a run leaves it."""
+    model = base(model_folder)
+    content = model.config.to_dict() | origin_of(folder, embedding_of(model))
+    (folder / MODEL_CONFIG).write_text(json.dumps(content))
+    return folder
+
+
+def test_a_number_of_an_adapter_that_was_changed_is_warned_of(model_folder, written, caplog):
+    load_adapter(base(model_folder), written, str(model_folder))
+    assert not caplog.text
+    content = bytearray((written / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (written / WEIGHTS).write_bytes(content)
+    load_adapter(base(model_folder), written, str(model_folder))
+    assert f"adapter: {written / WEIGHTS} is not what the run wrote: it was changed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "warned"),
+    [
+        (lambda model: model, False),
+        (lambda model: model.bfloat16(), False),
+        (lambda model: type(model)(model.config), True),  # other random weights
+    ],
+)
+def test_another_model_of_the_same_shape_is_warned_of(
+    model_folder, written, caplog, change, warned
+):
+    torch.manual_seed(1)
+    load_adapter(change(base(model_folder)), written, str(model_folder))
+    message = f"adapter: {written}: made for another model of this shape, or for this one before"
+    assert (message in caplog.text) == warned
 
 
 def test_prompts_that_were_learned_are_no_adapter(model_folder, tmp_path):

@@ -1,6 +1,7 @@
 """Run folders: one process at a time, what is lemo's to remove, moved and renamed ones."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lemo import LemoConfig
 from lemo.cli.main import main
+from lemo.predictors.model import embedding_digest
 from lemo.preparation.documents import PrepareConfig, prepare_from_documents
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import checkpoint
@@ -408,6 +411,14 @@ def test_a_checkpoint_of_a_longer_run_is_refused(inputs, run):
     )
     with pytest.raises(ValueError, match="of this run of 3 steps, but .*step-4' is of another run"):
         finetune(settings(inputs, run, resume=True, steps=3))
+
+
+def test_a_run_says_what_its_adapter_is(inputs, finished):
+    known = json.loads((finished / "adapter" / "model_config.json").read_text())
+    weights = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert known["lemo_adapter"] == hashlib.sha256(weights).hexdigest()
+    embedding = load_file(inputs / "model" / "model.safetensors")["model.embed_tokens.weight"]
+    assert known["lemo_embedding"] == embedding_digest(embedding)
 
 
 def flip_a_bit(adapter: Path, other: Path) -> None:

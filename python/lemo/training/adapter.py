@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -10,11 +11,16 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lemo.data.reading import first_of, naming
-from lemo.predictors.model import model_shape
+from lemo.files import read_json
+from lemo.predictors.model import check_embedding, embedding_digest, model_shape
 from lemo.training.model import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
 from lemo.training.run_folder import ADAPTER_NAME, CHECKPOINTS_NAME, absolute
 
 _log = logging.getLogger("lemo")
+
+# What model_config.json says besides the configuration of the base model: digests of its embedding,
+# and of the adapter's weights.
+_EMBEDDING, _WEIGHTS = "lemo_embedding", "lemo_adapter"
 
 # What PEFT called the file before safetensors.
 _OLD_WEIGHTS = "adapter_model.bin"
@@ -84,8 +90,26 @@ def trained_config(folder: Path, config: PreTrainedConfig, model: str) -> PreTra
     return trained
 
 
+def embedding_of(model: PreTrainedModel) -> str | None:
+    """The digest by which the base model of an adapter is known; see `lemo.predictors.model`."""
+    return embedding_digest(getattr(model.get_input_embeddings(), "weight", None))
+
+
+def origin_of(folder: Path, embedding: str | None) -> dict[str, str | None]:
+    """What `load_adapter` compares, for the model_config.json of an adapter.
+
+    Args:
+        folder: has the adapter's weights.
+        embedding: of the base model, from `embedding_of`.
+    """
+    return {_EMBEDDING: embedding, _WEIGHTS: _digest_of_file(folder / ADAPTER_WEIGHTS)}
+
+
 def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     """``model`` with the adapter in ``folder``, frozen.
+
+    Where a run wrote the adapter, a warning says if the weights were changed since, or if it was
+    trained on another model of this shape. Both may be meant.
 
     Args:
         model: the base model.
@@ -105,6 +129,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
         )
     if not any((folder / file).is_file() for file in (ADAPTER_WEIGHTS, _OLD_WEIGHTS)):
         raise FileNotFoundError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}")
+    _check_origin(folder, model)
     trained_on = config.base_model_name_or_path
     if trained_on and absolute(trained_on) != absolute(name):
         _log.info("adapter: %s was trained on '%s', and is put into '%s'", folder, trained_on, name)
@@ -121,3 +146,22 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str) -> PeftModel:
     if outcome.unexpected_keys:
         raise ValueError(f"{fault}: no place for {first_of(outcome.unexpected_keys)}")
     return wrapped
+
+
+def _check_origin(folder: Path, model: PreTrainedModel) -> None:
+    file, weights = folder / MODEL_CONFIG, folder / ADAPTER_WEIGHTS
+    if not (file.is_file() and weights.is_file()):
+        return
+    with naming(f"adapter: {file} cannot be used"):
+        known = dict(read_json(file))
+    digest = known.get(_WEIGHTS)
+    if digest is not None and digest != _digest_of_file(weights):
+        _log.warning(
+            "adapter: %s is not what the run wrote: it was changed since, or is damaged", weights
+        )
+    made_for, here = {"embedding": known.get(_EMBEDDING)}, {"embedding": embedding_of(model)}
+    check_embedding(f"adapter: {folder}", made_for, here, "lemo finetune")
+
+
+def _digest_of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

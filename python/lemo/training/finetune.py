@@ -39,6 +39,7 @@ from lemo.selection.statistics import blocks_of, kept_map
 from lemo.settings.elimination import LemoConfig
 from lemo.settings.finetune import FinetuneConfig
 from lemo.training import fingerprint, memory, quantised, remarks
+from lemo.training.adapter import embedding_of, origin_of
 from lemo.training.behind import Copy, HostMemory, Writer, short_turns
 from lemo.training.checkpoint import Checkpoint, load_checkpoint, random_state, save_checkpoint
 from lemo.training.deterministic import deterministic
@@ -219,6 +220,7 @@ class _Run:
         self.inputs = fingerprint.of_inputs(
             config.model, base, tokenizer, of_scorer, scores.digest if scores else None
         )
+        self.embedding = embedding_of(base)
         self.peft_model = self._with_lora(base)
         self.handle = None
         if config.elimination is not None:
@@ -527,9 +529,10 @@ class _Run:
             write_adapter(self.peft_model, weights, target)
             # The base model as it was trained: its scaled rotary embedding is part of the result.
             content = self.peft_model.get_base_model().config.to_json_string(use_diff=False)
+            known = json.loads(content) | origin_of(target, self.embedding)
             if self.config.quantize is not None:
-                known = quantised.remember(json.loads(content), self.config.quantize)
-                content = json.dumps(known, indent=2, sort_keys=True) + "\n"
+                known = quantised.remember(known, self.config.quantize)
+            content = json.dumps(known, indent=2, sort_keys=True) + "\n"
             write_file(target / MODEL_CONFIG, content)
 
 
