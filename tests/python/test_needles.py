@@ -14,6 +14,7 @@ from tiny import sample_text, tiny_tokenizer
 pytestmark = pytest.mark.cpu_only
 
 TEXT = list(range(1000, 6000))  # in order, and none of a fact
+FACT = re.compile(r"\n[^~\n]+\n")
 NAME = re.compile(r"(?:of the|does the|has the|The) ([a-z]+ [a-z]+)")
 
 
@@ -51,6 +52,43 @@ def test_answers_stand_in_the_facts_that_are_asked_for(seed):
     assert len(needle_window([], shortest, encode, random.Random(seed)).ids) == shortest
     with pytest.raises(ValueError, match=f"length: expected at least {shortest} tokens, got"):
         needle_window(TEXT, shortest - 1, encode, random.Random(seed))
+
+
+FORMS = [" code of ", " belongs to ", " key of "]
+
+
+def test_form_text_places_values_and_questions_are_drawn():
+    starts, places, asked = [], [], []
+    answers = {form: set() for form in FORMS}
+    for seed in range(300):
+        window = needle_window(TEXT, 3000, encode, random.Random(seed))
+        ids, labelled = window.ids.tolist(), window.labelled.tolist()
+        plain = [token for token in ids if token >= TEXT[0]]
+        starts.append((plain[0] - TEXT[0]) / (len(TEXT) - len(plain)))
+        read = "".join(chr(token) if token < TEXT[0] else "~" for token in ids)
+        before = read[: read.index("\nQuestion: ")]
+        places += [before[: fact.start()].count("~") / len(plain) for fact in FACT.finditer(before)]
+        asked += [len(FACT.findall(before[:first])) for first, _ in window.needed]
+        told = "".join(read[row + 1] if labelled[row] else "|" for row in range(2999))
+        values = {*filter(None, told.split("|"))}
+        assert len(values) >= 3
+        [form] = [form for form in FORMS if form in before]
+        answers[form] |= values
+    assert all(len(values) > 80 for values in answers.values())
+    # Each of the 16 facts is asked for in a quarter of the windows.
+    assert all(45 < asked.count(fact) < 110 for fact in range(16))
+    for drawn in (starts, places):
+        quarters = [sum(int(4 * share) == quarter for share in drawn) for quarter in range(4)]
+        assert min(quarters) > 0.19 * len(drawn)
+
+
+def test_text_of_a_token_more_than_is_needed_begins_at_either():
+    firsts = set()
+    for seed in range(12):
+        needed = int((needle_window(TEXT, 3000, encode, random.Random(seed)).ids >= TEXT[0]).sum())
+        window = needle_window(TEXT[: needed + 1], 3000, encode, random.Random(seed))
+        firsts.add(min(token for token in window.ids.tolist() if token >= TEXT[0]))
+    assert firsts == {*TEXT[:2]}
 
 
 def test_beginnings_of_documents_are_not_used():

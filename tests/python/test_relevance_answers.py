@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lemo.relevance.answers import Answers, are_answers
+from lemo.relevance.answers import Answers, are_answers, shares
 
 BLOCK = 16
 
@@ -50,3 +50,9 @@ def test_the_largest_over_the_rows_of_each_answer():
     rows[3:5] = rows[8:9] = True
     values = torch.tensor([[-3.0, 2.0], [-1.0, 1.0], [-5.0, -6.0]])
     assert Answers.of(rows).largest(values).tolist() == [[-1.0, 2.0], [-5.0, -6.0]]
+
+
+def test_shares_of_nothing_are_none():
+    """An answer that looks at blocks with labels alone."""
+    scores = torch.tensor([[1.0, 3.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1e-30]])
+    assert shares(scores).tolist() == [[0.25, 0.75, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]

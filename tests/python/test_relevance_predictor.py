@@ -73,7 +73,7 @@ def made(tmp_path_factory):
     return model, folder, prepare_relevance(model, training, held_out, folder, SETTINGS)
 
 
-def naive(predictor, x, answers):
+def naive(predictor, x, answers, size=BLOCK):
     """Token by token."""
 
     def net(name, token):
@@ -91,17 +91,17 @@ def naive(predictor, x, answers):
 
     keys = [mixed("key", place) for place in range(len(x))]
     keys = [key / key.norm() for key in keys]
-    result = torch.zeros(len(answers), -(-len(x) // BLOCK))
-    with_labels = {row // BLOCK for row in answers.rows()}
+    result = torch.zeros(len(answers), -(-len(x) // size))
+    with_labels = {row // size for row in answers.rows()}
     for answer, (first, end) in enumerate(zip(answers.firsts, answers.ends)):
         scores = {}
-        for block in range(first // BLOCK):
+        for block in range(first // size):
             if block in with_labels:
                 continue
             scores[block] = 0.0
             for row in range(max(first - 15, 0), min(end, len(x) - 1) + 1):
                 query = mixed("query", row)
-                places = range(block * BLOCK, (block + 1) * BLOCK)
+                places = range(block * size, (block + 1) * size)
                 scores[block] += max(float(query @ keys[place]) for place in places)
         scale = 0.25
         total = torch.logsumexp(torch.tensor([scale * score for score in scores.values()]), 0)
@@ -141,6 +141,7 @@ def test_scores_are_sums_of_the_best_products_of_each_block():
         )
     ]
     assert_close_fp32(*results)
+    assert_close_fp32(results[0], naive(predictor, x, answers, 4))
     # What is trained is what runs.
     free = found > 0
     trained = _scores(predictor, x, answers, BLOCK).masked_fill(~free, -torch.inf).softmax(-1)
@@ -152,6 +153,26 @@ def test_tokens_that_look_are_those_of_the_answer_and_of_its_question():
     rows, of_rows = query_rows(answers, 64)
     assert rows == [*range(9), *range(45, 64)]
     assert of_rows == [0] * 9 + [1] * 19
+    # The last row of a sequence may have a label, that of labels which are shifted already.
+    assert query_rows(Answers((5,), (8,)), 8) == ([*range(8)], [0] * 8)
+
+
+@torch.no_grad()
+def test_nets_begin_nearly_alike():
+    """And mix next to nothing of the neighbours in, so that a token fits itself best."""
+    draw = torch.Generator("cpu").manual_seed(0)
+    predictor = RelevancePredictor(64, 32, torch.ones(64), draw)
+    for mine, other in zip(predictor.query.weights, predictor.key.weights):
+        pairs = torch.stack([mine.flatten(), other.flatten()])
+        assert torch.corrcoef(pairs)[0, 1].item() == pytest.approx(0.95, abs=0.02)
+        assert mine.std().item() == pytest.approx(other.std().item(), rel=0.05)
+    for mix in (predictor.key_mix, predictor.query_mix):
+        assert_close_fp32(mix.round(), torch.eye(5)[2][:, None].expand(5, EMBEDDING))
+    x = torch.randn(100, 64, generator=draw)
+    predictor.centre(x)
+    layout = BlockLayout.from_seqlens([100], BLOCK)
+    products = predictor.queries(x, range(100), 100 * [(0, 100)]) @ predictor.keys(x, layout).T
+    assert (products.argmax(-1) == torch.arange(100)).float().mean() > 0.9
 
 
 def test_the_best_of_both_scores_come_in_turn():
@@ -271,6 +292,11 @@ def test_what_is_not_finite_stays_nan(wrong):
     [sound] = predicted_relevance(predictor, x, layout, [answers])
     assert torch.allclose(sound.sum(-1), torch.ones(1))
     x[3, 2] = wrong
+    [found] = predicted_relevance(predictor, x, layout, [answers])
+    assert found[sound > 0].isnan().all()
+    # Nor where only what looks is not, as of products that are too large.
+    x[3, 2] = 0.0
+    predictor.query.up.data[5, 1] = wrong
     [found] = predicted_relevance(predictor, x, layout, [answers])
     assert found[sound > 0].isnan().all()
     ranked = merged(torch.tensor([[0.5, math.nan, 0.0]]), torch.tensor([[0.0, 0.0, 0.2]]))

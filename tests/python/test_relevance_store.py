@@ -6,9 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from lemo.data import ExampleWindows
 from lemo.data.chat import Encoded
@@ -95,6 +98,37 @@ def test_the_digest_is_of_the_scores_alone(tmp_path):
     assert digest("c", examples, factor=2.0) != first
     assert digest("d", examples[1:]) != first
 
+    def alike(name, ids, block_size):
+        """One block with the same score."""
+        write_scores(
+            tmp_path / name, [Sample(ids, ids, name)], lambda _: [1.0], block_size=block_size
+        )
+        return ScoreStore.read(tmp_path / name).digest
+
+    first = alike("e", [1, 2, 3], 16)
+    assert alike("f", [1, 2, 3], 16) == first
+    assert alike("g", [1, 2, 3], 32) != first
+    assert alike("h", [1, 2, 4], 16) != first
+
+
+@pytest.mark.usefixtures("small_files")
+def test_examples_of_a_file_have_so_many_tokens_at_most(tmp_path):
+    """But for one that is longer by itself."""
+    lengths = [250, 40, 60, 1, 99, 100, 30, 30, 30, 30]
+    examples = [Sample([5] * length, [5] * length, f"{length}") for length in lengths]
+    write_scores(tmp_path / "s", examples, lambda _: None, block_size=16)
+    assert json.loads((tmp_path / "s" / "scores.json").read_text())["files"] == [1, 2, 2, 1, 3, 1]
+
+
+def test_scores_may_come_from_a_trained_model(tmp_path):
+    [example] = samples(1)
+    weights = torch.ones(3, requires_grad=True)
+    blocks = -(-len(example.ids) // 16)
+    write_scores(
+        tmp_path / "s", [example], lambda _: 2 * weights.mean().expand(blocks), block_size=16
+    )
+    assert ScoreStore.read(tmp_path / "s").of(example).tolist() == [2.0] * blocks
+
 
 @pytest.mark.usefixtures("small_files")
 def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path):
@@ -173,6 +207,15 @@ def damage_a_number(file):
     file.write_bytes(data)
 
 
+def damage_the_counts(file):
+    """Every other byte is as it was."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors["blocks"] -= 1
+    save_file(tensors, file, metadata)
+
+
 def empty(file):
     file.write_bytes(b"")
 
@@ -182,7 +225,9 @@ def take_anothers(file):
 
 
 @pytest.mark.usefixtures("small_files")
-@pytest.mark.parametrize("change", [damage_the_end, damage_a_number, empty, take_anothers])
+@pytest.mark.parametrize(
+    "change", [damage_the_end, damage_a_number, damage_the_counts, empty, take_anothers]
+)
 def test_a_damaged_file_is_named_and_computed_again(tmp_path, change):
     examples = samples()
     write_scores(tmp_path / "s", examples, mean_ids, block_size=16)
@@ -214,6 +259,7 @@ def description(**changes):
         ("{}", "was not written by `lemo relevance scores`"),
         ('{"format": "lemo-scores", "version": 9}', "expected version 1, got 9"),
         ('{"format": "lemo-scores", "version": 1, "block_size": "a"}', "'block_size': expected"),
+        (description(block_size=True), "field 'block_size': expected int, got True"),
         (description(block_size=0), "expected a block_size and files of 1 or more"),
         (description(files=[1, 0]), "expected a block_size and files of 1 or more"),
         (description(files=[1, "2"]), "expected a block_size and files of 1 or more"),
@@ -247,6 +293,8 @@ def test_other_settings_are_not_gone_on_with(tmp_path, monkeypatch):
     resume("heads was None, now 'h'; scorer was 'lexical', now 'attention'", scorer="attention",
            heads="h")  # fmt: skip
     resume("tokenizer is another one", tokenizer="1" * 64)
+    # A digest says nothing to a reader, a name of as many characters does.
+    resume(f"heads was None, now '{'h' * 64}'", heads="h" * 64)
     resume("the examples are others now", examples=examples[:-1])
     resume("the examples are others now", examples=examples[::-1])
     resume("context_length was 90, now 60", examples=examples[:-1], context_length=60)
@@ -269,6 +317,11 @@ def test_what_is_in_the_way_stays(tmp_path):
     with pytest.raises(FileExistsError, match=r"did not write .*mine\.txt"):
         write_scores(tmp_path / "s", **arguments, overwrite=True)
     (tmp_path / "s" / "mine.txt").unlink()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "scores.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="was not written by `lemo relevance scores`"):
+        write_scores(tmp_path / "other", **arguments, overwrite=True)
+    assert (tmp_path / "other" / "scores.json").read_text() == '{"mine": 1}'
     before = content(tmp_path / "s")
 
     def fail(example):
@@ -302,6 +355,8 @@ def test_scores_that_do_not_fit_leave_nothing(tmp_path, score, message):
         ({"resume": True, "overwrite": True}, "at most one of the two"),
         ({"examples": []}, "examples: expected one or more"),
         ({"block_size": 0}, "block_size: expected 1 or more, got 0"),
+        ({"about": {"rate": math.nan}}, "about: expected names and plain values, got "),
+        ({"about": {"model": Path("m")}}, "about: expected names and plain values, got "),
     ],
 )
 def test_bad_arguments(tmp_path, changes, message):

@@ -387,6 +387,8 @@ def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
         lemo.LemoConfig(scorer="attention")
     with pytest.raises(FileNotFoundError, match=r"heads: .*none\.json: expected a file"):
         enable(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=f"heads: {tmp_path}: expected a file, got a folder"):
+        enable(tmp_path)
     other, sizes = tmp_path / "other.json", make_model("llama").config
     layers, of_layer = sizes.num_hidden_layers, sizes.num_attention_heads
     for content, message in (
@@ -397,7 +399,18 @@ def test_files_of_heads_that_do_not_fit_are_named(tmp_path):
         (heads_file(tmp_path).read_text().replace('"version": 1', '"version": 9'), "version 1"),
         *(
             (heads_file(tmp_path, heads).read_text(), r"\[layer, head\] pairs below")
-            for heads in ([(layers, 0)], [(0, of_layer)], [(0, -1)], [(0, 0.5)], [(0, True)], [])
+            for heads in (
+                *(
+                    [(layers, 0)],
+                    [(0, of_layer)],
+                    [(-1, 0)],
+                    [(0, -1)],
+                    [(0, 0.5)],
+                    [(0, True)],
+                    [],
+                ),
+                *([(0, 0, 0)], [(0,)]),
+            )
         ),
         (heads_file(tmp_path, model=make_model("qwen2")).read_text(), "differ: model_type"),
     ):
