@@ -71,7 +71,10 @@ class _Description:
     ) -> _Description:
         files = [end - first for first, end in _files(examples)]
         digest = hashlib.sha256(b"".join(map(_digest_of, examples)))
-        plain = json.loads(json.dumps(dict(about), allow_nan=False))
+        try:
+            plain = json.loads(json.dumps(dict(about), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"about: expected names and plain values, got {error}") from None
         return cls(block_size, files, digest.hexdigest(), plain)
 
     @classmethod
@@ -223,8 +226,8 @@ def write_scores(
             something else.
         FileNotFoundError: there is nothing to resume.
         BlockingIOError: another process writes to it.
-        ValueError: scores of another number, or not finite; what is resumed was made with other
-            settings.
+        ValueError: scores of another number, or not finite; `about` is not plain; what is resumed
+            was made with other settings.
         OSError: the disk is full or cannot be written; files that are there stay whole.
     """
     if resume and overwrite:
