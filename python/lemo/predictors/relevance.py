@@ -102,9 +102,9 @@ class RelevancePredictor(nn.Module):
         lengths = layout.cu_seqlens.diff()
         number = torch.arange(sequences, device=x.device)
         # Rows of zeros between the sequences, so that no token is mixed with one of another.
-        gaps = REACH * (2 * number + 1).repeat_interleave(lengths, output_size=tokens)
+        gaps = REACH * (number + 1).repeat_interleave(lengths, output_size=tokens)
         places = torch.arange(tokens, device=x.device) + gaps
-        spread = features.new_zeros(tokens + 2 * REACH * sequences, features.shape[1])
+        spread = features.new_zeros(tokens + REACH * (sequences + 1), features.shape[1])
         spread = spread.index_copy(0, places, features)
         inner = spread.shape[0] - 2 * REACH
         mixed = spread[:inner] * mix[0]

@@ -374,6 +374,6 @@ def _held(scores: Tensor, lesson: _Lesson, settings: PredictorSettings) -> float
     budget = kept_blocks(settings.keep, scores.numel())
     # As `lemo.selection.budget`: at least half is for the prompt.
     count = max(budget - int((~free).sum()), -(-budget // 2))
-    kept = scores.masked_fill(~free, -math.inf).topk(min(count, int(free.sum()))).indices
+    kept = scores.masked_fill(~free, -math.inf).topk(count).indices
     shares = lesson.shares[lesson.shares.sum(-1) > 0]
     return shares[:, kept].sum(-1).mean().item()

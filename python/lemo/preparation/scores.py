@@ -151,13 +151,10 @@ def _by_attention(
 
     @torch.no_grad()
     def score(example: Example) -> Tensor | None:
-        answers = _answers(example)
-        if answers is None:
-            return None
         ids = torch.tensor([list(example.ids)])
         arguments = ForwardArguments(input_ids=ids.to(device))
         batch, residual = architecture.embed(arguments, config.block_size)
-        [relevance] = scorer.relevance(0, residual, batch, [ids[0]], [answers])
+        [relevance] = scorer.relevance(0, residual, batch, [ids[0]], [_answers(example)])
         return None if relevance is None else relevance.amax(0).cpu()
 
     return score, model_config.get_text_config().vocab_size, about
