@@ -219,6 +219,14 @@ def remove_folder(folder: Path, own: re.Pattern[str]) -> None:
     folder.rmdir()
 
 
+def check_above(path: Path, subject: str) -> None:
+    """Raise NotADirectoryError, beginning with ``subject``, if a file is where folders of ``path``
+    have to be."""
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{subject}: expected folders above it, but '{above}' is a file")
+
+
 @contextlib.contextmanager
 def lock(file: Path, subject: str, shared: bool = False, waiting: bool = False) -> Iterator[None]:
     """Keep other processes from taking the same lock until the block ends.
@@ -236,8 +244,9 @@ def lock(file: Path, subject: str, shared: bool = False, waiting: bool = False) 
     Raises:
         BlockingIOError: another process has the lock, and it is not waited for; the message says
             which.
-        OSError: ``file`` cannot be written.
+        OSError: ``file`` cannot be written, such as behind another file.
     """
+    check_above(file, subject)
     made = [folder for folder in file.parents if not folder.exists()]
     descriptor = -1
     try:

@@ -57,6 +57,7 @@ def eval(
 
     from rich.progress import Progress
 
+    from lemo.data.reading import called
     from lemo.settings.finetune import Device, Dtype, RopeScaling
     from lemo.training.adapter import base_model_name, find_adapter
     from lemo.training.answers import evaluate_answers, has_answers
@@ -70,24 +71,27 @@ def eval(
     screen = options.console()
     options.show_messages(screen)
     run = None if adapter is None or find_adapter(adapter) == adapter else adapter
+    name = "model"
     if model is None and adapter is not None:
+        name = "adapter: the model that it names"
         model = (run and recorded_model(run)) or base_model_name(adapter)
     with reading(run) as writable:
         if run is not None and writable:
             read_metrics(run / METRICS_NAME)  # What cannot be added to is refused before.
         with Progress(console=screen, disable=not screen.is_terminal) as progress:
             task = progress.add_task("windows", total=None)
-            results = (evaluate_answers if has_answers(documents) else evaluate)(
-                model,
-                documents,
-                wanted,
-                adapter=adapter,
-                rope_scaling=rope_scaling,
-                dtype=dtype,
-                device=device,
-                limit=limit,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
+            with called(name, "model"):
+                results = (evaluate_answers if has_answers(documents) else evaluate)(
+                    model,
+                    documents,
+                    wanted,
+                    adapter=adapter,
+                    rope_scaling=rope_scaling,
+                    dtype=dtype,
+                    device=device,
+                    limit=limit,
+                    progress=lambda done, total: progress.update(task, completed=done, total=total),
+                )
         # On the screen first: no file that cannot be written loses them.
         options.result_console().print(_table(results))
         results = [row | {"source": absolute(documents)} for row in results]

@@ -88,13 +88,17 @@ def completed(given: Given, dense: bool, fp8: bool = False) -> Given:
 
     Raises:
         FileNotFoundError: no run to resume.
-        ValueError: a setting of elimination beside `dense`; two scorers.
+        ValueError: a setting of elimination beside `dense`; two scorers; the settings of the run
+            that is resumed are damaged.
     """
     config, values = given.config, dict(given.options)
     if config is None and values.get("resume") and "output" in values:
-        config = Path(values["output"]) / "config.yaml"
+        from lemo.training.run_folder import CONFIG_NAME, check_config
+
+        config = Path(values["output"]) / CONFIG_NAME
         if not config.is_file():
             raise FileNotFoundError(f"output: there is no run in '{values['output']}' to resume")
+        check_config(config)
     named = [option for option in _SCORERS if f"elimination.{option}" in values]
     if len(named) > 1:
         both = " and ".join(f"--{option}" for option in named)

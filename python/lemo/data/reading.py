@@ -1,4 +1,4 @@
-"""One kind of error for files that a library cannot read."""
+"""Errors about files: one kind where a library cannot read them, and the name the user knows."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ def naming(place: str, *passing: type[Exception]) -> Iterator[None]:
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             raise
         raise ValueError(f"{place}: {_reason(error)}") from error
+
+
+@contextmanager
+def called(argument: str, known_as: str) -> Iterator[None]:
+    """Lets errors that begin with "`known_as`: " begin with `argument`, the name that a user knows.
+
+    For functions that read what several arguments may name: `model` is what the loader of a model
+    calls it, `scout` what the user gave.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        name, colon, text = str(error).partition(": ")
+        if name != known_as or not colon or argument == known_as:
+            raise
+        raise type(error)(f"{argument}: {text}") from error
 
 
 def first_of(names: Iterable[str], count: int = 3) -> str:

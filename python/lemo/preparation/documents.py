@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lemo.data import ExampleWindows, open_training_data
 from lemo.data.documents import Document, read_documents
+from lemo.data.reading import called
 from lemo.data.windows import first_windows, token_windows
 from lemo.files import locked_output
 from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
@@ -130,7 +131,8 @@ def _examples(
 
     found = _shuffled(read("documents", config.documents), config.seed)
     if config.held_out_documents is not None:
-        held_out = read("held_out_documents", config.held_out_documents)
+        with called("held_out_documents", "documents"):
+            held_out = read("held_out_documents", config.held_out_documents)
     else:
         # Copies of an example are one.
         different = list({_content(each): each for each in reversed(found)}.values())[::-1]
@@ -219,7 +221,8 @@ class _Windows:
         config = self._config
         documents = self._long_enough(read_documents(config.documents))
         if config.held_out_documents is not None:
-            held_out = self._long_enough(read_documents(config.held_out_documents))
+            with called("held_out_documents", "documents"):
+                held_out = self._long_enough(read_documents(config.held_out_documents))
         else:
             # Copies of a document are one.
             different = list({each.text: each for each in reversed(documents)}.values())[::-1]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lemo.data import ExampleWindows, open_training_data
+from lemo.data.reading import called
 from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.calls.labels import IGNORE_INDEX, of_tokens
 from lemo.models.layers.architectures import ARCHITECTURES, architecture_of
@@ -131,12 +132,13 @@ def _by_attention(
     name = config.scout or config.model
     device = pick_device(config.device, elimination=True)
     dtype = pick_dtype(config.dtype, device, elimination=True)
-    model_config = load_config(name, ARCHITECTURES)
-    extend_context(model_config, config.context_length, config.rope_scaling)
-    digest = fingerprint.of_tokenizer(tokenizer)
-    if config.scout is not None:
-        _check_scout(config.scout, digest)
-    weights = load_model(name, model_config, dtype)
+    with called("scout" if config.scout else "model", "model"):
+        model_config = load_config(name, ARCHITECTURES)
+        extend_context(model_config, config.context_length, config.rope_scaling)
+        digest = fingerprint.of_tokenizer(tokenizer)
+        if config.scout is not None:
+            _check_scout(config.scout, digest)
+        weights = load_model(name, model_config, dtype)
     about = {
         "scorer's config.json": fingerprint.of_config(name),
         "scorer's weights": fingerprint.of_weights(weights),

@@ -58,7 +58,7 @@ class RetrievalHeads:
         place = f"heads: {path}"
         try:
             content = read_json(Path(path), place)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{place}: expected a file, found none") from None
         except IsADirectoryError:
             raise ValueError(f"{place}: expected a file, got a folder") from None

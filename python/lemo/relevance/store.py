@@ -80,12 +80,11 @@ class _Description:
     @classmethod
     def read(cls, folder: Path) -> _Description:
         file = folder / DESCRIPTION_FILE
-        try:
-            content = read_json(file, f"scores: {file}")
-        except FileNotFoundError:
+        if not file.is_file():
             raise FileNotFoundError(
                 f"scores: expected a folder of `lemo relevance scores`, but {file} does not exist"
-            ) from None
+            )
+        content = read_json(file, f"scores: {file}")
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ValueError(f"scores: {file} was not written by `lemo relevance scores`")
         version = content.pop("version", None)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jinja2
 import yaml
 
-from lemo.files import write_file
+from lemo.files import check_above, write_file
 from lemo.planner.text import action_text, layers_text
 from lemo.report import plots
 from lemo.report.run import RecordedPlan, RelevanceMap, Run
@@ -55,6 +55,7 @@ def write_report(
     Raises:
         ValueError: there is no run.
         FileExistsError: ``output`` is no folder, or a file of such a name is not of a report.
+        NotADirectoryError: a file is where a folder above ``output`` has to be.
         OSError: the folder cannot be written.
     """
     if not runs:
@@ -63,6 +64,7 @@ def write_report(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output: expected a folder, but '{output}' is a file")
+    check_above(output, f"output: '{output}'")
     sections, files = [], {}
     for plot in _plots(runs):
         images = {theme.name: plot.draw(theme) for theme in (plots.LIGHT, plots.DARK)}

@@ -110,6 +110,7 @@ def check_folder(folder: Path, config: FinetuneConfig) -> Checkpoint | None:
         return None
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"output: there is no run in '{folder}' to resume")
+    check_config(folder / CONFIG_NAME)
     saved = FinetuneConfig.from_yaml(folder / CONFIG_NAME)
     changed = differences(compared(saved), config)
     checkpoint = None
@@ -252,6 +253,16 @@ def _versions(folder: Path, name: str) -> list[Path]:
     """The folder ``name``, and what a killed process left beside it."""
     names = (name, f".{name}.tmp", f".{name}.old")
     return [folder / each for each in names if os.path.lexists(folder / each)]
+
+
+def check_config(path: Path) -> None:
+    """Raises ValueError, naming the file, where it lacks a setting that every run has written."""
+    lacking = sorted(_ALWAYS - set(read_yaml(path)))
+    if lacking:
+        raise ValueError(
+            f"{path}: expected the settings of a run, but it lacks {', '.join(lacking)}; it is "
+            "damaged: put back what the run wrote, or start another run"
+        )
 
 
 def _is_run(path: Path) -> bool:
