@@ -186,7 +186,8 @@ def test_what_is_measured_is_what_is_stored(tmp_path, monkeypatch):
     monkeypatch.setattr(relevance, "_describe", note)
     model = make_model("llama")
     windows = [window(), window(seed=1)]
-    relevance.prepare_relevance(model, windows, windows, tmp_path / "out", SETTINGS)
+    found = relevance.prepare_relevance(model, windows, windows, tmp_path / "out", SETTINGS)
+    assert found["loss"] == pytest.approx(trained(windows)[3][0])
     stored = dict(load_relevance(tmp_path / "out").named_parameters())
     for name, parameter in measured[0].named_parameters():
         assert torch.equal(parameter, stored[name].float())

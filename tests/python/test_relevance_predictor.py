@@ -294,9 +294,9 @@ def test_what_is_not_finite_stays_nan(wrong):
     x[3, 2] = wrong
     [found] = predicted_relevance(predictor, x, layout, [answers])
     assert found[sound > 0].isnan().all()
-    # Nor where only what looks is not, as of products that are too large.
-    x[3, 2] = 0.0
-    predictor.query.up.data[5, 1] = wrong
+    # Nor where a single token that looks is not, as of products that are too large.
+    x[3, 2], queries = 0.0, predictor.queries
+    predictor.queries = lambda *of: queries(*of).index_fill(0, torch.tensor([2]), wrong)
     [found] = predicted_relevance(predictor, x, layout, [answers])
     assert found[sound > 0].isnan().all()
     ranked = merged(torch.tensor([[0.5, math.nan, 0.0]]), torch.tensor([[0.0, 0.0, 0.2]]))
