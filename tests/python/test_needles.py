@@ -97,3 +97,25 @@ def test_beginnings_of_documents_are_not_used():
     message = "expected one of 1024 tokens or more behind its first 4000 characters, got none"
     with pytest.raises(ValueError, match=message):
         needle_windows(documents, tiny_tokenizer(), 1024, 1)
+
+
+def test_each_window_has_a_document_of_its_own_as_far_as_there_are_any():
+    """Documents that are shorter than what is skipped are used as a whole."""
+    short = Document("0", "a", 1100 * "Ä ")
+    texts = [Document("1", "a", sample_text(1400, 1)), Document("2", "a", 6000 * "Ü ")]
+    made = needle_windows([short, *texts], tiny_tokenizer(), 1024, 4)
+    read = [tiny_tokenizer().decode(window.ids) for window in made]
+    assert [("Ä" in each, "Ü" in each) for each in read] == [
+        (True, False), (False, False), (False, True), (True, False)
+    ]  # fmt: skip
+
+
+def test_as_many_characters_are_read_as_the_tokens_may_have():
+    class Words:
+        """A token for six characters."""
+
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(text[i]) for i in range(0, len(text), 6)]}
+
+    [window] = needle_windows([Document("a", "a", 4000 * " " + 6200 * "a")], Words(), 1024, 1)
+    assert len(window.ids) == 1024

@@ -1,9 +1,14 @@
-"""Which heads `lemo relevance heads` chooses from how good each of them is."""
+"""How good `lemo relevance heads` finds each head, and which it chooses."""
 
 import pytest
 import torch
 
-from lemo.preparation.heads import chosen_heads
+from lemo.preparation.heads import chosen_heads, find_heads, find_heads_in_documents
+from lemo.relevance.needles import NeedleWindow
+from lemo.settings.relevance import HeadsConfig
+from tiny import save_tiny_llama, write_documents
+from tiny_models import VOCABULARY, make_model
+from tolerances import assert_close_fp32
 
 LAYERS, HEADS = 6, 3
 
@@ -41,3 +46,54 @@ def test_layers_may_be_said():
     assert chosen_heads(found, 2, layers=LAYERS) == ((1, 2), (4, 0))
     assert chosen_heads(found, 4, layers=4) == ((1, 2), (3, 0))
     assert chosen_heads(found, 1, layers=1) == ((0, 0),)
+
+
+BLOCK, TOKENS = 16, 128
+
+
+def window(seed):
+    """Facts of one block, to its end, and of the ends of two; answers of four and of two tokens."""
+    draw = torch.Generator("cpu").manual_seed(seed)
+    labelled = torch.zeros(TOKENS, dtype=torch.bool)
+    labelled[105:109] = labelled[124:126] = True
+    ids = torch.randint(VOCABULARY, (TOKENS,), generator=draw)
+    return NeedleWindow(ids, labelled, ((16, 32), (45, 50)))
+
+
+@pytest.mark.cpu_only  # in fp32, which attention on a GPU does not know
+def test_a_head_is_as_good_as_its_share_of_looks_at_facts():
+    """Against the weights that Transformers' eager attention gives."""
+    model = make_model("llama", dtype=torch.float32)
+    windows, shares = [window(0), window(1)], []
+    for each in windows:
+        with torch.no_grad():
+            weights = torch.cat(model(each.ids[None], output_attentions=True).attentions)
+        for rows, needed in ((slice(105, 109), [1]), (slice(124, 126), [2, 3])):
+            largest = weights[:, :, rows].unflatten(-1, (-1, BLOCK)).amax((2, 4))
+            largest[..., [6, 7]] = 0  # with labels
+            shares.append(largest[..., needed].sum(-1) / largest.sum(-1))
+    expected = torch.stack(shares).mean(0)
+    layers, heads = expected.shape
+    found = find_heads(model, windows, BLOCK, count=layers * heads, layers=layers)
+    assert found.heads == chosen_heads(expected, layers * heads, layers)
+    for layer, head in found.heads:
+        share = torch.tensor(found.found_by["share_of_looks"][f"{layer}.{head}"])
+        assert_close_fp32(share, (1e4 * expected[layer, head]).round() / 1e4)
+
+
+@pytest.mark.cpu_only
+def test_looks_that_are_not_finite_are_refused():
+    model = make_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[window(0).ids[20], 0] = torch.nan
+    with pytest.raises(ValueError, match="model: what its heads look at is not finite"):
+        find_heads(model, [window(0)], BLOCK)
+
+
+@pytest.mark.cpu_only
+def test_the_model_has_the_layers_that_are_asked_for(tmp_path):
+    places = {"model": str(save_tiny_llama(tmp_path / "m")), "output": str(tmp_path / "heads.json")}
+    documents = write_documents(tmp_path / "d.jsonl")
+    config = HeadsConfig(**places, documents=str(documents), layers=3)
+    with pytest.raises(ValueError, match="layers: expected at most the model's 2, got 3"):
+        find_heads_in_documents(config)
