@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from lemo import LemoConfig
 from lemo.cli.main import main
@@ -138,6 +140,66 @@ def test_a_scout_has_the_tokenizer_of_the_model(lemo, inputs, tmp_path):
     code, _, err = lemo(line + f"{tmp_path / 'scout.json'} --overwrite")
     assert code == 1
     assert "scout: expected a model with the tokenizer of the model that is trained" in err
+
+
+def test_what_decides_scores_by_attention_is_compared(lemo, inputs, tmp_path):
+    line = SCORES + "--documents {whole} --scorer attention --heads "
+    assert lemo(line + "{heads}")[0] == 0
+    RetrievalHeads(model_shape(load_config(str(inputs / "model"))), ((1, 0),)).save("other.json")
+    shutil.copytree(inputs / "model", "changed")
+    weights = load_file("changed/model.safetensors")
+    weights["model.norm.weight"] += 1.0
+    save_file(weights, "changed/model.safetensors", {"format": "pt"})
+
+    def refused(more, message):
+        code, _, err = lemo(line + more + " --resume")
+        assert (code, f"resume: 'scores' was made with other settings: {message}" in err) == (
+            1,
+            True,
+        )
+
+    refused("other.json", "heads is another one")
+    refused("{heads} --scout changed", "scorer's weights is another one")
+    refused("{heads} --rope-scaling yarn", "rope_scaling was 'linear', now 'yarn'")
+
+
+def test_a_scout_reads_all_tokens_of_the_documents(lemo, inputs, tmp_path):
+    """As long as they are, but for those behind the end of its embedding."""
+    line = SCORES + "--documents {whole} --scorer attention --heads heads.json --scout scout "
+
+    def scout(**changes):
+        save_tiny_llama(tmp_path / "scout", context=CONTEXT)
+        config = load_config("scout")
+        for name, value in changes.items():
+            setattr(config, name, value)
+        LlamaForCausalLM(config).save_pretrained("scout")
+        RetrievalHeads(model_shape(config), ((0, 1),)).save("heads.json")
+
+    scout(vocab_size=90)
+    code, _, err = lemo(line)
+    assert code == 1
+    assert "tokenizer: expected ids below 90, the rows of the model's embedding" in err
+    scout(max_position_embeddings=64)
+    assert lemo(line)[0] == 0
+    scores = ScoreStore.read("scores")
+    assert lemo(line + "--rope-scaling none --overwrite")[0] == 0
+    assert ScoreStore.read("scores").digest != scores.digest
+
+
+def test_examples_without_answers_have_no_scores(lemo, inputs, tmp_path):
+    with Path("pairs.jsonl").open("w") as file:
+        file.write((inputs / "whole.jsonl").read_text().splitlines()[0] + "\n")
+        file.write(json.dumps({"prompt": "what?", "completion": " all that is said here"}) + "\n")
+    for scorer in ("lexical", "attention --heads {heads}"):
+        line = SCORES + f"--documents pairs.jsonl --overwrite --scorer {scorer}"
+        code, _, err = lemo(line)
+        assert code == 0
+        assert "warning: documents: 1 of 2 examples have labels on more than half" in err
+        tokenizer = load_tokenizer(str(inputs / "model"))
+        first, last = open_training_data("pairs.jsonl", tokenizer, CONTEXT).examples
+        scores = ScoreStore.read("scores")
+        assert scores.of(first).sum() > 0
+        assert scores.of(last) is None
 
 
 def test_scores_are_gone_on_with(lemo, inputs, monkeypatch):
