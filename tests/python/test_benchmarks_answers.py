@@ -1,9 +1,7 @@
 """The benchmark of answers to long prompts, with a tiny model on the CPU."""
 
 import json
-import random
 import re
-import string
 from collections import Counter
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import answers
+from answer_cases import ASKED, FACTS, TOKENIZER, TOKENS, documents, text
 from answer_runs import Method, Trial
 from answer_tasks import TRAINED, Mixture, make_haystacks
 from answer_tasks.book import ANSWER_TOKENS
@@ -19,29 +18,11 @@ from lemo.data import Document
 from lemo.predictors.model import model_shape
 from lemo.relevance.heads import RetrievalHeads
 from lemo.training.model import load_config, load_model
-from tiny import save_tiny_llama, tiny_tokenizer
+from tiny import save_tiny_llama
 
 pytestmark = pytest.mark.cpu_only
 
-TOKENS = 1280
-FACTS, ASKED = 12, 3
-TOKENIZER = tiny_tokenizer()
 QUESTION = re.compile(r"\nQuestion: (.*)\nAnswer: (.*)\n")
-
-
-def text(sentences, seed):
-    """Sentences of random words."""
-    generator = random.Random(seed)
-
-    def word():
-        return "".join(generator.choices(string.ascii_lowercase, k=generator.randint(2, 8)))
-
-    lines = (" ".join(word() for _ in range(generator.randint(5, 14))) for _ in range(sentences))
-    return " ".join(f"{line.capitalize()}." for line in lines)
-
-
-def documents(count=3):
-    return [Document(f"{i}", "book", text(400, i)) for i in range(count)]
 
 
 def mixture(*tasks, seed=0, **more):
