@@ -42,6 +42,18 @@ def test_blocks_by_words_and_random_ones(words):
     assert (counts > 0).sum() >= 13
 
 
+def test_blocks_with_labels_and_the_last_one_are_always_taken():
+    """The last block may be ragged; labels take all of the share, or words take the rest."""
+    ids = torch.randint(100, 10_000, (1, 250), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[0, 1:3] = ids[0, 1:3]
+    for settings, tokens in (({"keep": 0.01}, 26), ({"keep": 0.5, "words": 1.0}, 7 * 16 + 10)):
+        chunks = Chunks({"block_size": 16, **settings}, seed=0)
+        assert chunks.of(ids, labels)["ids"].shape == (1, tokens)
+        [kept] = chunks.kept
+        assert {0, 15} <= {*kept}
+
+
 def test_keys_of_random_blocks_count_for_those_that_are_left_out():
     """The mean of the softmax's sum over draws is the sum over all keys."""
     ids, labels = tokens_of_window()
