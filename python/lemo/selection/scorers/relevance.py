@@ -55,8 +55,8 @@ def predicted_relevance(
     queries, keys = predictor.queries(x, rows, spans)[:, None], predictor.keys(x, layout)[:, None]
     [seen, index] = index_tensors(x.device, ends, of_rows)
     largest, _ = ops.block_attention(queries, keys, seen, layout, SHARPNESS)
-    # A maximum over keys passes over those that are nan.
-    largest = largest + 0.0 * keys.sum(dtype=torch.float32)
+    # A maximum passes over nan.
+    largest = largest + 0.0 * sum(each.sum(dtype=torch.float32) for each in (queries, keys))
     scores = largest.new_zeros(number, layout.num_blocks)
     scores.index_add_(0, index, largest[:, 0])
     results: list[Tensor | None] = []
