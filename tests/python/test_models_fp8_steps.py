@@ -3,8 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lemo
+from lemo.models.layers import products
+from lemo.models.projections import fp8
 from lemo.models.projections.fp8 import Fp8Linear, fp8_of
 from tiny_models import lora, make_ids, make_model
 
@@ -104,6 +107,33 @@ def test_the_copy_stays_where_it_is():
     assert not torch.equal(values.view(torch.uint8), before.view(torch.uint8))
 
 
+class Quotients(TorchDispatchMode):
+    """Sizes of tensors that were divided by others."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function._schema.name == "aten::div":
+            self.sizes.append(result.numel())
+        return result
+
+
+def test_a_weight_that_is_rounded_in_parts_is_the_same(monkeypatch):
+    """So many numbers are in fp32 at a time, whichever side is the longer one."""
+    for shape in ((64, 192), (192, 64)):
+        whole, parts = (Fp8Linear(linear(*shape), "some") for _ in range(2))
+        expected = dequantised(whole)
+        with monkeypatch.context() as patch, Quotients() as quotients:
+            patch.setattr(fp8, "_AT_ONCE", 1000)
+            found = parts.weight()
+        assert torch.equal(found[0].double() * found[1].double(), expected)
+        assert 500 < max(quotients.sizes) <= 1000
+        assert sum(quotients.sizes) == 64 * 192
+
+
 def test_rows_of_zeros_and_the_largest_numbers_stay_finite():
     module = linear()
     module.weight[3] = 0
@@ -167,3 +197,52 @@ def test_a_merged_weight_is_rounded_on_the_grid_of_the_step():
     expected = module.weight.float().abs().amax(1, keepdim=True) / 448 * 2**0.6180339887498949
     assert torch.allclose(scales, expected, rtol=1e-6)
     assert (values.float().abs().amax(1) > 448 / 2 * 0.9).all()
+
+
+def test_an_mlp_leaves_8_bits_in_a_pass_and_comes_back_on_the_grid_of_the_step():
+    """Nobody has to ask what is in 8 bits for that."""
+    ids = make_ids(1, 64)
+    model = lora(make_model("llama"))
+    handle = enabled(model)
+    model(input_ids=ids, labels=ids)
+    mlp = model.base_model.model.model.layers[1].mlp
+    base = mlp.up_proj.base_layer
+    hook = mlp.register_forward_hook(lambda *_: None)
+    model(input_ids=ids, labels=ids)
+    assert fp8_of(base) is None, "a copy that nobody reads is held"
+    # It has its turn one step before the first layer.
+    handle.begin_step(2 * PERIOD - 1, 20)
+    hook.remove()
+    model(input_ids=ids, labels=ids)
+    wider = 2 ** (2 * 0.6180339887498949 % 1)
+    expected = base.weight.abs().amax(1, keepdim=True) / 448 * wider
+    assert torch.allclose(fp8_of(base).weight()[1], expected, rtol=1e-6)
+
+
+def test_a_gpu_without_such_products_is_refused_before_a_layer_is_changed(monkeypatch):
+    def refused(device, fast):
+        raise NotImplementedError(f"products: {fast}")
+
+    monkeypatch.setattr(products, "check_gpu", refused)
+    model = lora(make_model("llama"))
+    with pytest.raises(NotImplementedError, match="products: False"):
+        enabled(model)
+    assert not layers_of(model)
+
+
+def test_a_module_that_is_no_linear_layer_stays_and_is_named():
+    class Own(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.weight = linear.weight
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight)
+
+    model, ids = lora(make_model("llama"), target_modules=["up_proj"]), make_ids(1, 64)
+    attention = model.base_model.model.model.layers[1].self_attn
+    attention.v_proj = Own(attention.v_proj)
+    handle = enabled(model)
+    assert model(input_ids=ids, labels=ids).loss.isfinite()
+    reason = handle.unquantised_products()["model.layers.1.self_attn.v_proj"]
+    assert ".Own that is no linear layer" in reason

@@ -13,6 +13,7 @@ from devices import on_gpu, working_dtype
 from generic_cases import BLOCK, kept_mask, make, masked_batch
 from lemo import LemoConfig
 from lemo.models.projections import torchao_weights
+from lemo.models.projections.fp8 import fp8_of
 from lemo.models.projections.weights import matrix_of
 from tiny_models import gradients, lora, make_ids
 from tolerances import assert_close_fp32, assert_close_low_precision, relative_error
@@ -171,6 +172,18 @@ def test_products_in_8_bits_of_integers_are_refused(kind):
     model = lora(quantised(kind))
     with pytest.raises(ValueError, match=r"than float8, got 'fp8' and a torchao.* as .*q_proj"):
         lemo.enable(model, LemoConfig(path="native", products="fp8"))
+
+
+@pytest.mark.cpu_only
+def test_products_in_8_bits_of_float8_hold_no_copies():
+    model = lora(quantised("float8"))
+    handle = lemo.enable(model, LemoConfig(path="native", products="fp8", block_size=BLOCK))
+    ids = make_ids(2, 61)
+    model(input_ids=ids, labels=ids).loss.backward()
+    layers = [found for found in map(fp8_of, model.modules()) if found is not None]
+    assert len(layers) + len(handle.unquantised_products()) == 7 * 3
+    assert layers
+    assert all(layer._weight is None and layer._measured for layer in layers)
 
 
 @pytest.mark.parametrize(
