@@ -5,6 +5,8 @@ pass then takes has to be what the planner predicts.
 """
 
 import random
+from contextlib import nullcontext
+from itertools import count
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.cpu_only
 
 LINK = 1e9
 UNIT = 4096
+Streams = offload._Streams
 
 
 class Clocks:
@@ -141,3 +144,46 @@ def test_copies_of_few_rows_hide_behind_many_and_not_the_other_way_round():
     assert sum(moved) == 3 * size == sum(other)
     assert sensitive == pytest.approx(alone)
     assert uniform > 1.05 * alone
+
+
+class Stream:
+    """Remembers events that it waits for; those that it records are numbers."""
+
+    events = count()
+
+    def __init__(self, _device):
+        self.waited = []
+
+    def wait_stream(self, other):
+        pass
+
+    def wait_event(self, event):
+        self.waited.append(event)
+
+    def record_event(self):
+        return next(Stream.events)
+
+
+def test_slots_that_were_given_back_are_waited_for_once(monkeypatch):
+    """A copy to the host may take what another copy, of any device, still reads or writes."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    made = offload.Offload(0)
+    monkeypatch.setattr(offload, "_Streams", Streams)
+    mine, other = (made.streams(torch.device("cuda", index)) for index in range(2))
+
+    def waited():
+        del mine._to_host.waited[:]
+        made.wait_for_slots(mine)
+        return mine._to_host.waited
+
+    assert waited() == []
+    mine.to_host([])  # on the stream that would wait
+    back, there = mine.from_host([]), other.to_host([])
+    assert waited() == [back, there]
+    assert waited() == []
+    again = other.from_host([])
+    assert waited() == [again]
+    assert waited() == []
+    assert other._to_host.waited == []
