@@ -278,7 +278,7 @@ class Fp8Linear:
 
     def reads_rows(self) -> bool:
         """Whether the next product is in 8 bits, as far as is known."""
-        return not self.paused and "forward" not in self.reasons
+        return "forward" not in self.reasons
 
     def _takes(self, direction: str, rows: Tensor) -> bool:
         return not self.paused and direction not in self.reasons and rows.shape[0] > 0
