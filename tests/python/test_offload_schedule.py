@@ -7,6 +7,7 @@ pass then takes has to be what the planner predicts.
 import random
 from contextlib import nullcontext
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -187,3 +188,40 @@ def test_slots_that_were_given_back_are_waited_for_once(monkeypatch):
     assert waited() == [again]
     assert waited() == []
     assert other._to_host.waited == []
+
+
+def test_memory_on_the_device_is_not_freed_while_a_copy_is_on_its_way_to_it():
+    """The graph is dropped when the last layer's backward pass has run, and another comes back."""
+    module, x = torch.nn.Linear(1, 1), torch.ones(1, requires_grad=True)
+    made = offload.Offload(2**20)
+    moved = made.begin([1.0, 1.0], torch.device("cpu"))
+    with moved.layer(0, module):
+        y = Layer.apply(x, 100 * UNIT, 0.0, 0.0)
+    with moved.layer(1, module):
+        z = Layer.apply(y, UNIT, 0.0, 0.0)
+    moved.finish()
+    torch.autograd.grad(z, y, retain_graph=True)
+    (clocks,) = made._streams.values()
+    assert Clocks.now < clocks.back
+    del y, z
+    assert made.pool.taken == 0
+    assert Clocks.now == clocks.back
+
+
+def test_the_smallest_tensor_that_holds_what_is_left_is_cut(monkeypatch):
+    storages = [SimpleNamespace(size=size) for size in (1000, 3000, 2048, 4096)]
+    small, large, middle, largest = storages
+    total = 1000 + 3000 + 2048 + 4096
+
+    def parts(size):
+        return offload._parts(storages, size / total)
+
+    assert parts(total) == [(each, each.size) for each in (largest, large, middle, small)]
+    assert parts(4096 + 1600) == [(largest, 4096), (middle, 3 * 512)]
+    assert parts(4096 + 2500) == [(largest, 4096), (large, 4 * 512)]
+    assert parts(700) == [(small, 512)]
+    assert parts(100) == []
+    # Fewer bytes are not worth a copy.
+    monkeypatch.setattr(offload, "SMALLEST", 2**20)
+    assert parts(700) == []
+    assert parts(4096 + 1600) == [(largest, 4096), (middle, 3 * 512)]

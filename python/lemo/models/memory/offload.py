@@ -294,7 +294,7 @@ class LayerOffload:
             return _Stayed(self, tensor)
         address = tensor.untyped_storage().data_ptr()
         storage = self._storages.get(address)
-        if storage is None and self.before is not None and self.before._is_moving:
+        if storage is None and self.before is not None:  # which has some while it moves
             storage = self.before._storages.get(address)
         if storage is None:
             storage = self._storages[address] = _Storage(self, tensor)
