@@ -181,6 +181,13 @@ def test_nothing_goes_there_that_need_not():
     assert plan.host == 0
 
 
+def test_shares_that_are_given_are_those_of_the_plan():
+    shares = (0.5, 1.0, 0.0)
+    plan = planner([4096, 1024, 2048], HostRules(GIB, shares)).plan(64 * GIB)
+    assert plan.shares == shares
+    assert [layer.host > 0 for layer in plan.layers] == [True, True, False]
+
+
 def test_the_smallest_plan_takes_the_host_as_far_as_it_goes():
     rows = [4096, 1024, 2048]
     whole = planner(rows).of(["layer"] * 3, 1, 1, [1.0] * 3).host
