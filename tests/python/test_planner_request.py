@@ -82,6 +82,12 @@ def test_passes_that_are_replayed(settings, more, replayed):
     assert (plan.graphs > 0) == replayed
 
 
+def test_long_kernels_are_replayed_where_that_is_asked_for():
+    for setting, replayed in (("on", True), ("auto", False)):
+        asked = request({"keep": 0.5, "cuda_graphs": setting})
+        assert (asked.planner(2**25).plan(2**50).graphs > 0) == replayed
+
+
 def test_the_longest_window_is_one_of_a_batch():
     """Of so much memory only the number of tokens that lemo takes is the limit."""
     for batch in (1, 3):
@@ -106,15 +112,15 @@ def test_the_host_may_be_just_large_enough():
 def test_what_is_advised_could_be_set():
     """Weights are not quantised twice, nor beside products in 8 bits, nor in fp32 on request."""
 
-    def advice(settings=None, **more):
+    def advice(settings=None, gib=2.0, **more):
         asked = request({"keep": 0.5} | (settings or {}), **more)
         large = replace(asked, shape=ModelShape(16, 2048, 8192, 32, 8, 64, 32000))
-        return large.advice(4096, 2 * GIB)
+        return large.advice(4096, round(gib * GIB))
 
     assert "quantize nf4" in advice()
     assert "quantize nf4" not in advice(size=4)
     assert "quantize nf4" not in advice(quantize="int8")
-    assert "quantize nf4" not in advice({"products": "fp8"})
+    assert "quantize nf4" not in advice({"products": "fp8"}, gib=2.6)
     assert "recompute auto" not in advice()
 
 
