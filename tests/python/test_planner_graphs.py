@@ -106,6 +106,16 @@ def test_always_takes_the_memory_of_one_pass():
     assert set(planner().plan(limit).modes) != {"none"}
 
 
+@pytest.mark.parametrize("more", [0, GIB])
+def test_what_graphs_copy_is_a_part_of_the_highest_bytes(more):
+    """Also beside bytes that were measured in place of those that are predicted."""
+    memory, time = parts()
+    plan = Planner(memory, time, memory.fixed + more, graphs=ALWAYS).plan(140 * GIB)
+    assert plan.graphs
+    assert plan.peak == memory.with_graphs().peak(plan.modes) + more
+    assert plan.peak - more > memory.peak(plan.modes)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -188,6 +188,16 @@ def test_shares_that_are_given_are_those_of_the_plan():
     assert [layer.host > 0 for layer in plan.layers] == [True, True, False]
 
 
+def test_layers_without_a_backward_pass_send_nothing():
+    """They come before the first layer that is trained, and keep nothing."""
+    made = planner([4096] * 3)
+    memory = StepMemory(replace(SHAPE, layers=3), Adapters(8), made._memory.step, first=1)
+    least = Planner(memory, made._time).least()
+    plan = Planner(memory, made._time, host=HostRules(GIB)).plan(least - 1)
+    assert plan.shares[0] == 0
+    assert max(plan.shares) > 0
+
+
 def test_the_smallest_plan_takes_the_host_as_far_as_it_goes():
     rows = [4096, 1024, 2048]
     whole = planner(rows).of(["layer"] * 3, 1, 1, [1.0] * 3).host
