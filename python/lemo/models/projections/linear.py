@@ -163,7 +163,7 @@ class _Plan(NamedTuple):
         round.
 
         A pair's product is bound by what it reads and writes, the base layer's is not: there the
-        sum so far is read beside the arithmetic. Both ways round as often.
+        sum so far is read beside the arithmetic. Either order rounds as often.
         """
         return self.matrix is not None and self.width is None and self.fp8 is None
 
