@@ -479,7 +479,7 @@ def test_predicted_scores(monkeypatch, block_size):
     thresholds = {"attention": [3.0] * 3, "mlp": [100.0] * 3}
     predictors = types.SimpleNamespace(block_size=8, scores=scores, thresholds=thresholds)
     monkeypatch.setattr(
-        "lemo.selection.scorers.paper.predictor.load", lambda folder, model_config: predictors
+        "lemo.selection.scorers.paper.predictor.load", lambda *arguments: predictors
     )
     settings = {"scorer": "predictor", "predictor": "folder", "policy": "threshold"}
     config = config_of(**settings, dense_layers=[0], block_size=block_size)

@@ -97,7 +97,8 @@ def _part_of(
     if merged:
         drop(base)
     fp8 = None if matrix is None or merged else fp8_of(base, module)
-    plain = values and fp8 is None and is_plain(base) and base.weight.dtype == dtype
+    stored = matrix is not None and is_plain(base) and base.weight.dtype == dtype
+    plain = values and fp8 is None and stored
     if not pairs and (matrix is None or (plain and not several)):
         return base
     if pairs and pairs[0].magnitude is not None:
@@ -117,7 +118,7 @@ def _part_of(
         )
     products = tuple(_product_of(pair, x, dtype if autocast else pair.a.dtype) for pair in pairs)
     width = None if values or matrix is None else base.out_features
-    return _Part(_Plan(matrix, products, dtype, width, fp8), base, pairs)
+    return _Part(_Plan(matrix, stored, products, dtype, width, fp8), base, pairs)
 
 
 def _check_own(module: nn.Module, x: Tensor) -> None:
@@ -146,6 +147,7 @@ class _Plan(NamedTuple):
 
     Attributes:
         matrix: gives the weight; None: the base layer has run already.
+        stored: whether that is the weight itself, and not made of it for a moment.
         products: of the pairs.
         dtype: of the product with the weight.
         width: of the result where its values do not count; None: they do.
@@ -153,19 +155,20 @@ class _Plan(NamedTuple):
     """
 
     matrix: Callable[[], Tensor] | None
+    stored: bool
     products: tuple[LowRank | SplitLowRank, ...]
     dtype: torch.dtype
     width: int | None
     fp8: Fp8Linear | None
 
     def begins_with_pair(self) -> bool:
-        """Whether the products of the base layer are added to that of a pair, not the other way
-        round.
+        """Whether products with the weight are added to those of a pair, not the other way round.
 
         A pair's product is bound by what it reads and writes, the base layer's is not: there the
-        sum so far is read beside the arithmetic. Either order rounds as often.
+        sum so far is read beside the arithmetic. Either order rounds as often. But a weight that is
+        made for the product had to find place beside the sum.
         """
-        return self.matrix is not None and self.width is None and self.fp8 is None
+        return self.stored and self.fp8 is None
 
     def result(
         self,
@@ -331,7 +334,7 @@ def _begins_with_pairs(
     plans: Sequence[_Plan], products: Sequence[LowRank | SplitLowRank], layers: Sequence[int]
 ) -> bool:
     """Whether the input's gradient begins with that of pairs; see `_Plan.begins_with_pair`."""
-    if not products or any(plan.matrix is None or plan.fp8 is not None for plan in plans):
+    if not products or not all(plan.begins_with_pair() for plan in plans):
         return False
     return products[0].begins_gradient(plans[layers[0]].dtype)
 
@@ -350,7 +353,8 @@ def _result(
 ) -> Tensor:
     """[R, out] of a layer with its pairs."""
     begun = None
-    if uppers and uppers[0].bias is None and own.bias is None and plan.begins_with_pair():
+    wanted = plan.width is None and plan.begins_with_pair()
+    if wanted and uppers and uppers[0].bias is None and own.bias is None:
         begun = uppers[0].product.upper(uppers[0].low, uppers[0].b, plan.dtype)
     y = plan.result(x, cast, own.given, own.bias, begun)
     if plan.width is None:
