@@ -21,6 +21,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 import lemo
+from devices import on_gpu
 from lemo.models.calls.outputs import DeferredLogits
 from lemo.models.training_forward import TrainingForward
 from lemo.selection import finite
@@ -377,10 +378,37 @@ def test_without_lemo_the_trainer_is_as_it_was(tmp_path):
     assert_close_fp32(run.trainer.compute_loss(model, batch, num_items_in_batch=divisor), expected)
 
 
-def test_examples_of_the_documentation(tmp_path, monkeypatch):
+def examples_of(title):
+    """The Python of a section of the page about answers."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "ANSWERS.md").read_text()
-    section = page.partition("## With your trainer\n")[2].partition("\n## ")[0]
-    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    section = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+
+
+def test_the_loop_of_the_documentation():
+    [example] = examples_of("In a loop of your own")
+    if not on_gpu():
+        example = example.replace('.pin_memory().to("cuda", non_blocking=True)', "")
+    model = adapted()
+    rows = [(row["input_ids"], row["labels"]) for row in token_rows()]
+    batches = [
+        tuple(torch.tensor([part], device="cpu") for part in (ids, labels)) for ids, labels in rows
+    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    # The prompts here are short.
+    config = partial(lemo.LemoConfig, block_size=BLOCK)
+    of_lemo = SimpleNamespace(enable=lemo.enable, LemoConfig=config)
+    names = {"lemo": of_lemo, "model": model, "batches": batches[:2]}
+    names["optimizer"] = torch.optim.SGD(trained, lr=0.1)
+    exec(example, names)
+    assert any(not torch.equal(*pair) for pair in zip(before, trained, strict=True))
+    for layer in names["handle"].statistics():
+        assert 0 < layer.attention_rows < 0.6 * layer.tokens
+
+
+def test_examples_of_the_documentation(tmp_path, monkeypatch):
+    examples = examples_of("With your trainer")
     assert len(examples) == 2
     monkeypatch.chdir(tmp_path)
     common = {"use_cpu": True, "report_to": [], "max_steps": 2, "disable_tqdm": True}
