@@ -33,7 +33,7 @@ SMOLLM2_135M = ModelShape(30, 576, 1536, 9, 3, 64, 49152, tied=True)
 MODELS = {"model": ("28M", LLAMA_28M), "smollm2": ("135M", SMOLLM2_135M)}
 # All recorded steps were measured when an adapter took more of the host's operations, and every
 # linear layer was a node of its own.
-EARLIER = Operations(base=34, adapter=(8, 0), cast=(6, 0), apart=(18, 0), several=0, norms=60)
+EARLIER = Operations(base=34, adapter=(8, 0, 0), cast=(6, 0, 0), apart=(18, 0, 0), norms=60)
 # Commits since which rows that no layer keeps are dropped before the layers.
 DROPPING = ("ad81fac", "df7a020")
 # Of answers.py, before adapters of another dtype stored what they store now.

@@ -28,6 +28,18 @@ void check(const Bf16SplitParams& params) {
     check.dim("y", params.y, 2, params.x.size(by_blocks ? 2 : 1), "the columns of 'x'");
 }
 
+void check(const Bf16SplitAllParams& params) {
+    const Checker check("bf16_split_all");
+    int64_t elements = 0;
+    check.typed("y", params.y, DType::kBFloat16, 1);
+    for (const Tensor& x : params.xs) {
+        check.typed("xs", x, DType::kFloat32, 2);
+        check.same_device({{"xs", &x}, {"y", &params.y}});
+        elements += x.num_elements();
+    }
+    check.dim("y", params.y, 0, 3 * elements, "three blocks of all matrices");
+}
+
 void bf16_split_cpu(const Bf16SplitParams& params) {
     const bool by_blocks = params.x.ndim == 3;
     const int64_t rows = params.x.size(0), n = params.y.size(2);
@@ -49,6 +61,19 @@ void bf16_split_cpu(const Bf16SplitParams& params) {
             }
         }
     });
+}
+
+void bf16_split_all_cpu(const Bf16SplitAllParams& params) {
+    cpu::BFloat16* y = params.y.as<cpu::BFloat16>();
+    for (const Tensor& x : params.xs) {
+        Tensor blocks = params.y;
+        blocks.data = y;
+        blocks.ndim = 3;
+        blocks.shape = {x.size(0), 3, x.size(1)};
+        blocks.stride = {3 * x.size(1), x.size(1), 1};
+        bf16_split_cpu({x, blocks, 1.0f, false});
+        y += 3 * x.num_elements();
+    }
 }
 
 }  // namespace lemo

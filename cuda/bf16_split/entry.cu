@@ -26,4 +26,38 @@ void bf16_split_cuda(const Bf16SplitParams& params, void* stream) {
     cuda::check_launch("bf16_split");
 }
 
+void bf16_split_all_cuda(const Bf16SplitAllParams& params, void* stream) {
+    constexpr int kWidth = 4;
+    cutlass::bfloat16_t* y = params.y.as<cutlass::bfloat16_t>();
+    bool aligned = cuda::vectorisable(0, {y});
+    for (const Tensor& x : params.xs) {
+        const int64_t row_bytes = x.size(1) * static_cast<int64_t>(sizeof(float));
+        aligned = aligned && cuda::vectorisable(row_bytes, {x.data});
+    }
+    const auto kernel = aligned ? split_all_kernel<kWidth> : split_all_kernel<1>;
+
+    Matrices matrices{};
+    int count = 0;
+    const auto launch = [&] {
+        if (count == 0) return;
+        const int64_t vectors = matrices.ends[count - 1];
+        const unsigned grid = grid_x("bf16_split_all", "xs", ceil_div<int64_t>(vectors, kThreads));
+        kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(matrices, count);
+        cuda::check_launch("bf16_split_all");
+        count = 0;
+    };
+    for (const Tensor& x : params.xs) {
+        const int64_t elements = x.num_elements();
+        if (elements == 0) continue;
+        const int64_t before = count == 0 ? 0 : matrices.ends[count - 1];
+        matrices.x[count] = x.as<const float>();
+        matrices.y[count] = y;
+        matrices.columns[count] = x.size(1);
+        matrices.ends[count] = before + elements / (aligned ? kWidth : 1);
+        y += 3 * elements;
+        if (++count == Matrices::kMost) launch();
+    }
+    launch();
+}
+
 }  // namespace lemo

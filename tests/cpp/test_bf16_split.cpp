@@ -42,6 +42,17 @@ TEST(Bf16Split, BlocksAreAddedUp) {
               (std::vector<float>{0.5f, 6, 0.5f, 6, 0x1p-10f, 0}));
 }
 
+TEST(Bf16Split, MatricesLieOneBehindAnother) {
+    std::vector<float> first{1, 2}, second{3, 1 + 0x1p-12f};
+    std::vector<cpu::BFloat16> y(12);
+    const Bf16SplitAllParams params{{view(first, {2, 1}), view(second, {1, 2})}, view(y, {12})};
+    check(params);
+    bf16_split_all_cpu(params);
+    std::vector<float> found;
+    for (const cpu::BFloat16 value : y) found.push_back(cpu::load(value));
+    EXPECT_EQ(found, (std::vector<float>{1, 0, 1, 2, 0, 2, 3, 1, 0, 0x1p-12f, 3, 1}));
+}
+
 TEST(Bf16Split, EndsOfTheNumberRange) {
     const float most = std::numeric_limits<float>::max();  // rounds to infinity
     for (const float x : {kInfinity, -kInfinity, most}) {
@@ -54,7 +65,7 @@ TEST(Bf16Split, EndsOfTheNumberRange) {
 TEST(Bf16Split, MessageNamesArgumentExpectedAndGot) {
     std::vector<float> x(6);
     std::vector<cpu::BFloat16> y(18);
-    const auto message = [&](const Bf16SplitParams& params) {
+    const auto message = [&](const auto& params) {
         try {
             check(params);
         } catch (const Error& error) {
@@ -62,13 +73,18 @@ TEST(Bf16Split, MessageNamesArgumentExpectedAndGot) {
         }
         return std::string();
     };
-    EXPECT_EQ(message({view(x, {2, 3}), view(y, {2, 3, 3}), kInfinity, true}),
+    EXPECT_EQ(message(Bf16SplitParams{view(x, {2, 3}), view(y, {2, 3, 3}), kInfinity, true}),
               "[lemo:value] bf16_split: argument 'scale': expected a finite number, got inf");
-    EXPECT_EQ(message({view(x, {3, 2, 1}), view(y, {3, 3, 1}), 1, true}),
+    EXPECT_EQ(message(Bf16SplitParams{view(x, {3, 2, 1}), view(y, {3, 3, 1}), 1, true}),
               "[lemo:value] bf16_split: argument 'x': expected size 3 in "
               "dimension 1 (the blocks of a row), got float32 [3, 2, 1] on cpu");
-    EXPECT_NE(message({view(y, {2, 9}), view(y, {2, 3, 3}), 1, true}), "");
-    EXPECT_NE(message({view(x, {2, 3}), view(y, {2, 3, 2}), 1, true}), "");
+    EXPECT_NE(message(Bf16SplitParams{view(y, {2, 9}), view(y, {2, 3, 3}), 1, true}), "");
+    EXPECT_NE(message(Bf16SplitParams{view(x, {2, 3}), view(y, {2, 3, 2}), 1, true}), "");
+    EXPECT_EQ(message(Bf16SplitAllParams{{view(x, {2, 3})}, view(y, {18})}), "");
+    EXPECT_EQ(message(Bf16SplitAllParams{{view(x, {2, 3}), view(x, {1, 1})}, view(y, {18})}),
+              "[lemo:value] bf16_split_all: argument 'y': expected size 21 in dimension 0 (three "
+              "blocks of all matrices), got bfloat16 [18] on cpu");
+    EXPECT_NE(message(Bf16SplitAllParams{{view(y, {2, 3})}, view(y, {18})}), "");
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <memory>
+#include <utility>
 
 #include "compare.h"
 #include "device_views.h"
@@ -46,6 +48,48 @@ TEST(Bf16SplitCuda, SameBitsAsTheCpu) {
             matches_cpu(random_values<float>(3 * n, 2), rows, true, -1.3f, left);
         }
     }
+}
+
+/// The same bits as on the CPU; the first matrix begins `skipped` numbers behind an address of 16
+/// bytes.
+void all_match_cpu(const std::vector<std::pair<int64_t, int64_t>>& shapes, int64_t skipped = 0) {
+    std::vector<std::vector<float>> values;
+    std::vector<std::unique_ptr<DeviceArray<float>>> on_device;
+    Bf16SplitAllParams host, device;
+    values.reserve(shapes.size());
+    int64_t elements = 0;
+    for (const auto& [rows, columns] : shapes) {
+        const int64_t n = rows * columns, before = on_device.empty() ? skipped : 0;
+        std::vector<float>& x = values.emplace_back(random_values<float>(n, elements, 3));
+        host.xs.push_back(view(x, {rows, columns}));
+        std::vector<float> padded(static_cast<size_t>(before));
+        padded.insert(padded.end(), x.begin(), x.end());
+        on_device.push_back(std::make_unique<DeviceArray<float>>(padded));
+        device.xs.push_back(contiguous_view(on_device.back()->data() + before, DType::kFloat32,
+                                            Device::kCuda, {rows, columns}));
+        elements += n;
+    }
+    std::vector<BFloat16> oracle(static_cast<size_t>(3 * elements));
+    host.y = view(oracle, {3 * elements});
+    bf16_split_all_cpu(host);
+
+    const DeviceArray<BFloat16> y(oracle.size());
+    device.y = y.view({3 * elements});
+    check(device);
+    bf16_split_all_cuda(device, nullptr);
+    expect_same_bits(y.download(), oracle, std::to_string(shapes.size()) + " matrices");
+}
+
+TEST(Bf16SplitCuda, SeveralMatrices) {
+    all_match_cpu({{1, 9216}, {576, 16}});
+    all_match_cpu({{1, 9216}, {1, 9216}, {1, 9216}, {576, 16}, {192, 16}, {192, 16}});
+    all_match_cpu({{5, 7}, {1, 1}, {3, 4}});
+    all_match_cpu({{4, 0}, {2, 8}, {0, 8}});
+    all_match_cpu({{64, 16}, {3, 8}}, 1);
+    all_match_cpu({{4, 0}});
+    // More than a launch takes.
+    all_match_cpu(std::vector<std::pair<int64_t, int64_t>>(32, {3, 8}));
+    all_match_cpu(std::vector<std::pair<int64_t, int64_t>>(37, {2, 5}));
 }
 
 TEST(Bf16SplitCuda, ArraysOffA16ByteAddress) {

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.cpu_only
 
 EXPECTED_OPS = {
     "bf16_split",
+    "bf16_split_all",
     "block_attention",
     "block_scores",
     "fp8_rows",
@@ -49,6 +50,7 @@ EXPECTED_OPS = {
 
 EXPECTED_FUNCTIONS = {
     "bf16_split",
+    "bf16_split_all",
     "block_attention",
     "block_scores",
     "fp8_product",

@@ -1,4 +1,4 @@
-"""bf16_split: what an operator has to pass, docs/design/testing.md; and products with it."""
+"""bf16_split, bf16_split_all: what operators have to pass (docs/design/testing.md); products."""
 
 import pytest
 import torch
@@ -22,6 +22,26 @@ def test_it_matches_the_oracle(rows, columns, blocks, seed, left):
     found = ops.bf16_split(x, 0.7, left)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found.float(), reference.bf16_split(x, 0.7, left))
+
+
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=40),
+    seed=st.integers(0, 99),
+)
+def test_several_matrices_are_split_one_behind_another(shapes, seed):
+    torch.manual_seed(seed)
+    xs = [torch.randn(shape) for shape in shapes]
+    found = ops.bf16_split_all(xs, [rows for rows, _ in shapes])
+    expected = [reference.bf16_split(x, 1.0, False).flatten() for x in xs]
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.float(), torch.cat(expected))
+
+
+def test_a_matrix_is_read_as_so_many_rows():
+    x = torch.randn(6, 8)
+    for rows in (1, 2, 16, 48):
+        found = ops.bf16_split_all([x[:, ::2], x], [1, rows])[3 * 24 :].float()
+        assert torch.equal(found, reference.bf16_split(x.view(rows, -1), 1.0, False).flatten())
 
 
 def test_ends_of_the_number_range():
@@ -70,6 +90,8 @@ def test_opcheck():
     tests = ("test_schema", "test_faketensor")
     for x in (torch.randn(5, 8), torch.randn(5, 3, 8)):
         torch.library.opcheck(torch.ops.lemo.bf16_split.default, (x, 1.0, True), test_utils=tests)
+    several = ([torch.randn(5, 8), torch.randn(3, 2)], [5, 1])
+    torch.library.opcheck(torch.ops.lemo.bf16_split_all.default, several, test_utils=tests)
 
 
 @pytest.mark.parametrize(
@@ -85,3 +107,32 @@ def test_opcheck():
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.bf16_split(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([], []), ValueError, "'xs': expected at least one matrix, got none"),
+        (([torch.ones(2, 4)], [2, 2]), ValueError, "'rows': expected a number for each of the 1 "),
+        (([torch.ones(2, 4)], [3]), ValueError, r"'rows': expected a divisor .*\[2, 4\] .* got 3"),
+        (([torch.ones(2, 4)], [0]), ValueError, "'rows': expected a divisor .* got 0"),
+        (([torch.ones(2, 4)], [-2]), ValueError, "'rows': expected a divisor .* got -2"),
+        (([torch.ones(4).bfloat16()], [1]), TypeError, "'xs': expected float32, got bfloat16"),
+        (
+            ([torch.ones(4), torch.ones(4).double()], [1, 1]),
+            TypeError,
+            "'xs': expected float32, got",
+        ),
+    ],
+)
+def test_bad_arguments_of_several(arguments, error, message):
+    with pytest.raises(error, match=message):
+        ops.bf16_split_all(*arguments)
+
+
+def test_tangents_are_refused():
+    x = torch.ones(2, 4)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            ops.bf16_split_all([x, dual], [2, 2])

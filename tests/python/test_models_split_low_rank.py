@@ -36,11 +36,13 @@ def equal_draws(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def split(monkeypatch):
-    """Calls of the operator; the products are taken everywhere."""
-    calls, own = [], split_low_rank.ops.bf16_split
+    """Shapes of the weights of each call of the operator; the products are taken everywhere."""
+    calls, own = [], split_low_rank.ops.bf16_split_all
     monkeypatch.setattr(split_low_rank, "_has_fp32_sums", lambda device: True)
     monkeypatch.setattr(
-        split_low_rank.ops, "bf16_split", lambda *a, **k: calls.append(a[0].shape) or own(*a, **k)
+        split_low_rank.ops,
+        "bf16_split_all",
+        lambda xs, rows: calls.append([tuple(x.shape) for x in xs]) or own(xs, rows),
     )
     return calls
 
@@ -159,8 +161,8 @@ def test_layers_that_read_the_same_rows(frozen, split, base_first, monkeypatch):
     found, names = run(function, layers, x, dy.repeat(1, 3))
     assert runs_as_a_node(names)
     assert_same(found, expected)
-    assert (2, 8 * 24) in split
-    assert (1, 16 * 24) in split
+    assert split[0] == [(8, 24), (8, 24), (OUTPUTS, 8), (OUTPUTS, 8)]
+    assert split[1] == [(16, 24), (OUTPUTS, 16)]
 
 
 class AddedTo(TorchDispatchMode):

@@ -2,6 +2,8 @@
 // and keep 16 bits of them (arXiv 1904.06376, with two parts).
 #pragma once
 
+#include <vector>
+
 #include "lemo/tensor.h"
 
 namespace lemo {
@@ -17,11 +19,21 @@ struct Bf16SplitParams {
     bool left;
 };
 
+/// Several matrices at once, each a right operand with scale 1.
+struct Bf16SplitAllParams {
+    std::vector<Tensor> xs;  // [R_i, C_i] float32
+    Tensor y;                // [3 * elements of all] bfloat16, written: [R_i, 3, C_i] of one behind
+                             // those of another
+};
+
 void check(const Bf16SplitParams& params);
+void check(const Bf16SplitAllParams& params);
 
 void bf16_split_cpu(const Bf16SplitParams& params);
+void bf16_split_all_cpu(const Bf16SplitAllParams& params);
 
 /// `stream` is a cudaStream_t. Asynchronous; one writer for each element.
 void bf16_split_cuda(const Bf16SplitParams& params, void* stream);
+void bf16_split_all_cuda(const Bf16SplitAllParams& params, void* stream);
 
 }  // namespace lemo

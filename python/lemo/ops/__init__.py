@@ -2,7 +2,7 @@
 
 from lemo.ops import _library  # noqa: F401  registers the ops that the modules below refer to
 from lemo.ops._device import supports_device
-from lemo.ops.bf16_split import bf16_split
+from lemo.ops.bf16_split import bf16_split, bf16_split_all
 from lemo.ops.block_attention import block_attention
 from lemo.ops.block_scores import block_scores
 from lemo.ops.fp8_rows import fp8_product, fp8_rows, fp8_transpose
@@ -18,6 +18,7 @@ from lemo.ops.word_relevance import word_relevance
 
 __all__ = [
     "bf16_split",
+    "bf16_split_all",
     "block_attention",
     "block_scores",
     "fp8_product",

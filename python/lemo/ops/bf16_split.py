@@ -1,4 +1,6 @@
-"""bf16_split: fp32 numbers as sums of two in bf16, for products on tensor cores."""
+"""bf16_split, bf16_split_all: fp32 numbers as sums of two in bf16, for products on tensor cores."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,6 +13,11 @@ _ops = torch.ops.lemo
 @torch.library.register_fake("lemo::bf16_split")
 def _(x, scale, left):
     return x.new_empty((x.shape[0], 3, x.shape[-1]), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("lemo::bf16_split_all")
+def _(xs, rows):
+    return xs[0].new_empty(3 * sum(x.numel() for x in xs), dtype=torch.bfloat16)
 
 
 def bf16_split(x: Tensor, scale: float = 1.0, left: bool = False) -> Tensor:
@@ -34,3 +41,22 @@ def bf16_split(x: Tensor, scale: float = 1.0, left: bool = False) -> Tensor:
         ValueError, TypeError: a shape, dtype or value does not fit.
     """
     return call(_ops.bf16_split, x, scale, left)
+
+
+def bf16_split_all(xs: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+    """`bf16_split` of several matrices as right operands, in one pass and one tensor.
+
+    Args:
+        xs: float32 of any shape, at least one.
+        rows: as how many rows each of them is read: x as [rows, elements / rows].
+
+    Returns:
+        [3 * elements of all] bfloat16: of each the elements of [rows, 3, elements / rows], one
+        behind another. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or value does not fit.
+    """
+    if not xs:
+        raise ValueError("bf16_split_all: argument 'xs': expected at least one matrix, got none")
+    return call(_ops.bf16_split_all, [*xs], [*rows])

@@ -66,4 +66,6 @@ def _translation(error: RuntimeError) -> Exception | None:
 
 
 def _has_tangent(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_has_tangent, value))
     return isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from operator import add, mul
 from typing import Any
 
 from lemo.planner.shape import IN_DTYPE, LINEAR, Adapters, LayerRows, ModelShape, Step, layer_bytes
@@ -34,11 +35,10 @@ class Operations:
 
     Attributes:
         base: without adapters.
-        adapter: for each adapter, and for each stack.
-        cast: more of both under autocast to another dtype.
+        adapter: for each adapter, for each stack, and more for a stack of several.
+        cast: more of them under autocast to another dtype.
         apart: the same as `adapter` in a dtype of their own.
         split: the same as sums of two numbers in the dtype of the rows.
-        several: more for a stack of several.
         norms: for norms that run as modules.
         selecting: for a sub-block that selects rows of its own.
         moving: for a layer of which something goes to the host.
@@ -46,11 +46,10 @@ class Operations:
     """
 
     base: int = 31
-    adapter: tuple[int, int] = (3, 3)
-    cast: tuple[int, int] = (2, 2)
-    apart: tuple[int, int] = (5, 6)
-    split: tuple[int, int] = (5, 8)
-    several: int = 3
+    adapter: tuple[int, ...] = (3, 3, 3)
+    cast: tuple[int, ...] = (2, 2, 0)
+    apart: tuple[int, ...] = (5, 6, 3)
+    split: tuple[int, ...] = (4, 8, 0)
     norms: int = 56
     selecting: int = 16
     moving: int = 4
@@ -66,7 +65,7 @@ def operations(adapted: Collection[str]) -> int:
     Args:
         adapted: names of linear layers with adapters, in the model's dtype.
     """
-    return OPERATIONS.base + _of_adapters(OPERATIONS, OPERATIONS.adapter, _stacks(adapted))
+    return OPERATIONS.base + _of_adapters(OPERATIONS.adapter, _stacks(adapted))
 
 
 def _stacks(adapted: Collection[str]) -> list[int]:
@@ -75,9 +74,9 @@ def _stacks(adapted: Collection[str]) -> list[int]:
     return [count for count in counts if count]
 
 
-def _of_adapters(number: Operations, kind: tuple[int, int], stacks: list[int]) -> int:
-    several = sum(count > 1 for count in stacks)
-    return kind[0] * sum(stacks) + kind[1] * len(stacks) + number.several * several
+def _of_adapters(kind: tuple[int, ...], stacks: list[int]) -> int:
+    counts = sum(stacks), len(stacks), sum(count > 1 for count in stacks)
+    return sum(map(mul, kind, counts))
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,9 @@ class StepTime:
         kind = number.apart if adapters.apart else number.adapter
         kind = number.split if self._split else kind
         if self._step.autocast and adapters.size != self._step.size:
-            kind = kind[0] + number.cast[0], kind[1] + number.cast[1]
+            kind = tuple(map(add, kind, number.cast))
         stacks = _stacks(adapters.targets)
-        started = number.base + _of_adapters(number, kind, stacks)
+        started = number.base + _of_adapters(kind, stacks)
         started += number.norms if self._norms_apart else 0
         return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
 

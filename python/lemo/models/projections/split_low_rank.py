@@ -20,7 +20,7 @@ from torch import Tensor
 from lemo import ops
 from lemo.models.projections import dropout
 from lemo.models.projections.adapters import Pair
-from lemo.models.projections.low_rank import below_each_other, shares, summed
+from lemo.models.projections.low_rank import shares, summed
 from lemo.models.projections.rows import part_of, slices_of
 
 __all__ = ["SplitLowRank", "takes_split"]
@@ -66,10 +66,14 @@ class SplitLowRank(NamedTuple):
         self, weights: Sequence[Tensor], uppers: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
         """(a [pairs * 3 * rank, in], what to save of it, bs [out, 3 * rank] each)."""
-        a = below_each_other(weights)
-        rows = ops.bf16_split(a.view(len(weights), -1)).view(-1, a.shape[1])
-        stored = [rows, *[None] * (len(weights) - 1)]
-        return rows, stored, [ops.bf16_split(b).flatten(1) for b in uppers]
+        outs = [b.shape[0] for b in uppers]
+        parts = ops.bf16_split_all([*weights, *uppers], [1] * len(weights) + outs)
+        ranks = self.rank * len(weights)
+        widths = [_BLOCKS * ranks * weights[0].shape[1], *(_BLOCKS * self.rank * o for o in outs)]
+        a, *bs = parts.split(widths)
+        a = a.view(_BLOCKS * ranks, -1)
+        stored = [a, *[None] * (len(weights) - 1)]
+        return a, stored, [b.view(out, -1) for b, out in zip(bs, outs)]
 
     def lower(self, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
         """(scaling * A (mask * x) [R, pairs * 3 * rank], the mask's bits)."""
@@ -123,11 +127,13 @@ class SplitLowRank(NamedTuple):
         for dy, b, product in zip(dys, bs, shares(products, bs, 1), strict=True):
             _wide(dy, b, product)
         d_low = self._left(products)
+        das: list[Tensor] = []
         if bits is None:
+            if x is not None:
+                das += self._of_weights(d_low, x)
             if wants_x:
                 dx = d_low @ a if dx is None else dx.addmm_(d_low, a)
-            return () if x is None else self._of_weights(d_low, x), dbs, dx
-        das: list[Tensor] = []
+            return das, dbs, dx
         for part in slices_of(d_low.shape[0], a.shape[1]):
             mask = dropout.unpack(part_of(bits, part), a.shape[1])
             of_rows = part_of(d_low, part)
