@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lemo.models.projections.side_stream import beside
+
 __all__ = ["Function", "Graph", "Place"]
 
 # Maps inputs, some of which may be None, to a scalar.
@@ -22,12 +24,15 @@ class Place:
 
     Attributes:
         stream: for captures.
+        side: for what a capture runs beside its stream.
         pool: the graphs' memory.
     """
 
     def __init__(self) -> None:
         self._home = torch.cuda.current_stream()
-        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        # What others wait for goes first where kernels of both have work left.
+        self.stream, self.side = torch.cuda.Stream(priority=-1), torch.cuda.Stream()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def is_current(self) -> bool:
         """Whether the current stream is that of the first capture, where all replays run."""
@@ -86,7 +91,7 @@ class Graph:
             before = torch.cuda.memory_reserved(device)
             generator = torch.cuda.default_generators[device.index]
             state = generator.get_state()
-            self._warm_up(wanted, torch.cuda.Stream(device), current)
+            self._warm_up(wanted, torch.cuda.Stream(device), current, place.side)
             self.draws = not torch.equal(state, generator.get_state())
             torch.cuda.synchronize(device)
             need = torch.cuda.memory_reserved(device) - before
@@ -100,11 +105,15 @@ class Graph:
         return torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
 
     def _warm_up(
-        self, wanted: list[Tensor], stream: "torch.cuda.Stream", after: "torch.cuda.Stream"
+        self,
+        wanted: list[Tensor],
+        stream: "torch.cuda.Stream",
+        after: "torch.cuda.Stream",
+        side: "torch.cuda.Stream",
     ) -> None:
         """Kernels are loaded, and handles of libraries made, before they are captured."""
         stream.wait_stream(after)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), beside(stream, side):
             for _ in range(_WARM_UPS):
                 self._backward(self._forward(), wanted)
 
@@ -114,7 +123,10 @@ class Graph:
         capture["capture_error_mode"] = "thread_local"
         with torch.cuda.graph(self._forward_graph, **capture):
             loss = self._forward()
-        with torch.cuda.graph(self._backward_graph, **capture):
+        with (
+            torch.cuda.graph(self._backward_graph, **capture),
+            beside(place.stream, place.side),
+        ):
             gradients = self._backward(loss, wanted)
             pairs = [(to, x) for to, x in zip(self._gradients, gradients) if x is not None]
             if pairs:

@@ -20,6 +20,7 @@ from lemo.models.projections.adapters import Pair, adapted
 from lemo.models.projections.dora import apply_dora
 from lemo.models.projections.fp8 import Fp8Linear, drop, fp8_of, obstacle
 from lemo.models.projections.low_rank import LowRank, below_each_other, shares, stacks
+from lemo.models.projections.side_stream import SideStream
 from lemo.models.projections.split_low_rank import SplitLowRank, takes_split
 from lemo.models.projections.torchao_weights import check_gradient, lacks_backward
 from lemo.models.projections.weights import is_plain, matrix_of
@@ -301,6 +302,7 @@ class _Linear(torch.autograd.Function):
         wants_x, _, *others = ctx.needs_input_grad
         wanted_own, wanted = _grouped(others, len(plans))
         cast = None if x is None else x.to(plans[0].dtype)
+        side = SideStream(dys[0].device)
         dx, begins = None, _begins_with_pairs(plans, products, layers)
         if wants_x and not begins:
             dx = _input_gradient(plans, dys, ctx.shape)
@@ -315,7 +317,9 @@ class _Linear(torch.autograd.Function):
             a = below_each_other([weight for weight in weights if weight is not None])
             product, dys_of_pairs = products[places[0]], [dys[layers[i]] for i in places]
             rows = cast if wanted[places[0]].a else None
-            of_as, of_bs, dx = product.backward(dys_of_pairs, rows, low, bits, a, bs, dx, wants_x)
+            of_as, of_bs, dx = product.backward(
+                dys_of_pairs, rows, low, bits, a, bs, dx, wants_x, side
+            )
             for i, da in zip(places, of_as):
                 das[i] = da
             for i, db in zip(places, of_bs):
@@ -325,6 +329,7 @@ class _Linear(torch.autograd.Function):
                     dbiases[i] = product.bias_gradient(dy)
         if wants_x and begins:
             dx = _input_gradient(plans, dys, ctx.shape, dx)
+        side.join()
         of_pairs = map(_OfPair, das, dbs, dbiases)
         # Autograd casts gradients to the dtypes of what they are of.
         return dx, None, *chain.from_iterable(of_own), *chain.from_iterable(of_pairs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from lemo.models.projections import dropout
 from lemo.models.projections.adapters import Pair
 from lemo.models.projections.rows import is_one_slice, part_of, slices_of
+from lemo.models.projections.side_stream import SideStream
 
 __all__ = ["LowRank", "add_product", "below_each_other", "shares", "stacks", "summed"]
 
@@ -133,6 +134,7 @@ class LowRank(NamedTuple):
         bs: Sequence[Tensor],
         dx: Tensor | None,
         wants_x: bool,
+        side: SideStream,
     ) -> tuple[Sequence[Tensor], list[Tensor], Tensor | None]:
         """Gradients of each of the As and of `bs` if wanted, and the input's, added to `dx`.
 
@@ -145,10 +147,11 @@ class LowRank(NamedTuple):
             bs: [out, their share of r] each, in `dtype`.
             dx: [R, in], overwritten; None: it is not wanted, or begins here (`begins_gradient`).
             wants_x: whether the input's gradient is wanted.
+            side: where gradients of weights may be computed.
         """
         columns, dtype = a.shape[1], self.dtype
         if bits is None and dys[0].dtype == dtype and (x is None or x.dtype == dtype):
-            da, dbs, dx = _of_rows(dys, x, low, None, a, bs, dx, wants_x, self.scaling)
+            da, dbs, dx = _of_rows(dys, x, low, None, a, bs, dx, wants_x, self.scaling, side)
             return () if da is None else shares(da, bs, 0), dbs, dx
         da, dbs = None, []
         for part in slices_of(dys[0].shape[0], max(columns, *(b.shape[0] for b in bs))):
@@ -163,6 +166,8 @@ class LowRank(NamedTuple):
                 None if dx is None else part_of(dx, part),
                 wants_x,
                 self.scaling,
+                # What a chunk needs is freed behind it.
+                SideStream(),
             )
             if da_rows is not None:
                 da = summed(da, da_rows)
@@ -216,6 +221,7 @@ def _of_rows(
     dx: Tensor | None,
     wants_x: bool,
     scaling: float,
+    side: SideStream,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     lows = [None] * len(bs) if low is None else shares(low, bs, 1)
     d_lows: Sequence[Tensor | None] = [None] * len(bs)
@@ -227,8 +233,9 @@ def _of_rows(
     for dy, b, of_low, of_d_low in zip(dys, bs, lows, d_lows, strict=True):
         dy = dy.to(b.dtype)
         if of_low is not None:
-            # The first operand gives the shape alone.
-            dbs.append(torch.addmm(b, dy.T, of_low, beta=0, alpha=scaling))
+            with side.behind(dy, of_low):
+                # The first operand gives the shape alone.
+                dbs.append(torch.addmm(b, dy.T, of_low, beta=0, alpha=scaling))
         if of_d_low is not None:
             torch.mm(dy, b, out=of_d_low)
         elif wants_low:
@@ -238,7 +245,8 @@ def _of_rows(
     da = None
     if x is not None:
         rows = (x if mask is None else dropout.masked(x, mask)).to(d_low.dtype)
-        da = torch.addmm(a, d_low.T, rows, beta=0, alpha=scaling)
+        with side.behind(d_low, rows):
+            da = torch.addmm(a, d_low.T, rows, beta=0, alpha=scaling)
     if wants_x:
         if dx is None:
             dx = torch.addmm(d_low[:1, :1], d_low, a, beta=0, alpha=scaling)

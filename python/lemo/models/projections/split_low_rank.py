@@ -22,6 +22,7 @@ from lemo.models.projections import dropout
 from lemo.models.projections.adapters import Pair
 from lemo.models.projections.low_rank import shares, summed
 from lemo.models.projections.rows import part_of, slices_of
+from lemo.models.projections.side_stream import SideStream
 
 __all__ = ["SplitLowRank", "takes_split"]
 
@@ -114,13 +115,15 @@ class SplitLowRank(NamedTuple):
         bs: Sequence[Tensor],
         dx: Tensor | None,
         wants_x: bool,
+        side: SideStream,
     ) -> tuple[Sequence[Tensor], list[Tensor], Tensor | None]:
         """Gradients of each of the As and of the Bs if wanted, and the input's, added to `dx`."""
         dbs = []
         if low is not None:
             for dy, of_pair in zip(dys, shares(low, bs, 1), strict=True):
-                high, rest = _wide(dy.T, of_pair).unflatten(1, (_BLOCKS, -1))[:, 1:].unbind(1)
-                dbs.append(high + rest)
+                with side.behind(dy, of_pair):
+                    high, rest = _wide(dy.T, of_pair).unflatten(1, (_BLOCKS, -1))[:, 1:].unbind(1)
+                    dbs.append(high + rest)
         if x is None and not wants_x:
             return (), dbs, dx
         products = dys[0].new_empty(dys[0].shape[0], a.shape[0], dtype=torch.float32)
@@ -130,7 +133,8 @@ class SplitLowRank(NamedTuple):
         das: list[Tensor] = []
         if bits is None:
             if x is not None:
-                das += self._of_weights(d_low, x)
+                with side.behind(d_low, x):
+                    das += self._of_weights(d_low, x)
             if wants_x:
                 dx = d_low @ a if dx is None else dx.addmm_(d_low, a)
             return das, dbs, dx
