@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import datetime
 
 import datasets
 import pyarrow
@@ -205,6 +206,28 @@ def test_columns_that_nobody_reads(tmp_path):
     for name in ("d.parquet", "one.parquet", "list.parquet", "one", "list"):
         made = [parse_example(row) for row in read_rows(tmp_path / name)]
         assert [(each.prompt, each.completion) for each in made] == [("p", "c"), ("q", "d")]
+
+
+def test_values_that_python_does_not_have(tmp_path):
+    """In columns that nobody reads they hinder nobody; in others the message names their type."""
+    late = pyarrow.array([2**50, 0], pyarrow.timestamp("ms"))
+    others = {
+        "late": late,
+        "day": pyarrow.array([2**31 - 1, 0], pyarrow.date32()),
+        "long": pyarrow.array([2**60, 0], pyarrow.duration("ms")),
+        "nowhere": pyarrow.array([0, 0], pyarrow.timestamp("ms", "No/Where")),
+        "nested": pyarrow.StructArray.from_arrays([late], ["at"]),
+    }
+    texts = {"prompt": ["p", "q"], "completion": ["c", "d"]}
+    parquet.write_table(pyarrow.table(texts | others), tmp_path / "d.parquet")
+    rows = list(read_rows(tmp_path / "d.parquet"))
+    made = [parse_example(row) for row in rows]
+    assert [(each.prompt, each.completion) for each in made] == [("p", "c"), ("q", "d")]
+    assert rows[1].record["nested"] == {"at": datetime(1970, 1, 1)}
+
+    parquet.write_table(pyarrow.table({"messages": others["nested"]}), tmp_path / "m.parquet")
+    with pytest.raises(ValueError, match=r"row 0: expected 'messages' .*got .*timestamp\[ms\]"):
+        parse_example(next(read_rows(tmp_path / "m.parquet")))
 
 
 def test_messages_of_every_type_of_arrow(tmp_path):

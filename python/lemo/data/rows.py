@@ -237,16 +237,41 @@ def _rows(tables: Iterator[Any], path: Path, damaged: str) -> Iterator[Row]:
 
 def _records(table: Any) -> list[dict[str, Any]]:
     """Rows without what is null, at any depth: tables give each object the keys of all others."""
+    from pyarrow import DataType
+
     names = table.schema.names
     if (twice := _twice(names)) is not None:
         raise ValueError(f"expected columns that differ, got '{twice}' twice")
     made: list[dict[str, Any]] = [{} for _ in range(table.num_rows)]
     for name, column in zip(names, table.columns):
         reader = _value_reader(column.type)
-        for record, value in zip(made, column.to_pylist()):
+        for record, value in zip(made, _values(column)):
             if value is not None:
-                record[name] = reader(value)
+                record[name] = value if isinstance(value, DataType) else reader(value)
     return made
+
+
+# What pyarrow raises over values that Python does not have: late dates, unknown time zones.
+_NOT_IN_PYTHON = (ValueError, OverflowError, KeyError)
+
+
+def _values(column: Any) -> list[Any]:
+    """Values of a column; the type of Arrow stands for one that Python does not have.
+
+    So a column that nobody reads hinders nobody, and messages can name the type of one that is
+    read.
+    """
+    try:
+        return cast(list[Any], column.to_pylist())
+    except _NOT_IN_PYTHON:
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except _NOT_IN_PYTHON:
+        return cell.type
 
 
 def _value_reader(kind: Any) -> Callable[[Any], Any]:
