@@ -35,7 +35,17 @@ def test_assignments_take_yaml_values_and_dots():
 
 
 @pytest.mark.parametrize(
-    "assignment", ["steps", "=3", "a..b=3", "a=[1", "a=2026-13-45", "a=" + "[" * 10_000]
+    "assignment",
+    [
+        "steps",
+        "=3",
+        "a..b=3",
+        "a=[1",
+        "a=2026-13-45",
+        "a={b: 1, b: 2}",
+        "a=0x" + "f" * 5000,
+        "a=" + "[" * 10_000,
+    ],
 )
 def test_assignments_that_are_none(assignment):
     with pytest.raises(ValueError, match="--set: expected"):

@@ -107,6 +107,7 @@ def test_sizes_that_nothing_has_are_named_before_anything_is_read(name, size):
             {"learning_rate": 1e300},
             r"learning_rate: expected .* in \[0, 1e\+30\], got 1e\+300",
         ),
+        ({"lora_alpha": 1e300}, r"lora_alpha: expected .* in \[0, 1e\+30\], got 1e\+300"),
     ],
 )
 def test_steps_that_no_memory_holds_are_named(values, message):
@@ -118,6 +119,13 @@ def test_steps_that_no_memory_holds_are_named(values, message):
     ("values", "message"),
     [
         ({"stepz": 3}, "unknown setting 'stepz'; did you mean steps"),
+        ({3: 3}, "unknown setting '3'; known: model, "),
+        ({"elimination": {3: 3}}, "elimination: unknown setting '3'; known: block_size, "),
+        (
+            {"elimination": {"layerwise": {None: 3}}},
+            r"elimination\.layerwise: unknown setting 'None'; known: policy, ",
+        ),
+        ({"output": "a\0b"}, r"output: expected a text in UTF-8, got 'a\\x00b'"),
         ({"zzz": 3}, "unknown setting 'zzz'; known: model, documents"),
         ({"elimination": {"kep": 0.5}}, "elimination: unknown setting 'kep'; did you mean keep"),
         ({"elimination": {"keep": 2}}, r"elimination\.keep: expected"),
@@ -164,7 +172,9 @@ def test_differences_name_what_decides_the_losses_only():
         ("a: [1\nb: 2", r"c\.yaml:2: not YAML"),
         ("a: 1\nb: 2\na: 3", r"c\.yaml:3: not YAML: the key 'a' stands twice"),
         ("a:\n  b: 1\n  b: 2", r"c\.yaml:3: not YAML: the key 'b' stands twice"),
-        ("seed: 2026-13-45", r"c\.yaml: not YAML: month must be in 1\.\.12"),
+        ("a: 1\nseed: 2026-13-45", r"c\.yaml:2: not YAML: month must be in 1\.\.12"),
+        ("a: 1\nseed: " + "9" * 5000, r"c\.yaml:2: not YAML: Exceeds the limit"),
+        ("a: 1\nseed: 0x" + "f" * 5000, r"c\.yaml:2: not YAML: Exceeds the limit"),
         ("seed: " + "[" * 10_000, r"c\.yaml: not YAML: "),
         ("- 1", r"c\.yaml: expected a mapping of settings, got list"),
     ],

@@ -104,15 +104,20 @@ def apply_assignments(settings: dict[str, Any], assignments: Iterable[str]) -> N
     """
     import yaml
 
+    from lemo.settings.base import parse_yaml
+
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         names = path.strip().split(".")
         if not equals or not all(names):
             raise ValueError(f"--set: expected name=value, got '{assignment}'")
         try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            raise ValueError(f"--set: expected a YAML value, got '{assignment}'") from None
+            value = parse_yaml(text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = getattr(error, "problem", error)
+            raise ValueError(
+                f"--set: expected a YAML value, got '{assignment}': {reason}"
+            ) from None
         _assign(settings, names, value)
 
 

@@ -51,6 +51,7 @@ __all__ = [
     "fields_of",
     "group_of",
     "names_in",
+    "parse_yaml",
     "plain",
     "read_yaml",
 ]
@@ -70,6 +71,8 @@ def _text(value: Any) -> Any:
     value = str(value) if isinstance(value, Path) else value
     if isinstance(value, str):
         value.encode()  # Libraries underneath write names as UTF-8; not every file name is.
+        if "\0" in value:
+            raise ValueError("no name of the system's has a NUL")
     return value
 
 
@@ -114,7 +117,7 @@ class Settings(BaseModel):
 
     def __init__(self, **values: Any) -> None:
         try:
-            super().__init__(**values)
+            super().__init__(**_named_by_texts(values))
         except ValidationError as error:
             # What is missing may be there by a name that is not known.
             first = min(error.errors(), key=_is_missing)
@@ -142,7 +145,7 @@ class Settings(BaseModel):
         named = {str(name): value for name, value in values.items()}
         try:
             # Constructed by pydantic alone, which tells all errors.
-            BaseModel.__init__(cls.__new__(cls), **named)
+            BaseModel.__init__(cls.__new__(cls), **_named_by_texts(named))
         except ValidationError as error:
             found = [each for each in error.errors() if not _is_missing(each)]
             return [_message(cls, each, named) for each in found]
@@ -191,7 +194,19 @@ def expected(field: FieldInfo) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping, of which YAML's own loader takes the last."""
+    """Refuses a key that stands twice in a mapping, of which YAML's own loader takes the last.
+
+    And names the line of a value that Python cannot hold, or cannot write in a message.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # Python bounds the digits, of hexadecimal integers only here.
+        except ValueError as error:
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -216,7 +231,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"config: expected a YAML file, but '{path}' does not exist")
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -228,11 +243,31 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def parse_yaml(text: str) -> Any:
+    """The value that a text in YAML has.
+
+    Raises:
+        yaml.YAMLError: it is none, has a key twice in a mapping, or what Python cannot hold.
+        ValueError, RecursionError: Python cannot read it.
+    """
+    return yaml.load(text, _Loader)
+
+
 def plain(value: Any) -> Any:
     """The value of a field as JSON and YAML have it: groups as dicts, tuples as lists."""
     if isinstance(value, Settings):
         return value.to_dict()
     return [plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _named_by_texts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values whose groups have texts as names, which keywords have to be: YAML also has numbers."""
+    return {
+        name: {str(inner): each for inner, each in value.items()}
+        if isinstance(value, Mapping)
+        else value
+        for name, value in values.items()
+    }
 
 
 def _is_missing(error: ErrorDetails) -> bool:

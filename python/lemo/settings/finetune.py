@@ -108,7 +108,7 @@ class FinetuneConfig(Settings):
         1.0, description="Gradients are scaled down to this norm; 0 leaves them as they are."
     )
     lora_rank: Rank = Field(16, description="Rank of every LoRA pair.")
-    lora_alpha: Annotated[Number, Field(ge=0)] = Field(
+    lora_alpha: Annotated[Number, Field(ge=0, le=1e30)] = Field(
         32.0, description="Scale of every LoRA pair, divided by the rank."
     )
     lora_dropout: Annotated[Number, Field(ge=0, lt=1)] = Field(
