@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import lemo
+from graph_stand_in import take_the_place_of_graphs
 from lemo.models import one_set_passes
 from lemo.models.layers import one_set
 from lemo.models.layers.architectures import architecture_of
@@ -134,3 +135,23 @@ def test_another_checkpoint_function_is_another_state():
     before = one_set.state_of(architecture).said
     architecture.layer(1)._gradient_checkpointing_func = lambda function, *_: function(*_)
     assert one_set.state_of(architecture).said != before
+
+
+@pytest.mark.parametrize("end", ["layernorm", "lm_head", "lora_A.default"])
+def test_weights_that_are_no_parameters_are_not_captured(end, monkeypatch):
+    """A replay would read those of the captured pass, and has no gradient for them."""
+    take_the_place_of_graphs(monkeypatch)
+    found, batch = [], padded_batch([40, 25])
+    for graphs in ("off", "on"):
+        model, scale = lora(make_model("llama")), torch.tensor(0.9, requires_grad=True)
+        parts = [module for name, module in model.named_modules() if name.endswith(end)]
+        weights = [module._parameters.pop("weight").detach() for module in parts]
+        handle = lemo.enable(model, lemo.LemoConfig(keep=1.0, cuda_graphs=graphs))
+        for _ in range(3):
+            for module, weight in zip(parts, weights, strict=True):
+                module.weight = weight * scale
+            model(**batch).loss.backward()
+        found.append(scale.grad)
+    assert handle.graphs.captured == 0
+    assert found[0] != 0
+    assert torch.equal(*found)

@@ -359,6 +359,73 @@ def test_hooks_on_gradients_of_parameters(when, how, groups):
     assert_same(found[1], found[0])
 
 
+def _hooked(model, vector):
+    """A vector is added to what some modules of the model give."""
+    for module in _parts(model, "v_proj", "down_proj", "layernorm"):
+        module.register_forward_hook(lambda module, args, output: output + vector[0])
+
+
+def _of_the_user(model, vector):
+    class Gated(torch.nn.SiLU):
+        def forward(self, x):
+            return super().forward(x) * vector.sum()
+
+    for module in _parts(model, "mlp"):
+        module.act_fn = Gated()
+
+
+def _computed(*ends):
+    """Weights that are made of others by the vector."""
+
+    def compute(model, vector):
+        for module in _parts(model, *ends):
+            weight = module._parameters.pop("weight").detach()
+            module.weight = weight * vector.sum()
+
+    return compute
+
+
+def _parts(model, *ends):
+    return [module for name, module in model.named_modules() if name.endswith(ends)]
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("also_lora", [True, False])
+@pytest.mark.parametrize("how", ["none", "layer", "selective", "checkpointing"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        _hooked,
+        _of_the_user,
+        _computed("layernorm"),
+        _computed("o_proj.base_layer", "up_proj.base_layer"),
+        _computed("lora_A.default", "lora_B.default"),
+    ],
+    ids=["by hooks", "by a module", "as norms", "as projections", "as adapters"],
+)
+def test_trained_tensors_that_are_no_parameters_of_a_layer(read, how, also_lora):
+    """Whoever reads them, they get the gradient that they have in the plain model."""
+    found, batch = [], padded_batch([40])
+    for keeps in (False, True):
+        model = lora(make_model("llama"))
+        model.requires_grad_(False)
+        if also_lora:
+            for parameter in model.get_base_model().model.layers[1].parameters():
+                parameter.requires_grad_(True)
+        vector = torch.full((4,), 0.3, requires_grad=True)
+        read(model, vector)
+        if keeps:
+            if how == "checkpointing":
+                model.gradient_checkpointing_enable()
+            mode = "auto" if how == "checkpointing" else how
+            lemo.enable(model, config_of(recompute=mode, keep=1.0, **DEFAULTS))
+        loss = model(**batch).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model) | {"vector": vector.grad}))
+    assert_same(found[1], found[0])
+
+
 def test_which_functions_are_plain():
     model = make_model("llama")
     for settings in (None, {"use_reentrant": False}):

@@ -33,6 +33,7 @@ __all__ = [
     "makes_another_loss",
     "origin",
     "own_module",
+    "runs_foreign_code",
     "works_row_by_row",
 ]
 
@@ -238,7 +239,22 @@ def is_foreign(module: nn.Module) -> bool:
     cls, replaced = own_class(module), vars(module).get("forward")
     if replaced is not None and not _of_library(origin(replaced)):
         return True
-    return not _of_library(cls.__module__) or not _of_library(origin(cls.forward))
+    return not _is_of_library(cls, cls.forward)
+
+
+def runs_foreign_code(module: nn.Module) -> bool:
+    """Whether calling `module` runs code of no known library: its own, or a hook's around it."""
+    if is_foreign(module):
+        return True
+    if not is_intercepted(module):
+        return False
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return not all(_of_library(origin(hook)) for hook in hooks)
+
+
+@functools.cache
+def _is_of_library(cls: type, forward: object) -> bool:
+    return _of_library(cls.__module__) and _of_library(origin(forward))
 
 
 def _of_library(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Three ways to run a unit, by what becomes of its activations: an object for each.
 
 `Stored` keeps them for backward, `Recomputed` computes them a second time there (lemo's own
-recomputation), `Checkpointed` leaves that to a checkpoint function of the user.
+recomputation), `Checkpointed` leaves that to a checkpoint function.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lemo import ops
+from lemo.models.calls.interception import runs_foreign_code
 from lemo.models.layers.recompute import recomputed
 from lemo.models.layers.unit import Unit
 from lemo.models.projections.as_in_forward import AsInForward
-from lemo.models.projections.weights import parameters_of
+from lemo.models.projections.weights import is_computed, parameters_of
 
 __all__ = ["Execution", "execution_of", "is_plain_checkpoint"]
 
@@ -128,7 +129,25 @@ def execution_of(layer: nn.Module, recompute: str) -> Execution:
         recompute = "layer"
     if recompute == "none":
         return Stored()
+    if _may_read_others(layer):
+        return Checkpointed(layer, partial(checkpoint, use_reentrant=False))
     return Recomputed(layer, parameters_of(layer), recompute == "selective")
+
+
+def _may_read_others(layer: nn.Module) -> bool:
+    """Whether a layer may compute with trained tensors that are no parameters of it.
+
+    `Recomputed` gives them no gradient. They are read by code of the user's, such as a hook that
+    adds a vector, and by modules into which somebody has put a weight that was computed.
+    """
+    # Walked by hand, as in `parameters_of`.
+    waiting = [layer]
+    while waiting:
+        each = waiting.pop()
+        if is_computed(each) or runs_foreign_code(each):
+            return True
+        waiting += [child for child in each._modules.values() if child is not None]
+    return False
 
 
 def is_plain_checkpoint(function: Any) -> bool:

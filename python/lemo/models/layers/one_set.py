@@ -22,7 +22,7 @@ from lemo.models.layers.modes import rounded_up
 from lemo.models.memory.out_of_memory import explained
 from lemo.models.projections.adapters import adapted
 from lemo.models.projections.fp8 import fp8_of
-from lemo.models.projections.weights import is_plain, place_of
+from lemo.models.projections.weights import is_computed, is_plain, place_of
 from lemo.packing.blocks import Selection
 from lemo.planner.memory import MOST_CAPTURED
 
@@ -239,6 +239,9 @@ class OneSet:
             for name, parameter in self.architecture.layer(index).named_parameters():
                 if parameter.requires_grad and id(parameter) not in known:
                     return f"a trained weight that is read elsewhere: layers.{index}.{name}"
+        for name, module in self.architecture.causal_lm.named_modules():
+            if is_computed(module):
+                return f"a weight that is no parameter: {name}"
         general = general_modules(self.architecture)
         if general:
             return f"modules that run as they are: {by_reason(general)[0]}"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from lemo.models.calls.interception import has_own_forward, is_intercepted, kind_of
-from lemo.models.projections.weights import is_plain
+from lemo.models.projections.weights import held, is_plain
 
 __all__ = ["Adapted", "Pair", "adapted"]
 
@@ -93,9 +93,8 @@ def _pair(layer: Any, name: str) -> Pair | str:
     a, b, drop = (parts[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
     if not (is_plain(a) and is_plain(b)):
         return "a LoRA pair that is more than two products, or has hooks"
-    of_a, of_b = a._parameters, b._parameters
-    weight_a, weight_b = of_a["weight"], of_b["weight"]
-    if of_a["bias"] is not None:
+    weight_a, weight_b = held(a, "weight"), held(b, "weight")
+    if held(a, "bias") is not None:
         return "a LoRA pair whose first product has a bias"
     if weight_a.dtype != weight_b.dtype:
         return "a LoRA pair of two dtypes"
@@ -116,7 +115,7 @@ def _pair(layer: Any, name: str) -> Pair | str:
         if is_intercepted(magnitude):
             return "hooks on DoRA's magnitude"
         magnitude = magnitude.weight
-    return Pair(weight_a, weight_b, of_b["bias"], magnitude, scaling, share)
+    return Pair(weight_a, weight_b, held(b, "bias"), magnitude, scaling, share)
 
 
 def _dropout(module: nn.Module) -> float | None:

@@ -17,6 +17,8 @@ from lemo.models.calls.interception import has_own_forward, is_intercepted
 from lemo.models.projections.torchao_weights import dequantiser_of, is_torchao_float8, multiplies
 
 __all__ = [
+    "held",
+    "is_computed",
     "is_plain",
     "kept_matrices",
     "matrix_of",
@@ -47,6 +49,22 @@ def parameters_of(module: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def held(module: nn.Module, name: str) -> Any:
+    """A parameter of a module, or the tensor that somebody has put in its place; None: neither.
+
+    A hypernetwork may make a weight anew in every step, which is no parameter then.
+    """
+    # A module's own getattr is slow, and this is asked for every layer of every pass.
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
+def is_computed(module: nn.Module) -> bool:
+    """Whether a module's weight or bias is a tensor that is no parameter."""
+    of = module.__dict__
+    return isinstance(of.get("weight"), Tensor) or isinstance(of.get("bias"), Tensor)
+
+
 def version_of(weight: Tensor) -> int | None:
     """How often a weight was changed in place, by other ways than `.data`; None: not counted."""
     return None if weight.is_inference() else weight._version
@@ -75,9 +93,8 @@ def is_plain(module: nn.Module) -> bool:
     """
     if type(module) is not nn.Linear:
         return False
-    weight = module._parameters.get("weight")
     return (
-        type(module.weight if weight is None else weight) in (nn.Parameter, Tensor)
+        type(held(module, "weight")) in (nn.Parameter, Tensor)
         and has_own_forward(nn.Linear)
         and not is_intercepted(module)
     )
