@@ -359,3 +359,36 @@ def test_labels_of_a_changed_model_are_refused():
     hook_a_layer(model, None)
     with pytest.raises(ValueError, match="layers.0 .* a hook from test_models_interception"):
         capture_sub_blocks(model, BATCH, lambda *_: None)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "per sample"])
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_transforms_of_functions_are_refused(path, transform, labels):
+    """lemo's operators have none; where the model's own forward runs, they work."""
+    model = lora(make_model("llama"))
+    lemo.enable(
+        model, config_of(keep=1.0, dense_layers=[], block_size=8, path=path, scorer="random")
+    )
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    ids = BATCH["input_ids"][:1, :20]
+
+    def loss(weights, ids):
+        call = {"input_ids": ids} | ({"labels": ids} if labels else {})
+        output = torch.func.functional_call(model, weights, (), call)
+        return output.loss if labels else output.logits.mean()
+
+    def run():
+        if transform == "grad":
+            return torch.func.grad(loss)(weights, ids)
+        if transform == "jvp":
+            tangents = {name: torch.ones_like(x) for name, x in weights.items()}
+            return torch.func.jvp(lambda w: loss(w, ids), (weights,), (tangents,))
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, ids[None])
+
+    if path == "generic" and not labels:
+        assert run()
+    else:
+        with pytest.raises(NotImplementedError, match=r"^torch\.func: expected loss\.backward\(\)"):
+            run()
+    assert loss(weights, ids) > -100, "functional_call alone may be used"

@@ -159,6 +159,12 @@ class Training(ABC, Generic[C]):
                 "is computed again: use LemoConfig(recompute=...) or "
                 "model.gradient_checkpointing_enable()"
             )
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise NotImplementedError(
+                "torch.func: expected loss.backward() or torch.autograd.grad, got a transform "
+                "(grad, vmap, jvp and the like) around the model's forward pass, for which lemo's "
+                "operators have no rules; functional_call by itself may be used"
+            )
         rows = arguments.labelled_rows()
         rows = self.row_labels if rows is None else rows
         if self._of_answers is self._of_text or rows is None:
