@@ -138,12 +138,33 @@ def test_attention_that_is_set_since_is_named(when):
     if when == "after a step":
         model(**batch_of())
     model.set_attn_implementation("sdpa")
-    with pytest.raises(ValueError, match="expected 'eager' as when lemo was enabled, got 'sdpa'"):
+    with pytest.raises(ValueError, match="expected lemo's in place of 'eager', got 'sdpa'"):
         model(**batch_of())
     handle.remove()
     model.set_attn_implementation("sdpa")
     lemo.enable(model, HALF)
     assert model(**batch_of()).loss > 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_handle_that_is_removed_in_front_of_backward(checkpointing):
+    """The model's own attention would run where backward computes layers again."""
+    gradients = []
+    for removes in (False, True):
+        model = make("phi3")
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        handle = lemo.enable(model, HALF)
+        loss = model(**batch_of()).loss
+        if removes:
+            handle.remove()
+        if removes and checkpointing:
+            with pytest.raises(RuntimeError, match="got 'eager'; call handle.remove.. after backw"):
+                loss.backward()
+            return
+        loss.backward()
+        gradients.append(model.model.layers[0].mlp.down_proj.weight.grad)
+    assert torch.equal(*gradients)
 
 
 def test_a_pickled_model_trains_in_another_process(monkeypatch):

@@ -51,15 +51,27 @@ class AttentionNames:
         """Looks at the names in front of a pass on kept rows.
 
         Raises:
-            ValueError: attention was set since `install`.
+            ValueError: attention was set since `install`, or `uninstall` was called.
         """
         self._enter()
         for own, now in zip(self._own, self._now()):
             if not is_registered(now):
                 raise ValueError(
-                    f"attn_implementation: expected '{own}' as when lemo was enabled, got '{now}', "
-                    "which was set since and would run in place of lemo's; set it before "
-                    "lemo.enable"
+                    f"attn_implementation: expected lemo's in place of '{own}', got '{now}', which "
+                    "was set since lemo.enable (set it before), or by handle.remove()"
+                )
+
+    def check_behind(self) -> None:
+        """Looks at them behind such a pass, whose layers backward computes again.
+
+        Raises:
+            RuntimeError: attention was set since, or `uninstall` was called.
+        """
+        for now in self._now():
+            if not is_registered(now):
+                raise RuntimeError(
+                    "attn_implementation: expected lemo's in backward, which computes layers again "
+                    f"(gradient checkpointing), got '{now}'; call handle.remove() after backward"
                 )
 
     @contextmanager

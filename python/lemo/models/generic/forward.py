@@ -365,7 +365,12 @@ class GenericForward(Training[Choice]):
         now.hidden = hidden = states_of(output, parts.name)
         if parts.checkpoints and hidden.requires_grad:
             behind_forward = AsInForward(parts.decoder)
-            hidden.register_hook(lambda _: behind_forward.check())
+
+            def check_behind(_: Tensor) -> None:
+                self.names.check_behind()
+                behind_forward.check()
+
+            hidden.register_hook(check_behind)
         now.has_more = any(v is not None for k, v in output.items() if k not in _STATES)
         output["last_hidden_state"] = now.tail(now.hidden)
         return output
