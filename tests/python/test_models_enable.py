@@ -469,6 +469,8 @@ def test_the_callback_wants_a_handle():
         (lambda h: h.set_progress(1.5), ValueError, "progress: expected a share .* got 1.5"),
         (lambda h: h.begin_step(5, 4), ValueError, "step: .* between 0 and steps = 4, got 5"),
         (lambda h: h.begin_step(-1, 4), ValueError, "step: .* between 0 and steps = 4, got -1"),
+        (lambda h: h.begin_step(0.5, 4), TypeError, "step: expected a whole number, got 0.5"),
+        (lambda h: h.begin_pass(1.0), TypeError, "index: expected a whole number, got 1.0"),
     ],
 )
 def test_a_bad_place_in_the_training_is_named(call, error, message):

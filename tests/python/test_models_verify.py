@@ -142,8 +142,21 @@ def test_bad_batches_are_named():
         (None, "NoneType"),
         (make_ids(1, 9)[0], r"\[9\]"),
         (make_ids(2, 1), r"\[2, 1\]"),
+        (make_ids(2, 9)[:0], r"\[0, 9\]"),
     ):
         with pytest.raises(ValueError, match=f"batch: expected input_ids .*, got {got}"):
             handle.verify({"input_ids": ids})
     with pytest.raises(ValueError, match="tokens: expected at least 2, got 1"):
         handle.verify(BATCHES["plain"], tokens=1)
+
+
+@pytest.mark.parametrize("path", ["native", "generic"])
+def test_calls_that_compare_nothing_are_named(path):
+    config = lemo.LemoConfig(keep=0.5, block_size=8, path=path)
+    handle = lemo.enable(lora(make_model("llama")), config)
+    with pytest.raises(TypeError, match="batch: expected a mapping .*, got Tensor"):
+        handle.verify(BATCHES["plain"]["input_ids"])
+    with torch.inference_mode(), pytest.raises(ValueError, match="torch.inference_mode"):
+        handle.verify(BATCHES["plain"])
+    with pytest.raises(ValueError, match="labels: expected those of the tokens, got none"):
+        handle.loss(input_ids=BATCHES["plain"]["input_ids"])

@@ -1,5 +1,6 @@
 """lemo.enable: token elimination in the training forward pass of a Hugging Face causal LM."""
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -254,9 +255,19 @@ class Handle:
             tokens: how many tokens of its first sequence to use.
 
         Raises:
+            TypeError: `batch` is no mapping.
             ValueError: they differ; the message says by how much, and in which layer first. Or the
-                batch cannot be used.
+                batch cannot be used, or torch.inference_mode is on.
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "batch: expected a mapping with what the model is called with, got "
+                f"{type(batch).__name__}"
+            )
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "verify: expected a call outside of torch.inference_mode, which has no gradients"
+            )
         if not any(map(is_sharded, self.causal_lm.modules())):
             self.path.verify(batch, tokens)
         elif is_sharded(self._model):
@@ -276,10 +287,12 @@ class Handle:
             arguments: as the model takes them, with `labels`.
 
         Raises:
-            ValueError: the model makes another loss than Transformers' ForCausalLMLoss; or as of
-                the model.
+            ValueError: there are no labels; the model makes another loss than Transformers'
+                ForCausalLMLoss; or as of the model.
         """
         call = ForwardArguments.of(arguments)
+        if call.labels is None and call.shift_labels is None:
+            raise ValueError("labels: expected those of the tokens, got none")
         self.path.check_loss()
         self._forward.check_call(call)
         return self._forward.loss(call).loss
@@ -296,10 +309,10 @@ class Handle:
                 these tokens are predicted are kept before the others.
 
         Raises:
+            TypeError: no tensor.
             ValueError: not two-dimensional; from the forward pass: not one for each token.
         """
-        if mask.ndim != 2:
-            raise ValueError(f"mask: expected [batch, tokens], got {list(mask.shape)}")
+        _check_of_tokens("mask", mask)
         with self.naming(named_labels.of_tokens(mask != 0)):
             yield
 
@@ -317,11 +330,11 @@ class Handle:
                 without waiting for a GPU.
 
         Raises:
+            TypeError: no tensor.
             ValueError: not two-dimensional, not finite, or below 0 with `keep_relevance`; from the
                 forward pass: not one for each token.
         """
-        if scores.ndim != 2:
-            raise ValueError(f"scores: expected [batch, tokens], got {list(scores.shape)}")
+        _check_of_tokens("scores", scores)
         found = scores.detach().float()
         if not found.isfinite().all():
             wrong = found[~found.isfinite()][0].item()
@@ -352,14 +365,13 @@ class Handle:
             input_ids: [B, S] int64 on the CPU, what the model is called with.
 
         Raises:
+            TypeError: no tensor.
             ValueError: not two-dimensional, or on another device; from the forward pass: of
                 another shape than the model's.
         """
-        if input_ids.ndim != 2 or input_ids.device.type != "cpu":
-            raise ValueError(
-                "input_ids: expected [batch, tokens] on the CPU, got "
-                f"{list(input_ids.shape)} on {input_ids.device}"
-            )
+        _check_of_tokens("input_ids", input_ids)
+        if input_ids.device.type != "cpu":
+            raise ValueError(f"input_ids: expected them on the CPU, got {input_ids.device}")
         before = self._forward.host_ids
         self._forward.host_ids = input_ids
         try:
@@ -432,8 +444,10 @@ class Handle:
         "fp8" some weights are rounded anew; without this call their rounding stays the same.
 
         Raises:
-            ValueError: `step` is not between 0 and `steps`.
+            TypeError: `step` is no whole number.
+            ValueError: it is not between 0 and `steps`.
         """
+        step = _whole("step", step)
         if not 0 <= step <= steps:
             raise ValueError(f"step: expected a number between 0 and steps = {steps}, got {step}")
         self.set_progress(step / max(steps, 1))
@@ -447,8 +461,10 @@ class Handle:
         processes keep what one process keeps on the same data.
 
         Raises:
-            ValueError: `index` is below 0.
+            TypeError: `index` is no whole number.
+            ValueError: it is below 0.
         """
+        index = _whole("index", index)
         if index < 0:
             raise ValueError(f"index: expected a number of 0 or more, got {index}")
         self._forward.begin_pass(index)
@@ -505,3 +521,19 @@ class Handle:
             why = "a key-value cache is used" if training else "the model is in eval mode"
             self._forward.say(f"{why}, so the model's own forward runs and nothing is eliminated")
         return False
+
+
+def _check_of_tokens(name: str, values: Tensor) -> None:
+    """Refuses what is not [batch, tokens]."""
+    if not torch.is_tensor(values):
+        raise TypeError(f"{name}: expected a [batch, tokens] tensor, got {type(values).__name__}")
+    if values.ndim != 2:
+        raise ValueError(f"{name}: expected [batch, tokens], got {list(values.shape)}")
+
+
+def _whole(name: str, number: int) -> int:
+    """A whole number of any kind, such as NumPy's, as an int."""
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name}: expected a whole number, got {number!r}") from None

@@ -195,12 +195,15 @@ def beginning(batch: Mapping[str, Any], tokens: int, device: torch.device) -> di
         mask.
 
     Raises:
-        ValueError: no batch of two tokens or more, or fewer are asked for.
+        ValueError: no sequence of two tokens or more, or fewer are asked for.
     """
     ids = batch.get("input_ids")
-    if not torch.is_tensor(ids) or ids.ndim != 2 or ids.shape[1] < 2:
+    if not torch.is_tensor(ids) or ids.ndim != 2 or not len(ids) or ids.shape[1] < 2:
         got = list(ids.shape) if torch.is_tensor(ids) else type(ids).__name__
-        raise ValueError(f"batch: expected input_ids [batch, tokens] of 2 or more, got {got}")
+        raise ValueError(
+            "batch: expected input_ids [batch, tokens] of a sequence of 2 tokens or more, got "
+            f"{got}"
+        )
     if tokens < 2:
         raise ValueError(f"tokens: expected at least 2, got {tokens}")
     columns = slice(0, tokens)

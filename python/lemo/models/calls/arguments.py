@@ -25,6 +25,11 @@ _NOT_READ = (
     "token_type_ids",
 )
 
+# Arguments that are tensors, and their shapes.
+_TENSORS = dict.fromkeys(
+    ("input_ids", "attention_mask", "position_ids", "labels", "shift_labels"), "[batch, tokens]"
+) | {"inputs_embeds": "[batch, tokens, hidden size]"}
+
 
 @dataclass(frozen=True)
 class ForwardArguments:
@@ -138,11 +143,10 @@ class ForwardArguments:
             raise ValueError(
                 "position_ids: expected for packed sequences, got None; cu_seq_lens_q is not read"
             )
-        mask = self.attention_mask
-        if mask is not None and not torch.is_tensor(mask):
-            raise TypeError(
-                f"attention_mask: expected a [batch, tokens] tensor, got {type(mask).__name__}"
-            )
+        for name, shape in _TENSORS.items():
+            value = getattr(self, name)
+            if value is not None and not torch.is_tensor(value):
+                raise TypeError(f"{name}: expected a {shape} tensor, got {type(value).__name__}")
         for name, value in self.unknown.items():
             if value is not None and value is not False:
                 raise ValueError(
