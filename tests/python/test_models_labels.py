@@ -48,6 +48,70 @@ def test_without_labels_nothing_is_known_and_what_was_named_stays():
     assert target.row_labels is None
 
 
+def test_labels_of_sequences_are_none_of_tokens():
+    """Those of a module around the model."""
+    ids = torch.ones(2, 5, dtype=torch.long)
+    for labels in (LABELS[:, 1], LABELS[:, :3], LABELS / 2, ["good", "bad"], None):
+        assert of_call({"input_ids": ids, "labels": labels}) is None
+        assert of_call({"inputs_embeds": ids[..., None].float(), "shift_labels": labels}) is None
+    assert of_call({"input_ids": ids, "labels": LABELS}) is not None
+
+
+class Classifier(torch.nn.Module):
+    """Of what the decoder gives for the last token."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(model.config.hidden_size, 3)
+
+    def forward(self, ids, labels):
+        states = self.model.model(ids).last_hidden_state[:, -1]
+        of_classes = torch.nn.functional.binary_cross_entropy_with_logits
+        loss = torch.nn.functional.cross_entropy if labels.ndim == 1 else of_classes
+        return loss(self.head(states), labels)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("labels", [torch.tensor([0, 2]), torch.eye(3)[:2]], ids=["one", "several"])
+def test_a_classifier_around_the_model_trains(labels, path):
+    found = []
+    for keeps in (False, True):
+        classifier = Classifier(make_model("llama"))
+        if keeps:
+            lemo.enable(classifier, flat_config(keep=1.0, block_size=8, path=path))
+        loss = classifier(make_ids(2, 40), labels=labels)
+        loss.backward()
+        found.append((loss, classifier.model.model.layers[0].mlp.up_proj.weight.grad))
+    for mine, theirs in zip(*found, strict=True):
+        assert_close_fp32(mine, theirs, "loss and gradient")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("path", ["native", "generic"])
+@pytest.mark.parametrize("name", ["input_ids", "labels", "attention_mask", "position_ids"])
+def test_arguments_that_are_no_tensors_are_named(name, path):
+    """A tokenizer gives lists unless it is told otherwise."""
+    model, _ = enabled(path)
+    ids = make_ids(2, 24)
+    batch = {"input_ids": ids, "labels": ids} | {name: ids.tolist()}
+    with pytest.raises(TypeError, match=rf"^{name}: expected a \[batch, tokens\] tensor, got list"):
+        model(**batch)
+
+
+@pytest.mark.cpu_only
+def test_what_handles_are_told_of_tokens_is_named():
+    _, handle = enabled("native")
+    calls = {"mask": handle.labelled, "scores": handle.scored, "input_ids": handle.on_host}
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=rf"^{name}: expected a .* tensor, got list"):
+            call([[0, 1]]).__enter__()
+        with pytest.raises(ValueError, match=rf"^{name}: expected .*, got \[2\]"):
+            call(torch.ones(2)).__enter__()
+
+
 def enabled(path):
     model = make_model("llama")
     settings = {"keep": 1.0, "block_size": 8, "scorer": "random", "path": path}

@@ -60,9 +60,21 @@ def of_labels(
 
 
 def of_call(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The same by the arguments of a call."""
-    ignore_index = arguments.get("ignore_index", IGNORE_INDEX)
-    return of_labels(arguments.get("labels"), arguments.get("shift_labels"), ignore_index)
+    """The same by the arguments of a call; None, too, where labels are none of its tokens.
+
+    A module around a causal LM may have one for each sequence, or a text.
+    """
+    labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
+    if not _are_of_tokens(labels if shifted is None else shifted, arguments):
+        return None
+    return of_labels(labels, shifted, arguments.get("ignore_index", IGNORE_INDEX))
+
+
+def _are_of_tokens(labels: Any, arguments: Mapping[str, Any]) -> bool:
+    if not torch.is_tensor(labels) or labels.ndim != 2 or labels.is_floating_point():
+        return False
+    tokens = [arguments.get(name) for name in ("input_ids", "inputs_embeds")]
+    return all(x.shape[:2] == labels.shape for x in tokens if torch.is_tensor(x))
 
 
 class Watcher:
@@ -95,7 +107,7 @@ class Watcher:
         self._before = (*self._before, (self._target.row_labels, self.evaluates))
         _check_not_replicated(module)  # behind the line above, since `_end` is called all the same
         self.evaluates = self.evaluates or not module.training
-        rows = of_call(kwargs)
+        rows = of_call({"input_ids": args[0], **kwargs} if args else kwargs)
         if rows is not None:
             self._target.row_labels = rows
 
