@@ -118,6 +118,16 @@ def test_padding_on_the_left_needs_positions_where_these_are_learned(name):
     assert_same(model, dense, train(model, batch), train(dense, batch))
 
 
+def test_a_sequence_of_padding_alone_is_none_on_the_left():
+    batch = padded_batch([61, 30])
+    for name, filling in (("attention_mask", 0), ("labels", -100)):
+        batch[name][1] = filling
+    model = make("gpt2")
+    dense = copy.deepcopy(model)
+    lemo.enable(model, settings(1.0))
+    assert_same(model, dense, train(model, batch), train(dense, batch))
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize("kinds", [1, 2])
 @pytest.mark.parametrize("name", ["gpt2", "phi3"])

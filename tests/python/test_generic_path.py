@@ -484,6 +484,19 @@ def test_rows_that_are_used_in_another_way_are_found_in_the_first_pass(change, m
         model(**batch_of())
 
 
+@pytest.mark.parametrize("first", [0, 5])
+@pytest.mark.parametrize("keep", [0.5, 1])
+@pytest.mark.parametrize("name", ["phi3", "gpt2"])
+def test_tokens_that_follow_one_another_are_no_count_of_rows(name, keep, first):
+    """As in a first try with torch.arange, or where few rows happen to be so."""
+    model, dense = make(name), make(name)
+    handle = lemo.enable(model, settings(keep=keep, keep_first=1, keep_last=0))
+    ids = torch.arange(first, first + 2 * BLOCK)[None]
+    batch = {"input_ids": ids, "labels": ids}
+    loss = train(model, batch)
+    assert_same(model, dense, loss, train(dense, masked_batch(batch, kept_mask(handle, batch))))
+
+
 @pytest.mark.parametrize("name", ["phi3", "opt", "qwen3_moe", "gemma3_text", "granite", "gpt2"])
 def test_verify_passes_where_nothing_is_wrong(name):
     model = make(name)

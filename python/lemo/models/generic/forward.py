@@ -342,7 +342,7 @@ class GenericForward(Training[Choice]):
         with ExitStack() as stack:
             stack.enter_context(making_masks(now.rows))
             if not self._has_checked_layout:
-                check = LayoutCheck(parts.decoder, now.rows, given["position_ids"])
+                check = LayoutCheck(parts.decoder, now.rows, given, call)
                 stack.enter_context(check.watching())
             stack.enter_context(seeing_the_batch(parts.decoder, now.kept, call))
             if any(self._shares):
@@ -486,7 +486,7 @@ class GenericForward(Training[Choice]):
             mask = arguments.attention_mask
             assert mask is not None
             counts = arguments.position_ids is None and parts.has_learned_positions
-            if counts and bool((mask[:, 0] == 0).any()):
+            if counts and bool(((mask[:, 0] == 0) & (mask != 0).any(1)).any()):
                 raise ValueError(
                     f"position_ids: expected for padding on the left, since {parts.name} has "
                     "learned positions, got None"

@@ -1,7 +1,7 @@
 """Whether a model uses kept rows as it should: every layer attends, at the rows' positions."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,9 @@ from lemo.models.generic.attention import KeptRows
 
 __all__ = ["LayoutCheck", "not_attending", "states_of"]
 
+# Arguments whose numbers may follow one another without counting rows.
+_OF_TOKENS = ("input_ids", "token_type_ids")
+
 
 class LayoutCheck:
     """Looks at one pass of a decoder on kept rows.
@@ -22,15 +25,24 @@ class LayoutCheck:
     Args:
         decoder: the layers.
         rows: the rows of the pass.
-        positions: [..., R] int, the positions that the decoder gets.
+        given: what the decoder gets, `position_ids` [..., R] among it.
+        call: the same for the whole batch.
 
     Attributes:
         runs: how often a layer has run; 0 where the decoder has no list of them.
     """
 
-    def __init__(self, decoder: PreTrainedModel, rows: KeptRows, positions: Tensor) -> None:
+    def __init__(
+        self,
+        decoder: PreTrainedModel,
+        rows: KeptRows,
+        given: Mapping[str, Any],
+        call: Mapping[str, Any],
+    ) -> None:
         self._decoder, self._rows = decoder, rows
-        self._positions = positions.flatten(0, -2)
+        self._positions = given["position_ids"].flatten(0, -2)
+        of_tokens = [each.get(name) for each in (given, call) for name in _OF_TOKENS]
+        self._of_tokens = [line for x in of_tokens if x is not None for line in x.flatten(0, -2)]
         self._used = False
         self.runs = self._calls = 0
 
@@ -90,10 +102,10 @@ class LayoutCheck:
                 continue
             if value.is_floating_point() or value.dtype == torch.bool:
                 continue
-            given = value.reshape(-1, value.shape[-1])
-            if any(torch.equal(given[0], own.to(given)) for own in self._positions):
+            given = value.reshape(-1, value.shape[-1])[0]
+            if _is_among(given, self._positions):
                 self._used = True
-            elif self._counts_rows(given[0]):
+            elif self._counts_rows(given) and not _is_among(given, self._of_tokens):
                 raise ValueError(
                     f"model: {type(module).__name__} of {self._rows.model} counts the kept rows "
                     "instead of reading their positions; train without lemo"
@@ -102,6 +114,10 @@ class LayoutCheck:
     def _counts_rows(self, given: Tensor) -> bool:
         """Whether a module got 0, 1, 2, ... where the kept rows have gaps."""
         return given.numel() > 1 and bool((given.diff() == 1).all())
+
+
+def _is_among(line: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(torch.equal(line, other.to(line)) for other in others)
 
 
 def states_of(output: Any, model: str) -> Tensor:

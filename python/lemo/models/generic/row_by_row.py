@@ -127,7 +127,7 @@ def _states(
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # no graphs for these runs
         stack.enter_context(making_masks(rows))
         # Which says more precisely what is wrong.
-        stack.enter_context(LayoutCheck(decoder, rows, given["position_ids"]).watching())
+        stack.enter_context(LayoutCheck(decoder, rows, given, call).watching())
         stack.enter_context(seeing_the_batch(decoder, kept, call))
         output = original(**given)
     return states_of(output, kept.model)[0]
