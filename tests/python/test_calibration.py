@@ -1,5 +1,6 @@
 """Rates of a machine: how they follow from times that are given, and which ones are stored."""
 
+import dataclasses
 import json
 
 import pytest
@@ -137,3 +138,30 @@ def test_rates_of_other_machines_and_versions_do_not_count(name, value, cache, m
     assert calibration.stored_rates(SHAPE, CPU, torch.float32) == RATES
     monkeypatch.setattr(f"lemo.training.calibration.{name}", value)
     assert calibration.stored_rates(SHAPE, CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize("name", ["hidden", "width", "heads", "key_heads", "head_size"])
+def test_rates_of_products_and_heads_of_other_sizes_do_not_count(name, cache):
+    calibration._store(calibration._key(SHAPE, CPU, torch.float32), RATES)
+    other = dataclasses.replace(SHAPE, **{name: 2 * getattr(SHAPE, name)})
+    assert calibration.stored_rates(other, CPU, torch.float32) is None
+    # As many more layers have the same rates.
+    deeper = dataclasses.replace(SHAPE, layers=2 * SHAPE.layers)
+    assert calibration.stored_rates(deeper, CPU, torch.float32) == RATES
+
+
+def test_rates_that_are_measured_take_the_place_of_those_that_lack_some(cache, monkeypatch):
+    key = calibration._key(SHAPE, CPU, torch.float32)
+    cache.write_text(json.dumps({key: {"products": 1.0}}))
+    monkeypatch.setattr(calibration, "measure", lambda *_: RATES)
+    assert calibration.calibrated(SHAPE, CPU, torch.float32) == RATES
+    assert calibration.stored_rates(SHAPE, CPU, torch.float32) == RATES
+
+
+def test_each_rate_is_what_was_measured_for_it(monkeypatch):
+    names = {"_products": 1.0, "_attention": (2.0, 3.0), "_bandwidth": 4.0, "_launch": 5.0}
+    for name, rate in (names | {"_link": 6.0}).items():
+        monkeypatch.setattr(calibration, name, lambda *_, rate=rate: rate)
+    assert calibration.measure(SHAPE, CPU, torch.float32) == Rates(
+        products=1.0, attention=2.0, attention_backward=3.0, bytes=4.0, launch=5.0, link=6.0
+    )

@@ -1,5 +1,6 @@
 """Plans of runs: what they store, what is refused, what is said when memory runs out."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,23 +10,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 import lemo
 from lemo import LemoConfig
 from lemo.models.layers import modes as modes_module
-from lemo.planner.plan import DoesNotFitError
+from lemo.planner.plan import MARGIN, DoesNotFitError
+from lemo.planner.request import Request
+from lemo.planner.shape import Adapters, shape_of
 from lemo.planner.timing import Rates
 from lemo.preparation.pipeline import prepare
 from lemo.preparation.windows import Window
 from lemo.report import load_run, write_report
 from lemo.settings.finetune import FinetuneConfig
 from lemo.settings.preparation import PredictorSettings
-from lemo.training import calibration, dry_run
+from lemo.training import calibration, dry_run, planning
 from lemo.training import finetune as module
 from lemo.training.finetune import finetune
 from lemo.training.model import load_config
-from lemo.training.planning import plan_run
+from lemo.training.planning import out_of_memory, plan_run, request_of
 from lemo.training.run_log import read_log
 from tiny import save_tiny_llama, write_documents
 from tiny_models import config_of, lora, make_ids, make_model
@@ -86,6 +89,44 @@ def planned(config):
     return plan_run(config, elimination, *arguments)
 
 
+def test_settings_of_a_run_reach_what_is_planned(config, monkeypatch):
+    """With values none of which is the one that it has by itself."""
+    settings = {"lora_rank": 2, "lora_targets": ("q_proj",), "lora_dropout": 0.1}
+    settings |= {"train_norms": True, "batch_size": 3, "gradient_accumulation": 5}
+    config = changed(config, **settings, quantize="float8")
+    elimination = changed(config.elimination, products="fp8").resolved(False)
+    model, asked = MistralConfig(num_hidden_layers=2, sliding_window=48), []
+    monkeypatch.setattr(planning, "calibrated", lambda *a: asked.append(a) or RATES)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    expected = Request(
+        shape_of(model),
+        Adapters(2, frozenset(["q_proj"]), dropout=True, norms=True),
+        elimination,
+        RATES,
+        batch=3,
+        size=2,
+        autocast=True,
+        cuda=True,
+        passes=5,
+        quantize="float8",
+        window=48,
+        may_shard=False,
+    )
+    assert request_of(config, elimination, model, torch.float16, cuda) == expected
+    assert asked == [(expected.shape, cuda, torch.float16, True)]
+    other = {"size": 4, "autocast": False, "cuda": False, "may_shard": True}
+    found = request_of(config, elimination, model, torch.float32, cpu, RATES)
+    assert found == dataclasses.replace(expected, **other)
+
+
+@pytest.mark.parametrize(("shard", "shards"), [(True, 4), (False, 1)])
+def test_processes_of_a_run_reach_what_is_planned(config, shard, shards):
+    config = changed(config, context_parallel=2, shard=shard)
+    arguments = load_config(config.model), torch.bfloat16, torch.device("cpu"), GIB
+    found = plan_run(config, config.elimination.resolved(False), *arguments, processes=4)
+    assert (found.request.processes, found.request.shards) == (2, shards)
+
+
 def test_without_a_limit_nothing_is_planned_on_the_cpu(config):
     assert planned(config) is None
     finetune(config)
@@ -123,6 +164,48 @@ def test_a_run_keeps_its_plan_and_the_report_shows_it(config, tmp_path):
     for damaged in ("[]", "[" * 100_000):
         (Path(config.output) / "plan.json").write_text(damaged)
         assert planned(changed(config, resume=True)).plan.modes == anew
+
+
+def test_a_plan_that_was_made_for_something_else_is_not_kept(config):
+    most, least = peaks(config)
+    config = changed(config, memory_limit=2 * most)
+    path = Path(config.output) / "plan.json"
+    path.parent.mkdir()
+    planned(config).write(path.parent)
+    content = json.loads(path.read_text())
+
+    def resumed(**settings):
+        """The modes and groups of a run that goes on by this content."""
+        path.write_text(json.dumps(content))
+        plan = planned(changed(config, resume=True, **settings)).plan
+        return plan.modes, plan.head_groups
+
+    content |= {"modes": ["layer"] * 4, "head_groups": 2}
+    assert resumed() == (("layer",) * 4, 2)
+    anew = planned(config).plan.modes, 1
+    assert resumed(memory_limit=2.1 * most) == anew
+    assert resumed(elimination=changed(config.elimination, head_groups=1)) == anew
+    assert resumed(elimination=changed(config.elimination, recompute="none")) == anew
+    assert resumed(elimination=changed(config.elimination, host_memory=0.01))[0] == anew[0]
+    # Of the same memory, which holds no more than this.
+    config = changed(config, memory_limit=1.01 * least)
+    content |= {"modes": ["none"] * 4, "head_groups": 1}
+    content["asked"]["memory_limit"] = config.memory_limit
+    assert "none" not in resumed()[0]
+
+
+def test_the_memory_that_is_advised_stores_less(config):
+    most, least = peaks(config)
+    config = changed(config, memory_limit=2 * most)
+    plan = planned(config)
+    said = str(out_of_memory(2, MemoryError(), config, plan, 0))
+    advised = float(re.search(r"--memory-limit (\S+) \(GiB\)", said)[1])
+    assert least < advised < (1 - MARGIN) * plan.plan.peak / GIB
+    assert planned(changed(config, memory_limit=advised)).plan.peak < plan.plan.peak
+    # Where all is recomputed a lower limit is of no use.
+    all_again = dataclasses.replace(plan.plan, modes=("layer",) * 4)
+    plan = dataclasses.replace(plan, plan=all_again)
+    assert "--memory-limit" not in str(out_of_memory(2, MemoryError(), config, plan, 0))
 
 
 @pytest.mark.parametrize("modes", ["none", "layer", ("none", "layer", "none", "layer")])
@@ -182,6 +265,38 @@ def test_an_upper_bound_that_does_not_fit_is_no_refusal(config, caplog):
         plan_run(
             changed(config, elimination=LemoConfig()), LemoConfig().resolved(False), *arguments
         )
+
+
+def test_what_is_free_may_be_a_little_less_than_what_is_predicted(config):
+    """Where it is not known better what else could be stored, and no limit is set."""
+    config = changed(config, elimination=changed(config.elimination, recompute="layer"))
+    config = changed(config, elimination=changed(config.elimination, head_groups=1))
+    peak = planned(changed(config, memory_limit=1.0)).plan.peak
+    arguments = load_config(config.model), torch.float32, torch.device("cpu")
+    for missing, fits in ((0.9 * MARGIN, True), (1.1 * MARGIN, False)):
+        limit = round((1 - missing) * peak)
+        with pytest.raises(DoesNotFitError, match="^memory_limit: "):
+            planned(changed(config, memory_limit=limit / GIB))
+        elimination = config.elimination.resolved(False)
+        if fits:
+            assert plan_run(config, elimination, *arguments, limit).plan.peak == peak
+            continue
+        with pytest.raises(DoesNotFitError, match="^GPU memory: "):
+            plan_run(config, elimination, *arguments, limit)
+
+
+@pytest.mark.parametrize("recompute", ["auto", "none"])
+@pytest.mark.parametrize(
+    "settings", [{"scorer": "pooled", "keep_relevance": 0.5}, {"scorer": "lexical"}]
+)
+def test_answers_may_keep_or_count_less_than_is_planned(config, settings, recompute, caplog):
+    elimination = LemoConfig(recompute=recompute, **settings)
+    config = changed(config, elimination=elimination)
+    arguments = load_config(config.model), torch.float32, torch.device("cpu"), 1
+    found = plan_run(config, elimination.resolved(True), *arguments)
+    assert "scores may keep fewer rows" in caplog.text
+    # What is given needs no plan to be followed.
+    assert (found is None) == (recompute == "none")
 
 
 @pytest.mark.parametrize(
