@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lemo
 from lemo import ops
+from lemo.distributed import attention
 from lemo.distributed.agreement import check_weights
 from lemo.distributed.attention import SharedKeys, shared_attention
 from lemo.distributed.context import ContextParallel
@@ -85,10 +86,18 @@ def attention_inputs(counts: list[int], sinks: bool) -> dict[str, Tensor]:
     } | ({"sinks": torch.randn(heads)} if sinks else {})
 
 
-def check_attention(counts: list[int], window: int, softcap: float, sinks: bool, saves: bool):
+def check_attention(
+    counts: list[int],
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    saves: bool = False,
+    frozen: str = "",
+):
     x = attention_inputs(counts, sinks)
     named = [name for name in ("q", "k", "v", "sinks") if name in x]
-    whole = {name: x[name].clone().requires_grad_() for name in named}
+    trained = [name for name in named if name not in frozen]
+    whole = {name: x[name].clone().requires_grad_(name in trained) for name in named}
     cu_rows, positions = x["cu_rows"], x["positions"]
     rows = (cu_rows, None, positions, positions)
     expected = ops.segment_attention(
@@ -99,13 +108,15 @@ def check_attention(counts: list[int], window: int, softcap: float, sinks: bool,
         softcap=softcap,
         sinks=whole.get("sinks"),
     )
-    wanted = torch.autograd.grad(expected, list(whole.values()), x["dout"])
+    wanted = torch.autograd.grad(expected, [whole[name] for name in trained], x["dout"])
 
     context = ContextParallel(head_groups=2)
     dealt, cu_mine = deal(counts, context.size, context.rank, torch.device("cpu"))
     mine = dealt.of(context.rank)
     keys = SharedKeys(context, dealt, cu_rows, positions)
-    own = {n: (x[n] if n == "sinks" else x[n][mine]).clone().requires_grad_() for n in named}
+    own = {n: (x[n] if n == "sinks" else x[n][mine]).clone() for n in named}
+    for name in trained:
+        own[name].requires_grad_()
     saved = SavedAttention() if saves else None
 
     def attend() -> Tensor:
@@ -125,9 +136,9 @@ def check_attention(counts: list[int], window: int, softcap: float, sinks: bool,
         with torch.no_grad():
             attend()
     got = attend()
-    found = torch.autograd.grad(got, list(own.values()), x["dout"][mine])
+    found = torch.autograd.grad(got, [own[name] for name in trained], x["dout"][mine])
     close(got, expected[mine])
-    for name, gradient, of_all in zip(named, found, wanted):
+    for name, gradient, of_all in zip(trained, found, wanted):
         if name == "sinks":
             close(context.size * context.average(gradient), of_all)
         else:
@@ -148,6 +159,32 @@ def attention_with_softcap_and_sinks():
 @case
 def attention_that_is_saved():
     check_attention([23, 1, 14], 7, 0.0, True, True)
+
+
+@case
+def attention_that_has_to_be_deterministic():
+    """On a GPU its backward sums in another order then."""
+    asked, call = [], attention.call
+
+    def listen(op, *arguments):
+        if op is torch.ops.lemo.segment_attention_backward:
+            asked.append(arguments[-1])
+        return call(op, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "call", listen)
+        for wanted in (True, False):
+            patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda on=wanted: on)
+            check_attention([23, 1, 14])
+            assert {*asked} == {wanted}
+            asked.clear()
+
+
+@case
+def attention_of_which_some_inputs_are_frozen():
+    """As in a first layer some of whose projections have adapters."""
+    for frozen in ("q", "k", "v", "qk", "qv", "kv"):
+        check_attention([23, 1, 14], frozen=frozen)
 
 
 @case
@@ -405,6 +442,8 @@ def ddp_averages_over_the_groups():
         context = ContextParallel(mesh, averages_gradients=not whole)
         assert context.replica == rank // (count // 2)
         handle = lemo.enable(model, config, context)
+        copied = handle.path.forward.context
+        assert (copied.replica, copied.averages_gradients) == (context.replica, not whole)
         wrapped = DistributedDataParallel(
             model, process_group=None if whole else mesh.get_group("dp")
         )
