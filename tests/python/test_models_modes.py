@@ -8,6 +8,7 @@ import lemo
 from lemo import LemoConfig
 from lemo.models.layers import modes as modes_module
 from lemo.models.layers.adapter_sizes import adapters_of_layer
+from lemo.models.layers.architectures import architecture_of
 from lemo.models.memory.free_memory import free_bytes
 from lemo.planner.memory import StepMemory
 from lemo.planner.shape import LINEAR, Adapters, LayerRows, shape_of, step_of
@@ -200,6 +201,34 @@ def test_a_plan_is_made_once_for_passes_of_one_size(asked):
     # As many in two sequences.
     assert plans(lambda x: x.view(2, -1)) == 1
     assert [plans(lambda x: x, autocast) for autocast in (True, False, True)] == [1, 0, 0]
+
+
+def test_another_plan_is_made_where_more_rows_are_kept(asked):
+    model, batch = model_and_batch()
+    handle = enabled(model, "auto", keep_schedule=((0.5, 1.0),))
+    for step, plans in ((0, 1), (9, 2), (1, 2), (8, 2)):
+        handle.begin_step(step, 10)
+        model(**batch).loss.backward()
+        assert len(asked) == plans
+    # So where a gradient of the residual is wanted, which is stored beside the rest.
+    model.enable_input_require_grads()
+    model(**batch).loss.backward()
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("case", ["others have rows", "evaluation", "no gradients", "sharded"])
+def test_passes_that_are_not_planned_do_not_look_at_the_memory(case, monkeypatch):
+    """What processes that share out rows have free differs, and they have to store the same."""
+    model, _ = model_and_batch()
+    monkeypatch.setattr(modes_module.Modes, "_planned", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr(modes_module, "is_sharded", lambda layer: case == "sharded")
+    model.train(case != "evaluation")
+    config = config_of(recompute="auto", head_groups=4)
+    alone = case != "others have rows"
+    modes = modes_module.Modes(architecture_of(model), config, alone=alone)
+    with torch.set_grad_enabled(case != "no gradients"):
+        found = modes.of(None, None, None, True)
+    assert found == (["auto"] * LAYERS, (0.0,) * LAYERS, 4 if alone else 1)
 
 
 @pytest.mark.parametrize(

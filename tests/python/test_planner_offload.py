@@ -309,6 +309,13 @@ def test_a_run_that_fits_with_the_host_only(config, tmp_path):
     # A resumed run keeps its plan, and may have another memory.
     again = with_host.model_copy(update={"resume": True})
     assert planned(again).plan.shares == tuple(content["shares"])
+    # But not one that the host has no room for.
+    content |= {"modes": ["none"] * 4, "shares": [1.0] * 4}
+    for room, kept in ((1.0, True), (1e-5, False)):
+        content["asked"] |= {"memory_limit": 1.0, "host_memory": room}
+        (result.folder / "plan.json").write_text(json.dumps(content))
+        found = planned(changed(again, 1.0, host_memory=room, head_groups=1)).plan.shares
+        assert found == ((1.0,) if kept else (0.0,)) * 4
 
 
 def test_too_little_host_memory_is_refused_before_training(config):
