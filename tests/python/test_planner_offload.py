@@ -308,14 +308,23 @@ def test_a_run_that_fits_with_the_host_only(config, tmp_path):
     assert losses == [record["loss"] for record in read_log(plain.folder / "log.jsonl")]
     # A resumed run keeps its plan, and may have another memory.
     again = with_host.model_copy(update={"resume": True})
-    assert planned(again).plan.shares == tuple(content["shares"])
-    # But not one that the host has no room for.
+    kept = planned(again)
+    assert kept.plan.shares == kept.settings["offload"] == tuple(content["shares"])
+    # But not one that the host has no room for, or of another share than is asked for now.
     content |= {"modes": ["none"] * 4, "shares": [1.0] * 4}
-    for room, kept in ((1.0, True), (1e-5, False)):
+    for room, asked, share in ((1.0, "auto", 1.0), (1e-5, "auto", 0.0), (1.0, 0.5, 0.5)):
         content["asked"] |= {"memory_limit": 1.0, "host_memory": room}
         (result.folder / "plan.json").write_text(json.dumps(content))
-        found = planned(changed(again, 1.0, host_memory=room, head_groups=1)).plan.shares
-        assert found == ((1.0,) if kept else (0.0,)) * 4
+        resumed = changed(again, 1.0, host_memory=room, head_groups=1, offload=asked)
+        assert planned(resumed).plan.shares == (share,) * 4
+
+
+def test_what_goes_to_the_host_is_planned_where_recomputation_is_given(config):
+    config = changed(config, head_groups=1)
+    peak = planned(changed(config, 1.0, recompute="none")).plan.peak / GIB
+    found = planned(changed(config, 0.97 * peak, recompute="none", host_memory=0.01)).plan
+    assert found.modes == ("none",) * 4
+    assert max(found.shares) > 0
 
 
 def test_too_little_host_memory_is_refused_before_training(config):

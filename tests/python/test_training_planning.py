@@ -177,8 +177,8 @@ def test_a_plan_that_was_made_for_something_else_is_not_kept(config):
     def resumed(**settings):
         """The modes and groups of a run that goes on by this content."""
         path.write_text(json.dumps(content))
-        plan = planned(changed(config, resume=True, **settings)).plan
-        return plan.modes, plan.head_groups
+        found = planned(changed(config, resume=True, **settings))
+        return found.plan.modes, found.settings["head_groups"]
 
     content |= {"modes": ["layer"] * 4, "head_groups": 2}
     assert resumed() == (("layer",) * 4, 2)
