@@ -13,8 +13,8 @@ from lemo.planner.plan import NOMINAL
 from lemo.planner.request import Request
 from lemo.planner.shape import Adapters, LayerRows, shape_of, step_of, weight_bytes
 from lemo.planner.timing import StepTime
-from planner_cases import CASES, model_of
-from planner_group_cases import TOKENS, all_highest
+from planner_cases import CASES
+from planner_group_cases import TOKENS, all_highest, sized_model
 from processes import run
 
 pytestmark = pytest.mark.cpu_only
@@ -38,20 +38,21 @@ def request(keep=0.5, **more):
 
 
 def test_the_highest_bytes_of_a_process(tmp_path):
-    cases = [([mode] * 4, keep) for mode in MODES for keep in (1.0, 0.5)]
-    found = run(2, all_highest, tmp_path, cases)
+    cases = [([mode] * 4, keep, 384, (4, 2)) for mode in MODES for keep in (1.0, 0.5)]
+    # Keys and values of the others take more than such an MLP.
+    narrow = [([mode] * 2, 1.0, 64, heads) for mode in MODES for heads in ((4, 4), (4, 2))]
+    found = run(2, all_highest, tmp_path, cases + narrow)
     adapters, settings = CASES["all"]
-    shape = shape_of(model_of("llama", 4, adapters, 2, TOKENS, width=384).get_base_model().config)
-    for index, (modes, keep) in enumerate(cases):
+    for (modes, keep, *sizes), *peaks in zip(cases + narrow, *found, strict=True):
+        shape = shape_of(sized_model(len(modes), *sizes).get_base_model().config)
         kept = round(keep * TOKENS)
         rows = [LayerRows(kept, kept)] * shape.layers
         step = step_of(shape, [TOKENS], rows, cuda=False, **settings).shared_out(2)
         memory = StepMemory(shape, adapters, step)
         predicted = memory.peak(modes) - 2 * adapters.size * adapters.parameters(shape)
-        peak = max(each[index] for each in found)
         sums = 4 * kept // 2 * shape.queries
-        assert peak <= predicted
-        assert predicted - sums < 1.05 * peak
+        assert max(peaks) <= predicted
+        assert predicted - sums < (1.05 if sizes[0] > 64 else 1.15) * max(peaks)
 
 
 def test_processes_share_the_work_and_send_what_the_page_says():
