@@ -125,6 +125,16 @@ class RecordedMemory(StepMemory):
         return rows * self._shape.width * (adapters.size + self._step.size)
 
 
+class RecordedTime(StepTime):
+    """The seconds of a recorded step, in which adapters of another dtype were PEFT's own: results
+    were scaled and narrowed before they were added."""
+
+    def _widened(self, inputs: int, outputs: int) -> tuple[int, int]:
+        size, wide = self._step.size, self._adapters.size
+        forward = inputs * (size + 2 * wide) + outputs * (6 * wide + 2 * size)
+        return forward, outputs * (2 * size + 6 * wide) + inputs * (3 * wide + 4 * size)
+
+
 def recorded_steps() -> list[RecordedStep]:
     """All of them, each setting of a commit once."""
     found = [*_finetune("h200_finetune"), *_finetune("h200_loss_outside")]
@@ -317,7 +327,7 @@ def predicted_seconds(step: RecordedStep, rates: Rates) -> float:
     """The time of a recorded step by some rates."""
     shape, adapters = step.shape, step.adapters
     group = step.group_size
-    time = StepTime(shape, adapters, step.step, rates, group_size=group, started=EARLIER)
+    time = RecordedTime(shape, adapters, step.step, rates, group_size=group, started=EARLIER)
     return time.seconds([step.recompute] * step.shape.layers)
 
 

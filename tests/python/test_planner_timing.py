@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 import lemo
 import plan
@@ -198,6 +199,84 @@ def test_operations_of_the_host(case, mode, monkeypatch):
     time = StepTime(shape, adapters, step, Rates(1, 1, 1, 1, launch=1))
     assert adapters.are_split(step) == (case == "split")
     assert time.host(mode) == pytest.approx((counts[2] - counts[1]) / 3, rel=0.05)
+
+
+class Work(TorchDispatchMode):
+    """Counts the operations of products, and the bytes of rows that operators read and write.
+
+    Bytes of attention, which has rates of its own, are not counted, nor are those of weights.
+
+    Args:
+        counts: of rows, which no weight has as a size.
+
+    Attributes:
+        products, moved: operations and bytes.
+    """
+
+    def __init__(self, counts):
+        super().__init__()
+        self.products = self.moved = 0
+        self._counts = counts
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        name = function._schema.name.partition("::")[2]
+        result = function(*arguments, **(keywords or {}))
+        tensors = tree_leaves((arguments, keywords, result))
+        tensors = [each for each in tensors if isinstance(each, torch.Tensor)]
+        if name in ("mm", "addmm", "addmm_"):
+            left, right = [each for each in arguments if isinstance(each, torch.Tensor)][-2:]
+            self.products += 2 * left.numel() * right.shape[1]
+            if name == "addmm":  # whose first operand gives a shape alone
+                tensors.remove(arguments[0])
+        if name not in VIEWS and "empty" not in name and "attention" not in name:
+            self.moved += sum(each.nbytes for each in tensors if self._counts & {*each.shape})
+        return result
+
+
+def fp32_product(left, right, out=None):
+    found = torch.mm(left.float(), right.float())
+    return found if out is None else out.copy_(found)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "norms", "fp32"]
+)
+def test_work_of_a_layer(case, mode, monkeypatch):
+    """Products are those that run; what As make once more of recomputed rows, for the last product
+    and for groups of heads, is little and not planned. Planned bytes are some more than those of
+    operators, as each linear layer counts for itself."""
+    adapters, settings = CASES["apart" if case == "split" else case]
+    if case == "split":
+        adapters = dataclasses.replace(adapters, rank=8)
+        monkeypatch.setattr(split_low_rank, "_has_fp32_sums", lambda device: True)
+        monkeypatch.setattr(split_low_rank, "_wide", fp32_product)
+    for groups in (1,) if mode == "none" else (1, 2):
+        config = {"recompute": mode, "keep": 0.5, "head_groups": groups}
+        counts = []
+        for layers in (1, 2):
+            model = model_of("llama", layers, adapters, settings.get("size", 2), width=384)
+            lemo.enable(model, config_of(**config, block_size=8, dense_layers=[]))
+            ids = make_ids(1, 640)
+            with Work({320, 640}) as work:
+                with torch.autocast("cpu", torch.bfloat16, enabled=settings.get("autocast", False)):
+                    loss = model(input_ids=ids, labels=ids).loss
+                loss.backward()
+            counts.append(work)
+        shape = shape_of(model.get_base_model().config)
+        rows = [LayerRows(320, 320)] * 2
+        step = step_of(shape, [640], rows, drops=False, head_groups=groups, **settings)
+        products, moved = (
+            StepTime(shape, adapters, step, dataclasses.replace(Rates(*[1e30] * 5), **rate))
+            for rate in ({"products": 1}, {"bytes": 1})
+        )
+        found = counts[1].products - counts[0].products
+        of_rank = 2 * 320 * adapters.rank * (3 if case == "split" else 1)
+        more = 0 if mode == "none" else of_rank * (shape.width + 3 * (groups - 1) * shape.hidden)
+        assert 0 <= found - round(products.layer(0, mode)) <= more
+        if case != "split":  # whose operators are others on a GPU
+            ratio = (counts[1].moved - counts[0].moved) / moved.layer(0, mode)
+            assert 0.83 < ratio < 1.02
 
 
 def tensors_that_move(monkeypatch, smallest):

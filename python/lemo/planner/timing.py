@@ -379,10 +379,7 @@ class StepTime:
             # In three blocks, of which a product, its parts, and they again are moved.
             return work + _Work(3 * pair, size * (inputs + 2 * outputs) + rank * 3 * (4 + 3 * size))
         if self._adapters.apart:
-            wide = self._adapters.size
-            # Widened; read; made; scaled; added; narrowed.
-            moved = inputs * (size + 2 * wide) + outputs * (3 * wide + size + 3 * wide + size)
-            return work + _Work(pair, moved)
+            return work + _Work(pair, self._widened(inputs, outputs)[0])
         return work + _Work(pair, size * (inputs + 2 * outputs))
 
     def _linear_gradient(self, name: str) -> _Work:
@@ -398,10 +395,16 @@ class StepTime:
             moved = size * (2 * outputs + 3 * inputs) + rank * 3 * (8 + 4 * size)
             return work + _Work(3 * pair, moved)
         if self._adapters.apart:
-            wide = self._adapters.size
-            moved = outputs * (2 * (size + wide) + 4 * wide) + inputs * (3 * wide + 4 * size)
-            return work + _Work(pair, moved)
+            return work + _Work(pair, self._widened(inputs, outputs)[1])
         return work + _Work(pair, size * (2 * outputs + 3 * inputs))
+
+    def _widened(self, inputs: int, outputs: int) -> tuple[int, int]:
+        """Bytes that a pair moves in a dtype of its own, forward and backward."""
+        size, wide = self._step.size, self._adapters.size
+        added = 2 * wide + 2 * size  # made wide and read; read and written as a sum
+        # Rows are widened, and read so: the result's gradient by two products.
+        forward = inputs * (size + 2 * wide) + outputs * added
+        return forward, outputs * (size + 3 * wide) + inputs * (size + 2 * wide + added)
 
     def _norm(self, readers: int) -> _Work:
         """A norm on gathered rows, and its result for so many adapted layers, forward."""
