@@ -356,8 +356,8 @@ def test_layers_of_two_dtypes_are_not_planned():
     assert bf16.united(fp32) is None
     assert bf16.united(Adapters(0, frozenset(), size=2)) == bf16
     assert Adapters(0, frozenset(), size=2).united(fp32) == fp32
-    both = fp32.united(Adapters(4, frozenset(["up_proj"]), dropout=True))
-    assert (both.size, both.apart, both.dropout) == (4, True, True)
+    both = fp32.united(Adapters(4, frozenset(["up_proj"]), dropout=True, norms=True))
+    assert (both.size, both.apart, both.dropout, both.norms) == (4, True, True, True)
     assert {name: both.rank_of(name) for name in LINEAR if both.rank_of(name)} == {
         "q_proj": 8,
         "up_proj": 4,

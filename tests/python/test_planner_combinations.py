@@ -55,6 +55,11 @@ def test_the_highest_bytes_of_a_process(tmp_path):
         assert predicted - sums < (1.05 if sizes[0] > 64 else 1.15) * max(peaks)
 
 
+def test_a_process_has_the_larger_share_of_what_cannot_be_shared_out_evenly():
+    step = step_of(SHAPE, [100], [LayerRows(10, 10)] * SHAPE.layers).shared_out(4)
+    assert (step.labels, step.residual_rows, *step.rows[0]) == (3, 3, 3, 3)
+
+
 def test_processes_share_the_work_and_send_what_the_page_says():
     alone, shared = (shared_time(size, 131072).layer(0, "layer") for size in (1, 4))
     # What is sent hides, but for the first of four parts.

@@ -9,7 +9,8 @@ import lemo
 from common.recorded_steps import predicted_bytes, recorded_steps
 from lemo.models.projections import split_low_rank
 from lemo.planner.memory import MODES, StepMemory
-from lemo.planner.shape import Adapters, LayerRows, shape_of, step_of
+from lemo.planner.shape import Adapters, LayerRows, ModelShape, shape_of, step_of
+from lemo.selection.scorers import RandomScorer
 from model_checks import saved_bytes
 from planner_cases import CASES, TOKENS, PeakOfTensors, model_of
 from quantised_cases import quantise
@@ -134,6 +135,63 @@ def test_the_highest_bytes_of_a_step(case, modes, keep, width, drops):
     assert predicted - sums < 1.05 * tensors.peak
 
 
+ROWS = 2048
+OWN_SETS = {"select_at": "all", "dense_layers": [], "mask_loss": False}
+HALF = {"keep": 0.5, "dense_layers": []}
+# Modes, rows of attention and of the MLP, settings, what the step has of them, sizes of the model.
+OTHER_STEPS = {
+    **{
+        f"{rows} of {ROWS} rows, {mode}": (
+            [mode] * 4,
+            rows,
+            {"keep": rows[0] / ROWS, "keep_mlp": rows[1] / ROWS} | OWN_SETS,
+            {"drops": False, "all_count": True},
+            {},
+        )
+        for mode in MODES
+        for rows in ((512, 1024), (1024, 512))
+    },
+    **{
+        f"groups of heads, {mode}": (
+            [mode] * 4,
+            (1024, 1024),
+            HALF | {"head_groups": 2},
+            {"head_groups": 2},
+            {"width": 768},
+        )
+        for mode in MODES[1:]
+    },
+    "all tokens embedded": (
+        ["layer"] * 2,
+        (64, 64),
+        {"keep": 1 / 32, "dense_layers": []},
+        {"embeds_all": True},
+        {"heads": (8, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STEPS)
+def test_the_highest_bytes_of_other_steps(case, monkeypatch):
+    modes, rows, config, more, sizes = OTHER_STEPS[case]
+    adapters = CASES["all"][0]
+    # No scorer takes memory of its own.
+    monkeypatch.setattr(RandomScorer, "reads_residual", "embeds_all" in more)
+    model = model_of("llama", len(modes), adapters, 2, ROWS, **{"width": 384} | sizes)
+    lemo.enable(model, config_of(recompute=modes, block_size=8, scorer="random", **config))
+    ids = make_ids(1, ROWS)
+    with PeakOfTensors(model) as tensors:
+        model(input_ids=ids, labels=ids).loss.backward()
+    shape = shape_of(model.get_base_model().config)
+    step = step_of(shape, [ROWS], [LayerRows(*rows)] * len(modes), cuda=False, **more)
+    predicted = StepMemory(shape, adapters, step).peak(modes)
+    # There is no optimizer.
+    predicted -= 2 * adapters.size * adapters.parameters(shape)
+    sums = 4 * rows[0] * shape.queries
+    assert tensors.peak <= predicted
+    assert predicted - sums < 1.05 * tensors.peak
+
+
 def in_nf4(model):
     quantise(model, "nf4")
 
@@ -173,6 +231,18 @@ def test_the_highest_bytes_over_quantised_weights(way, put_in, mode):
     scales = 4 * shape.layers * sum(each.outputs for each in shape.linears())
     assert tensors.peak <= predicted + scales
     assert predicted - sums < 1.05 * tensors.peak
+
+
+def test_a_given_chunk_of_the_loss_is_taken_as_it_is():
+    """Only those that lemo chooses on a GPU are powers of two; none has more rows than count."""
+    shape = ModelShape(2, 64, 128, 4, 2, 16, 1000)
+
+    def loss(chunk):
+        step = step_of(shape, [4096], [LayerRows(3000, 3000)] * 2, loss_chunk=chunk)
+        return StepMemory(shape, Adapters(), step).loss
+
+    assert loss(1500) - loss(1100) == 400 * 1000 * 2
+    assert loss(10**6) == loss(3000)
 
 
 def test_memory_that_was_measured_on_gpus():
