@@ -181,6 +181,16 @@ def test_nothing_goes_there_that_need_not():
     assert plan.host == 0
 
 
+def test_bytes_that_were_measured_count_where_the_host_helps():
+    """All would fit without it beside those that are predicted."""
+    made = planner([4096] * 3)
+    memory, peak = made._memory, made.of(["none"] * 3, 1).peak
+    limit, more = round(1.1 * peak), peak // 4
+    plan = Planner(memory, made._time, memory.fixed + more, HostRules(GIB)).plan(limit)
+    assert plan.peak == memory.peak(plan.modes, plan.shares) + more
+    assert plan.peak <= limit
+
+
 def test_shares_that_are_given_are_those_of_the_plan():
     shares = (0.5, 1.0, 0.0)
     plan = planner([4096, 1024, 2048], HostRules(GIB, shares)).plan(64 * GIB)
