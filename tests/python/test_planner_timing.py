@@ -175,7 +175,7 @@ def one_operation(left, right, out=None):
 
 @pytest.mark.parametrize("mode", ["none", "layer"])
 @pytest.mark.parametrize(
-    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "autocast", "norms"]
+    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "autocast", "norms", "dropout"]
 )
 def test_operations_of_the_host(case, mode, monkeypatch):
     """Counted with two and with five layers; what happens once for all is not counted."""
@@ -240,12 +240,11 @@ def fp32_product(left, right, out=None):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "norms", "fp32"]
+    "case", ["no MLP", "one of q, k and v", "all", "apart", "split", "norms", "fp32", "dropout"]
 )
 def test_work_of_a_layer(case, mode, monkeypatch):
-    """Products are those that run; what As make once more of recomputed rows, for the last product
-    and for groups of heads, is little and not planned. Planned bytes are some more than those of
-    operators, as each linear layer counts for itself."""
+    """Products are those that run. Planned bytes are some more than those of operators, as each
+    linear layer counts for itself."""
     adapters, settings = CASES["apart" if case == "split" else case]
     if case == "split":
         adapters = dataclasses.replace(adapters, rank=8)
@@ -271,9 +270,7 @@ def test_work_of_a_layer(case, mode, monkeypatch):
             for rate in ({"products": 1}, {"bytes": 1})
         )
         found = counts[1].products - counts[0].products
-        of_rank = 2 * 320 * adapters.rank * (3 if case == "split" else 1)
-        more = 0 if mode == "none" else of_rank * (shape.width + 3 * (groups - 1) * shape.hidden)
-        assert 0 <= found - round(products.layer(0, mode)) <= more
+        assert found == round(products.layer(0, mode))
         if case != "split":  # whose operators are others on a GPU
             ratio = (counts[1].moved - counts[0].moved) / moved.layer(0, mode)
             assert 0.83 < ratio < 1.02

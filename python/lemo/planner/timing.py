@@ -30,8 +30,8 @@ class Operations:
     """What the host starts for a layer in both passes, as torch's dispatcher counts it
     (tests/python/test_planner_timing.py).
 
-    Adapters of layers that read the same rows are a stack (`lemo.models.projections.low_rank`).
-    Masks of dropout are not counted.
+    Adapters of layers that read the same rows are a stack (`lemo.models.projections.low_rank`);
+    with dropout each is its own.
 
     Attributes:
         base: without adapters.
@@ -39,6 +39,8 @@ class Operations:
         cast: more of them under autocast to another dtype.
         apart: the same as `adapter` in a dtype of their own.
         split: the same as sums of two numbers in the dtype of the rows.
+        masked: more for each adapter with dropout, where rows are one slice; and for each that is
+            computed again.
         norms: for norms that run as modules.
         selecting: for a sub-block that selects rows of its own.
         moving: for a layer of which something goes to the host.
@@ -50,6 +52,7 @@ class Operations:
     cast: tuple[int, ...] = (2, 2, 0)
     apart: tuple[int, ...] = (5, 6, 3)
     split: tuple[int, ...] = (4, 8, 0)
+    masked: tuple[int, int] = (18, 10)
     norms: int = 56
     selecting: int = 16
     moving: int = 4
@@ -203,9 +206,15 @@ class StepTime:
         if self._step.autocast and adapters.size != self._step.size:
             kind = tuple(map(add, kind, number.cast))
         stacks = _stacks(adapters.targets)
+        masked = again = 0
+        if adapters.dropout:
+            stacks = [1] * sum(stacks)
+            masked, again = (each * len(stacks) for each in number.masked)
         started = number.base + _of_adapters(kind, stacks)
         started += number.norms if self._norms_apart else 0
-        return self._rates.launch * started * (1 if mode == "none" else 1 + _AGAIN)
+        if mode == "none":
+            return self._rates.launch * (started + masked)
+        return self._rates.launch * (started * (1 + _AGAIN) + masked + again)
 
     @property
     def _adapted(self) -> int:
@@ -265,9 +274,9 @@ class StepTime:
     def _layer(self, rows: LayerRows, mode: str) -> float:
         total = self._forward(rows) + self._backward(rows)
         if mode != "none":
-            # The last product's values are not needed.
-            again = self._seconds(rows, self._attention_forward(), self._mlp_forward())
-            total += again - self._seconds(rows, _Work(), self._down())
+            # The last product's values are not needed, but what A makes of its rows.
+            again = self._mlp_forward() - self._down() + self._lower("down_proj")
+            total += self._seconds(rows, self._attention_forward(), again)
         if mode == "layer":
             total += self._attending(rows.attention, 4, self._rates.attention)
         if mode != "none" and (self._step.head_groups or 1) > 1:
@@ -374,6 +383,7 @@ class StepTime:
         work = self._frozen(name, inputs, outputs)
         if name not in self._adapters.targets:
             return work
+        work += _Work(0, inputs * self._masking()[0])
         pair = 2 * rank * (inputs + outputs)
         if self._split:
             # In three blocks, of which a product, its parts, and they again are moved.
@@ -381,6 +391,16 @@ class StepTime:
         if self._adapters.apart:
             return work + _Work(pair, self._widened(inputs, outputs)[0])
         return work + _Work(pair, size * (inputs + 2 * outputs))
+
+    def _lower(self, name: str) -> _Work:
+        """What a pair's A makes of the rows, of that."""
+        inputs = next(each.inputs for each in self._shape.linears() if each.name == name)
+        adapters, size = self._adapters, self._step.size
+        if name not in adapters.targets:
+            return _Work()
+        products = 2 * adapters.rank_of(name) * inputs * (3 if self._split else 1)
+        widened = 2 * adapters.size if adapters.apart and not self._split else 0
+        return _Work(products, inputs * (size + widened + self._masking()[0]))
 
     def _linear_gradient(self, name: str) -> _Work:
         """The same, backward: the weight is frozen."""
@@ -390,6 +410,7 @@ class StepTime:
         work = self._frozen(name, outputs, inputs)
         if name not in self._adapters.targets:
             return work
+        work += _Work(0, inputs * self._masking()[1])
         pair = 4 * rank * (inputs + outputs)
         if self._split:
             moved = size * (2 * outputs + 3 * inputs) + rank * 3 * (8 + 4 * size)
@@ -397,6 +418,23 @@ class StepTime:
         if self._adapters.apart:
             return work + _Work(pair, self._widened(inputs, outputs)[1])
         return work + _Work(pair, size * (2 * outputs + 3 * inputs))
+
+    def _masking(self) -> tuple[float, float]:
+        """Bytes that dropout moves for a number of the input, forward and backward
+        (lemo.models.projections.dropout)."""
+        if not self._adapters.dropout:
+            return 0, 0
+        apart = self._adapters.apart
+        size, number = self._step.size, self._adapters.size if apart else self._step.size
+
+        def multiplied(size: int) -> int:
+            return 1 + 4 * size  # a byte made a number; this, what is multiplied, and the product
+
+        # Bits are packed and unpacked by three operators on bytes.
+        drawn, unpacked = 1 + 5 + 1 / 8, 1 / 8 + 7
+        # Of the input's gradient the product is a tensor of its own, as it is if `apart`.
+        gradient = multiplied(number) + (0 if apart and not self._split else 2 * number)
+        return drawn + multiplied(size), unpacked + multiplied(size) + gradient
 
     def _widened(self, inputs: int, outputs: int) -> tuple[int, int]:
         """Bytes that a pair moves in a dtype of its own, forward and backward."""
@@ -434,6 +472,10 @@ class StepTime:
         attention's result was not stored queries, keys and values once more."""
         shape, size = self._shape, self._step.size
         copies = _Work(0, 8 * size * (shape.queries + shape.keys))
+        for _ in range(1, self._step.head_groups or 1):
+            # Each group has the products of As for itself.
+            for name in ("q_proj", "k_proj", "v_proj"):
+                copies += self._lower(name)
         if mode == "selective":
             return copies
         work = self._norm(3) + _Work(0, 2 * size * (shape.queries + shape.keys))
