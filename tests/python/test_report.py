@@ -444,7 +444,7 @@ def test_short_and_sparse_logs_still_give_a_report(tmp_path):
         ("config.yaml", "- 1\n", r"config\.yaml: expected a mapping of settings, got list"),
         ("config.yaml", "a: [1\n", r"config\.yaml:2: not YAML: "),
         ("config.yaml", "a: " + "[" * 10_000, r"config\.yaml: not YAML: "),
-        ("config.yaml", "a: 2026-13-45", r"config\.yaml: not YAML: month must be in 1\.\.12"),
+        ("config.yaml", "a: 2026-13-45", r"config\.yaml:1: not YAML: month must be in 1\.\.12"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):

@@ -550,7 +550,7 @@ def test_tokens_on_the_host_have_to_fit():
     model = make_model("llama", max_position_embeddings=128)
     config = {"keep": 0.25, "keep_last": 0, "scorer": "lexical", "block_size": BLOCK}
     handle = lemo.enable(model, lemo.LemoConfig(**config))
-    with pytest.raises(ValueError, match=r"input_ids: expected \[batch, tokens\] on the CPU"):
+    with pytest.raises(ValueError, match=r"input_ids: expected \[batch, tokens\], got"):
         handle.on_host(batch["input_ids"][0]).__enter__()
     wrong = torch.zeros(1, 64, dtype=torch.int64, device="cpu")
     message = r"handle.on_host, .* \[1, 64\], got \[1, 128\]"
