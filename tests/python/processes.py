@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +19,7 @@ import torch.distributed as dist
 _PATIENCE = timedelta(seconds=60)
 
 _MEETING = "meeting"
+_STACKS = "stacks"
 
 # Started once; the processes are copies of it, which have imported what takes seconds.
 _server = get_context("forkserver")
@@ -55,8 +59,10 @@ def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any)
     try:
         for _ in processes:
             rank, value, error = results.get(timeout=2 * _PATIENCE.total_seconds())
-            assert error is None, f"process {rank}: {error}"
+            assert error is None, f"process {rank}: {error}\n{_others(processes, rank, folder)}"
             found[rank] = value
+    except Empty:
+        raise AssertionError(_others(processes, None, folder)) from None
     finally:
         for process in processes:
             process.join(0 if len(found) < count else None)
@@ -64,17 +70,36 @@ def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any)
     return [found[rank] for rank in range(count)]
 
 
+def _others(processes: list[Any], failed: int | None, folder: Path) -> str:
+    """How the processes beside the failed one ended, or where their threads are now."""
+    told = []
+    for rank, process in enumerate(processes):
+        if rank == failed:
+            continue
+        process.join(1)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(1)
+        code = "is alive" if process.exitcode is None else f"ended with {process.exitcode}"
+        told.append(f"process {rank} {code}\n{(folder / f'{_STACKS}{rank}').read_text()}")
+    return "\n".join(told)
+
+
 def _member(results, rank, count, folder, function, arguments):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    try:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{_MEETING}",
-            rank=rank,
-            world_size=count,
-            timeout=_PATIENCE,
-        )
-        results.put((rank, function(*arguments), None))
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, None, traceback.format_exc()))
+    # Read where another process tells of an error: this one may have died, or wait.
+    with open(f"{folder}/{_STACKS}{rank}", "w") as stacks:
+        faulthandler.enable(stacks)
+        faulthandler.register(signal.SIGUSR1, stacks)
+        try:
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/{_MEETING}",
+                rank=rank,
+                world_size=count,
+                timeout=_PATIENCE,
+            )
+            results.put((rank, function(*arguments), None))
+            dist.destroy_process_group()
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
