@@ -21,7 +21,9 @@ _PATIENCE = timedelta(seconds=60)
 _MEETING = "meeting"
 _STACKS = "stacks"
 
-# Started once; the processes are copies of it, which have imported what takes seconds.
+# Started once; the processes are copies of it, which have imported what takes seconds. It has one
+# thread, as what is copied should: pyarrow's allocator would start another one.
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
 _server = get_context("forkserver")
 _server.set_forkserver_preload(
     [
