@@ -175,6 +175,61 @@ def test_layers_that_come_later_are_named():
         model(**BATCH)
 
 
+def take_a_layer_out(model):
+    model.model.layers = model.model.layers[1:]
+    model.config.num_hidden_layers = 2
+
+
+def turn_layers_around(model):
+    model.model.layers = model.model.layers[::-1]
+
+
+def widen_the_mask(model):
+    model.config.sliding_window = 20
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (take_a_layer_out, "None of 'full_attention', got 11"),
+        (turn_layers_around, "None of 'full_attention', got 11"),
+        (widen_the_mask, "20 of 'sliding_attention', got 11"),
+    ],
+)
+def test_windows_that_are_not_those_of_the_masks_are_refused(change, found, when, architecture):
+    """A layer's mask is that of its place, and its own window that of where it was made for."""
+    model = make_model(architecture)
+    if when == "after":
+        lemo.enable(model, EVERYTHING)
+        model(**BATCH)
+    change(model)
+    with pytest.raises(ValueError, match=f"layer . to have the window .*, {found}; where layers"):
+        lemo.enable(model, EVERYTHING) if when == "before" else model(**BATCH)
+
+
+def test_layers_without_a_kind_are_refused():
+    model = make_model("qwen2")
+    model.model.layers.append(model.model.layers[2])
+    model.config.num_hidden_layers = 4
+    with pytest.raises(ValueError, match="layer 3 .*, None of 'None', got 11; where layers"):
+        lemo.enable(model, EVERYTHING)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_windows_that_follow_their_layers(architecture):
+    model, dense = make_model(architecture), make_model(architecture)
+    for each in (model, dense):
+        take_a_layer_out(each)
+        each.config.layer_types = each.config.layer_types[1:]
+        each.config.use_cache = False  # whose places are those of before
+    lemo.enable(model, EVERYTHING)
+    for each in (model, dense):
+        each(**BATCH).loss.backward()
+    assert_same_gradients(model, dense)
+
+
 @pytest.mark.parametrize("path", ["native", "generic"])
 def test_a_decoder_inside_of_a_compiled_module_is_refused(path):
     model = make_model("llama")

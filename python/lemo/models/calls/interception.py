@@ -66,9 +66,9 @@ def check_parts(decoder: nn.Module, config: Any, dropout_name: str) -> None:
     Raises:
         ValueError: the decoder has hooks or a forward that was replaced; a layer or an attention
             module is of another class, or has hooks or a forward that was replaced; attention drops
-            out or sees later tokens; there are fewer layers than the configuration says; an
-            attention implementation or a rotation is neither Transformers' nor known to compute the
-            same.
+            out or sees later tokens, or has another window than the configuration says; there are
+            fewer layers than that says; an attention implementation or a rotation is neither
+            Transformers' nor known to compute the same.
     """
     _check_decoder(decoder, config)
     for name, module in _parts(decoder):
@@ -101,6 +101,7 @@ def check_parts(decoder: nn.Module, config: Any, dropout_name: str) -> None:
             raise ValueError(
                 f"model: expected causal attention, got is_causal=False in layer {index}"
             )
+    _check_windows(decoder, config)
     if not getattr(config, "is_causal", True):
         raise ValueError("model: expected a causal model, got config.is_causal=False")
     attention = type(own_module(own_module(decoder.layers[0]).self_attn))
@@ -129,6 +130,26 @@ def _check_decoder(decoder: nn.Module, config: Any) -> None:
             f"model: expected config.num_hidden_layers = {config.num_hidden_layers} layers, got "
             f"{len(decoder.layers)}"
         )
+
+
+def _check_windows(decoder: nn.Module, config: Any) -> None:
+    """Refuses layers that have another window than the mask that their model makes for them.
+
+    The mask goes by a layer's place, its attention by the place that it was made for.
+    """
+    kinds = getattr(config, "layer_types", None)
+    for index in range(config.num_hidden_layers if kinds else 0):
+        attention = own_module(own_module(decoder.layers[index]).self_attn)
+        if not hasattr(attention, "sliding_window"):
+            continue
+        kind = kinds[index] if index < len(kinds) else None
+        window = config.sliding_window if kind == "sliding_attention" else None
+        if kind is None or attention.sliding_window != window:
+            raise ValueError(
+                f"model: expected layer {index} to have the window that config.layer_types says, "
+                f"{window} of '{kind}', got {attention.sliding_window}; where layers were taken "
+                "out, repeated or put in another order, put config.layer_types in their order, too"
+            )
 
 
 def check_not_compiled(module: nn.Module) -> None:
