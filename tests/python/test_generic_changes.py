@@ -8,6 +8,7 @@ from types import MethodType
 import pytest
 import torch
 from transformers import AttentionInterface, LlamaForCausalLM
+from transformers.loss import loss_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -59,7 +60,7 @@ def doubled(forward):
     return patch
 
 
-@pytest.mark.parametrize("change", ["class", "configuration"])
+@pytest.mark.parametrize("change", ["class", "configuration", "part of the loss"])
 def test_a_loss_that_is_changed_later_is_the_models_own(change, monkeypatch):
     model = make("gemma2", final_logit_softcapping=None, attn_logit_softcapping=None)
     dense = copy.deepcopy(model)
@@ -71,6 +72,9 @@ def test_a_loss_that_is_changed_later_is_the_models_own(change, monkeypatch):
             each.config.final_logit_softcapping = 1.5
     if change == "class":
         monkeypatch.setattr(type(model), "forward", doubled(type(model).forward))
+    elif change == "part of the loss":
+        part = loss_utils.fixed_cross_entropy
+        monkeypatch.setattr(loss_utils, "fixed_cross_entropy", lambda *a, **k: 2 * part(*a, **k))
     handle.begin_step(0, 1)
     loss = model(**batch_of()).loss
     oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss

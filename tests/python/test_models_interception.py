@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
+from transformers.loss import loss_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.llama import modeling_llama
 
@@ -86,6 +87,14 @@ def change_rotation(model, monkeypatch):
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", scaled(rotation))
 
 
+def change_what_the_rotation_calls(model, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "rotate_half", scaled(modeling_llama.rotate_half))
+
+
+def change_what_eager_attention_calls(model, monkeypatch):
+    monkeypatch.setattr(modeling_llama, "repeat_kv", scaled(modeling_llama.repeat_kv))
+
+
 def change_eager_attention(model, monkeypatch):
     monkeypatch.setattr(modeling_llama, "eager_attention_forward", own_attention)
 
@@ -149,6 +158,8 @@ REFUSED = {
     hook_a_layer: "layers.0 .* a hook from test_models_interception",
     hook_attention: "layers.0.self_attn .* a hook from test_models_interception",
     change_rotation: "the rotation of transformers.models.llama.* got one from test_models_inter",
+    change_what_the_rotation_calls: "the rotation of .*llama.* got one from test_models_inter",
+    change_what_eager_attention_calls: "attn_implementation: .* 'eager' from test_models_interc",
     change_eager_attention: "attn_implementation: .* 'eager' from test_models_interception",
     register_attention: "attn_implementation: expected one of Transformers' own, got 'own' from",
 }
@@ -308,6 +319,19 @@ def change_loss_function(model, monkeypatch):
     model.loss_function = lambda *args, **kwargs: 2 * ForCausalLMLoss(*args, **kwargs)
 
 
+def change_part_of_the_loss(model, monkeypatch):
+    part = scaled(loss_utils.fixed_cross_entropy)
+    monkeypatch.setattr(loss_utils, "fixed_cross_entropy", part)
+
+
+def change_cross_entropy(model, monkeypatch):
+    function = scaled(nn.functional.cross_entropy)
+    monkeypatch.setattr(nn.functional, "cross_entropy", function)
+
+
+OF_ALL_MODELS = (change_causal_lm_class, change_part_of_the_loss, change_cross_entropy)
+
+
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 @pytest.mark.parametrize(
     ("change", "when"),
@@ -318,6 +342,9 @@ def change_loss_function(model, monkeypatch):
         (change_forward_of_causal_lm, "before"),
         (change_loss_function, "before"),
         (change_loss_function, "after"),
+        (change_part_of_the_loss, "before"),
+        (change_part_of_the_loss, "after"),
+        (change_cross_entropy, "after"),
     ],
 )
 def test_a_loss_of_ones_own_is_made_of_what_the_decoder_gives(change, when, keep, monkeypatch):
@@ -329,7 +356,7 @@ def test_a_loss_of_ones_own_is_made_of_what_the_decoder_gives(change, when, keep
     if when == "after":
         change(inner, monkeypatch)
     loss = model(**BATCH).loss
-    if change is not change_causal_lm_class:
+    if change not in OF_ALL_MODELS:
         change(dense.get_base_model(), monkeypatch)
     expected = dense(**BATCH).loss
     assert_close_fp32(loss, expected)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.loss.loss_utils import ForCausalLMLoss
+from torch.nn.functional import cross_entropy
 
 from lemo.models.calls.arguments import ForwardArguments
 from lemo.models.calls.labels import IGNORE_INDEX
@@ -37,7 +37,7 @@ def verify(
         forward: what computes in place of the model's own forward.
         batch, tokens: as of the handle.
         makes_loss: whether `forward` also makes the loss. Where it does not, the decoder's states
-            are compared, by the loss that Transformers would make of them.
+            are compared, by the loss that Transformers itself would make of them.
 
     Raises:
         ValueError: as of the handle.
@@ -71,12 +71,11 @@ def verify(
 
 
 def _loss_of_states(architecture: Architecture, arguments: dict[str, Any]) -> Tensor:
-    """ForCausalLMLoss of the head's logits of what the decoder's own forward gives."""
+    """The mean cross entropy of the head's logits of what the decoder's own forward gives."""
     inputs = {name: value for name, value in arguments.items() if name != "labels"}
     states = own_forward(architecture.decoder, inputs).last_hidden_state
-    vocabulary = architecture.config.vocab_size
-    loss: Tensor = ForCausalLMLoss(architecture.lm_head(states), arguments["labels"], vocabulary)
-    return loss
+    logits, labels = architecture.lm_head(states)[:, :-1], arguments["labels"][:, 1:]
+    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def verify_sharded(

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss import loss_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -33,6 +34,7 @@ __all__ = [
     "makes_another_loss",
     "origin",
     "own_module",
+    "parts_of_loss",
     "runs_foreign_code",
     "works_row_by_row",
 ]
@@ -298,7 +300,16 @@ def makes_another_loss(causal_lm: nn.Module, replaced: object = None) -> str | N
     if found is not None and found.partition(".")[0] not in _SAME_LOSS:
         return found
     loss: object = causal_lm.loss_function
-    return None if loss is ForCausalLMLoss else origin(loss)
+    if loss is not ForCausalLMLoss:
+        return origin(loss)
+    origins = map(origin, parts_of_loss())
+    same = ("torch", *_SAME_LOSS)
+    return next((found for found in origins if found.partition(".")[0] not in same), None)
+
+
+def parts_of_loss() -> tuple[object, ...]:
+    """The functions that Transformers' loss looks up when it runs."""
+    return loss_utils.fixed_cross_entropy, nn.functional.cross_entropy
 
 
 def own_module(module: nn.Module) -> nn.Module:
@@ -337,10 +348,11 @@ def _check_functions(attention: type, attention_name: str) -> None:
     if function is not None or "/" not in attention_name:
         check_attention(function, attention_name)
     rotation = getattr(home, "apply_rotary_pos_emb", None)
-    if rotation is not None and origin(rotation).partition(".")[0] not in _SAME_ROTATION:
+    foreign = None if rotation is None else _foreign_code(rotation, _SAME_ROTATION)
+    if foreign is not None:
         raise ValueError(
-            f"model: expected the rotation of {attention.__module__}, got one from "
-            f"{origin(rotation)}; {_REMEDY}"
+            f"model: expected the rotation of {attention.__module__}, got one from {foreign}; "
+            f"{_REMEDY}"
         )
 
 
@@ -352,14 +364,24 @@ def check_attention(function: object, name: str) -> None:
         name: of the implementation.
 
     Raises:
-        ValueError: it is neither Transformers' nor lemo's.
+        ValueError: it is neither Transformers' nor lemo's, or calls what is not.
     """
-    if origin(function).partition(".")[0] not in ("transformers", "lemo"):
+    foreign = _foreign_code(function, ("transformers", "lemo"))
+    if foreign is not None:
         raise ValueError(
             f"attn_implementation: expected one of Transformers' own, got '{name}' from "
-            f"{origin(function)}, in whose place lemo's attention would run. Load the model with "
+            f"{foreign}, in whose place lemo's attention would run. Load the model with "
             "attn_implementation='sdpa', or train without lemo"
         )
+
+
+def _foreign_code(function: Any, libraries: tuple[str, ...]) -> str | None:
+    """Where a function comes from, or one of its module that it calls; None: known libraries."""
+    names = getattr(getattr(function, "__code__", None), "co_names", ())
+    called = (function.__globals__.get(name) for name in names)
+    origins = map(origin, (function, *filter(inspect.isfunction, called)))
+    known = (*libraries, "torch")
+    return next((found for found in origins if found.partition(".")[0] not in known), None)
 
 
 def kind_of(part: object) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lemo.models.calls.eval_mode import evaluating
+from lemo.models.calls.interception import parts_of_loss
 from lemo.models.generic.parts import Parts
 from lemo.models.layers.loss import head_loss, loss_chunk_rows, sum_over_chunks
 
@@ -159,7 +160,7 @@ def rules_of_loss(parts: Parts) -> list[object]:
     causal_lm = parts.causal_lm
     owners = (causal_lm, causal_lm.config, parts.decoder.config)
     numbers = (value for owner in owners for value in vars(owner).values() if _is_number(value))
-    return [type(causal_lm).forward, causal_lm.loss_function, *numbers]
+    return [type(causal_lm).forward, causal_lm.loss_function, *parts_of_loss(), *numbers]
 
 
 def has_head_alone(parts: Parts) -> bool:
