@@ -83,6 +83,21 @@ def test_a_loss_that_is_changed_later_is_the_models_own(change, monkeypatch):
     assert_same(model, dense, loss, oracle)
 
 
+def test_hooks_on_all_modules(monkeypatch):
+    """The head's product is a module's, too."""
+
+    def halve(module, args, output):
+        return 0.5 * output if isinstance(module, torch.nn.Linear) else None
+
+    model, dense = make("phi3"), make("phi3")
+    handle = lemo.enable(model, HALF)
+    monkeypatch.setitem(torch.nn.modules.module._global_forward_hooks, 0, halve)
+    loss = model(**batch_of()).loss
+    oracle = dense(**masked_batch(batch_of(), kept_mask(handle, batch_of()))).loss
+    loss.backward(), oracle.backward()
+    assert_same(model, dense, loss, oracle)
+
+
 def test_a_scale_of_logits_that_is_changed_later():
     """A number of the model itself, not of its configuration."""
     model = make("cohere2", logit_scale=1.0)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.utils.module_tracker import ModuleTracker
 from transformers import AttentionInterface, DynamicCache
 from transformers.loss import loss_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -108,6 +109,15 @@ def hook_the_decoder(model, monkeypatch):
     model.model.register_forward_hook(hook)
 
 
+def hook_all_modules(model, monkeypatch):
+    monkeypatch.setitem(nn.modules.module._global_forward_hooks, 0, hook)
+
+
+def hook_what_all_modules_get(model, monkeypatch):
+    hooks = nn.modules.module._global_forward_pre_hooks
+    monkeypatch.setitem(hooks, 0, lambda module, args: None)
+
+
 def hook_what_the_decoder_gets(model, monkeypatch):
     model.model.register_forward_pre_hook(lambda module, args: None)
 
@@ -142,6 +152,8 @@ def mask_no_later_tokens(model, monkeypatch):
 
 REFUSED = {
     hook_the_decoder: "expected LlamaModel .* a hook from test_models_interception",
+    hook_all_modules: "expected LlamaModel .* a hook from test_models_interception",
+    hook_what_all_modules_get: "expected LlamaModel .* a hook from test_models_interception",
     hook_what_the_decoder_gets: "expected LlamaModel .* a hook from test_models_interception",
     hook_gradients_of_the_decoder: "expected LlamaModel .* a hook from test_models_interception",
     change_forward_of_the_decoder: "expected LlamaModel .* replaced",
@@ -176,6 +188,15 @@ def test_what_would_not_run_is_refused(change, when, monkeypatch):
     use = model if when == "after" else lambda **_: lemo.enable(model, EVERYTHING)
     with pytest.raises(ValueError, match=REFUSED[change]):
         use(**BATCH)
+
+
+def test_watchers_of_torch_on_all_modules():
+    model = lora(make_model("llama"))
+    handle = lemo.enable(model, EVERYTHING.replace(keep=0.5))
+    with ModuleTracker():
+        model(**BATCH).loss.backward()
+        assert not handle.general_modules()
+    assert handle.statistics()[0].attention_rows < 0.6 * 101
 
 
 def test_layers_that_come_later_are_named():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as of_all_modules
 from transformers import PreTrainedModel
 from transformers.loss import loss_utils
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -237,7 +238,20 @@ def is_intercepted(module: nn.Module) -> bool:
         or of["_backward_hooks"]
         or of["_backward_pre_hooks"]
         or "forward" in of
+        or _hooks_of_all()
     )
+
+
+def _hooks_of_all() -> list[object]:
+    """Hooks on every module there is, by `torch.nn.modules.module`, but for torch's own, which only
+    watch."""
+    hooks = (
+        *of_all_modules._global_forward_hooks.values(),
+        *of_all_modules._global_forward_pre_hooks.values(),
+        *of_all_modules._global_backward_hooks.values(),
+        *of_all_modules._global_backward_pre_hooks.values(),
+    )
+    return [hook for hook in hooks if not origin(hook).startswith("torch.")]
 
 
 @functools.cache
@@ -326,14 +340,15 @@ def _parts(decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _foreign_hooks(module: nn.Module) -> list[str]:
-    """Where hooks come from that are not those by which Transformers records its own outputs."""
+    """Where hooks on a module, or on all, come from, without those that record Transformers' own
+    outputs."""
     hooks = (
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
         *module._backward_hooks.values(),
         *module._backward_pre_hooks.values(),
     )
-    origins = map(origin, hooks)
+    origins = map(origin, (*hooks, *_hooks_of_all()))
     own = ("transformers", "torch.distributed.fsdp") if is_sharded(module) else ("transformers",)
     return [origin for origin in origins if not origin.startswith(own)]
 
@@ -419,5 +434,5 @@ def works_row_by_row(module: nn.Module) -> bool:
         return False
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     harmless = "make_inputs_require_grad", "make_inputs_require_grads"
-    known = all(getattr(hook, "__name__", "") in harmless for hook in hooks)
+    known = all(getattr(hook, "__name__", "") in harmless for hook in (*hooks, *_hooks_of_all()))
     return known and "forward" not in vars(module)
