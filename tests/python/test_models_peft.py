@@ -41,6 +41,7 @@ KINDS = {
     "embedding and head saved": lora_of(modules_to_save=HEAD),
     "final norm saved": lora_of(modules_to_save=["norm"]),
     "some tokens": lora_of(trainable_token_indices=[3, 4, 9]),
+    "parameters": lora_of(["v_proj"], target_parameters=["q_proj.weight", "lm_head.weight"]),
     "one layer": lora_of(layers_to_transform=[1]),
     "patterns": lora_of(ALL, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 16}),
     "biases of the layers": lora_of(ALL, bias="all"),

@@ -6,7 +6,8 @@ module.
 """
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,6 +54,22 @@ class AsInForward:
         if _read(self._module)[0] != self._switches:
             return "other active, merged, disabled or scaled adapters, or other dropout"
         return None
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around a call of the module: checks it, and notes what the call itself changes.
+
+        PEFT's LoRA of parameters (`target_parameters`) puts its weight aside and back in each call,
+        which counts as a change in place.
+
+        Raises:
+            RuntimeError, ValueError: as of `check`.
+        """
+        self.check()
+        try:
+            yield
+        finally:
+            self._versions = _versions(self._parameters)
 
     def _is_sharded(self) -> bool:
         """Whether FSDP2 puts other tensors into it for forward; those of now are checked there."""
