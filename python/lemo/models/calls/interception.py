@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -245,12 +246,16 @@ def is_intercepted(module: nn.Module) -> bool:
 def _hooks_of_all() -> list[object]:
     """Hooks on every module there is, by `torch.nn.modules.module`, but for torch's own, which only
     watch."""
-    hooks = (
-        *of_all_modules._global_forward_hooks.values(),
-        *of_all_modules._global_forward_pre_hooks.values(),
-        *of_all_modules._global_backward_hooks.values(),
-        *of_all_modules._global_backward_pre_hooks.values(),
+    kinds = (
+        of_all_modules._global_forward_hooks,
+        of_all_modules._global_forward_pre_hooks,
+        of_all_modules._global_backward_hooks,
+        of_all_modules._global_backward_pre_hooks,
     )
+    # Asked a thousand times in a pass.
+    if not any(kinds):
+        return []
+    hooks = chain.from_iterable(kind.values() for kind in kinds)
     return [hook for hook in hooks if not origin(hook).startswith("torch.")]
 
 
