@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +18,9 @@ import torch.distributed as dist
 
 # Whatever a test does wrong, its processes do not wait for each other longer.
 _PATIENCE = timedelta(seconds=60)
+
+# Seconds that a process has to tell of its error behind another one's.
+_MOMENT = 1.0
 
 _MEETING = "meeting"
 _STACKS = "stacks"
@@ -61,10 +65,11 @@ def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any)
     try:
         for _ in processes:
             rank, value, error = results.get(timeout=2 * _PATIENCE.total_seconds())
-            assert error is None, f"process {rank}: {error}\n{_others(processes, rank, folder)}"
+            if error is not None:
+                raise AssertionError(_all_told(processes, {rank: error}, results, folder))
             found[rank] = value
     except Empty:
-        raise AssertionError(_others(processes, None, folder)) from None
+        raise AssertionError(_all_told(processes, {}, results, folder)) from None
     finally:
         for process in processes:
             process.join(0 if len(found) < count else None)
@@ -72,16 +77,22 @@ def run(count: int, function: Callable[..., Any], folder: Path, *arguments: Any)
     return [found[rank] for rank in range(count)]
 
 
-def _others(processes: list[Any], failed: int | None, folder: Path) -> str:
-    """How the processes beside the failed one ended, or where their threads are now."""
-    told = []
+def _all_told(processes: list[Any], errors: dict[int, str], results: Any, folder: Path) -> str:
+    """The errors of all processes, and how the others ended, or where their threads are now."""
+    # The one that lost another may tell of it before that one tells why.
+    with suppress(Empty):
+        while len(errors) < len(processes):
+            rank, _, error = results.get(timeout=_MOMENT)
+            if error is not None:
+                errors[rank] = error
+    told = [f"process {rank}: {error}" for rank, error in errors.items()]
     for rank, process in enumerate(processes):
-        if rank == failed:
+        if rank in errors:
             continue
-        process.join(1)
+        process.join(_MOMENT)
         if process.is_alive():
             os.kill(process.pid, signal.SIGUSR1)
-            process.join(1)
+            process.join(_MOMENT)
         code = "is alive" if process.exitcode is None else f"ended with {process.exitcode}"
         told.append(f"process {rank} {code}\n{(folder / f'{_STACKS}{rank}').read_text()}")
     return "\n".join(told)
@@ -89,6 +100,8 @@ def _others(processes: list[Any], failed: int | None, folder: Path) -> str:
 
 def _member(results, rank, count, folder, function, arguments):
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Whatever becomes of the machine's name and its network.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # Read where another process tells of an error: this one may have died, or wait.
     with open(f"{folder}/{_STACKS}{rank}", "w") as stacks:
         faulthandler.enable(stacks)
