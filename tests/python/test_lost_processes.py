@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,33 @@ def test_a_process_that_waits_for_a_lost_one_is_ended(error):
 def test_a_process_is_left_alone_as_long_as_nothing_is_wrong():
     ended = waiting(0.5, "SUCCESS")
     assert (ended.returncode, ended.stdout) == (0, "came to the end\n")
+
+
+def _kept_waiting():
+    """What the first of two processes raises, which waits for the other one for too long."""
+    group = distributed.new_group(timeout=timedelta(seconds=1))
+    said = ""
+    if distributed.get_rank() == 0:
+        with pytest.raises(ConnectionError) as caught, processes.naming_lost_processes(Path("a")):
+            distributed.barrier(group)
+        assert "Timed out" in str(caught.value.__cause__)
+        said = str(caught.value)
+    distributed.barrier()
+    return said
+
+
+def test_a_process_that_was_kept_waiting_says_so(tmp_path):
+    said, _ = run(2, _kept_waiting, tmp_path)
+    assert "or has kept this one waiting for the timeout of their group" in said
+    assert "the checkpoints in 'a' are whole: start the run again with --resume" in said
+
+
+def test_other_errors_of_torch_stay_as_they_are():
+    with (
+        pytest.raises(RuntimeError, match="^shapes differ$"),
+        processes.naming_lost_processes(Path("a")),
+    ):
+        raise RuntimeError("shapes differ")
 
 
 def _asked():

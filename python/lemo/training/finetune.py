@@ -126,7 +126,7 @@ def finetune(
         FloatingPointError: the loss is not finite any more.
         MemoryError: a step ran out of memory; the last checkpoint stays whole.
         OSError: the disk is full or not writable; the last checkpoint stays whole.
-        ConnectionError: another process of the run is gone.
+        ConnectionError: another process of the run is gone, or kept this one waiting too long.
     """
     folder = Path(config.output)
     with process_group(), naming_lost_processes(folder):

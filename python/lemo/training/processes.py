@@ -76,13 +76,13 @@ def naming_lost_processes(folder: Path) -> Iterator[None]:
     Raises:
         ConnectionError: in place of the errors of torch.distributed.
     """
-    advice = (
-        f"and its own message, if it had one, says why; the checkpoints in '{folder}' are whole: "
-        "start the run again with --resume"
+    message = (
+        "processes: another process of the run is gone, or has kept this one waiting for the "
+        "timeout of their group, and its own message, if it had one, says why; the checkpoints in "
+        f"'{folder}' are whole: start the run again with --resume"
     )
     over = Event()
-    text = f"is gone, or has kept this one waiting for the timeout of their group, {advice}"
-    watch = Thread(target=_end_with_lost, args=(over, text), name="lemo-lost", daemon=True)
+    watch = Thread(target=_end_with_lost, args=(over, message), name="lemo-lost", daemon=True)
     watch.start()
     try:
         yield
@@ -90,21 +90,17 @@ def naming_lost_processes(folder: Path) -> Iterator[None]:
         lost = isinstance(error, torch.distributed.DistError) or _GLOO in str(error)
         if not lost:
             raise
-        raise ConnectionError(f"processes: another process of the run is gone, {advice}") from error
+        raise ConnectionError(message) from error
     finally:
         over.set()
         watch.join()
 
 
-def _end_with_lost(over: Event, what: str) -> None:
+def _end_with_lost(over: Event, message: str) -> None:
     """Ends this process, with a message, where NCCL has given up another one."""
     while not over.wait(_PAUSE):
         if any(error().name != "SUCCESS" for error in _errors()):
-            print(
-                f"lemo: error: processes: another process of the run {what}",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"lemo: error: {message}", file=sys.stderr, flush=True)
             # Nothing else ends a thread that waits for its GPU, or what that computes from then on.
             os._exit(1)
 
