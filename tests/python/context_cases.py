@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ import torch
 import torch.distributed as dist
 from bitsandbytes.nn import Params4bit
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lemo
 from lemo import ops
 from lemo.distributed import attention
-from lemo.distributed.agreement import check_weights
+from lemo.distributed.agreement import check_batch, check_weights
 from lemo.distributed.attention import SharedKeys, shared_attention
 from lemo.distributed.context import ContextParallel
 from lemo.distributed.dealing import deal
@@ -439,11 +440,16 @@ def ddp_averages_over_the_groups():
     # DDP takes the mean over the groups.
     mine = halves[mesh.get_local_rank("dp")] | {"num_items_in_batch": items / 2}
     for whole in (False, True):
-        context = ContextParallel(mesh, averages_gradients=not whole)
+        context = ContextParallel(mesh, averages_gradients=not whole, head_groups=3)
         assert context.replica == rank // (count // 2)
+        # Of a group alone it is known who is in it.
+        assert (
+            ContextParallel(context.group).replica == dist.get_process_group_ranks(context.group)[0]
+        )
         handle = lemo.enable(model, config, context)
         copied = handle.path.forward.context
         assert (copied.replica, copied.averages_gradients) == (context.replica, not whole)
+        assert copied.head_groups == 3
         wrapped = DistributedDataParallel(
             model, process_group=None if whole else mesh.get_group("dp")
         )
@@ -491,8 +497,21 @@ def what_is_not_supported_is_refused_by_name():
     mesh = init_device_mesh("cpu", (1, context.size), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ValueError, match="dimension 'cp', got \\['dp', 'tp'\\]"):
         ContextParallel(mesh)
-    with pytest.raises(ValueError, match="head_groups: expected a number of at least 1, got 0"):
-        ContextParallel(head_groups=0)
+    for wrong in (0, True, 2.0):
+        with pytest.raises(ValueError, match=f"head_groups: expected .* at least 1, got {wrong}"):
+            ContextParallel(head_groups=wrong)
+
+
+@case
+def processes_without_this_one_are_refused():
+    alone = {"mesh_dim_names": ("dp", "cp")}
+    groups = dist.new_group([0]), DeviceMesh("cpu", [0]), DeviceMesh("cpu", [[0]], **alone)
+    for group in groups:
+        if dist.get_rank() == 0:
+            assert ContextParallel(group).size == 1
+            continue
+        with pytest.raises(ValueError, match="context_parallel: expected processes that include"):
+            ContextParallel(group)
 
 
 @case
@@ -518,6 +537,35 @@ def other_batches_and_other_weights_are_refused():
             pytest.raises(ValueError, match="model: expected the same weights .*lora_A"),
         ):
             model(**arguments)
+
+
+@case
+def arguments_are_compared_by_name_and_in_any_order():
+    rank, group, cpu = dist.get_rank(), dist.group.WORLD, torch.device("cpu")
+    ids, mask = make_ids(1, 9), torch.ones(1, 9)
+    check_batch({}, cpu, group)
+    given = {"input_ids": ids, "mask": mask}
+    check_batch(dict(sorted(given.items(), reverse=bool(rank))), cpu, group)
+    with pytest.raises(ValueError, match="batch: expected the same"):
+        check_batch({"input_ids": ids, ("mask", "type_ids")[min(rank, 1)]: mask}, cpu, group)
+
+
+@case
+def weights_that_differ_little_are_named():
+    rank, group, cpu = dist.get_rank(), dist.group.WORLD, torch.device("cpu")
+    # No number of bf16 is their sum.
+    weights = [(name, torch.nn.Parameter(torch.ones(1000).bfloat16())) for name in "abcd"]
+    nowhere = torch.nn.Parameter(torch.empty(3, device="meta"))
+    check_weights([*weights, ("nowhere", nowhere)], cpu, group)
+    check_weights([("nowhere", nowhere)], cpu, group)
+    for count, named in (
+        (3, "got others in a, b, c; seed"),
+        (4, "got others in a, b, c, ...; seed"),
+    ):
+        for _, weight in weights[:count]:
+            weight.data[5] = 1 + rank / 128
+        with pytest.raises(ValueError, match=re.escape(named)):
+            check_weights(weights, cpu, group)
 
 
 @case

@@ -22,18 +22,20 @@ def test_every_row_is_of_one_process(processes):
     for seed in range(8):
         counts = counts_of(seed)
         sequence_of = [s for s, count in enumerate(counts) for _ in range(count)]
-        seen = []
+        seen, sizes = [], []
         for process in range(processes):
             dealt, cu_rows = deal(counts, processes, process, CPU)
             mine = dealt.of(process).tolist()
             assert mine == sorted(mine)
-            assert len(mine) == dealt.sizes[process] <= dealt.largest
+            assert len(mine) == dealt.sizes[process]
             # Where each sequence's begin.
             ends = [sum(sequence_of[row] < s for row in mine) for s in range(len(counts) + 1)]
             assert cu_rows.tolist() == ends
             assert [row for row, owner in enumerate(dealt.owners()) if owner == process] == mine
             seen += mine
+            sizes.append(len(mine))
         assert sorted(seen) == [*range(sum(counts))]
+        assert dealt.largest == max(sizes)
 
 
 @pytest.mark.parametrize("processes", [2, 3, 4])

@@ -31,8 +31,8 @@ def check_batch(given: Mapping[str, Any], device: torch.device, group: ProcessGr
     # One number for each argument that a model may have; fewer processes know of another.
     numbers = {name: _of_values(tensor).to(device) for name, tensor in tensors.items()}
     names = torch.tensor(hash_of(",".join(numbers)), device=device)
-    total = torch.stack([names, *numbers.values()]).sum() if numbers else names
-    if not bool(_agree(total[None], group).all()):
+    total = torch.stack([names, *numbers.values()]).sum()
+    if not _agree(total[None], group).item():
         raise ValueError(
             f"batch: expected the same in all processes of context_parallel, got others "
             f"({', '.join(tensors)}); give each group of processes the same windows"

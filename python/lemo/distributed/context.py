@@ -20,6 +20,7 @@ from lemo.ops.autograd import first_order_only
 __all__ = ["ContextParallel"]
 
 _DIMENSION = "cp"
+_OUTSIDE = "context_parallel: expected processes that include this one, got others alone"
 
 
 class ContextParallel:
@@ -68,10 +69,6 @@ class ContextParallel:
             raise ValueError(f"head_groups: expected a number of at least 1, got {head_groups!r}")
         self.group, replica = _resolved(group)
         self.rank = dist.get_rank(self.group)
-        if self.rank < 0:
-            raise ValueError(
-                "context_parallel: expected a group that holds this process, got one without"
-            )
         self.size = dist.get_world_size(self.group)
         self.replica = dist.get_global_rank(self.group, 0) if replica is None else replica
         self.averages_gradients = averages_gradients
@@ -185,11 +182,17 @@ def _resolved(group: ProcessGroup | DeviceMesh | None) -> tuple[ProcessGroup, in
     group = dist.group.WORLD if group is None else group
     if isinstance(group, ProcessGroup):
         return group, None
+    # What torch gives the processes that are in no group, in place of it.
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(_OUTSIDE)
     if not isinstance(group, DeviceMesh):
         raise TypeError(
             "context_parallel: expected a process group, a device mesh or a lemo.ContextParallel, "
             f"got {type(group).__name__}"
         )
+    coordinate = group.get_coordinate()
+    if coordinate is None:
+        raise ValueError(_OUTSIDE)
     if group.ndim == 1:
         return group.get_group(), None
     names = group.mesh_dim_names or ()
@@ -199,11 +202,6 @@ def _resolved(group: ProcessGroup | DeviceMesh | None) -> tuple[ProcessGroup, in
             f"{list(names) or f'{group.ndim} dimensions without names'}"
         )
     replica = 0
-    coordinate = group.get_coordinate()
-    if coordinate is None:
-        raise ValueError(
-            "context_parallel: expected a mesh that holds this process, got one without"
-        )
     for name, place, size in zip(names, coordinate, group.mesh.shape):
         if name != _DIMENSION:
             replica = replica * size + place
