@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import random
-import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +14,13 @@ from itertools import cycle
 import pytest
 import torch
 import torch.distributed as dist
-from bitsandbytes.nn import Params4bit
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lemo
 from lemo import ops
 from lemo.distributed import attention
-from lemo.distributed.agreement import check_batch, check_weights
 from lemo.distributed.attention import SharedKeys, shared_attention
 from lemo.distributed.context import ContextParallel
 from lemo.distributed.dealing import deal
@@ -503,18 +500,6 @@ def what_is_not_supported_is_refused_by_name():
 
 
 @case
-def processes_without_this_one_are_refused():
-    alone = {"mesh_dim_names": ("dp", "cp")}
-    groups = dist.new_group([0]), DeviceMesh("cpu", [0]), DeviceMesh("cpu", [[0]], **alone)
-    for group in groups:
-        if dist.get_rank() == 0:
-            assert ContextParallel(group).size == 1
-            continue
-        with pytest.raises(ValueError, match="context_parallel: expected processes that include"):
-            ContextParallel(group)
-
-
-@case
 def other_batches_and_other_weights_are_refused():
     rank = dist.get_rank()
     for path in ("native", "generic"):
@@ -537,46 +522,6 @@ def other_batches_and_other_weights_are_refused():
             pytest.raises(ValueError, match="model: expected the same weights .*lora_A"),
         ):
             model(**arguments)
-
-
-@case
-def arguments_are_compared_by_name_and_in_any_order():
-    rank, group, cpu = dist.get_rank(), dist.group.WORLD, torch.device("cpu")
-    ids, mask = make_ids(1, 9), torch.ones(1, 9)
-    check_batch({}, cpu, group)
-    given = {"input_ids": ids, "mask": mask}
-    check_batch(dict(sorted(given.items(), reverse=bool(rank))), cpu, group)
-    with pytest.raises(ValueError, match="batch: expected the same"):
-        check_batch({"input_ids": ids, ("mask", "type_ids")[min(rank, 1)]: mask}, cpu, group)
-
-
-@case
-def weights_that_differ_little_are_named():
-    rank, group, cpu = dist.get_rank(), dist.group.WORLD, torch.device("cpu")
-    # No number of bf16 is their sum.
-    weights = [(name, torch.nn.Parameter(torch.ones(1000).bfloat16())) for name in "abcd"]
-    nowhere = torch.nn.Parameter(torch.empty(3, device="meta"))
-    check_weights([*weights, ("nowhere", nowhere)], cpu, group)
-    check_weights([("nowhere", nowhere)], cpu, group)
-    for count, named in (
-        (3, "got others in a, b, c; seed"),
-        (4, "got others in a, b, c, ...; seed"),
-    ):
-        for _, weight in weights[:count]:
-            weight.data[5] = 1 + rank / 128
-        with pytest.raises(ValueError, match=re.escape(named)):
-            check_weights(weights, cpu, group)
-
-
-@case
-def packed_weights_are_compared_by_their_bytes():
-    """Bytes of 4 bits that are called floats may be no numbers, whose sums are all the same."""
-    data = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)
-    packed = [("packed", Params4bit(data, bnb_quantized=True))]
-    check_weights(packed, data.device, dist.group.WORLD)
-    data.view(torch.uint8)[5] += dist.get_rank()
-    with pytest.raises(ValueError, match="model: expected the same weights .* in packed"):
-        check_weights(packed, data.device, dist.group.WORLD)
 
 
 @case

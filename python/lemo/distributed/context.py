@@ -100,7 +100,7 @@ class ContextParallel:
 
     def from_first(self, values: Tensor) -> Tensor:
         """`values` of the group's first process, in all of them."""
-        values = values.contiguous().clone()
+        values = values.clone(memory_format=torch.contiguous_format)
         dist.broadcast(values, dist.get_global_rank(self.group, 0), self.group)
         return values
 
