@@ -428,8 +428,10 @@ def ddp_averages_over_the_groups():
         for half in (slice(0, 2), slice(2, 4))
     ]
     one = lemo.enable(model, config)
+    losses = []
     for half in halves * 2:
-        model(**half, num_items_in_batch=items).loss.backward()
+        losses.append(model(**half, num_items_in_batch=items).loss)
+        losses[-1].backward()
     expected = {name: g.clone() for name, g in gradients(model).items()}
     one.remove()
 
@@ -453,7 +455,9 @@ def ddp_averages_over_the_groups():
         model.zero_grad()
         with wrapped.no_sync():
             wrapped(**mine).loss.backward()
-        wrapped(**mine).loss.backward()
+        loss = wrapped(**mine).loss
+        loss.backward()
+        close(loss, 2 * losses[mesh.get_local_rank("dp")])
         for name, gradient in gradients(model).items():
             close(gradient, expected[name])
         handle.remove()
@@ -494,6 +498,8 @@ def what_is_not_supported_is_refused_by_name():
     mesh = init_device_mesh("cpu", (1, context.size), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ValueError, match="dimension 'cp', got \\['dp', 'tp'\\]"):
         ContextParallel(mesh)
+    with pytest.raises(ValueError, match="dimension 'cp', got 2 dimensions without names"):
+        ContextParallel(init_device_mesh("cpu", (1, context.size)))
     for wrong in (0, True, 2.0):
         with pytest.raises(ValueError, match=f"head_groups: expected .* at least 1, got {wrong}"):
             ContextParallel(head_groups=wrong)

@@ -4,6 +4,7 @@ Run by every rank; `run` of processes.py returns where none of them raised an er
 """
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
@@ -97,9 +98,63 @@ def one_context_serves_two_models():
         models[1](**batch)
     handles[1].remove()
     models[0](**batch).loss.backward()
-    for parameter in models[0].parameters():
-        if parameter.requires_grad:
-            assert torch.equal(context.from_first(parameter.grad), parameter.grad)
+    check_gradients_are_the_same(models[0])
+
+
+def a_copied_model_goes_on_behind_the_end_of_its_original():
+    model = lora(make_model("llama", num_hidden_layers=1))
+    handle = lemo.enable(model, CONFIG, ContextParallel())
+    copied, ids = deepcopy(model), make_ids(1, 40)
+    copied(input_ids=ids, labels=ids)
+    handle.remove()
+    copied(input_ids=ids, labels=ids).loss.backward()
+    check_gradients_are_the_same(copied)
+
+
+def check_gradients_are_the_same(model):
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert any(bool(gradient.any()) for gradient in gradients)
+    for gradient in gradients:
+        assert torch.equal(ContextParallel().from_first(gradient), gradient)
+
+
+def the_mean_of_a_gradient_is_taken_once():
+    context, batch = ContextParallel(), {"input_ids": make_ids(1, 40), "labels": make_ids(1, 40)}
+    model = lora(make_model("llama", num_hidden_layers=1))
+    handle = lemo.enable(model, CONFIG, context)
+    own, taken = handle.context_parallel, []
+    average = own.average
+    own.average = lambda values: taken.append(1) or average(values)
+    trained = sum(p.requires_grad for p in model.parameters())
+    for _ in range(3):
+        model(**batch).loss.backward()
+        assert len(taken) == trained
+        taken.clear()
+    # Begun again, as behind a trainer that took the mean itself.
+    own.stop_averaging()
+    model(**batch).loss.backward()
+    assert len(taken) == trained
+
+
+class _Nothing(torch.autograd.Function):
+    """What no gradient goes through."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None
+
+
+def a_parameter_without_a_gradient_has_no_mean():
+    model = torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ContextParallel().begin(model, {})
+    _Nothing.apply(model.weight).sum().backward()
+    assert model.weight.grad is None
 
 
 def sharded_weights_are_refused_where_lemo_takes_the_mean():
