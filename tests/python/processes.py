@@ -94,7 +94,8 @@ def _all_told(processes: list[Any], errors: dict[int, str], results: Any, folder
             os.kill(process.pid, signal.SIGUSR1)
             process.join(_MOMENT)
         code = "is alive" if process.exitcode is None else f"ended with {process.exitcode}"
-        told.append(f"process {rank} {code}\n{(folder / f'{_STACKS}{rank}').read_text()}")
+        stacks = folder / f"{_STACKS}{rank}"  # none where it ended before it began
+        told.append(f"process {rank} {code}\n{stacks.read_text() if stacks.exists() else ''}")
     return "\n".join(told)
 
 
