@@ -245,6 +245,12 @@ def checkpointed_by_hooks(model):
     return model
 
 
+def scaled(model):
+    """Attention scores of the second layer have another scale."""
+    model.model.layers[1].self_attn.scaling *= 2
+    return lora(model)
+
+
 def trained(model, arguments, passes: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     for _ in range(passes):
@@ -322,6 +328,7 @@ model_case(
 model_case("checkpointed", "llama", "packed", adapt=checkpointed)
 model_case("checkpointed, of the model's own", "llama", "plain", adapt=checkpointed, path="generic")
 model_case("checkpointed otherwise", "llama", "padded left", adapt=checkpointed_by_hooks)
+model_case("scales of layers", "llama", "packed", adapt=scaled)
 model_case("fewer rows than processes", "llama", "short")
 
 

@@ -82,8 +82,10 @@ def values_are_handed_round_and_stay_as_they_are():
         own = of_first + rank
         assert torch.equal(share(own), expected)
         assert torch.equal(own, of_first + rank)
-    for share in (context.from_first, context.average):  # of any strides
-        assert torch.equal(share(of_first.T), of_first.T)
+    # The places in memory may be others in each process.
+    turned = of_first.T if rank else of_first.T.contiguous()
+    for share in (context.from_first, context.average):
+        assert torch.equal(share(turned), turned)
 
 
 def one_context_serves_two_models():
@@ -105,9 +107,9 @@ def a_copied_model_goes_on_behind_the_end_of_its_original():
     model = lora(make_model("llama", num_hidden_layers=1))
     handle = lemo.enable(model, CONFIG, ContextParallel())
     copied, ids = deepcopy(model), make_ids(1, 40)
-    copied(input_ids=ids, labels=ids)
+    loss = copied(input_ids=ids, labels=ids).loss
     handle.remove()
-    copied(input_ids=ids, labels=ids).loss.backward()
+    loss.backward()
     check_gradients_are_the_same(copied)
 
 
