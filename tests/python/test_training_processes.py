@@ -1,13 +1,20 @@
 """What a run of several processes refuses before it begins; test_two_processes.py has the runs."""
 
 import logging
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from accelerate import PartialState
+from torch import distributed
 
+from data_parallel_cases import as_torchrun
 from lemo.settings.finetune import FinetuneConfig
-from lemo.training.processes import check_passes
+from lemo.training.processes import check_passes, enter_folder, of_main
+from lemo.training.run_folder import writing
 from lemo.training.sharding import check_sharding
+from processes import run
 
 pytestmark = pytest.mark.cpu_only
 
@@ -53,3 +60,27 @@ def test_weights_in_fp16_are_not_sharded(precision):
         return
     with pytest.raises(ValueError, match="shard: expected dtype bfloat16 or float32, got float16"):
         check_sharding(*arguments)
+
+
+def _refused(folder):
+    """What a process of two raises where the main one alone meets an error."""
+    as_torchrun()
+    PartialState(cpu=True)
+    main = distributed.get_rank() == 0
+    accelerator = SimpleNamespace(is_main_process=main, num_processes=2)
+
+    def compute():
+        assert main
+        raise ValueError("no plan")
+
+    with pytest.raises(ValueError, match="^no plan$"):
+        of_main(compute, accelerator)
+    with ExitStack() as stack:
+        if main:
+            stack.enter_context(writing(Path(folder)))
+        with pytest.raises(BlockingIOError):
+            enter_folder(Path(folder), accelerator, stack)
+
+
+def test_an_error_of_the_main_process_is_raised_by_all(tmp_path):
+    run(2, _refused, tmp_path, str(tmp_path / "run"))
