@@ -17,6 +17,8 @@ import devices
 
 # Inherited by the processes that tests start: a name that is no folder is not looked up on the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# So is where gloo's processes meet, whatever becomes of the machine's name and its network.
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
 hypothesis.settings.register_profile(
     "lemo", deadline=None, max_examples=25, derandomize=True, print_blob=True

@@ -101,8 +101,6 @@ def _all_told(processes: list[Any], errors: dict[int, str], results: Any, folder
 
 def _member(results, rank, count, folder, function, arguments):
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Whatever becomes of the machine's name and its network.
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # Read where another process tells of an error: this one may have died, or wait.
     with open(f"{folder}/{_STACKS}{rank}", "w") as stacks:
         faulthandler.enable(stacks)
