@@ -124,6 +124,14 @@ def test_no_document(tmp_path):
         list(read_documents(tmp_path / "d.jsonl"))
 
 
+@pytest.mark.parametrize(("suffix", "compress"), [("xz", lzma.compress), ("gz", gzip.compress)])
+def test_a_compressed_file_of_no_bytes_is_damaged(tmp_path, suffix, compress):
+    for number, content in enumerate([compress(HALVES[0]), b""]):
+        (tmp_path / f"d-0000{number}-of-00002.jsonl.{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"d-00001-of-00002\.jsonl\.{suffix}: "):
+        list(read_documents(tmp_path))
+
+
 HALVES = [b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "three"}\n']
 # Without the time, which would be in the tests' names.
 XZ, GZ = [lzma.compress(half) for half in HALVES], [gzip.compress(half, mtime=0) for half in HALVES]

@@ -114,6 +114,7 @@ def test_tables_have_no_keys_of_other_rows(tmp_path):
     [
         ('\ufeffprompt,completion\n"a\nb, ""q""",c\n\n', [('a\nb, "q"', "c")]),
         ('prompt,completion\r\n"a\r\nb\rc",d\r\n', [("a\r\nb\rc", "d")]),
+        ("\n\r\nprompt,completion\n\n007,2.50\nWhat?,None\nx,NA\n", None),
         ("prompt,completion\n007,2.50\nWhat?,None\nx,NA\n", None),
         ("prompt,completion\na,b,c\n", "d.csv:2: expected 2 cells, .* got 3"),
         ("prompt,completion\na\n", "d.csv:2: expected 2 cells, .* got 1"),

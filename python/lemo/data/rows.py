@@ -104,6 +104,9 @@ def _open_binary(path: Path) -> BinaryIO:
     if path.suffix == ".xz":
         return open_xz(path)
     if path.suffix == ".gz":
+        # gzip reads a file of no bytes, such as of a copy that failed, as one of no lines.
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: expected a gzip file, got one of no bytes")
         return cast(BinaryIO, gzip.open(path, "rb"))
     return path.open("rb")
 
@@ -189,7 +192,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
-            names = next(rows, [])
+            names = next(filter(None, rows), [])
             if (twice := _twice(names)) is not None:
                 raise ValueError(f"{path}: expected columns that differ, got '{twice}' twice")
             number = 0
